@@ -1,0 +1,157 @@
+"""The tiny bundle that the package carries: every network of the real kinds, small widths.
+
+Command:  python configs/tiny.py framepack_jax/assets/tiny
+Hardware: a CPU, seconds.
+Result:   the bundle behind `--bundle tiny`, about 1 MB. Its weights are random, so that its videos
+          show that everything runs, and nothing else.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from framepack_jax import packing
+from framepack_jax.bundle import Manifest, Role, write_manifest, write_params
+from framepack_jax.conditioning import PROMPT_TEMPLATE
+from framepack_jax.models import clip, kinds, llama, packed_dit, siglip, stack, vae
+
+CORPUS = (
+    "a red circle moves left over a green board, then orbits the blue square",
+    "the woman in the orange suit smiles and turns her head slowly to the right",
+    "the camera pans across a textured background while two triangles bounce",
+    "the girl dances gracefully, with clear movements, full of charm",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyBundle:
+    """Configs of all roles, and how the untrained weights are drawn and stored."""
+
+    transformer: packed_dit.Config
+    vae: vae.Config
+    text_encoder: llama.Config
+    text_encoder_2: clip.Config
+    image_encoder: siglip.Config
+    schedule: str = packing.RELEASED_INVERTED
+    scaling_factor: float = 0.476986
+    seed: int = 0
+    dtype: str = "bfloat16"
+
+
+def get_config() -> TinyBundle:
+    """Widths of tens where the real networks have thousands."""
+    return TinyBundle(
+        transformer=packed_dit.Config(
+            heads=2, head_dim=16, double_layers=2, single_layers=2, text_dim=32, pooled_dim=24,
+            image_dim=24, rope_axes=(4, 6, 6),
+        ),
+        vae=vae.Config(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
+        text_encoder=llama.Config(
+            vocab_size=400, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48
+        ),
+        text_encoder_2=clip.Config(
+            vocab_size=400, width=24, layers=3, heads=4, mlp_width=40, eos_token_id=1
+        ),
+        image_encoder=siglip.Config(
+            width=24, layers=2, heads=4, mlp_width=40, image_size=42, patch_size=14
+        ),
+    )  # fmt: skip
+
+
+def write(config: TinyBundle, output: Path) -> None:
+    """Write the bundle with freshly drawn weights."""
+    roles = {
+        "transformer": ("hunyuan_packed_dit", config.transformer),
+        "vae": ("hunyuan_vae", config.vae),
+        "text_encoder": ("llama", config.text_encoder),
+        "text_encoder_2": ("clip_text", config.text_encoder_2),
+        "image_encoder": ("siglip_vision", config.image_encoder),
+    }
+    for number, (role, (kind, cfg)) in enumerate(roles.items()):
+        model = kinds.KINDS[kind]
+        key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), number)
+        params = jax.jit(model.init, static_argnums=0)(cfg, key)
+        leaves = stack.split(stack.cast(params, jnp.dtype(config.dtype)), model.STACKS)
+        write_params(output / role, ((name, np.asarray(x)) for name, x in leaves.items()))
+    llama_tokenizer(config.text_encoder.vocab_size).save_pretrained(output / "tokenizer")
+    clip_tokenizer(config.text_encoder_2.vocab_size).save_pretrained(output / "tokenizer_2")
+    write_image_processor(config.image_encoder, output / "image_processor")
+    channels = config.vae.latent_channels
+    manifest = Manifest(
+        roles={
+            role: Role(
+                kind, dataclasses.asdict(cfg), role, {"origin": "configs/tiny.py, untrained"}
+            )
+            for role, (kind, cfg) in roles.items()
+        },
+        latent_mean=(0.0,) * channels,
+        latent_std=(1 / config.scaling_factor,) * channels,
+        prompt_template=PROMPT_TEMPLATE,
+        schedule=config.schedule,
+        order=packing.default_order(config.schedule),
+    )
+    write_manifest(output, manifest)
+
+
+def llama_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Llama 3's special tokens."""
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+    names += ["<|eot_id|>", "<pad>"]
+    tokenizer = _byte_level_bpe(vocabulary, names, [*CORPUS, PROMPT_TEMPLATE])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=names[0], eos_token=names[1], pad_token="<pad>",
+        model_max_length=4096, padding_side="right",
+    )  # fmt: skip
+
+
+def clip_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with CLIP's special tokens; padded with the end token."""
+    names = ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = _byte_level_bpe(vocabulary, names, CORPUS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>",
+        special_tokens=[(name, i) for i, name in enumerate(names)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=names[0], eos_token=names[1], pad_token=names[1],
+        model_max_length=77, padding_side="right",
+    )  # fmt: skip
+
+
+def _byte_level_bpe(vocabulary: int, special: list[str], corpus: Any) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def write_image_processor(cfg: siglip.Config, folder: Path) -> None:
+    """The settings with which SigLIP's images are prepared."""
+    settings = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "rescale_factor": 1 / 255,
+        "size": {"height": cfg.image_size, "width": cfg.image_size},
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write(get_config(), Path(sys.argv[1]))

@@ -1,0 +1,27 @@
+"""`framepack COMMAND`, also `python -m framepack_jax COMMAND`."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "sample": "image + prompt -> video",
+    "convert": "PyTorch checkpoints -> bundle",
+    "explain": "draw what a packing schedule puts into the context",
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command; without one, or with --help, list them."""
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] in COMMANDS:
+        return importlib.import_module(f"framepack_jax.commands.{args[0]}").main(args[1:])
+    lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    usage = "\n".join(["usage: framepack COMMAND [--help]", "", *lines])
+    if not args or args[0] in ("-h", "--help"):
+        print(usage)
+        return None
+    raise SystemExit(f"error: unknown command {args[0]!r}\n{usage}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""From a prompt and an image to what conditions a video.
+
+Source: HunyuanVideo's text conditioning (arXiv 2412.03603, section 4.3) with FramePack's image
+tokens: Llama reads the prompt inside a template and gives a state for every prompt token, CLIP
+reads the bare prompt and gives one vector, SigLIP turns the image into tokens, and the VAE makes
+the start latent. Sampling and dataset preparation both come through here.
+
+Shapes: B batch, L Llama tokens, H W rows and columns, C latent channels.
+"""
+
+import dataclasses
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from framepack_jax.models import clip, llama, siglip, vae
+from framepack_jax.models.stack import Params
+
+MAX_PROMPT_TOKENS = 256
+PROMPT_TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\n"
+    "Describe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the"
+    " objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
+# Words shown of a prompt that is cut.
+KEPT_WORDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+    """How the image encoder wants its images: squeezed to `size` (height, width) with the Pillow
+    filter `resample`, times `rescale`, less `mean`, over `std`."""
+
+    size: tuple[int, int]
+    resample: int = Image.Resampling.BICUBIC
+    rescale: float = 1 / 255
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, 3) -> float32 (B, height, width, 3)."""
+        height, width = self.size
+        resized = [Image.fromarray(x).resize((width, height), self.resample) for x in images]
+        mean, std = (np.asarray(x, np.float32)[None, None, None, :] for x in (self.mean, self.std))
+        return ((np.stack(resized) * self.rescale).astype(np.float32) - mean) / std
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoders:
+    """Everything that reads prompts and images; networks are (config, parameters) and compute in
+    the dtype of their parameters. `template` has one `{}` for the prompt."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_2: PreTrainedTokenizerBase
+    image_processor: ImageProcessor
+    text_encoder: tuple[llama.Config, Params]
+    text_encoder_2: tuple[clip.Config, Params]
+    image_encoder: tuple[siglip.Config, Params]
+    template: str = PROMPT_TEMPLATE
+
+
+def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in `folder`. Raises ValueError where there is none."""
+    folder = epath.Path(folder)
+    if not (folder / "tokenizer_config.json").exists():
+        raise ValueError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
+    # transformers reads local files only, the folder may be in a bucket.
+    with tempfile.TemporaryDirectory() as local:
+        for file in folder.iterdir():
+            if not file.is_dir():
+                file.copy(epath.Path(local) / file.name)
+        return AutoTokenizer.from_pretrained(local, local_files_only=True)
+
+
+def load_image_processor(folder: epath.PathLike) -> ImageProcessor:
+    """Read `preprocessor_config.json`. Raises ValueError where it is missing or asks for anything
+    but a resize to a fixed size, a rescale and a normalisation."""
+    file = epath.Path(folder) / "preprocessor_config.json"
+    if not file.exists():
+        raise ValueError(f"no image processor in {folder}: {file.name} is missing")
+    fields = json.loads(file.read_text())
+    steps = {name: fields.get(name, True) for name in ("do_resize", "do_rescale", "do_normalize")}
+    size = fields["size"]
+    if not all(steps.values()) or fields.get("do_center_crop") or set(size) != {"height", "width"}:
+        raise ValueError(
+            f"image processor {file}: {steps}, do_center_crop {fields.get('do_center_crop')}, size"
+            f" {size}; expected all three steps, no crop, and a size of height and width (SigLIP's)"
+        )
+    return ImageProcessor(
+        size=(size["height"], size["width"]),
+        resample=fields.get("resample", ImageProcessor.resample),
+        rescale=fields.get("rescale_factor", ImageProcessor.rescale),
+        mean=tuple(fields.get("image_mean", ImageProcessor.mean)),
+        std=tuple(fields.get("image_std", ImageProcessor.std)),
+    )
+
+
+def prompt_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """Number of tokens before the prompt's own first one: all that two prompts share."""
+    first, second = tokenizer([_fill(template, prompt) for prompt in ("a", "1")]).input_ids
+    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+
+
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, prompts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Llama's (ids, valid, start): int32 and bool (B, L) with L = start + MAX_PROMPT_TOKENS, padded
+    on the right; the prompts' own tokens begin at `start`.
+
+    A prompt that does not fit is cut, with a warning that quotes the last words read.
+    """
+    start = prompt_start(tokenizer, template)
+    texts = [_fill(template, prompt) for prompt in prompts]
+    for i, whole in enumerate(tokenizer(texts, verbose=False).input_ids):
+        kept = start + MAX_PROMPT_TOKENS
+        if len(whole) > kept:
+            words = tokenizer.decode(whole[start:kept], skip_special_tokens=True).split()
+            warnings.warn(
+                f"prompt {i} is too long: {len(whole) - start} tokens with the template's end, of"
+                f" which {MAX_PROMPT_TOKENS} are read. The last words read are:"
+                f' "... {" ".join(words[-KEPT_WORDS:])}". Shorten the prompt, or move what matters'
+                " to its beginning",
+                stacklevel=3,
+            )
+    ids, mask = _pad_and_cut(tokenizer, texts, start + MAX_PROMPT_TOKENS)
+    return ids, mask.astype(bool), start
+
+
+def tokenize_summary(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+) -> np.ndarray:
+    """CLIP's ids (B, length), int32, of the bare prompts.
+
+    A longer prompt is cut without a word: CLIP gives one vector for the gist and reads no more
+    than 77 tokens by design, while every token still reaches the video by way of Llama.
+    """
+    return _pad_and_cut(tokenizer, list(prompts), length)[0]
+
+
+def encode_prompt(
+    encoders: Encoders, prompts: Sequence[str]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What prompts give: `text` (B, MAX_PROMPT_TOKENS, D), zero where `valid` (B,
+    MAX_PROMPT_TOKENS) is False, whose True entries are a prefix, and `pooled` (B, D_pooled), the
+    gist. A prompt may be empty.
+
+    Warns where a prompt is cut. Raises ValueError where the template has not exactly one `{}`, or
+    a tokenizer makes ids that its network does not know.
+    """
+    cfg, params = encoders.text_encoder
+    ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
+    _check_ids("tokenizer", ids, cfg.vocab_size)
+    states = _text_states(cfg, params, ids, valid)[:, start:]
+    valid = jnp.asarray(valid[:, start:])
+    text = jnp.where(valid[:, :, None], states, jnp.zeros_like(states))
+
+    cfg, params = encoders.text_encoder_2
+    ids = tokenize_summary(encoders.tokenizer_2, prompts, cfg.max_tokens)
+    _check_ids("tokenizer_2", ids, cfg.vocab_size)
+    return text, valid, _pooled(cfg, params, ids)
+
+
+def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:
+    """uint8 (B, H, W, 3), already cropped to the video's size -> tokens (B, tokens, D_img)."""
+    cfg, params = encoders.image_encoder
+    pixels = jnp.asarray(encoders.image_processor(images), _dtype(params))
+    return _image_states(cfg, params, pixels)
+
+
+def start_latent(
+    cfg: vae.Config,
+    params: Params,
+    images: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """uint8 (B, H, W, 3) -> (B, 1, H/8, W/8, C) float32, the latent of a clip of one frame as the
+    transformer sees it, (z - mean) / std with a mean and std per channel.
+
+    z is the mode of the VAE's posterior, or a sample of it where a key is given.
+    """
+    frames = jnp.asarray(images[:, None] / 127.5 - 1, _dtype(params))
+    z, logvar = (x.astype(jnp.float32) for x in vae.encode(cfg, params, frames))
+    if key is not None:
+        z += jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
+    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None, None, :] for x in (mean, std))
+    return (z - mean) / std
+
+
+_text_states = jax.jit(llama.hidden_states, static_argnums=0)
+_pooled = jax.jit(clip.pooled, static_argnums=0)
+_image_states = jax.jit(siglip.hidden_states, static_argnums=0)
+
+
+def _fill(template: str, prompt: str) -> str:
+    parts = template.split("{}")
+    if len(parts) != 2:
+        raise ValueError(f"prompt template {template!r}: expected {{}} once, for the prompt")
+    return parts[0] + prompt + parts[1]
+
+
+def _pad_and_cut(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask), int32 (B, length)."""
+    encoded = tokenizer(
+        texts, max_length=length, padding="max_length", truncation=True, padding_side="right"
+    )
+    return np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.attention_mask, np.int32)
+
+
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
+    if ids.max() >= vocab_size:
+        raise ValueError(
+            f"{name} makes id {ids.max()}, but its text encoder knows {vocab_size} ids; take both"
+            " from the same checkpoint"
+        )
+
+
+def _dtype(params: Params) -> Any:
+    return jax.tree.leaves(params)[0].dtype

@@ -1,0 +1,254 @@
+"""Tables of the encoders in Hugging Face naming: Llama, CLIP's text model, SigLIP's vision model.
+
+Source: the state dicts of transformers' `LlamaModel`, `CLIPTextModel` and `SiglipVisionModel`, bare
+or inside the models that wrap them (LLaVA, whole CLIP, whole SigLIP). What `config.json` leaves out
+is filled in by transformers; a checkpoint without one must have the width of the released model.
+"""
+
+import dataclasses
+from typing import Any
+
+from transformers import AutoConfig
+
+from framepack_jax.conversion.engine import Source, Table
+from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.transforms import (
+    Patch,
+    Row,
+    each,
+    embedding,
+    kernel,
+    linear,
+    norm,
+)
+from framepack_jax.models import clip, llama, siglip
+
+# Llama's last layers, whose output nothing reads.
+UNUSED_LAYERS = 2
+# transformers' names for the keys of `encoder_block.ACTIVATIONS`.
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def _llama_rows(cfg: llama.Config) -> list[Row]:
+    here, there = "layers/{i}", "layers.{i}"
+    dense = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "out": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+    return [
+        *embedding("embed", "embed_tokens"),
+        *norm(f"{here}/input_norm", f"{there}.input_layernorm", bias=False),
+        *norm(f"{here}/mlp_norm", f"{there}.post_attention_layernorm", bias=False),
+        *[
+            row
+            for ours, theirs in dense.items()
+            for row in linear(f"{here}/{ours}", f"{there}.{theirs}", bias=False)
+        ],
+    ]
+
+
+def _llama_config(source: Source) -> llama.Config:
+    config = _transformers_config(source, "text_config", "llama")
+    if config is None:
+        vocabulary, width = source.shape("embed_tokens.weight")
+        cfg = _released(source, llama.Config(), width)
+        return dataclasses.replace(
+            cfg,
+            vocab_size=vocabulary,
+            layers=source.count("layers.{i}.input_layernorm.weight") - UNUSED_LAYERS,
+            kv_heads=source.shape("layers.{i}.self_attn.k_proj.weight")[0] // cfg.head_dim,
+            mlp_width=source.shape("layers.{i}.mlp.gate_proj.weight")[0],
+        )
+    rope = config.rope_parameters
+    fields = {**config.to_dict(), "rope_type": rope.get("rope_type", "default")}
+    supported = {
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default",
+    }  # fmt: skip
+    source.require(fields, supported)
+    return llama.Config(
+        vocab_size=config.vocab_size,
+        width=config.hidden_size,
+        layers=config.num_hidden_layers - UNUSED_LAYERS,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        mlp_width=config.intermediate_size,
+        rope_theta=float(rope["rope_theta"]),
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def _llama_leftovers(cfg: llama.Config) -> tuple[str, ...]:
+    unused = "|".join(str(cfg.layers + i) for i in range(UNUSED_LAYERS))
+    return (
+        rf"(^|\.)layers\.({unused})\.",
+        r"^((language_model\.)?model\.(language_model\.)?)?norm\.weight$",
+        r"(^|\.)lm_head\.",
+        r"rotary_emb\.inv_freq$",
+        r"^(model\.)?(vision_tower|multi_modal_projector|image_newline)\b",
+    )
+
+
+def _block_rows(target: str, source: str) -> list[Row]:
+    """A layer of CLIP or SigLIP."""
+    return [
+        *norm(f"{target}/norm1", f"{source}.layer_norm1"),
+        *linear(f"{target}/qkv", each(f"{source}.self_attn.*_proj")),
+        *linear(f"{target}/out", f"{source}.self_attn.out_proj"),
+        *norm(f"{target}/norm2", f"{source}.layer_norm2"),
+        *linear(f"{target}/mlp_in", f"{source}.mlp.fc1"),
+        *linear(f"{target}/mlp_out", f"{source}.mlp.fc2"),
+    ]
+
+
+def _clip_rows(cfg: clip.Config) -> list[Row]:
+    return [
+        *embedding("token_embedding", "embeddings.token_embedding"),
+        *embedding("position_embedding", "embeddings.position_embedding"),
+        *_block_rows("layers/{i}", "encoder.layers.{i}"),
+        *norm("final_norm", "final_layer_norm"),
+    ]
+
+
+def _clip_config(source: Source) -> clip.Config:
+    config = _transformers_config(source, "text_config", "clip_text_model")
+    if config is None:
+        vocabulary, width = source.shape("embeddings.token_embedding.weight")
+        return dataclasses.replace(
+            _released(source, clip.Config(), width),
+            vocab_size=vocabulary,
+            max_tokens=source.shape("embeddings.position_embedding.weight")[0],
+            layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
+            mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
+        )
+    return clip.Config(
+        vocab_size=config.vocab_size,
+        max_tokens=config.max_position_embeddings,
+        eos_token_id=config.eos_token_id,
+        **_block_sizes(source, config),
+    )
+
+
+def _clip_leftovers(cfg: clip.Config) -> tuple[str, ...]:
+    return (
+        r"^vision_model\.", r"^(text|visual)_projection\.", r"^logit_scale$", r"position_ids$",
+    )  # fmt: skip
+
+
+def _siglip_rows(cfg: siglip.Config) -> list[Row]:
+    patch = Patch((cfg.patch_size, cfg.patch_size))
+    return [
+        *kernel("patch", "embeddings.patch_embedding", patch),
+        *embedding("position_embedding", "embeddings.position_embedding"),
+        *_block_rows("layers/{i}", "encoder.layers.{i}"),
+        *norm("final_norm", "post_layernorm"),
+    ]
+
+
+def _siglip_config(source: Source) -> siglip.Config:
+    config = _transformers_config(source, "vision_config", "siglip_vision_model")
+    if config is None:
+        width, _, patch_size, _ = source.shape("embeddings.patch_embedding.weight")
+        cfg = _released(source, siglip.Config(), width)
+        return dataclasses.replace(
+            cfg,
+            patch_size=patch_size,
+            layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
+            mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
+        )
+    return siglip.Config(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        channels=config.num_channels,
+        **_block_sizes(source, config),
+    )
+
+
+def _siglip_leftovers(cfg: siglip.Config) -> tuple[str, ...]:
+    return (
+        r"^(vision_model\.)?head\.",
+        r"^text_model\.",
+        r"^logit_(scale|bias)$",
+        r"position_ids$",
+    )
+
+
+def _block_sizes(source: Source, config: Any) -> dict[str, Any]:
+    if config.hidden_act not in ACTIVATIONS:
+        raise ConversionError(
+            f"{source.checkpoint.path}: config.json has hidden_act = {config.hidden_act!r};"
+            f" supported are {', '.join(ACTIVATIONS)}"
+        )
+    return {
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "mlp_width": config.intermediate_size,
+        "norm_eps": config.layer_norm_eps,
+        "activation": ACTIVATIONS[config.hidden_act],
+    }
+
+
+def _transformers_config(source: Source, part: str, model_type: str) -> Any | None:
+    """The config beside a checkpoint, or its `part` where it is that of a larger model."""
+    folder = source.checkpoint.folder
+    if source.checkpoint.config() is None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConversionError(
+            f"{folder}/config.json is no config of a {source.table.what} ({reason})"
+        ) from error
+    config = getattr(config, part, config)
+    if config.model_type != model_type:
+        raise ConversionError(
+            f"{folder}/config.json is of model type {config.model_type!r}; a {source.table.what} is"
+            f" {model_type!r}"
+        )
+    return config
+
+
+def _released(source: Source, cfg: Any, width: int) -> Any:
+    """The released model's config, if its width says that this is it."""
+    if width != cfg.width:
+        raise ConversionError(
+            f"{source.checkpoint.path}: a {source.table.what} of width {width} needs its"
+            f" config.json beside it; only that of width {cfg.width} is known without"
+        )
+    return cfg
+
+
+LLAMA = Table(
+    kind="llama",
+    what="Llama text model",
+    landmark="embed_tokens.weight",
+    rows=_llama_rows,
+    config=_llama_config,
+    prefixes=("", "model.", "language_model.model.", "model.language_model."),
+    leftovers=_llama_leftovers,
+)
+CLIP = Table(
+    kind="clip_text",
+    what="CLIP text model",
+    landmark="embeddings.token_embedding.weight",
+    rows=_clip_rows,
+    config=_clip_config,
+    prefixes=("", "text_model."),
+    leftovers=_clip_leftovers,
+)
+SIGLIP = Table(
+    kind="siglip_vision",
+    what="SigLIP vision model",
+    landmark="embeddings.patch_embedding.weight",
+    rows=_siglip_rows,
+    config=_siglip_config,
+    prefixes=("", "vision_model."),
+    leftovers=_siglip_leftovers,
+)

@@ -1,0 +1,287 @@
+"""Tables of the packed transformer: diffusers' and FramePack's naming, and Tencent's original.
+
+Source: the state dicts of diffusers' `HunyuanVideoFramepackTransformer3DModel` (which are those of
+the released FramePack models), of its `HunyuanVideoTransformer3DModel`, and of Tencent's
+`mp_rank_00_model_states.pt`. Tencent fuses q, k, v (and the feed-forward of single blocks) and
+orders the final modulation (shift, scale).
+"""
+
+import dataclasses
+from typing import Any
+
+from framepack_jax.conversion.engine import Source, Table
+from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.transforms import (
+    Fresh,
+    Inflate,
+    Linear,
+    Patch,
+    Row,
+    each,
+    kernel,
+    linear,
+    norm,
+)
+from framepack_jax.models.packed_dit import PATCH, Config
+from framepack_jax.packing import kernel_shape
+
+KIND = "hunyuan_packed_dit"
+CONTEXT_NAMES = {"k1": "proj", "k2": "proj_2x", "k4": "proj_4x"}
+# Heads of the real models are this wide; only their RoPE axes are known without a config.
+RELEASED = Config()
+
+
+def _diffusers_rows(cfg: Config) -> list[Row]:
+    time, text = "time_text_embed", "context_embedder.time_text_embed"
+    refiner = "context_embedder.token_refiner.refiner_blocks.{i}"
+    double, single = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+    context = [
+        row
+        for k in cfg.context_kernels
+        for row in kernel(
+            f"embed/context_{k}",
+            f"clean_x_embedder.{CONTEXT_NAMES.get(k, k)}",
+            Patch(kernel_shape(k)),
+        )
+    ]
+    return [
+        *kernel("embed/patch", "x_embedder.proj", Patch(kernel_shape(PATCH))),
+        *context,
+        *linear("embed/image_up", "image_projection.up"),
+        *linear("embed/image_down", "image_projection.down"),
+        *_embedder("time", f"{time}.timestep_embedder"),
+        *_embedder("guidance", f"{time}.guidance_embedder"),
+        *_embedder("pooled", f"{time}.text_embedder"),
+        *_embedder("text_time", f"{text}.timestep_embedder"),
+        *_embedder("text_pooled", f"{text}.text_embedder"),
+        *linear("embed/text_proj", "context_embedder.proj_in"),
+        *norm("refiner/{i}/norm1", f"{refiner}.norm1"),
+        *linear("refiner/{i}/qkv", each(f"{refiner}.attn.to_*")),
+        *linear("refiner/{i}/out", f"{refiner}.attn.to_out.0"),
+        *norm("refiner/{i}/norm2", f"{refiner}.norm2"),
+        *linear("refiner/{i}/mlp_in", f"{refiner}.ff.net.0.proj"),
+        *linear("refiner/{i}/mlp_out", f"{refiner}.ff.net.2"),
+        *linear("refiner/{i}/gate", f"{refiner}.norm_out.linear"),
+        *linear("double/{i}/img_mod", f"{double}.norm1.linear"),
+        *linear("double/{i}/img_qkv", each(f"{double}.attn.to_*")),
+        *norm("double/{i}/img_q_norm", f"{double}.attn.norm_q", bias=False),
+        *norm("double/{i}/img_k_norm", f"{double}.attn.norm_k", bias=False),
+        *linear("double/{i}/img_out", f"{double}.attn.to_out.0"),
+        *linear("double/{i}/img_mlp_in", f"{double}.ff.net.0.proj"),
+        *linear("double/{i}/img_mlp_out", f"{double}.ff.net.2"),
+        *linear("double/{i}/txt_mod", f"{double}.norm1_context.linear"),
+        *linear("double/{i}/txt_qkv", each(f"{double}.attn.add_*_proj")),
+        *norm("double/{i}/txt_q_norm", f"{double}.attn.norm_added_q", bias=False),
+        *norm("double/{i}/txt_k_norm", f"{double}.attn.norm_added_k", bias=False),
+        *linear("double/{i}/txt_out", f"{double}.attn.to_add_out"),
+        *linear("double/{i}/txt_mlp_in", f"{double}.ff_context.net.0.proj"),
+        *linear("double/{i}/txt_mlp_out", f"{double}.ff_context.net.2"),
+        *linear("single/{i}/mod", f"{single}.norm.linear"),
+        *linear("single/{i}/qkv", each(f"{single}.attn.to_*")),
+        *norm("single/{i}/q_norm", f"{single}.attn.norm_q", bias=False),
+        *norm("single/{i}/k_norm", f"{single}.attn.norm_k", bias=False),
+        *linear("single/{i}/mlp_in", f"{single}.proj_mlp"),
+        *_single_out(f"{single}.proj_out"),
+        *linear("head/mod", "norm_out.linear"),
+        *linear("head/out", "proj_out"),
+    ]
+
+
+def _tencent_rows(cfg: Config) -> list[Row]:
+    refiner = "txt_in.individual_token_refiner.blocks.{i}"
+    double, single = "double_blocks.{i}", "single_blocks.{i}"
+    return [
+        *kernel("embed/patch", "img_in.proj", Patch(kernel_shape(PATCH))),
+        *_embedder("time", "time_in", "mlp.0", "mlp.2"),
+        *_embedder("guidance", "guidance_in", "mlp.0", "mlp.2"),
+        *_embedder("pooled", "vector_in", "in_layer", "out_layer"),
+        *_embedder("text_time", "txt_in.t_embedder", "mlp.0", "mlp.2"),
+        *_embedder("text_pooled", "txt_in.c_embedder"),
+        *linear("embed/text_proj", "txt_in.input_embedder"),
+        *norm("refiner/{i}/norm1", f"{refiner}.norm1"),
+        *linear("refiner/{i}/qkv", f"{refiner}.self_attn_qkv"),
+        *linear("refiner/{i}/out", f"{refiner}.self_attn_proj"),
+        *norm("refiner/{i}/norm2", f"{refiner}.norm2"),
+        *linear("refiner/{i}/mlp_in", f"{refiner}.mlp.fc1"),
+        *linear("refiner/{i}/mlp_out", f"{refiner}.mlp.fc2"),
+        *linear("refiner/{i}/gate", f"{refiner}.adaLN_modulation.1"),
+        *[row for side in ("img", "txt") for row in _tencent_side(side, double)],
+        *linear("single/{i}/mod", f"{single}.modulation.linear"),
+        *linear(("single/{i}/qkv", "single/{i}/mlp_in"), f"{single}.linear1"),
+        *norm("single/{i}/q_norm", f"{single}.q_norm", bias=False),
+        *norm("single/{i}/k_norm", f"{single}.k_norm", bias=False),
+        *_single_out(f"{single}.linear2"),
+        *linear("head/mod", "final_layer.adaLN_modulation.1", swap=True),
+        *linear("head/out", "final_layer.linear"),
+    ]
+
+
+def _tencent_side(side: str, double: str) -> list[Row]:
+    here = f"double/{{i}}/{side}"
+    return [
+        *linear(f"{here}_mod", f"{double}.{side}_mod.linear"),
+        *linear(f"{here}_qkv", f"{double}.{side}_attn_qkv"),
+        *norm(f"{here}_q_norm", f"{double}.{side}_attn_q_norm", bias=False),
+        *norm(f"{here}_k_norm", f"{double}.{side}_attn_k_norm", bias=False),
+        *linear(f"{here}_out", f"{double}.{side}_attn_proj"),
+        *linear(f"{here}_mlp_in", f"{double}.{side}_mlp.fc1"),
+        *linear(f"{here}_mlp_out", f"{double}.{side}_mlp.fc2"),
+    ]
+
+
+def _embedder(
+    name: str, source: str, first: str = "linear_1", second: str = "linear_2"
+) -> list[Row]:
+    return [
+        *linear(f"embed/{name}_in", f"{source}.{first}"),
+        *linear(f"embed/{name}_out", f"{source}.{second}"),
+    ]
+
+
+def _single_out(source: str) -> list[Row]:
+    """One matrix over (attention, feed-forward) inputs; its bias belongs to their sum."""
+    kernels = ("single/{i}/attn_out/kernel", "single/{i}/mlp_out/kernel")
+    return [
+        Row(kernels, (f"{source}.weight",), Linear(split=1)),
+        Row(("single/{i}/mlp_out/bias",), (f"{source}.bias",), Linear(is_bias=True)),
+    ]
+
+
+def _config(source: Source) -> Config:
+    """From `config.json`, else from shapes."""
+    fields = source.checkpoint.config()
+    return _config_from_shapes(source) if fields is None else _config_from_json(source, fields)
+
+
+def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
+    if "num_attention_heads" not in fields:
+        raise ConversionError(
+            f"{source.checkpoint.folder}/config.json belongs to another model (it has no"
+            " num_attention_heads); put the transformer's there, or none"
+        )
+    supported = {
+        "patch_size": 2, "patch_size_t": 1, "qk_norm": "rms_norm", "image_condition_type": None,
+    }  # fmt: skip
+    source.require(fields, supported)
+    names = {
+        "num_attention_heads": "heads",
+        "attention_head_dim": "head_dim",
+        "num_layers": "double_layers",
+        "num_single_layers": "single_layers",
+        "num_refiner_layers": "refiner_layers",
+        "text_embed_dim": "text_dim",
+        "pooled_projection_dim": "pooled_dim",
+        "guidance_embeds": "guidance",
+        **{name: name for name in ("in_channels", "out_channels", "mlp_ratio", "rope_theta")},
+    }
+    sizes = {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
+    axes = source.given.get("rope_axes") or fields.get("rope_axes_dim", RELEASED.rope_axes)
+    cfg = Config(
+        **sizes,
+        image_dim=fields.get("image_proj_dim", 1152) if fields.get("has_image_proj") else None,
+        context_kernels=tuple(CONTEXT_NAMES) if fields.get("has_clean_x_embedder") else (),
+        rope_axes=tuple(axes),
+    )
+    return _with_checked_axes(source, cfg)
+
+
+def _config_from_shapes(source: Source) -> Config:
+    rows = source.table.rows(RELEASED)
+    tensor = {target: row.sources[0] for row in rows for target in row.targets}
+
+    def shape(target: str) -> tuple[int, ...]:
+        return source.shape(tensor[target])
+
+    def has(target: str) -> bool:
+        return target in tensor and source.has(tensor[target])
+
+    width, in_channels = shape("embed/patch/kernel")[:2]
+    (head_dim,) = shape("double/{i}/img_q_norm/scale")
+    cfg = Config(
+        in_channels=in_channels,
+        out_channels=shape("head/out/bias")[0] // 4,
+        heads=width // head_dim,
+        head_dim=head_dim,
+        double_layers=source.count(tensor["double/{i}/img_mod/bias"]),
+        single_layers=source.count(tensor["single/{i}/mod/bias"]),
+        refiner_layers=source.count(tensor["refiner/{i}/gate/bias"]),
+        mlp_ratio=shape("double/{i}/img_mlp_in/bias")[0] / width,
+        text_dim=shape("embed/text_proj/kernel")[1],
+        pooled_dim=shape("embed/pooled_in/kernel")[1],
+        image_dim=shape("embed/image_up/kernel")[1] if has("embed/image_up/kernel") else None,
+        guidance=has("embed/guidance_in/kernel"),
+        rope_axes=source.given.get("rope_axes") or RELEASED.rope_axes,
+        context_kernels=tuple(k for k in CONTEXT_NAMES if has(f"embed/context_{k}/kernel")),
+    )
+    return _with_checked_axes(source, cfg)
+
+
+def _with_checked_axes(source: Source, cfg: Config) -> Config:
+    if len(cfg.rope_axes) == 3 and sum(cfg.rope_axes) == cfg.head_dim:
+        return cfg
+    axes = ",".join(map(str, cfg.rope_axes))
+    raise ConversionError(
+        f"{source.checkpoint.path}: RoPE axes {axes} do not add up to the head width"
+        f" {cfg.head_dim}; give time, height and width as --rope-axes T,H,W (4,6,6 for width 16)"
+    )
+
+
+DIFFUSERS = Table(
+    kind=KIND,
+    what="HunyuanVideo or FramePack transformer in diffusers' naming",
+    landmark="x_embedder.proj.weight",
+    rows=_diffusers_rows,
+    config=_config,
+)
+TENCENT = Table(
+    kind=KIND,
+    what="HunyuanVideo transformer in Tencent's naming",
+    landmark="img_in.proj.weight",
+    rows=_tencent_rows,
+    # The config.json that lies beside Tencent's files is another model's.
+    config=_config_from_shapes,
+)
+
+
+def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int) -> Table:
+    """The table that makes a FramePack model of a base HunyuanVideo checkpoint.
+
+    Context embeddings are the patch embedding, inflated. The image projection is new: its first
+    layer random, its second zero, so that at first every image token is the same zero vector and
+    training moves it from there.
+    """
+
+    def base(cfg: Config) -> Config:
+        return dataclasses.replace(cfg, context_kernels=(), image_dim=None)
+
+    def config(source: Source) -> Config:
+        cfg = table.config(source)
+        if cfg != base(cfg):
+            raise ConversionError(
+                f"{source.checkpoint.path} has context embeddings or an image projection: it is a"
+                " FramePack model already; leave --from-base out"
+            )
+        return dataclasses.replace(cfg, context_kernels=context_kernels, image_dim=image_dim)
+
+    def rows(cfg: Config) -> list[Row]:
+        known = table.rows(base(cfg))
+        (patch,) = {row.sources[0] for row in known if row.targets == ("embed/patch/kernel",)}
+        patch = patch.removesuffix(".weight")
+        small = kernel_shape(PATCH)
+        inflated = [
+            row
+            for k in cfg.context_kernels
+            for row in kernel(f"embed/context_{k}", patch, Inflate(small, kernel_shape(k)))
+        ]
+        image = {
+            "embed/image_up/kernel": Fresh("image_up"),
+            "embed/image_up/bias": Fresh(),
+            "embed/image_down/kernel": Fresh(),
+            "embed/image_down/bias": Fresh(),
+        }
+        replaced = [row for row in known if row.targets[0] not in image]
+        return [
+            *replaced, *inflated, *(Row((path,), (), fresh) for path, fresh in image.items()),
+        ]  # fmt: skip
+
+    return dataclasses.replace(table, rows=rows, config=config)

@@ -1,0 +1,28 @@
+"""Diffusion mathematics: flow matching, its noise levels, guidance and solvers. No networks.
+
+Sampling is `state = solver.start(noise)`, then one `solver.step(state, x0, row)` for each row of
+`solver_table(name, sigmas)`, where x0 is the network's prediction at `state.x`; at the end
+`state.x` is the sample.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from framepack_jax.diffusion import solver, unipc
+
+SOLVERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "unipc": unipc.table,
+    "unipc-bh2": lambda sigmas: unipc.table(sigmas, variant="bh2"),
+    "euler": solver.euler,
+}
+
+
+def solver_table(name: str, sigmas: np.ndarray) -> np.ndarray:
+    """Coefficients (steps, 9) float64 of the solver called `name`, for `solver.step`.
+
+    Raises ValueError where there is no such solver.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"sampler {name!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    return SOLVERS[name](sigmas)

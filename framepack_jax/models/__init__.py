@@ -1,0 +1,1 @@
+"""The networks: Flax Linen blocks and pure functions over their parameters."""

@@ -1,0 +1,36 @@
+"""The kinds of network that a bundle can hold, by name.
+
+The module of a kind offers four names:
+
+- `Config`, a frozen dataclass of everything that decides the parameters' shapes;
+- `STACKS`, {top-level parameter name: the Config field that holds its number of layers};
+- `init(cfg, key) -> params`, layers of a stack on a leading axis;
+- functions of (cfg, params, ...) that compute.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from framepack_jax.models import clip, llama, packed_dit, siglip, stack, vae
+
+KINDS: dict[str, ModuleType] = {
+    "hunyuan_packed_dit": packed_dit,
+    "hunyuan_vae": vae,
+    "llama": llama,
+    "clip_text": clip,
+    "siglip_vision": siglip,
+}
+
+
+def abstract_leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of every parameter, layer by layer, without computing any."""
+    model = KINDS[kind]
+    params = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
+    return stack.split(params, model.STACKS)
+
+
+def parameter_count(kind: str, cfg: Any) -> int:
+    """Number of parameters of a network."""
+    return sum(leaf.size for leaf in abstract_leaves(kind, cfg).values())

@@ -1,0 +1,98 @@
+"""Llama as a text encoder: the hidden states of a layer before the last.
+
+Source: Llama 3 (arXiv 2407.21783), as in Hugging Face transformers' LlamaModel. HunyuanVideo reads
+the states three from the end of a model of n layers, which are the output of layer n - 2: the last
+two layers and the final norm are never computed and do not exist here.
+
+Shapes: B batch, L tokens, N heads, M key/value heads, d head width, D width.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from framepack_jax.models import stack
+from framepack_jax.ops.attention import attend
+
+STACKS = {"layers": "layers"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the network; `layers` counts those computed, two fewer than a checkpoint has."""
+
+    vocab_size: int = 128320
+    width: int = 4096
+    layers: int = 30
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    mlp_width: int = 14336
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+
+
+def hidden_states(cfg: Config, params: stack.Params, ids: jax.Array, valid: jax.Array) -> jax.Array:
+    """Token ids (B, L) -> states (B, L, D) after all blocks, not normalised.
+
+    `valid` (B, L) is True where a token counts, a prefix; rows behind it are meaningless. Computes
+    in the dtype of the embedding table.
+    """
+    x = params["embed"]["embedding"][ids]
+    return stack.run(Block(cfg), params["layers"], x, _angles(cfg, ids.shape[1]), valid)
+
+
+def init(cfg: Config, key: jax.Array) -> stack.Params:
+    """Random parameters, layers stacked."""
+    embed, layers = jax.random.split(key)
+    ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))
+    args = (x, _angles(cfg, 1), jnp.ones((1, 1), bool))
+    return {
+        "embed": nn.Embed(cfg.vocab_size, cfg.width).init(embed, ids)["params"],
+        "layers": stack.init(Block(cfg), layers, cfg.layers, *args),
+    }
+
+
+class Block(nn.Module):
+    """Causal grouped-query attention, then a gated feed-forward."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, angles: jax.Array, valid: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        normed = self.norm(x, "input_norm")
+        q, k, v = (
+            nn.DenseGeneral((heads, cfg.head_dim), use_bias=False, name=name)(normed)
+            for name, heads in (("q", cfg.heads), ("k", cfg.kv_heads), ("v", cfg.kv_heads))
+        )
+        attention = attend(_rotate(q, angles), _rotate(k, angles), v, valid, causal=True)
+        x += self.dense(cfg.width, "out", rearrange(attention, "b l n d -> b l (n d)"))
+        normed = self.norm(x, "mlp_norm")
+        gate = nn.silu(self.dense(cfg.mlp_width, "gate", normed))
+        hidden = gate * self.dense(cfg.mlp_width, "up", normed)
+        return x + self.dense(cfg.width, "down", hidden)
+
+    def norm(self, x: jax.Array, name: str) -> jax.Array:
+        return nn.RMSNorm(self.cfg.norm_eps, use_fast_variance=False, name=name)(x)
+
+    def dense(self, width: int, name: str, x: jax.Array) -> jax.Array:
+        return nn.Dense(width, use_bias=False, name=name)(x)
+
+
+def _angles(cfg: Config, length: int) -> jax.Array:
+    """RoPE angles (L, d/2) of positions 0 .. L-1, float32."""
+    frequencies = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+    return jnp.asarray(np.outer(np.arange(length), frequencies), jnp.float32)
+
+
+def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turn x (B, L, heads, d), whose pairs are (x[i], x[i + d/2]); float32, then x's dtype."""
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

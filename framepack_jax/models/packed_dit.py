@@ -1,0 +1,399 @@
+"""The packed-context diffusion transformer: HunyuanVideo's double- and single-stream DiT that reads
+compressed history beside the noisy section.
+
+Source: HunyuanVideo (arXiv 2412.03603) and FramePack (arXiv 2504.12626, section 3.2). A forward
+pass is embed -> double blocks -> single blocks -> head; the three functions `embed`, `blocks` and
+`head` stand apart so that a step cache can leave the blocks out.
+
+Sequence: [coarse context .. fine context][target][SigLIP tokens][text tokens], what is masked at
+the end. RoPE turns image tokens only.
+
+Shapes: B batch, T latent frames, H W latent rows and columns, C channels, L tokens, N heads,
+D width = N heads x head width.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+from flax import struct
+
+from framepack_jax.models import stack
+from framepack_jax.ops.attention import attend
+from framepack_jax.ops.rope import Table, apply_rope, rope_table
+from framepack_jax.packing import PackedContext, kernel_shape
+
+STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
+PATCH = "k1"
+# k16 has no weights of its own: its latents are pooled to half size and embedded by k8.
+POOLED_KERNELS = {"k16": "k8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the network. `context_kernels` names the context patch embeddings there are; a base
+    HunyuanVideo model has none, and no image projection (`image_dim` None)."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    heads: int = 24
+    head_dim: int = 128
+    double_layers: int = 20
+    single_layers: int = 40
+    refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    text_dim: int = 4096
+    pooled_dim: int = 768
+    image_dim: int | None = 1152
+    guidance: bool = True
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    rope_theta: float = 256.0
+    context_kernels: tuple[str, ...] = ("k1", "k2", "k4")
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+@struct.dataclass
+class Conditions:
+    """What a video is made from: `text` (B, L, text_dim), `text_valid` (B, L) True where a token
+    counts (a prefix), `pooled` (B, pooled_dim), `image` (B, tokens, image_dim) or None, and
+    `guidance` (B,), the distilled guidance scale, or None."""
+
+    text: jax.Array
+    text_valid: jax.Array
+    pooled: jax.Array
+    image: jax.Array | None = None
+    guidance: jax.Array | None = None
+
+
+class Tokens(NamedTuple):
+    """Everything the blocks need: the streams `img` (B, L_img, D) and `txt` (B, L_txt, D), the
+    modulation vector `vec` (B, D), RoPE tables of the image tokens, and `valid` (B, L)."""
+
+    img: jax.Array
+    txt: jax.Array
+    vec: jax.Array
+    rope: Table
+    valid: jax.Array
+
+
+def velocity(
+    cfg: Config,
+    params: stack.Params,
+    x: jax.Array,
+    sigma: jax.Array,
+    context: PackedContext,
+    conditions: Conditions,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The denoiser: noisy section x (B, T, H, W, C) at noise level sigma (B,) -> velocity, float32.
+
+    H and W are even. Blocks compute in `dtype`. Raises ValueError where the context uses a kernel
+    that the network has no embedding for, or sizes are odd.
+    """
+    tokens = embed(cfg, params, x, sigma, context, conditions, dtype)
+    return head(cfg, params, blocks(cfg, params, tokens), tokens.vec, x.shape)
+
+
+def embed(
+    cfg: Config,
+    params: stack.Params,
+    x: jax.Array,
+    sigma: jax.Array,
+    context: PackedContext,
+    conditions: Conditions,
+    dtype: Any = jnp.float32,
+) -> Tokens:
+    """Patchify target and context, embed conditions, refine the text."""
+    _check(cfg, x, context)
+    cast = stack.cast({"x": x, "context": context, "conditions": conditions}, dtype)
+    img, image, text, vec, text_vec = Embed(cfg).apply(
+        {"params": stack.cast(params["embed"], dtype)},
+        cast["x"], sigma, cast["context"], cast["conditions"], conditions.guidance,
+    )  # fmt: skip
+    valid = conditions.text_valid
+    text = stack.run(RefinerBlock(cfg), params["refiner"], text, text_vec, valid)
+    txt = jnp.concatenate([image, text], axis=1)
+    unmasked = jnp.ones((x.shape[0], img.shape[1] + image.shape[1]), bool)
+    valid = jnp.concatenate([unmasked, valid], axis=1)
+    return Tokens(img, txt, vec, _rope(cfg, x.shape, context), valid)
+
+
+def blocks(cfg: Config, params: stack.Params, tokens: Tokens) -> jax.Array:
+    """Image tokens (B, L_img, D) after all double and single blocks."""
+    img, txt, *inputs = tokens
+    img, txt = stack.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs)
+    both = jnp.concatenate([img, txt], axis=1)
+    return stack.run(SingleBlock(cfg), params["single"], both, *inputs)[:, : img.shape[1]]
+
+
+def head(
+    cfg: Config, params: stack.Params, img: jax.Array, vec: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    """Velocity (B, T, H, W, C) of the target, whose tokens are the last of `img`; float32."""
+    _, t, h, w, _ = shape
+    tokens = img[:, -t * (h // 2) * (w // 2) :]
+    out = Head(cfg).apply({"params": params["head"]}, tokens, vec)
+    return rearrange(
+        out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
+    )
+
+
+def _check(cfg: Config, x: jax.Array, context: PackedContext) -> None:
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} cells: both must be even")
+    for kernel in context.kernels:
+        if POOLED_KERNELS.get(kernel, kernel) not in cfg.context_kernels:
+            there = ", ".join(cfg.context_kernels) or "no kernel"
+            raise ValueError(
+                f"the schedule uses patch kernel {kernel}, but the network embeds context with"
+                f" {there}; choose another schedule or convert a base model with --from-base"
+            )
+
+
+def _rope(cfg: Config, shape: tuple[int, ...], context: PackedContext) -> Table:
+    rows, columns = shape[2] // 2, shape[3] // 2
+    tables = []
+    for indices, kernel in zip(context.indices, context.kernels, strict=True):
+        kt, kh, kw = kernel_shape(kernel)
+        pool = (kt, kh // 2, kw // 2)
+        tables.append(rope_table(indices, rows, columns, cfg.rope_axes, cfg.rope_theta, pool))
+    target = context.target_indices
+    tables.append(rope_table(target, rows, columns, cfg.rope_axes, cfg.rope_theta))
+    cos, sin = (jnp.concatenate(parts, axis=1) for parts in zip(*tables, strict=True))
+    return cos, sin
+
+
+def init(cfg: Config, key: jax.Array) -> stack.Params:
+    """Random parameters, layers stacked."""
+    keys = dict(zip(("embed", "head", *STACKS), jax.random.split(key, 5), strict=True))
+    kernels = cfg.context_kernels
+    x = jnp.zeros((1, 1, 2, 2, cfg.in_channels))
+    index = jnp.zeros((1, 1), jnp.int32)
+    context = PackedContext((x,) * len(kernels), (index,) * len(kernels), index, kernels)
+    image = None if cfg.image_dim is None else jnp.zeros((1, 1, cfg.image_dim))
+    text, pooled = jnp.zeros((1, 2, cfg.text_dim)), jnp.zeros((1, cfg.pooled_dim))
+    one, valid = jnp.ones(1), jnp.ones((1, 2), bool)
+    conditions = Conditions(text, valid, pooled, image, one)
+    tokens, vec = jnp.zeros((1, 1, cfg.width)), jnp.zeros((1, cfg.width))
+    rope = rope_table(index, 1, 1, cfg.rope_axes, cfg.rope_theta)
+
+    def layers(name: str, block: nn.Module, *args: Any) -> stack.Params:
+        return stack.init(block, keys[name], getattr(cfg, STACKS[name]), *args)
+
+    return {
+        "embed": Embed(cfg).init(keys["embed"], x, one, context, conditions, one)["params"],
+        "refiner": layers("refiner", RefinerBlock(cfg), tokens, vec, valid[:, :1]),
+        "double": layers("double", DoubleBlock(cfg), (tokens, tokens), vec, rope, valid),
+        "single": layers("single", SingleBlock(cfg), tokens, vec, rope, valid[:, :1]),
+        "head": Head(cfg).init(keys["head"], tokens, vec)["params"],
+    }
+
+
+class Embed(nn.Module):
+    """Everything before the refiner and the blocks."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x, sigma, context, conditions, guidance):
+        cfg = self.cfg
+        embedders = {k: ContextEmbed(cfg, name=f"context_{k}") for k in cfg.context_kernels}
+        groups = [
+            embedders[POOLED_KERNELS.get(kernel, kernel)](latents, kernel)
+            for latents, kernel in zip(context.latents, context.kernels, strict=True)
+        ]
+        target = nn.Dense(cfg.width, name="patch")(_patches(x, PATCH))
+        img = jnp.concatenate([*groups, target], axis=1)
+
+        time = sinusoid(1000 * sigma).astype(x.dtype)
+        vec = self.mlp("time", time, cfg.width)
+        if cfg.guidance:
+            scale = sinusoid(1000 * guidance).astype(x.dtype)
+            vec += self.mlp("guidance", scale, cfg.width)
+        vec += self.mlp("pooled", conditions.pooled, cfg.width)
+
+        mean = _masked_mean(conditions.text, conditions.text_valid)
+        text_vec = self.mlp("text_time", time, cfg.width)
+        text_vec += self.mlp("text_pooled", mean, cfg.width)
+        text = nn.Dense(cfg.width, name="text_proj")(conditions.text)
+
+        image = jnp.zeros((x.shape[0], 0, cfg.width), x.dtype)
+        if cfg.image_dim is not None:
+            image = nn.silu(nn.Dense(3 * cfg.width, name="image_up")(conditions.image))
+            image = nn.Dense(cfg.width, name="image_down")(image)
+        return img, image, text, vec, text_vec
+
+    def mlp(self, name: str, x: jax.Array, width: int) -> jax.Array:
+        hidden = nn.silu(nn.Dense(width, name=f"{name}_in")(x))
+        return nn.Dense(width, name=f"{name}_out")(hidden)
+
+
+class ContextEmbed(nn.Module):
+    """Patch embedding of context latents (B, F, H, W, C) under one kernel, ragged edges padded."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, kernel: str) -> jax.Array:
+        if kernel in POOLED_KERNELS:
+            latents = reduce(
+                _pad(latents, (2, 2, 2)),
+                "b (t pt) (h ph) (w pw) c -> b t h w c", "mean", pt=2, ph=2, pw=2,
+            )  # fmt: skip
+            kernel = POOLED_KERNELS[kernel]
+        width, size = self.cfg.width, int(np.prod(kernel_shape(kernel))) * self.cfg.in_channels
+        weights = self.param("kernel", nn.initializers.lecun_normal(), (size, width))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        return _patches(latents, kernel) @ weights + bias[None, None, :]
+
+
+class RefinerBlock(nn.Module):
+    """Text-only transformer block whose branches are gated by time and mean text."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, vec: jax.Array, valid: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        gates = nn.Dense(2 * cfg.width, name="gate")(nn.silu(vec))[:, None, :]
+        gate_attention, gate_mlp = jnp.split(gates, 2, axis=-1)
+        normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm1")(x)
+        q, k, v = _qkv(cfg, normed, "qkv")
+        attention = rearrange(attend(q, k, v, valid), "b l n d -> b l (n d)")
+        x += gate_attention * nn.Dense(cfg.width, name="out")(attention)
+        normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm2")(x)
+        hidden = nn.silu(nn.Dense(4 * cfg.width, name="mlp_in")(normed))
+        return x + gate_mlp * nn.Dense(cfg.width, name="mlp_out")(hidden)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text with weights of their own, joined in one attention."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, streams, vec: jax.Array, rope: Table, valid: jax.Array):
+        cfg = self.cfg
+        img, txt = streams
+        parts = {name: _modulation(cfg, vec, 6, f"{name}_mod") for name in ("img", "txt")}
+
+        def project(name: str, x: jax.Array) -> list[jax.Array]:
+            shift, scale = parts[name][:2]
+            q, k, v = _qkv(cfg, _modulate(x, shift, scale), f"{name}_qkv")
+            return [_head_norm(q, f"{name}_q_norm"), _head_norm(k, f"{name}_k_norm"), v]
+
+        def finish(name: str, x: jax.Array, attention: jax.Array) -> jax.Array:
+            _, _, gate_attention, shift, scale, gate_mlp = parts[name]
+            x = _gated(x, gate_attention, nn.Dense(cfg.width, name=f"{name}_out")(attention))
+            hidden = _mlp_in(cfg, _modulate(x, shift, scale), f"{name}_mlp_in")
+            return _gated(x, gate_mlp, nn.Dense(cfg.width, name=f"{name}_mlp_out")(hidden))
+
+        both = zip(project("img", img), project("txt", txt), strict=True)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in both)
+        attention = attend(apply_rope(q, rope), apply_rope(k, rope), v, valid)
+        attention = rearrange(attention, "b l n d -> b l (n d)")
+        length = img.shape[1]
+        return finish("img", img, attention[:, :length]), finish("txt", txt, attention[:, length:])
+
+
+class SingleBlock(nn.Module):
+    """One stream; attention and feed-forward side by side from one norm."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, vec: jax.Array, rope: Table, valid: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        shift, scale, gate = _modulation(cfg, vec, 3, "mod")
+        normed = _modulate(x, shift, scale)
+        q, k, v = _qkv(cfg, normed, "qkv")
+        q, k = _head_norm(q, "q_norm"), _head_norm(k, "k_norm")
+        attention = attend(apply_rope(q, rope), apply_rope(k, rope), v, valid)
+        attention = rearrange(attention, "b l n d -> b l (n d)")
+        hidden = _mlp_in(cfg, normed, "mlp_in")
+        out = nn.Dense(cfg.width, use_bias=False, name="attn_out")(attention)
+        return _gated(x, gate, out + nn.Dense(cfg.width, name="mlp_out")(hidden))
+
+
+class Head(nn.Module):
+    """Final modulated norm and projection to patches, in float32 at full matmul precision."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
+        highest = jax.lax.Precision.HIGHEST
+        vec = nn.silu(vec.astype(jnp.float32))
+        mod = nn.Dense(2 * self.cfg.width, precision=highest, name="mod")(vec)[:, None, :]
+        scale, shift = jnp.split(mod, 2, axis=-1)
+        x = _modulate(x.astype(jnp.float32), shift, scale)
+        return nn.Dense(4 * self.cfg.out_channels, precision=highest, name="out")(x)
+
+
+def sinusoid(t: jax.Array, width: int = 256) -> jax.Array:
+    """(B,) -> (B, width) float32: cosines then sines, periods from 2 pi to 2 pi * 10^4."""
+    frequencies = np.exp(-np.log(10000.0) * np.arange(width // 2) / (width // 2))
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _patches(x: jax.Array, kernel: str) -> jax.Array:
+    """(B, T, H, W, C) -> (B, tokens, kt * kh * kw * C), padded to the kernel by replication."""
+    kt, kh, kw = kernel_shape(kernel)
+    return rearrange(
+        _pad(x, (kt, kh, kw)),
+        "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=kt, ph=kh, pw=kw,
+    )  # fmt: skip
+
+
+def _pad(x: jax.Array, multiple: tuple[int, int, int]) -> jax.Array:
+    ragged = [(0, -n % k) for n, k in zip(x.shape[1:4], multiple, strict=True)]
+    return jnp.pad(x, [(0, 0), *ragged, (0, 0)], mode="edge")
+
+
+def _masked_mean(text: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean over valid tokens, summed in float32: (B, L, D), (B, L) -> (B, D)."""
+    weights = valid.astype(jnp.float32)[:, :, None]
+    total = jnp.sum(text.astype(jnp.float32) * weights, axis=1)
+    return (total / jnp.maximum(jnp.sum(weights, axis=1), 1)).astype(text.dtype)
+
+
+def _qkv(cfg: Config, x: jax.Array, name: str) -> list[jax.Array]:
+    """Fused projection -> q, k, v, each (B, L, N, head_dim)."""
+    fused = nn.DenseGeneral((3, cfg.heads, cfg.head_dim), name=name)(x)
+    return [fused[:, :, i] for i in range(3)]
+
+
+def _mlp_in(cfg: Config, x: jax.Array, name: str) -> jax.Array:
+    return nn.gelu(nn.Dense(int(cfg.mlp_ratio * cfg.width), name=name)(x), approximate=True)
+
+
+def _head_norm(x: jax.Array, name: str) -> jax.Array:
+    """RMS norm of each head's vector."""
+    return nn.RMSNorm(1e-6, name=name)(x)
+
+
+def _modulation(cfg: Config, vec: jax.Array, parts: int, name: str) -> list[jax.Array]:
+    """`parts` vectors (B, 1, D) in float32: shift, scale, gate, ..."""
+    out = nn.Dense(parts * cfg.width, name=name)(nn.silu(vec))
+    return jnp.split(out.astype(jnp.float32)[:, None, :], parts, axis=-1)
+
+
+def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """norm(x) (1 + scale) + shift, in float32, as x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-6) * (1 + scale) + shift).astype(x.dtype)
+
+
+def _gated(x: jax.Array, gate: jax.Array, branch: jax.Array) -> jax.Array:
+    """x + gate * branch, in float32, as x's dtype."""
+    return (x.astype(jnp.float32) + gate * branch.astype(jnp.float32)).astype(x.dtype)

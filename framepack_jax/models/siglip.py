@@ -1,0 +1,73 @@
+"""SigLIP's vision model: an image as a grid of tokens, without the pooling head.
+
+Source: SigLIP (arXiv 2303.15343), as in Hugging Face transformers' SiglipVisionModel. The defaults
+are those of so400m/14-384: 27 x 27 tokens.
+
+Shapes: B batch, H W rows and columns of pixels, C channels, L tokens in row-major order, D width.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from framepack_jax.models import stack
+from framepack_jax.models.encoder_block import EncoderBlock, layer_norm
+
+STACKS = {"layers": "layers"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the network; `image_size` and `patch_size` in pixels, `activation` a key of
+    `encoder_block.ACTIVATIONS`."""
+
+    width: int = 1152
+    layers: int = 27
+    heads: int = 16
+    mlp_width: int = 4304
+    image_size: int = 384
+    patch_size: int = 14
+    channels: int = 3
+    norm_eps: float = 1e-6
+    activation: str = "gelu_tanh"
+
+    @property
+    def grid(self) -> int:
+        """Patches a side; pixels beyond the last whole patch are not read."""
+        return self.image_size // self.patch_size
+
+
+def hidden_states(cfg: Config, params: stack.Params, pixels: jax.Array) -> jax.Array:
+    """Normalised pixels (B, H, W, C) -> states (B, L, D) after the final norm, in pixels' dtype.
+
+    Raises ValueError where the image is not of the config's size.
+    """
+    expected = (cfg.image_size, cfg.image_size, cfg.channels)
+    if pixels.shape[1:] != expected:
+        raise ValueError(f"image encoder: pixels {pixels.shape[1:]}, expected {expected}")
+    whole = cfg.grid * cfg.patch_size
+    patches = rearrange(
+        pixels[:, :whole, :whole],
+        "b (h ph) (w pw) c -> b (h w) (ph pw c)", ph=cfg.patch_size, pw=cfg.patch_size,
+    )  # fmt: skip
+    outer = stack.cast({k: v for k, v in params.items() if k not in STACKS}, pixels.dtype)
+    x = nn.Dense(cfg.width).apply({"params": outer["patch"]}, patches)
+    x += outer["position_embedding"]["embedding"][None, :, :]
+    x = stack.run(EncoderBlock(cfg), params["layers"], x, False)
+    return layer_norm(cfg).apply({"params": outer["final_norm"]}, x)
+
+
+def init(cfg: Config, key: jax.Array) -> stack.Params:
+    """Random parameters, layers stacked."""
+    patch, position, layers, norm = jax.random.split(key, 4)
+    pixels = jnp.zeros((1, 1, cfg.patch_size**2 * cfg.channels))
+    index, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))
+    return {
+        "patch": nn.Dense(cfg.width).init(patch, pixels)["params"],
+        "position_embedding": nn.Embed(cfg.grid**2, cfg.width).init(position, index)["params"],
+        "layers": stack.init(EncoderBlock(cfg), layers, cfg.layers, x, False),
+        "final_norm": layer_norm(cfg).init(norm, x)["params"],
+    }

@@ -1,0 +1,69 @@
+"""3-axis rotary position embedding of packed video tokens, from frame indices.
+
+Source: HunyuanVideo's 3-D RoPE (axes over time, height, width; interleaved pairs) as FramePack
+uses it: the tables of compressed context are those of full resolution, average-pooled to the grid
+of the larger patch kernel (arXiv 2504.12626, section 3.2).
+
+Shapes: B batch, F latent frames, H W rows and columns of (1,2,2) patches, L tokens, N heads,
+D head width. Tables are float32 (B, L, D/2), tokens ordered (frame, row, column).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+
+Table = tuple[jax.Array, jax.Array]
+
+
+def rope_table(
+    frame_indices: jax.Array,
+    height: int,
+    width: int,
+    axes: tuple[int, int, int],
+    theta: float,
+    pool: tuple[int, int, int] = (1, 1, 1),
+) -> Table:
+    """(cos, sin) for frames (B, F) of height x width patches, pooled by `pool` (t, h, w).
+
+    A frequency belongs to one axis, so pooling in 3-D is pooling of each axis' own table. Ragged
+    edges are padded by replication before pooling, as the latents are.
+    """
+    rows = jnp.arange(height)[None, :]
+    columns = jnp.arange(width)[None, :]
+    time, high, wide = (
+        _axis_table(positions.astype(jnp.float32), dim, theta, size)
+        for positions, dim, size in zip((frame_indices, rows, columns), axes, pool, strict=True)
+    )
+    batch, shape = frame_indices.shape[0], (time.shape[2], high.shape[2], wide.shape[2])
+    tables = (
+        jnp.broadcast_to(time[:, :, :, None, None], (2, batch, *shape, time.shape[-1])),
+        jnp.broadcast_to(high[:, :, None, :, None], (2, batch, *shape, high.shape[-1])),
+        jnp.broadcast_to(wide[:, :, None, None, :], (2, batch, *shape, wide.shape[-1])),
+    )
+    cos, sin = rearrange(jnp.concatenate(tables, axis=-1), "cs b t h w d -> cs b (t h w) d")
+    return cos, sin
+
+
+def _axis_table(positions: jax.Array, dim: int, theta: float, pool: int) -> jax.Array:
+    """(cos, sin) stacked: positions (B, P) -> (2, B, ceil(P / pool), dim / 2)."""
+    frequencies = theta ** -(np.arange(0, dim, 2) / dim)
+    angles = positions[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None, :]
+    table = jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+    ragged = -positions.shape[1] % pool
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, ragged), (0, 0)), mode="edge")
+    return reduce(table, "cs b (p pool) d -> cs b p d", "mean", pool=pool)
+
+
+def apply_rope(x: jax.Array, table: Table) -> jax.Array:
+    """Rotate the leading tokens of x (B, L', N, D) by a table of L <= L' tokens; the rest stays.
+
+    Pairs are interleaved: (x[2i], x[2i + 1]). Computed in float32, returned in x's dtype.
+    """
+    cos, sin = (t[:, :, None, :] for t in table)
+    length = cos.shape[1]
+    pairs = rearrange(x[:, :length].astype(jnp.float32), "b l n (d two) -> b l n d two", two=2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    rotated = rearrange(rotated, "b l n d two -> b l n (d two)").astype(x.dtype)
+    return jnp.concatenate([rotated, x[:, length:]], axis=1)

@@ -1,0 +1,18 @@
+"""Settings of every test: CPU, no network, strict broadcasting, and where the golden data lie."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference numbers made by the original implementations."""
+    return Path(os.environ.get("FRAMEPACK_GOLDEN", Path(__file__).parent / "golden"))

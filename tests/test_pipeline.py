@@ -1,0 +1,200 @@
+"""The section loop and decoding against the authors' sampler (golden/), and what they promise."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from safetensors.numpy import load_file
+from torch_reference import relative_error
+
+from framepack_jax import bundle, packing, pipeline
+from framepack_jax.commands import convert
+from framepack_jax.pipeline import FramePack, Inputs, Network, Settings
+
+# Run tag -> schedule, sections, settings. `distilled guidance 10` unless said.
+RUNS = {
+    "inverted_n3_w3_s4": ("f1k1_x_g3_f1k1f2k2f16k4_td", 3, Settings(steps=4)),
+    "inverted_n6_w2_s3": ("f1k1_x_g2_f1k1f2k2f16k4_td", 6, Settings(steps=3)),
+    "inverted_n1_w9_s4_cfg2.5_rescale0.7": (
+        "f1k1_x_g9_f1k1f2k2f16k4_td",
+        1,
+        Settings(steps=4, guidance=6.0, cfg=2.5, cfg_rescale=0.7),
+    ),
+    "f1_n3_w3_s4": ("f1k1_x_f16k4f2k2f1k1_g3", 3, Settings(steps=4)),
+}
+DECODED = ("inverted_n3_w3_s4", "f1_n3_w3_s4")
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    """Arrays of pipeline.safetensors; videos and latents channels last."""
+    arrays = load_file(golden / "pipeline.safetensors")
+    return {
+        name: rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x
+        for name, x in arrays.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def networks(golden, tmp_path_factory):
+    """The golden transformer and VAE, converted and loaded."""
+    root = tmp_path_factory.mktemp("golden_bundle") / "bundle"
+    flags = convert.Convert(
+        output=str(root), transformer=golden / "transformer", vae=golden / "vae"
+    )
+    manifest = convert.convert(flags)
+
+    def network(role: str) -> Network:
+        params = bundle.load_params(root, manifest, role)
+        return Network(*bundle.role_config(manifest, role), params)
+
+    return network("transformer"), network("vae"), manifest
+
+
+def build(networks, schedule: str, **options) -> FramePack:
+    transformer, vae, manifest = networks
+    return FramePack(
+        transformer=transformer,
+        vae=vae,
+        encoders=None,
+        latent_mean=np.asarray(manifest.latent_mean, np.float32),
+        latent_std=np.asarray(manifest.latent_std, np.float32),
+        schedule=schedule,
+        order=packing.default_order(schedule),
+        **options,
+    )
+
+
+def inputs_of(pipe: FramePack, reference, settings: Settings) -> Inputs:
+    def conditions(prefix: str):
+        return pipe.transformer.model.Conditions(
+            reference[f"{prefix}prompt_embeds"],
+            reference[f"{prefix}prompt_mask"].astype(bool),
+            reference[f"{prefix}pooled"],
+            reference["image_embeds"],
+            jnp.full(1, settings.guidance, jnp.float32),
+        )
+
+    negative = conditions("neg_") if settings.cfg != 1 else None
+    return Inputs(conditions(""), negative, reference["start_latent"])
+
+
+def run(networks, reference, tag: str):
+    schedule, sections, settings = RUNS[tag]
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, pipe.order, sections)
+    noise = [reference[f"{tag}/noise{i}"] for i in range(sections)]
+    made = pipe.sample(plan, inputs_of(pipe, reference, settings), settings, noise=noise)
+    return pipe, plan, made
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("tag", RUNS)
+def test_sections_equal_the_release(networks, reference, tag: str) -> None:
+    _, plan, made = run(networks, reference, tag)
+    for i, (section, timeline) in enumerate(made):
+        ours, theirs = timeline.read(section.targets), reference[f"{tag}/section{i}"]
+        assert relative_error(ours, theirs) < 2e-4, f"section {i}"
+    assert i + 1 == len(plan)
+    assert relative_error(timeline.latents, reference[f"{tag}/latents"]) < 2e-4
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("tag", DECODED)
+def test_pixels_equal_the_release(networks, reference, tag: str) -> None:
+    pipe, plan, made = run(networks, reference, tag)
+    spans = [(start, np.asarray(frames)) for _, start, frames, _ in pipe.decode(plan, made)]
+    video = np.concatenate([frames for _, frames in sorted(spans, key=lambda s: s[0])], axis=1)
+    assert np.abs(video - reference[f"{tag}/pixels"].astype(np.float32)).max() < 5e-3
+    covered = sorted(itertools.chain(*(range(s, s + f.shape[1]) for s, f in spans)))
+    assert covered == list(range(video.shape[1]))
+
+
+def test_one_program_for_all_steps_and_sections(networks, reference) -> None:
+    pipeline.step.clear_cache()
+    for tag in ("inverted_n3_w3_s4", "f1_n3_w3_s4"):
+        list(run(networks, reference, tag)[2])
+    # Both schedules pack their groups in the same sequence, so that they even share it.
+    assert pipeline.step._cache_size() == 1
+
+
+def test_a_batch_equals_its_samples(networks, reference) -> None:
+    """Prompts of different lengths, side by side, change nothing."""
+    schedule, sections, settings = "f1k1_x_g2_f1k1f2k2f16k4_td", 2, Settings(steps=2)
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, pipe.order, sections)
+    first = inputs_of(pipe, reference, settings)
+    short = np.arange(20)[None, :] < 7
+    second = Inputs(first.conditions.replace(text_valid=short), None, first.start + 0.5)
+    both = jax.tree.map(lambda *x: np.concatenate(x), vars(first), vars(second))
+    noise = np.random.default_rng(0).standard_normal((sections, 2, 2, 10, 14, 16), np.float32)
+
+    def latents(inputs: Inputs, noise: np.ndarray) -> np.ndarray:
+        return list(pipe.sample(plan, inputs, settings, noise=noise))[-1][1].latents
+
+    together = latents(Inputs(**both), noise)
+    for i, inputs in enumerate((first, second)):
+        alone = latents(inputs, noise[:, i : i + 1])
+        assert relative_error(together[i : i + 1], alone) < 1e-5
+    assert relative_error(together[:1], together[1:]) > 1e-2
+
+
+def test_noise_of_a_section_does_not_depend_on_the_others(networks, reference) -> None:
+    schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=1)
+    pipe = build(networks, schedule)
+    first = [
+        next(pipe.sample(packing.plan(schedule, "forward", n), inputs, settings, seed=3))
+        for n in (1, 4)
+        for inputs in [inputs_of(pipe, reference, settings)]
+    ]
+    (section, short), (_, long) = first
+    np.testing.assert_array_equal(short.read(section.targets), long.read(section.targets))
+
+
+def test_not_finite_is_named(networks, reference) -> None:
+    schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=3)
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, "forward", 2)
+    noise = np.zeros((2, 1, 2, 10, 14, 16), np.float32)
+    noise[1, 0, 0, 0, 0, 0] = np.nan
+    made = pipe.sample(plan, inputs_of(pipe, reference, settings), settings, noise=noise)
+    next(made)
+    with pytest.raises(FloatingPointError, match=r"section 2, step 1 of 3.*float32"):
+        next(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"sampler": "heun"}, "'heun'"),
+        ({"cfg_rescale": 1.5}, "cfg_rescale = 1.5"),
+    ],
+)
+def test_impossible_settings(options, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        Settings(**options)
+
+
+@pytest.mark.parametrize("size", [(0, 64), (64, 72), (-16, 16), (64, None)])
+def test_impossible_sizes(networks, size) -> None:
+    image = np.zeros((20, 20, 3), np.uint8)
+    with pytest.raises(ValueError, match=str(size[0])):
+        build(networks, "f1k1_x_f16k4f2k2f1k1_g2").prepare_image(image, *size)
+
+
+def test_clips_with_a_gap_are_refused() -> None:
+    clip = jnp.zeros((1, 3, 1, 1, 1))
+    with pytest.raises(ValueError, match="gap of 2 frames before frame 5"):
+        pipeline.join_clips(0, clip, 5, clip)
+
+
+def test_run_tags_are_all_of_the_golden(golden, reference) -> None:
+    """Every run of the folder is covered but the step cache's."""
+    tags = {name.split("/")[0] for name in reference if "/noise" in name}
+    assert tags - set(RUNS) == {"teacache_n1_w3_s25"}
+    assert json.loads((golden / "transformer" / "config.json").read_text())["num_layers"] == 2
