@@ -194,10 +194,8 @@ def test_conditions_in_bfloat16(encoders, image):
         for cfg, params in [getattr(encoders, name)]
     }
     half = dataclasses.replace(encoders, **half)
-    conditions = conditioning.Conditions(
-        *conditioning.encode_prompt(half, ["a boat"]), conditioning.encode_image(half, image)
-    )
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(conditions)]
+    states = *conditioning.encode_prompt(half, ["a boat"]), conditioning.encode_image(half, image)
+    dtypes = [state.dtype for state in states]
     assert dtypes == [jnp.bfloat16, jnp.bool_, jnp.bfloat16, jnp.bfloat16]
 
 
