@@ -13,10 +13,10 @@ demo: .venv/installed
 	    --seconds 4 --steps 8 --height 256 --width 256 --output outputs/demo --overwrite
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10
 
 test-all: .venv/installed-test
-	$(BIN)/python -m pytest -q --durations=10 -m ""
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10 -m ""
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,105 @@
+"""Bundles: what is written comes back, and what is damaged is named."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from framepack_jax import bundle
+from framepack_jax.bundle import BundleError, Manifest, Role
+from framepack_jax.models import clip, kinds, stack
+
+CFG = clip.Config(vocab_size=7, width=4, layers=3, heads=2, mlp_width=6, max_tokens=5)
+
+
+def leaves(dtype=ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = kinds.abstract_leaves("clip_text", CFG)
+    return {name: random.standard_normal(leaf.shape).astype(dtype) for name, leaf in shapes.items()}
+
+
+def manifest(**changes) -> Manifest:
+    fields = {"vocab_size": 7, "width": 4, "layers": 3, "heads": 2, "mlp_width": 6, "max_tokens": 5}
+    fields |= changes
+    return Manifest(
+        roles={"text_encoder_2": Role("clip_text", fields, "text_encoder_2")},
+        latent_mean=(0.0,), latent_std=(2.0,), prompt_template="a {}", schedule="g9",
+        order="forward",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    bundle.write_params(tmp_path / "text_encoder_2", leaves().items())
+    bundle.write_manifest(tmp_path, manifest())
+    return tmp_path
+
+
+def test_round_trip_is_bitwise(root) -> None:
+    assert bundle.read_manifest(root) == manifest()
+    params = bundle.load_params(root, manifest(), "text_encoder_2")
+    stored = leaves()
+    kernel = np.asarray(params["layers"]["mlp_in"]["kernel"])
+    assert kernel.dtype == ml_dtypes.bfloat16 and kernel.shape == (3, 4, 6)
+    for i in range(3):
+        np.testing.assert_array_equal(kernel[i], stored[f"layers/{i:02d}/mlp_in/kernel"])
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == sum(leaf.size for leaf in stored.values())
+    wide = bundle.load_params(root, manifest(), "text_encoder_2", dtype=jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
+
+
+def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(bundle, "WRITE_CHUNK", 100)
+    written = bundle.write_params(tmp_path / "text_encoder_2", leaves().items())
+    assert written == sum(leaf.nbytes for leaf in leaves().values())
+    params = bundle.load_params(tmp_path, manifest(), "text_encoder_2")
+    assert stack.split(params, clip.STACKS).keys() == leaves().keys()
+
+
+def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path) -> None:
+    def half():
+        yield from list(leaves().items())[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bundle.write_params(tmp_path / "text_encoder_2", half())
+    assert not (tmp_path / "text_encoder_2").exists()
+    with pytest.raises(BundleError, match="is no bundle"):
+        bundle.read_manifest(tmp_path)
+    with pytest.raises(BundleError, match="are missing at"):
+        bundle.load_params(tmp_path, manifest(), "text_encoder_2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda text: text[:40], "is damaged"),
+        (lambda text: text.replace('"format": 1', '"format": 9'), "format 9"),
+        (lambda text: text.replace('"order"', '"ordr"'), "ordr"),
+        (lambda text: "[]", "is damaged"),
+    ],
+)
+def test_damaged_manifests(root, damage, named) -> None:
+    file = root / bundle.MANIFEST
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(BundleError, match=named):
+        bundle.read_manifest(root)
+
+
+def test_roles_that_do_not_fit(root) -> None:
+    with pytest.raises(BundleError, match="no vae; convert one"):
+        bundle.role_config(manifest(), "vae")
+    with pytest.raises(BundleError, match=r"unknown fields \['widht'\]"):
+        bundle.role_config(manifest(widht=4), "text_encoder_2")
+    with pytest.raises(BundleError, match=r"12 missing \(layers/03"):
+        bundle.load_params(root, manifest(layers=4), "text_encoder_2")
+    with pytest.raises(BundleError, match=r"final_norm/bias is \(4,\), expected \(6,\)"):
+        bundle.load_params(root, manifest(width=6), "text_encoder_2")
+    other = json.loads((root / bundle.MANIFEST).read_text())["roles"]["text_encoder_2"]
+    strange = Manifest({"vae": Role(**{**other, "kind": "gan"})}, (), (), "", "", "")
+    with pytest.raises(BundleError, match="kind 'gan'"):
+        bundle.role_config(strange, "vae")
