@@ -12,7 +12,10 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+GOLDEN = Path(os.environ.get("FRAMEPACK_GOLDEN", Path(__file__).parent / "golden"))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of reference numbers made by the original implementations."""
-    return Path(os.environ.get("FRAMEPACK_GOLDEN", Path(__file__).parent / "golden"))
+    return GOLDEN

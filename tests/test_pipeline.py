@@ -1,13 +1,15 @@
 """The section loop and decoding against the authors' sampler (golden/), and what they promise."""
 
 import itertools
-import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from einops import rearrange
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch_reference import relative_error
 
@@ -15,18 +17,30 @@ from framepack_jax import bundle, packing, pipeline
 from framepack_jax.commands import convert
 from framepack_jax.pipeline import FramePack, Inputs, Network, Settings
 
-# Run tag -> schedule, sections, settings. `distilled guidance 10` unless said.
-RUNS = {
-    "inverted_n3_w3_s4": ("f1k1_x_g3_f1k1f2k2f16k4_td", 3, Settings(steps=4)),
-    "inverted_n6_w2_s3": ("f1k1_x_g2_f1k1f2k2f16k4_td", 6, Settings(steps=3)),
-    "inverted_n1_w9_s4_cfg2.5_rescale0.7": (
-        "f1k1_x_g9_f1k1f2k2f16k4_td",
-        1,
-        Settings(steps=4, guidance=6.0, cfg=2.5, cfg_rescale=0.7),
-    ),
-    "f1_n3_w3_s4": ("f1k1_x_f16k4f2k2f1k1_g3", 3, Settings(steps=4)),
-}
-DECODED = ("inverted_n3_w3_s4", "f1_n3_w3_s4")
+# Kind, sections, latent window, steps; guidance is 10, but 6 with classifier-free guidance.
+TAG = re.compile(r"(inverted|f1)_n(\d+)_w(\d+)_s(\d+)(?:_cfg([\d.]+)_rescale([\d.]+))?")
+SCHEDULES = {"inverted": "f1k1_x_g{}_f1k1f2k2f16k4_td", "f1": "f1k1_x_f16k4f2k2f1k1_g{}"}
+
+
+def golden_tags() -> tuple[list[str], list[str]]:
+    """Runs of the golden folder, and those among them that are decoded. Step caches aside."""
+    with safe_open(GOLDEN / "pipeline.safetensors", "np") as file:
+        names = set(file.keys())
+    tags = sorted(name.removesuffix("/noise0") for name in names if name.endswith("/noise0"))
+    tags = [tag for tag in tags if not tag.startswith("teacache")]
+    return tags, [tag for tag in tags if f"{tag}/pixels" in names]
+
+
+RUNS, DECODED = golden_tags()
+
+
+def run_of(tag: str) -> tuple[str, int, Settings]:
+    """(schedule, sections, settings) that a tag stands for."""
+    kind, sections, window, steps, cfg, rescale = TAG.fullmatch(tag).groups()
+    settings = Settings(steps=int(steps))
+    if cfg:
+        settings = Settings(int(steps), guidance=6.0, cfg=float(cfg), cfg_rescale=float(rescale))
+    return SCHEDULES[kind].format(window), int(sections), settings
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +98,18 @@ def inputs_of(pipe: FramePack, reference, settings: Settings) -> Inputs:
 
 
 def run(networks, reference, tag: str):
-    schedule, sections, settings = RUNS[tag]
+    schedule, sections, settings = run_of(tag)
     pipe = build(networks, schedule)
     plan = packing.plan(schedule, pipe.order, sections)
     noise = [reference[f"{tag}/noise{i}"] for i in range(sections)]
     made = pipe.sample(plan, inputs_of(pipe, reference, settings), settings, noise=noise)
     return pipe, plan, made
+
+
+@pytest.mark.golden
+def test_the_golden_folder_has_runs_of_every_sort() -> None:
+    assert {tag.split("_")[0] for tag in RUNS} == {"inverted", "f1"} and len(DECODED) > 1
+    assert any("cfg" in tag for tag in RUNS)
 
 
 @pytest.mark.golden
@@ -114,14 +134,18 @@ def test_pixels_equal_the_release(networks, reference, tag: str) -> None:
     assert covered == list(range(video.shape[1]))
 
 
+@pytest.mark.golden
 def test_one_program_for_all_steps_and_sections(networks, reference) -> None:
     pipeline.step.clear_cache()
-    for tag in ("inverted_n3_w3_s4", "f1_n3_w3_s4"):
-        list(run(networks, reference, tag)[2])
+    for schedule in SCHEDULES.values():
+        pipe, settings = build(networks, schedule.format(2)), Settings(steps=3)
+        plan = packing.plan(pipe.schedule, pipe.order, 3)
+        list(pipe.sample(plan, inputs_of(pipe, reference, settings), settings))
     # Both schedules pack their groups in the same sequence, so that they even share it.
     assert pipeline.step._cache_size() == 1
 
 
+@pytest.mark.golden
 def test_a_batch_equals_its_samples(networks, reference) -> None:
     """Prompts of different lengths, side by side, change nothing."""
     schedule, sections, settings = "f1k1_x_g2_f1k1f2k2f16k4_td", 2, Settings(steps=2)
@@ -143,6 +167,7 @@ def test_a_batch_equals_its_samples(networks, reference) -> None:
     assert relative_error(together[:1], together[1:]) > 1e-2
 
 
+@pytest.mark.golden
 def test_noise_of_a_section_does_not_depend_on_the_others(networks, reference) -> None:
     schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=1)
     pipe = build(networks, schedule)
@@ -155,6 +180,7 @@ def test_noise_of_a_section_does_not_depend_on_the_others(networks, reference) -
     np.testing.assert_array_equal(short.read(section.targets), long.read(section.targets))
 
 
+@pytest.mark.golden
 def test_not_finite_is_named(networks, reference) -> None:
     schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=3)
     pipe = build(networks, schedule)
@@ -180,6 +206,7 @@ def test_impossible_settings(options, named) -> None:
         Settings(**options)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("size", [(0, 64), (64, 72), (-16, 16), (64, None)])
 def test_impossible_sizes(networks, size) -> None:
     image = np.zeros((20, 20, 3), np.uint8)
@@ -191,10 +218,3 @@ def test_clips_with_a_gap_are_refused() -> None:
     clip = jnp.zeros((1, 3, 1, 1, 1))
     with pytest.raises(ValueError, match="gap of 2 frames before frame 5"):
         pipeline.join_clips(0, clip, 5, clip)
-
-
-def test_run_tags_are_all_of_the_golden(golden, reference) -> None:
-    """Every run of the folder is covered but the step cache's."""
-    tags = {name.split("/")[0] for name in reference if "/noise" in name}
-    assert tags - set(RUNS) == {"teacache_n1_w3_s25"}
-    assert json.loads((golden / "transformer" / "config.json").read_text())["num_layers"] == 2
