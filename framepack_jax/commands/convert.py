@@ -1,8 +1,4 @@
-"""`framepack convert`: PyTorch checkpoints become a bundle.
-
-Networks come from a diffusers pipeline folder, from single files or folders, or stay in another
-bundle that the new one points to. All of them are checked before the first byte is written.
-"""
+"""`framepack convert`: PyTorch checkpoints become a bundle."""
 
 import dataclasses
 import math
@@ -39,7 +35,12 @@ WIDTHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Make a bundle of PyTorch checkpoints."""
+    """Make a bundle of PyTorch checkpoints.
+
+    Networks come from a diffusers pipeline folder, from single files or folders, or stay in
+    another bundle that the new one points to. All of them are checked before the first byte is
+    written.
+    """
 
     output: str
     """Folder of the new bundle."""
@@ -84,7 +85,7 @@ class Convert:
 
 def main(args: list[str] | None = None) -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
-    flags = tyro.cli(Convert, prog="convert_weights.py", description=__doc__, args=args)
+    flags = tyro.cli(Convert, prog="convert_weights.py", args=args)
     began = time.monotonic()
     try:
         manifest = convert(flags)

@@ -1,8 +1,4 @@
-"""`framepack sample`: an image and a prompt become a video in a folder.
-
-The folder holds `video.mp4`, `preview.png` (a contact sheet), `latents/` (a file a section, there
-before the section is decoded) and `run.json` (all that is needed to make the video again).
-"""
+"""`framepack sample`: an image and a prompt become a video in a folder."""
 
 import dataclasses
 import datetime
@@ -14,15 +10,14 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from framepack_jax import packing, pipeline, video
-from framepack_jax.bundle import BundleError
+from framepack_jax import bundle, packing, pipeline, video
 from framepack_jax.models.vae import Tiling
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
@@ -31,7 +26,11 @@ PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "num
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Make a video from an image and a prompt."""
+    """Make a video from an image and a prompt.
+
+    The output folder holds video.mp4, preview.png (a contact sheet), latents/ (a file a section,
+    written before the section is decoded) and run.json (all that is needed to make it again).
+    """
 
     bundle: str
     """Folder made by convert_weights.py, or "tiny", the small untrained bundle in this package."""
@@ -79,10 +78,10 @@ class Sample:
 
 def main(args: list[str] | None = None) -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
-    flags = tyro.cli(Sample, prog="sample.py", description=__doc__, args=args)
+    flags = tyro.cli(Sample, prog="sample.py", args=args)
     try:
         run(flags)
-    except (ValueError, BundleError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -96,8 +95,9 @@ def run(flags: Sample) -> Path:
     video.check_encoding(flags.fps, flags.crf)
     output = _output_folder(flags)
     tile = flags.vae_tile
+    path = EMBEDDED.get(flags.bundle, flags.bundle)
     pipe = pipeline.FramePack.load(
-        EMBEDDED.get(flags.bundle, flags.bundle),
+        path,
         dtype=flags.dtype,
         schedule=flags.schedule,
         tiling=Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4),
@@ -139,7 +139,8 @@ def run(flags: Sample) -> Path:
         "seconds_per_frame": round((sampled - loaded) / len(frames), 4),
         "peak_memory_bytes": peak_memory(),
     }
-    _write_record(output, flags, pipe, sections, frames.shape, timings)
+    sources = {name: role.source for name, role in bundle.read_manifest(path).roles.items()}
+    _write_record(output, flags, pipe, sources, sections, frames.shape, timings)
     print(
         f"{output / 'video.mp4'}: {len(frames)} frames, {len(frames) / flags.fps:.1f} s at"
         f" {flags.fps} fps\n{time.monotonic() - began:.1f} s in all,"
@@ -206,6 +207,7 @@ def _write_record(
     output: Path,
     flags: Sample,
     pipe: pipeline.FramePack,
+    sources: dict[str, Any],
     sections: int,
     shape: tuple[int, ...],
     timings: dict[str, float],
@@ -213,6 +215,7 @@ def _write_record(
     """Write `run.json`, the last file of a run."""
     record = {
         "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
+        "weights": sources,
         "sections": sections,
         "frames": shape[0],
         "height": shape[1],
