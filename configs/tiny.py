@@ -68,30 +68,29 @@ def get_config() -> TinyBundle:
 
 def write(config: TinyBundle, output: Path) -> None:
     """Write the bundle with freshly drawn weights."""
-    roles = {
+    networks = {
         "transformer": ("hunyuan_packed_dit", config.transformer),
         "vae": ("hunyuan_vae", config.vae),
         "text_encoder": ("llama", config.text_encoder),
         "text_encoder_2": ("clip_text", config.text_encoder_2),
         "image_encoder": ("siglip_vision", config.image_encoder),
     }
-    for number, (role, (kind, cfg)) in enumerate(roles.items()):
+    roles = {}
+    for number, (role, (kind, cfg)) in enumerate(networks.items()):
         model = kinds.KINDS[kind]
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), number)
         params = jax.jit(model.init, static_argnums=0)(cfg, key)
         leaves = stack.split(stack.cast(params, jnp.dtype(config.dtype)), model.STACKS)
-        write_params(output / role, ((name, np.asarray(x)) for name, x in leaves.items()))
+        arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
+        source = {"name": "configs/tiny.py, untrained"}
+        source |= write_params(output / role, arrays)._asdict()
+        roles[role] = Role(kind, dataclasses.asdict(cfg), role, source)
     llama_tokenizer(config.text_encoder.vocab_size).save_pretrained(output / "tokenizer")
     clip_tokenizer(config.text_encoder_2.vocab_size).save_pretrained(output / "tokenizer_2")
     write_image_processor(config.image_encoder, output / "image_processor")
     channels = config.vae.latent_channels
     manifest = Manifest(
-        roles={
-            role: Role(
-                kind, dataclasses.asdict(cfg), role, {"origin": "configs/tiny.py, untrained"}
-            )
-            for role, (kind, cfg) in roles.items()
-        },
+        roles=roles,
         latent_mean=(0.0,) * channels,
         latent_std=(1 / config.scaling_factor,) * channels,
         prompt_template=PROMPT_TEMPLATE,
@@ -99,6 +98,8 @@ def write(config: TinyBundle, output: Path) -> None:
         order=packing.default_order(config.schedule),
     )
     write_manifest(output, manifest)
+    for message in output.glob("*/commit_success.txt"):
+        message.unlink()  # it names the folder of this machine, and nothing reads it
 
 
 def llama_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -9,10 +9,11 @@ A role's path may point into another bundle, so that two transformers share thei
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,17 @@ class BundleError(ValueError):
     """A bundle that is missing, unfinished, of another format or without a needed part."""
 
 
+class Written(NamedTuple):
+    """Size and hash of a network's parameters: SHA-256 over names, types, shapes and values."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """One network of a bundle: its kind (a key of `kinds.KINDS`), its config, where it lies."""
+    """One network of a bundle: its kind (a key of `kinds.KINDS`), its config, where it lies, and
+    where it came from, with the fields of `Written`."""
 
     kind: str
     config: dict[str, Any]
@@ -60,8 +69,8 @@ class Manifest:
     order: str
 
 
-def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]]) -> int:
-    """Write (leaf path, array) pairs as one checkpoint, a few at a time; returns the bytes.
+def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]]) -> Written:
+    """Write (leaf path, array) pairs as one checkpoint, a few at a time.
 
     At most about `WRITE_CHUNK` bytes of arrays are held. The checkpoint appears at `path` when
     all is written, and never half.
@@ -72,8 +81,11 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
         if leftover.exists():
             leftover.rmtree()
     path.parent.mkdir(parents=True, exist_ok=True)
-    written, held, size = 0, {}, 0
+    written, held, size, digest = 0, {}, 0, hashlib.sha256()
     for name, array in leaves:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
         held[tuple(name.split("/"))] = array
         size += array.nbytes
         if size >= WRITE_CHUNK:
@@ -82,7 +94,7 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
     if held:
         ocp.partial.save(path, unflatten_dict(held))
     ocp.partial.finalize(path)
-    return written + size
+    return Written(written + size, digest.hexdigest())
 
 
 def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
@@ -121,8 +133,8 @@ def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
     """(module of the kind, its Config) of a role. Raises BundleError where it is absent."""
     if name not in manifest.roles:
         raise BundleError(
-            f"the bundle has no {name}; convert one with: python convert_weights.py"
-            f" --{name.replace('_', '-')} FILE_OR_FOLDER"
+            f"the bundle has no {name}; make one that has it with: python convert_weights.py"
+            f" --{name.replace('_', '-')} FILE_OR_FOLDER --encoders-from THIS_BUNDLE --output NEW"
         )
     role = manifest.roles[name]
     if role.kind not in kinds.KINDS:
@@ -145,13 +157,13 @@ def load_params(
     name: str,
     *,
     dtype: Any = None,
-    sharding: jax.sharding.Sharding | None = None,
 ) -> stack.Params:
     """Parameters of a role on the device, layers stacked; `dtype` None keeps what is stored."""
     model, cfg = role_config(manifest, name)
     path = _absolute(epath.Path(root) / manifest.roles[name].path)
     if not path.exists():
         raise BundleError(f"bundle {root}: the parameters of {name} are missing at {path}")
+    _check_reference(root, path, manifest.roles[name])
     expected = kinds.abstract_leaves(manifest.roles[name].kind, cfg)
     tree = ocp.metadata(path).metadata
     stored = {"/".join(key): leaf for key, leaf in flatten_dict(tree).items()}
@@ -162,10 +174,22 @@ def load_params(
         array = np.stack(layers) if isinstance(layers, list) else layers
         if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(dtype)
-        return jax.device_put(array, sharding)
+        return jax.device_put(array)
 
     leaves = {"/".join(key): leaf for key, leaf in flatten_dict(ocp.load(path)).items()}
     return jax.tree.map(place, stack.join(leaves, model.STACKS, list), is_leaf=_is_layers)
+
+
+def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
+    """Raise BundleError where a network of another bundle is not the one that was pointed to."""
+    if path.parent == _absolute(root) or not (path.parent / MANIFEST).exists():
+        return
+    there = read_manifest(path.parent).roles.get(path.name)
+    if there and there.source.get("sha256") != role.source.get("sha256"):
+        raise BundleError(
+            f"bundle {root} points to {path}, which has been replaced by other weights since;"
+            " convert again with --encoders-from"
+        )
 
 
 def _is_layers(x: Any) -> bool:

@@ -84,7 +84,12 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
         for file in folder.iterdir():
             if not file.is_dir():
                 file.copy(epath.Path(local) / file.name)
-        return AutoTokenizer.from_pretrained(local, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no pad token, which prompts are filled with"
+        )
+    return tokenizer
 
 
 def load_image_processor(folder: epath.PathLike) -> ImageProcessor:

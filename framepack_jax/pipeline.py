@@ -11,6 +11,7 @@ Shapes: B batch, T latent frames of the video, w latent window, H W latent rows 
 C latent channels, P pixel frames.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,13 +34,16 @@ from framepack_jax.conditioning import (
     start_latent,
 )
 from framepack_jax.diffusion import SOLVERS, flow, guidance, solver, solver_table
-from framepack_jax.models.vae import Tiling
+from framepack_jax.models.vae import Tiling, check_tiling
 from framepack_jax.packing import PackedContext, Section, Timeline
 from framepack_jax.video import cross_fade, resize_center_crop
 
 OnStep = Callable[[int, int], None]
 OnSection = Callable[[int, tuple[int, ...], np.ndarray], None]
 DEFAULT_TILING = Tiling()
+DTYPES = ("float32", "bfloat16", "float16")
+# Latent frames that an image gives.
+START_FRAMES = 1
 
 
 class Network(NamedTuple):
@@ -107,11 +111,11 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class FramePack:
-    """A loaded bundle. Build it with `FramePack.load`."""
+    """A bundle and how to run it. Build it with `FramePack.load`."""
 
     transformer: Network
     vae: Network
-    encoders: Encoders
+    encoders: Encoders | None
     latent_mean: np.ndarray
     latent_std: np.ndarray
     schedule: str
@@ -128,41 +132,75 @@ class FramePack:
         schedule: str | None = None,
         tiling: Tiling = DEFAULT_TILING,
     ) -> "FramePack":
-        """Load every network of a bundle onto the device.
+        """Open a bundle and put its weights onto the device.
 
         `dtype` is what transformer and encoders are kept and computed in (None: bfloat16 on an
-        accelerator, float32 on a CPU); the VAE computes in float32. `schedule` replaces that of
-        the bundle. Raises BundleError, ScheduleError.
+        accelerator, float32 on a CPU); the VAE stays in float32. With float32, matrix products are
+        float32 too; otherwise the VAE's are what the device does by default (TF32, bfloat16).
+        `schedule` replaces that of the bundle. Raises BundleError, ScheduleError, ValueError.
         """
+        pipe = cls.open(path, dtype=dtype, schedule=schedule, tiling=tiling)
+        return pipe.with_weights(path)
+
+    @classmethod
+    def open(
+        cls,
+        path: epath.PathLike,
+        *,
+        dtype: str | None = None,
+        schedule: str | None = None,
+        tiling: Tiling = DEFAULT_TILING,
+    ) -> "FramePack":
+        """All of `load` but the weights: reads and checks what can be checked without them."""
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        root, manifest = epath.Path(path), bundle.read_manifest(path)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        manifest = bundle.read_manifest(path)
         order = packing.default_order(schedule) if schedule else manifest.order
-        packing.plan(schedule or manifest.schedule, order, 1)
+        schedule = schedule or manifest.schedule
+        networks = {name: bundle.role_config(manifest, name) for name in bundle.ROLES}
+        model, cfg = networks["transformer"]
+        model.check_kernels(cfg, model.context_kernels(schedule))
+        check_tiling(networks["vae"][1], tiling)
+        frames = packing.start_frames(schedule, order)
+        if frames != START_FRAMES:
+            raise packing.ScheduleError(
+                f"schedule {schedule} needs {frames} known frames at its start, but a video begins"
+                " with one image; use an anchor f1k1"
+            )
+        return cls(
+            transformer=Network(model, cfg, None),
+            vae=Network(*networks["vae"], None),
+            encoders=None,
+            latent_mean=np.asarray(manifest.latent_mean, np.float32),
+            latent_std=np.asarray(manifest.latent_std, np.float32),
+            schedule=schedule,
+            order=order,
+            dtype=dtype,
+            tiling=tiling,
+        )
+
+    def with_weights(self, path: epath.PathLike) -> "FramePack":
+        """The same with the weights and tokenizers of the bundle at `path`."""
+        root, manifest = epath.Path(path), bundle.read_manifest(path)
 
         def network(role: str, dtype: str) -> Network:
-            model, cfg = bundle.role_config(manifest, role)
             params = bundle.load_params(root, manifest, role, dtype=jnp.dtype(dtype))
-            return Network(model, cfg, params)
+            return Network(*bundle.role_config(manifest, role), params)
 
         names = ("text_encoder", "text_encoder_2", "image_encoder")
-        encoders = {name: network(name, dtype)[1:] for name in names}
         encoders = Encoders(
             tokenizer=load_tokenizer(root / "tokenizer"),
             tokenizer_2=load_tokenizer(root / "tokenizer_2"),
             image_processor=load_image_processor(root / "image_processor"),
             template=manifest.prompt_template,
-            **encoders,
+            **{name: network(name, self.dtype)[1:] for name in names},
         )
-        return cls(
-            transformer=network("transformer", dtype),
+        return dataclasses.replace(
+            self,
+            transformer=network("transformer", self.dtype),
             vae=network("vae", "float32"),
             encoders=encoders,
-            latent_mean=np.asarray(manifest.latent_mean, np.float32),
-            latent_std=np.asarray(manifest.latent_std, np.float32),
-            schedule=schedule or manifest.schedule,
-            order=order,
-            dtype=dtype,
-            tiling=tiling,
         )
 
     def __call__(self, image: np.ndarray, prompt: str, **options: Any) -> Video:
@@ -196,11 +234,7 @@ class FramePack:
         latents)` has the latents of a section before they are decoded. Raises ValueError for
         impossible sizes and durations, FloatingPointError where latents stop being finite.
         """
-        window = packing.parse(self.schedule).window
-        compression = self.vae.cfg.time_compression
-        if sections is None:
-            sections = packing.sections_for(seconds, window, fps, compression)
-        plan = packing.plan(self.schedule, self.order, sections)
+        plan = self.plan(seconds, sections, fps)
         image = self.prepare_image(image, height, width)
         inputs = self.encode(image, prompt, negative_prompt, settings)
         made = self.sample(plan, inputs, settings, seed=seed, on_step=on_step)
@@ -210,6 +244,16 @@ class FramePack:
             positions = _new_positions(section)
             latents = timeline.read(positions)[0]
             yield Span(start, np.asarray(to_uint8(frames))[0], positions, latents)
+
+    def plan(
+        self, seconds: float = 5.0, sections: int | None = None, fps: float = 30.0
+    ) -> list[Section]:
+        """The plan of a video of `sections`, else of about `seconds`. Raises ValueError."""
+        if sections is None:
+            window = packing.parse(self.schedule).window
+            compression = self.vae.cfg.time_compression
+            sections = packing.sections_for(seconds, window, fps, compression)
+        return packing.plan(self.schedule, self.order, sections)
 
     def prepare_image(self, image: np.ndarray, height: int | None, width: int | None) -> np.ndarray:
         """Scale and crop to a size that VAE and patches divide. Raises ValueError."""
@@ -223,7 +267,8 @@ class FramePack:
             raise ValueError(f"height = {height}, width = {width}: give both or neither")
         if height is None:
             height, width = find_bucket(*image.shape[:2])
-        unit = 2 * self.vae.cfg.space_compression
+        patch = packing.kernel_shape(self.transformer.model.PATCH)[1]
+        unit = patch * self.vae.cfg.space_compression
         if height < unit or width < unit or height % unit or width % unit:
             raise ValueError(
                 f"size {height} x {width}: both must be positive multiples of {unit} pixels"
@@ -235,17 +280,19 @@ class FramePack:
     ) -> Inputs:
         """Encode a bucket-cropped image (height, width, 3) uint8 and the prompts."""
         images = image[None]
-        embedded = encode_image(self.encoders, images)
+        with _precision(self.dtype):
+            embedded = encode_image(self.encoders, images)
 
         def conditions(text: str) -> Any:
             states, valid, pooled = encode_prompt(self.encoders, [text])
             scale = jnp.full(1, settings.guidance, jnp.float32)
             return self.transformer.model.Conditions(states, valid, pooled, embedded, scale)
 
-        negative = conditions(negative_prompt) if settings.cfg != 1 else None
-        _, cfg, params = self.vae
-        start = start_latent(cfg, params, images, self.latent_mean, self.latent_std)
-        return Inputs(conditions(prompt), negative, np.asarray(start))
+        with _precision(self.dtype):
+            negative = conditions(negative_prompt) if settings.cfg != 1 else None
+            _, cfg, params = self.vae
+            start = start_latent(cfg, params, images, self.latent_mean, self.latent_std)
+            return Inputs(conditions(prompt), negative, np.asarray(start))
 
     def sample(
         self,
@@ -260,8 +307,10 @@ class FramePack:
         """Denoise section after section; yields each with the timeline that now holds it.
 
         The noise of section i, in the order of making, is drawn from fold_in(seed, i), or taken
-        from `noise` (B, w, H, W, C). `on_step(section, step)` is called after each step.
+        from `noise` (B, w, H, W, C). `on_step(section, step)` is called after each step. Raises
+        ValueError for a seed that does not fit 32 bits.
         """
+        check_seed(seed)
         batch, start_frames, *frame = inputs.start.shape
         length = start_frames + sum(len(section.targets) for section in plan)
         timeline = Timeline(length, tuple(frame), batch)
@@ -274,7 +323,7 @@ class FramePack:
                 x = jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape)
             else:
                 x = jnp.asarray(noise[i], jnp.float32)
-            context = packing.read_context(section, timeline)
+            context = jax.device_put(packing.read_context(section, timeline))
             step = functools.partial(self._step, context, inputs, settings)
             latents = denoise_section(step, x, sigmas, table, i, self.dtype, on_step)
             timeline.write(section.targets, latents)
@@ -295,10 +344,11 @@ class FramePack:
     ) -> tuple[solver.State, jax.Array]:
         model, cfg, params = self.transformer
         scales = np.float32(settings.cfg), np.float32(settings.cfg_rescale)
-        return step(
-            model.velocity, cfg, self.dtype,
-            params, state, sigma, row, context, inputs.conditions, inputs.negative, *scales,
-        )  # fmt: skip
+        with _precision(self.dtype):
+            return step(
+                model.velocity, cfg, self.dtype,
+                params, state, sigma, row, context, inputs.conditions, inputs.negative, *scales,
+            )  # fmt: skip
 
     def decode(
         self, plan: Sequence[Section], made: Iterable[tuple[Section, Timeline]]
@@ -337,7 +387,21 @@ class FramePack:
     def _decode_clip(self, section: Section, timeline: Timeline) -> jax.Array:
         model, cfg, params = self.vae
         latents = timeline.read(range(*section.decode)) * self.latent_std + self.latent_mean
-        return model.decode(cfg, params, jnp.asarray(latents), self.tiling)
+        with _precision(self.dtype):
+            return model.decode(cfg, params, jnp.asarray(latents), self.tiling)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError where jax would fold the seed into another or refuse it."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: expected 0 to {2**32 - 1}")
+
+
+def _precision(dtype: str) -> contextlib.AbstractContextManager:
+    """float32 means float32: devices multiply float32 matrices in fewer bits unless told."""
+    if dtype == "float32":
+        return jax.default_matmul_precision("float32")
+    return contextlib.nullcontext()
 
 
 def _new_positions(section: Section) -> tuple[int, ...]:
@@ -400,10 +464,13 @@ def denoise_section(
     for i, row in enumerate(table):
         state, ok = step(state, np.float32(sigmas[i]), row.astype(np.float32))
         finite.append(ok)
-        if on_step is not None:
-            # Waiting for the step before keeps the device busy and the progress honest.
-            finite[max(i - 1, 0)].block_until_ready()
-            on_step(number, i)
+        if on_step is not None and i > 0:
+            # Reported one step late, so that the device always has the next one at hand.
+            finite[i - 1].block_until_ready()
+            on_step(number, i - 1)
+    if on_step is not None:
+        finite[-1].block_until_ready()
+        on_step(number, len(finite) - 1)
     if not all(flags := [bool(ok) for ok in finite]):
         raise FloatingPointError(
             f"section {number + 1}, step {flags.index(False) + 1} of {len(flags)}: the prediction"

@@ -1,5 +1,6 @@
 """Bundles: what is written comes back, and what is damaged is named."""
 
+import dataclasses
 import json
 
 import jax
@@ -55,7 +56,7 @@ def test_round_trip_is_bitwise(root) -> None:
 def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(bundle, "WRITE_CHUNK", 100)
     written = bundle.write_params(tmp_path / "text_encoder_2", leaves().items())
-    assert written == sum(leaf.nbytes for leaf in leaves().values())
+    assert written.bytes == sum(leaf.nbytes for leaf in leaves().values())
     params = bundle.load_params(tmp_path, manifest(), "text_encoder_2")
     assert stack.split(params, clip.STACKS).keys() == leaves().keys()
 
@@ -72,6 +73,21 @@ def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path) -> No
         bundle.read_manifest(tmp_path)
     with pytest.raises(BundleError, match="are missing at"):
         bundle.load_params(tmp_path, manifest(), "text_encoder_2")
+
+
+def test_a_reference_to_replaced_weights_is_refused(root, tmp_path) -> None:
+    other = tmp_path / "other"
+    there = bundle.read_manifest(root).roles["text_encoder_2"]
+    pointing = Manifest(
+        {"text_encoder_2": dataclasses.replace(there, path="../text_encoder_2")},
+        (0.0,), (2.0,), "a {}", "g9", "forward",
+    )  # fmt: skip
+    other.mkdir()
+    bundle.load_params(other, pointing, "text_encoder_2")
+    changed = dataclasses.replace(there, source={"sha256": "other"})
+    bundle.write_manifest(root, Manifest({"text_encoder_2": changed}, (), (), "", "", ""))
+    with pytest.raises(BundleError, match="has been replaced by other weights"):
+        bundle.load_params(other, pointing, "text_encoder_2")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +107,7 @@ def test_damaged_manifests(root, damage, named) -> None:
 
 
 def test_roles_that_do_not_fit(root) -> None:
-    with pytest.raises(BundleError, match="no vae; convert one"):
+    with pytest.raises(BundleError, match="has no vae"):
         bundle.role_config(manifest(), "vae")
     with pytest.raises(BundleError, match=r"unknown fields \['widht'\]"):
         bundle.role_config(manifest(widht=4), "text_encoder_2")

@@ -114,6 +114,7 @@ def test_image(pipe, arrays, image) -> None:
 @pytest.mark.parametrize("name", FACTS["runs"])
 def test_frames(converted, arrays, image, name: str) -> None:
     run = FACTS["runs"][name]
+    assert image.shape == (FACTS["height"], FACTS["width"], 3)
     schedule = SCHEDULES[run["sampling"]].format(FACTS["latent_window_size"])
     pipe = FramePack.load(converted, dtype="float32", schedule=schedule)
     settings = Settings(

@@ -211,6 +211,13 @@ def test_masked_text_changes_nothing(model, inputs) -> None:
     )
 
 
+def test_text_without_any_token_is_finite(model, inputs) -> None:
+    cfg, params = model
+    x, sigma, context, conditions = ours_of(inputs)
+    nothing = conditions.replace(text_valid=np.zeros((2, TEXT), bool))
+    assert np.isfinite(velocity(cfg, params, x, sigma, context, nothing)).all()
+
+
 def test_base_model(tmp_path) -> None:
     """HunyuanVideo without context, image tokens and guidance."""
     base = HunyuanVideoTransformer3DModel(
@@ -302,6 +309,9 @@ def test_what_does_not_fit_is_named(model, inputs) -> None:
         velocity(cfg, params, x, sigma, context, conditions)
     with pytest.raises(ValueError, match="10 x 13"):
         velocity(cfg, params, x[:, :, :, :13], sigma, context, conditions)
+    for name in ("guidance", "image"):
+        with pytest.raises(ValueError, match=f"no {name}"):
+            velocity(cfg, params, x, sigma, context, conditions.replace(**{name: None}))
 
 
 def test_layers_split_and_join(model) -> None:

@@ -124,7 +124,12 @@ def test_tiny_bundle_is_that_of_its_config() -> None:
         (["--height", "100", "--width", "64"], "100 x 64"),
         (["--schedule", "f1k1_g9+E"], "+E"),
         (["--schedule", "td_f16k4f2k2f1k1_g9_x_f1k1"], "endpoint"),
-        (["--schedule", "f1k1_x_f16k8f2k2f1k1_g2", "--sections", "1"], "k8"),
+        (["--schedule", "f1k1_x_f16k8f2k2f1k1_g2"], "k8"),
+        (["--schedule", "f2k2_x_f16k4f2k2f1k1_g2"], "needs 2 known frames"),
+        (["--vae-tile", "100"], "size 100"),
+        (["--sections", "0"], "sections = 0"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--seed", str(2**64)], f"seed = {2**64}"),
     ],
 )
 def test_errors_are_one_line_that_names_the_value(tmp_path, flags, named) -> None:
@@ -137,11 +142,14 @@ def test_errors_are_one_line_that_names_the_value(tmp_path, flags, named) -> Non
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path) -> None:
+def test_a_finished_run_is_not_lost(tmp_path) -> None:
     (tmp_path / "run.json").write_text("{}")
     flags = ["--bundle", "tiny", "--image", str(PHOTO), "--prompt", "", "--output", str(tmp_path)]
     with pytest.raises(SystemExit, match="already holds a run"):
         sample.main(flags)
+    with pytest.raises(SystemExit, match="sections = -1"):
+        sample.main([*flags, "--overwrite", "--sections", "-1"])
+    assert (tmp_path / "run.json").exists()
 
 
 def test_commands_are_listed(capsys) -> None:

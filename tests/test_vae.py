@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from flax.traverse_util import unflatten_dict
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from framepack_jax.models import stack, vae
 from framepack_jax.models.vae import Config, Tiling
@@ -22,7 +21,6 @@ from tests.torch_reference import randomize, relative_error, to_jax
 PARITY = 2e-4
 DEFAULT = Tiling()
 SMALL = Config(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4)
-DEEP = Config(channels=(8, 12, 20, 24), layers_per_block=2, norm_groups=2, latent_channels=6)
 NAMES = (
     (r"(down|up)_blocks\.(\d+)\.", r"\1_\2."),
     (r"mid_block\.", "mid."),
@@ -88,9 +86,10 @@ def small() -> Pair:
     return make_pair(SMALL)
 
 
-@pytest.fixture(scope="module", params=["small", "deep"])
-def pair(request, small) -> Pair:
-    return small if request.param == "small" else make_pair(DEEP)
+def random_params(module: nn.Module, x: jax.Array) -> dict:
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+    return jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), shapes)
 
 
 def sample(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -121,30 +120,35 @@ def assert_decodes_alike(
     assert relative_error(vae.decode(cfg, params, ours(latents), tiling), theirs) < error
 
 
-def test_parameters_are_those_of_the_converted_checkpoint(pair):
-    cfg, params, _ = pair
-    shapes = jax.eval_shape(lambda key: vae.init(cfg, key), jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+# Every shape of tile is compiled for seconds: the tests below share the few that they use.
 
 
 @pytest.mark.parametrize("frames", [1, 9, 33])
-def test_encoder_matches_diffusers(pair, frames):
+def test_encoder_matches_diffusers(small, frames):
     """33 frames are three clips of 17, 17 and 9."""
-    assert_encodes_alike(pair, sample((2, 3, frames, 16, 24)))
+    assert_encodes_alike(small, sample((2, 3, frames, 16, 24)))
 
 
 @pytest.mark.parametrize("frames", [1, 3, 9])
-def test_decoder_matches_diffusers(pair, frames):
+def test_decoder_matches_diffusers(small, frames):
     """Nine latent frames are three clips of 5, 5 and 3."""
-    assert_decodes_alike(pair, sample((2, pair[0].latent_channels, frames, 2, 3)))
+    assert_decodes_alike(small, sample((2, 16, frames, 2, 3)))
 
 
 def test_tiles_in_time_and_space_match_diffusers(small):
-    cfg, _, model = small
-    tiling = Tiling(frames=4, frame_stride=4, size=16, stride=8)
-    with diffusers_tiles(model, tiling):
-        assert_encodes_alike(small, sample((1, 3, 9, 24, 24)), tiling)
-        assert_decodes_alike(small, sample((1, cfg.latent_channels, 3, 3, 3)), tiling)
+    tiling = Tiling(frames=8, frame_stride=8, size=24, stride=16)
+    with diffusers_tiles(small[2], tiling):
+        assert_encodes_alike(small, sample((2, 3, 17, 16, 40)), tiling)
+        assert_decodes_alike(small, sample((2, 16, 5, 2, 5)), tiling)
+
+
+def test_deeper_and_wider_network_matches_diffusers():
+    cfg = Config(channels=(8, 12, 12, 24), layers_per_block=2, norm_groups=2, latent_channels=6)
+    deep = make_pair(cfg)
+    shapes = jax.eval_shape(lambda key: vae.init(cfg, key), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, deep[1]) == jax.tree.map(jnp.shape, shapes)
+    assert_encodes_alike(deep, sample((1, 3, 9, 16, 8)))
+    assert_decodes_alike(deep, sample((1, 6, 3, 2, 1)))
 
 
 @contextlib.contextmanager
@@ -184,14 +188,14 @@ def grow(x: np.ndarray) -> np.ndarray:
     return ramp(np.repeat(np.repeat(np.repeat(x, 4, 1)[:, 3:], 8, 2), 8, 3))
 
 
-@pytest.mark.parametrize("frames", [1, 17, 29, 41, 53])
 @pytest.mark.parametrize(
-    ("rows", "tiling"),
+    ("frames", "rows", "tiling"),
     [
-        (3, DEFAULT),
-        (11, Tiling(size=32, stride=24)),
-        (10, Tiling(frames=None, size=32, stride=8)),
-        (9, Tiling(frames=8, frame_stride=4, size=24, stride=24)),
+        (17, 2, DEFAULT),
+        (41, 2, DEFAULT),
+        (29, 5, Tiling(size=32, stride=24)),
+        (25, 6, Tiling(frames=None, size=32, stride=16)),
+        (25, 4, Tiling(frames=8, frame_stride=4, size=24, stride=24)),
     ],
 )
 def test_seams_of_any_tiling_match_diffusers(monkeypatch, frames, rows, tiling):
@@ -208,8 +212,8 @@ def test_seams_of_any_tiling_match_diffusers(monkeypatch, frames, rows, tiling):
     monkeypatch.setattr(vae, "_decode", lambda cfg, params, x: grow(np.asarray(x)))
     pair = cfg, {"encoder": {}, "decoder": {}}, model
     with diffusers_tiles(model, tiling):
-        assert_encodes_alike(pair, sample((1, 4, frames, 8 * rows, 48)), tiling, 1e-6)
-        assert_decodes_alike(pair, sample((1, 2, 1 + frames // 4, rows, 6)), tiling, 1e-6)
+        assert_encodes_alike(pair, sample((1, 4, frames, 8 * rows, 40)), tiling, 1e-6)
+        assert_decodes_alike(pair, sample((1, 2, 1 + frames // 4, rows, 5)), tiling, 1e-6)
 
 
 def test_log_variance_is_clamped(small):
@@ -237,24 +241,24 @@ def test_half_precision_stays_close_and_keeps_its_dtype(small):
     video = vae.decode(cfg, half, latents.astype(jnp.bfloat16))
     assert video.dtype == jnp.bfloat16
     assert relative_error(video, vae.decode(cfg, params, latents)) < 0.1
-    mean, logvar = vae.encode(cfg, half, video)
+    mean, logvar = jax.eval_shape(lambda: vae.encode(cfg, half, video))
     assert mean.dtype == logvar.dtype == jnp.bfloat16
-    assert relative_error(mean, vae.encode(cfg, params, video.astype(jnp.float32))[0]) < 0.1
 
 
-def test_gradient_is_finite_and_reaches_every_parameter():
-    cfg = Config(channels=(4, 8), layers_per_block=1, norm_groups=2, space_compression=2,
-                 time_compression=2)  # fmt: skip
-    params = vae.init(cfg, jax.random.key(0))
-    video = ours(sample((1, 3, 5, 4, 4)))
-    tiling = Tiling(frames=2, frame_stride=2)
-
-    def loss(params):
-        mean, logvar = vae.encode(cfg, params, video, tiling)
-        decoded = vae.decode(cfg, params, mean + jnp.exp(logvar / 2), tiling)
-        return jnp.mean(jnp.square(decoded - video)) + jnp.mean(logvar)
-
-    for path, leaf in jax.tree.leaves_with_path(jax.grad(loss)(params)):
+@pytest.mark.parametrize("block", ["down", "mid", "up"])
+def test_gradient_is_finite_and_reaches_every_parameter(block):
+    cfg = Config(
+        channels=(4, 8), layers_per_block=1, norm_groups=2, space_compression=2, time_compression=2
+    )
+    module = {
+        "down": vae.Down(cfg, 8, (2, 2, 2)),
+        "mid": vae.Mid(cfg),
+        "up": vae.Up(cfg, 8, (2, 2, 2)),
+    }[block]
+    x = ours(sample((1, 4, 3, 4, 4)))
+    params = random_params(module, x)
+    gradient = jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(module.apply(p, x) - 1))))(params)
+    for path, leaf in jax.tree.leaves_with_path(gradient):
         assert jnp.isfinite(leaf).all() and jnp.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
@@ -304,34 +308,43 @@ def test_bad_input_is_refused_by_name(call, says):
         call()
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    data=st.data(),
-    sizes=st.tuples(*[st.integers(1, 5)] * 3),
-    kernel=st.tuples(st.integers(1, 3), st.sampled_from([1, 3]), st.sampled_from([1, 3])),
-    stride=st.tuples(*[st.integers(1, 2)] * 3),
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "stride"),
+    [
+        ((5, 4, 3), (3, 3, 3), (1, 1, 1)),
+        ((5, 4, 6), (3, 3, 3), (2, 2, 2)),
+        ((1, 5, 1), (3, 3, 1), (2, 1, 2)),
+        ((4, 3, 3), (2, 1, 3), (1, 2, 1)),
+        ((3, 2, 2), (1, 1, 1), (1, 1, 1)),
+    ],
 )
-def test_convolution_ignores_the_future_and_both_forms_agree(data, sizes, kernel, stride):
+def test_convolution_ignores_the_future_and_both_forms_agree(sizes, kernel, stride):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, *sizes, 3)), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=(*kernel, 3, 4)), jnp.float32)
-    bias = jnp.asarray(rng.normal(size=4), jnp.float32)
-    out = conv.causal_conv3d(x, weights, bias, stride)
+    x, weights, bias = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, *sizes, 3), (*kernel, 3, 4), (4,))
+    )
+    convolve = jax.jit(lambda x: conv.causal_conv3d(x, weights, bias, stride))
+    out = convolve(x)
     assert out.shape == (2, *(-(-n // s) for n, s in zip(sizes, stride, strict=True)), 4)
-    now = data.draw(st.integers(0, sizes[0] - 1))
-    changed = conv.causal_conv3d(x.at[:, now + 1 :].add(7.0), weights, bias, stride)
-    assert jnp.array_equal(out[:, : now // stride[0] + 1], changed[:, : now // stride[0] + 1])
+    for now in range(sizes[0]):
+        known = slice(0, now // stride[0] + 1)
+        later = np.arange(sizes[0])[:, None, None, None] > now
+        changed = convolve(np.where(later, np.float32(7), x))
+        assert jnp.array_equal(out[:, known], changed[:, known])
     pad = [(0, 0), (kernel[0] - 1, 0), *[(k // 2, k // 2) for k in kernel[1:]], (0, 0)]
     padded = jnp.pad(x, pad, mode="edge")
-    forms = [form(padded, weights, stride) for form in (conv.by_volume, conv.by_frames)]
-    np.testing.assert_allclose(*forms, rtol=1e-5, atol=1e-5)
+    for form in (conv.by_volume, conv.by_frames):
+        np.testing.assert_allclose(
+            form(padded, weights, stride), out - bias[None, None, None, None, :], atol=1e-5
+        )
 
 
 def test_attention_reads_no_later_frame():
     cfg = SMALL
     x = ours(sample((2, 16, 4, 2, 3)))
     block = vae.Attention(cfg)
-    params = block.init(jax.random.key(0), x)
+    params = random_params(block, x)
     # A change that moves no group statistic: the channels of a group trade places.
     later = x.at[:, 2:].set(x[:, 2:].reshape(2, 2, 2, 3, 4, 4)[..., ::-1].reshape(2, 2, 2, 3, 16))
     before, after = (block.apply(params, y) for y in (x, later))

@@ -1,7 +1,6 @@
 """`framepack convert`: PyTorch checkpoints become a bundle."""
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import assets, engine, readers, tables, transformer, vae
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import kinds
-from framepack_jax.models.packed_dit import POOLED_KERNELS
+from framepack_jax.models.packed_dit import context_kernels
 
 # There from the first write until the bundle is whole.
 UNFINISHED = "unfinished"
@@ -83,9 +82,9 @@ class Convert:
     """Replace the bundle at --output."""
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None, prog: str = "convert_weights.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
-    flags = tyro.cli(Convert, prog="convert_weights.py", args=args)
+    flags = tyro.cli(Convert, prog=prog, args=args)
     began = time.monotonic()
     try:
         manifest = convert(flags)
@@ -113,8 +112,8 @@ def convert(flags: Convert) -> Manifest:
     _clear(output)
     roles = dict(manifest.roles)
     for name, plan in plans.items():
-        size = bundle.write_params(output / name, _progress(name, plan, flags.dtype))
-        source = {**roles[name].source, "bytes": size}
+        written = bundle.write_params(output / name, _progress(name, plan, flags.dtype))
+        source = {**roles[name].source, **written._asdict()}
         roles[name] = dataclasses.replace(roles[name], source=source)
     if shared:
         names = assets.MARKERS.keys() - files.keys()
@@ -228,7 +227,7 @@ def _transformer_source(
             width = plans["image_encoder"].cfg.width
         elif shared and "image_encoder" in shared.roles:
             width = bundle.role_config(shared, "image_encoder")[1].width
-        kernels = _context_kernels(flags.schedule)
+        kernels = context_kernels(flags.schedule)
         table = transformer.from_base(table, kernels, flags.image_dim or width)
     return dataclasses.replace(source, table=table, given=given)
 
@@ -238,12 +237,6 @@ def _rope_axes(text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:
         raise ConversionError(f"--rope-axes {text}: expected three numbers, as 16,56,56") from error
-
-
-def _context_kernels(schedule: str) -> tuple[str, ...]:
-    """Kernels of a schedule that have weights, smallest first."""
-    kernels = {POOLED_KERNELS.get(r.kernel, r.kernel) for r in packing.parse(schedule).runs}
-    return tuple(sorted(kernels, key=lambda kernel: math.prod(packing.kernel_shape(kernel))))
 
 
 def _manifest(flags: Convert, plans: dict[str, engine.Plan], shared: Manifest | None) -> Manifest:
@@ -301,7 +294,7 @@ def _check_parts(manifest: Manifest) -> None:
                 f"{name} has {made} {width}, but the transformer has {read} {reader[read]}: they"
                 " do not belong together"
             )
-    wanted = set(_context_kernels(manifest.schedule))
+    wanted = set(context_kernels(manifest.schedule))
     if reader["context_kernels"] and (absent := sorted(wanted - set(reader["context_kernels"]))):
         raise ConversionError(
             f"schedule {manifest.schedule} needs kernels {', '.join(absent)}; the transformer has"

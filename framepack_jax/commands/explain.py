@@ -27,8 +27,9 @@ class Explain:
     """Sections whose reads are listed."""
 
 
-def main(args: list[str] | None = None) -> None:
-    settings = tyro.cli(Explain, prog="framepack explain", args=args)
+def main(args: list[str] | None = None, prog: str = "framepack explain") -> None:
+    """Parse flags and print; a schedule that cannot be read ends with one line."""
+    settings = tyro.cli(Explain, prog=prog, args=args)
     try:
         print(explain(settings))
     except packing.ScheduleError as error:
@@ -42,6 +43,8 @@ def explain(settings: Explain) -> str:
             f"error: {settings.height} x {settings.width} pixels are too few for cells of"
             f" {settings.cell}: expected at least {2 * settings.cell} on each side"
         )
+    if settings.sections < 1:
+        raise SystemExit(f"error: sections = {settings.sections}: expected at least 1")
     schedule = packing.parse(settings.schedule)
     rows, columns = settings.height // settings.cell, settings.width // settings.cell
     order = packing.default_order(schedule)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -10,14 +12,14 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from framepack_jax import bundle, packing, pipeline, video
+from framepack_jax import bundle, pipeline, video
 from framepack_jax.models.vae import Tiling
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
@@ -73,12 +75,13 @@ class Sample:
     schedule: str | None = None
     """Packing schedule, instead of the bundle's."""
     vae_tile: int | None = None
-    """Decode in square tiles of this many pixels (256 is usual), which saves memory."""
+    """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
+    sizes above 480p and for cards below 80 GB."""
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
-    flags = tyro.cli(Sample, prog="sample.py", args=args)
+    flags = tyro.cli(Sample, prog=prog, args=args)
     try:
         run(flags)
     except (ValueError, FloatingPointError, OSError) as error:
@@ -88,40 +91,35 @@ def main(args: list[str] | None = None) -> None:
 def run(flags: Sample) -> Path:
     """Make the video of `flags`; returns the folder. Raises ValueError, OSError by name."""
     began = time.monotonic()
+    versions = {name: _version(name) for name in PACKAGES}
     image = video.load_image(flags.image)
     settings = pipeline.Settings(
         flags.steps, flags.sampler, flags.guidance, flags.cfg, flags.cfg_rescale
     )
     video.check_encoding(flags.fps, flags.crf)
+    pipeline.check_seed(flags.seed)
     output = _output_folder(flags)
-    tile = flags.vae_tile
-    path = EMBEDDED.get(flags.bundle, flags.bundle)
-    pipe = pipeline.FramePack.load(
-        path,
-        dtype=flags.dtype,
-        schedule=flags.schedule,
-        tiling=Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4),
-    )
-    loaded = time.monotonic()
-    window = packing.parse(pipe.schedule).window
-    sections = flags.sections
-    if sections is None:
-        compression = pipe.vae.cfg.time_compression
-        sections = packing.sections_for(flags.seconds, window, flags.fps, compression)
+    path, tile = EMBEDDED.get(flags.bundle, flags.bundle), flags.vae_tile
+    tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
+    pipe = pipeline.FramePack.open(path, dtype=flags.dtype, schedule=flags.schedule, tiling=tiling)
+    sections = len(pipe.plan(flags.seconds, flags.sections, flags.fps))
     image = pipe.prepare_image(image, flags.height, flags.width)
+    height, width = image.shape[:2]
     print(
-        f"{sections} sections of {window} latent frames at {image.shape[0]} x {image.shape[1]}"
-        f" pixels, schedule {pipe.schedule}, {pipe.dtype} on {jax.devices()[0].device_kind}"
+        f"{sections} sections at {height} x {width} pixels, schedule {pipe.schedule}, {pipe.dtype}"
+        f" on {jax.devices()[0].device_kind}"
     )
-
+    pipe = pipe.with_weights(path)
+    _clear(output)
+    loaded = time.monotonic()
     with _Progress(sections, flags.steps) as progress:
         stream = pipe.stream(
             image,
             flags.prompt,
             negative_prompt=flags.negative_prompt,
             sections=sections,
-            height=image.shape[0],
-            width=image.shape[1],
+            height=height,
+            width=width,
             seed=flags.seed,
             settings=settings,
             on_step=progress.step,
@@ -132,20 +130,34 @@ def run(flags: Sample) -> Path:
     sampled = time.monotonic()
     video.write_mp4(output / "video.mp4", frames, fps=flags.fps, crf=flags.crf)
     video.save_png(output / "preview.png", video.contact_sheet(frames, fps=flags.fps))
-    timings = {
-        "load_seconds": round(loaded - began, 3),
-        "sample_and_decode_seconds": round(sampled - loaded, 3),
-        "write_seconds": round(time.monotonic() - sampled, 3),
-        "seconds_per_frame": round((sampled - loaded) / len(frames), 4),
-        "peak_memory_bytes": peak_memory(),
+    per_frame, peak = (sampled - loaded) / len(frames), peak_memory()
+    record = {
+        "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
+        "image_sha256": hashlib.sha256(flags.image.read_bytes()).hexdigest(),
+        "weights": {k: role.source for k, role in bundle.read_manifest(path).roles.items()},
+        "sections": sections,
+        "frames": len(frames),
+        "height": height,
+        "width": width,
+        "schedule": pipe.schedule,
+        "order": pipe.order,
+        "dtype": pipe.dtype,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": versions,
+        "timings": {
+            "load_seconds": round(loaded - began, 3),
+            "sample_and_decode_seconds": round(sampled - loaded, 3),
+            "write_seconds": round(time.monotonic() - sampled, 3),
+            "seconds_per_frame": round(per_frame, 4),
+            "peak_memory_bytes": peak,
+        },
     }
-    sources = {name: role.source for name, role in bundle.read_manifest(path).roles.items()}
-    _write_record(output, flags, pipe, sources, sections, frames.shape, timings)
+    _write_whole(output / "run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
     print(
         f"{output / 'video.mp4'}: {len(frames)} frames, {len(frames) / flags.fps:.1f} s at"
-        f" {flags.fps} fps\n{time.monotonic() - began:.1f} s in all,"
-        f" {timings['seconds_per_frame']:.3f} s a frame with compilation,"
-        f" peak memory {timings['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f" {flags.fps} fps\n{time.monotonic() - began:.1f} s in all, {per_frame:.3f} s a frame"
+        f" with compilation, peak memory {peak / 2**30:.2f} GiB"
     )
     return output
 
@@ -188,46 +200,32 @@ def _output_folder(flags: Sample) -> Path:
     output = flags.output or Path("outputs") / f"{stamp}_{flags.image.stem}"
     if (output / "run.json").exists() and not flags.overwrite:
         raise ValueError(f"{output} already holds a run; choose another --output or --overwrite")
-    (output / "latents").mkdir(parents=True, exist_ok=True)
-    for old in [*(output / "latents").glob("section_*.npz"), output / "run.json"]:
-        old.unlink(missing_ok=True)
     return output
+
+
+def _clear(output: Path) -> None:
+    """Make the folder, or take an earlier run out of it, its record first."""
+    (output / "latents").mkdir(parents=True, exist_ok=True)
+    earlier = [output / name for name in ("run.json", "video.mp4", "preview.png")]
+    for file in [*earlier, *(output / "latents").glob("section_*.npz")]:
+        file.unlink(missing_ok=True)
 
 
 def _save_latents(output: Path, number: int, positions: tuple[int, ...], z: np.ndarray) -> None:
     """`latents/section_000.npz` with `positions` (F,) and `latents` (F, H, W, C), normalised."""
-    path = output / "latents" / f"section_{number:03d}.npz"
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, positions=np.asarray(positions), latents=z)
+    buffer = io.BytesIO()
+    np.savez(buffer, positions=np.asarray(positions), latents=z)
+    _write_whole(output / "latents" / f"section_{number:03d}.npz", buffer.getvalue())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_bytes(data)
     os.replace(partial, path)
 
 
-def _write_record(
-    output: Path,
-    flags: Sample,
-    pipe: pipeline.FramePack,
-    sources: dict[str, Any],
-    sections: int,
-    shape: tuple[int, ...],
-    timings: dict[str, float],
-) -> None:
-    """Write `run.json`, the last file of a run."""
-    record = {
-        "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
-        "weights": sources,
-        "sections": sections,
-        "frames": shape[0],
-        "height": shape[1],
-        "width": shape[2],
-        "schedule": pipe.schedule,
-        "order": pipe.order,
-        "dtype": pipe.dtype,
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "timings": timings,
-    }
-    partial = output / "run.partial"
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    os.replace(partial, output / "run.json")
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -27,7 +27,8 @@ KINDS: dict[str, ModuleType] = {
 def abstract_leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter, layer by layer, without computing any."""
     model = KINDS[kind]
-    params = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
+    # The key is made inside, so that no accelerator is started for the sake of shapes.
+    params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
     return stack.split(params, model.STACKS)
 
 

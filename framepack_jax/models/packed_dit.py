@@ -13,6 +13,8 @@ D width = N heads x head width.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,7 +27,7 @@ from flax import struct
 from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
-from framepack_jax.packing import PackedContext, kernel_shape
+from framepack_jax.packing import PackedContext, kernel_shape, parse
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
 PATCH = "k1"
@@ -111,14 +113,16 @@ def embed(
     dtype: Any = jnp.float32,
 ) -> Tokens:
     """Patchify target and context, embed conditions, refine the text."""
-    _check(cfg, x, context)
+    _check(cfg, x, context, conditions)
     cast = stack.cast({"x": x, "context": context, "conditions": conditions}, dtype)
     img, image, text, vec, text_vec = Embed(cfg).apply(
         {"params": stack.cast(params["embed"], dtype)},
         cast["x"], sigma, cast["context"], cast["conditions"], conditions.guidance,
     )  # fmt: skip
     valid = conditions.text_valid
-    text = stack.run(RefinerBlock(cfg), params["refiner"], text, text_vec, valid)
+    # A prompt without any token must still have one to attend to.
+    readable = jnp.asarray(valid).at[:, 0].set(True)
+    text = stack.run(RefinerBlock(cfg), params["refiner"], text, text_vec, readable)
     txt = jnp.concatenate([image, text], axis=1)
     unmasked = jnp.ones((x.shape[0], img.shape[1] + image.shape[1]), bool)
     valid = jnp.concatenate([unmasked, valid], axis=1)
@@ -145,16 +149,30 @@ def head(
     )
 
 
-def _check(cfg: Config, x: jax.Array, context: PackedContext) -> None:
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} cells: both must be even")
-    for kernel in context.kernels:
+def context_kernels(schedule: str) -> tuple[str, ...]:
+    """Kernels of a schedule that need patch embeddings of their own, smallest first."""
+    kernels = {POOLED_KERNELS.get(run.kernel, run.kernel) for run in parse(schedule).runs}
+    return tuple(sorted(kernels, key=lambda kernel: math.prod(kernel_shape(kernel))))
+
+
+def check_kernels(cfg: Config, kernels: Iterable[str]) -> None:
+    """Raise ValueError where the network has no embedding for a context kernel."""
+    for kernel in kernels:
         if POOLED_KERNELS.get(kernel, kernel) not in cfg.context_kernels:
             there = ", ".join(cfg.context_kernels) or "no kernel"
             raise ValueError(
                 f"the schedule uses patch kernel {kernel}, but the network embeds context with"
                 f" {there}; choose another schedule or convert a base model with --from-base"
             )
+
+
+def _check(cfg: Config, x: jax.Array, context: PackedContext, conditions: Conditions) -> None:
+    for name, needed in (("guidance", cfg.guidance), ("image", cfg.image_dim is not None)):
+        if needed and getattr(conditions, name) is None:
+            raise ValueError(f"conditions have no {name}, which this network was made to read")
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} cells: both must be even")
+    check_kernels(cfg, context.kernels)
 
 
 def _rope(cfg: Config, shape: tuple[int, ...], context: PackedContext) -> Table:
@@ -248,7 +266,7 @@ class ContextEmbed(nn.Module):
                 "b (t pt) (h ph) (w pw) c -> b t h w c", "mean", pt=2, ph=2, pw=2,
             )  # fmt: skip
             kernel = POOLED_KERNELS[kernel]
-        width, size = self.cfg.width, int(np.prod(kernel_shape(kernel))) * self.cfg.in_channels
+        width, size = self.cfg.width, math.prod(kernel_shape(kernel)) * self.cfg.in_channels
         weights = self.param("kernel", nn.initializers.lecun_normal(), (size, width))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         return _patches(latents, kernel) @ weights + bias[None, None, :]
@@ -262,15 +280,14 @@ class RefinerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, vec: jax.Array, valid: jax.Array) -> jax.Array:
         cfg = self.cfg
-        gates = nn.Dense(2 * cfg.width, name="gate")(nn.silu(vec))[:, None, :]
-        gate_attention, gate_mlp = jnp.split(gates, 2, axis=-1)
+        gate_attention, gate_mlp = _modulation(cfg, vec, 2, "gate")
         normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm1")(x)
         q, k, v = _qkv(cfg, normed, "qkv")
         attention = rearrange(attend(q, k, v, valid), "b l n d -> b l (n d)")
-        x += gate_attention * nn.Dense(cfg.width, name="out")(attention)
+        x = _gated(x, gate_attention, nn.Dense(cfg.width, name="out")(attention))
         normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm2")(x)
         hidden = nn.silu(nn.Dense(4 * cfg.width, name="mlp_in")(normed))
-        return x + gate_mlp * nn.Dense(cfg.width, name="mlp_out")(hidden)
+        return _gated(x, gate_mlp, nn.Dense(cfg.width, name="mlp_out")(hidden))
 
 
 class DoubleBlock(nn.Module):

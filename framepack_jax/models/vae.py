@@ -173,6 +173,11 @@ class Axis(NamedTuple):
         return Axis(self.out_size, self.out_stride, self.size, self.stride)
 
 
+def check_tiling(cfg: Config, tiling: Tiling) -> None:
+    """Raise ValueError where the VAE cannot take such tiles."""
+    _axes(cfg, tiling)
+
+
 def _axes(cfg: Config, tiling: Tiling) -> tuple[Axis | None, Axis | None]:
     """Tiles of the encoder in time and in space."""
 
