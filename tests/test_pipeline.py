@@ -146,6 +146,24 @@ def test_one_program_for_all_steps_and_sections(networks, reference) -> None:
 
 
 @pytest.mark.golden
+def test_vanilla_is_f1_without_its_anchor(networks, reference) -> None:
+    """There is no release to compare with. Frame indices are one lower, as the anchor had 0."""
+    schedule, settings = "td_f16k4f2k2f1k1_g2", Settings(steps=2)
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, pipe.order, 2)
+    inputs = inputs_of(pipe, reference, settings)
+    *_, (_, timeline) = pipe.sample(plan, inputs, settings)
+    assert timeline.known.all() and np.isfinite(timeline.latents).all()
+    f1 = packing.plan("f1k1_x_f16k4f2k2f1k1_g2", "forward", 2)
+    for ours, theirs in zip(plan, f1, strict=True):
+        assert ours.targets == theirs.targets and ours.decode == theirs.decode
+        rest = [group for group in theirs.groups if group.indices != (0,)]
+        assert [group.reads for group in ours.groups] == [group.reads for group in rest]
+        shifted = [tuple(i - 1 for i in group.indices) for group in rest]
+        assert [group.indices for group in ours.groups] == shifted
+
+
+@pytest.mark.golden
 def test_a_batch_equals_its_samples(networks, reference) -> None:
     """Prompts of different lengths, side by side, change nothing."""
     schedule, sections, settings = "f1k1_x_g2_f1k1f2k2f16k4_td", 2, Settings(steps=2)
