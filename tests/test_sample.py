@@ -40,7 +40,7 @@ def photo_run(golden, tmp_path_factory):
     )  # fmt: skip
     printed = command(
         "sample.py", "--bundle", str(folder / "bundle"), "--image", str(PHOTO),
-        "--prompt", "The astronaut smiles", "--sections", "2", "--steps", "1", "--seed", "7",
+        "--prompt", "The astronaut smiles", "--sections", "1", "--steps", "2", "--seed", "7",
         "--fps", "24", "--output", str(folder / "run"),
     )  # fmt: skip
     return folder / "bundle", folder / "run", printed
@@ -54,9 +54,9 @@ def test_the_mp4_is_what_was_asked_for(photo_run) -> None:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         assert stream.codec_context.name == "h264" and stream.pix_fmt == "yuv420p"
         assert float(stream.average_rate) == 24
-    # 2 sections of 1 latent: 1 + 2 x 4 frames. A square photo takes the 640 x 608 bucket.
-    assert np.shape(frames) == (9, 640, 608, 3)
-    assert "9 frames" in printed and "peak memory" in printed and "s a frame" in printed
+    # 1 section of 1 latent: 1 + 4 frames. A square photo takes the 640 x 608 bucket.
+    assert np.shape(frames) == (5, 640, 608, 3)
+    assert "5 frames" in printed and "peak memory" in printed and "s a frame" in printed
     with Image.open(output / "preview.png") as preview:
         assert min(preview.size) > 300
 
@@ -66,7 +66,7 @@ def test_the_record_tells_how_to_repeat_it(photo_run) -> None:
     bundle_path, output, _ = photo_run
     record = json.loads((output / "run.json").read_text())
     assert record["flags"]["seed"] == 7 and record["flags"]["bundle"] == str(bundle_path)
-    assert (record["frames"], record["height"], record["width"]) == (9, 640, 608)
+    assert (record["frames"], record["height"], record["width"]) == (5, 640, 608)
     assert record["schedule"] == "f1k1_x_g1_f1k1f2k2f16k4_td" and record["order"] == "inverted"
     assert {"jax", "flax", "framepack-jax"} <= set(record["versions"])
     assert record["timings"]["seconds_per_frame"] > 0
@@ -76,8 +76,8 @@ def test_the_record_tells_how_to_repeat_it(photo_run) -> None:
 def test_first_frame_is_that_of_the_saved_latents(photo_run) -> None:
     bundle_path, output, _ = photo_run
     saved = [np.load(p) for p in sorted((output / "latents").glob("section_*.npz"))]
-    assert [s["positions"].tolist() for s in saved] == [[2], [0, 1]]
-    latents = np.concatenate([s["latents"] for s in reversed(saved)])[None]
+    assert [s["positions"].tolist() for s in saved] == [[0, 1]]
+    latents = saved[0]["latents"][None]
     pipe = FramePack.load(bundle_path, dtype="float32")
     model, cfg, params = pipe.vae
     z = jnp.asarray(latents * pipe.latent_std + pipe.latent_mean)
@@ -85,7 +85,7 @@ def test_first_frame_is_that_of_the_saved_latents(photo_run) -> None:
     encoded = video.read_mp4(output / "video.mp4")[0].astype(int)
     distance = [np.abs(frame - encoded[0]).mean() for frame in decoded]
     assert distance[0] < 6
-    assert distance[0] < 0.5 * min(distance[4:])
+    assert distance[0] < 0.8 * min(distance[1:])
 
 
 def test_tiny_bundle_makes_the_same_video_again(tmp_path) -> None:
