@@ -13,8 +13,9 @@ that read it run, cheapest first, until one fails, and the file is restored:
 
 The exit code is 1 where something is caught by no test and `SILENT` does not say why it cannot be,
 or where something that `SILENT` names is caught after all. Everything runs in this one process, so
-that compiled programs are kept; there are about 2700 runs of 0.1 to 10 seconds, so give it shards
-and an hour or two. Leave the repository alone meanwhile: tests are read from it again and again.
+that compiled programs are kept; there are about 2700 runs of 0.1 to 10 seconds: a quarter of an
+hour for two shards on two cores. Leave the repository alone meanwhile: tests are read from it again
+and again.
 """
 
 import argparse
@@ -112,6 +113,7 @@ READERS: dict[str, tuple[str, ...]] = {
 # What no test can notice -> why.
 SILENT: dict[str, str] = {
     r"^pipeline\S+ teacache": "the step cache is not part of the sampler yet",
+    r"^flow_shift\.json 1[2-9]/tokens$": "the shift of so many tokens is at its cap already",
     r"(_encoder/\S+|_encoder_2/\S+|mid_block|refiner_blocks).*\b(k_proj|to_k)\.bias$": (
         "a key bias adds the same to all logits of a query, which softmax removes; only attention"
         " that normalises its keys can tell"
