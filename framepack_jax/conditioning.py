@@ -9,7 +9,10 @@ Shapes: B batch, L Llama tokens, H W rows and columns, C latent channels.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -39,6 +42,11 @@ PROMPT_TEMPLATE = (
 )
 # Words shown of a prompt that is cut.
 KEPT_WORDS = 8
+_TIME = re.compile(r"(?:^|(?<=\s))(\d+(?:\.\d+)?)\s?s:\s*")
+
+WHOLE_FRAMES = vae.Tiling()
+# What `encode_prompt` gives.
+PromptStates = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +165,7 @@ def tokenize_summary(
     return _pad_and_cut(tokenizer, list(prompts), length)[0]
 
 
-def encode_prompt(
-    encoders: Encoders, prompts: Sequence[str]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def encode_prompt(encoders: Encoders, prompts: Sequence[str]) -> PromptStates:
     """What prompts give: `text` (B, MAX_PROMPT_TOKENS, D), zero where `valid` (B,
     MAX_PROMPT_TOKENS) is False, whose True entries are a prefix, and `pooled` (B, D_pooled), the
     gist. A prompt may be empty.
@@ -187,6 +193,28 @@ def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:
     return _image_states(cfg, params, pixels)
 
 
+def clip_latents(
+    cfg: vae.Config,
+    params: Params,
+    frames: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    key: jax.Array | None = None,
+    tiling: vae.Tiling = WHOLE_FRAMES,
+) -> jax.Array:
+    """uint8 (B, P, H, W, 3) -> (B, 1 + (P - 1) / 4, H/8, W/8, C) float32, the latents of a clip as
+    the transformer sees them, (z - mean) / std with a mean and std per channel.
+
+    z is the mode of the VAE's posterior, or a sample of it where a key is given.
+    """
+    video = jnp.asarray(frames / 127.5 - 1, _dtype(params))
+    z, logvar = (x.astype(jnp.float32) for x in vae.encode(cfg, params, video, tiling))
+    if key is not None:
+        z += jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
+    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None, None, :] for x in (mean, std))
+    return (z - mean) / std
+
+
 def start_latent(
     cfg: vae.Config,
     params: Params,
@@ -195,17 +223,53 @@ def start_latent(
     std: Sequence[float],
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """uint8 (B, H, W, 3) -> (B, 1, H/8, W/8, C) float32, the latent of a clip of one frame as the
-    transformer sees it, (z - mean) / std with a mean and std per channel.
+    """uint8 (B, H, W, 3) -> (B, 1, H/8, W/8, C), `clip_latents` of a clip of one frame."""
+    return clip_latents(cfg, params, images[:, None], mean, std, key)
 
-    z is the mode of the VAE's posterior, or a sample of it where a key is given.
+
+def timed_prompts(text: str) -> list[tuple[float, str]]:
+    """Prompts and the seconds at which they begin: "0s: she waves 4.5s: she bows" is
+    [(0.0, "she waves"), (4.5, "she bows")]; a text without times is one prompt from 0 on.
+
+    Raises ValueError where the times do not begin at 0 and rise.
     """
-    frames = jnp.asarray(images[:, None] / 127.5 - 1, _dtype(params))
-    z, logvar = (x.astype(jnp.float32) for x in vae.encode(cfg, params, frames))
-    if key is not None:
-        z += jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
-    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None, None, :] for x in (mean, std))
-    return (z - mean) / std
+    marks = list(_TIME.finditer(text))
+    if not marks or text[: marks[0].start()].strip():
+        return [(0.0, text)]
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    prompts = [
+        (float(mark[1]), text[mark.end() : end].strip())
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+    times = [time for time, _ in prompts]
+    if times[0] != 0 or any(b <= a for a, b in itertools.pairwise(times)):
+        raise ValueError(
+            f"prompt times {', '.join(f'{t:g}s' for t in times)}: they must begin with 0s and rise"
+        )
+    return prompts
+
+
+def prompt_shares(times: Sequence[float], at: float, span: float) -> list[float]:
+    """The share of each prompt at a time in seconds; `span` seconds around the beginning of a
+    prompt it is blended linearly with the one before (0: none is). They sum to 1."""
+    shares = [1.0]
+    for time in times[1:]:
+        risen = float(at >= time if span <= 0 else np.clip((at - time) / span + 0.5, 0, 1))
+        shares = [*(share * (1 - risen) for share in shares), risen]
+    return shares
+
+
+def blend_prompts(prompts: Sequence[tuple[PromptStates, float]]) -> PromptStates:
+    """The mean of encoded prompts by their shares; valid is what is valid in any of them."""
+    if len(prompts) == 1:
+        return prompts[0][0]
+
+    def mean(part: int) -> jax.Array:
+        total = sum(states[part].astype(jnp.float32) * share for states, share in prompts)
+        return total.astype(prompts[0][0][part].dtype)
+
+    valid = functools.reduce(jnp.logical_or, [states[1] for states, _ in prompts])
+    return mean(0), valid, mean(2)
 
 
 _text_states = jax.jit(llama.hidden_states, static_argnums=0)

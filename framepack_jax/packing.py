@@ -28,6 +28,7 @@ import numpy as np
 from flax import struct
 
 MISSING = -1
+MAX_SECTIONS = 10_000
 ORDERS = ("inverted", "forward", "endpoint", "planned")
 RELEASED_INVERTED = "f1k1_x_g9_f1k1f2k2f16k4_td"
 RELEASED_F1 = "f1k1_x_f16k4f2k2f1k1_g9"
@@ -208,18 +209,33 @@ def default_order(schedule: str | Schedule) -> str:
     return "endpoint" if before and after else "inverted" if after else "forward"
 
 
-def plan(schedule: str | Schedule, order: str, sections: int) -> list[Section]:
+def plan(
+    schedule: str | Schedule,
+    order: str,
+    sections: int,
+    *,
+    before: int | None = None,
+    after: int = 0,
+) -> list[Section]:
     """The sections of a video in the order of their making.
 
-    Raises ScheduleError for what cannot be sampled, by name.
+    `before` frames are known at the start (by default those that the schedule needs, a start
+    image; more where a video is extended), `after` frames at the end (an end image), which only an
+    order that reads ahead can use. Raises ScheduleError for what cannot be sampled, by name.
     """
     schedule = parse(schedule) if isinstance(schedule, str) else schedule
-    if sections < 1:
-        raise ScheduleError(f"sections = {sections}: expected at least 1")
+    if not 1 <= sections <= MAX_SECTIONS:
+        raise ScheduleError(f"sections = {sections}: expected 1 to {MAX_SECTIONS}")
     layout = _layout(schedule, order)
+    least = start_frames(schedule, order)
+    before = least if before is None else before
+    if before < least:
+        raise ScheduleError(f"schedule {schedule}: {before} frames are known, {least} are needed")
+    if after and not reads_ahead(order):
+        raise ScheduleError(f"schedule {schedule} in order {order!r} reads no frames after its own")
     if order == "inverted":
-        return _plan_inverted(layout, sections)
-    return _plan_forward(layout, sections)
+        return _plan_inverted(layout, sections, before, after)
+    return _plan_forward(layout, sections, before)
 
 
 def _layout(schedule: Schedule, order: str) -> _Layout:
@@ -255,6 +271,22 @@ def start_frames(schedule: str | Schedule, order: str) -> int:
     return anchor.frames if anchor else 1
 
 
+def length(plan: Sequence[Section]) -> int:
+    """Latent frames of the video that a plan makes, with all that is known beside it."""
+    return max(section.decode[1] for section in plan)
+
+
+def reads_ahead(order: str) -> bool:
+    """Whether sections read frames that come after them, as the end of a video."""
+    return order == "inverted"
+
+
+def anchor_position(order: str, before: int) -> int:
+    """Where the image lies that leads every section, `before` frames being known at the start: the
+    last of them where sections are made towards it, else the first."""
+    return before - 1 if order == "inverted" else 0
+
+
 def inverted_paddings(sections: int) -> list[int]:
     """Windows between start and target, in generation order (the released rule).
 
@@ -265,46 +297,48 @@ def inverted_paddings(sections: int) -> list[int]:
     return [3, *[2] * (sections - 3), 1, 0]
 
 
-def _plan_inverted(layout: _Layout, sections: int) -> list[Section]:
+def _plan_inverted(layout: _Layout, sections: int, before: int, after: int) -> list[Section]:
     anchor, history, w = layout
-    start, end = anchor.frames, anchor.frames + sections * w
+    end = before + sections * w + after
     plans = []
     for s, padding in zip(reversed(range(sections)), inverted_paddings(sections), strict=True):
-        first = start + s * w
-        index = start + padding * w
-        after = [p if p < end else MISSING for p in _span(first + w, history.frames)]
-        groups = _groups(anchor, range(start), range(start))
-        groups += _groups(history, after, _span(index + w, history.frames))
-        decode_from = 0 if s == 0 else first
-        decode_to = min(first + 2 * w, end)
+        first = before + s * w
+        index = anchor.frames + padding * w
+        reads = [p if p < end else MISSING for p in _span(first + w, history.frames)]
+        groups = _groups(anchor, _span(before - anchor.frames, anchor.frames), range(index))
+        groups += _groups(history, reads, _span(index + w, history.frames))
+        last = end if s == sections - 1 else min(first + 2 * w, end)
         plans.append(
             Section(
                 tuple(_span(first, w)), tuple(_span(index, w)), _pack(groups),
-                (decode_from, decode_to),
+                (_decoded_from(s, first, before, w, 0), last),
             )
         )  # fmt: skip
     return plans
 
 
-def _plan_forward(layout: _Layout, sections: int) -> list[Section]:
+def _plan_forward(layout: _Layout, sections: int, before: int) -> list[Section]:
     anchor, history, w = layout
-    start = anchor.frames if anchor else 1
     offset = anchor.frames if anchor else 0
     index = offset + history.frames
     plans = []
     for s in range(sections):
-        first = start + s * w
-        before = [p if p >= 0 else MISSING for p in _span(first - history.frames, history.frames)]
-        groups = _groups(anchor, range(start), range(start)) if anchor else []
-        groups += _groups(history, before, _span(offset, history.frames))
-        decode_from = 0 if s == 0 else first - w
+        first = before + s * w
+        reads = [p if p >= 0 else MISSING for p in _span(first - history.frames, history.frames)]
+        groups = _groups(anchor, range(offset), range(offset)) if anchor else []
+        groups += _groups(history, reads, _span(offset, history.frames))
         plans.append(
             Section(
                 tuple(_span(first, w)), tuple(_span(index, w)), _pack(groups),
-                (decode_from, first + w),
+                (_decoded_from(s, first, before, w, w), first + w),
             )
         )  # fmt: skip
     return plans
+
+
+def _decoded_from(section: int, first: int, before: int, window: int, overlap: int) -> int:
+    """Where the clip of a section begins: the first in time takes in what is known before it."""
+    return max(0, before - window) if section == 0 else first - overlap
 
 
 def _span(first: int, count: int) -> range:
@@ -363,6 +397,14 @@ class PackedContext:
     kernels: tuple[str, ...] = struct.field(pytree_node=False)
 
 
+def read_target(section: Section, timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
+    """What is known of the frames that a section writes: latents (B, w, H, W, C), zero where
+    nothing is, and the mask (w,)."""
+    known = timeline.known[list(section.targets)]
+    positions = np.where(known, section.targets, MISSING)
+    return timeline.read(positions), known
+
+
 def read_context(section: Section, timeline: Timeline) -> PackedContext:
     """Gather the context of a section from the timeline, as sampling and training both do."""
     batch = timeline.latents.shape[0]
@@ -378,6 +420,20 @@ def read_context(section: Section, timeline: Timeline) -> PackedContext:
     )
 
 
+def position_at(seconds: float, fps: float = 30, time_compression: int = 4) -> int:
+    """The latent position of the frame that is shown at a time: the first latent is one frame,
+    every other `time_compression`. Raises ValueError for a time that is negative or not finite."""
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"time {seconds} s: expected a number of seconds, 0 or more")
+    return -(-round(seconds * fps) // time_compression)
+
+
+def frames_of(first: int, last: int, time_compression: int = 4) -> tuple[int, int]:
+    """(first frame, last frame + 1) of latent positions first .. last - 1 decoded as one clip,
+    whose first latent gives one frame."""
+    return first * time_compression, (last - 1) * time_compression + 1
+
+
 def sections_for(seconds: float, window: int, fps: float = 30, time_compression: int = 4) -> int:
     """Sections that come closest to a duration (the released rule, with Python's round).
 
@@ -386,7 +442,10 @@ def sections_for(seconds: float, window: int, fps: float = 30, time_compression:
     for name, value in (("seconds", seconds), ("fps", fps)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} = {value}: expected a positive number")
-    return max(1, round(seconds * fps / (time_compression * window)))
+    sections = max(1, round(seconds * fps / (time_compression * window)))
+    if sections > MAX_SECTIONS:
+        raise ValueError(f"seconds = {seconds} is {sections} sections; at most {MAX_SECTIONS}")
+    return sections
 
 
 def group_tokens(frames: int, kernel: str, height: int, width: int) -> int:

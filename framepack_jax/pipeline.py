@@ -1,11 +1,12 @@
-"""From an image and a prompt to a video, section by section.
+"""From images and prompts to videos, section by section.
 
     pipe = FramePack.load("weights/framepack_i2v_hy")
     video = pipe(image, "The girl dances", seconds=5, seed=0)
 
-For each section of the plan: read its context from the timeline, denoise, write the section back,
-decode what the section lets us decode, and cross-fade it with what is there. Returns arrays and
-writes no file. Source: arXiv 2504.12626 and the authors' sampler.
+What is known of a video lies on its timeline: the start image, an end image, key frames, the video
+that is extended. For each section of the plan: read its context from the timeline, denoise, write
+the section back, decode what the section lets us decode, and cross-fade it with what is there.
+Returns arrays and writes no file. Source: arXiv 2504.12626 and the authors' sampler.
 
 Shapes: B batch, T latent frames of the video, w latent window, H W latent rows and columns,
 C latent channels, P pixel frames.
@@ -14,7 +15,7 @@ C latent channels, P pixel frames.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,27 +24,27 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from framepack_jax import bundle, packing
-from framepack_jax.buckets import find_bucket
-from framepack_jax.conditioning import (
-    Encoders,
-    encode_image,
-    encode_prompt,
-    load_image_processor,
-    load_tokenizer,
-    start_latent,
-)
-from framepack_jax.diffusion import SOLVERS, flow, guidance, solver, solver_table
+from framepack_jax import bundle, conditioning, packing
+from framepack_jax.conditioning import Encoders, PromptStates
+from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
 from framepack_jax.models.vae import Tiling, check_tiling
-from framepack_jax.packing import PackedContext, Section, Timeline
-from framepack_jax.video import cross_fade, resize_center_crop
+from framepack_jax.packing import Section, Timeline
+from framepack_jax.request import START_FRAMES, Footage, Geometry, Layout, Request, lay_out, prepare
+from framepack_jax.splice import Interval, Splicer, to_uint8
 
-OnStep = Callable[[int, int], None]
+# (section from 0, step from 0, the sample as predicted now (B, w, H, W, C))
+OnStep = Callable[[int, int, jax.Array], None]
 OnSection = Callable[[int, tuple[int, ...], np.ndarray], None]
 DEFAULT_TILING = Tiling()
 DTYPES = ("float32", "bfloat16", "float16")
-# Latent frames that an image gives.
-START_FRAMES = 1
+
+
+class NotFinite(FloatingPointError):
+    """Latents that are not finite. `samples` are those of the batch that it happened to."""
+
+    def __init__(self, message: str, samples: Sequence[int]) -> None:
+        super().__init__(message)
+        self.samples = tuple(samples)
 
 
 class Network(NamedTuple):
@@ -60,6 +61,7 @@ class Settings:
 
     `guidance` is the scale given to the guidance-distilled network, `cfg` classifier-free guidance
     (1 leaves the negative prompt out), `cfg_rescale` in [0, 1] its correction of contrast.
+    `step_cache` leaves the transformer's blocks out at steps where they would change little.
     """
 
     steps: int = 25
@@ -67,6 +69,7 @@ class Settings:
     guidance: float = 10.0
     cfg: float = 1.0
     cfg_rescale: float = 0.0
+    step_cache: cache.Config | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -75,6 +78,9 @@ class Settings:
             raise ValueError(f"sampler {self.sampler!r}: expected one of {', '.join(SOLVERS)}")
         if not 0 <= self.cfg_rescale <= 1:
             raise ValueError(f"cfg_rescale = {self.cfg_rescale}: expected a number from 0 to 1")
+        for name in ("guidance", "cfg"):
+            if not np.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)}: expected a finite number")
 
 
 DEFAULT_SETTINGS = Settings()
@@ -102,11 +108,12 @@ class Video(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """An encoded request: what is wanted, what is not (or None), start latents (B, F, H, W, C)."""
+    """Encoded requests of one layout: `conditions` of every section, or one for all; what is not
+    wanted, or None; latents (B, H, W, C) of the positions that are `known`."""
 
-    conditions: Any
+    conditions: Sequence[Any]
     negative: Any
-    start: np.ndarray
+    known: Mapping[int, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,30 +187,41 @@ class FramePack:
             tiling=tiling,
         )
 
-    def with_weights(self, path: epath.PathLike) -> "FramePack":
-        """The same with the weights and tokenizers of the bundle at `path`."""
+    def with_weights(
+        self, path: epath.PathLike, roles: Sequence[str] = bundle.ROLES
+    ) -> "FramePack":
+        """The same with the weights of the bundle at `path`, and with the tokenizers where `roles`
+        are all of them; decoding needs `("vae",)` only."""
         root, manifest = epath.Path(path), bundle.read_manifest(path)
 
         def network(role: str, dtype: str) -> Network:
             params = bundle.load_params(root, manifest, role, dtype=jnp.dtype(dtype))
             return Network(*bundle.role_config(manifest, role), params)
 
+        loaded = dataclasses.replace(self, vae=network("vae", "float32"))
+        if set(roles) == {"vae"}:
+            return loaded
         names = ("text_encoder", "text_encoder_2", "image_encoder")
         encoders = Encoders(
-            tokenizer=load_tokenizer(root / "tokenizer"),
-            tokenizer_2=load_tokenizer(root / "tokenizer_2"),
-            image_processor=load_image_processor(root / "image_processor"),
+            tokenizer=conditioning.load_tokenizer(root / "tokenizer"),
+            tokenizer_2=conditioning.load_tokenizer(root / "tokenizer_2"),
+            image_processor=conditioning.load_image_processor(root / "image_processor"),
             template=manifest.prompt_template,
             **{name: network(name, self.dtype)[1:] for name in names},
         )
-        return dataclasses.replace(
-            self,
-            transformer=network("transformer", self.dtype),
-            vae=network("vae", "float32"),
-            encoders=encoders,
+        transformer = network("transformer", self.dtype)
+        return dataclasses.replace(loaded, transformer=transformer, encoders=encoders)
+
+    @property
+    def geometry(self) -> Geometry:
+        """How this bundle divides time and space."""
+        patch = packing.kernel_shape(self.transformer.model.PATCH)[1]
+        vae = self.vae.cfg
+        return Geometry(
+            self.schedule, self.order, vae.time_compression, patch * vae.space_compression
         )
 
-    def __call__(self, image: np.ndarray, prompt: str, **options: Any) -> Video:
+    def __call__(self, image: np.ndarray | None, prompt: str, **options: Any) -> Video:
         """Make a whole video; `options` are those of `stream`."""
         spans = list(self.stream(image, prompt, **options))
         frames = np.concatenate([s.frames for s in sorted(spans, key=lambda s: s.start)])
@@ -212,87 +230,155 @@ class FramePack:
 
     def stream(
         self,
-        image: np.ndarray,
+        image: np.ndarray | None,
         prompt: str,
         *,
         negative_prompt: str = "",
+        end_image: np.ndarray | None = None,
+        key_frames: Mapping[float, np.ndarray] | None = None,
+        footage: Footage | None = None,
         seconds: float = 5.0,
         sections: int | None = None,
         fps: float = 30.0,
         height: int | None = None,
         width: int | None = None,
         seed: int = 0,
+        prompt_blend: float = 1.0,
         settings: Settings = DEFAULT_SETTINGS,
         on_step: OnStep | None = None,
         on_section: OnSection | None = None,
     ) -> Iterator[Span]:
         """Yield a `Span` for every section as it is made, in the order of making.
 
-        `image` (height, width, 3) uint8 is the first frame; it is scaled and cropped to the 480p
-        bucket nearest to its shape, or to `height` x `width` pixels. The length is `sections`
-        latent windows, else the number nearest to `seconds`. `on_section(number, positions,
-        latents)` has the latents of a section before they are decoded. Raises ValueError for
-        impossible sizes and durations, FloatingPointError where latents stop being finite.
+        `image` (height, width, 3) uint8 is the first frame, None for text alone; it is scaled and
+        cropped to the 480p bucket nearest to its shape, or to `height` x `width` pixels, any even
+        numbers. `end_image` is the last frame, `key_frames` are images by seconds, `footage` is a
+        video to go on from, whose frames before the first span stay as they are. The length of
+        what is made is `sections` latent windows, else the number nearest to `seconds`.
+        `prompt_blend` seconds around a change of prompt both count. `on_section(number,
+        positions, latents)` has the latents of a section before they are decoded. Raises
+        ValueError for impossible sizes and durations, NotFinite where latents stop being finite.
         """
-        plan = self.plan(seconds, sections, fps)
-        image = self.prepare_image(image, height, width)
-        inputs = self.encode(image, prompt, negative_prompt, settings)
-        made = self.sample(plan, inputs, settings, seed=seed, on_step=on_step)
+        request = Request(
+            prompt, image, negative_prompt, seed, end_image,
+            tuple(sorted((key_frames or {}).items())), footage,
+        )  # fmt: skip
+        layout = lay_out(
+            self.geometry, request,
+            seconds=seconds, sections=sections, fps=fps, height=height, width=width,
+        )  # fmt: skip
+        request = prepare(self.geometry, request, layout)
+        inputs = self.encode([request], layout, settings, prompt_blend)
+        made = self.sample(layout.plan, inputs, settings, seeds=[seed], on_step=on_step)
         if on_section is not None:
-            made = _announced(made, on_section)
-        for section, start, frames, timeline in self.decode(plan, made):
-            positions = _new_positions(section)
-            latents = timeline.read(positions)[0]
-            yield Span(start, np.asarray(to_uint8(frames))[0], positions, latents)
-
-    def plan(
-        self, seconds: float = 5.0, sections: int | None = None, fps: float = 30.0
-    ) -> list[Section]:
-        """The plan of a video of `sections`, else of about `seconds`. Raises ValueError."""
-        if sections is None:
-            window = packing.parse(self.schedule).window
-            compression = self.vae.cfg.time_compression
-            sections = packing.sections_for(seconds, window, fps, compression)
-        return packing.plan(self.schedule, self.order, sections)
-
-    def prepare_image(self, image: np.ndarray, height: int | None, width: int | None) -> np.ndarray:
-        """Scale and crop to a size that VAE and patches divide. Raises ValueError."""
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"image of shape {image.shape} and type {image.dtype}: expected (height, width, 3)"
-                " uint8; video.load_image reads any image file as such"
-            )
-        if (height is None) != (width is None):
-            raise ValueError(f"height = {height}, width = {width}: give both or neither")
-        if height is None:
-            height, width = find_bucket(*image.shape[:2])
-        patch = packing.kernel_shape(self.transformer.model.PATCH)[1]
-        unit = patch * self.vae.cfg.space_compression
-        if height < unit or width < unit or height % unit or width % unit:
-            raise ValueError(
-                f"size {height} x {width}: both must be positive multiples of {unit} pixels"
-            )
-        return resize_center_crop(image, height, width)
+            made = _announced(made, layout, on_section)
+        before = None if footage is None else self.overlap(layout, request.footage)
+        for section, start, frames, timeline in self.decode(layout.plan, made, before):
+            positions = layout.new_positions(section)
+            pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
+            yield Span(start, pixels, positions, timeline.read(positions)[0])
 
     def encode(
-        self, image: np.ndarray, prompt: str, negative_prompt: str, settings: Settings
+        self,
+        requests: Sequence[Request],
+        layout: Layout,
+        settings: Settings,
+        prompt_blend: float = 0.0,
+        known: Mapping[int, np.ndarray] | None = None,
     ) -> Inputs:
-        """Encode a bucket-cropped image (height, width, 3) uint8 and the prompts."""
-        images = image[None]
+        """Encode prepared requests of one layout; `known` latents (B, H, W, C) by position, where
+        they are there already."""
         with _precision(self.dtype):
-            embedded = encode_image(self.encoders, images)
+            embedded = jnp.concatenate(
+                [conditioning.encode_image(self.encoders, r.image[None]) for r in requests]
+            )
+            guidance = jnp.full(len(requests), settings.guidance, jnp.float32)
 
-        def conditions(text: str) -> Any:
-            states, valid, pooled = encode_prompt(self.encoders, [text])
-            scale = jnp.full(1, settings.guidance, jnp.float32)
-            return self.transformer.model.Conditions(states, valid, pooled, embedded, scale)
+            def conditions(prompts: Sequence[PromptStates]) -> Any:
+                states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
+                return self.transformer.model.Conditions(*states, embedded, guidance)
 
-        with _precision(self.dtype):
-            negative = conditions(negative_prompt) if settings.cfg != 1 else None
-            _, cfg, params = self.vae
-            start = start_latent(cfg, params, images, self.latent_mean, self.latent_std)
-            return Inputs(conditions(prompt), negative, np.asarray(start))
+            @functools.cache
+            def encoded(text: str) -> PromptStates:
+                return conditioning.encode_prompt(self.encoders, [text])
+
+            # Sections under the same prompts share one set of arrays.
+            @functools.cache
+            def at(*shares: tuple[tuple[str, float], ...]) -> Any:
+                return conditions(
+                    [
+                        conditioning.blend_prompts([(encoded(t), share) for t, share in prompts])
+                        for prompts in shares
+                    ]
+                )
+
+            by_section = [
+                at(*(self._prompts_at(r.prompt, section, layout, prompt_blend) for r in requests))
+                for section in layout.plan
+            ]
+            negative = None
+            if settings.cfg != 1:
+                negative = conditions([encoded(r.negative_prompt) for r in requests])
+        if known is None:
+            each = [self.known_latents(request, layout) for request in requests]
+            known = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
+        return Inputs(by_section, negative, known)
+
+    def _prompts_at(
+        self, prompt: str, section: Section, layout: Layout, span: float
+    ) -> tuple[tuple[str, float], ...]:
+        """The prompts that count in the middle of a section, and their shares."""
+        times, texts = zip(*conditioning.timed_prompts(prompt), strict=True)
+        compression = self.vae.cfg.time_compression
+        middle = compression * (section.targets[0] - 1 + section.targets[-1]) / 2 / layout.fps
+        shares = conditioning.prompt_shares(times, middle, span)
+        return tuple((text, s) for text, s in zip(texts, shares, strict=True) if s > 0)
+
+    def known_latents(self, request: Request, layout: Layout) -> dict[int, np.ndarray]:
+        """Latents (H, W, C) of a prepared request by position: start image or footage, stills."""
+
+        def latents(frames: np.ndarray) -> np.ndarray:
+            with _precision(self.dtype):
+                return np.asarray(
+                    conditioning.clip_latents(
+                        self.vae.cfg, self.vae.params, frames[None],
+                        self.latent_mean, self.latent_std, tiling=self.tiling,
+                    )
+                )[0]  # fmt: skip
+
+        known = {}
+        if request.footage is None:
+            known[0] = latents(request.image[None])[0]
+        else:
+            known |= self._known_footage(request.footage, layout.before, latents)
+        pictures = [image for _, image in request.key_frames]
+        pictures += [] if request.end_image is None else [request.end_image]
+        for position, picture in zip(layout.stills, pictures, strict=True):
+            # Only the first latent of a video is one frame; this one stands for several.
+            still = np.stack([picture] * (1 + self.vae.cfg.time_compression))
+            known[position] = latents(still)[1]
+        return known
+
+    def _known_footage(
+        self, footage: Footage, before: int, latents: Callable[[np.ndarray], np.ndarray]
+    ) -> dict[int, np.ndarray]:
+        if footage.latents is not None:
+            return dict(footage.latents)
+        count = min(footage.frames, self.geometry.footage_frames)
+        encoded = latents(footage.last[-count:])
+        if count == footage.frames:
+            return dict(enumerate(encoded))
+        # The first latent of this clip stands for one frame, and would for four in the video.
+        known = dict(zip(range(before - len(encoded) + 1, before), encoded[1:], strict=True))
+        return {0: latents(footage.first[None])[0], **known}
+
+    def timeline(self, plan: Sequence[Section], known: Mapping[int, np.ndarray]) -> Timeline:
+        """A timeline that holds what is known, latents (B, H, W, C) by position."""
+        batch, *frame = next(iter(known.values())).shape
+        timeline = Timeline(packing.length(plan), tuple(frame), batch)
+        for position, latents in known.items():
+            timeline.write([position], latents[:, None])
+        return timeline
 
     def sample(
         self,
@@ -300,101 +386,102 @@ class FramePack:
         inputs: Inputs,
         settings: Settings,
         *,
-        seed: int = 0,
+        seeds: Sequence[int] = (0,),
         noise: Sequence[np.ndarray] | None = None,
+        timeline: Timeline | None = None,
+        done: int = 0,
         on_step: OnStep | None = None,
     ) -> Iterator[tuple[Section, Timeline]]:
         """Denoise section after section; yields each with the timeline that now holds it.
 
-        The noise of section i, in the order of making, is drawn from fold_in(seed, i), or taken
-        from `noise` (B, w, H, W, C). `on_step(section, step)` is called after each step. Raises
-        ValueError for a seed that does not fit 32 bits.
+        The noise of section i, in the order of making, is drawn from fold_in(seed, i) for every
+        sample, or taken from `noise` (B, w, H, W, C). To go on with an earlier run, `timeline` has
+        its latents and `done` is the number of its sections. `on_step(section, step, x0)` is
+        called after each step. Raises NotFinite, ValueError for a seed that does not fit 32 bits.
         """
-        check_seed(seed)
-        batch, start_frames, *frame = inputs.start.shape
-        length = start_frames + sum(len(section.targets) for section in plan)
-        timeline = Timeline(length, tuple(frame), batch)
-        timeline.write(range(start_frames), inputs.start)
-        sigmas = self._sigmas(settings, frame)
+        timeline = self.timeline(plan, inputs.known) if timeline is None else timeline
+        _, _, *frame = timeline.latents.shape
+        sigmas = flow.sigmas(
+            settings.steps, flow.shift_mu(packing.target_tokens(self.schedule, *frame[:2]))
+        )
         table = solver_table(settings.sampler, sigmas)
-        for i, section in enumerate(plan):
-            shape = (batch, len(section.targets), *frame)
+        for i, section in enumerate(plan[done:], start=done):
             if noise is None:
-                x = jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape)
+                shape = (len(section.targets), *frame)
+                x = jnp.stack([_noise(seed, i, shape) for seed in seeds])
             else:
                 x = jnp.asarray(noise[i], jnp.float32)
-            context = jax.device_put(packing.read_context(section, timeline))
-            step = functools.partial(self._step, context, inputs, settings)
-            latents = denoise_section(step, x, sigmas, table, i, self.dtype, on_step)
-            timeline.write(section.targets, latents)
+            target, known = packing.read_target(section, timeline)
+            result = sampler.denoise(
+                *self.transformer, x, sigmas, table,
+                jax.device_put(packing.read_context(section, timeline)),
+                inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
+                target=target, known=known,
+                cfg_scale=settings.cfg, cfg_rescale=settings.cfg_rescale,
+                dtype=self.dtype, cache=settings.step_cache,
+                on_step=on_step and functools.partial(on_step, i),
+            )  # fmt: skip
+            self._check_finite(i, settings.steps, result.finite_step)
+            timeline.write(section.targets, result.latents)
             yield section, timeline
 
-    def _sigmas(self, settings: Settings, frame: Sequence[int]) -> np.ndarray:
-        tokens = packing.target_tokens(self.schedule, frame[0], frame[1])
-        return flow.sigmas(settings.steps, flow.shift_mu(tokens))
+    def _check_finite(self, number: int, steps: int, first_bad: np.ndarray) -> None:
+        """`first_bad` (B,): the first step of each sample that was not finite, or -1."""
+        if bad := [b for b, step in enumerate(first_bad) if step >= 0]:
+            raise NotFinite(
+                f"section {number + 1}, step {first_bad[bad[0]] + 1} of {steps}: the prediction is"
+                f" not finite in {self.dtype}; try --dtype float32, or check the weights",
+                bad,
+            )
 
-    def _step(
-        self,
-        context: PackedContext,
-        inputs: Inputs,
-        settings: Settings,
-        state: solver.State,
-        sigma: np.ndarray,
-        row: np.ndarray,
-    ) -> tuple[solver.State, jax.Array]:
-        model, cfg, params = self.transformer
-        scales = np.float32(settings.cfg), np.float32(settings.cfg_rescale)
-        with _precision(self.dtype):
-            return step(
-                model.velocity, cfg, self.dtype,
-                params, state, sigma, row, context, inputs.conditions, inputs.negative, *scales,
-            )  # fmt: skip
+    def splicer(self, plan: Sequence[Section], before: int = START_FRAMES) -> Splicer:
+        """Joins the clips of a plan; where a video is extended, the last clip is its end."""
+        clips = [Interval(*self.geometry.frames_of(*section.decode)) for section in plan]
+        if before > START_FRAMES:
+            clips.append(
+                Interval(min(clip.start for clip in clips), self.geometry.frames_of(0, before)[1])
+            )
+        return Splicer(clips)
+
+    def overlap(self, layout: Layout, footage: Footage) -> jax.Array:
+        """The frames (1, P, height, width, 3) of prepared footage that clips are cross-faded with,
+        in [-1, 1]."""
+        start = self.geometry.frames_of(layout.overlap_start, layout.before)[0]
+        return jnp.asarray(footage.last[None, start - footage.frames :], jnp.float32) / 127.5 - 1
 
     def decode(
-        self, plan: Sequence[Section], made: Iterable[tuple[Section, Timeline]]
+        self,
+        plan: Sequence[Section],
+        made: Iterable[tuple[Section, Timeline]],
+        before: jax.Array | None = None,
     ) -> Iterator[tuple[Section, int, jax.Array, Timeline]]:
-        """Decode sections as they are made and cross-fade where clips overlap.
+        """Decode sections as they are made and cross-fade where clips overlap, also with the end
+        of a video that came `before`.
 
         Yields (section, first frame, final frames (B, P, height, width, 3) in about [-1, 1],
         timeline): what no later clip will touch.
         """
-        clips = [self._pixel_span(section) for section in plan]
-        start, pending = 0, None
+        splicer = self.splicer(plan, START_FRAMES if before is None else plan_start(plan))
+        if before is not None:
+            splicer.add(len(plan), before)
         for i, (section, timeline) in enumerate(made):
-            clip = self._decode_clip(section, timeline)
-            if pending is None:
-                start, pending = clips[i][0], clip
-            else:
-                start, pending = join_clips(start, pending, clips[i][0], clip)
-            stop = start + pending.shape[1]
-            if i + 1 == len(plan):
-                first, last = start, stop
-            elif clips[i + 1][0] < start:  # the video grows at its front
-                first, last = clips[i + 1][1], stop
-            else:
-                first, last = start, clips[i + 1][0]
-            yield section, first, pending[:, first - start : last - start], timeline
-            before, after = pending[:, : first - start], pending[:, last - start :]
-            start, pending = (start, before) if first > start else (last, after)
+            start, frames = splicer.add(i, self.decode_clip(section, timeline))
+            yield section, start, frames, timeline
 
-    def _pixel_span(self, section: Section) -> tuple[int, int]:
-        """(first, last + 1) frame of the clip that a section decodes: a clip's first latent is one
-        frame, every other as many as the VAE compresses into one."""
-        first, last = section.decode
-        compression = self.vae.cfg.time_compression
-        return first * compression, (last - 1) * compression + 1
-
-    def _decode_clip(self, section: Section, timeline: Timeline) -> jax.Array:
+    def decode_clip(
+        self, section: Section, timeline: Timeline, samples: slice = slice(None)
+    ) -> jax.Array:
+        """The clip (B, P, height, width, 3) in about [-1, 1] that a section lets us decode."""
         model, cfg, params = self.vae
-        latents = timeline.read(range(*section.decode)) * self.latent_std + self.latent_mean
+        latents = timeline.read(range(*section.decode))[samples]
+        latents = latents * self.latent_std + self.latent_mean
         with _precision(self.dtype):
             return model.decode(cfg, params, jnp.asarray(latents), self.tiling)
 
 
-def check_seed(seed: int) -> None:
-    """Raise ValueError where jax would fold the seed into another or refuse it."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed}: expected 0 to {2**32 - 1}")
+def plan_start(plan: Sequence[Section]) -> int:
+    """The first position that a plan writes."""
+    return min(section.targets[0] for section in plan)
 
 
 def _precision(dtype: str) -> contextlib.AbstractContextManager:
@@ -404,93 +491,14 @@ def _precision(dtype: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _new_positions(section: Section) -> tuple[int, ...]:
-    """Positions that come with a section: its targets, and the start where it is decoded too."""
-    start = range(section.targets[0]) if section.decode[0] == 0 else ()
-    return (*start, *section.targets)
+def _noise(seed: int, section: int, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), section), shape)
 
 
 def _announced(
-    made: Iterable[tuple[Section, Timeline]], on_section: OnSection
+    made: Iterable[tuple[Section, Timeline]], layout: Layout, on_section: OnSection
 ) -> Iterator[tuple[Section, Timeline]]:
     for number, (section, timeline) in enumerate(made):
-        positions = _new_positions(section)
+        positions = layout.new_positions(section)
         on_section(number, positions, timeline.read(positions)[0])
         yield section, timeline
-
-
-@functools.partial(jax.jit, static_argnames=("velocity", "cfg", "dtype"))
-def step(
-    velocity: Callable[..., jax.Array],
-    cfg: Any,
-    dtype: str,
-    params: Any,
-    state: solver.State,
-    sigma: jax.Array,
-    row: jax.Array,
-    context: PackedContext,
-    conditions: Any,
-    negative: Any,
-    cfg_scale: jax.Array,
-    cfg_rescale: jax.Array,
-) -> tuple[solver.State, jax.Array]:
-    """One denoising step: (state after it, whether its prediction is finite).
-
-    One program for all steps and sections of a bucket; only a negative prompt makes another.
-    """
-    sigma = jnp.full(state.x.shape[0], sigma)
-    v = velocity(cfg, params, state.x, sigma, context, conditions, jnp.dtype(dtype))
-    if negative is not None:
-        unconditional = velocity(cfg, params, state.x, sigma, context, negative, jnp.dtype(dtype))
-        v = guidance.guide(v, unconditional, cfg_scale, cfg_rescale)
-    x0 = flow.x0_from_velocity(state.x, v, sigma)
-    return solver.step(state, x0, row), jnp.isfinite(x0).all()
-
-
-def denoise_section(
-    step: Callable[..., tuple[solver.State, jax.Array]],
-    noise: jax.Array,
-    sigmas: np.ndarray,
-    table: np.ndarray,
-    number: int,
-    dtype: str,
-    on_step: OnStep | None = None,
-) -> np.ndarray:
-    """Run all steps of one section; returns its latents (B, w, H, W, C) float32.
-
-    Raises FloatingPointError that names section, step and dtype where a prediction is not finite.
-    """
-    state, finite = solver.start(noise), []
-    for i, row in enumerate(table):
-        state, ok = step(state, np.float32(sigmas[i]), row.astype(np.float32))
-        finite.append(ok)
-        if on_step is not None and i > 0:
-            # Reported one step late, so that the device always has the next one at hand.
-            finite[i - 1].block_until_ready()
-            on_step(number, i - 1)
-    if on_step is not None:
-        finite[-1].block_until_ready()
-        on_step(number, len(finite) - 1)
-    if not all(flags := [bool(ok) for ok in finite]):
-        raise FloatingPointError(
-            f"section {number + 1}, step {flags.index(False) + 1} of {len(flags)}: the prediction"
-            f" is not finite in {dtype}; try --dtype float32, or check the weights"
-        )
-    return np.asarray(state.x)
-
-
-def join_clips(a_start: int, a: jax.Array, b_start: int, b: jax.Array) -> tuple[int, jax.Array]:
-    """Put two clips (B, P, ...) that start at frames a_start and b_start into one, cross-faded
-    where they overlap. Raises ValueError where there is a gap between them."""
-    if b_start < a_start:
-        a_start, a, b_start, b = b_start, b, a_start, a
-    overlap = a_start + a.shape[1] - b_start
-    if overlap < 0:
-        raise ValueError(f"clips leave a gap of {-overlap} frames before frame {b_start}")
-    return a_start, cross_fade(a, b, overlap, axis=1)
-
-
-@jax.jit
-def to_uint8(frames: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1] -> 0 .. 255, rounded and clipped, on the device."""
-    return jnp.clip(jnp.round((frames + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -84,11 +84,11 @@ READERS: dict[str, tuple[str, ...]] = {
     r"^buckets": ("tests/test_buckets.py::test_choices_equal_the_release",),
     r"^flow_shift": ("tests/test_flow.py::test_shift_equals_the_release",),
     r"^sections": ("tests/test_packing.py::test_sections_equal_the_release",),
-    r"^resize": ("tests/test_video.py::test_resize_and_crop_equal_the_release",),
+    r"^resize": ("tests/test_images.py::test_resize_and_crop_equal_the_release",),
     r"^unipc\S+ (bh\d)": ("tests/test_solver.py::test_unipc_equals_the_release[{}]",),
     r"^pipeline\S+ preview/": ("tests/test_video.py::test_preview_equals_the_release",),
-    r"^pipeline\S+ blend/": ("tests/test_video.py::test_cross_fade_equals_the_release",),
-    r"^pipeline\S+ teacache": (SECTIONS,),
+    r"^pipeline\S+ blend/": ("tests/test_splice.py::test_cross_fade_equals_the_release",),
+    r"^pipeline\S+ teacache": ("tests/test_cache.py::test_teacache_equals_the_release",),
     r"^pipeline\S+ (.*)/pixels": (f"{PIXELS}[{{}}]",),
     r"^pipeline\S+ (.*)/": (f"{SECTIONS}[{{}}]",),
     r"^(pipeline|transformer/)": (SECTIONS,),
@@ -112,7 +112,6 @@ READERS: dict[str, tuple[str, ...]] = {
 
 # What no test can notice -> why.
 SILENT: dict[str, str] = {
-    r"^pipeline\S+ teacache": "the step cache is not part of the sampler yet",
     r"^flow_shift\.json 1[2-9]/tokens$": "the shift of so many tokens is at its cap already",
     r"(_encoder/\S+|_encoder_2/\S+|mid_block|refiner_blocks).*\b(k_proj|to_k)\.bias$": (
         "a key bias adds the same to all logits of a query, which softmax removes; only attention"

@@ -33,7 +33,8 @@ from transformers import (
 
 from framepack_jax import conditioning, packing
 from framepack_jax.commands import convert
-from framepack_jax.pipeline import FramePack, Settings
+from framepack_jax.pipeline import FramePack, Inputs, Settings
+from framepack_jax.request import Request, lay_out, prepare
 
 SCHEDULES = {
     "inverted": "f1k1_x_g{}_f1k1f2k2f16k4_td",
@@ -41,6 +42,14 @@ SCHEDULES = {
 }
 
 FACTS = json.loads((GOLDEN / "diffusers_pipeline" / "reference.json").read_text())
+
+
+def inputs_of(pipe: FramePack, image, prompt: str, negative: str, settings: Settings) -> Inputs:
+    """Inputs of a video of the image's size; of one section, so that they serve all."""
+    request = Request(prompt, image, negative)
+    height, width = image.shape[:2]
+    layout = lay_out(pipe.geometry, request, sections=1, height=height, width=width)
+    return pipe.encode([prepare(pipe.geometry, request, layout)], layout, settings)
 
 
 def pixels(pipe: FramePack, plan, inputs, settings, noise) -> np.ndarray:
@@ -104,7 +113,7 @@ def test_image(pipe, arrays, image) -> None:
     assert relative_error(pipe.encoders.image_processor(image[None]), theirs) < 1e-6
     states = conditioning.encode_image(pipe.encoders, image[None])
     assert relative_error(states, arrays["siglip_last_hidden_state"]) < 2e-4
-    ours = pipe.encode(image, "", "", Settings()).start
+    ours = inputs_of(pipe, image, "", "", Settings()).known[0][:, None]
     theirs = rearrange(arrays["image_latents_mode"], "b c t h w -> b t h w c")
     assert relative_error(ours, theirs) < 2e-4
 
@@ -124,7 +133,7 @@ def test_frames(converted, arrays, image, name: str) -> None:
         cfg=run.get("cfg", 1.0),
     )
     negative = FACTS["negative_prompt"] if run.get("negative") else ""
-    inputs = pipe.encode(image, FACTS["prompts"][run["prompt"]], negative, settings)
+    inputs = inputs_of(pipe, image, FACTS["prompts"][run["prompt"]], negative, settings)
     plan = packing.plan(schedule, pipe.order, run["sections"])
     noise = [
         rearrange(arrays[f"{name}/noise{i}"], "b c t h w -> b t h w c") for i in range(len(plan))
@@ -219,7 +228,7 @@ def test_live_pipeline_end_to_end(live, image, tmp_path, monkeypatch, sampling: 
     )
     pipe = FramePack.load(root, dtype="float32")
     settings = Settings(steps=steps, sampler="euler", guidance=7.0)
-    inputs = pipe.encode(np.asarray(picture), prompt, "", settings)
+    inputs = inputs_of(pipe, np.asarray(picture), prompt, "", settings)
     ours = pixels(
         pipe, packing.plan(schedule, pipe.order, sections), inputs, settings,
         [rearrange(x.numpy(), "b c t h w -> b t h w c") for x in noise],

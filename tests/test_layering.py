@@ -9,8 +9,8 @@ PACKAGE = ROOT / "framepack_jax"
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
     {"sharding", "topology"},
-    {"ops", "diffusion", "packing", "buckets", "video"},
-    {"models", "lora"},
+    {"ops", "diffusion", "packing", "buckets", "splice", "video"},
+    {"models", "lora", "request"},
     {"bundle", "conditioning"},
     {"pipeline", "data", "conversion"},
     {"training", "evaluation"},

@@ -14,6 +14,8 @@ from PIL import Image
 from configs import tiny
 from framepack_jax import FramePack, __main__, bundle, pipeline, video
 from framepack_jax.commands import sample
+from framepack_jax.commands.runs import Run
+from framepack_jax.splice import to_uint8
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "examples" / "astronaut.jpg"
@@ -75,13 +77,12 @@ def test_the_record_tells_how_to_repeat_it(photo_run) -> None:
 @pytest.mark.golden
 def test_first_frame_is_that_of_the_saved_latents(photo_run) -> None:
     bundle_path, output, _ = photo_run
-    saved = [np.load(p) for p in sorted((output / "latents").glob("section_*.npz"))]
-    assert [s["positions"].tolist() for s in saved] == [[0, 1]]
-    latents = saved[0]["latents"][None]
+    saved = Run.open(output).latents()
+    latents = np.stack([saved[position] for position in (0, 1)])[None]
     pipe = FramePack.load(bundle_path, dtype="float32")
     model, cfg, params = pipe.vae
     z = jnp.asarray(latents * pipe.latent_std + pipe.latent_mean)
-    decoded = np.asarray(pipeline.to_uint8(model.decode(cfg, params, z)))[0].astype(int)
+    decoded = np.asarray(to_uint8(model.decode(cfg, params, z)))[0].astype(int)
     encoded = video.read_mp4(output / "video.mp4")[0].astype(int)
     distance = [np.abs(frame - encoded[0]).mean() for frame in decoded]
     assert distance[0] < 6
@@ -121,7 +122,13 @@ def test_tiny_bundle_is_that_of_its_config() -> None:
         (["--steps", "0"], "steps = 0"),
         (["--crf", "0"], "crf is 0"),
         (["--seconds", "nan"], "seconds = nan"),
-        (["--height", "100", "--width", "64"], "100 x 64"),
+        (["--height", "101", "--width", "64"], "height = 101"),
+        (["--height", "8", "--width", "64"], "height = 8"),
+        (["--batch", "0"], "batch = 0"),
+        (["--step-cache", "tea", "--threshold", "-1"], "-1"),
+        (["--threshold", "0.2"], "threshold = 0.2"),
+        (["--extend", "nowhere.mp4"], "exclude each other"),
+        (["--guidance", "nan"], "guidance = nan"),
         (["--schedule", "f1k1_g9+E"], "+E"),
         (["--schedule", "td_f16k4f2k2f1k1_g9_x_f1k1"], "endpoint"),
         (["--schedule", "f1k1_x_f16k8f2k2f1k1_g2"], "k8"),
@@ -145,7 +152,7 @@ def test_errors_are_one_line_that_names_the_value(tmp_path, flags, named) -> Non
 def test_a_finished_run_is_not_lost(tmp_path) -> None:
     (tmp_path / "run.json").write_text("{}")
     flags = ["--bundle", "tiny", "--image", str(PHOTO), "--prompt", "", "--output", str(tmp_path)]
-    with pytest.raises(SystemExit, match="already holds a run"):
+    with pytest.raises(SystemExit, match=r"run.json cannot be read"):
         sample.main(flags)
     with pytest.raises(SystemExit, match="sections = -1"):
         sample.main([*flags, "--overwrite", "--sections", "-1"])

@@ -1,49 +1,64 @@
-"""`framepack sample`: an image and a prompt become a video in a folder."""
+"""`framepack sample`: images and prompts become videos, each in a run folder."""
 
+import collections
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
-import io
+import itertools
 import json
-import os
+import math
 import platform
-import resource
+import signal
 import sys
 import time
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
-from framepack_jax import bundle, pipeline, video
+from framepack_jax import bundle, video
+from framepack_jax.commands.making import Task, decode_again, make_all, peak_memory
+from framepack_jax.commands.runs import FORMAT, RECORD, Run
+from framepack_jax.diffusion import cache
 from framepack_jax.models.vae import Tiling
+from framepack_jax.pipeline import FramePack, Settings
+from framepack_jax.request import Footage, Layout, Request, lay_out
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
+PREVIEWS_PER_SECTION = 4
+# Exit codes of programs that a signal ended.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """Make a video from an image and a prompt.
+class Shot:
+    """The flags of one video."""
 
-    The output folder holds video.mp4, preview.png (a contact sheet), latents/ (a file a section,
-    written before the section is decoded) and run.json (all that is needed to make it again).
-    """
-
-    bundle: str
-    """Folder made by convert_weights.py, or "tiny", the small untrained bundle in this package."""
-    image: Path
-    """First frame: any image file. It is scaled and cropped to the size of the video."""
-    prompt: str
+    image: Path | None = None
+    """First frame: any image file, scaled and cropped to the size of the video. Without it the
+    video begins from black, led by the prompt alone."""
+    prompt: str = ""
     """What happens in the video. May be empty."""
     negative_prompt: str = ""
     """What should not happen; counts only with --cfg other than 1."""
+    end_image: Path | None = None
+    """Last frame."""
+    key_frame: tuple[str, ...] = ()
+    """Images at times: 3.5s=photo.png 7s=other.png."""
+    extend: Path | None = None
+    """A video file or a run folder to go on from, instead of --image."""
+    prompt_blend: float = 1.0
+    """Seconds over which prompts with times are blended into each other."""
     seconds: float = 5.0
-    """Length; the number of sections that comes nearest is made."""
+    """Length of what is made; the number of sections that comes nearest."""
     sections: int | None = None
     """Length in sections, instead of --seconds."""
     seed: int = 0
@@ -58,18 +73,70 @@ class Sample:
     """Classifier-free guidance scale; other than 1 it doubles the time."""
     cfg_rescale: float = 0.0
     """How far --cfg's gain in contrast is taken back, 0 to 1."""
+    step_cache: Literal["none", "tea", "first-block"] = "none"
+    """Leave the network's blocks out at steps where little changes: faster, less exact."""
+    threshold: float | None = None
+    """Change at which --step-cache lets the blocks run; default: 0.15 for tea."""
     height: int | None = None
-    """Height in pixels, a multiple of 16; default: the 480p bucket nearest to the image's shape."""
+    """Height in pixels, any even number; default: the 480p bucket nearest to the image's shape."""
     width: int | None = None
-    """Width in pixels, a multiple of 16; give both or neither."""
+    """Width in pixels; give both or neither."""
     fps: int = 30
     """Frames a second of the video; the models are made for 30."""
     crf: int = 16
     """H.264 quality, 1 (largest file) to 51."""
+
+    def settings(self) -> Settings:
+        """Raises ValueError for what cannot be."""
+        if not 0 <= self.prompt_blend < math.inf:
+            raise ValueError(f"prompt_blend = {self.prompt_blend}: expected seconds, 0 or more")
+        step_cache = None
+        if self.step_cache != "none":
+            step_cache = cache.Config(self.step_cache, self.threshold)
+        elif self.threshold is not None:
+            raise ValueError(f"threshold = {self.threshold} needs --step-cache tea or first-block")
+        return Settings(
+            self.steps, self.sampler, self.guidance, self.cfg, self.cfg_rescale, step_cache
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(Shot):
+    """Make videos from images and prompts, or go on with a run.
+
+    The output folder holds video.mp4, preview.png (the section being made; at the end a contact
+    sheet), latents/ (a file a section, written before the section is decoded), segments/, inputs/
+    and run.json (all that is needed to make it again). A run that was stopped goes on with
+    --resume FOLDER.
+    """
+
+    bundle: str | None = None
+    """Folder made by convert_weights.py, or "tiny", the small untrained bundle in this package."""
+    prompt: tuple[str, ...] = ("",)
+    """What happens in the video. May be empty, and change with time: "0s: she waves 4s: she bows".
+    Several prompts give several videos."""
+    seed: tuple[int, ...] = (0,)
+    """Seed of the noise. The same seed and flags give the same video. Several seeds give several
+    videos of every prompt."""
+    jobs: Path | None = None
+    """A file with a video a line: JSON objects of flags without dashes, {"prompt": "...", "seed":
+    3, "name": "waves"}, which replace those given here. Finished ones are skipped, unfinished ones
+    resumed."""
+    batch: int = 1
+    """Videos of equal size and length that are computed side by side."""
     output: Path | None = None
-    """Folder for the results; default: a new one under outputs/."""
+    """Folder for the results, with a folder a video where there are several; default: a new one
+    under outputs/."""
     overwrite: bool = False
     """Replace the results of an earlier run in --output."""
+    resume: Path | None = None
+    """A run folder to go on with after its last finished section. Of the other flags only --dtype
+    and --vae-tile count."""
+    decode: Path | None = None
+    """A run folder whose saved latents are decoded again, and nothing else is done. Of the other
+    flags only --vae-tile counts."""
+    latents_only: bool = False
+    """Save latents and decode nothing: do so later with --decode."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and computation; default: bfloat16 on GPU and TPU, float32 on a CPU."""
     schedule: str | None = None
@@ -79,149 +146,485 @@ class Sample:
     sizes above 480p and for cards below 80 GB."""
 
 
+SHOT_FIELDS = {field.name: field for field in dataclasses.fields(Shot)}
+
+
 def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
     flags = tyro.cli(Sample, prog=prog, args=args)
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         run(flags)
     except (ValueError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
 
 
-def run(flags: Sample) -> Path:
-    """Make the video of `flags`; returns the folder. Raises ValueError, OSError by name."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: leave as after Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def run(flags: Sample) -> list[Path]:
+    """Do what the flags say; returns the run folders. Raises ValueError, OSError by name."""
+    if flags.batch < 1:
+        raise ValueError(f"batch = {flags.batch}: expected at least 1")
+    if flags.resume is not None and flags.decode is not None:
+        raise ValueError("--resume and --decode exclude each other; --resume decodes as well")
+    if flags.resume is not None:
+        return _go_on(flags.resume, flags)
+    if flags.decode is not None:
+        return _decode_again(flags.decode, flags)
+    return _make_new(flags)
+
+
+def _make_new(flags: Sample) -> list[Path]:
     began = time.monotonic()
-    versions = {name: _version(name) for name in PACKAGES}
-    image = video.load_image(flags.image)
-    settings = pipeline.Settings(
-        flags.steps, flags.sampler, flags.guidance, flags.cfg, flags.cfg_rescale
-    )
-    video.check_encoding(flags.fps, flags.crf)
-    pipeline.check_seed(flags.seed)
-    output = _output_folder(flags)
-    path, tile = EMBEDDED.get(flags.bundle, flags.bundle), flags.vae_tile
-    tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
-    pipe = pipeline.FramePack.open(path, dtype=flags.dtype, schedule=flags.schedule, tiling=tiling)
-    sections = len(pipe.plan(flags.seconds, flags.sections, flags.fps))
-    image = pipe.prepare_image(image, flags.height, flags.width)
-    height, width = image.shape[:2]
-    print(
-        f"{sections} sections at {height} x {width} pixels, schedule {pipe.schedule}, {pipe.dtype}"
-        f" on {jax.devices()[0].device_kind}"
-    )
-    pipe = pipe.with_weights(path)
-    _clear(output)
-    loaded = time.monotonic()
-    with _Progress(sections, flags.steps) as progress:
-        stream = pipe.stream(
-            image,
-            flags.prompt,
-            negative_prompt=flags.negative_prompt,
-            sections=sections,
-            height=height,
-            width=width,
-            seed=flags.seed,
-            settings=settings,
-            on_step=progress.step,
-            on_section=lambda i, at, z: _save_latents(output, i, at, z),
+    if flags.bundle is None:
+        raise ValueError(
+            '--bundle is missing: give a folder made by convert_weights.py, or "tiny"; to go on'
+            " with a run, give --resume FOLDER"
         )
-        spans = sorted(stream, key=lambda span: span.start)
-    frames = np.concatenate([span.frames for span in spans])
-    sampled = time.monotonic()
-    video.write_mp4(output / "video.mp4", frames, fps=flags.fps, crf=flags.crf)
-    video.save_png(output / "preview.png", video.contact_sheet(frames, fps=flags.fps))
-    per_frame, peak = (sampled - loaded) / len(frames), peak_memory()
-    record = {
-        "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
-        "image_sha256": hashlib.sha256(flags.image.read_bytes()).hexdigest(),
-        "weights": {k: role.source for k, role in bundle.read_manifest(path).roles.items()},
-        "sections": sections,
-        "frames": len(frames),
-        "height": height,
-        "width": width,
+    pipe = _open(flags.bundle, flags.dtype, flags.schedule, flags.vae_tile)
+    wanted = list(_wanted(flags))
+    alone = flags.jobs is None and len(wanted) == 1
+    tasks, failures = [], {}
+    for folder, shot in wanted:
+        try:
+            if isinstance(shot, ValueError):
+                raise shot
+            task = _task(pipe, flags, shot, folder, alone)
+            print(f"{folder}: " + ("finished already" if task is None else _describe(pipe, task)))
+            tasks += [task] if task else []
+        except (ValueError, OSError) as error:
+            if alone:
+                raise
+            failures[folder] = error
+            print(f"{folder}: error: {error}", file=sys.stderr)
+    if tasks:
+        pipe = pipe.with_weights(_path_of(flags.bundle))
+        failures |= _make(pipe, tasks, flags, began)
+    if alone and failures:
+        raise next(iter(failures.values()))
+    if failures:
+        raise ValueError(
+            f"{len(failures)} of {len(wanted)} videos were not made: "
+            + "; ".join(f"{folder.name}: {error}" for folder, error in failures.items())
+        )
+    return [folder for folder, _ in wanted]
+
+
+def _make(
+    pipe: FramePack, tasks: Sequence[Task], flags: Sample, began: float
+) -> dict[Path, Exception]:
+    """Make videos, and say what became of them; returns {folder: error}."""
+    load_seconds = round(time.monotonic() - began, 3)
+    for task in tasks:
+        task.run.record["timings"]["load_seconds"] = load_seconds
+    folders = [task.run.folder for task in tasks]
+    try:
+        failures = make_all(pipe, tasks, flags.batch, decode=not flags.latents_only)
+    except KeyboardInterrupt:
+        begun = [folder for folder in folders if (folder / RECORD).exists()]
+        for folder in begun:
+            if Run.open(folder).record["status"] == "interrupted":
+                print(f"interrupted; what is done stays: --resume {folder}", file=sys.stderr)
+        raise
+    for folder in folders:
+        if folder in failures:
+            if (folder / RECORD).exists():
+                print(f"{folder}: stopped; what is done stays: --resume {folder}", file=sys.stderr)
+            continue
+        _report(Run.open(folder))
+    print(f"{time.monotonic() - began:.1f} s in all, peak memory {peak_memory() / 2**30:.2f} GiB")
+    return failures
+
+
+def _report(run: Run) -> None:
+    record = run.record
+    if record["status"] == "sampled":
+        print(f"{run.folder / 'latents'}: {record['sections']} sections; --decode {run.folder}")
+        return
+    print(
+        f"{run.folder / 'video.mp4'}: {record['frames']} frames, "
+        f"{record['frames'] / record['flags']['fps']:.1f} s at {record['flags']['fps']} fps,"
+        f" {record['timings']['seconds_per_frame']:.3f} s a frame with compilation"
+    )
+
+
+def _go_on(folder: Path, flags: Sample) -> list[Path]:
+    """Resume a run after its last finished section."""
+    began = time.monotonic()
+    run = Run.open(folder)
+    if run.record["status"] == "finished":
+        print(f"{folder} is finished already: {folder / 'video.mp4'}")
+        return [folder]
+    _check_weights(run)
+    dtype = flags.dtype or run.record["dtype"]
+    pipe, task = _saved(run, dtype, flags.vae_tile)
+    run.record["dtype"] = dtype
+    print(f"{folder}: {_describe(pipe, task)}")
+    pipe = pipe.with_weights(run.record["bundle"])
+    if failures := _make(pipe, [task], flags, began):
+        raise failures[folder]
+    return [folder]
+
+
+def _decode_again(folder: Path, flags: Sample) -> list[Path]:
+    """Decode the latents of a run folder, whatever sections it has."""
+    began = time.monotonic()
+    run = Run.open(folder)
+    pipe, task = _saved(run, run.record["dtype"], flags.vae_tile)
+    pipe = pipe.with_weights(run.record["bundle"], roles=("vae",))
+    done = decode_again(pipe, task)
+    print(
+        f"{folder / 'video.mp4'}: {done} of {len(task.layout.plan)} sections decoded in"
+        f" {time.monotonic() - began:.1f} s"
+    )
+    return [folder]
+
+
+def _saved(run: Run, dtype: str, tile: int | None) -> tuple[FramePack, Task]:
+    """Pipeline and task of a run folder, as its record says."""
+    record = run.record
+    values = {k: v for k, v in record["flags"].items() if k in SHOT_FIELDS}
+    shot = Shot(**values | {"key_frame": tuple(values["key_frame"])})
+    tile = tile or record["flags"]["vae_tile"]
+    pipe = _open(record["bundle"], dtype, record["schedule"], tile)
+    layout = lay_out(
+        pipe.geometry, run.request(), sections=record["sections"], fps=shot.fps,
+        height=record["height"], width=record["width"],
+    )  # fmt: skip
+    return pipe, Task(run, layout, shot.settings())
+
+
+def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
+    """(folder, flags) of every video, or what is wrong with its line of the jobs file."""
+    output = flags.output or Path("outputs") / _name(flags)
+    base = {name: getattr(flags, name) for name in SHOT_FIELDS}
+    if flags.jobs is not None:
+        if len(flags.prompt) > 1 or len(flags.seed) > 1:
+            raise ValueError("--jobs with several prompts or seeds: put them into the file")
+        base |= {"prompt": flags.prompt[0], "seed": flags.seed[0]}
+        yield from _read_jobs(flags.jobs, base, output)
+        return
+    if not flags.prompt or not flags.seed:
+        raise ValueError('give at least one prompt (it may be "") and one seed')
+    videos = list(itertools.product(flags.prompt, flags.seed))
+    for i, (prompt, seed) in enumerate(videos):
+        folder = output if len(videos) == 1 else output / f"{i:03d}_seed_{seed}"
+        yield folder, Shot(**base | {"prompt": prompt, "seed": seed})
+
+
+def _name(flags: Sample) -> str:
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    source = flags.jobs or flags.image or flags.extend
+    return f"{stamp}_{source.stem if source else 'text'}"
+
+
+def _read_jobs(
+    path: Path, base: dict[str, Any], output: Path
+) -> Iterator[tuple[Path, Shot | ValueError]]:
+    """Jobs by the lines of a file. A bad line is handed on as an error, so that others are made."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"jobs {path}: expected lines of JSON in UTF-8 ({error})") from error
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"jobs {path}: it is empty; give a JSON object a line")
+    seen = set()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        folder = output / f"job_{number:04d}"
+        try:
+            job = json.loads(line)
+            if not isinstance(job, dict):
+                raise ValueError("expected a JSON object")
+            name = job.pop("name", folder.name)
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"name {name!r}: expected the name of a folder")
+            folder = output / name
+            if name in seen:
+                raise ValueError(f"name {name!r} is that of an earlier line")
+            seen.add(name)
+            yield folder, Shot(**base | {k: _typed(k, v) for k, v in job.items()})
+        except ValueError as error:
+            yield folder, ValueError(f"{path}, line {number}: {error}")
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A value of a jobs file as the flag wants it. Raises ValueError."""
+    if name not in SHOT_FIELDS:
+        raise ValueError(f"{name!r} is no flag of a video; known are {', '.join(SHOT_FIELDS)}")
+    given, kind = value, SHOT_FIELDS[name].type
+    if kind == tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ValueError(f"{name} = {given!r}: expected a list of texts")
+    choices = typing.get_args(kind) or (kind,)
+    if value in choices or (value is None and type(None) in choices):
+        return value
+    if isinstance(value, str) and Path in choices:
+        return Path(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in choices:
+        return float(value)
+    types = tuple(c for c in choices if isinstance(c, type))
+    if types and isinstance(value, types) and not isinstance(value, bool):
+        return value
+    names = [c.__name__ if isinstance(c, type) else repr(c) for c in choices]
+    raise ValueError(f"{name} = {given!r}: expected {' or '.join(names)}")
+
+
+def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool) -> Task | None:
+    """What is to be made in a folder, checked as far as it can be without weights; None where it is
+    finished already. Raises ValueError, OSError."""
+    video.check_encoding(shot.fps, shot.crf)
+    settings = shot.settings()
+    request = _read_request(pipe, shot)
+    layout = _lay_out(pipe, shot, request)
+    record = _record(pipe, flags, shot, request, layout)
+    if (folder / RECORD).exists() and not flags.overwrite:
+        return _task_there(Run.open(folder), record, layout, settings, alone)
+    _check_writable(folder)
+    # Of many jobs the pictures would fill the memory: they are read again when it is their turn.
+    read = functools.partial(_read, pipe, shot, layout, request if alone else None)
+    return Task(Run(folder, record), layout, settings, read)
+
+
+def _read(
+    pipe: FramePack, shot: Shot, layout: Layout, request: Request | None
+) -> tuple[Request, Iterator[np.ndarray] | None]:
+    """The request, and the frames of a video that is extended which no section changes."""
+    request = request or _read_request(pipe, shot)
+    count = _beginning(pipe, layout)
+    if not count:
+        return request, None
+    frames = video.read_frames(*_footage_file(shot))
+    top, left = (
+        (c - s) // 2 for c, s in zip(layout.canvas, (layout.height, layout.width), strict=True)
+    )
+    return request, (
+        video.resize_center_crop(frame, *layout.canvas)[
+            top : top + layout.height, left : left + layout.width
+        ]
+        for frame in itertools.islice(frames, count)
+    )
+
+
+def _beginning(pipe: FramePack, layout: Layout) -> int:
+    """How many frames of a video that is extended stay as they are."""
+    return pipe.geometry.frames_of(layout.overlap_start, layout.before)[0]
+
+
+def _lay_out(pipe: FramePack, shot: Shot, request: Request) -> Layout:
+    """Raises ValueError where flags and what they name do not go together."""
+    height, width = shot.height, shot.width
+    latents = request.footage and request.footage.latents
+    if latents and height is None and width is None:
+        record = Run.open(shot.extend).record
+        height, width = record["height"], record["width"]
+    layout = lay_out(
+        pipe.geometry, request, seconds=shot.seconds, sections=shot.sections, fps=shot.fps,
+        height=height, width=width,
+    )  # fmt: skip
+    if latents:
+        compression = pipe.vae.cfg.space_compression
+        made = tuple(side * compression for side in next(iter(latents.values())).shape[:2])
+        if made != layout.canvas:
+            raise ValueError(
+                f"the latents of {shot.extend} are of {made[0]} x {made[1]} pixels, asked for are"
+                f" {layout.height} x {layout.width}; leave --height and --width out, or give its"
+                " video.mp4 to --extend"
+            )
+    return layout
+
+
+def _task_there(
+    run: Run, record: dict, layout: Layout, settings: Settings, alone: bool
+) -> Task | None:
+    """Go on with a run that is in the folder already, if it is the same one."""
+    old, new = run.record["flags"], record["flags"]
+    if differing := sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
+        shown = ", ".join(f"{k} = {old.get(k)!r} there, {new.get(k)!r} here" for k in differing[:3])
+        raise ValueError(
+            f"{run.folder} already holds a run of other flags ({shown}); choose another --output or"
+            " --overwrite"
+        )
+    finished = run.record["status"] == "finished"
+    if alone:
+        advice = "--overwrite makes it again" if finished else f"go on with --resume {run.folder}"
+        raise ValueError(
+            f"{run.folder} already holds a run of these flags, {run.record['status']}; {advice}"
+        )
+    if finished:
+        return None
+    _check_weights(run)
+    return Task(run, layout, settings)
+
+
+def _read_request(pipe: FramePack, shot: Shot) -> Request:
+    """Read the images and the video that flags name."""
+    if shot.image is not None and shot.extend is not None:
+        raise ValueError("--image and --extend exclude each other: a video begins with one of them")
+    keys = []
+    for text in shot.key_frame:
+        seconds, equals, path = text.partition("=")
+        try:
+            seconds = float(seconds.strip().removesuffix("s"))
+        except ValueError:
+            equals = ""
+        if not equals or not path:
+            raise ValueError(f"key frame {text!r}: expected a time and an image, 3.5s=photo.png")
+        keys.append((seconds, video.load_image(path)))
+    return Request(
+        prompt=shot.prompt,
+        image=None if shot.image is None else video.load_image(shot.image),
+        negative_prompt=shot.negative_prompt,
+        seed=shot.seed,
+        end_image=None if shot.end_image is None else video.load_image(shot.end_image),
+        key_frames=tuple(sorted(keys, key=lambda key: key[0])),
+        footage=None if shot.extend is None else _read_footage(pipe, shot),
+    )
+
+
+def _footage_file(shot: Shot) -> tuple[Path, float | None]:
+    """The video file to extend, and the rate it is brought to."""
+    if shot.extend.is_dir():
+        return shot.extend / "video.mp4", None
+    return shot.extend, float(shot.fps)
+
+
+def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
+    """The end of a video file, or of a run folder with its latents."""
+    geometry, latents = pipe.geometry, None
+    if shot.extend.is_dir():
+        latents = _latents_of(Run.open(shot.extend), geometry.footage_frames)
+    first, last, count = None, collections.deque(maxlen=geometry.footage_frames + 8), 0
+    for frame in video.read_frames(*_footage_file(shot)):
+        first, count = frame if first is None else first, count + 1
+        last.append(frame)
+    # Whole latents only: up to three frames at the end are left out.
+    usable = (count - 1) // geometry.time_compression * geometry.time_compression + 1
+    frames = list(last)[: len(last) - (count - usable)][-geometry.footage_frames :]
+    return Footage(usable, first, np.stack(frames), latents)
+
+
+def _latents_of(run: Run, frames: int) -> dict[int, np.ndarray]:
+    """Latents (H, W, C) by position of a finished run: the first, and those at its end."""
+    if run.record["status"] != "finished":
+        raise ValueError(f"{run.folder} is {run.record['status']}; finish it with --resume first")
+    latents = run.latents()
+    return {p: z for p, z in latents.items() if p == 0 or p > max(latents) - frames}
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError before anything is computed for a folder that cannot take it."""
+    probe = folder / "run.json.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"output folder {folder} cannot be written ({error.strerror})") from error
+
+
+def _record(
+    pipe: FramePack, flags: Sample, shot: Shot, request: Request, layout: Layout
+) -> dict[str, Any]:
+    """What `run.json` holds when a run begins."""
+    process = {name: getattr(flags, name) for name in ("bundle", "dtype", "schedule", "vae_tile")}
+    values = dataclasses.asdict(shot) | process
+    images = {"image": shot.image, "end_image": shot.end_image}
+    path = _path_of(flags.bundle)
+    return {
+        "format": FORMAT,
+        "status": "begun",
+        "flags": {k: _plain(v) for k, v in values.items()},
+        "image_sha256": {k: _sha256(v) for k, v in images.items() if v is not None},
+        "bundle": str(path if "://" in str(path) else Path(path).absolute()),
+        "weights": _weights(path),
         "schedule": pipe.schedule,
         "order": pipe.order,
         "dtype": pipe.dtype,
+        "sections": len(layout.plan),
+        "frames": pipe.geometry.frames_of(0, layout.length)[1],
+        "height": layout.height,
+        "width": layout.width,
+        "canvas": list(layout.canvas),
+        "key_frames": [
+            [s, p] for (s, _), p in zip(request.key_frames, layout.stills, strict=False)
+        ],
+        "beginning": _beginning(pipe, layout),
+        "spans": [],
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        "versions": versions,
-        "timings": {
-            "load_seconds": round(loaded - began, 3),
-            "sample_and_decode_seconds": round(sampled - loaded, 3),
-            "write_seconds": round(time.monotonic() - sampled, 3),
-            "seconds_per_frame": round(per_frame, 4),
-            "peak_memory_bytes": peak,
-        },
+        "versions": {name: _version(name) for name in PACKAGES},
+        "timings": {},
     }
-    _write_whole(output / "run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-    print(
-        f"{output / 'video.mp4'}: {len(frames)} frames, {len(frames) / flags.fps:.1f} s at"
-        f" {flags.fps} fps\n{time.monotonic() - began:.1f} s in all, {per_frame:.3f} s a frame"
-        f" with compilation, peak memory {peak / 2**30:.2f} GiB"
+
+
+def _plain(value: Any) -> Any:
+    """A flag as JSON has it."""
+    return (
+        list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
     )
-    return output
 
 
-def peak_memory() -> int:
-    """Bytes at the highest: of the device where it counts them, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return int(stats.get("peak_bytes_in_use", process))
+def _describe(pipe: FramePack, task: Task) -> str:
+    """What is really made, in a line."""
+    layout, record = task.layout, task.run.record
+    sampled = (
+        ""
+        if layout.canvas == (layout.height, layout.width)
+        else (f" (the middle of {layout.canvas[0]} x {layout.canvas[1]})")
+    )
+    text = (
+        f"{len(layout.plan)} sections, {record['frames']} frames of {layout.height} x"
+        f" {layout.width} pixels{sampled}, schedule {pipe.schedule}, {pipe.dtype} on"
+        f" {record['device']}"
+    )
+    if layout.before > 1:
+        given = pipe.geometry.frames_of(0, layout.before)[1]
+        text += f"; the first {given} frames are those of {record['flags']['extend']}"
+    return text
 
 
-class _Progress:
-    """Two bars, sections and steps."""
-
-    def __init__(self, sections: int, steps: int) -> None:
-        self.bars = [
-            tqdm(total=sections, desc="sections", unit="section"),
-            tqdm(total=steps, desc="steps", unit="step", leave=False),
-        ]
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for bar in reversed(self.bars):
-            bar.close()
-
-    def step(self, section: int, step: int) -> None:
-        sections, steps = self.bars
-        if step == 0:
-            steps.reset()
-        steps.update()
-        if step + 1 == steps.total:
-            sections.update()
+def _open(path: str, dtype: str | None, schedule: str | None, tile: int | None) -> FramePack:
+    tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
+    return FramePack.open(_path_of(path), dtype=dtype, schedule=schedule, tiling=tiling)
 
 
-def _output_folder(flags: Sample) -> Path:
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    output = flags.output or Path("outputs") / f"{stamp}_{flags.image.stem}"
-    if (output / "run.json").exists() and not flags.overwrite:
-        raise ValueError(f"{output} already holds a run; choose another --output or --overwrite")
-    return output
+def _path_of(name: str) -> str | Path:
+    return EMBEDDED.get(name, name)
 
 
-def _clear(output: Path) -> None:
-    """Make the folder, or take an earlier run out of it, its record first."""
-    (output / "latents").mkdir(parents=True, exist_ok=True)
-    earlier = [output / name for name in ("run.json", "video.mp4", "preview.png")]
-    for file in [*earlier, *(output / "latents").glob("section_*.npz")]:
-        file.unlink(missing_ok=True)
+def _weights(path: str | Path) -> dict[str, Any]:
+    return {k: role.source for k, role in bundle.read_manifest(path).roles.items()}
 
 
-def _save_latents(output: Path, number: int, positions: tuple[int, ...], z: np.ndarray) -> None:
-    """`latents/section_000.npz` with `positions` (F,) and `latents` (F, H, W, C), normalised."""
-    buffer = io.BytesIO()
-    np.savez(buffer, positions=np.asarray(positions), latents=z)
-    _write_whole(output / "latents" / f"section_{number:03d}.npz", buffer.getvalue())
+def _check_weights(run: Run) -> None:
+    """Raise ValueError where a run was begun with other weights than its bundle has now."""
+    now = _weights(run.record["bundle"])
+    for role, source in run.record["weights"].items():
+        if now.get(role, {}).get("sha256") != source.get("sha256"):
+            raise ValueError(
+                f"run {run.folder} was begun with another {role} than bundle"
+                f" {run.record['bundle']} holds now; make it again with --overwrite"
+            )
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _version(package: str) -> str:

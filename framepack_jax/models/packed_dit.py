@@ -2,8 +2,9 @@
 compressed history beside the noisy section.
 
 Source: HunyuanVideo (arXiv 2412.03603) and FramePack (arXiv 2504.12626, section 3.2). A forward
-pass is embed -> double blocks -> single blocks -> head; the three functions `embed`, `blocks` and
-`head` stand apart so that a step cache can leave the blocks out.
+pass is embed -> double blocks -> single blocks -> head; the functions `embed`, `blocks` and `head`
+stand apart so that a step cache can leave the blocks out, and `block_input` and `first_block` give
+it something to decide by.
 
 Sequence: [coarse context .. fine context][target][SigLIP tokens][text tokens], what is masked at
 the end. RoPE turns image tokens only.
@@ -33,6 +34,9 @@ STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "sin
 PATCH = "k1"
 # k16 has no weights of its own: its latents are pooled to half size and embedded by k8.
 POOLED_KERNELS = {"k16": "k8"}
+# How much the blocks' output changes with their input's relative change, highest power first:
+# TeaCache's fit to HunyuanVideo, as the FramePack release has it.
+TEACACHE = (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +133,30 @@ def embed(
     return Tokens(img, txt, vec, _rope(cfg, x.shape, context), valid)
 
 
-def blocks(cfg: Config, params: stack.Params, tokens: Tokens) -> jax.Array:
-    """Image tokens (B, L_img, D) after all double and single blocks."""
+def block_input(cfg: Config, params: stack.Params, tokens: Tokens) -> jax.Array:
+    """What the first double block projects of the image: its modulated norm (B, L_img, D)."""
+    modulation = stack.at({"img_mod": params["double"]["img_mod"]}, 0)
+    modulation = stack.cast(modulation, tokens.img.dtype)
+    return BlockInput(cfg).apply({"params": modulation}, tokens.img, tokens.vec)
+
+
+def first_block(cfg: Config, params: stack.Params, tokens: Tokens) -> Tokens:
+    """The tokens after the first double block."""
     img, txt, *inputs = tokens
-    img, txt = stack.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs)
+    img, txt = stack.run(
+        DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=slice(0, 1)
+    )
+    return tokens._replace(img=img, txt=txt)
+
+
+def blocks(cfg: Config, params: stack.Params, tokens: Tokens, first: int = 0) -> jax.Array:
+    """Image tokens (B, L_img, D) after all double and single blocks.
+
+    `first` double blocks are left out: the tokens have been through them.
+    """
+    img, txt, *inputs = tokens
+    layers = slice(first, None) if first else slice(None)
+    img, txt = stack.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=layers)
     both = jnp.concatenate([img, txt], axis=1)
     return stack.run(SingleBlock(cfg), params["single"], both, *inputs)[:, : img.shape[1]]
 
@@ -318,6 +342,17 @@ class DoubleBlock(nn.Module):
         attention = rearrange(attention, "b l n d -> b l (n d)")
         length = img.shape[1]
         return finish("img", img, attention[:, :length]), finish("txt", txt, attention[:, length:])
+
+
+class BlockInput(nn.Module):
+    """The image half of how a double block begins, with the parameters of that block."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, img: jax.Array, vec: jax.Array) -> jax.Array:
+        shift, scale = _modulation(self.cfg, vec, 6, "img_mod")[:2]
+        return _modulate(img, shift, scale)
 
 
 class SingleBlock(nn.Module):

@@ -21,18 +21,33 @@ def init(block: nn.Module, key: jax.Array, layers: int, *args: Any) -> Params:
     return jax.vmap(lambda k: block.init(k, *args)["params"])(jax.random.split(key, layers))
 
 
-def run(block: nn.Module, params: Params, x: Any, *args: Any) -> Any:
+def run(block: nn.Module, params: Params, x: Any, *args: Any, layers: slice = slice(None)) -> Any:
     """Feed x, an array or a tuple of arrays, through every layer; `args` go to all alike.
 
-    Parameters are cast to the dtype of x one layer at a time, so that float32 masters can serve a
-    bfloat16 computation without a second copy of the whole network.
+    `layers` takes some of the layers only. Parameters are cast to the dtype of x one layer at a
+    time, so that float32 masters can serve a bfloat16 computation without a second copy of the
+    whole network.
     """
     dtype = jax.tree.leaves(x)[0].dtype
 
     def layer(x: Any, params: Params) -> tuple[Any, None]:
         return block.apply({"params": cast(params, dtype)}, x, *args), None
 
-    return jax.lax.scan(layer, x, params)[0]
+    if layers == slice(None):
+        return jax.lax.scan(layer, x, params)[0]
+
+    # Slices of the parameters would be a second copy of them. (The gradient of this loop is far
+    # dearer than that of the one above, so a whole stack does not go through it.)
+    def numbered(x: Any, i: jax.Array) -> tuple[Any, None]:
+        return layer(x, at(params, i))
+
+    count = jax.tree.leaves(params)[0].shape[0]
+    return jax.lax.scan(numbered, x, jnp.arange(count)[layers])[0]
+
+
+def at(params: Params, layer: int | jax.Array) -> Params:
+    """The parameters of one layer."""
+    return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), params)
 
 
 def cast(params: Params, dtype: Any) -> Params:

@@ -1,0 +1,294 @@
+"""Sample and decode the videos of run folders, side by side where they are alike."""
+
+import contextlib
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from framepack_jax import video
+from framepack_jax.commands.runs import DamagedFile, Run
+from framepack_jax.packing import Timeline
+from framepack_jax.pipeline import FramePack, NotFinite, Settings
+from framepack_jax.request import Layout, Request, prepare
+from framepack_jax.splice import Splicer, to_uint8
+
+PREVIEWS_PER_SECTION = 4
+# The channels of latents that the cheap preview knows.
+PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
+
+
+@dataclasses.dataclass(eq=False)
+class Task:
+    """A video to be made: its run folder, and what it is made from.
+
+    For a fresh run `read` gives the request, and the frames of extended footage that no section
+    changes, if any; a run that is gone on with has kept its request in the folder.
+    """
+
+    run: Run
+    layout: Layout
+    settings: Settings
+    read: Callable[[], tuple[Request, Iterator[np.ndarray] | None]] | None = None
+    request: Request | None = None
+
+    @property
+    def group(self) -> Any:
+        """Tasks with equal ones can be computed side by side."""
+        return self.layout, self.settings, self.run.record["flags"]["prompt_blend"]
+
+
+def make_all(
+    pipe: FramePack, tasks: Sequence[Task], batch: int = 1, decode: bool = True
+) -> dict[Path, Exception]:
+    """Make every video, `batch` side by side; returns {folder: error} of those that failed, which
+    do not stop the others."""
+    groups: dict[Any, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.group, []).append(task)
+    failures: dict[Path, Exception] = {}
+    for group in groups.values():
+        for first in range(0, len(group), batch):
+            failures |= _make_group(pipe, group[first : first + batch], decode)
+    return failures
+
+
+def _make_group(pipe: FramePack, tasks: list[Task], decode: bool) -> dict[Path, Exception]:
+    failures: dict[Path, Exception] = {}
+
+    def fail(task: Task, error: Exception) -> None:
+        failures[task.run.folder] = error
+        tasks.remove(task)
+
+    for task in list(tasks):
+        try:
+            _begin(pipe, task)
+        except (ValueError, OSError) as error:
+            fail(task, error)
+    while tasks:
+        try:
+            _make(pipe, tasks, decode)
+            break
+        except NotFinite as error:
+            # The others go on without them, from their last finished section.
+            for task in [tasks[i] for i in error.samples]:
+                _note(task, "failed")
+                fail(task, error)
+        except OSError as error:
+            for task in list(tasks):
+                _note(task, "failed")
+                fail(task, error)
+        except KeyboardInterrupt:
+            for task in tasks:
+                _note(task, "interrupted")
+            raise
+    return failures
+
+
+def _note(task: Task, status: str) -> None:
+    """Write how a run ended; a disk that is full has lost nothing else by it."""
+    with contextlib.suppress(OSError):
+        task.run.write_record(status=status)
+
+
+def _begin(pipe: FramePack, task: Task) -> None:
+    """Make the folder of a fresh run, or read what an earlier one has kept."""
+    if task.read is None:
+        task.request = task.run.request()
+        _mend_known(pipe, task)
+        return
+    request, beginning = task.read()
+    task.request = prepare(pipe.geometry, request, task.layout)
+    known = pipe.known_latents(task.request, task.layout)
+    task.run.begin(task.request, known, beginning)
+    task.read = None
+
+
+def _mend_known(pipe: FramePack, task: Task) -> None:
+    """Encode the given latents of a run again where their file is damaged, if its images are all
+    that is given. Raises DamagedFile, OSError."""
+    try:
+        task.run.known()
+    except (DamagedFile, FileNotFoundError) as error:
+        if task.request.footage is not None:
+            raise DamagedFile(f"{error}; make the video again with --overwrite") from error
+        print(f"{error}; it is made again", file=sys.stderr)
+        task.run.save_known(pipe.known_latents(task.request, task.layout))
+
+
+def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
+    """Make videos of one group side by side, from where they are. Raises NotFinite, OSError."""
+    began = time.monotonic()
+    layout, settings, prompt_blend = tasks[0].group
+    timeline, known, done = _restore(pipe, tasks)
+    requests = [task.request for task in tasks]
+    inputs = pipe.encode(requests, layout, settings, prompt_blend, known)
+    decoders = [Decoder(pipe, task, timeline, i) for i, task in enumerate(tasks)] if decode else []
+    for decoder in decoders:
+        decoder.catch_up(done)
+    seeds = [task.request.seed for task in tasks]
+    encoded = time.monotonic()
+    _add_timing(tasks, "encode_seconds", encoded - began)
+    with Progress(tasks, done) as progress:
+        made = pipe.sample(
+            layout.plan, inputs, settings,
+            seeds=seeds, timeline=timeline, done=done, on_step=progress.step,
+        )  # fmt: skip
+        sampled_from = time.monotonic()
+        for number, (section, _) in enumerate(made, start=done):
+            sampled = time.monotonic()
+            # All latents first: no decoding can lose them.
+            for task, latents in zip(tasks, timeline.read(section.targets), strict=True):
+                task.run.save_section(number, section, latents)
+            for decoder in decoders:
+                decoder.add(number)
+            times = sampled - sampled_from, time.monotonic() - sampled
+            _add_timing(tasks, "section_seconds", [[round(t, 3) for t in times]])
+            sampled_from = time.monotonic()
+    for task in tasks:
+        finish(task, decode)
+
+
+def finish(task: Task, decode: bool) -> None:
+    """The contact sheet, and the last word in the record."""
+    run = task.run
+    if decode:
+        sheet = video.contact_sheet_mp4(run.folder / "video.mp4")
+        video.save_png(run.folder / "preview.png", sheet)
+    timings = run.record["timings"]
+    seconds = sum(sum(times) for times in timings.get("section_seconds", []))
+    frames = run.record["frames"] - run.record["beginning"]
+    timings |= {"seconds_per_frame": seconds / frames, "peak_memory_bytes": peak_memory()}
+    run.write_record(status="finished" if decode else "sampled")
+
+
+class Decoder:
+    """Decodes the sections of one run of a group and adds what becomes final to its video."""
+
+    def __init__(self, pipe: FramePack, task: Task, timeline: Timeline, sample: int) -> None:
+        self.pipe, self.task, self.timeline, self.sample = pipe, task, timeline, sample
+        layout, footage = task.layout, task.request.footage
+        self.splicer: Splicer = pipe.splicer(layout.plan, layout.before)
+        if footage is not None:
+            self.splicer.add(len(layout.plan), pipe.overlap(layout, footage))
+
+    def catch_up(self, done: int) -> None:
+        """Decode again what the `done` sections of an earlier run have left to their neighbours,
+        and all that has no frames yet."""
+        ready = min(self.task.run.spans(), done)
+        footage = [len(self.task.layout.plan)] if self.task.request.footage else []
+        for number in self.splicer.waiting([*range(ready), *footage]):
+            if number < ready:
+                self.splicer.add(number, self._clip(number))
+        for number in range(ready, done):
+            self.add(number)
+        # An earlier run may have stopped between its last frames and this.
+        self.task.run.join()
+
+    def add(self, number: int) -> None:
+        """Decode section `number` and write the frames that are final with it."""
+        layout = self.task.layout
+        start, frames = self.splicer.add(number, self._clip(number))
+        pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
+        self.task.run.add_span(number, start, pixels)
+
+    def _clip(self, number: int) -> jax.Array:
+        section = self.task.layout.plan[number]
+        return self.pipe.decode_clip(section, self.timeline, slice(self.sample, self.sample + 1))
+
+
+def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int, np.ndarray], int]:
+    """The timeline with what is known and the sections that all runs have, what is known by
+    position (B, H, W, C), and the number of those sections."""
+    plan = tasks[0].layout.plan
+    each = [task.run.known() for task in tasks]
+    known = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
+    timeline = pipe.timeline(plan, known)
+    there = []
+    for task in tasks:
+        try:
+            there.append(task.run.sections(plan, timeline.latents.shape[2:]))
+        except DamagedFile as error:
+            print(f"{error}; section {len(error.done) + 1} is made again", file=sys.stderr)
+            there.append(error.done)
+    done = min(len(sections) for sections in there)
+    for number in range(done):
+        latents = np.stack([sections[number] for sections in there])
+        timeline.write(plan[number].targets, latents)
+    return timeline, known, done
+
+
+def decode_again(pipe: FramePack, task: Task) -> int:
+    """Decode all sections that a run has; returns their number."""
+    run, plan = task.run, task.layout.plan
+    task.request = run.request()
+    _mend_known(pipe, task)
+    timeline, _, done = _restore(pipe, [task])
+    if not done:
+        raise ValueError(f"{run.folder} has no section yet; go on with --resume {run.folder}")
+    run.write_record(spans=[])
+    decoder = Decoder(pipe, task, timeline, 0)
+    decoder.catch_up(0)
+    for number in tqdm(range(done), desc="decoding", unit="section"):
+        decoder.add(number)
+    if done == len(plan):
+        finish(task, decode=True)
+    return done
+
+
+def _add_timing(tasks: Sequence[Task], name: str, value: Any) -> None:
+    """Add to a figure of the records, which are written when a section is done."""
+    for task in tasks:
+        timings = task.run.record["timings"]
+        timings[name] = timings[name] + value if name in timings else value
+
+
+def peak_memory() -> int:
+    """Bytes at the highest: of the device where it counts them, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(stats.get("peak_bytes_in_use", process))
+
+
+class Progress:
+    """Two bars, sections and steps, and the live preview of what is being made."""
+
+    def __init__(self, tasks: Sequence[Task], done: int) -> None:
+        self.tasks, self.steps = tasks, tasks[0].settings.steps
+        self.sections = len(tasks[0].layout.plan)
+        self.shown = {
+            round(self.steps * i / PREVIEWS_PER_SECTION) for i in range(1, PREVIEWS_PER_SECTION + 1)
+        }
+        self.bars = [
+            tqdm(total=self.sections, initial=done, desc="sections", unit="section"),
+            tqdm(total=self.steps, desc="steps", unit="step", leave=False),
+        ]
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in reversed(self.bars):
+            bar.close()
+
+    def step(self, section: int, step: int, x0: jax.Array) -> None:
+        """Called after every step with its prediction (B, w, H, W, C)."""
+        sections, steps = self.bars
+        if step == 0:
+            steps.reset()
+        steps.update()
+        if step + 1 == steps.total:
+            sections.update()
+        if step + 1 in self.shown and x0.shape[-1] == PREVIEW_CHANNELS:
+            caption = f"section {section + 1} of {self.sections}, step {step + 1} of {self.steps}"
+            for task, latents in zip(self.tasks, np.asarray(x0), strict=True):
+                sheet = video.preview_sheet(latents, caption)
+                video.save_png(task.run.folder / "preview.png", sheet)

@@ -1,0 +1,259 @@
+"""A run folder: all that one video needs to be gone on with, decoded again, or made again.
+
+    run.json                        flags, seed, schedule and order, hashes, versions, timings
+    inputs/                         its pictures as they are used, and the end of extended footage
+    latents/known.npz               latents given: start image, end image, key frames, footage
+    latents/section_000.npz         latents of a section, written before they are decoded
+    segments/frames_00000000.mp4    frames that are final, from that number on, each encoded once
+    video.mp4                       the segments from the first that touch each other, copied
+    preview.png                     the section being made; at the end, a contact sheet
+
+Every file appears whole or not at all, so that a run can be stopped anywhere. In an .npz file of
+latents are `positions` (F,) and `latents` (F, H, W, C) float32, normalised.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from framepack_jax import video
+from framepack_jax.packing import Section
+from framepack_jax.request import Footage, Request
+
+FORMAT = 1
+RECORD = "run.json"
+
+
+class Run:
+    """A run folder and its record, which is what `run.json` holds."""
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.folder = folder
+        self.record = record
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """Read the record. Raises ValueError where there is none, or none that can be read."""
+        try:
+            record = json.loads((folder / RECORD).read_text())
+            if record["format"] != FORMAT:
+                raise ValueError(f"its format is {record['format']}, expected {FORMAT}")
+            return cls(folder, record)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"{folder} holds no run: it has no {RECORD}; give the --output folder of one"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"run {folder}: {RECORD} cannot be read ({error}); put back a copy of it, or make"
+                " the video again with --overwrite"
+            ) from error
+
+    def begin(
+        self,
+        request: Request,
+        known: Mapping[int, np.ndarray],
+        beginning: Iterable[np.ndarray] | None,
+    ) -> None:
+        """Make the folder, or take an earlier run out of it, its record first; keep the prepared
+        request and the given latents (H, W, C) by position. `beginning` are the frames of footage
+        that no section changes, if any, of which the record has the number. The record comes last:
+        a folder without it holds no run."""
+        for name in (RECORD, "video.mp4", "preview.png"):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in ("inputs", "latents", "segments"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            for file in (self.folder / name).iterdir():
+                file.unlink()
+        for name, image in _pictures(request).items():
+            video.save_png(self.folder / "inputs" / f"{name}.png", image)
+        if request.footage is not None:
+            frames = request.footage.frames
+            last = request.footage.last[self.record["beginning"] - frames :]
+            _save(self.folder / "inputs" / "footage.npz", {"frames": frames, "last": last})
+        self.save_known(known)
+        if beginning is not None:
+            self._write_segment(0, beginning)
+        self.write_record()
+
+    def write_record(self, **changes: Any) -> None:
+        """Change the record and write it."""
+        self.record |= changes
+        text = json.dumps(self.record, indent=1, ensure_ascii=False)
+        write_whole(self.folder / RECORD, text.encode())
+
+    def request(self) -> Request:
+        """The prepared request that `begin` was given. Raises ValueError where files are gone."""
+        flags, inputs = self.record["flags"], self.folder / "inputs"
+        footage = None
+        if (inputs / "footage.npz").exists():
+            kept = _load(inputs / "footage.npz")
+            footage = Footage(int(kept["frames"]), kept["last"][0], kept["last"])
+        end = inputs / "end_image.png"
+        return Request(
+            prompt=flags["prompt"],
+            image=_open_picture(inputs / "image.png"),
+            negative_prompt=flags["negative_prompt"],
+            seed=flags["seed"],
+            end_image=_open_picture(end) if end.exists() else None,
+            key_frames=tuple(
+                (seconds, _open_picture(inputs / f"{_key_frame(i)}.png"))
+                for i, seconds in enumerate(self.record["key_frames"])
+            ),
+            footage=footage,
+        )
+
+    # Latents
+
+    def known(self) -> dict[int, np.ndarray]:
+        """Given latents (H, W, C) by position. Raises DamagedFile, OSError."""
+        arrays = _load(self.folder / "latents" / "known.npz")
+        return dict(zip(arrays["positions"].tolist(), arrays["latents"], strict=True))
+
+    def save_known(self, known: Mapping[int, np.ndarray]) -> None:
+        """Keep given latents (H, W, C) by position."""
+        positions = np.asarray(list(known), int)
+        arrays = {"positions": positions, "latents": np.stack(list(known.values()))}
+        _save(self.folder / "latents" / "known.npz", arrays)
+
+    def save_section(self, number: int, section: Section, latents: np.ndarray) -> None:
+        """Keep the latents (w, H, W, C) of a section."""
+        arrays = {"positions": np.asarray(section.targets), "latents": latents}
+        _save(self._section_file(number), arrays)
+
+    def sections(self, plan: Sequence[Section], shape: tuple[int, ...]) -> list[np.ndarray]:
+        """Latents (w, H, W, C) of the sections that are done, `shape` being (H, W, C).
+
+        Raises DamagedFile, with `number` and the sections before, where a file cannot be used.
+        """
+        latents = []
+        for number, section in enumerate(plan):
+            file = self._section_file(number)
+            if not file.exists():
+                break
+            try:
+                arrays = _load(file)
+                if tuple(arrays["positions"]) != section.targets:
+                    raise DamagedFile(f"{file} holds other positions than the plan")
+                if arrays["latents"].shape != (len(section.targets), *shape):
+                    raise DamagedFile(f"{file} holds latents {arrays['latents'].shape}")
+            except DamagedFile as error:
+                error.done = latents
+                raise
+            latents.append(arrays["latents"])
+        return latents
+
+    def latents(self) -> dict[int, np.ndarray]:
+        """All latents (H, W, C) by position. Raises DamagedFile."""
+        latents = {}
+        for file in sorted((self.folder / "latents").glob("*.npz")):
+            arrays = _load(file)
+            latents |= dict(zip(arrays["positions"].tolist(), arrays["latents"], strict=True))
+        return latents
+
+    def _section_file(self, number: int) -> Path:
+        return self.folder / "latents" / f"section_{number:03d}.npz"
+
+    # Frames
+
+    def spans(self) -> int:
+        """How many sections, from the first on, have all their frames in segments."""
+        for number, (start, stop) in enumerate(self.record["spans"]):
+            if stop > start and not self._segment(start).exists():
+                return number
+        return len(self.record["spans"])
+
+    def add_span(self, number: int, start: int, frames: np.ndarray) -> None:
+        """Encode the frames (P, height, width, 3) uint8 that became final with section `number`,
+        and renew `video.mp4`."""
+        if len(frames):
+            self._write_segment(start, frames)
+        spans = [*self.record["spans"][:number], [start, start + len(frames)]]
+        self.write_record(spans=spans)
+        self.join()
+
+    def join(self) -> None:
+        """`video.mp4` from the segments, from the first one on up to where one is missing."""
+        spans = [(0, self.record["beginning"]), *map(tuple, self.record["spans"])]
+        touching: list[tuple[int, int]] = []
+        for start, stop in sorted(span for span in spans if span[1] > span[0]):
+            if not self._segment(start).exists():
+                continue
+            if touching and start != touching[-1][1]:
+                break
+            touching.append((start, stop))
+        if touching:
+            segments = [self._segment(start) for start, _ in touching]
+            video.join_mp4(self.folder / "video.mp4", segments)
+
+    def _segment(self, start: int) -> Path:
+        return self.folder / "segments" / f"frames_{start:08d}.mp4"
+
+    def _write_segment(self, start: int, frames: Iterable[np.ndarray]) -> None:
+        flags = self.record["flags"]
+        video.write_mp4(self._segment(start), frames, fps=flags["fps"], crf=flags["crf"])
+
+
+class DamagedFile(ValueError):
+    """A file of latents that cannot be used; `done` are the sections before it."""
+
+    done: Sequence[np.ndarray] = ()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there in full, also after a crash, or not at all."""
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pictures(request: Request) -> dict[str, np.ndarray]:
+    """The images of a prepared request by the names of their files."""
+    pictures = {"image": request.image}
+    if request.end_image is not None:
+        pictures["end_image"] = request.end_image
+    return pictures | {_key_frame(i): image for i, (_, image) in enumerate(request.key_frames)}
+
+
+def _key_frame(number: int) -> str:
+    return f"key_frame_{number:02d}"
+
+
+def _open_picture(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); make the video again with --overwrite"
+        ) from error
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
+        raise DamagedFile(f"{path} is damaged ({error})") from error

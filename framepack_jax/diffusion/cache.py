@@ -1,0 +1,137 @@
+"""Step caches: leave the transformer blocks out at steps where they would change little.
+
+The blocks take nearly all of a step's time, and what they add to the image tokens changes slowly
+from step to step. A cache looks at something cheap, the *signal*; where it has moved little, the
+residual that the blocks added when they last ran is added again, and the head does the rest.
+
+* "tea", TeaCache (Liu et al., arXiv 2411.19108): the signal is the modulated input of the first
+  block. Its relative changes from step to step pass through a polynomial fitted to the network and
+  add up; the blocks run when the sum reaches the threshold, and at the first and the last step.
+* "first-block" (ParaAttention's first block cache, as diffusers has it): the first block always
+  runs and what it adds is the signal. The others run when it differs from that of the last step at
+  which they ran by more than the threshold, relatively.
+
+Samples of a batch decide for themselves: one that does not need the blocks keeps its residual also
+where they run for another. Everything is made for use inside one compiled program.
+
+Shapes: B batch, L image tokens, D width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+THRESHOLDS = {"tea": 0.15, "first-block": 0.05}
+"""Kinds of cache, and the threshold that the release and diffusers use for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which cache, and how much change it lets pass; `threshold` None takes the kind's own.
+
+    A higher threshold skips more steps. Raises ValueError for an unknown kind, and for a threshold
+    that is not finite and positive.
+    """
+
+    kind: str = "tea"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in THRESHOLDS:
+            raise ValueError(f"step cache {self.kind!r}: expected one of {', '.join(THRESHOLDS)}")
+        if self.threshold is None:
+            object.__setattr__(self, "threshold", THRESHOLDS[self.kind])
+        if not (math.isfinite(self.threshold) and self.threshold > 0):
+            raise ValueError(
+                f"threshold of the step cache = {self.threshold}: expected a number above 0"
+            )
+
+
+class State(NamedTuple):
+    """What one step hands to the next; one for each pass through the network."""
+
+    signal: jax.Array
+    """(B, L, D): what the next signal is compared with."""
+    residual: jax.Array
+    """(B, L, D): what the blocks added to the image tokens when they last ran."""
+    total: jax.Array
+    """(B,) float32: change since the blocks last ran ("tea")."""
+
+
+def start(shape: Sequence[int], dtype: jnp.dtype) -> State:
+    """The state before the first step of a section, for image tokens (B, L, D) of `dtype`."""
+    return State(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[0], jnp.float32))
+
+
+def forced(kind: str, steps: int) -> np.ndarray:
+    """(steps,) bool: where the blocks run whatever the signal says."""
+    step = np.arange(steps)
+    return (step == 0) | (step == steps - 1) if kind == "tea" else step == 0
+
+
+def tea(
+    state: State,
+    signal: jax.Array,
+    forced: jax.Array,
+    threshold: jax.Array,
+    polynomial: Sequence[float],
+) -> tuple[jax.Array, State]:
+    """TeaCache: (who needs the blocks (B,) bool, the state with the signal taken in).
+
+    `polynomial` lists coefficients, highest power first. The signal (B, L, D) is kept as the next
+    step's measure whether or not the blocks run. `forced` and `threshold` are scalars.
+    """
+    estimate = jnp.zeros_like(state.total)
+    change = relative_change(signal, state.signal)
+    for coefficient in polynomial:
+        estimate = estimate * change + coefficient
+    total = state.total + estimate
+    # Not (below): a change that is not a number must not keep the blocks from running.
+    need = forced | ~(total < threshold)
+    return need, State(signal, state.residual, jnp.where(need, 0.0, total))
+
+
+def first_block(
+    state: State, signal: jax.Array, forced: jax.Array, threshold: jax.Array
+) -> tuple[jax.Array, State]:
+    """First block cache: (who needs the other blocks (B,) bool, the state with the signal).
+
+    The signal (B, L, D) is kept only where the blocks run, so that slow changes add up.
+    """
+    need = forced | ~(relative_change(signal, state.signal) <= threshold)
+    return need, state._replace(signal=jnp.where(_over(need), signal, state.signal))
+
+
+def relative_change(signal: jax.Array, before: jax.Array) -> jax.Array:
+    """mean |signal - before| / mean |before| of each sample: (B, L, D) twice -> (B,) float32."""
+    signal, before = signal.astype(jnp.float32), before.astype(jnp.float32)
+    return jnp.abs(signal - before).mean((1, 2)) / jnp.abs(before).mean((1, 2))
+
+
+def run_or_skip(
+    state: State, need: jax.Array, img: jax.Array, blocks: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, State]:
+    """Image tokens (B, L, D) after the blocks: `blocks(img)` where needed, else img + residual.
+
+    The blocks are computed only if some sample needs them. Returns the state with the residuals.
+    """
+
+    def run(img: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out, chosen = blocks(img), _over(need)
+        return jnp.where(chosen, out, img + residual), jnp.where(chosen, out - img, residual)
+
+    def skip(img: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return img + residual, residual
+
+    out, residual = jax.lax.cond(need.any(), run, skip, img, state.residual)
+    return out, state._replace(residual=residual)
+
+
+def _over(need: jax.Array) -> jax.Array:
+    """(B,) -> (B, 1, 1)."""
+    return need[:, None, None]

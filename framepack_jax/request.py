@@ -1,0 +1,239 @@
+"""What a video is asked to be, and where everything of it then lies on its timeline.
+
+A `Request` is what one video shows; with the `Geometry` of a bundle it gives a `Layout`: the plan
+of sections, the size that is sampled, and the positions of key frames and end image. All that can
+be wrong with a request is found here, before any weights are loaded.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from framepack_jax import packing
+from framepack_jax.buckets import find_bucket
+from framepack_jax.packing import Section
+from framepack_jax.video import resize_center_crop
+
+# Latent frames that an image gives.
+START_FRAMES = 1
+# Sides of a video in pixels; H.264 wants them even.
+LEAST_SIDE, LARGEST_SIDE = 16, 4096
+# Without an image: a 480p canvas, and the colour that the video begins with.
+TEXT_CANVAS = (480, 832)
+BLANK = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How a bundle divides time and space: `time_compression` frames become one latent, and
+    `unit` is the least number of pixels that patches and VAE divide."""
+
+    schedule: str
+    order: str
+    time_compression: int
+    unit: int
+
+    @property
+    def footage_frames(self) -> int:
+        """Frames at the end of a video that are needed to extend it."""
+        schedule = packing.parse(self.schedule)
+        reach = max(schedule.window, sum(run.frames for run in schedule.runs))
+        return self.time_compression * reach + 1
+
+    def frames_of(self, first: int, last: int) -> tuple[int, int]:
+        """`packing.frames_of` of latent positions first .. last - 1."""
+        return packing.frames_of(first, last, self.time_compression)
+
+    def sizes(
+        self, shape: tuple[int, int] | None, height: int | None = None, width: int | None = None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) in pixels of a video, and of the canvas that is sampled for it.
+
+        `shape` is that of its image, if any: without height and width it decides the 480p bucket.
+        Raises ValueError for sizes that cannot be a video's.
+        """
+        if height is not None or width is not None:
+            size = check_size(height, width)
+        else:
+            size = TEXT_CANVAS if shape is None else find_bucket(*shape)
+        rows, columns = (-(-side // self.unit) * self.unit for side in size)
+        return size, (rows, columns)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Footage:
+    """A video to be extended: its number of `frames`, 1 more than a multiple of the VAE's time
+    compression; its `first` one and its `last` ones, (P, height, width, 3) uint8, at least
+    `Geometry.footage_frames` or all; and its `latents` by position, each (H, W, C) normalised,
+    where they are at hand: then only the frames that clips are cross-faded with are needed.
+    """
+
+    frames: int
+    first: np.ndarray
+    last: np.ndarray
+    latents: Mapping[int, np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What one video shows. Images are (height, width, 3) uint8 of any size.
+
+    `prompt` may change with time, "0s: she waves 4s: she bows". The video begins with `image`, or
+    with `footage`; with neither, from black, led by text alone. `end_image` is its last frame,
+    `key_frames` are (seconds, image).
+    """
+
+    prompt: str
+    image: np.ndarray | None = None
+    negative_prompt: str = ""
+    seed: int = 0
+    end_image: np.ndarray | None = None
+    key_frames: tuple[tuple[float, np.ndarray], ...] = ()
+    footage: Footage | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything of a video lies: its plan, its size in pixels and frames a second, the
+    `canvas` in pixels that is sampled (the video is its middle), the number of latent frames that
+    are known `before` the first section, and the positions of the `stills`: key frames in the order
+    of the request, then the end image.
+    """
+
+    plan: tuple[Section, ...]
+    height: int
+    width: int
+    canvas: tuple[int, int]
+    fps: float
+    before: int
+    stills: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Latent frames."""
+        return packing.length(self.plan)
+
+    @property
+    def overlap_start(self) -> int:
+        """The first position of the clips, from which on footage is cross-faded with them."""
+        return min(section.decode[0] for section in self.plan)
+
+    def new_positions(self, section: Section) -> tuple[int, ...]:
+        """Positions that come with a section: its targets; before the first in time the start
+        image, after the last in time the end image."""
+        first, last = section.targets[0], section.targets[-1] + 1
+        if first == START_FRAMES == self.before:
+            first = 0
+        if last == max(s.targets[-1] for s in self.plan) + 1:
+            last = self.length
+        return tuple(range(first, last))
+
+
+def lay_out(
+    geometry: Geometry,
+    request: Request,
+    *,
+    seconds: float = 5.0,
+    sections: int | None = None,
+    fps: float = 30.0,
+    height: int | None = None,
+    width: int | None = None,
+) -> Layout:
+    """Plan the video of a request: `sections` latent windows, else the number that comes nearest
+    to `seconds`. Raises ValueError, ScheduleError."""
+    check_seed(request.seed)
+    compression, footage = geometry.time_compression, request.footage
+    first = footage.first if footage else request.image
+    shape = None if first is None else _check_image("image", first)
+    size, canvas = geometry.sizes(shape, height, width)
+    if sections is None:
+        window = packing.parse(geometry.schedule).window
+        sections = packing.sections_for(seconds, window, fps, compression)
+    before = START_FRAMES if footage is None else 1 + (footage.frames - 1) // compression
+    ends = request.end_image is not None and packing.reads_ahead(geometry.order)
+    plan = packing.plan(geometry.schedule, geometry.order, sections, before=before, after=int(ends))
+    layout = Layout(tuple(plan), *size, canvas, fps, before, ())
+    return dataclasses.replace(layout, stills=_stills(request, layout, compression))
+
+
+def _stills(request: Request, layout: Layout, compression: int) -> tuple[int, ...]:
+    """Positions of the key frames and, last, of the end image. Raises ValueError."""
+    stills, last = [], layout.length - 1
+    taken = {}
+    if request.end_image is not None:
+        _check_image("end image", request.end_image)
+        taken[last] = "the end image"
+    for seconds, image in request.key_frames:
+        name = f"key frame at {seconds:g} s"
+        _check_image(name, image)
+        position = packing.position_at(seconds, layout.fps, compression)
+        if not layout.before <= position <= last:
+            begin, end = (compression * p / layout.fps for p in (layout.before - 1, last))
+            raise ValueError(
+                f"{name}: expected a time after {begin:.2f} s, up to where the video ends at"
+                f" {end:.2f} s; its first frame is that of --image"
+            )
+        if position in taken:
+            raise ValueError(
+                f"{name} falls on the same latent frame as {taken[position]}; keep them"
+                f" {compression} frames apart"
+            )
+        taken[position] = f"the {name}"
+        stills.append(position)
+    return (*stills, *([last] if request.end_image is not None else []))
+
+
+def prepare(geometry: Geometry, request: Request, layout: Layout) -> Request:
+    """The request with its images scaled and cropped to the canvas, and with `image` the one that
+    leads every section: of footage the frame that sections are anchored at, of nothing a blank."""
+
+    def fit(image: np.ndarray) -> np.ndarray:
+        return resize_center_crop(np.asarray(image), *layout.canvas)
+
+    footage, image = request.footage, request.image
+    if footage is not None:
+        last = np.stack([fit(frame) for frame in footage.last])
+        footage = dataclasses.replace(footage, first=fit(footage.first), last=last)
+        anchor = packing.anchor_position(geometry.order, layout.before)
+        image = footage.last[-1] if anchor else footage.first
+    elif image is None:
+        image = np.full((*layout.canvas, 3), BLANK, np.uint8)
+    end = request.end_image
+    return dataclasses.replace(
+        request,
+        image=fit(image),
+        end_image=None if end is None else fit(end),
+        key_frames=tuple((seconds, fit(key)) for seconds, key in request.key_frames),
+        footage=footage,
+    )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError where jax would fold the seed into another or refuse it."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: expected 0 to {2**32 - 1}")
+
+
+def check_size(height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) in pixels. Raises ValueError for what cannot be a video."""
+    if height is None or width is None:
+        raise ValueError(f"height = {height}, width = {width}: give both or neither")
+    for name, side in (("height", height), ("width", width)):
+        if not LEAST_SIDE <= side <= LARGEST_SIDE or side % 2:
+            raise ValueError(
+                f"{name} = {side} pixels: expected an even number from {LEAST_SIDE} to"
+                f" {LARGEST_SIDE}"
+            )
+    return height, width
+
+
+def _check_image(name: str, image: np.ndarray) -> tuple[int, int]:
+    """(height, width) of an image. Raises ValueError where it is none."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(
+            f"{name} of shape {image.shape} and type {image.dtype}: expected (height, width, 3)"
+            " uint8; video.load_image reads any image file as such"
+        )
+    return image.shape[:2]

@@ -1,0 +1,55 @@
+"""Images and videos in and out: photographs, PNG, mp4, contact sheets, previews.
+
+Files appear whole or not at all: they are written under another name in the same folder and
+renamed at the end. Frames on the host are uint8 RGB.
+"""
+
+from framepack_jax.video.images import (
+    MAX_ASPECT,
+    MIN_SIDE,
+    load_image,
+    resize_center_crop,
+    save_png,
+)
+from framepack_jax.video.mp4 import (
+    DEFAULT_CRF,
+    Info,
+    check_encoding,
+    join_mp4,
+    mp4_info,
+    read_frames,
+    read_frames_at,
+    read_mp4,
+    write_mp4,
+)
+from framepack_jax.video.sheets import (
+    PREVIEW_BIAS,
+    PREVIEW_WEIGHT,
+    contact_sheet,
+    contact_sheet_mp4,
+    latent_preview,
+    preview_sheet,
+)
+
+__all__ = [
+    "DEFAULT_CRF",
+    "MAX_ASPECT",
+    "MIN_SIDE",
+    "PREVIEW_BIAS",
+    "PREVIEW_WEIGHT",
+    "Info",
+    "check_encoding",
+    "contact_sheet",
+    "contact_sheet_mp4",
+    "join_mp4",
+    "latent_preview",
+    "load_image",
+    "mp4_info",
+    "preview_sheet",
+    "read_frames",
+    "read_frames_at",
+    "read_mp4",
+    "resize_center_crop",
+    "save_png",
+    "write_mp4",
+]

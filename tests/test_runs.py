@@ -1,0 +1,398 @@
+"""Run folders, and what people put on the timeline: from the command line, with the tiny bundle."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch_reference import relative_error
+
+from framepack_jax import FramePack, conditioning, packing, pipeline, video
+from framepack_jax.commands import sample
+from framepack_jax.commands.runs import Run
+from framepack_jax.request import Footage
+
+PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
+INVERTED, F1 = "f1k1_x_g2_f1k1f2k2f16k4_td", "f1k1_x_f16k4f2k2f1k1_g2"
+HEIGHT, WIDTH = 64, 48
+
+
+def command(output: Path, *flags: object, schedule: str = INVERTED, image: bool = True) -> None:
+    """Run `sample.py` in this process, so that programs stay compiled."""
+    common = ["--bundle", "tiny", "--schedule", schedule, "--steps", 2, "--output", output]
+    if not {"--height", "--extend"} & {flag for flag in flags if isinstance(flag, str)}:
+        common += ["--height", HEIGHT, "--width", WIDTH]
+    if image:
+        common += ["--image", PHOTO]
+    sample.main([str(flag) for flag in (*common, *flags)])
+
+
+def make(output: Path, *flags: object, **options) -> Run:
+    """`command` for one video."""
+    command(output, *flags, **options)
+    return Run.open(output)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, Run]:
+    """An uninterrupted run of three sections for each order."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {
+        schedule: make(folder / schedule, "--sections", 3, schedule=schedule)
+        for schedule in (INVERTED, F1)
+    }
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FramePack:
+    return FramePack.load(sample.EMBEDDED["tiny"], schedule=INVERTED)
+
+
+def frames_of(run: Run) -> np.ndarray:
+    return video.read_mp4(run.folder / "video.mp4")[0]
+
+
+@pytest.mark.parametrize("schedule", [INVERTED, F1])
+def test_a_run_folder_holds_all_of_a_run(whole, schedule: str) -> None:
+    run = whole[schedule]
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record["status"] == "finished" and record["schedule"] == schedule
+    assert record["flags"]["seed"] == 0 and len(record["timings"]["section_seconds"]) == 3
+    assert sorted(run.latents()) == list(range(7))
+    assert len(frames_of(run)) == record["frames"] == 25
+    # Every frame is encoded once, in the segment of the section that made it final.
+    spans = [tuple(span) for span in record["spans"]]
+    lengths = {p.name: video.mp4_info(p).frames for p in (run.folder / "segments").iterdir()}
+    assert lengths == {f"frames_{a:08d}.mp4": b - a for a, b in spans if b > a}
+    assert sum(lengths.values()) == 25
+    starts = [a for a, b in spans if b > a]
+    assert starts == sorted(starts, reverse=schedule == INVERTED)
+
+
+@pytest.mark.parametrize("schedule", [INVERTED, F1])
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_resumed_is_as_if_never_stopped(whole, tmp_path, schedule: str, kept: int) -> None:
+    """With `kept` sections saved, of which the frames of the last are not written yet."""
+    run = copy(whole[schedule], tmp_path / "run")
+    for number in range(kept, 3):
+        (run.folder / "latents" / f"section_{number:03d}.npz").unlink()
+    run.write_record(status="begun", spans=run.record["spans"][: max(0, kept - 1)])
+    (run.folder / "video.mp4").unlink()
+    sample.main(["--resume", str(run.folder)])
+    assert_same_latents(run, whole[schedule])
+    assert Run.open(run.folder).record["status"] == "finished"
+    assert Run.open(run.folder).record["spans"] == whole[schedule].record["spans"]
+    # The encoder's threads leave it some freedom, the frames it is given do not change.
+    assert np.abs(frames_of(run).astype(int) - frames_of(whole[schedule])).mean() < 2
+
+
+def test_a_finished_run_is_left_alone(whole, capsys) -> None:
+    before = (whole[F1].folder / "video.mp4").stat().st_mtime_ns
+    sample.main(["--resume", str(whole[F1].folder)])
+    assert "finished already" in capsys.readouterr().out
+    assert (whole[F1].folder / "video.mp4").stat().st_mtime_ns == before
+
+
+def test_latents_now_and_frames_later(whole, tmp_path) -> None:
+    run = make(tmp_path / "run", "--sections", 3, "--latents-only")
+    assert run.record["status"] == "sampled" and not (run.folder / "video.mp4").exists()
+    assert_same_latents(run, whole[INVERTED])
+    sample.main(["--decode", str(run.folder)])
+    assert len(frames_of(run)) == 25 and Run.open(run.folder).record["status"] == "finished"
+
+
+def test_decoding_a_part_gives_what_is_final(whole, tmp_path) -> None:
+    run = copy(whole[F1], tmp_path / "run")
+    (run.folder / "latents" / "section_002.npz").unlink()
+    sample.main(["--decode", str(run.folder)])
+    # The third clip would be cross-faded with the second from frame 12 on.
+    assert len(frames_of(run)) == 12
+    assert np.abs(frames_of(run).astype(int) - frames_of(whole[F1])[:12]).mean() < 2
+
+
+def watch_encoder(monkeypatch) -> dict[int, np.ndarray]:
+    """The frames that segments are made of from now on, by the number of the first."""
+    given, write = {}, video.write_mp4
+
+    def watch(path, frames, **encoding) -> None:
+        frames = np.stack(list(frames))
+        given[int(Path(path).stem.removeprefix("frames_"))] = frames
+        write(path, frames, **encoding)
+
+    monkeypatch.setattr(video, "write_mp4", watch)
+    return given
+
+
+def test_frames_are_those_of_stream(whole, pipe, tmp_path, monkeypatch) -> None:
+    """What the encoder is given, against the same video in Python, without a run folder."""
+    image, settings = video.load_image(PHOTO), pipeline.Settings(steps=2)
+    options = {"sections": 3, "height": HEIGHT, "width": WIDTH, "settings": settings}
+    spans = list(pipe.stream(image, "", **options))
+    given = watch_encoder(monkeypatch)
+    sample.main(["--decode", str(copy(whole[INVERTED], tmp_path / "run").folder)])
+    assert sorted(given) == sorted(span.start for span in spans if len(span.frames))
+    latents = whole[INVERTED].latents()
+    for span in spans:
+        if len(span.frames):
+            assert span.frames.dtype == np.uint8
+            np.testing.assert_array_equal(given[span.start], span.frames)
+        for position, z in zip(span.positions, span.latents, strict=True):
+            np.testing.assert_array_equal(z, latents[position])
+    covered = sorted(i for s in spans for i in range(s.start, s.start + len(s.frames)))
+    assert covered == list(range(25))
+
+
+def still(pipe: FramePack, image: np.ndarray) -> np.ndarray:
+    """The latent of five equal frames that stands for the last four."""
+    image = video.resize_center_crop(image, HEIGHT, WIDTH)
+    cfg, params = pipe.vae.cfg, pipe.vae.params
+    clip = np.stack([image] * 5)[None]
+    return np.asarray(
+        conditioning.clip_latents(cfg, params, clip, pipe.latent_mean, pipe.latent_std)
+    )[0, 1]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> dict[str, Path]:
+    """Two pictures unlike the photograph."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name in ("end", "key"):
+        coarse = rng.integers(0, 256, (4, 3, 3), dtype=np.uint8)
+        video.save_png(folder / f"{name}.png", np.kron(coarse, np.ones((16, 16, 1), np.uint8)))
+    return {name: folder / f"{name}.png" for name in ("end", "key")}
+
+
+@pytest.mark.parametrize("schedule", [INVERTED, F1])
+def test_end_image_and_key_frames_lie_where_they_should(
+    pipe, pictures, tmp_path, schedule: str
+) -> None:
+    # 0.4 s is frame 12, the last of the four frames of position 3; 0.41 s rounds to it, too.
+    run = make(
+        tmp_path / "run", "--sections", 2, "--end-image", pictures["end"],
+        "--key-frame", f"0.41s={pictures['key']}", schedule=schedule,
+    )  # fmt: skip
+    latents = run.latents()
+    # An inverted order reads the end image as what comes after; forward, it is the last target.
+    last = 5 if schedule == INVERTED else 4
+    assert sorted(latents) == list(range(last + 1))
+    for position, name in ((3, "key"), (last, "end")):
+        expected = still(pipe, video.load_image(pictures[name]))
+        np.testing.assert_array_equal(latents[position], expected)
+    assert len(frames_of(run)) == run.record["frames"] == 4 * last + 1
+
+
+def test_the_end_image_is_read_by_what_comes_before(pipe, pictures, tmp_path) -> None:
+    """It changes the section that is made with it in sight, not only its own latent."""
+    plan = packing.plan(INVERTED, "inverted", 2, after=1)
+    assert any(5 in group.reads for group in plan[0].groups)
+    flags = ("--sections", 2)
+    without = make(tmp_path / "a", *flags)
+    other = make(tmp_path / "b", *flags, "--end-image", pictures["end"])
+    assert relative_error(other.latents()[4], without.latents()[4]) > 1e-3
+
+
+def test_the_last_frame_is_the_end_image(pipe, pictures, tmp_path) -> None:
+    """Against the VAE's own reconstruction of a still of it, as a clip by itself."""
+    run = make(tmp_path / "run", "--sections", 1, "--end-image", pictures["end"])
+    z = np.stack([still(pipe, video.load_image(pictures["end"]))] * 2)[None]
+    latents = z * pipe.latent_std + pipe.latent_mean
+    model, cfg, params = pipe.vae
+    known = np.stack([run.latents()[p] for p in sorted(run.latents())])
+    np.testing.assert_array_equal(known[-1], z[0, 0])
+    assert np.isfinite(np.asarray(model.decode(cfg, params, latents))).all()
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("0s={}", "key frame at 0 s"),
+        ("9s={}", "key frame at 9 s"),
+        ("-1s={}", "-1"),
+        ("nans={}", "nan"),
+        ("0.55s={}", "same latent frame as the end image"),
+        ("{}", "expected a time and an image"),
+        ("xs={}", "expected a time and an image"),
+        ("0.2s=nowhere.png", "nowhere.png"),
+    ],
+)
+def test_key_frames_that_cannot_be(tmp_path, pictures, flag: str, named: str) -> None:
+    with pytest.raises(SystemExit, match=named):
+        make(
+            tmp_path / "run", "--sections", 2, "--end-image", pictures["end"],
+            "--key-frame", flag.format(pictures["key"]), schedule=F1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", [INVERTED, F1])
+def test_extended_from_a_run_folder(whole, tmp_path, monkeypatch, schedule: str) -> None:
+    """Its latents lie on the timeline as they were saved, its frames stay."""
+    old, given = whole[schedule], watch_encoder(monkeypatch)
+    run = make(
+        tmp_path / "run", "--sections", 1, "--extend", old.folder, schedule=schedule, image=False
+    )
+    latents, before = run.latents(), old.latents()
+    assert sorted(latents) == list(range(9))
+    for position in range(7):
+        np.testing.assert_array_equal(latents[position], before[position])
+    assert len(frames_of(run)) == run.record["frames"] == 33
+    # The clip of the new section begins at position 5, frame 20: from there on it is blended in.
+    assert sorted(given) == [0, 20] and len(given[20]) == 13
+    np.testing.assert_array_equal(given[0], frames_of(old)[:20])
+    np.testing.assert_allclose(given[20][0], frames_of(old)[20], atol=1)
+
+
+def test_what_an_extension_reads_is_the_video_before(whole) -> None:
+    forward = packing.plan(F1, "forward", 2, before=7)
+    by_kernel = {(g.kernel, len(g.reads)): g.reads for g in forward[0].groups}
+    assert by_kernel["k2", 2] == (4, 5) and by_kernel["k4", 16][-4:] == (0, 1, 2, 3)
+    assert {(0,), (6,)} == {g.reads for g in forward[0].groups if g.kernel == "k1"}
+    assert forward[0].targets == (7, 8) and forward[0].decode == (5, 9)
+    inverted = packing.plan(INVERTED, "inverted", 2, before=7)
+    assert [s.targets for s in inverted] == [(9, 10), (7, 8)]
+    assert all((6,) in [g.reads for g in s.groups] for s in inverted)
+    assert [s.decode for s in inverted] == [(9, 11), (5, 11)]
+    # Frame indices are those of a video that begins with its last frame.
+    for long, short in zip(inverted, packing.plan(INVERTED, "inverted", 2), strict=True):
+        assert long.indices == short.indices
+        assert [g.indices for g in long.groups] == [g.indices for g in short.groups]
+
+
+def test_extended_from_a_video_file(whole, pipe, tmp_path, monkeypatch) -> None:
+    """Encoded by the VAE; frames past the last whole latent are left out."""
+    source = tmp_path / "source.mp4"
+    frames = frames_of(whole[F1])
+    video.write_mp4(source, frames[:24], fps=30)
+    encoder = watch_encoder(monkeypatch)
+    run = make(
+        tmp_path / "run", "--sections", 1, "--extend", source, "--height", HEIGHT, "--width", WIDTH,
+        schedule=F1, image=False,
+    )  # fmt: skip
+    assert run.record["frames"] == 21 + 8
+    given = video.read_mp4(source)[0][:21]
+    encoded = conditioning.clip_latents(
+        pipe.vae.cfg, pipe.vae.params, given[None], pipe.latent_mean, pipe.latent_std
+    )
+    latents = run.latents()
+    ours = np.stack([latents[p] for p in range(6)])
+    assert relative_error(ours, np.asarray(encoded)[0]) < 1e-5
+    np.testing.assert_array_equal(encoder[0], given[:16])
+
+
+def test_of_a_long_video_the_end_is_enough(pipe) -> None:
+    """The first frame and as many as sections can read; each at its place on the timeline."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (4 * 30 + 1, 16, 16, 3), dtype=np.uint8)
+    needed = pipe.geometry.footage_frames
+    assert needed == 4 * 20 + 1
+    footage = Footage(len(frames), frames[0], frames[-needed:])
+    clips = []
+
+    def latents(clip: np.ndarray) -> np.ndarray:
+        clips.append(len(clip))
+        return clip[::4, :1, :1, 0].astype(np.float32)
+
+    known = pipe._known_footage(footage, 31, latents)
+    assert sorted(known) == [0, *range(11, 31)] and sorted(clips) == [1, needed]
+    for position, z in known.items():
+        assert z[0, 0] == frames[4 * position, 0, 0, 0]
+
+
+def test_text_alone_begins_from_black(pipe, tmp_path) -> None:
+    run = make(tmp_path / "run", "--sections", 1, "--prompt", "a red circle", image=False)
+    black = np.zeros((1, 1, HEIGHT, WIDTH, 3), np.uint8)
+    z = conditioning.clip_latents(
+        pipe.vae.cfg, pipe.vae.params, black, pipe.latent_mean, pipe.latent_std
+    )
+    np.testing.assert_array_equal(run.latents()[0], np.asarray(z)[0, 0])
+
+
+def test_any_even_size(tmp_path, capsys) -> None:
+    run = make(tmp_path / "run", "--sections", 1, "--height", 58, "--width", 46)
+    assert frames_of(run).shape == (9, 58, 46, 3)
+    assert "58 x 46 pixels (the middle of 64 x 48)" in capsys.readouterr().out
+
+
+def test_prompts_by_time(tmp_path) -> None:
+    """Sections in time order have middles at 0.117 s and 0.383 s."""
+    flags = ("--sections", 2, "--prompt-blend", 0, "--prompt")
+    first, second = (make(tmp_path / p, *flags, p) for p in ("waves", "bows"))
+    changing = make(tmp_path / "changing", *flags, "0s: waves 0.25s: bows")
+    # The last in time is made first, so that it is that of the second prompt alone.
+    for position in (3, 4):
+        np.testing.assert_array_equal(changing.latents()[position], second.latents()[position])
+    assert relative_error(changing.latents()[1], second.latents()[1]) > 1e-6
+    assert relative_error(first.latents()[4], second.latents()[4]) > 1e-6
+    blended = make(
+        tmp_path / "blended", "--sections", 2, "--prompt-blend", 2, "--prompt",
+        "0s: waves 0.25s: bows",
+    )  # fmt: skip
+    between = [relative_error(blended.latents()[4], r.latents()[4]) for r in (first, second)]
+    assert min(between) > 1e-6
+
+
+def test_prompt_times_that_cannot_be(tmp_path) -> None:
+    with pytest.raises(SystemExit, match="0s, 4s, 2s"):
+        make(tmp_path / "run", "--prompt", "0s: a 4s: b 2s: c")
+
+
+def test_a_batch_gives_the_videos_of_single_runs(tmp_path) -> None:
+    jobs = tmp_path / "jobs.jsonl"
+    lines = [
+        {"name": "one", "prompt": "waves", "seed": 3},
+        {"name": "two", "prompt": "bows and smiles at the camera", "seed": 4},
+        {"name": "three", "prompt": "", "seed": 3},
+    ]
+    jobs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command(tmp_path / "batch", "--sections", 2, "--jobs", jobs, "--batch", 3)
+    for line in lines:
+        flags = ("--sections", 2, "--prompt", line["prompt"], "--seed", line["seed"])
+        alone = make(tmp_path / line["name"], *flags)
+        together = Run.open(tmp_path / "batch" / line["name"])
+        for position, z in alone.latents().items():
+            assert relative_error(together.latents()[position], z) < 1e-5
+        assert np.abs(frames_of(together).astype(int) - frames_of(alone)).mean() < 2
+
+
+def test_jobs_go_on_where_they_were(tmp_path, capsys) -> None:
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text('{"seed": 1}\n{"promt": "x"}\n\n{"image": "nowhere.png"}\n{"seed": "2"}\n[1]\n')
+    with pytest.raises(SystemExit, match="4 of 5 videos were not made") as error:
+        command(tmp_path / "out", "--sections", 1, "--jobs", jobs)
+    for named in ("line 2: 'promt'", "nowhere.png", "line 5: seed = '2': expected int", "line 6"):
+        assert named in str(error.value)
+    assert Run.open(tmp_path / "out" / "job_0001").record["status"] == "finished"
+    before = (tmp_path / "out" / "job_0001" / "video.mp4").stat().st_mtime_ns
+    jobs.write_text('{"seed": 1}\n')
+    capsys.readouterr()
+    command(tmp_path / "out", "--sections", 1, "--jobs", jobs)
+    assert "finished already" in capsys.readouterr().out
+    assert (tmp_path / "out" / "job_0001" / "video.mp4").stat().st_mtime_ns == before
+
+
+def test_the_section_being_made_is_shown(tmp_path, monkeypatch) -> None:
+    shown, save = [], video.save_png
+
+    def watch(path, image) -> None:
+        if Path(path).name == "preview.png":
+            shown.append(np.asarray(image))
+        save(path, image)
+
+    monkeypatch.setattr(video, "save_png", watch)
+    make(tmp_path / "run", "--sections", 2, "--steps", 8)
+    # Four times a section, and the contact sheet at the end.
+    assert len(shown) == 2 * 4 + 1
+    assert all((a != b).any() for a, b in itertools.pairwise(shown[:8]))
+
+
+def copy(run: Run, folder: Path) -> Run:
+    shutil.copytree(run.folder, folder)
+    return Run.open(folder)
+
+
+def assert_same_latents(run: Run, expected: Run) -> None:
+    ours, theirs = run.latents(), expected.latents()
+    assert ours.keys() == theirs.keys()
+    for position, z in theirs.items():
+        np.testing.assert_array_equal(ours[position], z)
