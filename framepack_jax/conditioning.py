@@ -10,9 +10,7 @@ Shapes: B batch, L Llama tokens, H W rows and columns, C latent channels.
 
 import dataclasses
 import functools
-import itertools
 import json
-import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -42,7 +40,6 @@ PROMPT_TEMPLATE = (
 )
 # Words shown of a prompt that is cut.
 KEPT_WORDS = 8
-_TIME = re.compile(r"(?:^|(?<=\s))(\d+(?:\.\d+)?)\s?s:\s*")
 
 WHOLE_FRAMES = vae.Tiling()
 # What `encode_prompt` gives.
@@ -225,38 +222,6 @@ def start_latent(
 ) -> jax.Array:
     """uint8 (B, H, W, 3) -> (B, 1, H/8, W/8, C), `clip_latents` of a clip of one frame."""
     return clip_latents(cfg, params, images[:, None], mean, std, key)
-
-
-def timed_prompts(text: str) -> list[tuple[float, str]]:
-    """Prompts and the seconds at which they begin: "0s: she waves 4.5s: she bows" is
-    [(0.0, "she waves"), (4.5, "she bows")]; a text without times is one prompt from 0 on.
-
-    Raises ValueError where the times do not begin at 0 and rise.
-    """
-    marks = list(_TIME.finditer(text))
-    if not marks or text[: marks[0].start()].strip():
-        return [(0.0, text)]
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    prompts = [
-        (float(mark[1]), text[mark.end() : end].strip())
-        for mark, end in zip(marks, ends, strict=True)
-    ]
-    times = [time for time, _ in prompts]
-    if times[0] != 0 or any(b <= a for a, b in itertools.pairwise(times)):
-        raise ValueError(
-            f"prompt times {', '.join(f'{t:g}s' for t in times)}: they must begin with 0s and rise"
-        )
-    return prompts
-
-
-def prompt_shares(times: Sequence[float], at: float, span: float) -> list[float]:
-    """The share of each prompt at a time in seconds; `span` seconds around the beginning of a
-    prompt it is blended linearly with the one before (0: none is). They sum to 1."""
-    shares = [1.0]
-    for time in times[1:]:
-        risen = float(at >= time if span <= 0 else np.clip((at - time) / span + 0.5, 0, 1))
-        shares = [*(share * (1 - risen) for share in shares), risen]
-    return shares
 
 
 def blend_prompts(prompts: Sequence[tuple[PromptStates, float]]) -> PromptStates:

@@ -29,7 +29,17 @@ from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
 from framepack_jax.models.vae import Tiling, check_tiling
 from framepack_jax.packing import Section, Timeline
-from framepack_jax.request import START_FRAMES, Footage, Geometry, Layout, Request, lay_out, prepare
+from framepack_jax.request import (
+    START_FRAMES,
+    Footage,
+    Geometry,
+    Layout,
+    Request,
+    lay_out,
+    prepare,
+    prompt_shares,
+    timed_prompts,
+)
 from framepack_jax.splice import Interval, Splicer, to_uint8
 
 # (section from 0, step from 0, the sample as predicted now (B, w, H, W, C))
@@ -328,10 +338,10 @@ class FramePack:
         self, prompt: str, section: Section, layout: Layout, span: float
     ) -> tuple[tuple[str, float], ...]:
         """The prompts that count in the middle of a section, and their shares."""
-        times, texts = zip(*conditioning.timed_prompts(prompt), strict=True)
+        times, texts = zip(*timed_prompts(prompt), strict=True)
         compression = self.vae.cfg.time_compression
         middle = compression * (section.targets[0] - 1 + section.targets[-1]) / 2 / layout.fps
-        shares = conditioning.prompt_shares(times, middle, span)
+        shares = prompt_shares(times, middle, span)
         return tuple((text, s) for text, s in zip(texts, shares, strict=True) if s > 0)
 
     def known_latents(self, request: Request, layout: Layout) -> dict[int, np.ndarray]:
@@ -362,15 +372,15 @@ class FramePack:
     def _known_footage(
         self, footage: Footage, before: int, latents: Callable[[np.ndarray], np.ndarray]
     ) -> dict[int, np.ndarray]:
+        positions = self.geometry.footage_positions(before)
         if footage.latents is not None:
-            return dict(footage.latents)
+            return {position: footage.latents[position] for position in positions}
         count = min(footage.frames, self.geometry.footage_frames)
         encoded = latents(footage.last[-count:])
-        if count == footage.frames:
-            return dict(enumerate(encoded))
-        # The first latent of this clip stands for one frame, and would for four in the video.
-        known = dict(zip(range(before - len(encoded) + 1, before), encoded[1:], strict=True))
-        return {0: latents(footage.first[None])[0], **known}
+        if count < footage.frames:
+            # The first latent of this clip stands for one frame, and would for four in the video.
+            encoded[0] = latents(footage.first[None])[0]
+        return dict(zip(positions, encoded, strict=True))
 
     def timeline(self, plan: Sequence[Section], known: Mapping[int, np.ndarray]) -> Timeline:
         """A timeline that holds what is known, latents (B, H, W, C) by position."""

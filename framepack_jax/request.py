@@ -6,7 +6,9 @@ be wrong with a request is found here, before any weights are loaded.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,6 +24,7 @@ LEAST_SIDE, LARGEST_SIDE = 16, 4096
 # Without an image: a 480p canvas, and the colour that the video begins with.
 TEXT_CANVAS = (480, 832)
 BLANK = 0
+_TIME = re.compile(r"(?:^|(?<=\s))(\d+(?:\.\d+)?)\s?s:\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Geometry:
         schedule = packing.parse(self.schedule)
         reach = max(schedule.window, sum(run.frames for run in schedule.runs))
         return self.time_compression * reach + 1
+
+    def footage_positions(self, before: int) -> list[int]:
+        """Latent positions of a video of `before` latents that are needed to extend it: the first,
+        and the end of it."""
+        reach = (self.footage_frames - 1) // self.time_compression
+        return [0, *range(max(1, before - reach), before)]
 
     def frames_of(self, first: int, last: int) -> tuple[int, int]:
         """`packing.frames_of` of latent positions first .. last - 1."""
@@ -154,6 +163,9 @@ def lay_out(
     ends = request.end_image is not None and packing.reads_ahead(geometry.order)
     plan = packing.plan(geometry.schedule, geometry.order, sections, before=before, after=int(ends))
     layout = Layout(tuple(plan), *size, canvas, fps, before, ())
+    end = geometry.frames_of(0, layout.length)[1] / fps
+    if late := [time for time, _ in timed_prompts(request.prompt) if time >= end]:
+        raise ValueError(f"prompt at {late[0]:g} s: the video ends at {end:.2f} s")
     return dataclasses.replace(layout, stills=_stills(request, layout, compression))
 
 
@@ -182,6 +194,38 @@ def _stills(request: Request, layout: Layout, compression: int) -> tuple[int, ..
         taken[position] = f"the {name}"
         stills.append(position)
     return (*stills, *([last] if request.end_image is not None else []))
+
+
+def timed_prompts(text: str) -> list[tuple[float, str]]:
+    """Prompts and the seconds at which they begin: "0s: she waves 4.5s: she bows" is
+    [(0.0, "she waves"), (4.5, "she bows")]; a text without times is one prompt from 0 on.
+
+    Raises ValueError where the times do not begin at 0 and rise.
+    """
+    marks = list(_TIME.finditer(text))
+    if not marks or text[: marks[0].start()].strip():
+        return [(0.0, text)]
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    prompts = [
+        (float(mark[1]), text[mark.end() : end].strip())
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+    times = [time for time, _ in prompts]
+    if times[0] != 0 or any(b <= a for a, b in itertools.pairwise(times)):
+        raise ValueError(
+            f"prompt times {', '.join(f'{t:g}s' for t in times)}: they must begin with 0s and rise"
+        )
+    return prompts
+
+
+def prompt_shares(times: Sequence[float], at: float, span: float) -> list[float]:
+    """The share of each prompt at a time in seconds; `span` seconds around the beginning of a
+    prompt it is blended linearly with the one before (0: none is). They sum to 1."""
+    shares = [1.0]
+    for time in times[1:]:
+        risen = float(at >= time if span <= 0 else np.clip((at - time) / span + 0.5, 0, 1))
+        shares = [*(share * (1 - risen) for share in shares), risen]
+    return shares
 
 
 def prepare(geometry: Geometry, request: Request, layout: Layout) -> Request:

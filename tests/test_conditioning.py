@@ -263,3 +263,16 @@ def test_start_latent(folder, reference, image):
     sample = conditioning.start_latent(cfg, params, image, mean, std, key)
     raw += jnp.exp(logvar / 2) * jax.random.normal(key, raw.shape)
     assert relative_error(sample, (np.asarray(raw) - mean) / std) < 1e-5
+
+
+def test_blended_prompts_are_their_mean() -> None:
+    def states(value: float, length: int):
+        text = jnp.where(jnp.arange(4)[None, :, None] < length, value, 0.0) * jnp.ones((1, 4, 2))
+        return text, jnp.arange(4)[None, :] < length, jnp.full((1, 3), value)
+
+    a, b = states(1.0, 1), states(5.0, 3)
+    assert conditioning.blend_prompts([(a, 1.0)]) is a
+    text, valid, pooled = conditioning.blend_prompts([(a, 0.25), (b, 0.75)])
+    np.testing.assert_allclose(text[0, :, 0], [4, 3.75, 3.75, 0])
+    assert valid.tolist() == [[True, True, True, False]]
+    np.testing.assert_allclose(pooled, np.full((1, 3), 4.0))

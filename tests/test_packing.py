@@ -1,5 +1,6 @@
 """Schedules, plans and lengths, against the released indices in golden/ and the paper's claims."""
 
+import itertools
 import json
 
 import numpy as np
@@ -231,3 +232,57 @@ def test_explain_draws_the_context(capsys) -> None:
     assert "endpoint' cannot be sampled yet" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="'f1q'"):
         explain.main(["f1q"])
+
+
+@pytest.mark.parametrize(("seconds", "position"), [(0, 0), (0.04, 1), (4 / 30, 1), (5 / 30, 2)])
+def test_position_of_a_time(seconds: float, position: int) -> None:
+    """The first latent is one frame, every other four: frames 1 .. 4 are latent 1."""
+    assert packing.position_at(seconds, fps=30) == position
+
+
+@pytest.mark.parametrize("seconds", [-0.1, float("nan"), float("inf")])
+def test_times_that_cannot_be(seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"time {seconds}"):
+        packing.position_at(seconds)
+
+
+def test_what_is_known_of_a_target() -> None:
+    section = packing.plan("f1k1_x_f16k4f2k2f1k1_g3", "forward", 1)[0]
+    timeline = Timeline(4, (1, 1, 2))
+    timeline.write([0, 2], np.full((1, 2, 1, 1, 2), 7.0))
+    latents, known = packing.read_target(section, timeline)
+    assert known.tolist() == [False, True, False]
+    assert latents[0, :, 0, 0, 0].tolist() == [0, 7, 0]
+
+
+@pytest.mark.parametrize("order", ["inverted", "forward"])
+@pytest.mark.parametrize("before", [1, 3, 9, 12, 40])
+@pytest.mark.parametrize("sections", [1, 2, 5])
+def test_sections_after_a_known_beginning(order: str, before: int, sections: int) -> None:
+    """Every position once, nothing read that is not there yet, clips that meet."""
+    schedule = packing.RELEASED_INVERTED if order == "inverted" else packing.RELEASED_F1
+    after = int(order == "inverted")
+    plan = packing.plan(schedule, order, sections, before=before, after=after)
+    end = before + 9 * sections + after
+    assert packing.length(plan) == end
+    there = set(range(before)) | set(range(end - after, end))
+    for section in plan:
+        for group in section.groups:
+            assert set(group.reads) - {MISSING} <= there
+        assert not there & set(section.targets)
+        there |= set(section.targets)
+        assert set(range(*section.decode)) <= there
+    assert there == set(range(end))
+    clips = sorted(packing.frames_of(*section.decode) for section in plan)
+    assert clips[0][0] == 4 * max(0, before - 9) and clips[-1][1] == 4 * (end - 1) + 1
+    # Cross-faded over 4 w - 3 frames, as in the release.
+    assert all(a[1] - b[0] == 33 for a, b in itertools.pairwise(clips))
+
+
+def test_an_end_image_needs_an_order_that_reads_it() -> None:
+    with pytest.raises(ScheduleError, match="'forward'"):
+        packing.plan(packing.RELEASED_F1, "forward", 1, after=1)
+    with pytest.raises(ScheduleError, match="0 frames are known, 1 are needed"):
+        packing.plan(packing.RELEASED_INVERTED, "inverted", 1, before=0)
+    with pytest.raises(ScheduleError, match="10001"):
+        packing.plan(packing.RELEASED_INVERTED, "inverted", 10001)

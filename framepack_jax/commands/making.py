@@ -72,6 +72,9 @@ def _make_group(pipe: FramePack, tasks: list[Task], decode: bool) -> dict[Path, 
             _begin(pipe, task)
         except (ValueError, OSError) as error:
             fail(task, error)
+        except KeyboardInterrupt:
+            _note_begun(tasks)
+            raise
     while tasks:
         try:
             _make(pipe, tasks, decode)
@@ -81,21 +84,37 @@ def _make_group(pipe: FramePack, tasks: list[Task], decode: bool) -> dict[Path, 
             for task in [tasks[i] for i in error.samples]:
                 _note(task, "failed")
                 fail(task, error)
-        except OSError as error:
+        except (OSError, jax.errors.JaxRuntimeError) as error:
             for task in list(tasks):
                 _note(task, "failed")
-                fail(task, error)
+                fail(task, _explained(error))
         except KeyboardInterrupt:
-            for task in tasks:
-                _note(task, "interrupted")
+            _note_begun(tasks)
             raise
     return failures
+
+
+def _note_begun(tasks: Sequence[Task]) -> None:
+    """Write into what is begun that it was interrupted: other folders may hold earlier runs."""
+    for task in tasks:
+        if task.read is None:
+            _note(task, "interrupted")
 
 
 def _note(task: Task, status: str) -> None:
     """Write how a run ended; a disk that is full has lost nothing else by it."""
     with contextlib.suppress(OSError):
         task.run.write_record(status=status)
+
+
+def _explained(error: Exception) -> Exception:
+    """The error of a device in one line, with what helps against a full memory."""
+    if isinstance(error, OSError):
+        return error
+    line = str(error).partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" not in line and "out of memory" not in line.lower():
+        return OSError(line)
+    return OSError(f"out of memory on the device ({line}); --vae-tile 256 helps while decoding")
 
 
 def _begin(pipe: FramePack, task: Task) -> None:
@@ -135,7 +154,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
         decoder.catch_up(done)
     seeds = [task.request.seed for task in tasks]
     encoded = time.monotonic()
-    _add_timing(tasks, "encode_seconds", encoded - began)
+    _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
     with Progress(tasks, done) as progress:
         made = pipe.sample(
             layout.plan, inputs, settings,
@@ -289,6 +308,7 @@ class Progress:
             sections.update()
         if step + 1 in self.shown and x0.shape[-1] == PREVIEW_CHANNELS:
             caption = f"section {section + 1} of {self.sections}, step {step + 1} of {self.steps}"
-            for task, latents in zip(self.tasks, np.asarray(x0), strict=True):
+            # What is not a number is told at the end of the section; here it is shown as grey.
+            for task, latents in zip(self.tasks, np.nan_to_num(x0), strict=True):
                 sheet = video.preview_sheet(latents, caption)
                 video.save_png(task.run.folder / "preview.png", sheet)

@@ -472,6 +472,8 @@ def _read_request(pipe: FramePack, shot: Shot) -> Request:
     """Read the images and the video that flags name."""
     if shot.image is not None and shot.extend is not None:
         raise ValueError("--image and --extend exclude each other: a video begins with one of them")
+    if shot.image is None and shot.extend is None and not shot.prompt.strip():
+        raise ValueError("nothing to make a video from: give --image, --extend or a --prompt")
     keys = []
     for text in shot.key_frame:
         seconds, equals, path = text.partition("=")
@@ -504,7 +506,11 @@ def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
     """The end of a video file, or of a run folder with its latents."""
     geometry, latents = pipe.geometry, None
     if shot.extend.is_dir():
-        latents = _latents_of(Run.open(shot.extend), geometry.footage_frames)
+        run = Run.open(shot.extend)
+        if run.record["status"] != "finished":
+            status = run.record["status"]
+            raise ValueError(f"{run.folder} is {status}; finish it with --resume first")
+        latents = run.latents()
     first, last, count = None, collections.deque(maxlen=geometry.footage_frames + 8), 0
     for frame in video.read_frames(*_footage_file(shot)):
         first, count = frame if first is None else first, count + 1
@@ -513,14 +519,6 @@ def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
     usable = (count - 1) // geometry.time_compression * geometry.time_compression + 1
     frames = list(last)[: len(last) - (count - usable)][-geometry.footage_frames :]
     return Footage(usable, first, np.stack(frames), latents)
-
-
-def _latents_of(run: Run, frames: int) -> dict[int, np.ndarray]:
-    """Latents (H, W, C) by position of a finished run: the first, and those at its end."""
-    if run.record["status"] != "finished":
-        raise ValueError(f"{run.folder} is {run.record['status']}; finish it with --resume first")
-    latents = run.latents()
-    return {p: z for p, z in latents.items() if p == 0 or p > max(latents) - frames}
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,0 +1,115 @@
+"""What is asked for and where it lies: sizes, times, prompts by time, footage."""
+
+import numpy as np
+import pytest
+
+from framepack_jax import packing
+from framepack_jax.request import (
+    Footage,
+    Geometry,
+    Request,
+    lay_out,
+    prepare,
+    prompt_shares,
+    timed_prompts,
+)
+
+INVERTED = Geometry(packing.RELEASED_INVERTED, "inverted", 4, 16)
+F1 = Geometry(packing.RELEASED_F1, "forward", 4, 16)
+IMAGE = np.zeros((50, 40, 3), np.uint8)
+
+
+def test_sizes() -> None:
+    """The 480p bucket of the image, or any even size, sampled at what the VAE divides."""
+    assert lay_out(F1, Request("", IMAGE)).canvas == (704, 544)
+    assert lay_out(F1, Request("")).canvas == (480, 832)
+    layout = lay_out(F1, Request("", IMAGE), height=90, width=50)
+    assert (layout.height, layout.width, layout.canvas) == (90, 50, (96, 64))
+    assert prepare(F1, Request("", IMAGE), layout).image.shape == (96, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        ((0, 64), "height = 0"),
+        ((64, 73), "width = 73"),
+        ((-16, 16), "height = -16"),
+        ((64, None), "width = None"),
+        ((64, 10**5), "width = 100000"),
+    ],
+)
+def test_impossible_sizes(size, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        lay_out(F1, Request("", IMAGE), height=size[0], width=size[1])
+
+
+@pytest.mark.parametrize(
+    "image", [IMAGE[..., 0], IMAGE.astype(np.float32), np.zeros((0, 4, 3), np.uint8)]
+)
+def test_what_is_no_image(image) -> None:
+    for request in (Request("", image), Request("", IMAGE, end_image=image)):
+        with pytest.raises(ValueError, match=r"image of shape .* uint8"):
+            lay_out(F1, request)
+
+
+def test_key_frames_in_the_order_of_the_request_and_the_end_last() -> None:
+    request = Request("", IMAGE, end_image=IMAGE, key_frames=((1.0, IMAGE), (0.5, IMAGE)))
+    assert lay_out(F1, request, sections=1).stills == (8, 4, 9)
+    # What is sampled grows by the end image, which an inverted order reads.
+    assert lay_out(INVERTED, request, sections=1).stills == (8, 4, 10)
+
+
+def test_the_image_that_leads() -> None:
+    """Text alone is led by black, footage by the frame that sections are anchored at."""
+    layout = lay_out(F1, Request(""), sections=1, height=32, width=32)
+    assert not prepare(F1, Request(""), layout).image.any()
+    frames = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
+    request = Request("", footage=Footage(5, frames[0], frames))
+    for geometry, value in ((F1, 1), (INVERTED, 5)):
+        layout = lay_out(geometry, request, sections=1, height=32, width=32)
+        assert layout.before == 2 and layout.length == 11
+        assert (prepare(geometry, request, layout).image == value).all()
+
+
+def test_a_prompt_after_the_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"prompt at 9 s: the video ends at 1.23 s"):
+        lay_out(F1, Request("0s: a 9s: b", IMAGE), sections=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("she waves", [(0.0, "she waves")]),
+        ("", [(0.0, "")]),
+        ("0s: she waves 4.5s: she bows", [(0.0, "she waves"), (4.5, "she bows")]),
+        (" 0s:she waves\n12 s:  she\nbows", [(0.0, "she waves"), (12.0, "she\nbows")]),
+        ("0s: 2s: she bows", [(0.0, ""), (2.0, "she bows")]),
+        ("it lasts 4s: then stops", [(0.0, "it lasts 4s: then stops")]),
+    ],
+)
+def test_prompts_with_times(text, prompts) -> None:
+    assert timed_prompts(text) == prompts
+
+
+@pytest.mark.parametrize(
+    "text", ["1s: late", "0s: a 3s: b 2s: c", "0s: a 0s: b", "0s: the 1980s: x 3s: y"]
+)
+def test_prompt_times_begin_at_0_and_rise(text: str) -> None:
+    with pytest.raises(ValueError, match="must begin with 0s and rise"):
+        timed_prompts(text)
+
+
+@pytest.mark.parametrize(
+    ("at", "span", "shares"),
+    [
+        (1.0, 0, [1, 0, 0]),
+        (4.0, 0, [0, 1, 0]),
+        (3.5, 2, [0.75, 0.25, 0]),
+        (4.0, 2, [0.5, 0.5, 0]),
+        (99, 2, [0, 0, 1]),
+        # Blends may overlap: the one at 5 s takes half of what the one at 4 s left.
+        (5.0, 4, [0.125, 0.375, 0.5]),
+    ],
+)
+def test_shares_of_prompts(at: float, span: float, shares: list[float]) -> None:
+    assert prompt_shares([0, 4, 5], at, span) == pytest.approx(shares)
