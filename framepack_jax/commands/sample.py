@@ -1,103 +1,43 @@
 """`framepack sample`: images and prompts become videos, each in a run folder."""
 
-import collections
 import dataclasses
 import datetime
 import functools
 import hashlib
 import importlib.metadata
 import itertools
-import json
-import math
 import platform
 import signal
 import sys
 import time
-import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import tyro
 
 from framepack_jax import bundle, video
 from framepack_jax.commands.making import Task, decode_again, make_all, peak_memory
 from framepack_jax.commands.runs import FORMAT, RECORD, Run
-from framepack_jax.diffusion import cache
+from framepack_jax.commands.shots import (
+    SHOT_FIELDS,
+    Shot,
+    beginning_of,
+    lay_out_shot,
+    read,
+    read_jobs,
+    read_request,
+)
 from framepack_jax.models.vae import Tiling
 from framepack_jax.pipeline import FramePack, Settings
-from framepack_jax.request import Footage, Layout, Request, lay_out
+from framepack_jax.request import Layout, Request, lay_out
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
-PREVIEWS_PER_SECTION = 4
 # Exit codes of programs that a signal ended.
 INTERRUPTED, TERMINATED = 130, 143
-
-
-@dataclasses.dataclass(frozen=True)
-class Shot:
-    """The flags of one video."""
-
-    image: Path | None = None
-    """First frame: any image file, scaled and cropped to the size of the video. Without it the
-    video begins from black, led by the prompt alone."""
-    prompt: str = ""
-    """What happens in the video. May be empty."""
-    negative_prompt: str = ""
-    """What should not happen; counts only with --cfg other than 1."""
-    end_image: Path | None = None
-    """Last frame."""
-    key_frame: tuple[str, ...] = ()
-    """Images at times: 3.5s=photo.png 7s=other.png."""
-    extend: Path | None = None
-    """A video file or a run folder to go on from, instead of --image."""
-    prompt_blend: float = 1.0
-    """Seconds over which prompts with times are blended into each other."""
-    seconds: float = 5.0
-    """Length of what is made; the number of sections that comes nearest."""
-    sections: int | None = None
-    """Length in sections, instead of --seconds."""
-    seed: int = 0
-    """Seed of the noise. The same seed and flags give the same video."""
-    steps: int = 25
-    """Denoising steps a section."""
-    sampler: Literal["unipc", "unipc-bh2", "euler"] = "unipc"
-    """Solver of the sampling ODE."""
-    guidance: float = 10.0
-    """Scale for the guidance-distilled network (costs nothing)."""
-    cfg: float = 1.0
-    """Classifier-free guidance scale; other than 1 it doubles the time."""
-    cfg_rescale: float = 0.0
-    """How far --cfg's gain in contrast is taken back, 0 to 1."""
-    step_cache: Literal["none", "tea", "first-block"] = "none"
-    """Leave the network's blocks out at steps where little changes: faster, less exact."""
-    threshold: float | None = None
-    """Change at which --step-cache lets the blocks run; default: 0.15 for tea."""
-    height: int | None = None
-    """Height in pixels, any even number; default: the 480p bucket nearest to the image's shape."""
-    width: int | None = None
-    """Width in pixels; give both or neither."""
-    fps: int = 30
-    """Frames a second of the video; the models are made for 30."""
-    crf: int = 16
-    """H.264 quality, 1 (largest file) to 51."""
-
-    def settings(self) -> Settings:
-        """Raises ValueError for what cannot be."""
-        if not 0 <= self.prompt_blend < math.inf:
-            raise ValueError(f"prompt_blend = {self.prompt_blend}: expected seconds, 0 or more")
-        step_cache = None
-        if self.step_cache != "none":
-            step_cache = cache.Config(self.step_cache, self.threshold)
-        elif self.threshold is not None:
-            raise ValueError(f"threshold = {self.threshold} needs --step-cache tea or first-block")
-        return Settings(
-            self.steps, self.sampler, self.guidance, self.cfg, self.cfg_rescale, step_cache
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +84,6 @@ class Sample(Shot):
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
-
-
-SHOT_FIELDS = {field.name: field for field in dataclasses.fields(Shot)}
 
 
 def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
@@ -311,7 +248,7 @@ def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
         if len(flags.prompt) > 1 or len(flags.seed) > 1:
             raise ValueError("--jobs with several prompts or seeds: put them into the file")
         base |= {"prompt": flags.prompt[0], "seed": flags.seed[0]}
-        yield from _read_jobs(flags.jobs, base, output)
+        yield from read_jobs(flags.jobs, base, output)
         return
     if not flags.prompt or not flags.seed:
         raise ValueError('give at least one prompt (it may be "") and one seed')
@@ -327,122 +264,20 @@ def _name(flags: Sample) -> str:
     return f"{stamp}_{source.stem if source else 'text'}"
 
 
-def _read_jobs(
-    path: Path, base: dict[str, Any], output: Path
-) -> Iterator[tuple[Path, Shot | ValueError]]:
-    """Jobs by the lines of a file. A bad line is handed on as an error, so that others are made."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"jobs {path}: expected lines of JSON in UTF-8 ({error})") from error
-    if not any(map(str.strip, lines)):
-        raise ValueError(f"jobs {path}: it is empty; give a JSON object a line")
-    seen = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        folder = output / f"job_{number:04d}"
-        try:
-            job = json.loads(line)
-            if not isinstance(job, dict):
-                raise ValueError("expected a JSON object")
-            name = job.pop("name", folder.name)
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise ValueError(f"name {name!r}: expected the name of a folder")
-            folder = output / name
-            if name in seen:
-                raise ValueError(f"name {name!r} is that of an earlier line")
-            seen.add(name)
-            yield folder, Shot(**base | {k: _typed(k, v) for k, v in job.items()})
-        except ValueError as error:
-            yield folder, ValueError(f"{path}, line {number}: {error}")
-
-
-def _typed(name: str, value: Any) -> Any:
-    """A value of a jobs file as the flag wants it. Raises ValueError."""
-    if name not in SHOT_FIELDS:
-        raise ValueError(f"{name!r} is no flag of a video; known are {', '.join(SHOT_FIELDS)}")
-    given, kind = value, SHOT_FIELDS[name].type
-    if kind == tuple[str, ...]:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise ValueError(f"{name} = {given!r}: expected a list of texts")
-    choices = typing.get_args(kind) or (kind,)
-    if value in choices or (value is None and type(None) in choices):
-        return value
-    if isinstance(value, str) and Path in choices:
-        return Path(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in choices:
-        return float(value)
-    types = tuple(c for c in choices if isinstance(c, type))
-    if types and isinstance(value, types) and not isinstance(value, bool):
-        return value
-    names = [c.__name__ if isinstance(c, type) else repr(c) for c in choices]
-    raise ValueError(f"{name} = {given!r}: expected {' or '.join(names)}")
-
-
 def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool) -> Task | None:
     """What is to be made in a folder, checked as far as it can be without weights; None where it is
     finished already. Raises ValueError, OSError."""
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
-    request = _read_request(pipe, shot)
-    layout = _lay_out(pipe, shot, request)
+    request = read_request(pipe, shot)
+    layout = lay_out_shot(pipe, shot, request)
     record = _record(pipe, flags, shot, request, layout)
     if (folder / RECORD).exists() and not flags.overwrite:
         return _task_there(Run.open(folder), record, layout, settings, alone)
     _check_writable(folder)
     # Of many jobs the pictures would fill the memory: they are read again when it is their turn.
-    read = functools.partial(_read, pipe, shot, layout, request if alone else None)
-    return Task(Run(folder, record), layout, settings, read)
-
-
-def _read(
-    pipe: FramePack, shot: Shot, layout: Layout, request: Request | None
-) -> tuple[Request, Iterator[np.ndarray] | None]:
-    """The request, and the frames of a video that is extended which no section changes."""
-    request = request or _read_request(pipe, shot)
-    count = _beginning(pipe, layout)
-    if not count:
-        return request, None
-    frames = video.read_frames(*_footage_file(shot))
-    top, left = (
-        (c - s) // 2 for c, s in zip(layout.canvas, (layout.height, layout.width), strict=True)
-    )
-    return request, (
-        video.resize_center_crop(frame, *layout.canvas)[
-            top : top + layout.height, left : left + layout.width
-        ]
-        for frame in itertools.islice(frames, count)
-    )
-
-
-def _beginning(pipe: FramePack, layout: Layout) -> int:
-    """How many frames of a video that is extended stay as they are."""
-    return pipe.geometry.frames_of(layout.overlap_start, layout.before)[0]
-
-
-def _lay_out(pipe: FramePack, shot: Shot, request: Request) -> Layout:
-    """Raises ValueError where flags and what they name do not go together."""
-    height, width = shot.height, shot.width
-    latents = request.footage and request.footage.latents
-    if latents and height is None and width is None:
-        record = Run.open(shot.extend).record
-        height, width = record["height"], record["width"]
-    layout = lay_out(
-        pipe.geometry, request, seconds=shot.seconds, sections=shot.sections, fps=shot.fps,
-        height=height, width=width,
-    )  # fmt: skip
-    if latents:
-        compression = pipe.vae.cfg.space_compression
-        made = tuple(side * compression for side in next(iter(latents.values())).shape[:2])
-        if made != layout.canvas:
-            raise ValueError(
-                f"the latents of {shot.extend} are of {made[0]} x {made[1]} pixels, asked for are"
-                f" {layout.height} x {layout.width}; leave --height and --width out, or give its"
-                " video.mp4 to --extend"
-            )
-    return layout
+    later = functools.partial(read, pipe, shot, layout, request if alone else None)
+    return Task(Run(folder, record), layout, settings, later)
 
 
 def _task_there(
@@ -466,59 +301,6 @@ def _task_there(
         return None
     _check_weights(run)
     return Task(run, layout, settings)
-
-
-def _read_request(pipe: FramePack, shot: Shot) -> Request:
-    """Read the images and the video that flags name."""
-    if shot.image is not None and shot.extend is not None:
-        raise ValueError("--image and --extend exclude each other: a video begins with one of them")
-    if shot.image is None and shot.extend is None and not shot.prompt.strip():
-        raise ValueError("nothing to make a video from: give --image, --extend or a --prompt")
-    keys = []
-    for text in shot.key_frame:
-        seconds, equals, path = text.partition("=")
-        try:
-            seconds = float(seconds.strip().removesuffix("s"))
-        except ValueError:
-            equals = ""
-        if not equals or not path:
-            raise ValueError(f"key frame {text!r}: expected a time and an image, 3.5s=photo.png")
-        keys.append((seconds, video.load_image(path)))
-    return Request(
-        prompt=shot.prompt,
-        image=None if shot.image is None else video.load_image(shot.image),
-        negative_prompt=shot.negative_prompt,
-        seed=shot.seed,
-        end_image=None if shot.end_image is None else video.load_image(shot.end_image),
-        key_frames=tuple(sorted(keys, key=lambda key: key[0])),
-        footage=None if shot.extend is None else _read_footage(pipe, shot),
-    )
-
-
-def _footage_file(shot: Shot) -> tuple[Path, float | None]:
-    """The video file to extend, and the rate it is brought to."""
-    if shot.extend.is_dir():
-        return shot.extend / "video.mp4", None
-    return shot.extend, float(shot.fps)
-
-
-def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
-    """The end of a video file, or of a run folder with its latents."""
-    geometry, latents = pipe.geometry, None
-    if shot.extend.is_dir():
-        run = Run.open(shot.extend)
-        if run.record["status"] != "finished":
-            status = run.record["status"]
-            raise ValueError(f"{run.folder} is {status}; finish it with --resume first")
-        latents = run.latents()
-    first, last, count = None, collections.deque(maxlen=geometry.footage_frames + 8), 0
-    for frame in video.read_frames(*_footage_file(shot)):
-        first, count = frame if first is None else first, count + 1
-        last.append(frame)
-    # Whole latents only: up to three frames at the end are left out.
-    usable = (count - 1) // geometry.time_compression * geometry.time_compression + 1
-    frames = list(last)[: len(last) - (count - usable)][-geometry.footage_frames :]
-    return Footage(usable, first, np.stack(frames), latents)
 
 
 def _check_writable(folder: Path) -> None:
@@ -558,7 +340,7 @@ def _record(
         "key_frames": [
             [s, p] for (s, _), p in zip(request.key_frames, layout.stills, strict=False)
         ],
-        "beginning": _beginning(pipe, layout),
+        "beginning": beginning_of(pipe, layout),
         "spans": [],
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
