@@ -176,7 +176,13 @@ def load_params(
             array = array.astype(dtype)
         return jax.device_put(array)
 
-    leaves = {"/".join(key): leaf for key, leaf in flatten_dict(ocp.load(path)).items()}
+    try:
+        leaves = {"/".join(key): leaf for key, leaf in flatten_dict(ocp.load(path)).items()}
+    except Exception as error:  # of many kinds, by what is damaged
+        line = str(error).partition("\n")[0]
+        raise BundleError(
+            f"bundle {root}: the parameters of {name} cannot be read ({line}); convert again"
+        ) from error
     return jax.tree.map(place, stack.join(leaves, model.STACKS, list), is_leaf=_is_layers)
 
 

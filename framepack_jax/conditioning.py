@@ -38,7 +38,7 @@ PROMPT_TEMPLATE = (
     "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
-# Words shown of a prompt that is cut.
+# Words shown of a prompt that is cut, of its beginning and of its end.
 KEPT_WORDS = 8
 
 WHOLE_FRAMES = vae.Tiling()
@@ -141,7 +141,8 @@ def tokenize_prompt(
         if len(whole) > kept:
             words = tokenizer.decode(whole[start:kept], skip_special_tokens=True).split()
             warnings.warn(
-                f"prompt {i} is too long: {len(whole) - start} tokens with the template's end, of"
+                f"prompt {' '.join(prompts[i].split()[:KEPT_WORDS])!r} ... is too long:"
+                f" {len(whole) - start} tokens with the template's end, of"
                 f" which {MAX_PROMPT_TOKENS} are read. The last words read are:"
                 f' "... {" ".join(words[-KEPT_WORDS:])}". Shorten the prompt, or move what matters'
                 " to its beginning",

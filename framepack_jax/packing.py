@@ -444,7 +444,7 @@ def sections_for(seconds: float, window: int, fps: float = 30, time_compression:
             raise ValueError(f"{name} = {value}: expected a positive number")
     sections = max(1, round(seconds * fps / (time_compression * window)))
     if sections > MAX_SECTIONS:
-        raise ValueError(f"seconds = {seconds} is {sections} sections; at most {MAX_SECTIONS}")
+        raise ValueError(f"seconds = {seconds} is {sections:.3g} sections; at most {MAX_SECTIONS}")
     return sections
 
 

@@ -12,9 +12,9 @@ Shapes: B batch, T latent frames of the video, w latent window, H W latent rows 
 C latent channels, P pixel frames.
 """
 
-import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -46,6 +46,7 @@ from framepack_jax.splice import Interval, Splicer, to_uint8
 OnStep = Callable[[int, int, jax.Array], None]
 OnSection = Callable[[int, tuple[int, ...], np.ndarray], None]
 DEFAULT_TILING = Tiling()
+MAX_STEPS = 1000
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -82,8 +83,8 @@ class Settings:
     step_cache: cache.Config | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps = {self.steps}: expected at least 1")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps = {self.steps}: expected at least 1, at most {MAX_STEPS}")
         if self.sampler not in SOLVERS:
             raise ValueError(f"sampler {self.sampler!r}: expected one of {', '.join(SOLVERS)}")
         if not 0 <= self.cfg_rescale <= 1:
@@ -100,7 +101,8 @@ class Span(NamedTuple):
     """What one section added: its latents, and the frames that became final with it.
 
     `frames` (P, height, width, 3) uint8 are the video's frames `start` .. `start + P - 1`; there
-    may be none yet. `latents` (w, H, W, C) are those of the latent `positions`, normalised.
+    may be none yet. `latents` (F, H, W, C) are those of the F latent `positions`, normalised: the
+    section's, and with the first or last in time the start or end image's.
     """
 
     start: int
@@ -298,7 +300,7 @@ class FramePack:
     ) -> Inputs:
         """Encode prepared requests of one layout; `known` latents (B, H, W, C) by position, where
         they are there already."""
-        with _precision(self.dtype):
+        with sampler.precision(self.dtype):
             embedded = jnp.concatenate(
                 [conditioning.encode_image(self.encoders, r.image[None]) for r in requests]
             )
@@ -322,10 +324,12 @@ class FramePack:
                     ]
                 )
 
-            by_section = [
-                at(*(self._prompts_at(r.prompt, section, layout, prompt_blend) for r in requests))
+            shares = [
+                tuple(self._prompts_at(r.prompt, section, layout, prompt_blend) for r in requests)
                 for section in layout.plan
             ]
+            _warn_of_unused(requests, shares)
+            by_section = [at(*each) for each in shares]
             negative = None
             if settings.cfg != 1:
                 negative = conditions([encoded(r.negative_prompt) for r in requests])
@@ -340,15 +344,15 @@ class FramePack:
         """The prompts that count in the middle of a section, and their shares."""
         times, texts = zip(*timed_prompts(prompt), strict=True)
         compression = self.vae.cfg.time_compression
-        middle = compression * (section.targets[0] - 1 + section.targets[-1]) / 2 / layout.fps
-        shares = prompt_shares(times, middle, span)
+        middle = (section.targets[0] - 1 + section.targets[-1]) / 2 - (layout.before - 1)
+        shares = prompt_shares(times, compression * middle / layout.fps, span)
         return tuple((text, s) for text, s in zip(texts, shares, strict=True) if s > 0)
 
     def known_latents(self, request: Request, layout: Layout) -> dict[int, np.ndarray]:
         """Latents (H, W, C) of a prepared request by position: start image or footage, stills."""
 
         def latents(frames: np.ndarray) -> np.ndarray:
-            with _precision(self.dtype):
+            with sampler.precision(self.dtype):
                 return np.asarray(
                     conditioning.clip_latents(
                         self.vae.cfg, self.vae.params, frames[None],
@@ -438,9 +442,10 @@ class FramePack:
     def _check_finite(self, number: int, steps: int, first_bad: np.ndarray) -> None:
         """`first_bad` (B,): the first step of each sample that was not finite, or -1."""
         if bad := [b for b, step in enumerate(first_bad) if step >= 0]:
+            advice = "" if self.dtype == "float32" else "try --dtype float32, or "
             raise NotFinite(
                 f"section {number + 1}, step {first_bad[bad[0]] + 1} of {steps}: the prediction is"
-                f" not finite in {self.dtype}; try --dtype float32, or check the weights",
+                f" not finite in {self.dtype}; {advice}check the weights",
                 bad,
             )
 
@@ -481,24 +486,43 @@ class FramePack:
     def decode_clip(
         self, section: Section, timeline: Timeline, samples: slice = slice(None)
     ) -> jax.Array:
-        """The clip (B, P, height, width, 3) in about [-1, 1] that a section lets us decode."""
+        """The clip (B, P, height, width, 3) in about [-1, 1] that a section lets us decode, of
+        these samples of the batch. Raises NotFinite."""
         model, cfg, params = self.vae
         latents = timeline.read(range(*section.decode))[samples]
         latents = latents * self.latent_std + self.latent_mean
-        with _precision(self.dtype):
-            return model.decode(cfg, params, jnp.asarray(latents), self.tiling)
+        with sampler.precision(self.dtype):
+            clip = model.decode(cfg, params, jnp.asarray(latents), self.tiling)
+        finite = np.asarray(jnp.isfinite(clip).all(axis=(1, 2, 3, 4)))
+        if not finite.all():
+            first, last = section.decode
+            raise NotFinite(
+                f"frames decoded from latents {first} to {last - 1} are not finite in"
+                f" {latents.dtype}; check the weights of the VAE",
+                np.arange(timeline.latents.shape[0])[samples][~finite].tolist(),
+            )
+        return clip
+
+
+def _warn_of_unused(
+    requests: Sequence[Request], shares: Sequence[Sequence[tuple[tuple[str, float], ...]]]
+) -> None:
+    """Name prompts by time that fall between the middles of sections, so that none is led by them.
+    `shares` are, for each section and request, the prompts that count."""
+    for i, request in enumerate(requests):
+        used = {text for section in shares for text, _ in section[i]}
+        for seconds, text in timed_prompts(request.prompt):
+            if text not in used:
+                warnings.warn(
+                    f"the prompt at {seconds:g} s, {text!r}, leads no section: sections are made"
+                    " whole, so give it more time",
+                    stacklevel=3,
+                )
 
 
 def plan_start(plan: Sequence[Section]) -> int:
     """The first position that a plan writes."""
     return min(section.targets[0] for section in plan)
-
-
-def _precision(dtype: str) -> contextlib.AbstractContextManager:
-    """float32 means float32: devices multiply float32 matrices in fewer bits unless told."""
-    if dtype == "float32":
-        return jax.default_matmul_precision("float32")
-    return contextlib.nullcontext()
 
 
 def _noise(seed: int, section: int, shape: tuple[int, ...]) -> jax.Array:

@@ -5,10 +5,12 @@ of sections, the size that is sampled, and the positions of key frames and end i
 be wrong with a request is found here, before any weights are loaded.
 """
 
+import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -90,7 +92,8 @@ class Request:
 
     `prompt` may change with time, "0s: she waves 4s: she bows". The video begins with `image`, or
     with `footage`; with neither, from black, led by text alone. `end_image` is its last frame,
-    `key_frames` are (seconds, image).
+    `key_frames` are (seconds, image). Times count from where that begins which is made: in footage
+    from its last frame.
     """
 
     prompt: str
@@ -159,13 +162,20 @@ def lay_out(
     if sections is None:
         window = packing.parse(geometry.schedule).window
         sections = packing.sections_for(seconds, window, fps, compression)
-    before = START_FRAMES if footage is None else 1 + (footage.frames - 1) // compression
+    before = START_FRAMES
+    if footage is not None:
+        before = 1 + (footage.frames - 1) // compression
+        if before == START_FRAMES:
+            raise ValueError(
+                f"the video to extend has {footage.frames} whole frame; at least"
+                f" {1 + compression} are needed: give that frame as the start image instead"
+            )
     ends = request.end_image is not None and packing.reads_ahead(geometry.order)
     plan = packing.plan(geometry.schedule, geometry.order, sections, before=before, after=int(ends))
     layout = Layout(tuple(plan), *size, canvas, fps, before, ())
-    end = geometry.frames_of(0, layout.length)[1] / fps
+    end = compression * (layout.length - layout.before) / fps
     if late := [time for time, _ in timed_prompts(request.prompt) if time >= end]:
-        raise ValueError(f"prompt at {late[0]:g} s: the video ends at {end:.2f} s")
+        raise ValueError(f"prompt at {late[0]:g} s: what is made is {end:.2f} s long")
     return dataclasses.replace(layout, stills=_stills(request, layout, compression))
 
 
@@ -179,12 +189,12 @@ def _stills(request: Request, layout: Layout, compression: int) -> tuple[int, ..
     for seconds, image in request.key_frames:
         name = f"key frame at {seconds:g} s"
         _check_image(name, image)
-        position = packing.position_at(seconds, layout.fps, compression)
+        position = layout.before - 1 + packing.position_at(seconds, layout.fps, compression)
         if not layout.before <= position <= last:
-            begin, end = (compression * p / layout.fps for p in (layout.before - 1, last))
+            end = compression * (last - layout.before + 1) / layout.fps
             raise ValueError(
-                f"{name}: expected a time after {begin:.2f} s, up to where the video ends at"
-                f" {end:.2f} s; its first frame is that of --image"
+                f"{name}: expected a time after 0 s, where the start image or the video to extend"
+                f" is, up to the end at {end:.2f} s"
             )
         if position in taken:
             raise ValueError(
@@ -203,7 +213,14 @@ def timed_prompts(text: str) -> list[tuple[float, str]]:
     Raises ValueError where the times do not begin at 0 and rise.
     """
     marks = list(_TIME.finditer(text))
-    if not marks or text[: marks[0].start()].strip():
+    if marks and text[: marks[0].start()].strip():
+        warnings.warn(
+            f"the prompt has a time, {marks[0][0].strip()!r}, but does not begin with one: it is"
+            ' taken as one text; write "0s: ... 4s: ..." for prompts by time',
+            stacklevel=2,
+        )
+        return [(0.0, text)]
+    if not marks:
         return [(0.0, text)]
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     prompts = [
@@ -228,12 +245,44 @@ def prompt_shares(times: Sequence[float], at: float, span: float) -> list[float]
     return shares
 
 
+def footage_of(
+    geometry: Geometry,
+    frames: Iterable[np.ndarray],
+    height: int | None = None,
+    width: int | None = None,
+    latents: Mapping[int, np.ndarray] | None = None,
+) -> Footage:
+    """Footage of the frames (H, W, 3) uint8 of a video, brought to the size that `Geometry.sizes`
+    gives; only what is needed of them is kept. Up to three at the end, which make no whole latent,
+    are left out. Raises ValueError where there are none."""
+    first, count, kept = None, 0, geometry.footage_frames + geometry.time_compression
+    last: collections.deque[np.ndarray] = collections.deque(maxlen=kept)
+    for frame in frames:
+        if first is None:
+            size, _ = geometry.sizes(_check_image("frame", frame), height, width)
+            first = resize_center_crop(frame, *size)
+        last.append(resize_center_crop(frame, *size))
+        count += 1
+    if first is None:
+        raise ValueError("the video to extend has no frames")
+    spare = (count - 1) % geometry.time_compression
+    frames = list(last)[: len(last) - spare][-geometry.footage_frames :]
+    return Footage(count - spare, first, np.stack(frames), latents)
+
+
 def prepare(geometry: Geometry, request: Request, layout: Layout) -> Request:
     """The request with its images scaled and cropped to the canvas, and with `image` the one that
     leads every section: of footage the frame that sections are anchored at, of nothing a blank."""
 
+    # What the canvas has more than the video is cut off at the end: no picture is zoomed for it.
+    rows, columns = layout.canvas[0] - layout.height, layout.canvas[1] - layout.width
+    edges = [(rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0)]
+
     def fit(image: np.ndarray) -> np.ndarray:
-        return resize_center_crop(np.asarray(image), *layout.canvas)
+        image = np.asarray(image)
+        if image.shape[:2] == layout.canvas:
+            return image
+        return np.pad(resize_center_crop(image, layout.height, layout.width), edges, mode="edge")
 
     footage, image = request.footage, request.image
     if footage is not None:

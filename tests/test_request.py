@@ -8,6 +8,7 @@ from framepack_jax.request import (
     Footage,
     Geometry,
     Request,
+    footage_of,
     lay_out,
     prepare,
     prompt_shares,
@@ -72,7 +73,7 @@ def test_the_image_that_leads() -> None:
 
 
 def test_a_prompt_after_the_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"prompt at 9 s: the video ends at 1.23 s"):
+    with pytest.raises(ValueError, match=r"prompt at 9 s: what is made is 1.20 s long"):
         lay_out(F1, Request("0s: a 9s: b", IMAGE), sections=1)
 
 
@@ -84,7 +85,7 @@ def test_a_prompt_after_the_end_is_refused() -> None:
         ("0s: she waves 4.5s: she bows", [(0.0, "she waves"), (4.5, "she bows")]),
         (" 0s:she waves\n12 s:  she\nbows", [(0.0, "she waves"), (12.0, "she\nbows")]),
         ("0s: 2s: she bows", [(0.0, ""), (2.0, "she bows")]),
-        ("it lasts 4s: then stops", [(0.0, "it lasts 4s: then stops")]),
+        ("it lasts 4s then stops", [(0.0, "it lasts 4s then stops")]),
     ],
 )
 def test_prompts_with_times(text, prompts) -> None:
@@ -113,3 +114,39 @@ def test_prompt_times_begin_at_0_and_rise(text: str) -> None:
 )
 def test_shares_of_prompts(at: float, span: float, shares: list[float]) -> None:
     assert prompt_shares([0, 4, 5], at, span) == pytest.approx(shares)
+
+
+def test_a_time_that_no_prompt_begins_with_is_told() -> None:
+    with pytest.warns(UserWarning, match="'4s:', but does not begin with one"):
+        assert timed_prompts("it waves 4s: it bows") == [(0.0, "it waves 4s: it bows")]
+
+
+@pytest.mark.parametrize(("frames", "kept"), [(5, 5), (6, 5), (8, 5), (9, 9), (400, 81)])
+def test_footage_is_whole_latents_at_its_end(frames: int, kept: int) -> None:
+    pixels = np.arange(frames, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
+    footage = footage_of(F1, pixels, 32, 32)
+    assert footage.frames == (frames - 1) // 4 * 4 + 1 and len(footage.last) == kept
+    assert footage.last[-1, 0, 0, 0] == (footage.frames - 1) % 256
+    assert (footage.first == 0).all()
+
+
+@pytest.mark.parametrize("frames", [0, 1, 4])
+def test_too_little_footage(frames: int) -> None:
+    with pytest.raises(ValueError, match="video to extend has"):
+        footage = footage_of(F1, np.zeros((frames, 32, 32, 3), np.uint8), 32, 32)
+        lay_out(F1, Request("", footage=footage), sections=1, height=32, width=32)
+
+
+def test_no_picture_is_zoomed_for_the_canvas() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (58, 46, 3), np.uint8)
+    layout = lay_out(F1, Request("", image), height=58, width=46)
+    prepared = prepare(F1, Request("", image), layout).image
+    assert prepared.shape == (64, 48, 3)
+    np.testing.assert_array_equal(prepared[3:61, 1:47], image)
+    np.testing.assert_array_equal(prepared[0], prepared[3])
+
+
+def test_times_count_from_the_end_of_footage() -> None:
+    footage = footage_of(F1, np.zeros((41, 32, 32, 3), np.uint8), 32, 32)
+    request = Request("", footage=footage, key_frames=((0.4, IMAGE),))
+    assert lay_out(F1, request, sections=1, height=32, width=32).stills == (10 + 3,)

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from torch_reference import relative_error
@@ -12,6 +13,7 @@ from torch_reference import relative_error
 from framepack_jax import FramePack, conditioning, packing, pipeline, video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
+from framepack_jax.models import vae
 from framepack_jax.request import Footage
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
@@ -374,6 +376,127 @@ def test_the_section_being_made_is_shown(tmp_path, monkeypatch) -> None:
     # Four times a section, and the contact sheet at the end.
     assert len(shown) == 2 * 4 + 1
     assert all((a != b).any() for a, b in itertools.pairwise(shown[:8]))
+
+
+def test_other_files_are_never_removed(tmp_path) -> None:
+    (tmp_path / "inputs").mkdir()
+    shutil.copy(PHOTO, tmp_path / "inputs" / "photo.jpg")
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(SystemExit, match="has a inputs that is no run's"):
+            command(tmp_path, "--sections", 1, *more)
+    assert (tmp_path / "inputs" / "photo.jpg").exists()
+    run = make(tmp_path / "run", "--sections", 1, "--latents-only")
+    shutil.copy(PHOTO, run.folder / "inputs" / "photo.jpg")
+    make(run.folder, "--sections", 2, "--latents-only", "--overwrite")
+    assert (run.folder / "inputs" / "photo.jpg").exists()
+    assert sorted(run.latents()) == list(range(5))
+
+
+def test_resumed_with_key_frames_and_end_image(pictures, tmp_path) -> None:
+    flags = ("--sections", 2, "--end-image", pictures["end"])
+    flags += ("--key-frame", f"0.2s={pictures['key']}", "--prompt", "0s: waves 0.2s: bows")
+    whole, part = make(tmp_path / "whole", *flags), make(tmp_path / "part", *flags)
+    (part.folder / "latents" / "section_001.npz").unlink()
+    part.write_record(status="interrupted", spans=part.record["spans"][:1])
+    sample.main(["--resume", str(part.folder)])
+    assert_same_latents(part, whole)
+
+
+def test_a_run_is_not_extended_into_itself(whole, tmp_path) -> None:
+    run = copy(whole[F1], tmp_path / "run")
+    for source in (run.folder, run.folder / "video.mp4"):
+        with pytest.raises(SystemExit, match="holds what --extend names"):
+            command(run.folder, "--extend", source, "--overwrite", schedule=F1, image=False)
+    assert_same_latents(run, whole[F1])
+
+
+def test_a_failed_decoding_does_not_pass_for_a_finished_run(whole, tmp_path, monkeypatch) -> None:
+    run, decode = copy(whole[F1], tmp_path / "run"), FramePack.decode_clip
+    calls = itertools.count()
+
+    def full(*args, **options):
+        if next(calls) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat length")
+        return decode(*args, **options)
+
+    monkeypatch.setattr(FramePack, "decode_clip", full)
+    with pytest.raises(SystemExit, match=r"error: out of memory \(RESOURCE.*--vae-tile"):
+        sample.main(["--decode", str(run.folder)])
+    assert Run.open(run.folder).record["status"] == "sampled"
+    sample.main(["--resume", str(run.folder)])
+    assert len(frames_of(run)) == 25 and Run.open(run.folder).record["status"] == "finished"
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an mp4"])
+def test_a_damaged_segment_is_made_again(whole, tmp_path, damage: bytes) -> None:
+    run = copy(whole[F1], tmp_path / "run")
+    run.write_record(status="interrupted")
+    (run.folder / "segments" / "frames_00000004.mp4").write_bytes(damage)
+    sample.main(["--resume", str(run.folder)])
+    assert len(frames_of(run)) == 25
+
+
+def test_frames_that_are_not_finite_are_no_video(tmp_path, monkeypatch) -> None:
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda *args: decode(*args) * np.nan)
+    with pytest.raises(SystemExit, match=r"latents 0 to 2 are not finite in float32"):
+        command(tmp_path / "run", "--sections", 1)
+    run = Run.open(tmp_path / "run")
+    assert run.record["status"] == "failed" and sorted(run.latents()) == [0, 1, 2]
+
+
+def test_a_run_of_another_rate_or_size_is_not_extended(whole, tmp_path) -> None:
+    for flags in (("--fps", 24), ("--height", 32, "--width", 32)):
+        with pytest.raises(SystemExit, match=f"{flags[0][2:]} = {flags[1]}, but run"):
+            command(
+                tmp_path / "run", "--extend", whole[F1].folder, *flags, schedule=F1, image=False
+            )
+
+
+def test_a_changed_image_is_another_run(tmp_path) -> None:
+    image = tmp_path / "image.png"
+    shutil.copy(PHOTO, image)
+    flags = ("--sections", 1, "--latents-only", "--image", image)
+    make(tmp_path / "run", *flags, image=False)
+    video.save_png(image, np.zeros((64, 48, 3), np.uint8))
+    with pytest.raises(SystemExit, match=r"image.png has changed"):
+        make(tmp_path / "run", *flags, image=False)
+
+
+def test_a_finished_job_needs_its_image_no_more(tmp_path, capsys) -> None:
+    image, jobs = tmp_path / "image.png", tmp_path / "jobs.jsonl"
+    shutil.copy(PHOTO, image)
+    jobs.write_text(json.dumps({"image": str(image), "name": "one"}), encoding="utf-8-sig")
+    flags = ("--sections", 1, "--latents-only", "--jobs", jobs)
+    command(tmp_path / "out", *flags, image=False)
+    image.unlink()
+    command(tmp_path / "out", *flags, image=False)
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_flags_that_would_be_ignored_are_refused(whole) -> None:
+    with pytest.raises(SystemExit, match=r"--resume takes all flags from the run, --seed"):
+        sample.main(["--resume", str(whole[F1].folder), "--seed", "5"])
+    with pytest.raises(SystemExit, match=r"--decode takes all flags from the run, --dtype"):
+        sample.main(["--decode", str(whole[F1].folder), "--dtype", "float32"])
+
+
+def test_one_run_is_not_made_twice_at_once(whole, tmp_path) -> None:
+    run = copy(whole[F1], tmp_path / "run")
+    run.write_record(status="interrupted")
+    run.lock()
+    with pytest.raises(SystemExit, match="is being made by another process"):
+        sample.main(["--resume", str(run.folder)])
+    run.unlock()
+    sample.main(["--resume", str(run.folder)])
+
+
+def test_prompts_that_lead_no_section_are_named(tmp_path) -> None:
+    with pytest.warns(UserWarning, match=r"prompt at 0.25 s, 'bows', leads no section"):
+        command(
+            tmp_path / "run", "--sections", 1, "--latents-only", "--prompt-blend", 0,
+            "--prompt", "0s: waves 0.25s: bows",
+        )  # fmt: skip
 
 
 def copy(run: Run, folder: Path) -> Run:

@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,8 @@ from framepack_jax.pipeline import FramePack, NotFinite, Settings
 from framepack_jax.request import Layout, Request, prepare
 from framepack_jax.splice import Splicer, to_uint8
 
+# What a disk, a device or a full memory does.
+FAILURES = (OSError, MemoryError, jax.errors.JaxRuntimeError)
 PREVIEWS_PER_SECTION = 4
 # The channels of latents that the cheap preview knows.
 PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
@@ -44,61 +45,63 @@ class Task:
         """Tasks with equal ones can be computed side by side."""
         return self.layout, self.settings, self.run.record["flags"]["prompt_blend"]
 
+    @property
+    def company(self) -> tuple[str, ...]:
+        """What its sections were computed with, by name, if it has any: to the last bit, only the
+        same company gives the same latents, and has come as far."""
+        return tuple(self.run.record["batch"]) if self.run.has_sections() else ()
+
 
 def make_all(
     pipe: FramePack, tasks: Sequence[Task], batch: int = 1, decode: bool = True
-) -> dict[Path, Exception]:
-    """Make every video, `batch` side by side; returns {folder: error} of those that failed, which
-    do not stop the others."""
+) -> Iterator[tuple[Task, Exception | None]]:
+    """Make every video, `batch` side by side, and yield each when it is done, with what went wrong
+    with it, which does not stop the others."""
     groups: dict[Any, list[Task]] = {}
     for task in tasks:
-        groups.setdefault(task.group, []).append(task)
-    failures: dict[Path, Exception] = {}
+        groups.setdefault((task.group, task.company), []).append(task)
     for group in groups.values():
         for first in range(0, len(group), batch):
-            failures |= _make_group(pipe, group[first : first + batch], decode)
-    return failures
+            yield from _make_group(pipe, group[first : first + batch], decode)
 
 
-def _make_group(pipe: FramePack, tasks: list[Task], decode: bool) -> dict[Path, Exception]:
-    failures: dict[Path, Exception] = {}
-
-    def fail(task: Task, error: Exception) -> None:
-        failures[task.run.folder] = error
-        tasks.remove(task)
-
-    for task in list(tasks):
-        try:
-            _begin(pipe, task)
-        except (ValueError, OSError) as error:
-            fail(task, error)
-        except KeyboardInterrupt:
-            _note_begun(tasks)
-            raise
-    while tasks:
-        try:
-            _make(pipe, tasks, decode)
-            break
-        except NotFinite as error:
-            # The others go on without them, from their last finished section.
-            for task in [tasks[i] for i in error.samples]:
+def _make_group(
+    pipe: FramePack, tasks: Sequence[Task], decode: bool
+) -> Iterator[tuple[Task, Exception | None]]:
+    begun = []
+    names = [task.run.folder.name for task in tasks]
+    try:
+        for task in tasks:
+            try:
+                if not task.company:
+                    task.run.record["batch"] = names
+                _begin(pipe, task)
+                begun.append(task)
+            except (ValueError, *FAILURES) as error:
+                yield task, explained(error)
+        while begun:
+            try:
+                _make(pipe, begun, decode)
+                yield from ((task, None) for task in begun)
+                return
+            except NotFinite as error:
+                # The others go on without them, from their last finished section.
+                failed, reason = [begun[i] for i in error.samples], error
+            except (ValueError, *FAILURES) as error:
+                failed, reason = begun, explained(error)
+            begun = [task for task in begun if task not in failed]
+            for task in failed:
                 _note(task, "failed")
-                fail(task, error)
-        except (OSError, jax.errors.JaxRuntimeError) as error:
-            for task in list(tasks):
-                _note(task, "failed")
-                fail(task, _explained(error))
-        except KeyboardInterrupt:
-            _note_begun(tasks)
-            raise
-    return failures
-
-
-def _note_begun(tasks: Sequence[Task]) -> None:
-    """Write into what is begun that it was interrupted: other folders may hold earlier runs."""
-    for task in tasks:
-        if task.read is None:
+                yield task, reason
+    except KeyboardInterrupt:
+        # Of the others, folders may hold earlier runs.
+        for task in begun:
             _note(task, "interrupted")
+        raise
+    finally:
+        for task in tasks:
+            task.run.unlock()
+            task.request = None
 
 
 def _note(task: Task, status: str) -> None:
@@ -107,19 +110,21 @@ def _note(task: Task, status: str) -> None:
         task.run.write_record(status=status)
 
 
-def _explained(error: Exception) -> Exception:
-    """The error of a device in one line, with what helps against a full memory."""
-    if isinstance(error, OSError):
+def explained(error: Exception) -> Exception:
+    """The error of a device or of a full memory in one line, with what helps."""
+    if isinstance(error, ValueError | OSError):
         return error
     line = str(error).partition("\n")[0]
-    if "RESOURCE_EXHAUSTED" not in line and "out of memory" not in line.lower():
+    full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line
+    if not full and "out of memory" not in line.lower():
         return OSError(line)
-    return OSError(f"out of memory on the device ({line}); --vae-tile 256 helps while decoding")
+    return OSError(f"out of memory ({line}); --vae-tile 256 helps while decoding")
 
 
 def _begin(pipe: FramePack, task: Task) -> None:
     """Make the folder of a fresh run, or read what an earlier one has kept."""
     if task.read is None:
+        task.run.lock()
         task.request = task.run.request()
         _mend_known(pipe, task)
         return
@@ -246,18 +251,28 @@ def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int
 
 def decode_again(pipe: FramePack, task: Task) -> int:
     """Decode all sections that a run has; returns their number."""
+    try:
+        return _decode_again(pipe, task)
+    finally:
+        task.run.unlock()
+
+
+def _decode_again(pipe: FramePack, task: Task) -> int:
     run, plan = task.run, task.layout.plan
+    run.lock()
     task.request = run.request()
     _mend_known(pipe, task)
     timeline, _, done = _restore(pipe, [task])
     if not done:
         raise ValueError(f"{run.folder} has no section yet; go on with --resume {run.folder}")
-    run.write_record(spans=[])
+    # Until all is decoded again, this is a run whose latents alone are there.
+    whole = done == len(plan)
+    run.write_record(spans=[], status="sampled" if whole else "interrupted")
     decoder = Decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
     for number in tqdm(range(done), desc="decoding", unit="section"):
         decoder.add(number)
-    if done == len(plan):
+    if whole:
         finish(task, decode=True)
     return done
 

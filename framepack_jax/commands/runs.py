@@ -12,6 +12,7 @@ Every file appears whole or not at all, so that a run can be stopped anywhere. I
 latents are `positions` (F,) and `latents` (F, H, W, C) float32, normalised.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -25,9 +26,30 @@ from PIL import Image
 from framepack_jax import video
 from framepack_jax.packing import Section
 from framepack_jax.request import Footage, Request
+from framepack_jax.video.files import whole
 
 FORMAT = 1
 RECORD = "run.json"
+LATENTS = ("positions", "latents")
+NEEDED = (
+    "status",
+    "flags",
+    "bundle",
+    "weights",
+    "sections",
+    "height",
+    "width",
+    "spans",
+    "batch",
+    "timings",
+)
+# All that a run writes besides its record; in its folders nothing else is ever removed.
+FILES = {
+    "": ("video.mp4", "preview.png", "*.part"),
+    "inputs": ("image.png", "end_image.png", "key_frame_*.png", "footage.npz", "*.part"),
+    "latents": ("known.npz", "section_*.npz", "*.part"),
+    "segments": ("frames_*.mp4", "*.part"),
+}
 
 
 class Run:
@@ -36,6 +58,7 @@ class Run:
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder = folder
         self.record = record
+        self._lock: int | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
@@ -44,6 +67,8 @@ class Run:
             record = json.loads((folder / RECORD).read_text())
             if record["format"] != FORMAT:
                 raise ValueError(f"its format is {record['format']}, expected {FORMAT}")
+            if missing := [name for name in NEEDED if name not in record]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
             return cls(folder, record)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
@@ -61,15 +86,16 @@ class Run:
         known: Mapping[int, np.ndarray],
         beginning: Iterable[np.ndarray] | None,
     ) -> None:
-        """Make the folder, or take an earlier run out of it, its record first; keep the prepared
-        request and the given latents (H, W, C) by position. `beginning` are the frames of footage
-        that no section changes, if any, of which the record has the number. The record comes last:
-        a folder without it holds no run."""
-        for name in (RECORD, "video.mp4", "preview.png"):
-            (self.folder / name).unlink(missing_ok=True)
-        for name in ("inputs", "latents", "segments"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-            for file in (self.folder / name).iterdir():
+        """Make the folder, or take an earlier run out of it; keep the prepared request and the
+        given latents (H, W, C) by position. `beginning` are the frames of footage that no section
+        changes, if any, of which the record has the number. Until all is there the record says
+        "beginning": such a run has nothing to go on with."""
+        check_folder(self.folder)
+        self.lock()
+        self.write_record(status="beginning")
+        for name, patterns in FILES.items():
+            (self.folder / name).mkdir(exist_ok=True)
+            for file in (f for pattern in patterns for f in (self.folder / name).glob(pattern)):
                 file.unlink()
         for name, image in _pictures(request).items():
             video.save_png(self.folder / "inputs" / f"{name}.png", image)
@@ -80,7 +106,24 @@ class Run:
         self.save_known(known)
         if beginning is not None:
             self._write_segment(0, beginning)
-        self.write_record()
+        self.write_record(status="begun")
+
+    def lock(self) -> None:
+        """Keep others from making the same run until `unlock` or the end of this process. Raises
+        OSError where another does."""
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise OSError(f"{self.folder} is being made by another process") from None
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Let others make this run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write_record(self, **changes: Any) -> None:
         """Change the record and write it."""
@@ -92,8 +135,8 @@ class Run:
         """The prepared request that `begin` was given. Raises ValueError where files are gone."""
         flags, inputs = self.record["flags"], self.folder / "inputs"
         footage = None
-        if (inputs / "footage.npz").exists():
-            kept = _load(inputs / "footage.npz")
+        if flags["extend"] is not None:
+            kept = _load(inputs / "footage.npz", "frames", "last")
             footage = Footage(int(kept["frames"]), kept["last"][0], kept["last"])
         end = inputs / "end_image.png"
         return Request(
@@ -113,7 +156,7 @@ class Run:
 
     def known(self) -> dict[int, np.ndarray]:
         """Given latents (H, W, C) by position. Raises DamagedFile, OSError."""
-        arrays = _load(self.folder / "latents" / "known.npz")
+        arrays = _load(self.folder / "latents" / "known.npz", *LATENTS)
         return dict(zip(arrays["positions"].tolist(), arrays["latents"], strict=True))
 
     def save_known(self, known: Mapping[int, np.ndarray]) -> None:
@@ -127,6 +170,10 @@ class Run:
         arrays = {"positions": np.asarray(section.targets), "latents": latents}
         _save(self._section_file(number), arrays)
 
+    def has_sections(self) -> bool:
+        """Whether any section is done."""
+        return self.record["status"] != "beginning" and self._section_file(0).exists()
+
     def sections(self, plan: Sequence[Section], shape: tuple[int, ...]) -> list[np.ndarray]:
         """Latents (w, H, W, C) of the sections that are done, `shape` being (H, W, C).
 
@@ -138,7 +185,7 @@ class Run:
             if not file.exists():
                 break
             try:
-                arrays = _load(file)
+                arrays = _load(file, *LATENTS)
                 if tuple(arrays["positions"]) != section.targets:
                     raise DamagedFile(f"{file} holds other positions than the plan")
                 if arrays["latents"].shape != (len(section.targets), *shape):
@@ -153,7 +200,7 @@ class Run:
         """All latents (H, W, C) by position. Raises DamagedFile."""
         latents = {}
         for file in sorted((self.folder / "latents").glob("*.npz")):
-            arrays = _load(file)
+            arrays = _load(file, *LATENTS)
             latents |= dict(zip(arrays["positions"].tolist(), arrays["latents"], strict=True))
         return latents
 
@@ -165,7 +212,12 @@ class Run:
     def spans(self) -> int:
         """How many sections, from the first on, have all their frames in segments."""
         for number, (start, stop) in enumerate(self.record["spans"]):
-            if stop > start and not self._segment(start).exists():
+            if stop == start:
+                continue
+            try:
+                if video.mp4_info(self._segment(start)).frames != stop - start:
+                    return number
+            except ValueError:  # missing, or damaged
                 return number
         return len(self.record["spans"])
 
@@ -200,6 +252,25 @@ class Run:
         video.write_mp4(self._segment(start), frames, fps=flags["fps"], crf=flags["crf"])
 
 
+def check_folder(folder: Path) -> None:
+    """Make a folder for a run. Raises ValueError where it holds files of another kind under the
+    names that a run needs, OSError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "run.json.probe", b"")
+        (folder / "run.json.probe").unlink()
+    except OSError as error:
+        raise OSError(f"output folder {folder} cannot be written ({error})") from error
+    if (folder / RECORD).exists():
+        return
+    for name in (*FILES, "video.mp4", "preview.png"):
+        path = folder / name
+        if name and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ValueError(
+                f"output folder {folder} has a {name} that is no run's; choose another --output"
+            )
+
+
 class DamagedFile(ValueError):
     """A file of latents that cannot be used; `done` are the sections before it."""
 
@@ -208,17 +279,11 @@ class DamagedFile(ValueError):
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there in full, also after a crash, or not at all."""
-    partial = path.with_name(f"{path.name}.part")
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _pictures(request: Request) -> dict[str, np.ndarray]:
@@ -249,10 +314,10 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path, *names: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in names}
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own

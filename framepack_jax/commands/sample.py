@@ -3,10 +3,7 @@
 import dataclasses
 import datetime
 import functools
-import hashlib
-import importlib.metadata
 import itertools
-import platform
 import signal
 import sys
 import time
@@ -15,27 +12,40 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import tyro
 
 from framepack_jax import bundle, video
-from framepack_jax.commands.making import Task, decode_again, make_all, peak_memory
-from framepack_jax.commands.runs import FORMAT, RECORD, Run
+from framepack_jax.commands.making import (
+    FAILURES,
+    Task,
+    decode_again,
+    explained,
+    make_all,
+    peak_memory,
+)
+from framepack_jax.commands.records import (
+    EMBEDDED,
+    absolute,
+    check_weights,
+    differences,
+    new_record,
+    path_of,
+)
+from framepack_jax.commands.runs import RECORD, Run, check_folder
 from framepack_jax.commands.shots import (
     SHOT_FIELDS,
     Shot,
     beginning_of,
+    lay_out_saved,
     lay_out_shot,
+    open_pipe,
     read,
     read_jobs,
     read_request,
+    saved_shot,
 )
-from framepack_jax.models.vae import Tiling
-from framepack_jax.pipeline import FramePack, Settings
-from framepack_jax.request import Layout, Request, lay_out
+from framepack_jax.pipeline import FramePack
 
-EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
-PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Exit codes of programs that a signal ended.
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -70,11 +80,11 @@ class Sample(Shot):
     overwrite: bool = False
     """Replace the results of an earlier run in --output."""
     resume: Path | None = None
-    """A run folder to go on with after its last finished section. Of the other flags only --dtype
-    and --vae-tile count."""
+    """A run folder to go on with after its last finished section. Beside it there may be --dtype,
+    --vae-tile, --latents-only, and --bundle where the bundle has moved."""
     decode: Path | None = None
-    """A run folder whose saved latents are decoded again, and nothing else is done. Of the other
-    flags only --vae-tile counts."""
+    """A run folder whose saved latents are decoded again, and nothing else is done. Beside it there
+    may be --vae-tile, and --bundle where the bundle has moved."""
     latents_only: bool = False
     """Save latents and decode nothing: do so later with --decode."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -93,8 +103,8 @@ def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         run(flags)
-    except (ValueError, FloatingPointError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (ValueError, FloatingPointError, *FAILURES) as error:
+        raise SystemExit(f"error: {explained(error)}") from error
     except KeyboardInterrupt as interrupt:
         raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
 
@@ -127,7 +137,7 @@ def _make_new(flags: Sample) -> list[Path]:
             '--bundle is missing: give a folder made by convert_weights.py, or "tiny"; to go on'
             " with a run, give --resume FOLDER"
         )
-    pipe = _open(flags.bundle, flags.dtype, flags.schedule, flags.vae_tile)
+    pipe = open_pipe(path_of(flags.bundle), flags.dtype, flags.schedule, flags.vae_tile)
     wanted = list(_wanted(flags))
     alone = flags.jobs is None and len(wanted) == 1
     tasks, failures = [], {}
@@ -144,7 +154,7 @@ def _make_new(flags: Sample) -> list[Path]:
             failures[folder] = error
             print(f"{folder}: error: {error}", file=sys.stderr)
     if tasks:
-        pipe = pipe.with_weights(_path_of(flags.bundle))
+        pipe = pipe.with_weights(path_of(flags.bundle))
         failures |= _make(pipe, tasks, flags, began)
     if alone and failures:
         raise next(iter(failures.values()))
@@ -163,21 +173,23 @@ def _make(
     load_seconds = round(time.monotonic() - began, 3)
     for task in tasks:
         task.run.record["timings"]["load_seconds"] = load_seconds
-    folders = [task.run.folder for task in tasks]
+    failures = {}
     try:
-        failures = make_all(pipe, tasks, flags.batch, decode=not flags.latents_only)
+        for task, error in make_all(pipe, tasks, flags.batch, decode=not flags.latents_only):
+            folder = task.run.folder
+            if error is None:
+                _report(task.run)
+                continue
+            failures[folder] = error
+            begun = task.run.record["status"] != "beginning"
+            kept = f"; what is done stays: --resume {folder}" if begun else ""
+            print(f"{folder}: {error}{kept}", file=sys.stderr)
     except KeyboardInterrupt:
-        begun = [folder for folder in folders if (folder / RECORD).exists()]
-        for folder in begun:
-            if Run.open(folder).record["status"] == "interrupted":
+        for task in tasks:
+            if task.run.record["status"] == "interrupted":
+                folder = task.run.folder
                 print(f"interrupted; what is done stays: --resume {folder}", file=sys.stderr)
         raise
-    for folder in folders:
-        if folder in failures:
-            if (folder / RECORD).exists():
-                print(f"{folder}: stopped; what is done stays: --resume {folder}", file=sys.stderr)
-            continue
-        _report(Run.open(folder))
     print(f"{time.monotonic() - began:.1f} s in all, peak memory {peak_memory() / 2**30:.2f} GiB")
     return failures
 
@@ -197,14 +209,15 @@ def _report(run: Run) -> None:
 def _go_on(folder: Path, flags: Sample) -> list[Path]:
     """Resume a run after its last finished section."""
     began = time.monotonic()
+    _check_alone(flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only")
     run = Run.open(folder)
-    if run.record["status"] == "finished":
+    if run.record["status"] == "beginning":
+        raise ValueError(f"{folder} was stopped before it had anything; give its flags again")
+    if run.record["status"] == "finished" and (folder / "video.mp4").exists():
         print(f"{folder} is finished already: {folder / 'video.mp4'}")
         return [folder]
-    _check_weights(run)
-    dtype = flags.dtype or run.record["dtype"]
-    pipe, task = _saved(run, dtype, flags.vae_tile)
-    run.record["dtype"] = dtype
+    pipe, task = _saved(run, flags)
+    run.record["dtype"] = pipe.dtype
     print(f"{folder}: {_describe(pipe, task)}")
     pipe = pipe.with_weights(run.record["bundle"])
     if failures := _make(pipe, [task], flags, began):
@@ -215,8 +228,11 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
 def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     """Decode the latents of a run folder, whatever sections it has."""
     began = time.monotonic()
+    _check_alone(flags, "--decode", "vae_tile", "bundle")
     run = Run.open(folder)
-    pipe, task = _saved(run, run.record["dtype"], flags.vae_tile)
+    if run.record["status"] == "beginning":
+        raise ValueError(f"{folder} was stopped before it had anything; give its flags again")
+    pipe, task = _saved(run, flags, roles=("vae",))
     pipe = pipe.with_weights(run.record["bundle"], roles=("vae",))
     done = decode_again(pipe, task)
     print(
@@ -226,18 +242,39 @@ def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     return [folder]
 
 
-def _saved(run: Run, dtype: str, tile: int | None) -> tuple[FramePack, Task]:
-    """Pipeline and task of a run folder, as its record says."""
+def _check_alone(flags: Sample, what: str, *counting: str) -> None:
+    """Raise ValueError for flags that would be ignored."""
+    default = Sample()
+    idle = [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(Sample)
+        if field.name not in (what.removeprefix("--"), *counting)
+        and getattr(flags, field.name) != getattr(default, field.name)
+    ]
+    if idle:
+        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in counting)
+        raise ValueError(
+            f"{what} takes all flags from the run, {', '.join(idle)} as well; beside it there may"
+            f" be {allowed}"
+        )
+
+
+def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tuple[FramePack, Task]:
+    """Pipeline and task of a run folder, as its record says. Raises ValueError where the bundle,
+    which may have moved, holds other weights for these roles now."""
     record = run.record
-    values = {k: v for k, v in record["flags"].items() if k in SHOT_FIELDS}
-    shot = Shot(**values | {"key_frame": tuple(values["key_frame"])})
-    tile = tile or record["flags"]["vae_tile"]
-    pipe = _open(record["bundle"], dtype, record["schedule"], tile)
-    layout = lay_out(
-        pipe.geometry, run.request(), sections=record["sections"], fps=shot.fps,
-        height=record["height"], width=record["width"],
-    )  # fmt: skip
-    return pipe, Task(run, layout, shot.settings())
+    if flags.bundle is not None:
+        record["bundle"] = absolute(path_of(flags.bundle))
+    elif record["flags"]["bundle"] in EMBEDDED:
+        record["bundle"] = absolute(path_of(record["flags"]["bundle"]))
+    check_weights(run, roles)
+    pipe = open_pipe(
+        record["bundle"],
+        flags.dtype or record["dtype"],
+        record["schedule"],
+        flags.vae_tile or record["flags"]["vae_tile"],
+    )
+    return pipe, Task(run, lay_out_saved(pipe, run), saved_shot(run).settings())
 
 
 def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
@@ -269,105 +306,59 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
     finished already. Raises ValueError, OSError."""
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
+    record = new_record(flags, shot, pipe, path_of(flags.bundle))
+    there = None
+    if (folder / RECORD).exists() and not flags.overwrite:
+        there = Run.open(folder)
+        if there.record["status"] != "beginning":
+            done = "sampled" if flags.latents_only else "finished"
+            if _is_done(there, record, alone, done):
+                return None
+            check_weights(there)
+            layout = lay_out_saved(pipe, there)
+            return Task(there, layout, settings)
+    if shot.extend is not None and shot.extend.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--output {folder} holds what --extend names; choose another --output")
     request = read_request(pipe, shot)
     layout = lay_out_shot(pipe, shot, request)
-    record = _record(pipe, flags, shot, request, layout)
-    if (folder / RECORD).exists() and not flags.overwrite:
-        return _task_there(Run.open(folder), record, layout, settings, alone)
-    _check_writable(folder)
-    # Of many jobs the pictures would fill the memory: they are read again when it is their turn.
-    later = functools.partial(read, pipe, shot, layout, request if alone else None)
-    return Task(Run(folder, record), layout, settings, later)
-
-
-def _task_there(
-    run: Run, record: dict, layout: Layout, settings: Settings, alone: bool
-) -> Task | None:
-    """Go on with a run that is in the folder already, if it is the same one."""
-    old, new = run.record["flags"], record["flags"]
-    if differing := sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
-        shown = ", ".join(f"{k} = {old.get(k)!r} there, {new.get(k)!r} here" for k in differing[:3])
-        raise ValueError(
-            f"{run.folder} already holds a run of other flags ({shown}); choose another --output or"
-            " --overwrite"
-        )
-    finished = run.record["status"] == "finished"
-    if alone:
-        advice = "--overwrite makes it again" if finished else f"go on with --resume {run.folder}"
-        raise ValueError(
-            f"{run.folder} already holds a run of these flags, {run.record['status']}; {advice}"
-        )
-    if finished:
-        return None
-    _check_weights(run)
-    return Task(run, layout, settings)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise OSError before anything is computed for a folder that cannot take it."""
-    probe = folder / "run.json.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"output folder {folder} cannot be written ({error.strerror})") from error
-
-
-def _record(
-    pipe: FramePack, flags: Sample, shot: Shot, request: Request, layout: Layout
-) -> dict[str, Any]:
-    """What `run.json` holds when a run begins."""
-    process = {name: getattr(flags, name) for name in ("bundle", "dtype", "schedule", "vae_tile")}
-    values = dataclasses.asdict(shot) | process
-    images = {"image": shot.image, "end_image": shot.end_image}
-    path = _path_of(flags.bundle)
-    return {
-        "format": FORMAT,
-        "status": "begun",
-        "flags": {k: _plain(v) for k, v in values.items()},
-        "image_sha256": {k: _sha256(v) for k, v in images.items() if v is not None},
-        "bundle": str(path if "://" in str(path) else Path(path).absolute()),
-        "weights": _weights(path),
-        "schedule": pipe.schedule,
-        "order": pipe.order,
-        "dtype": pipe.dtype,
+    check_folder(folder)
+    record |= {
         "sections": len(layout.plan),
         "frames": pipe.geometry.frames_of(0, layout.length)[1],
         "height": layout.height,
         "width": layout.width,
         "canvas": list(layout.canvas),
-        "key_frames": [
-            [s, p] for (s, _), p in zip(request.key_frames, layout.stills, strict=False)
-        ],
+        "key_frames": [seconds for seconds, _ in request.key_frames],
         "beginning": beginning_of(pipe, layout),
-        "spans": [],
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "timings": {},
     }
+    # Of many jobs the pictures would fill the memory: they are read again when it is their turn.
+    later = functools.partial(read, pipe, shot, layout, request if alone else None)
+    return Task(Run(folder, record), layout, settings, later)
 
 
-def _plain(value: Any) -> Any:
-    """A flag as JSON has it."""
-    return (
-        list(value)
-        if isinstance(value, tuple)
-        else str(value)
-        if isinstance(value, Path)
-        else value
-    )
+def _is_done(run: Run, record: dict[str, Any], alone: bool, done: str) -> bool:
+    """Whether a run that is there already needs nothing more. Raises ValueError where it is not the
+    one that is asked for, or, for a video `alone`, in any case."""
+    if differing := differences(run.record, record):
+        raise ValueError(
+            f"{run.folder} already holds a run of other flags ({differing}); choose another"
+            " --output or --overwrite"
+        )
+    status = run.record["status"]
+    if alone:
+        advice = "--overwrite makes it again"
+        if status != "finished":
+            advice = f"go on with --resume {run.folder}, or {advice}"
+        raise ValueError(f"{run.folder} already holds a run of these flags, {status}; {advice}")
+    return status in ("finished", done)
 
 
 def _describe(pipe: FramePack, task: Task) -> str:
     """What is really made, in a line."""
     layout, record = task.layout, task.run.record
-    sampled = (
-        ""
-        if layout.canvas == (layout.height, layout.width)
-        else (f" (the middle of {layout.canvas[0]} x {layout.canvas[1]})")
-    )
+    sampled = ""
+    if layout.canvas != (layout.height, layout.width):
+        sampled = f" (the middle of {layout.canvas[0]} x {layout.canvas[1]})"
     text = (
         f"{len(layout.plan)} sections, {record['frames']} frames of {layout.height} x"
         f" {layout.width} pixels{sampled}, schedule {pipe.schedule}, {pipe.dtype} on"
@@ -377,38 +368,3 @@ def _describe(pipe: FramePack, task: Task) -> str:
         given = pipe.geometry.frames_of(0, layout.before)[1]
         text += f"; the first {given} frames are those of {record['flags']['extend']}"
     return text
-
-
-def _open(path: str, dtype: str | None, schedule: str | None, tile: int | None) -> FramePack:
-    tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
-    return FramePack.open(_path_of(path), dtype=dtype, schedule=schedule, tiling=tiling)
-
-
-def _path_of(name: str) -> str | Path:
-    return EMBEDDED.get(name, name)
-
-
-def _weights(path: str | Path) -> dict[str, Any]:
-    return {k: role.source for k, role in bundle.read_manifest(path).roles.items()}
-
-
-def _check_weights(run: Run) -> None:
-    """Raise ValueError where a run was begun with other weights than its bundle has now."""
-    now = _weights(run.record["bundle"])
-    for role, source in run.record["weights"].items():
-        if now.get(role, {}).get("sha256") != source.get("sha256"):
-            raise ValueError(
-                f"run {run.folder} was begun with another {role} than bundle"
-                f" {run.record['bundle']} holds now; make it again with --overwrite"
-            )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -1,6 +1,5 @@
 """The flags of one video, from the command line or a line of a jobs file, and what they name."""
 
-import collections
 import dataclasses
 import itertools
 import json
@@ -15,8 +14,9 @@ import numpy as np
 from framepack_jax import video
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
+from framepack_jax.models.vae import Tiling
 from framepack_jax.pipeline import FramePack, Settings
-from framepack_jax.request import Footage, Layout, Request, lay_out
+from framepack_jax.request import Footage, Layout, Request, footage_of, lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,8 @@ def read_jobs(
 ) -> Iterator[tuple[Path, Shot | ValueError]]:
     """Jobs by the lines of a file. A bad line is handed on as an error, so that others are made."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also splits at marks that JSON allows inside a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"jobs {path}: expected lines of JSON in UTF-8 ({error})") from error
     if not any(map(str.strip, lines)):
@@ -100,7 +101,7 @@ def read_jobs(
             continue
         folder = output / f"job_{number:04d}"
         try:
-            job = json.loads(line)
+            job = json.loads(line, object_pairs_hook=_once)
             if not isinstance(job, dict):
                 raise ValueError("expected a JSON object")
             name = job.pop("name", folder.name)
@@ -111,8 +112,16 @@ def read_jobs(
                 raise ValueError(f"name {name!r} is that of an earlier line")
             seen.add(name)
             yield folder, Shot(**base | {k: _typed(k, v) for k, v in job.items()})
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             yield folder, ValueError(f"{path}, line {number}: {error}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are given once. Raises ValueError."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is given twice")
+    return dict(pairs)
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -146,16 +155,9 @@ def read(
     count = beginning_of(pipe, layout)
     if not count:
         return request, None
-    frames = video.read_frames(*_footage_file(shot))
-    top, left = (
-        (c - s) // 2 for c, s in zip(layout.canvas, (layout.height, layout.width), strict=True)
-    )
-    return request, (
-        video.resize_center_crop(frame, *layout.canvas)[
-            top : top + layout.height, left : left + layout.width
-        ]
-        for frame in itertools.islice(frames, count)
-    )
+    frames = itertools.islice(video.read_frames(*footage_file(shot)), count)
+    size = layout.height, layout.width
+    return request, (video.resize_center_crop(frame, *size) for frame in frames)
 
 
 def beginning_of(pipe: FramePack, layout: Layout) -> int:
@@ -166,24 +168,35 @@ def beginning_of(pipe: FramePack, layout: Layout) -> int:
 def lay_out_shot(pipe: FramePack, shot: Shot, request: Request) -> Layout:
     """Raises ValueError where flags and what they name do not go together."""
     height, width = shot.height, shot.width
-    latents = request.footage and request.footage.latents
-    if latents and height is None and width is None:
-        record = Run.open(shot.extend).record
-        height, width = record["height"], record["width"]
-    layout = lay_out(
+    if request.footage is not None:
+        height, width = request.footage.first.shape[:2]
+    return lay_out(
         pipe.geometry, request, seconds=shot.seconds, sections=shot.sections, fps=shot.fps,
         height=height, width=width,
     )  # fmt: skip
-    if latents:
-        compression = pipe.vae.cfg.space_compression
-        made = tuple(side * compression for side in next(iter(latents.values())).shape[:2])
-        if made != layout.canvas:
-            raise ValueError(
-                f"the latents of {shot.extend} are of {made[0]} x {made[1]} pixels, asked for are"
-                f" {layout.height} x {layout.width}; leave --height and --width out, or give its"
-                " video.mp4 to --extend"
-            )
-    return layout
+
+
+def open_pipe(
+    path: str | Path, dtype: str | None, schedule: str | None, tile: int | None
+) -> FramePack:
+    """`FramePack.open` with a flag for tiles."""
+    tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
+    return FramePack.open(path, dtype=dtype, schedule=schedule, tiling=tiling)
+
+
+def saved_shot(run: Run) -> Shot:
+    """The flags that a run was begun with."""
+    flags = {k: v for k, v in run.record["flags"].items() if k in SHOT_FIELDS}
+    return Shot(**flags | {"key_frame": tuple(flags["key_frame"])})
+
+
+def lay_out_saved(pipe: FramePack, run: Run) -> Layout:
+    """The layout of a run that was begun."""
+    record = run.record
+    return lay_out(
+        pipe.geometry, run.request(), sections=record["sections"], fps=record["flags"]["fps"],
+        height=record["height"], width=record["width"],
+    )  # fmt: skip
 
 
 def read_request(pipe: FramePack, shot: Shot) -> Request:
@@ -213,7 +226,7 @@ def read_request(pipe: FramePack, shot: Shot) -> Request:
     )
 
 
-def _footage_file(shot: Shot) -> tuple[Path, float | None]:
+def footage_file(shot: Shot) -> tuple[Path, float | None]:
     """The video file to extend, and the rate it is brought to."""
     if shot.extend.is_dir():
         return shot.extend / "video.mp4", None
@@ -222,18 +235,35 @@ def _footage_file(shot: Shot) -> tuple[Path, float | None]:
 
 def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
     """The end of a video file, or of a run folder with its latents."""
-    geometry, latents = pipe.geometry, None
+    height, width, latents = shot.height, shot.width, None
     if shot.extend.is_dir():
         run = Run.open(shot.extend)
-        if run.record["status"] != "finished":
-            status = run.record["status"]
-            raise ValueError(f"{run.folder} is {status}; finish it with --resume first")
+        height, width = _size_of(run, shot)
         latents = run.latents()
-    first, last, count = None, collections.deque(maxlen=geometry.footage_frames + 8), 0
-    for frame in video.read_frames(*_footage_file(shot)):
-        first, count = frame if first is None else first, count + 1
-        last.append(frame)
-    # Whole latents only: up to three frames at the end are left out.
-    usable = (count - 1) // geometry.time_compression * geometry.time_compression + 1
-    frames = list(last)[: len(last) - (count - usable)][-geometry.footage_frames :]
-    return Footage(usable, first, np.stack(frames), latents)
+    frames = video.read_frames(*footage_file(shot))
+    footage = footage_of(pipe.geometry, frames, height, width, latents)
+    if latents is not None:
+        before = 1 + (footage.frames - 1) // pipe.geometry.time_compression
+        missing = set(pipe.geometry.footage_positions(before)) - set(latents)
+        if missing or footage.frames != run.record["frames"]:
+            raise ValueError(
+                f"run {run.folder} lacks latents {sorted(missing)} or has {footage.frames} of"
+                f" {run.record['frames']} frames; decode it again, or extend its video.mp4"
+            )
+    return footage
+
+
+def _size_of(run: Run, shot: Shot) -> tuple[int, int]:
+    """(height, width) of a run to be extended. Raises ValueError where it cannot be, or not with
+    these flags."""
+    record = run.record
+    if record["status"] != "finished":
+        raise ValueError(f"{run.folder} is {record['status']}; finish it with --resume first")
+    for name in ("height", "width", "fps"):
+        there = record["flags"][name] if name == "fps" else record[name]
+        if getattr(shot, name) not in (None, there):
+            raise ValueError(
+                f"{name} = {getattr(shot, name)}, but run {run.folder} has {there}; leave --{name}"
+                " as it is there, or give its video.mp4 to --extend"
+            )
+    return record["height"], record["width"]

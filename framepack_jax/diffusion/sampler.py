@@ -183,7 +183,7 @@ def step(
     `kind` is that of the step cache, or None; blocks run is (passes, B) bool, or None without one.
     The arrays of `cached` are used up; those of `state` are not, as `on_step` may still hold them.
     """
-    with _precision(dtype):
+    with precision(dtype):
         done = [
             _predict(model, cfg, dtype, kind, params, inputs, at, state.x, conditions, before)
             for conditions, before in zip(_passes(inputs), cached, strict=True)
@@ -274,7 +274,7 @@ def _embed(
     return model.embed(cfg, params, x, sigma, context, conditions, jnp.dtype(dtype))
 
 
-def _precision(dtype: str) -> contextlib.AbstractContextManager:
+def precision(dtype: str) -> contextlib.AbstractContextManager:
     """float32 means float32: devices multiply float32 matrices in fewer bits unless told."""
     if dtype == "float32":
         return jax.default_matmul_precision("float32")

@@ -13,6 +13,9 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.part")
     try:
         yield partial
+        # The data before the name: after a power cut too, the file is whole or the old one.
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""What `run.json` says of a run: flags, where everything comes from, versions; and whether two runs
+are the same."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from framepack_jax import bundle
+from framepack_jax.commands.runs import FORMAT, Run
+from framepack_jax.commands.shots import Shot, footage_file
+from framepack_jax.pipeline import FramePack
+
+EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
+PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
+# Flags that concern the process and yet decide what is made.
+PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile")
+
+
+def path_of(name: str) -> str | Path:
+    """The folder of a bundle, which may be one of this package."""
+    return EMBEDDED.get(name, name)
+
+
+def absolute(path: str | Path) -> str:
+    """A path that holds in other working directories too."""
+    return str(path) if "://" in str(path) else str(Path(path).absolute())
+
+
+def new_record(flags: Any, shot: Shot, pipe: FramePack, path: str | Path) -> dict[str, Any]:
+    """What is known before anything is read: flags, hashes of files and weights, versions."""
+    values = dataclasses.asdict(shot) | {name: getattr(flags, name) for name in PROCESS_FLAGS}
+    return {
+        "format": FORMAT,
+        "status": "beginning",
+        "flags": {name: _plain(value) for name, value in values.items()},
+        "files_sha256": {str(file): _sha256(file) for file in _files(shot)},
+        "bundle": absolute(path),
+        "weights": weights(path),
+        "schedule": pipe.schedule,
+        "order": pipe.order,
+        "dtype": pipe.dtype,
+        "spans": [],
+        "batch": [],
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "timings": {},
+    }
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """In what a run that is there differs from one that is asked for, or "". Files that are gone by
+    now do not count."""
+    old, new = there["flags"], here["flags"]
+    found = [
+        f"{name} = {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    hashes = there.get("files_sha256", {})
+    for name, value in here["files_sha256"].items():
+        if value is not None and hashes.get(name) != value:
+            found.append(f"{name} has changed")
+    for role, source in here["weights"].items():
+        if source.get("sha256") != there["weights"].get(role, {}).get("sha256"):
+            found.append(f"the {role} of the bundle has changed")
+    return ", ".join(found[:3])
+
+
+def weights(path: str | Path) -> dict[str, Any]:
+    """Where the networks of a bundle come from, with their hashes, by role."""
+    return {name: role.source for name, role in bundle.read_manifest(path).roles.items()}
+
+
+def check_weights(run: Run, roles: Sequence[str] = bundle.ROLES) -> None:
+    """Raise ValueError where a run was begun with other weights than its bundle has now."""
+    now = weights(run.record["bundle"])
+    for role in roles:
+        source = run.record["weights"].get(role, {})
+        if now.get(role, {}).get("sha256") != source.get("sha256"):
+            raise ValueError(
+                f"run {run.folder} was begun with another {role} than bundle"
+                f" {run.record['bundle']} holds now; make it again with --overwrite"
+            )
+
+
+def _files(shot: Shot) -> list[Path]:
+    """The files that the flags of a video name."""
+    files = [shot.image, shot.end_image, *(Path(k.partition("=")[2]) for k in shot.key_frame)]
+    if shot.extend is not None:
+        files.append(footage_file(shot)[0])
+    return [file for file in files if file is not None]
+
+
+def _plain(value: Any) -> Any:
+    """A flag as JSON has it."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file's contents; None where it cannot be read, which is said when it is needed."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

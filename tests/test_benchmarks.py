@@ -1,0 +1,125 @@
+"""The benchmarks run and count right; what they time is asserted nowhere."""
+
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from benchmarks import sampling
+from framepack_jax import packing
+from framepack_jax.models import packed_dit
+
+SECTIONS, STEPS, SIDE = 5, 2, 32
+F1 = "f1k1_x_f16k4f2k2f1k1_g1"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[str, Any]:
+    figures = tmp_path_factory.mktemp("benchmark") / "figures.json"
+    flags = {"schedule": F1, "sections": SECTIONS, "steps": STEPS, "height": SIDE, "width": SIDE}
+    args = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    sampling.main([*args, "--no-fresh", "--json", str(figures)])
+    (result,) = json.loads(figures.read_text())["runs"]
+    return result
+
+
+def test_nothing_is_compiled_from_section_to_section(measured) -> None:
+    compilations = measured["compilations"]
+    assert compilations["step"] == 1
+    assert compilations["settled"] == []
+    assert compilations["all"] > 10
+
+
+def test_the_parts_of_a_section_are_all_of_it(measured) -> None:
+    seconds = {name: np.asarray(values) for name, values in measured["seconds"].items()}
+    assert all(values.shape == (SECTIONS - 1,) for values in seconds.values())
+    assert all((values > 0).all() for values in seconds.values())
+    parts = sum(seconds[name] for name in sampling.PARTS)
+    np.testing.assert_allclose(parts, seconds["all"])
+    assert (seconds["joining"] < seconds["files"]).all()
+    assert (seconds["preview"] < seconds["denoising"]).all()
+    assert measured["growth"].keys() == seconds.keys()
+
+
+def test_first_frames_and_memory(measured) -> None:
+    first = measured["first_frames"]
+    assert first["section"] == 1, "forward, each section has frames of its own"
+    assert 0 < first["loading"] < first["with_compilation"]
+    assert first["without"] > 0
+    assert measured["memory"].keys() == {str(SECTIONS)}
+    memory = measured["memory"][str(SECTIONS)]
+    # The start latent and one a section, 4 x 4 cells of 16 channels in float32.
+    least = (1 + SECTIONS) * 4 * 4 * 16 * 4
+    assert least < memory["saved_latents"] < memory["peak"]
+
+
+def test_nothing_is_kept_from_section_to_section(measured) -> None:
+    first, *others = measured["device_bytes"][sampling.SETTLED - 1 : -1]
+    assert others and max(others) <= first
+
+
+def test_the_pieces_of_a_step(measured) -> None:
+    step = measured["step"]
+    assert all(math.isfinite(value) and value > 0 for value in step.values())
+    assert step["floor_ms"] == pytest.approx(1e3 * step["flops"] / step["matmul_flops_a_second"])
+    assert step["times_floor"] == pytest.approx(step["alone_ms"] / step["floor_ms"])
+
+
+def test_the_table_says_what_was_measured(measured) -> None:
+    text = sampling.table(measured)
+    for words in (F1, f"2..{SECTIONS}", "1 of the denoising step", "host overhead", "GFLOP/s"):
+        assert words in text
+
+
+def test_too_few_sections_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        sampling.main(["--sections", "4"])
+    assert "sections = 4: expected at least 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", [F1, "f1k1_x_g2_f1k1f2k2f16k4_td"])
+def test_flops_are_those_of_the_traced_network(schedule: str) -> None:
+    cfg = packed_dit.Config(
+        heads=2, head_dim=16, double_layers=3, single_layers=2, refiner_layers=2,
+        text_dim=20, pooled_dim=12, image_dim=28, rope_axes=(4, 6, 6),
+    )  # fmt: skip
+    rows, columns, text, image = 6, 8, 7, 5
+    traced = jax.make_jaxpr(packed_dit.velocity, static_argnums=0)(
+        cfg, *_abstract(cfg, schedule, rows, columns, text, image)
+    )
+    counted = sampling.flops(cfg, schedule, rows, columns, text, image)
+    assert counted == _matmul_flops(traced.jaxpr)
+
+
+def _abstract(cfg, schedule: str, rows: int, columns: int, text: int, image: int) -> tuple:
+    """Shapes of (params, x, sigma, context, conditions) for one sample."""
+    window = packing.parse(schedule).window
+    plan = packing.plan(schedule, packing.default_order(schedule), 1)
+    timeline = packing.Timeline(packing.length(plan), (rows, columns, cfg.in_channels))
+    timeline.known[:] = True
+    params = jax.eval_shape(lambda key: packed_dit.init(cfg, key), jax.random.key(0))
+    conditions = packed_dit.Conditions(
+        jnp.zeros((1, text, cfg.text_dim)), jnp.ones((1, text), bool),
+        jnp.zeros((1, cfg.pooled_dim)), jnp.zeros((1, image, cfg.image_dim)), jnp.ones(1),
+    )  # fmt: skip
+    x = jnp.zeros((1, window, rows, columns, cfg.in_channels))
+    context = packing.read_context(plan[0], timeline)
+    return params, x, jnp.ones(1), context, conditions
+
+
+def _matmul_flops(jaxpr: Any) -> int:
+    """FLOPs of all matrix products of a program, those of its loops as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lhs = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * math.prod(lhs[i] for i in contracted)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += times * sum(_matmul_flops(inner) for inner in jaxprs_in_params(equation.params))
+    return total
