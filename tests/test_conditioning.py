@@ -96,7 +96,7 @@ def test_template(settings):
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.filterwarnings("ignore:prompt 0 is too long")
+@pytest.mark.filterwarnings("ignore:prompt .* is too long")
 def test_ids(encoders, settings, reference, name):
     prompts = [settings["prompts"][name]]
     ids, valid, start = conditioning.tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
@@ -110,7 +110,7 @@ def test_ids(encoders, settings, reference, name):
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.filterwarnings("ignore:prompt 0 is too long")
+@pytest.mark.filterwarnings("ignore:prompt .* is too long")
 def test_text_embeddings(encoders, settings, reference, name):
     text, valid, pooled = conditioning.encode_prompt(encoders, [settings["prompts"][name]])
     assert text.shape[1] == valid.shape[1] == conditioning.MAX_PROMPT_TOKENS
@@ -132,7 +132,7 @@ def test_batch_equals_single_prompts(encoders, settings):
 
 def test_cut_prompt_warns_and_says_where(encoders, settings):
     cut = "one two three " + "word " * 400
-    with pytest.warns(UserWarning, match="prompt 1 is too long") as caught:
+    with pytest.warns(UserWarning, match=r"prompt .one two three word word word word word. ... is too long") as caught:
         conditioning.encode_prompt(encoders, [settings["prompts"]["a"], cut])
     assert [w.filename for w in caught] == [__file__]
     start, message = settings["prompt_template"]["crop_start"], str(caught[0].message)
