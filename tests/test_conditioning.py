@@ -132,7 +132,7 @@ def test_batch_equals_single_prompts(encoders, settings):
 
 def test_cut_prompt_warns_and_says_where(encoders, settings):
     cut = "one two three " + "word " * 400
-    with pytest.warns(UserWarning, match=r"prompt .one two three word word word word word. ... is too long") as caught:
+    with pytest.warns(UserWarning, match="prompt 'one two three .* is too long") as caught:
         conditioning.encode_prompt(encoders, [settings["prompts"]["a"], cut])
     assert [w.filename for w in caught] == [__file__]
     start, message = settings["prompt_template"]["crop_start"], str(caught[0].message)
