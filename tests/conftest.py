@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
 import pytest

@@ -22,6 +22,7 @@ from framepack_jax import bundle, video
 from framepack_jax.commands import sample
 
 COMPILED = {
+    "jax_enable_compilation_cache": True,
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
     "jax_numpy_rank_promotion": "raise",

@@ -1,6 +1,7 @@
 """The commands as a person types them: convert_weights.py, sample.py, framepack."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,19 @@ def test_commands_are_listed(capsys) -> None:
     with pytest.raises(SystemExit):
         __main__.main(["sample", "--help"])
     assert "--guidance" in capsys.readouterr().out
+
+
+def test_compiled_programs_are_kept_for_the_next_run(tmp_path) -> None:
+    """In the user's cache folder, unless JAX is told another or none."""
+    program = "from framepack_jax.commands import keep_compiled; import jax; keep_compiled();"
+    program += "print(jax.config.jax_compilation_cache_dir)"
+
+    def folder(**env: str) -> str:
+        env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "1", "HOME": str(tmp_path), **env}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip()
+
+    assert folder(XDG_CACHE_HOME="") == str(tmp_path / ".cache" / "framepack-jax" / "compiled")
+    assert folder(XDG_CACHE_HOME="/c") == "/c/framepack-jax/compiled"
+    assert folder(JAX_COMPILATION_CACHE_DIR="/mine") == "/mine"
+    assert folder(JAX_ENABLE_COMPILATION_CACHE="0") == "None"

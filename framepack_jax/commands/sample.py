@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from framepack_jax import bundle, video
+from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.making import (
     FAILURES,
     Task,
@@ -99,6 +100,7 @@ class Sample(Shot):
 def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
     flags = tyro.cli(Sample, prog=prog, args=args)
+    keep_compiled()
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
