@@ -65,6 +65,8 @@ def run(shared: Path, stop: Stop | None, *flags: object, seconds: float = 300) -
 def _main(shared: Path, log: Path, stop: Stop | None, flags: list[str]) -> None:
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log.with_suffix(suffix), os.O_CREAT | os.O_WRONLY), number)
+    # A process in the background has it ignored, and hands that down.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in (COMPILED | {"jax_compilation_cache_dir": str(shared)}).items():
         jax.config.update(name, value)
     _share_weights(shared)

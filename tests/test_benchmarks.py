@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from benchmarks import sampling
 from framepack_jax import packing
 from framepack_jax.models import packed_dit
+from framepack_jax.models.flops import forward_flops
 
 SECTIONS, STEPS, SIDE = 5, 2, 32
 F1 = "f1k1_x_f16k4f2k2f1k1_g1"
@@ -92,7 +93,7 @@ def test_flops_are_those_of_the_traced_network(schedule: str) -> None:
     traced = jax.make_jaxpr(packed_dit.velocity, static_argnums=0)(
         cfg, *_abstract(cfg, schedule, rows, columns, text, image)
     )
-    counted = sampling.flops(cfg, schedule, rows, columns, text, image)
+    counted = forward_flops(cfg, schedule, rows, columns, text, image)
     assert counted == _matmul_flops(traced.jaxpr)
 
 

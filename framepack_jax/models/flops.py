@@ -1,0 +1,51 @@
+"""FLOPs of the packed transformer, counted from its config.
+
+A compiler's own count takes the body of a loop once, however often it runs.
+"""
+
+import math
+
+from framepack_jax import packing
+from framepack_jax.models.packed_dit import PATCH, POOLED_KERNELS, Config
+
+
+def forward_flops(
+    cfg: Config, schedule: str, rows: int, columns: int, text: int, image: int
+) -> int:
+    """FLOPs of all matrix products of one forward pass, for one sample.
+
+    rows and columns are those of the latents; `text` and `image` are tokens, masked ones included.
+    Counted from the config, without what an implementation adds (padding of attention's queries).
+    """
+    width = cfg.width
+    context = packing.context_tokens(schedule, rows, columns)
+    target = packing.target_tokens(schedule, rows, columns)
+    packed = sum(tokens for _, tokens in context) + target
+    length = packed + image + text
+
+    def attention(tokens: int) -> int:
+        return 4 * tokens**2 * width
+
+    def products(tokens: int, *shapes: tuple[int, int]) -> int:
+        return 2 * tokens * sum(a * b for a, b in shapes)
+
+    mlp = int(cfg.mlp_ratio * width)
+    wide = (width, 3 * width), (width, width), (width, mlp), (mlp, width)
+    refiner_shapes = (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
+    refiner = products(text, *refiner_shapes) + attention(text) + products(1, (width, 2 * width))
+    double = products(length, *wide) + attention(length) + 2 * products(1, (width, 6 * width))
+    single = products(length, *wide) + attention(length) + products(1, (width, 3 * width))
+
+    kernels = [(POOLED_KERNELS.get(run.kernel, run.kernel), n) for run, n in context]
+    embed = sum(
+        products(tokens, (math.prod(packing.kernel_shape(kernel)) * cfg.in_channels, width))
+        for kernel, tokens in [*kernels, (PATCH, target)]
+    )
+    vectors = [256] * (2 + cfg.guidance) + [cfg.pooled_dim, cfg.text_dim]
+    embed += sum(products(1, (size, width), (width, width)) for size in vectors)
+    embed += products(text, (cfg.text_dim, width))
+    if cfg.image_dim is not None:
+        embed += products(image, (cfg.image_dim, 3 * width), (3 * width, width))
+    head = products(1, (width, 2 * width)) + products(target, (width, 4 * cfg.out_channels))
+    layers = (cfg.refiner_layers, refiner), (cfg.double_layers, double), (cfg.single_layers, single)
+    return embed + sum(count * layer for count, layer in layers) + head
