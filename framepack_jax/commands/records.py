@@ -17,7 +17,9 @@ from framepack_jax.commands.runs import FORMAT, Run
 from framepack_jax.commands.shots import Shot, footage_file
 from framepack_jax.pipeline import FramePack
 
-EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
+ASSETS = Path(__file__).parent.parent / "assets"
+# Those but "tiny" have no weights: see configs/full.py.
+EMBEDDED = {name: ASSETS / name for name in ("tiny", "framepack_i2v", "framepack_f1")}
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Flags that concern the process and yet decide what is made.
 PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile")

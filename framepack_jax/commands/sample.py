@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import tyro
 
-from framepack_jax import bundle, video
+from framepack_jax import bundle, sharding, topology, video
 from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.dry_run import dry_run
 from framepack_jax.commands.making import (
     FAILURES,
     Task,
@@ -45,7 +47,10 @@ from framepack_jax.commands.shots import (
     read_request,
     saved_shot,
 )
+from framepack_jax.ops.attention import Kernel
+from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.pipeline import FramePack
+from framepack_jax.request import Request, lay_out
 
 # Exit codes of programs that a signal ended.
 INTERRUPTED, TERMINATED = 130, 143
@@ -82,16 +87,25 @@ class Sample(Shot):
     """Replace the results of an earlier run in --output."""
     resume: Path | None = None
     """A run folder to go on with after its last finished section. Beside it there may be --dtype,
-    --vae-tile, --latents-only, and --bundle where the bundle has moved."""
+    --attention, --vae-tile, --latents-only, and --bundle where the bundle has moved."""
     decode: Path | None = None
     """A run folder whose saved latents are decoded again, and nothing else is done. Beside it there
-    may be --vae-tile, and --bundle where the bundle has moved."""
+    may be --vae-tile, --attention, and --bundle where the bundle has moved."""
     latents_only: bool = False
     """Save latents and decode nothing: do so later with --decode."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and computation; default: bfloat16 on GPU and TPU, float32 on a CPU."""
     schedule: str | None = None
     """Packing schedule, instead of the bundle's."""
+    attention: Kernel = "auto"
+    """Attention kernel: auto takes cuDNN's on GPU and splash on TPU where they serve; xla is slower
+    and runs everywhere."""
+    dry_run: str | None = None
+    """Make nothing; compile a step for this machine and say whether it fits: v5e:4x4, v5p-64,
+    h100:8, rtx4090:1. Exit code 0 where it does, else 1. Bundles "framepack_i2v" and
+    "framepack_f1" are the released models for this, without weights."""
+    mesh: str | None = None
+    """How --dry-run divides its chips: fsdp=8,tensor=2; default: all over fsdp."""
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
@@ -104,7 +118,8 @@ def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        run(flags)
+        with use_attention(flags.attention):
+            run(flags)
     except (ValueError, FloatingPointError, *FAILURES) as error:
         raise SystemExit(f"error: {explained(error)}") from error
     except KeyboardInterrupt as interrupt:
@@ -125,6 +140,8 @@ def run(flags: Sample) -> list[Path]:
         raise ValueError(f"batch = {flags.batch}: expected at least 1")
     if flags.resume is not None and flags.decode is not None:
         raise ValueError("--resume and --decode exclude each other; --resume decodes as well")
+    if flags.dry_run is not None:
+        return _dry_run(flags)
     if flags.resume is not None:
         return _go_on(flags.resume, flags)
     if flags.decode is not None:
@@ -132,14 +149,36 @@ def run(flags: Sample) -> list[Path]:
     return _make_new(flags)
 
 
-def _make_new(flags: Sample) -> list[Path]:
-    began = time.monotonic()
+def _dry_run(flags: Sample) -> list[Path]:
+    """Compile for another machine; leaves with exit code 1 where it does not fit."""
+    # Whatever this machine has is not needed, and compiling must not take it.
+    jax.config.update("jax_platforms", "cpu")
+    machine = topology.parse(flags.dry_run)
+    mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
+    path = path_of(_bundle(flags))
+    pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, None)
+    request = Request("", None if flags.image is None else video.load_image(flags.image))
+    layout = lay_out(pipe.geometry, request, sections=1, height=flags.height, width=flags.width)
+    report = dry_run(pipe, path, layout, flags.settings(), machine, mesh, flags.batch)
+    print(f"{layout.height} x {layout.width} pixels, schedule {pipe.schedule}, {pipe.dtype}")
+    print(report)
+    if not report.fits:
+        raise SystemExit(1)
+    return []
+
+
+def _bundle(flags: Sample) -> str:
     if flags.bundle is None:
         raise ValueError(
             '--bundle is missing: give a folder made by convert_weights.py, or "tiny"; to go on'
             " with a run, give --resume FOLDER"
         )
-    pipe = open_pipe(path_of(flags.bundle), flags.dtype, flags.schedule, flags.vae_tile)
+    return flags.bundle
+
+
+def _make_new(flags: Sample) -> list[Path]:
+    began = time.monotonic()
+    pipe = open_pipe(path_of(_bundle(flags)), flags.dtype, flags.schedule, flags.vae_tile)
     wanted = list(_wanted(flags))
     alone = flags.jobs is None and len(wanted) == 1
     tasks, failures = [], {}
@@ -211,7 +250,7 @@ def _report(run: Run) -> None:
 def _go_on(folder: Path, flags: Sample) -> list[Path]:
     """Resume a run after its last finished section."""
     began = time.monotonic()
-    _check_alone(flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only")
+    _check_alone(flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only", "attention")
     run = Run.open(folder)
     if run.record["status"] == "beginning":
         raise ValueError(f"{folder} was stopped before it had anything; give its flags again")
@@ -230,7 +269,7 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
 def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     """Decode the latents of a run folder, whatever sections it has."""
     began = time.monotonic()
-    _check_alone(flags, "--decode", "vae_tile", "bundle")
+    _check_alone(flags, "--decode", "vae_tile", "bundle", "attention")
     run = Run.open(folder)
     if run.record["status"] == "beginning":
         raise ValueError(f"{folder} was stopped before it had anything; give its flags again")

@@ -16,6 +16,19 @@ from framepack_jax.models import stack
 from framepack_jax.models.encoder_block import EncoderBlock, layer_norm
 
 STACKS = {"layers": "layers"}
+# Attention is not divided over `tensor`: 12 heads would forbid tensor=8 to all other networks.
+SHARDINGS = (
+    (r"token_embedding/embedding", (None, "fsdp")),
+    (r"position_embedding/embedding", ()),
+    (r"layers/qkv/kernel", (None, "fsdp", None, None, None)),
+    (r"layers/qkv/bias", ()),
+    (r"layers/mlp_in/kernel", (None, "fsdp", "tensor")),
+    (r"layers/mlp_in/bias", (None, "tensor")),
+    (r"layers/mlp_out/kernel", (None, "tensor", "fsdp")),
+    (r"layers/out/kernel", (None, None, "fsdp")),
+    (r"layers/(out|mlp_out)/bias", ()),
+    (r"(layers/norm\d|final_norm)/(scale|bias)", ()),
+)
 # Configs older than the fix of their end-of-text id say 2, which is not what the tokenizer makes.
 LEGACY_EOS = 2
 

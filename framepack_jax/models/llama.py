@@ -19,6 +19,15 @@ from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend
 
 STACKS = {"layers": "layers"}
+# Megatron's pairs, and `fsdp` on the dimension that is left. The table of embeddings is cut by
+# width, so that a token is looked up on every device.
+SHARDINGS = (
+    (r"embed/embedding", (None, ("tensor", "fsdp"))),
+    (r"layers/[qkv]/kernel", (None, "fsdp", "tensor", None)),
+    (r"layers/(gate|up)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/(out|down)/kernel", (None, "tensor", "fsdp")),
+    (r"layers/\w+_norm/scale", ()),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,31 @@ from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
 from framepack_jax.packing import PackedContext, kernel_shape, parse
+from framepack_jax.sharding import BATCH, TOKENS, constrain
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
+# Megatron's pairs (columns over `tensor`, then rows), and `fsdp` on the dimension that is left. A
+# modulation is taken by rows: what it gives is a few vectors a sample, needed whole. Embeddings of
+# patches and text have no second half to pair with; the layers of the embedding's MLPs have inputs
+# too narrow for a large `fsdp`.
+SHARDINGS = (
+    (r"(refiner|double|single)/(\w+_)?qkv/kernel", (None, "fsdp", None, "tensor", None)),
+    (r"(refiner|double|single)/(\w+_)?qkv/bias", (None, None, "tensor", None)),
+    (r"(refiner|double|single)/(\w+_)?mlp_in/kernel", (None, "fsdp", "tensor")),
+    (r"(refiner|double|single)/(\w+_)?mlp_in/bias", (None, "tensor")),
+    (r"(refiner|double|single)/(\w+_)?(out|mlp_out|mod|gate)/kernel", (None, "tensor", "fsdp")),
+    (r"(refiner|double|single)/(\w+_)?(out|mlp_out|mod|gate)/bias", ()),
+    (r"(refiner|double|single)/(\w+_)?norm\d?/(scale|bias)", ()),
+    (r"embed/(patch|text_proj|context_\w+)/kernel", (None, "fsdp")),
+    (r"embed/(patch|text_proj|context_\w+)/bias", ()),
+    (r"embed/\w+_(in|up)/kernel", (None, ("tensor", "fsdp"))),
+    (r"embed/\w+_(in|up)/bias", (("tensor", "fsdp"),)),
+    (r"embed/\w+_(out|down)/kernel", ("tensor", "fsdp")),
+    (r"embed/\w+_(out|down)/bias", ()),
+    (r"head/mod/kernel", ("tensor", "fsdp")),
+    (r"head/out/kernel", ("fsdp", None)),
+    (r"head/(mod|out)/bias", ()),
+)
 PATCH = "k1"
 # k16 has no weights of its own: its latents are pooled to half size and embedded by k8.
 POOLED_KERNELS = {"k16": "k8"}
@@ -130,7 +153,7 @@ def embed(
     txt = jnp.concatenate([image, text], axis=1)
     unmasked = jnp.ones((x.shape[0], img.shape[1] + image.shape[1]), bool)
     valid = jnp.concatenate([unmasked, valid], axis=1)
-    return Tokens(img, txt, vec, _rope(cfg, x.shape, context), valid)
+    return Tokens(_divided(img), _divided(txt), vec, _rope(cfg, x.shape, context), valid)
 
 
 def block_input(cfg: Config, params: stack.Params, tokens: Tokens) -> jax.Array:
@@ -157,7 +180,7 @@ def blocks(cfg: Config, params: stack.Params, tokens: Tokens, first: int = 0) ->
     img, txt, *inputs = tokens
     layers = slice(first, None) if first else slice(None)
     img, txt = stack.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=layers)
-    both = jnp.concatenate([img, txt], axis=1)
+    both = _divided(jnp.concatenate([img, txt], axis=1))
     return stack.run(SingleBlock(cfg), params["single"], both, *inputs)[:, : img.shape[1]]
 
 
@@ -307,11 +330,11 @@ class RefinerBlock(nn.Module):
         gate_attention, gate_mlp = _modulation(cfg, vec, 2, "gate")
         normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm1")(x)
         q, k, v = _qkv(cfg, normed, "qkv")
-        attention = rearrange(attend(q, k, v, valid), "b l n d -> b l (n d)")
+        attention = _merge_heads(attend(q, k, v, valid))
         x = _gated(x, gate_attention, nn.Dense(cfg.width, name="out")(attention))
         normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm2")(x)
         hidden = nn.silu(nn.Dense(4 * cfg.width, name="mlp_in")(normed))
-        return _gated(x, gate_mlp, nn.Dense(cfg.width, name="mlp_out")(hidden))
+        return _gated(x, gate_mlp, nn.Dense(cfg.width, name="mlp_out")(_columns(hidden)))
 
 
 class DoubleBlock(nn.Module):
@@ -332,6 +355,7 @@ class DoubleBlock(nn.Module):
 
         def finish(name: str, x: jax.Array, attention: jax.Array) -> jax.Array:
             _, _, gate_attention, shift, scale, gate_mlp = parts[name]
+            attention = _merge_heads(attention)
             x = _gated(x, gate_attention, nn.Dense(cfg.width, name=f"{name}_out")(attention))
             hidden = _mlp_in(cfg, _modulate(x, shift, scale), f"{name}_mlp_in")
             return _gated(x, gate_mlp, nn.Dense(cfg.width, name=f"{name}_mlp_out")(hidden))
@@ -339,7 +363,6 @@ class DoubleBlock(nn.Module):
         both = zip(project("img", img), project("txt", txt), strict=True)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in both)
         attention = attend(apply_rope(q, rope), apply_rope(k, rope), v, valid)
-        attention = rearrange(attention, "b l n d -> b l (n d)")
         length = img.shape[1]
         return finish("img", img, attention[:, :length]), finish("txt", txt, attention[:, length:])
 
@@ -367,8 +390,7 @@ class SingleBlock(nn.Module):
         normed = _modulate(x, shift, scale)
         q, k, v = _qkv(cfg, normed, "qkv")
         q, k = _head_norm(q, "q_norm"), _head_norm(k, "k_norm")
-        attention = attend(apply_rope(q, rope), apply_rope(k, rope), v, valid)
-        attention = rearrange(attention, "b l n d -> b l (n d)")
+        attention = _merge_heads(attend(apply_rope(q, rope), apply_rope(k, rope), v, valid))
         hidden = _mlp_in(cfg, normed, "mlp_in")
         out = nn.Dense(cfg.width, use_bias=False, name="attn_out")(attention)
         return _gated(x, gate, out + nn.Dense(cfg.width, name="mlp_out")(hidden))
@@ -383,8 +405,8 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
         highest = jax.lax.Precision.HIGHEST
         vec = nn.silu(vec.astype(jnp.float32))
-        mod = nn.Dense(2 * self.cfg.width, precision=highest, name="mod")(vec)[:, None, :]
-        scale, shift = jnp.split(mod, 2, axis=-1)
+        mod = nn.Dense(2 * self.cfg.width, precision=highest, name="mod")(vec)
+        scale, shift = jnp.split(constrain(mod, BATCH, None)[:, None, :], 2, axis=-1)
         x = _modulate(x.astype(jnp.float32), shift, scale)
         return nn.Dense(4 * self.cfg.out_channels, precision=highest, name="out")(x)
 
@@ -420,11 +442,33 @@ def _masked_mean(text: jax.Array, valid: jax.Array) -> jax.Array:
 def _qkv(cfg: Config, x: jax.Array, name: str) -> list[jax.Array]:
     """Fused projection -> q, k, v, each (B, L, N, head_dim)."""
     fused = nn.DenseGeneral((3, cfg.heads, cfg.head_dim), name=name)(x)
+    # Projected where the tokens lie, then exchanged: a device has all tokens of some heads
+    # (DeepSpeed-Ulysses, arXiv 2309.14509).
+    fused = constrain(fused, BATCH, TOKENS, None, "tensor", None)
+    fused = constrain(fused, BATCH, None, None, ("tensor", *TOKENS), None)
     return [fused[:, :, i] for i in range(3)]
 
 
+def _merge_heads(attention: jax.Array) -> jax.Array:
+    """(B, L, N, head_dim) -> (B, L, D); the exchange of `_qkv` back."""
+    attention = constrain(attention, BATCH, None, ("tensor", *TOKENS), None)
+    return _columns(rearrange(attention, "b l n d -> b l (n d)"))
+
+
 def _mlp_in(cfg: Config, x: jax.Array, name: str) -> jax.Array:
-    return nn.gelu(nn.Dense(int(cfg.mlp_ratio * cfg.width), name=name)(x), approximate=True)
+    hidden = nn.Dense(int(cfg.mlp_ratio * cfg.width), name=name)(x)
+    return _columns(nn.gelu(hidden, approximate=True))
+
+
+def _divided(x: jax.Array) -> jax.Array:
+    """A stream (B, L, D), batch and tokens divided over the mesh."""
+    return constrain(x, BATCH, TOKENS, None)
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """What lies between the two halves of a pair of projections (B, L, columns), divided like a
+    stream and by columns."""
+    return constrain(x, BATCH, TOKENS, "tensor")
 
 
 def _head_norm(x: jax.Array, name: str) -> jax.Array:
@@ -434,7 +478,8 @@ def _head_norm(x: jax.Array, name: str) -> jax.Array:
 
 def _modulation(cfg: Config, vec: jax.Array, parts: int, name: str) -> list[jax.Array]:
     """`parts` vectors (B, 1, D) in float32: shift, scale, gate, ..."""
-    out = nn.Dense(parts * cfg.width, name=name)(nn.silu(vec))
+    # Whole before it is split: the parts do not end where those of the devices do.
+    out = constrain(nn.Dense(parts * cfg.width, name=name)(nn.silu(vec)), BATCH, None)
     return jnp.split(out.astype(jnp.float32)[:, None, :], parts, axis=-1)
 
 
@@ -448,4 +493,4 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _gated(x: jax.Array, gate: jax.Array, branch: jax.Array) -> jax.Array:
     """x + gate * branch, in float32, as x's dtype."""
-    return (x.astype(jnp.float32) + gate * branch.astype(jnp.float32)).astype(x.dtype)
+    return _divided((x.astype(jnp.float32) + gate * branch.astype(jnp.float32)).astype(x.dtype))

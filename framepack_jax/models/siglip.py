@@ -17,6 +17,19 @@ from framepack_jax.models import stack
 from framepack_jax.models.encoder_block import EncoderBlock, layer_norm
 
 STACKS = {"layers": "layers"}
+# Megatron's pairs, and `fsdp` on the dimension that is left.
+SHARDINGS = (
+    (r"patch/kernel", (None, "fsdp")),
+    (r"patch/bias", ()),
+    (r"position_embedding/embedding", ()),
+    (r"layers/qkv/kernel", (None, "fsdp", None, "tensor", None)),
+    (r"layers/qkv/bias", (None, None, "tensor", None)),
+    (r"layers/mlp_in/kernel", (None, "fsdp", "tensor")),
+    (r"layers/mlp_in/bias", (None, "tensor")),
+    (r"layers/(out|mlp_out)/kernel", (None, "tensor", "fsdp")),
+    (r"layers/(out|mlp_out)/bias", ()),
+    (r"(layers/norm\d|final_norm)/(scale|bias)", ()),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend
 from framepack_jax.ops.conv import causal_conv3d
+from framepack_jax.sharding import BATCH, constrain
 
 STACKS: dict[str, str] = {}
+# Small weights, large activations: every device has all weights and takes some rows of the picture.
+# What is asked of the input holds for all that is computed from it.
+SHARDINGS = ((r".*", ()),)
+ROWS = ("context", "fsdp", "tensor")
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -138,12 +143,14 @@ def decode(
 # Compiled once for each shape of tile, of which even a long video has few.
 @functools.partial(jax.jit, static_argnames="cfg")
 def _encode(cfg: Config, params: stack.Params, video: jax.Array) -> jax.Array:
-    return Encoder(cfg).apply({"params": stack.cast(params, video.dtype)}, video)
+    params = stack.cast(params, video.dtype)
+    return Encoder(cfg).apply({"params": params}, constrain(video, BATCH, None, ROWS, None, None))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _decode(cfg: Config, params: stack.Params, latents: jax.Array) -> jax.Array:
-    return Decoder(cfg).apply({"params": stack.cast(params, latents.dtype)}, latents)
+    params = stack.cast(params, latents.dtype)
+    return Decoder(cfg).apply({"params": params}, constrain(latents, BATCH, None, ROWS, None, None))
 
 
 def _check(cfg: Config, name: str, x: jax.Array, channels: int, multiple: int) -> None:
