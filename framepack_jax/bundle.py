@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
+from framepack_jax import sharding
 from framepack_jax.models import kinds, stack
 
 FORMAT = 1
@@ -157,8 +159,13 @@ def load_params(
     name: str,
     *,
     dtype: Any = None,
+    mesh: Mesh | None = None,
 ) -> stack.Params:
-    """Parameters of a role on the device, layers stacked; `dtype` None keeps what is stored."""
+    """Parameters of a role on the device, layers stacked; `dtype` None keeps what is stored.
+
+    On a `mesh` they are divided by the rules of their kind, and every device reads its slices only.
+    Raises BundleError, ValueError where the mesh does not divide them.
+    """
     model, cfg = role_config(manifest, name)
     path = _absolute(epath.Path(root) / manifest.roles[name].path)
     if not path.exists():
@@ -170,20 +177,78 @@ def load_params(
     if problems := _differences(expected, stored):
         raise BundleError(f"bundle {root}: {name} does not fit its config: {problems}")
 
-    def place(layers: list[np.ndarray] | np.ndarray) -> jax.Array:
-        array = np.stack(layers) if isinstance(layers, list) else layers
-        if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
-            array = array.astype(dtype)
-        return jax.device_put(array)
-
+    kept = {"/".join(key): leaf.dtype for key, leaf in flatten_dict(tree).items()}
+    shardings = None if mesh is None else _shardings(model, cfg, mesh)
     try:
-        leaves = {"/".join(key): leaf for key, leaf in flatten_dict(ocp.load(path)).items()}
+        if shardings is None:
+            loaded = ocp.load(path)
+        else:
+            divided = _layer_shardings(expected, shardings, model.STACKS)
+            loaded = ocp.load(
+                path,
+                unflatten_dict(
+                    {
+                        tuple(key.split("/")): jax.ShapeDtypeStruct(
+                            leaf.shape, kept[key], sharding=divided[key]
+                        )
+                        for key, leaf in expected.items()
+                    }
+                ),
+            )
     except Exception as error:  # of many kinds, by what is damaged
         line = str(error).partition("\n")[0]
         raise BundleError(
             f"bundle {root}: the parameters of {name} cannot be read ({line}); convert again"
         ) from error
-    return jax.tree.map(place, stack.join(leaves, model.STACKS, list), is_leaf=_is_layers)
+    leaves = {"/".join(key): leaf for key, leaf in flatten_dict(loaded).items()}
+    joined = stack.join(leaves, model.STACKS, list)
+    if shardings is None:
+        return jax.tree.map(lambda x: _place(x, dtype), joined, is_leaf=_is_layers)
+    return jax.tree.map(
+        lambda x, where: _place_divided(x, dtype, where), joined, shardings, is_leaf=_is_layers
+    )
+
+
+def _place(layers: list[np.ndarray] | np.ndarray, dtype: Any) -> jax.Array:
+    """A leaf, or its layers stacked, on the device: put together on the host, piece by piece."""
+    array = np.stack(layers) if isinstance(layers, list) else layers
+    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(dtype)
+    return jax.device_put(array)
+
+
+def _place_divided(
+    layers: list[jax.Array] | jax.Array, dtype: Any, where: NamedSharding
+) -> jax.Array:
+    """A leaf, or its layers stacked, every device putting together what it has of them."""
+
+    def put(*layers: jax.Array) -> jax.Array:
+        array = jnp.stack(layers) if stacked else layers[0]
+        floating = dtype is not None and jnp.issubdtype(array.dtype, jnp.floating)
+        return array.astype(dtype) if floating else array
+
+    stacked = isinstance(layers, list)
+    return jax.jit(put, out_shardings=where)(*(layers if stacked else [layers]))
+
+
+def _shardings(model: Any, cfg: Any, mesh: Mesh) -> stack.Params:
+    """Where the parameters of a network lie on a mesh, layers stacked. Raises ValueError."""
+    params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    return sharding.shard(params, sharding.resolve(model.SHARDINGS, params), mesh)
+
+
+def _layer_shardings(
+    leaves: Iterable[str], shardings: stack.Params, stacks: Iterable[str]
+) -> dict[str, NamedSharding]:
+    """The same for the leaves on disk, each of one layer: without the axis of layers."""
+    divided, stacks = {}, set(stacks)
+    by_path = flatten_dict(shardings)
+    for name in leaves:
+        path = tuple(name.split("/"))
+        where = by_path[path if path[0] not in stacks else (path[0], *path[2:])]
+        spec = where.spec[1:] if path[0] in stacks else where.spec
+        divided[name] = NamedSharding(where.mesh, PartitionSpec(*spec))
+    return divided
 
 
 def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:

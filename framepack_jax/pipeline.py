@@ -12,6 +12,7 @@ Shapes: B batch, T latent frames of the video, w latent window, H W latent rows 
 C latent channels, P pixel frames.
 """
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from framepack_jax import bundle, conditioning, packing
 from framepack_jax.conditioning import Encoders, PromptStates
@@ -141,6 +143,7 @@ class FramePack:
     order: str
     dtype: str = "float32"
     tiling: Tiling = DEFAULT_TILING
+    mesh: Mesh | None = None
 
     @classmethod
     def load(
@@ -150,15 +153,17 @@ class FramePack:
         dtype: str | None = None,
         schedule: str | None = None,
         tiling: Tiling = DEFAULT_TILING,
+        mesh: Mesh | None = None,
     ) -> "FramePack":
         """Open a bundle and put its weights onto the device.
 
         `dtype` is what transformer and encoders are kept and computed in (None: bfloat16 on an
         accelerator, float32 on a CPU); the VAE stays in float32. With float32, matrix products are
         float32 too; otherwise the VAE's are what the device does by default (TF32, bfloat16).
-        `schedule` replaces that of the bundle. Raises BundleError, ScheduleError, ValueError.
+        `schedule` replaces that of the bundle. On a `mesh` (of `sharding.make_mesh`) weights and
+        work are divided. Raises BundleError, ScheduleError, ValueError.
         """
-        pipe = cls.open(path, dtype=dtype, schedule=schedule, tiling=tiling)
+        pipe = cls.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=mesh)
         return pipe.with_weights(path)
 
     @classmethod
@@ -169,6 +174,7 @@ class FramePack:
         dtype: str | None = None,
         schedule: str | None = None,
         tiling: Tiling = DEFAULT_TILING,
+        mesh: Mesh | None = None,
     ) -> "FramePack":
         """All of `load` but the weights: reads and checks what can be checked without them."""
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -197,6 +203,7 @@ class FramePack:
             order=order,
             dtype=dtype,
             tiling=tiling,
+            mesh=mesh,
         )
 
     def with_weights(
@@ -207,7 +214,9 @@ class FramePack:
         root, manifest = epath.Path(path), bundle.read_manifest(path)
 
         def network(role: str, dtype: str) -> Network:
-            params = bundle.load_params(root, manifest, role, dtype=jnp.dtype(dtype))
+            params = bundle.load_params(
+                root, manifest, role, dtype=jnp.dtype(dtype), mesh=self.mesh
+            )
             return Network(*bundle.role_config(manifest, role), params)
 
         loaded = dataclasses.replace(self, vae=network("vae", "float32"))
@@ -223,6 +232,13 @@ class FramePack:
         )
         transformer = network("transformer", self.dtype)
         return dataclasses.replace(loaded, transformer=transformer, encoders=encoders)
+
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        """Compute on the mesh, if there is one, in the precision that the dtype means."""
+        mesh = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        with sampler.precision(self.dtype), mesh:
+            yield
 
     @property
     def geometry(self) -> Geometry:
@@ -300,7 +316,7 @@ class FramePack:
     ) -> Inputs:
         """Encode prepared requests of one layout; `known` latents (B, H, W, C) by position, where
         they are there already."""
-        with sampler.precision(self.dtype):
+        with self._on_mesh():
             embedded = jnp.concatenate(
                 [conditioning.encode_image(self.encoders, r.image[None]) for r in requests]
             )
@@ -352,7 +368,7 @@ class FramePack:
         """Latents (H, W, C) of a prepared request by position: start image or footage, stills."""
 
         def latents(frames: np.ndarray) -> np.ndarray:
-            with sampler.precision(self.dtype):
+            with self._on_mesh():
                 return np.asarray(
                     conditioning.clip_latents(
                         self.vae.cfg, self.vae.params, frames[None],
@@ -426,15 +442,16 @@ class FramePack:
             else:
                 x = jnp.asarray(noise[i], jnp.float32)
             target, known = packing.read_target(section, timeline)
-            result = sampler.denoise(
-                *self.transformer, x, sigmas, table,
-                jax.device_put(packing.read_context(section, timeline)),
-                inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
-                target=target, known=known,
-                cfg_scale=settings.cfg, cfg_rescale=settings.cfg_rescale,
-                dtype=self.dtype, cache=settings.step_cache,
-                on_step=on_step and functools.partial(on_step, i),
-            )  # fmt: skip
+            with self._on_mesh():
+                result = sampler.denoise(
+                    *self.transformer, x, sigmas, table,
+                    jax.device_put(packing.read_context(section, timeline)),
+                    inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
+                    target=target, known=known,
+                    cfg_scale=settings.cfg, cfg_rescale=settings.cfg_rescale,
+                    dtype=self.dtype, cache=settings.step_cache,
+                    on_step=on_step and functools.partial(on_step, i),
+                )  # fmt: skip
             self._check_finite(i, settings.steps, result.finite_step)
             timeline.write(section.targets, result.latents)
             yield section, timeline
@@ -491,7 +508,7 @@ class FramePack:
         model, cfg, params = self.vae
         latents = timeline.read(range(*section.decode))[samples]
         latents = latents * self.latent_std + self.latent_mean
-        with sampler.precision(self.dtype):
+        with self._on_mesh():
             clip = model.decode(cfg, params, jnp.asarray(latents), self.tiling)
         finite = np.asarray(jnp.isfinite(clip).all(axis=(1, 2, 3, 4)))
         if not finite.all():

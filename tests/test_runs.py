@@ -14,7 +14,7 @@ from framepack_jax import FramePack, conditioning, packing, pipeline, video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
 from framepack_jax.models import vae
-from framepack_jax.request import Footage
+from framepack_jax.request import Footage, footage_of
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
 INVERTED, F1 = "f1k1_x_g2_f1k1f2k2f16k4_td", "f1k1_x_f16k4f2k2f1k1_g2"
@@ -270,6 +270,22 @@ def test_extended_from_a_video_file(whole, pipe, tmp_path, monkeypatch) -> None:
     ours = np.stack([latents[p] for p in range(6)])
     assert relative_error(ours, np.asarray(encoded)[0]) < 1e-5
     np.testing.assert_array_equal(encoder[0], given[:16])
+
+
+def test_extended_in_python_as_by_command(whole, pipe, tmp_path, monkeypatch) -> None:
+    source = whole[F1].folder / "video.mp4"
+    given = watch_encoder(monkeypatch)
+    run = make(
+        tmp_path / "run", "--sections", 1, "--extend", source, "--height", HEIGHT,
+        "--width", WIDTH, image=False,
+    )  # fmt: skip
+    footage = footage_of(pipe.geometry, video.read_frames(source), HEIGHT, WIDTH)
+    options = {"sections": 1, "height": HEIGHT, "width": WIDTH, "footage": footage}
+    (span,) = pipe.stream(None, "", **options, settings=pipeline.Settings(steps=2))
+    assert span.start == 20 and span.positions == (7, 8)
+    np.testing.assert_array_equal(span.frames, given[20])
+    for position, z in zip(span.positions, span.latents, strict=True):
+        np.testing.assert_array_equal(z, run.latents()[position])
 
 
 def test_of_a_long_video_the_end_is_enough(pipe) -> None:

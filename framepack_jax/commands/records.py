@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {name: ASSETS / name for name in ("tiny", "framepack_i2v", "framepack_f1")}
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Flags that concern the process and yet decide what is made.
-PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile")
+PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile", "mesh")
 
 
 def path_of(name: str) -> str | Path:

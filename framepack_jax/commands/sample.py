@@ -105,7 +105,9 @@ class Sample(Shot):
     h100:8, rtx4090:1. Exit code 0 where it does, else 1. Bundles "framepack_i2v" and
     "framepack_f1" are the released models for this, without weights."""
     mesh: str | None = None
-    """How --dry-run divides its chips: fsdp=8,tensor=2; default: all over fsdp."""
+    """How devices share weights and work: fsdp=4,context=2, their product being the number of
+    devices. Axes are data (videos side by side), fsdp (weights), context (the tokens of a video)
+    and tensor. Default: one device; for --dry-run all chips over fsdp."""
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
@@ -178,7 +180,9 @@ def _bundle(flags: Sample) -> str:
 
 def _make_new(flags: Sample) -> list[Path]:
     began = time.monotonic()
-    pipe = open_pipe(path_of(_bundle(flags)), flags.dtype, flags.schedule, flags.vae_tile)
+    pipe = open_pipe(
+        path_of(_bundle(flags)), flags.dtype, flags.schedule, flags.vae_tile, flags.mesh
+    )
     wanted = list(_wanted(flags))
     alone = flags.jobs is None and len(wanted) == 1
     tasks, failures = [], {}
@@ -250,7 +254,9 @@ def _report(run: Run) -> None:
 def _go_on(folder: Path, flags: Sample) -> list[Path]:
     """Resume a run after its last finished section."""
     began = time.monotonic()
-    _check_alone(flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only", "attention")
+    _check_alone(
+        flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only", "attention", "mesh"
+    )
     run = Run.open(folder)
     if run.record["status"] == "beginning":
         raise ValueError(f"{folder} was stopped before it had anything; give its flags again")
@@ -269,7 +275,7 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
 def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     """Decode the latents of a run folder, whatever sections it has."""
     began = time.monotonic()
-    _check_alone(flags, "--decode", "vae_tile", "bundle", "attention")
+    _check_alone(flags, "--decode", "vae_tile", "bundle", "attention", "mesh")
     run = Run.open(folder)
     if run.record["status"] == "beginning":
         raise ValueError(f"{folder} was stopped before it had anything; give its flags again")
@@ -314,6 +320,7 @@ def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tupl
         flags.dtype or record["dtype"],
         record["schedule"],
         flags.vae_tile or record["flags"]["vae_tile"],
+        flags.mesh or record["flags"].get("mesh"),
     )
     return pipe, Task(run, lay_out_saved(pipe, run), saved_shot(run).settings())
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from framepack_jax import video
+from framepack_jax import sharding, video
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
 from framepack_jax.models.vae import Tiling
@@ -177,11 +177,16 @@ def lay_out_shot(pipe: FramePack, shot: Shot, request: Request) -> Layout:
 
 
 def open_pipe(
-    path: str | Path, dtype: str | None, schedule: str | None, tile: int | None
+    path: str | Path,
+    dtype: str | None,
+    schedule: str | None,
+    tile: int | None,
+    mesh: str | None = None,
 ) -> FramePack:
-    """`FramePack.open` with a flag for tiles."""
+    """`FramePack.open` with flags for tiles and mesh."""
     tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
-    return FramePack.open(path, dtype=dtype, schedule=schedule, tiling=tiling)
+    devices = None if mesh is None else sharding.make_mesh(**sharding.parse_mesh(mesh))
+    return FramePack.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=devices)
 
 
 def saved_shot(run: Run) -> Shot:

@@ -1,0 +1,78 @@
+"""One video on many devices, from the command line: eight of them, made of this CPU.
+
+Decoding is left to tests/test_sharding.py: to compile it for eight devices takes minutes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch_reference import relative_error
+
+from framepack_jax.commands import sample
+from framepack_jax.commands.runs import Run
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    "--bundle", "tiny", "--image", str(ROOT / "examples" / "astronaut.jpg"), "--prompt", "waves",
+    "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--sections", "2", "--steps", "2",
+    "--height", "64", "--width", "64", "--latents-only",
+)  # fmt: skip
+PROGRAM = """
+import sys
+import jax
+from framepack_jax import bundle
+from framepack_jax.commands import sample
+
+load, shares = bundle.load_params, []
+
+def watch(root, manifest, name, **options):
+    params = load(root, manifest, name, **options)
+    if name == "transformer":
+        whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+        here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params))
+        print("share", here / whole)
+    return params
+
+bundle.load_params = watch
+sample.main(sys.argv[1:])
+"""
+
+
+def on_devices(count: int, *flags: str) -> str:
+    """Run `sample.py` where there are `count` devices; returns what it printed."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    command = [sys.executable, "-c", PROGRAM, *FLAGS, *flags]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("alone")
+    sample.main([*FLAGS, "--output", str(folder)])
+    return Run.open(folder)
+
+
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=2,context=2,tensor=2", pytest.param("fsdp=8", marks=pytest.mark.large)]
+)
+def test_many_devices_make_the_same_video(alone, tmp_path, mesh: str) -> None:
+    printed = on_devices(8, "--mesh", mesh, "--output", str(tmp_path))
+    # Small vectors are whole on every device, the rest is divided.
+    share = float(printed.split("share ")[1].split()[0])
+    assert share < (0.4 if "tensor" in mesh else 0.25)
+    ours, theirs = Run.open(tmp_path), alone
+    assert ours.record["frames"] == theirs.record["frames"]
+    for position, z in theirs.latents().items():
+        assert relative_error(ours.latents()[position], z) < 1e-4
+        assert np.isfinite(z).all()
+
+
+def test_a_mesh_of_another_size_is_refused(tmp_path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*8"):
+        sample.main([*FLAGS, "--mesh", "fsdp=8", "--output", str(tmp_path)])
