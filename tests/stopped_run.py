@@ -80,10 +80,11 @@ def _share_weights(folder: Path) -> None:
     """Read the weights of the one bundle once; checking its files is most of the time of a run."""
     load = bundle.load_params
 
-    def load_params(root: Path, manifest: bundle.Manifest, name: str, *, dtype: Any) -> Any:
+    def load_params(root: Path, manifest: bundle.Manifest, name: str, **options: Any) -> Any:
         file = folder / f"{name}.pickle"
         if not file.exists():
-            file.write_bytes(pickle.dumps(jax.device_get(load(root, manifest, name, dtype=dtype))))
+            params = jax.device_get(load(root, manifest, name, **options))
+            file.write_bytes(pickle.dumps(params))
         return jax.device_put(pickle.loads(file.read_bytes()))
 
     bundle.load_params = load_params

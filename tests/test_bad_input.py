@@ -89,12 +89,13 @@ def loaded_once() -> Iterator[None]:
     """The weights of the tiny bundle are read once: that is most of the time of so small a run."""
     load, kept = bundle.load_params, {}
 
-    def load_params(root: Path, manifest: bundle.Manifest, name: str, *, dtype: object) -> object:
+    def load_params(root: Path, manifest: bundle.Manifest, name: str, **options: object) -> object:
         if Path(root) != TINY:
-            return load(root, manifest, name, dtype=dtype)
-        if (name, dtype) not in kept:
-            kept[name, dtype] = load(root, manifest, name, dtype=dtype)
-        return kept[name, dtype]
+            return load(root, manifest, name, **options)
+        key = name, *options.values()
+        if key not in kept:
+            kept[key] = load(root, manifest, name, **options)
+        return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundle, "load_params", load_params)
