@@ -177,30 +177,26 @@ def load_params(
     if problems := _differences(expected, stored):
         raise BundleError(f"bundle {root}: {name} does not fit its config: {problems}")
 
-    kept = {"/".join(key): leaf.dtype for key, leaf in flatten_dict(tree).items()}
     shardings = None if mesh is None else _shardings(model, cfg, mesh)
+    wanted = None
+    if shardings is not None:
+        divided = _layer_shardings(expected, shardings, model.STACKS)
+        wanted = unflatten_dict(
+            {
+                tuple(key.split("/")): jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=divided[key]
+                )
+                for key, leaf in stored.items()
+            }
+        )
     try:
-        if shardings is None:
-            loaded = ocp.load(path)
-        else:
-            divided = _layer_shardings(expected, shardings, model.STACKS)
-            loaded = ocp.load(
-                path,
-                unflatten_dict(
-                    {
-                        tuple(key.split("/")): jax.ShapeDtypeStruct(
-                            leaf.shape, kept[key], sharding=divided[key]
-                        )
-                        for key, leaf in expected.items()
-                    }
-                ),
-            )
+        loaded = flatten_dict(ocp.load(path, wanted))
     except Exception as error:  # of many kinds, by what is damaged
         line = str(error).partition("\n")[0]
         raise BundleError(
             f"bundle {root}: the parameters of {name} cannot be read ({line}); convert again"
         ) from error
-    leaves = {"/".join(key): leaf for key, leaf in flatten_dict(loaded).items()}
+    leaves = {"/".join(key): leaf for key, leaf in loaded.items()}
     joined = stack.join(leaves, model.STACKS, list)
     if shardings is None:
         return jax.tree.map(lambda x: _place(x, dtype), joined, is_leaf=_is_layers)

@@ -194,7 +194,7 @@ def compile_devices(machine: Machine) -> list[jax.Device]:
                 str(machine), "cuda", target_config=_target(chip), topology=shape
             ).devices
         )
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:
         line = str(error).partition("\n")[0]
         raise ValueError(f"the compiler cannot be had for {machine}: {line}") from error
 

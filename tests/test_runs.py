@@ -479,6 +479,19 @@ def test_a_changed_image_is_another_run(tmp_path) -> None:
         make(tmp_path / "run", *flags, image=False)
 
 
+def test_other_weights_are_noticed(whole, tmp_path) -> None:
+    """Resumed, decoded or asked for again: a run does not go on with another network."""
+    run = copy(whole[F1], tmp_path / "run")
+    weights = json.loads(json.dumps(run.record["weights"]))
+    weights["vae"]["sha256"] = "0" * 64
+    run.write_record(status="interrupted", weights=weights)
+    for flag in ("--resume", "--decode"):
+        with pytest.raises(SystemExit, match="was begun with another vae"):
+            sample.main([flag, str(run.folder)])
+    with pytest.raises(SystemExit, match="the vae of the bundle has changed"):
+        command(run.folder, "--sections", 3, schedule=F1)
+
+
 def test_a_finished_job_needs_its_image_no_more(tmp_path, capsys) -> None:
     image, jobs = tmp_path / "image.png", tmp_path / "jobs.jsonl"
     shutil.copy(PHOTO, image)

@@ -130,6 +130,8 @@ def test_tiny_bundle_is_that_of_its_config() -> None:
         (["--threshold", "0.2"], "threshold = 0.2"),
         (["--extend", "nowhere.mp4"], "exclude each other"),
         (["--guidance", "nan"], "guidance = nan"),
+        (["--attention", "cudnn"], "'cudnn' runs on gpu, this is a cpu"),
+        (["--attention", "splash"], "'splash' runs on tpu, this is a cpu"),
         (["--schedule", "f1k1_g9+E"], "+E"),
         (["--schedule", "td_f16k4f2k2f1k1_g9_x_f1k1"], "endpoint"),
         (["--schedule", "f1k1_x_f16k8f2k2f1k1_g2"], "k8"),

@@ -52,6 +52,8 @@ from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.pipeline import FramePack
 from framepack_jax.request import Request, lay_out
 
+# The backends that attention kernels are made for; the others run on any.
+KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Exit codes of programs that a signal ended.
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -144,6 +146,12 @@ def run(flags: Sample) -> list[Path]:
         raise ValueError("--resume and --decode exclude each other; --resume decodes as well")
     if flags.dry_run is not None:
         return _dry_run(flags)
+    platform = KERNEL_PLATFORMS.get(flags.attention, jax.default_backend())
+    if platform != jax.default_backend():
+        raise ValueError(
+            f"attention kernel {flags.attention!r} runs on {platform}, this is a"
+            f" {jax.default_backend()}; take auto or xla"
+        )
     if flags.resume is not None:
         return _go_on(flags.resume, flags)
     if flags.decode is not None:
@@ -258,8 +266,6 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
         flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only", "attention", "mesh"
     )
     run = Run.open(folder)
-    if run.record["status"] == "beginning":
-        raise ValueError(f"{folder} was stopped before it had anything; give its flags again")
     if run.record["status"] == "finished" and (folder / "video.mp4").exists():
         print(f"{folder} is finished already: {folder / 'video.mp4'}")
         return [folder]
@@ -277,8 +283,6 @@ def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     began = time.monotonic()
     _check_alone(flags, "--decode", "vae_tile", "bundle", "attention", "mesh")
     run = Run.open(folder)
-    if run.record["status"] == "beginning":
-        raise ValueError(f"{folder} was stopped before it had anything; give its flags again")
     pipe, task = _saved(run, flags, roles=("vae",))
     pipe = pipe.with_weights(run.record["bundle"], roles=("vae",))
     done = decode_again(pipe, task)
@@ -307,9 +311,11 @@ def _check_alone(flags: Sample, what: str, *counting: str) -> None:
 
 
 def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tuple[FramePack, Task]:
-    """Pipeline and task of a run folder, as its record says. Raises ValueError where the bundle,
-    which may have moved, holds other weights for these roles now."""
+    """Pipeline and task of a run folder, as its record says. Raises ValueError where it has nothing
+    yet, and where the bundle, which may have moved, holds other weights for these roles now."""
     record = run.record
+    if record["status"] == "beginning":
+        raise ValueError(f"{run.folder} was stopped before it had anything; give its flags again")
     if flags.bundle is not None:
         record["bundle"] = absolute(path_of(flags.bundle))
     elif record["flags"]["bundle"] in EMBEDDED:

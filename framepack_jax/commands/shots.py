@@ -57,7 +57,7 @@ class Shot:
     step_cache: Literal["none", "tea", "first-block"] = "none"
     """Leave the network's blocks out at steps where little changes: faster, less exact."""
     threshold: float | None = None
-    """Change at which --step-cache lets the blocks run; default: 0.15 for tea."""
+    """Change at which --step-cache lets the blocks run; default: 0.15 (tea), 0.05 (first-block)."""
     height: int | None = None
     """Height in pixels, any even number; default: the 480p bucket nearest to the image's shape."""
     width: int | None = None
