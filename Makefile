@@ -1,11 +1,12 @@
 # make demo       a video from the example image with the tiny bundle, no downloads but packages
 # make test       the test suite
 # make test-all   the test suite with what is marked large
+# make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/scale.md
 # make lint       style
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all dry-runs lint clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle tiny --image examples/astronaut.jpg \
@@ -17,6 +18,9 @@ test: .venv/installed-test
 
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10 -m ""
+
+dry-runs: .venv/installed-test
+	$(BIN)/python scripts/dry_runs.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Where arrays lie on many devices: meshes, tables of rules for parameters, constraints.
 
-A mesh has four axes, the one that talks most last:
+A mesh has four axes:
 
     data      independent videos
     fsdp      also divides the batch; each weight is kept in pieces and gathered where it is used
@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,8 @@ AXES = ("data", "fsdp", "context", "tensor")
 # divides the tokens as well.
 BATCH = ("data", "fsdp")
 TOKENS = ("context", "fsdp")
+# Gathering weights moves more bytes than exchanging tokens for heads: `fsdp` stays within a node.
+NEAREST_LAST = ("data", "context", "fsdp", "tensor")
 REST = -1
 
 # What divides one dimension: nothing, a mesh axis, or several, the first cutting coarsest.
@@ -53,6 +55,35 @@ def parse_mesh(text: str) -> dict[str, int]:
             )
         sizes[name] = int(size)
     return sizes
+
+
+def default_sizes(count: int, heads: int) -> dict[str, int]:
+    """Sizes for `make_mesh` that divide ONE video over `count` devices best.
+
+    `fsdp`, the powers of two that count and heads share, divides weights, and attention by heads;
+    what is left of the devices is `context`, which then divides queries. Where `context` would not
+    divide the heads, it takes the part that does and `fsdp` the rest. `fsdp` is a power of two in
+    any case: a width divides by no other number in every network of a bundle (3072 by 3, but 4096
+    not).
+
+    Raises ValueError where count or heads is below 1, and where there are no such sizes.
+    """
+    if count < 1 or heads < 1:
+        raise ValueError(f"{count} devices and {heads} heads: expected at least one of each")
+    if heads % _odd(count):
+        fits = ", ".join(str(n) for n in range(1, 2 * count) if heads % _odd(n) == 0)
+        raise ValueError(
+            f"{count} devices do not divide one video for a network of {heads} heads: counts that"
+            f" do are {fits}; use as many devices, or several videos at once on a mesh with data"
+        )
+    fsdp = math.gcd(count, heads // _odd(heads))
+    context = math.gcd(count // fsdp, heads)
+    return {"fsdp": count // context, "context": context}
+
+
+def _odd(n: int) -> int:
+    """The largest odd divisor."""
+    return n // (n & -n)
 
 
 def make_mesh(
@@ -87,8 +118,9 @@ def make_mesh(
         )
     # Some machines have no link pattern for a shape unless a physical axis serves two of the mesh.
     grid = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
+        tuple(sizes[name] for name in NEAREST_LAST), devices, allow_split_physical_axes=True
     )
+    grid = grid.transpose([NEAREST_LAST.index(name) for name in AXES])
     # Auto: the compiler completes what constraints leave open (meshes are Explicit by default).
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -154,11 +186,12 @@ def device_bytes(params: Any, shardings: Any) -> int:
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     """Ask the compiler to divide x over these mesh axes, one entry for each of its dimensions.
 
-    Of several axes for one dimension, the last are left out where it is too short for all (a batch
-    of one is whole on every device), and an axis named for several dimensions goes to the first
-    that takes it. What is left may still not divide the dimension: the compiler pads. Without a
-    mesh (`jax.set_mesh`) and outside of `jax.jit` this does nothing. Raises ValueError, mesh or
-    not, for an unknown axis and where there are more or fewer entries than dimensions.
+    A batch, which is what the entry `BATCH` is for, goes to those axes that divide it exactly
+    (`dividing`). Of several axes for another dimension, the last are left out where it is too short
+    for all; those that remain may not divide it: the compiler pads. An axis named for several
+    dimensions goes to the first that takes it. Without a mesh (`jax.set_mesh`) and outside of
+    `jax.jit` this does nothing. Raises ValueError, mesh or not, for an unknown axis and where there
+    are more or fewer entries than dimensions.
     """
     _check_known("constrain", axes)
     if len(axes) != x.ndim:
@@ -170,12 +203,25 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
 
 
+def dividing(names: Iterable[str], length: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Those of the mesh axes, taken in order, that together divide the length; of axes that `sizes`
+    does not name, none."""
+    taken: tuple[str, ...] = ()
+    for name in names:
+        if name in sizes and length % math.prod(sizes[a] for a in (*taken, name)) == 0:
+            taken = (*taken, name)
+    return taken
+
+
 def _fitting(axes: Iterable[Axis], shape: tuple[int, ...], mesh: AbstractMesh) -> PartitionSpec:
-    """For each dimension the axes that are not taken yet, as many as leave no device empty."""
+    """For each dimension the axes that are not taken yet: of a batch those that divide it, as
+    attention needs them; else as many as leave no device empty."""
     taken: list[str] = []
     spec: list[Axis] = []
     for axis, length in zip(axes, shape, strict=True):
         names = [name for name in _names([axis]) if name not in taken]
+        if axis == BATCH:
+            names = list(dividing(names, length, mesh.shape))
         while math.prod(mesh.shape[name] for name in names) > length:
             names.pop()
         taken += names

@@ -25,14 +25,16 @@ GPUS_PER_NODE = 8
 class Chip:
     """One accelerator: bytes of memory that a program can have, and vendor figures of dense
     bfloat16 FLOP/s, bytes/s of memory, and bytes/s of the links to other chips, all in all and in
-    one direction. `target` are the fields of XLA's GPU target config; `dims` the axes of a TPU's
-    topology."""
+    one direction; `network` is a GPU's share of what joins its node to others, None where no vendor
+    builds such nodes. `target` are the fields of XLA's GPU target config; `dims` the axes of a
+    TPU's topology."""
 
     name: str
     memory: float
     flops: float
     bandwidth: float
     links: float
+    network: float | None = None
     dims: int = 0
     cores: int = 1
     target: tuple[tuple[str, Any], ...] = ()
@@ -48,8 +50,9 @@ class Chip:
 
 
 def _gpu(
-    name: str, memory: float, tflops: float, links: float, capability: tuple[int, int],
-    cores: int, fpus: int, shared: int, bandwidth: float, l2: int, clock: float, device_memory: int,
+    name: str, memory: float, tflops: float, links: float, network: float | None,
+    capability: tuple[int, int], cores: int, fpus: int, shared: int, bandwidth: float, l2: int,
+    clock: float, device_memory: int,
 ) -> Chip:  # fmt: skip
     target = {
         "core_count": cores, "fpus_per_core": fpus, "shared_memory_per_core": shared,
@@ -57,7 +60,9 @@ def _gpu(
         "l2_cache_size": l2, "clock_rate_ghz": clock, "device_memory_size": device_memory,
         "capability": capability,
     }  # fmt: skip
-    return Chip(name, memory, tflops * 1e12, bandwidth, links, target=tuple(target.items()))
+    return Chip(
+        name, memory, tflops * 1e12, bandwidth, links, network, target=tuple(target.items())
+    )
 
 
 CHIPS = {
@@ -67,26 +72,32 @@ CHIPS = {
         Chip("v5e", 16e9, 197e12, 819e9, 200e9, dims=2),
         Chip("v5p", 95e9, 459e12, 2765e9, 600e9, dims=3, cores=2),
         Chip("v6e", 32e9, 918e12, 1640e9, 448e9, dims=2),
-        # Links of GPUs: NVLink in one direction, PCIe 4.0 or 5.0 x16 where there is none.
-        _gpu("a100-80g", 84e9, 312, 300e9, (8, 0), 108, 64, 167936, 2.03904e12, 41943040, 1.41,
-             85100068864),
-        _gpu("h100", 84e9, 989, 450e9, (9, 0), 132, 128, 233472, 3.35232e12, 52428800, 1.98,
+        # Links of GPUs: NVLink in one direction, PCIe 4.0 or 5.0 x16 where there is none. Network:
+        # of NVIDIA's DGX nodes, a ConnectX port of 200 (A100) or 400 Gb/s InfiniBand for each GPU.
+        _gpu("a100-80g", 84e9, 312, 300e9, 25e9, (8, 0), 108, 64, 167936, 2.03904e12, 41943040,
+             1.41, 85100068864),
+        _gpu("h100", 84e9, 989, 450e9, 50e9, (9, 0), 132, 128, 233472, 3.35232e12, 52428800, 1.98,
              84942979072),
-        _gpu("h200", 150.1e9, 989, 450e9, (9, 0), 132, 128, 233472, 4.8e12, 52428800, 1.98,
+        _gpu("h200", 150.1e9, 989, 450e9, 50e9, (9, 0), 132, 128, 233472, 4.8e12, 52428800, 1.98,
              151397597184),
-        _gpu("b200", 190e9, 2250, 900e9, (10, 0), 148, 128, 233472, 7.67232e12, 132644864, 1.965,
-             191514411008),
-        _gpu("rtx3060", 12.6e9, 51, 32e9, (8, 6), 28, 128, 102400, 3.6e11, 2359296, 1.78,
+        _gpu("b200", 190e9, 2250, 900e9, 50e9, (10, 0), 148, 128, 233472, 7.67232e12, 132644864,
+             1.965, 191514411008),
+        _gpu("rtx3060", 12.6e9, 51, 32e9, None, (8, 6), 28, 128, 102400, 3.6e11, 2359296, 1.78,
              12884901888),
-        _gpu("rtx3090", 25.3e9, 71, 32e9, (8, 6), 82, 128, 102400, 9.36e11, 6291456, 1.70,
+        _gpu("rtx3090", 25.3e9, 71, 32e9, None, (8, 6), 82, 128, 102400, 9.36e11, 6291456, 1.70,
              25769803776),
-        _gpu("rtx4090", 25.3e9, 165, 32e9, (8, 9), 128, 128, 102400, 1.008e12, 75497472, 2.52,
-             25769803776),
-        _gpu("rtx5090", 33.7e9, 210, 64e9, (12, 0), 170, 128, 102400, 1.792e12, 100663296, 2.41,
-             34359738368),
+        _gpu("rtx4090", 25.3e9, 165, 32e9, None, (8, 9), 128, 128, 102400, 1.008e12, 75497472,
+             2.52, 25769803776),
+        _gpu("rtx5090", 33.7e9, 210, 64e9, None, (12, 0), 170, 128, 102400, 1.792e12, 100663296,
+             2.41, 34359738368),
     )
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "a100": "a100-80g"}
+# A side of a TPU slice closes to a ring: on v5e and v6e when it is that of a whole pod, on v5p when
+# the slice is made of whole cubes.
+RING_2D, CUBE_3D = 16, 4
+# Of TPUs in a slice, as 2x2 or 2x2x1; a chip alone is on a host of its own.
+CHIPS_PER_HOST = 4
 # Cloud names give a number alone; these are the shapes they have.
 SHAPES_2D = {
     1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)
@@ -103,6 +114,22 @@ class Machine:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def links(self) -> float:
+        """Bytes/s, in one direction, by which a chip reaches others of its node or TPU slice.
+
+        Of a TPU, those links that a chip in a corner has: a side of a slice is a line, and only of
+        a large one a ring (https://jax-ml.github.io/scaling-book/tpus).
+        """
+        if not self.chip.dims:
+            return self.chip.links
+        if self.chip.dims == 2:
+            rings = [side == RING_2D for side in self.shape]
+        else:
+            rings = [all(side % CUBE_3D == 0 for side in self.shape)] * 3
+        used = sum((1 + ring) * (side > 1) for side, ring in zip(self.shape, rings, strict=True))
+        return self.chip.links * used / (2 * self.chip.dims)
 
     def __str__(self) -> str:
         if self.chip.platform == "cuda":
@@ -145,7 +172,8 @@ def _nodes(text: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _cloud_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
-    """The topology of a cloud name: nearest to a cube, each side a divisor of the next."""
+    """The topology of a cloud name: nearest to a cube, each side a divisor of the next; a single
+    host lies flat, 2x2x1."""
     chips = number // chip.cores
     if number % chip.cores or chips.bit_count() != 1:
         unit = "cores" if chip.cores > 1 else "chips"
@@ -154,8 +182,26 @@ def _cloud_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
         if chips not in SHAPES_2D:
             raise ValueError(f"machine {text!r}: known are {', '.join(map(str, SHAPES_2D))} chips")
         return SHAPES_2D[chips]
+    if 1 < chips < CHIPS_PER_HOST:
+        raise ValueError(
+            f"machine {text!r}: {chips} chips are no slice of {chip.name}, whose hosts have"
+            f" {CHIPS_PER_HOST} (2x2x1); take {chip.name}-{CHIPS_PER_HOST * chip.cores}"
+        )
+    if chips == CHIPS_PER_HOST:
+        return 2, 2, 1
     power = chips.bit_length() - 1
     return tuple(sorted(2 ** ((power + i) // 3) for i in range(3)))
+
+
+def quiet_libtpu() -> None:
+    """Spare a host without a TPU what libtpu says of it, on standard error, wherever JAX loads it.
+
+    It complains that it cannot tell which TPU this is, and names the variables to set; that is done
+    where JAX, on import, found none.
+    """
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def compile_devices(machine: Machine) -> list[jax.Device]:
@@ -183,11 +229,16 @@ def compile_devices(machine: Machine) -> list[jax.Device]:
         if chip.platform == "tpu":
             # Without this it asks the metadata server of a cloud machine, for minutes.
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+            quiet_libtpu()
             # Compiling needs no chip to itself; several may do so on one host.
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-            shape = "x".join(map(str, machine.shape))
-            name = f"{chip.name}:{shape}"
-            return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
+            # Hosts are full ones, unless told otherwise.
+            host = {"chips_per_host_bounds": [1, 1, 1]} if machine.count == 1 else {}
+            return list(
+                topologies.get_topology_desc(
+                    topology_name=str(machine), platform="tpu", **host
+                ).devices
+            )
         shape = "x".join(map(str, (1, *machine.shape)))
         return list(
             topologies.get_topology_desc(

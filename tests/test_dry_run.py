@@ -1,5 +1,8 @@
-"""What a dry run says of a program, on devices of this CPU in place of another machine's."""
+"""What a dry run says of a program: of other machines' by their compilers, and on devices of this
+CPU in place of another machine's."""
 
+import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -8,15 +11,19 @@ from pathlib import Path
 import jax
 import pytest
 
-from framepack_jax import topology
-from framepack_jax.commands import dry_run, sample
+from framepack_jax import sharding, topology
+from framepack_jax.commands import dry_run, hlo, sample
+from framepack_jax.commands.records import path_of
+from framepack_jax.commands.shots import open_pipe
+from framepack_jax.pipeline import Settings
+from framepack_jax.request import Request, lay_out
 
 ROOT = Path(__file__).parent.parent
 # A loop of five rounds that gathers 8 x 4 float32 in each, and one sum outside of it.
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from framepack_jax.commands.dry_run import collectives
+from framepack_jax.commands.hlo import collectives
 
 mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 rows, whole = NamedSharding(mesh, P(None, "x")), NamedSharding(mesh, P())
@@ -31,7 +38,8 @@ def run(x, weights):
 x = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=whole)
 w = jax.ShapeDtypeStruct((5, 8, 8), jnp.float32, sharding=NamedSharding(mesh, P(None, "x")))
 text = jax.jit(run, out_shardings=whole).lower(x, w).compile().as_text()
-print(collectives(text))
+for nodes in ((), [0, 0, 0, 0, 1, 1, 1, 1]):
+    print(*(f"{kind} {tuple(traffic)}" for kind, traffic in collectives(text, nodes).items()))
 """
 
 
@@ -40,12 +48,91 @@ def this_cpu(monkeypatch):
     monkeypatch.setattr(topology, "compile_devices", lambda machine: jax.devices()[: machine.count])
 
 
+@pytest.fixture
+def reports(monkeypatch) -> list[dry_run.Report]:
+    """What dry runs of `sample` report, in order."""
+    made = []
+    real = sample.dry_run
+    monkeypatch.setattr(sample, "dry_run", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    return made
+
+
 def test_collectives_of_a_loop_count_as_often_as_it_runs() -> None:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str({"all-gather": (5, 5 * 8 * 8 * 4)})
+    # Of 8 rows of 8 float32, each device has one already; of the seven others four are far away.
+    got = 5 * 7 * 8 * 4
+    assert done.stdout.splitlines() == [
+        f"all-gather {(5, got, 0)}",
+        f"all-gather {(5, got, got * 4 // 7)}",
+    ]
+
+
+def hlo_of(*lines: str) -> str:
+    return "\n".join(["HloModule step, num_partitions=8", "", "ENTRY %main (x: f32[4]) -> f32[4] {"]
+                     + [f"  {line}" for line in lines] + ["}"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        # Two groups of four, each on a node.
+        ("all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}", (1, 12, 0)),
+        ("all-gather(%x), replica_groups=[2,4]<=[8]", (1, 12, 0)),
+        ("all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}", (1, 12, 0)),
+        # Four pairs with a member on each.
+        ("all-to-all(%x), replica_groups=[4,2]<=[2,4]T(1,0)", (1, 8, 8)),
+        ("all-to-all(%x), replica_groups=mesh['a'=2,'b'=4] {'a'}", (1, 8, 8)),
+        ("all-to-all(%x), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+         (1, 8, 8)),
+        # All eight, four of the seven others on the other node.
+        ("all-reduce(%x), replica_groups={}", (1, 28, 16)),
+        ("reduce-scatter(%x), replica_groups=[1,8]<=[8]", (1, 112, 64)),
+        ("collective-permute(%x), source_target_pairs={{0,1},{1,0}}", (1, 16, 0)),
+        ("collective-permute(%x), source_target_pairs={{0,1},{3,4}}", (1, 16, 16)),
+    ],
+)  # fmt: skip
+def test_bytes_by_group_and_node(line: str, expected: tuple[int, int, int]) -> None:
+    kind = line.partition("(")[0]
+    text = hlo_of(f"%r = f32[4]{{0}} {line}, channel_id=1")
+    assert hlo.collectives(text, [0] * 4 + [1] * 4) == {kind: expected}
+
+
+@pytest.mark.parametrize(
+    ("result", "line", "received"),
+    [
+        ("f32[4]", "all-reduce-start(%x), replica_groups=[1,8]<=[8]", 28),
+        ("(f32[4], s64[2])", "all-reduce-start(%x, %y), replica_groups=[1,8]<=[8]", 56),
+        ("(f32[4], f32[32])", "all-gather-start(%x), replica_groups=[1,8]<=[8]", 112),
+        ("((bf16[4], u16[8]), (bf16[32], u16[64]))",
+         "all-gather-start(%x, %y), replica_groups=[1,8]<=[8]", 168),
+        ("((f64[32]), f64[4], u32[])", "reduce-scatter-start(%x), replica_groups=[1,8]<=[8]", 224),
+        ("(f8e4m3fn[4], f8e4m3fn[4], u32[], u32[])",
+         "collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}", 4),
+        ("s4[5]", "collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 3),
+        ("pred[5]", "collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 5),
+    ],
+)  # fmt: skip
+def test_bytes_by_type_and_by_what_a_start_holds(result: str, line: str, received: int) -> None:
+    (traffic,) = hlo.collectives(hlo_of(f"%r = {result} {line}, channel_id=1")).values()
+    assert traffic == (1, received, 0)
+
+
+def test_a_type_of_unknown_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="array of type 'q16'"):
+        hlo.collectives(hlo_of("%r = q16[4]{0} all-reduce(%x), replica_groups={}"))
+
+
+def test_attributes_with_lines_of_their_own_end_no_computation() -> None:
+    text = hlo_of(
+        '%splash.1 = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={\n"xprof":"{}"\n}}, metadata={}',
+        "%g = f32[8]{0} all-gather(%splash.1), channel_id=1, replica_groups=[4,2]<=[8]",
+    )
+    assert hlo.collectives(text) == {"all-gather": (1, 16, 0)}
+    assert hlo.kernels(text) == {"splash": 1}
 
 
 FLAGS = ("--bundle", "tiny", "--height", "64", "--width", "80")
@@ -57,6 +144,165 @@ def test_the_real_step_is_compiled(this_cpu, capsys, more) -> None:
     printed = capsys.readouterr().out
     assert "331,168" in printed and ": fits" in printed
     assert "64 x 80 pixels" in printed and "counted from the config" in printed
+
+
+PROGRAM_OF_STEP = dry_run.Program(
+    "step", "fewer pixels", weights=40, arguments=45, temporaries=20, outputs=5,
+    collectives={"all-gather": hlo.Traffic(3, 900 * 10**9, 0)}, kernels={}, compile_seconds=1.0,
+)  # fmt: skip
+DECODING = dataclasses.replace(
+    PROGRAM_OF_STEP, name="decoding", relief="--vae-tile 256", weights=10, arguments=12, held=30
+)
+
+
+def report(machine: str = "h100:16", **fields) -> dry_run.Report:
+    made = dry_run.Report(
+        machine=topology.parse(machine),
+        mesh={"fsdp": 8, "context": 2},
+        networks={
+            "transformer": dry_run.Weights(80, 40),
+            "vae": dry_run.Weights(5, 10),
+            "text_encoder": dry_run.Weights(7, 14),
+        },
+        programs=(PROGRAM_OF_STEP,),
+        flops=2 * 16 * 989 * 10**12,
+        steps=25,
+        frames=36,
+    )
+    return dataclasses.replace(made, **fields)
+
+
+def test_all_weights_count_beside_the_largest_program() -> None:
+    assert report().resident == 64
+    assert report().total == 70 + 64 - 40
+    both = report(programs=(PROGRAM_OF_STEP, DECODING))
+    assert both.total == 12 + 20 + 5 + 30 + 64 - 10
+    assert both.largest is DECODING
+
+
+def test_the_verdict_says_what_helps(monkeypatch) -> None:
+    both = report(programs=(PROGRAM_OF_STEP, DECODING))
+    assert both.fits and str(both).count(": fits\n") == 1
+    assert "fits; decoding was not compiled" in str(report())
+    for capacity, advice in ((120, "--vae-tile 256"), (50, "divide them over more chips")):
+        chip = dataclasses.replace(both.machine.chip, memory=capacity)
+        small = dataclasses.replace(both, machine=dataclasses.replace(both.machine, chip=chip))
+        assert not small.fits
+        assert f"does not fit, 0.0 GB too much; {advice}" in str(small).replace(
+            "the weights alone are more; ", ""
+        )
+
+
+def of_memory(total: float, resident: float, machine: str, **mesh: int) -> str:
+    """The verdict on a step that needs this much of a chip's memory, as do its weights."""
+    memory = topology.parse(machine).chip.memory
+    weights = int(resident * memory)
+    step = dataclasses.replace(
+        PROGRAM_OF_STEP, weights=weights, arguments=int(total * memory), temporaries=0, outputs=0,
+        collectives={},
+    )  # fmt: skip
+    networks = {"transformer": dry_run.Weights(weights, weights)}
+    return str(report(machine, mesh=mesh, networks=networks, programs=(step, DECODING)))
+
+
+@pytest.mark.parametrize(
+    ("machine", "mesh", "advice"),
+    [
+        ("rtx4090:1", {}, "a machine of more chips, as rtx4090:4"),
+        ("rtx4090:2", {"fsdp": 2}, "a machine of more chips, as rtx4090:4"),
+        ("h100:8", {"fsdp": 8}, "a machine of more chips, as h100:16"),
+        ("v5p-2", {}, "a machine of more chips, as v5p:2x2x1"),
+        ("v5e:4x4", {"fsdp": 8, "context": 2}, "more chips: --mesh fsdp=16"),
+        ("rtx4090:6", {"context": 6}, "more chips: --mesh fsdp=2,context=3"),
+    ],
+)
+def test_advice_for_too_many_weights_can_be_followed(machine, mesh, advice) -> None:
+    verdict = of_memory(1.6, 1.5, machine, **mesh)
+    assert f"the weights alone are more; divide them over {advice}\n" in verdict
+
+
+def test_what_jax_would_not_take_of_a_gpu_is_said() -> None:
+    share = " with XLA_PYTHON_CLIENT_MEM_FRACTION={} set, for JAX takes 75% of a GPU by default\n"
+    assert ": fits" + share.format("0.95") in of_memory(0.8, 0.5, "h100:1")
+    assert ": fits" + share.format("0.98") in of_memory(0.974, 0.5, "h100:1")
+    assert ": fits\n" in of_memory(0.74, 0.5, "h100:1")
+    assert ": fits\n" in of_memory(0.97, 0.5, "v5e-1")
+
+
+@pytest.mark.parametrize(("batch", "more"), [(1, 8), (12, 16)])
+def test_chips_that_would_repeat_work_are_refused(monkeypatch, batch: int, more: int) -> None:
+    monkeypatch.setattr(topology, "compile_devices", lambda machine: jax.devices()[:1] * 8)
+    path = path_of("tiny")
+    pipe = open_pipe(path, "float32", None, None)
+    layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
+    run = pipe, path, layout, Settings(), topology.parse("h200:8"), {"data": -1}, batch
+    with pytest.raises(ValueError, match=rf"batch = {batch} on data=8: .* give --batch {more}, "):
+        dry_run.dry_run(*run)
+
+
+def test_bytes_from_other_nodes_go_at_the_rate_of_the_network() -> None:
+    assert report().floor_seconds == 2
+    assert report().step_seconds == 2 + 900 / 450
+    far = {"all-gather": hlo.Traffic(3, 900 * 10**9, 100 * 10**9)}
+    programs = (dataclasses.replace(PROGRAM_OF_STEP, collectives=far),)
+    assert report(programs=programs).link_seconds == 800 / 450 + 100 / 50
+    assert "100.000 of it from other nodes" in str(report(programs=programs))
+    cards = report("rtx4090:16", programs=programs)
+    assert cards.step_seconds is None and "not modelled" in str(cards)
+
+
+UNROLLED = """
+%condition (p: (f32[8], u32[])) -> pred[] {
+  %limit = u32[] constant(8)
+  %p = (f32[8], u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %p = (f32[8], u32[]) parameter(0)
+  %two = u32[] constant(2)
+  %i = u32[] get-tuple-element(%p), index=1
+  %x = f32[8] get-tuple-element(%p), index=0
+  %y = f32[8] collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %more = u32[] add(%i, %two)
+  %next = u32[] copy(%more)
+  ROOT %t = (f32[8], /*index=1*/u32[]) tuple(%y, /*index=1*/%next)
+}
+
+ENTRY %main (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %p = (f32[8], u32[]) parameter(0)
+  ROOT %loop = (f32[8], u32[]) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_that_was_unrolled_runs_less_often() -> None:
+    found = hlo.collectives(UNROLLED)
+    assert found == {"collective-permute": hlo.Traffic(4, 4 * 8 * 4)}
+    by_one = UNROLLED.replace("constant(2)", "constant(1)")
+    assert hlo.collectives(by_one)["collective-permute"].count == 8
+
+
+def test_decoding_is_compiled_for_the_largest_tile() -> None:
+    """Of a clip of 10 latents the decoder takes 5 at once, and squares where tiles are given."""
+    path = path_of("tiny")
+    temporaries = []
+    for tile in (None, 32):
+        pipe = open_pipe(path, "float32", None, tile)
+        layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        weights = dry_run._abstract(*pipe.vae[:2], "float32", mesh)
+        decoding = dry_run._decode(pipe, weights, layout, 1, mesh)
+        side = tile or 64
+        assert decoding.outputs == 17 * side**2 * 3 * 4
+        assert decoding.held == 2 * 37 * 64**2 * 3 * 4
+        # All that is read are the decoder's weights, and the latents.
+        read = sum(leaf.size * 4 for leaf in jax.tree.leaves(weights["decoder"]))
+        assert decoding.weights == read
+        assert decoding.arguments == read + 4 * math.prod((5, side // 8, side // 8, 16))
+        temporaries.append(decoding.temporaries)
+    assert temporaries[1] < temporaries[0] / 3
 
 
 def test_what_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> None:
@@ -71,10 +317,50 @@ def test_what_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> No
     ("more", "named"),
     [
         (("--dry-run", "h300:1"), "machine 'h300:1' is unknown"),
-        (("--dry-run", "h200:1", "--mesh", "fsdp=2"), "2"),
-        (("--dry-run", "h200:1", "--mesh", "fspd=1"), "fspd"),
+        (("--dry-run", "h200:1", "--mesh", "fsdp=2"), "multiply to 2, but there are 1 devices"),
+        (("--dry-run", "h200:1", "--mesh", "fspd=1"), "'fspd=1' is not AXIS=SIZE"),
     ],
 )
 def test_errors_name_what_is_wrong(this_cpu, more, named) -> None:
     with pytest.raises(SystemExit, match=f"error: .*{named}"):
         sample.main([*FLAGS, *more])
+
+
+def test_the_tpu_compiler_takes_a_tiny_step(reports, capsys) -> None:
+    sample.main([*FLAGS, "--dtype", "bfloat16", "--dry-run", "v5e:2x2"])
+    (made,) = reports
+    assert made.networks["transformer"].parameters == 331_168
+    assert made.step.collectives["all-gather"].bytes > 0 and made.fits
+    assert "v5e:2x2: 4 chips of 16.0 GB" in capsys.readouterr().out
+
+
+def test_the_tpu_compiler_takes_the_released_model(reports, capsys) -> None:
+    """13B on 16 chips: what is counted here again is counted by hand."""
+    sample.main(
+        ["--bundle", "framepack_i2v", "--height", "608", "--width", "640", "--dry-run", "v5e:4x4"]
+    )
+    (made,) = reports
+    step, fsdp = made.step, made.mesh["fsdp"]
+    parameters = {name: network.parameters for name, network in made.networks.items()}
+    assert parameters["transformer"] == 12_874_314_816
+    assert parameters["vae"] == 246_478_803
+    assert parameters["text_encoder"] == 7_068_958_720
+
+    # The compiler's own figure: weights in pieces, some small ones whole, and little else.
+    pieces = 2 * 12_874_314_816 / fsdp
+    assert pieces < step.arguments < 1.05 * pieces
+    rest = 2 * (7_068_958_720 + 123_060_480 + 412_987_248) / fsdp + 4 * 246_478_803
+    assert made.resident - made.networks["transformer"].bytes == pytest.approx(rest, rel=0.01)
+    assert made.total >= step.arguments + rest and made.fits
+
+    # 60 blocks, each token by four d x d and two d x 4d products, and all tokens by each other.
+    tokens, width = 17500 + 729 + 256, 3072
+    blocks = 60 * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
+    assert made.flops == pytest.approx(blocks, rel=0.005)
+
+    assert {name.partition("_")[0] for name in step.kernels} == {"splash"}
+    assert sum(step.kernels.values()) == 60
+    # Weights of 40 single and of both halves of 20 double blocks are gathered, but for modulations.
+    gathered = 2 * (40 + 2 * 20) * 12 * width**2 * (fsdp - 1) / fsdp
+    assert gathered <= step.collectives["all-gather"].bytes < 1.5 * gathered
+    assert "modelled" in capsys.readouterr().out

@@ -26,6 +26,7 @@ import sys
 import jax
 from framepack_jax import bundle
 from framepack_jax.commands import sample
+from framepack_jax.diffusion import sampler
 
 load, shares = bundle.load_params, []
 
@@ -39,6 +40,7 @@ def watch(root, manifest, name, **options):
 
 bundle.load_params = watch
 sample.main(sys.argv[1:])
+print("programs", sampler.step._cache_size())
 """
 
 
@@ -59,18 +61,39 @@ def alone(tmp_path_factory) -> Run:
 
 
 @pytest.mark.parametrize(
-    "mesh", ["fsdp=2,context=2,tensor=2", pytest.param("fsdp=8", marks=pytest.mark.large)]
+    "mesh",
+    [
+        "fsdp=4,context=2",
+        pytest.param("fsdp=4,tensor=2", marks=pytest.mark.large),
+        pytest.param("fsdp=8", marks=pytest.mark.large),
+    ],
 )
 def test_many_devices_make_the_same_video(alone, tmp_path, mesh: str) -> None:
     printed = on_devices(8, "--mesh", mesh, "--output", str(tmp_path))
     # Small vectors are whole on every device, the rest is divided.
     share = float(printed.split("share ")[1].split()[0])
-    assert share < (0.4 if "tensor" in mesh else 0.25)
+    assert share < (0.25 if mesh == "fsdp=8" else 0.4)
+    assert "programs 1\n" in printed, "the step was compiled again"
     ours, theirs = Run.open(tmp_path), alone
     assert ours.record["frames"] == theirs.record["frames"]
     for position, z in theirs.latents().items():
         assert relative_error(ours.latents()[position], z) < 1e-4
         assert np.isfinite(z).all()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "named"),
+    [
+        ("context=4,fsdp=2", "context=4 does not divide the 2 attention heads"),
+        ("data=8", "batch = 1 on a mesh with data=8: devices would make the same video"),
+    ],
+)
+def test_meshes_that_do_not_serve_are_refused(mesh: str, named: str) -> None:
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "sample.py", *FLAGS, "--mesh", mesh]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert named in done.stderr.replace("\n", " ")
 
 
 def test_a_mesh_of_another_size_is_refused(tmp_path) -> None:

@@ -5,6 +5,7 @@ to be, and prints the numbers as JSON: the number of devices is settled when JAX
 cannot change it.
 """
 
+import functools
 import json
 import math
 import os
@@ -19,29 +20,32 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from framepack_jax import sharding
+from framepack_jax import bundle, sharding
+from framepack_jax.commands.records import path_of
+from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import kinds, packed_dit, vae
+from framepack_jax.ops import attention
 from framepack_jax.packing import PackedContext
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "sharding.md"
 # Where the part of the document starts that is compared.
-COMPARED = "\n## "
+COMPARED = "\n## Bytes a device"
 GROUPS = {
     "fsdp=8": {"fsdp": 8},
     "tensor=8": {"tensor": 8},
     "fsdp=4, tensor=2": {"fsdp": 4, "tensor": 2},
 }
-MESHES = (
-    "data=2,fsdp=4",
-    "data=2,fsdp=2,tensor=2",
-    "fsdp=4,tensor=2",
-)
-CONTEXT_MESHES = (
-    "fsdp=2,context=2,tensor=2",
-    "data=2,context=4",
-)
+MESHES = ("data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2")
+MORE_MESHES = ("data=2,fsdp=4", "fsdp=4,tensor=2", "data=2,context=4")
+# Of the twelve heads of the network here fsdp takes four parts, so that queries are left to
+# context, as with 24 heads on fsdp=8,context=2.
 ONE_SAMPLE = "fsdp=4,context=2"
+SAMPLER = "data=2,context=2,tensor=2"
+# Of the network's input in `example`: 6 of context and 12 of the target, 3 of an image, 5 of text.
+TOKENS = 26
+# Names of operations that no gradient made.
+FORWARD = r'(?![^"]*transpose\()[^"]*'
 # The compiler's effort goes into speed that a single step does not need.
 XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -57,10 +61,11 @@ def abstract_mesh(**sizes: int) -> AbstractMesh:
     return AbstractMesh(lengths, sharding.AXES, (AxisType.Auto,) * len(lengths))
 
 
-def full_size(kind: str):
+@functools.cache
+def full_size(kind: str, cfg=None):
     """Shapes of all parameters, in bfloat16, and their specs."""
     model = kinds.KINDS[kind]
-    params = jax.eval_shape(lambda: model.init(model.Config(), jax.random.key(0)))
+    params = jax.eval_shape(lambda: model.init(cfg or model.Config(), jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
     return params, sharding.resolve(model.SHARDINGS, params)
 
@@ -96,6 +101,64 @@ def test_a_bad_flag_is_refused_with_the_axes_there_are(text):
 def test_a_mesh_that_is_not_of_the_devices_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(**sizes, devices=jax.devices()[:1] * 8)
+
+
+@pytest.mark.parametrize(
+    ("count", "heads", "fsdp", "context"),
+    [(1, 24, 1, 1), (4, 24, 4, 1), (8, 24, 8, 1), (16, 24, 8, 2), (32, 24, 8, 4),
+     (64, 24, 8, 8), (256, 24, 32, 8), (3, 24, 1, 3), (12, 24, 4, 3), (48, 24, 8, 6),
+     (16, 12, 4, 4), (8, 2, 4, 2), (4, 5, 4, 1)],
+)  # fmt: skip
+def test_devices_are_divided_for_one_video(count, heads, fsdp, context):
+    sizes = sharding.default_sizes(count, heads)
+    assert sizes == {"fsdp": fsdp, "context": context}
+    packed_dit.check_mesh(packed_dit.Config(heads=heads), sizes)
+
+
+def test_every_network_of_the_released_bundle_loads_on_the_mesh_of_its_devices():
+    manifest = bundle.read_manifest(path_of("framepack_i2v"))
+    configs = {role: bundle.role_config(manifest, role)[1] for role in bundle.ROLES}
+    trees = [full_size(manifest.roles[role].kind, cfg) for role, cfg in configs.items()]
+    cfg = configs["transformer"]
+    refused = []
+    for count in range(1, 65):
+        try:
+            sizes = sharding.default_sizes(count, cfg.heads)
+        except ValueError:
+            refused.append(count)
+            continue
+        mesh = abstract_mesh(**sizes)
+        assert mesh.size == count
+        packed_dit.check_mesh(cfg, mesh)
+        for params, specs in trees:
+            sharding.shard(params, specs, mesh)
+    assert set(range(1, 65)) - set(refused) == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}
+
+
+def test_devices_that_divide_no_video_are_refused_with_those_that_do():
+    with pytest.raises(ValueError, match=r"10 devices .* 24 heads: .* 1, 2, 3, 4, 6, 8, 12, 16;"):
+        sharding.default_sizes(10, 24)
+
+
+def test_devices_for_no_video_are_refused():
+    with pytest.raises(ValueError, match="0 devices and 24 heads: expected at least one of each"):
+        sharding.default_sizes(0, 24)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"context": 5}, r"tensor=1 and context=5 .* 24 .*context must be one of 1, 2, 3, 4, 6, 8"),
+        ({"context": 8, "tensor": 2}, r"tensor=2 and context=8 .*context must be one of 1, 2, 3"),
+        ({"tensor": 16}, r"tensor=16 and context=1 .*tensor must be one of 1, 2, 3, 4, 6, 8, 12"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_heads_is_refused(sizes, message):
+    for mesh in (sizes, abstract_mesh(**sizes)):
+        with pytest.raises(ValueError, match=message):
+            packed_dit.check_mesh(packed_dit.Config(), mesh)
+    # What is left after the heads divides queries.
+    packed_dit.check_mesh(packed_dit.Config(), abstract_mesh(fsdp=16, context=2))
 
 
 def test_rules_are_matched_to_whole_paths():
@@ -292,6 +355,25 @@ def test_a_constraint_divides_what_is_long_enough():
     assert constrained(context, (1, 2, 6), *stream) == PartitionSpec("data", "context", None)
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"data": 3, "fsdp": 2}, {"data": 2, "context": 2}])
+def test_a_constraint_divides_a_batch_as_attention_does(sizes):
+    for batch in range(1, 9):
+        found = constrained(sizes, (batch, 12, 6), sharding.BATCH, sharding.TOKENS, None)
+        with jax.sharding.use_abstract_mesh(abstract_mesh(**sizes)):
+            expected = attention.layout(batch, 24).batch
+        assert tuple(name for name in _tuple(found[0]) if name in sizes) == expected, batch
+
+
+def test_rows_are_divided_by_what_divides_no_batch():
+    def rows(batch: int) -> PartitionSpec:
+        axes = (sharding.BATCH, None, vae.ROWS, None, None)
+        return constrained({"data": 4, "fsdp": 2}, (batch, 9, 64, 64, 3), *axes)
+
+    assert rows(1) == PartitionSpec(None, None, ("context", "fsdp", "tensor", "data"), None, None)
+    assert rows(2)[0] == "fsdp" and "data" in rows(2)[2]
+    assert rows(8)[0] == ("data", "fsdp") and "data" not in rows(8)[2]
+
+
 def test_a_constraint_does_nothing_without_a_mesh():
     x = jnp.ones((2, 4))
     assert sharding.constrain(x, "data", "tensor") is x
@@ -332,9 +414,9 @@ def test_eight_devices_compute_what_one_does(measured, mesh):
 
 
 @pytest.mark.large
-def test_tokens_over_devices_compute_what_one_does():
-    found = measure(CONTEXT_MESHES)
-    for mesh in CONTEXT_MESHES:
+def test_eight_devices_divided_in_other_ways():
+    found = measure(MORE_MESHES)
+    for mesh in MORE_MESHES:
         check(found, mesh)
 
 
@@ -353,22 +435,32 @@ def check(measured: dict[str, dict], mesh: str) -> None:
 
 
 def test_one_sample_is_divided_by_tokens(measured):
-    """Over `context`, and over `fsdp`, for which there is no batch to divide."""
+    """Over `context`, and over `fsdp`, for which there is no batch to divide. The axes divide
+    neither the 18 image tokens, nor the 5 of the prompt, nor all 26: they are padded."""
     found = measured[ONE_SAMPLE]
     assert found["velocity"] < 5e-6
+    assert found["gradient"] < 3e-5
     # Weights are gathered, tokens exchanged for heads; products of parts are never summed.
     assert found["in_single_blocks"] == ["all-gather", "all-to-all"]
+    # Of twelve heads and all queries a device has three and half, and all keys: attention is eight
+    # times less work than on one device.
+    assert found["scores"] == 3 * (TOKENS // 2) * TOKENS
+
+
+def test_the_sampler_on_a_mesh_makes_what_one_device_makes(measured):
+    assert measured["sampler"] < 1e-5
 
 
 def test_a_picture_is_divided_by_rows(measured):
     assert measured["vae"]["video"] < 5e-6
-    assert measured["vae"]["temporaries"] < 0.5, "of those of one device, over 8"
+    assert measured["vae"]["temporaries"] < 0.6, "of those of one device, over 8"
+    assert measured["vae"]["rows"] == 256 // 8, "of any convolution on a device"
 
 
 def main(meshes: list[str]) -> None:
     """Print, for each mesh, how far velocity and gradient are from those of one device."""
     cfg = packed_dit.Config(
-        in_channels=4, out_channels=4, heads=8, head_dim=6, double_layers=2, single_layers=2,
+        in_channels=4, out_channels=4, heads=12, head_dim=6, double_layers=2, single_layers=2,
         refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
         rope_axes=(2, 2, 2), context_kernels=("k1",),
     )  # fmt: skip
@@ -381,7 +473,10 @@ def main(meshes: list[str]) -> None:
     gradient = jax.value_and_grad(loss, has_aux=True)
     expected = jax.device_get(jax.jit(gradient)(params, arrays, target))
     found = {name: on_mesh(name, gradient, params, (arrays, target), expected) for name in meshes}
-    found[ONE_SAMPLE] = one_sample(cfg, params, arrays, expected[0][1][:1])
+    first = jax.tree.map(lambda x: x[:1], (arrays, target))
+    expected = jax.device_get(jax.jit(gradient)(params, *first))
+    found[ONE_SAMPLE] = on_mesh(ONE_SAMPLE, gradient, params, first, expected)
+    found["sampler"] = of_sampler(cfg, params, arrays)
     found["vae"] = of_vae()
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps(found))
@@ -390,9 +485,11 @@ def main(meshes: list[str]) -> None:
 def on_mesh(name: str, gradient, params, batch, expected) -> dict:
     """`gradient` of a batch on the mesh of that name, against what one device computes."""
     mesh = sharding.make_mesh(**sharding.parse_mesh(name))
-    shardings = sharding.shard(params, sharding.resolve(packed_dit.SHARDINGS, params), mesh)
-    placed = jax.device_put(params, shardings)
-    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(sharding.BATCH)))
+    placed = on_devices(params, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    several = jax.tree.leaves(batch)[0].shape[0] > 1
+    spec = PartitionSpec(sharding.BATCH) if several else PartitionSpec()
+    batch = jax.device_put(batch, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
         step = jax.jit(gradient, out_shardings=(None, shardings))
         compiled = step.lower(placed, *batch).compile()
@@ -408,30 +505,34 @@ def on_mesh(name: str, gradient, params, batch, expected) -> dict:
         "bytes": sum(p.addressable_shards[0].data.nbytes for p in jax.tree.leaves(placed)),
         "expected_bytes": sharding.device_bytes(params, shardings),
         "collectives": collectives(compiled),
+        "in_single_blocks": collectives(compiled, FORWARD + "SingleBlock"),
+        "scores": largest_product(compiled, TOKENS),
     }
 
 
-def one_sample(cfg, params, arrays, expected) -> dict:
-    """The velocity of the first sample of the batch alone."""
-    mesh = sharding.make_mesh(**sharding.parse_mesh(ONE_SAMPLE))
-    shardings = sharding.shard(params, sharding.resolve(packed_dit.SHARDINGS, params), mesh)
-    first = jax.tree.map(lambda x: x[:1], arrays)
-    placed = (
-        jax.device_put(params, shardings),
-        jax.device_put(first, NamedSharding(mesh, PartitionSpec())),
-    )
+def on_devices(params, mesh):
+    specs = sharding.resolve(packed_dit.SHARDINGS, params)
+    return jax.device_put(params, sharding.shard(params, specs, mesh))
+
+
+def of_sampler(cfg, params, arrays) -> float:
+    """Two steps for two samples, on a mesh that divides samples, tokens and heads."""
+    x, _, context, conditions = jax.tree.map(lambda x: x[:2], arrays)
+    sigmas = flow.sigmas(2, 1.0)
+
+    def denoise(params) -> np.ndarray:
+        table = solver_table("unipc", sigmas)
+        inputs = x, sigmas, table, context, conditions
+        return sampler.denoise(packed_dit, cfg, params, *inputs).latents
+
+    mesh = sharding.make_mesh(**sharding.parse_mesh(SAMPLER))
+    expected = denoise(params)
     with jax.set_mesh(mesh):
-        step = jax.jit(lambda params, arrays: packed_dit.velocity(cfg, params, *arrays))
-        compiled = step.lower(*placed).compile()
-        there = compiled(*placed)
-    return {
-        "velocity": difference(there, expected),
-        "in_single_blocks": collectives(compiled, "SingleBlock"),
-    }
+        return difference(denoise(on_devices(params, mesh)), expected)
 
 
 def of_vae() -> dict:
-    """A clip encoded and decoded, with its rows over all devices."""
+    """A clip encoded and decoded, with its rows over all devices: of one sample `data` too."""
     cfg = vae.Config(
         channels=(8, 16), norm_groups=4, layers_per_block=1, space_compression=2,
         time_compression=2, latent_channels=4,
@@ -443,16 +544,19 @@ def of_vae() -> dict:
         return vae.decode(cfg, params, vae.encode(cfg, params, video)[0])
 
     expected = jax.jit(there_and_back).lower(params, video).compile()
-    mesh = sharding.make_mesh(fsdp=2, context=2, tensor=2)
+    mesh = sharding.make_mesh(data=2, fsdp=2, context=2)
     shardings = sharding.shard(params, sharding.resolve(vae.SHARDINGS, params), mesh)
     placed = jax.device_put((params, video), (shardings, NamedSharding(mesh, PartitionSpec())))
     with jax.set_mesh(mesh):
         compiled = jax.jit(there_and_back).lower(*placed).compile()
         found = compiled(*placed)
+    # Of (frames, rows, columns, channels), or with a sample before them.
+    rows = re.findall(r" = \w+\[(?:\d,)?\d+,(\d+),\d+,\d+\]\S* convolution\(", compiled.as_text())
     temporaries = [c.memory_analysis().temp_size_in_bytes for c in (compiled, expected)]
     return {
         "video": difference(found, jax.device_get(expected(params, video))),
         "temporaries": temporaries[0] / temporaries[1],
+        "rows": max(map(int, rows)),
     }
 
 
@@ -489,12 +593,17 @@ def difference(found, expected) -> float:
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
-def collectives(compiled, where: str = "") -> list[str]:
+def largest_product(compiled, length: int) -> int:
+    """Size, on a device, of the largest result of a matrix product with a dimension of `length`."""
+    found = re.findall(r" = \w+\[([\d,]+)\]\S* dot\(", compiled.as_text())
+    shapes = [[int(n) for n in lengths.split(",")] for lengths in found]
+    return max(math.prod(shape) for shape in shapes if length in shape)
+
+
+def collectives(compiled, where: str = '[^"]*') -> list[str]:
     """The kinds of collective operation in a compiled program, or in a module of it."""
     kinds_of = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    found = re.findall(
-        rf' ({kinds_of})(?:-start)?\(.*op_name="[^"]*{where}[^"]*"', compiled.as_text()
-    )
+    found = re.findall(rf' ({kinds_of})(?:-start)?\(.*op_name="{where}[^"]*"', compiled.as_text())
     return sorted(set(found))
 
 

@@ -1,55 +1,112 @@
-"""Will it fit? The real sampling step, compiled for a machine that is not there.
+"""Will it fit? The real programs of sampling, compiled for a machine that is not there.
 
-The compiler of that machine says what memory the step needs on each chip, and which collectives it
-makes. FLOPs are counted from the config and the floor is arithmetic on vendor figures: no time here
-is measured, but that of compiling.
+The compiler of that machine says what memory a program needs on each chip, and which collectives
+it makes. Weights that it does not take lie beside it: the sampler keeps all networks on the
+devices. FLOPs are counted from the config and the floor is arithmetic on vendor figures: no time
+here is measured, but that of compiling.
 """
 
 import dataclasses
 import functools
 import math
-import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing, sharding, topology
+from framepack_jax.commands.hlo import Traffic, collectives, kernels
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.models.flops import forward_flops
+from framepack_jax.models.vae import Tiling
 from framepack_jax.packing import Timeline
 from framepack_jax.pipeline import FramePack, Settings
 from framepack_jax.request import Layout
 from framepack_jax.topology import Machine
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+GB = 1e9
+# The share of a GPU that JAX takes, unless told otherwise by an environment variable, and what
+# leaves enough to the driver.
+GPU_SHARE, LARGE_GPU_SHARE = 0.75, 0.95
+
+
+class Weights(NamedTuple):
+    """A network: its number of parameters, and the bytes of them that a chip holds."""
+
+    parameters: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program needs on each chip, in bytes.
+
+    `weights` are those among its arguments, `held` is what lies beside it besides weights, and
+    `relief` says what makes it smaller.
+    """
+
+    name: str
+    relief: str
+    weights: int
+    arguments: int
+    temporaries: int
+    outputs: int
+    collectives: dict[str, Traffic]
+    kernels: dict[str, int]
+    """How often hand-written kernels run, by name."""
+    compile_seconds: float
+    held: int = 0
+
+    def total(self, resident: int) -> int:
+        """With all networks, `resident` bytes."""
+        own = self.arguments + self.temporaries + self.outputs + self.held
+        return own + max(0, resident - self.weights)
+
+    def __str__(self) -> str:
+        held = f", {self.held / GB:.2f} GB held" if self.held else ""
+        return (
+            f"{self.name:<16} {self.arguments / GB:.2f} GB arguments (weights and inputs),"
+            f" {self.temporaries / GB:.2f} GB temporaries, {self.outputs / GB:.2f} GB results"
+            f"{held}; compiled in {self.compile_seconds:.1f} s"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a step needs on each chip of a machine; bytes, FLOPs of all chips together."""
+    """What a run needs on each chip of a machine; bytes, FLOPs of all chips together.
+
+    `programs` begin with the denoising step. A section has `steps` of them and gives `frames`.
+    """
 
     machine: Machine
     mesh: dict[str, int]
-    parameters: int
-    arguments: int
-    temporaries: int
-    outputs: int
+    networks: dict[str, Weights]
+    programs: tuple[Program, ...]
     flops: int
-    collectives: dict[str, tuple[int, int]]
-    """Kind -> (how often in a step, bytes that each chip gets by it)."""
-    compile_seconds: float
+    steps: int
+    frames: int
+
+    @property
+    def step(self) -> Program:
+        return self.programs[0]
+
+    @property
+    def resident(self) -> int:
+        """Weights of all networks on a chip."""
+        return sum(network.bytes for network in self.networks.values())
+
+    @property
+    def largest(self) -> Program:
+        return max(self.programs, key=lambda program: program.total(self.resident))
 
     @property
     def total(self) -> int:
-        return self.arguments + self.temporaries + self.outputs
+        return self.largest.total(self.resident)
 
     @property
     def fits(self) -> bool:
@@ -61,43 +118,99 @@ class Report:
         return self.flops / (self.machine.chip.flops * self.machine.count)
 
     @property
-    def link_seconds(self) -> float:
-        """Modelled: the bytes of all collectives over the links of one chip, none overlapped."""
-        return sum(size for _, size in self.collectives.values()) / self.machine.chip.links
+    def link_seconds(self) -> float | None:
+        """Modelled: the bytes of a step's collectives over the links of one chip, and those from
+        other nodes over its share of the network, none overlapped. None where there is no figure.
+        """
+        far = sum(traffic.far for traffic in self.step.collectives.values())
+        near = sum(traffic.bytes for traffic in self.step.collectives.values()) - far
+        if far and self.machine.chip.network is None:
+            return None
+        seconds = near / self.machine.links if near else 0.0
+        return seconds + (far / self.machine.chip.network if far else 0.0)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Modelled: the floor and then the links."""
+        return None if self.link_seconds is None else self.floor_seconds + self.link_seconds
 
     def __str__(self) -> str:
-        chip, gb = self.machine.chip, 1e9
-        verdict = self._verdict()
+        chip = self.machine.chip
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
+        networks = ", ".join(f"{n} {w.bytes / GB:.2f}" for n, w in self.networks.items())
         lines = [
-            f"{self.machine}: {self.machine.count} chips of {chip.memory / gb:.1f} GB"
+            f"{self.machine}: {self.machine.count} chips of {chip.memory / GB:.1f} GB"
             + (f", divided over {mesh}" if mesh else ""),
-            f"parameters       {self.parameters:,}",
-            f"memory a chip    {self.arguments / gb:.2f} GB arguments (weights and inputs),"
-            f" {self.temporaries / gb:.2f} GB temporaries, {self.outputs / gb:.2f} GB results",
-            f"in all           {self.total / gb:.2f} of {chip.memory / gb:.1f} GB: {verdict}",
+            f"parameters       {self.networks['transformer'].parameters:,} of the transformer",
+            f"weights a chip   {self.resident / GB:.2f} GB: {networks}",
+            *map(str, self.programs),
+            f"in all           {self.total / GB:.2f} of {chip.memory / GB:.1f} GB a chip, in"
+            f" {self.largest.name} with all weights: {self._verdict()}",
             f"FLOPs a step     {self.flops:.3e}, counted from the config",
             f"floor            {self.floor_seconds:.3f} s a step at the vendor's"
             f" {chip.flops / 1e12:.0f} TFLOP/s a chip",
         ]
-        for kind, (count, size) in self.collectives.items():
-            lines.append(f"{kind:<16} {count} a step, {size / gb:.3f} GB a chip")
-        if self.collectives:
+        for name, count in self.step.kernels.items():
+            lines.append(f"attention        {count} a step by {name}")
+        for kind, traffic in self.step.collectives.items():
+            far = f", {traffic.far / GB:.3f} of it from other nodes" if traffic.far else ""
             lines.append(
-                f"links            {self.link_seconds:.3f} s a step, modelled: those bytes at"
-                f" {chip.links / gb:.0f} GB/s, none behind computing"
+                f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{far}"
             )
-        lines.append(f"compiled in      {self.compile_seconds:.1f} s")
-        return "\n".join(lines)
+        return "\n".join(lines + self._modelled())
+
+    def _modelled(self) -> list[str]:
+        if not self.step.collectives:
+            return []
+        if self.link_seconds is None:
+            return [
+                f"links            not modelled: no vendor joins nodes of {self.machine.chip.name}"
+            ]
+        chip, step = self.machine.chip, self.step_seconds
+        far = any(traffic.far for traffic in self.step.collectives.values())
+        network = f", {chip.network / GB:.0f} GB/s between nodes" if far else ""
+        return [
+            f"links            {self.link_seconds:.3f} s a step, modelled: those bytes at"
+            f" {self.machine.links / GB:.0f} GB/s{network}, none behind computing",
+            f"denoising        {step:.3f} s a step, {step * self.steps:.1f} s a section of"
+            f" {self.steps} steps, {step * self.steps / self.frames:.3f} s a frame, modelled: floor"
+            " and links",
+        ]
 
     def _verdict(self) -> str:
         if self.fits:
-            return "fits"
-        over = (self.total - self.machine.chip.memory) / 1e9
+            decoding = "" if len(self.programs) > 1 else "; decoding was not compiled"
+            return f"fits{self._large_share()}{decoding}"
+        over = (self.total - self.machine.chip.memory) / GB
+        advice = self.largest.relief
+        if self.resident > self.machine.chip.memory:
+            advice = f"the weights alone are more; divide them over {self._more_chips()}"
+        return f"does not fit, {over:.1f} GB too much; {advice}"
+
+    def _large_share(self) -> str:
+        """What to set where a GPU has the memory, but JAX would not take it."""
+        share = self.total / self.machine.chip.memory
+        if self.machine.chip.platform != "cuda" or share <= GPU_SHARE:
+            return ""
+        needed = max(LARGE_GPU_SHARE, math.ceil(100 * share) / 100)
         return (
-            f"does not fit, {over:.1f} GB too much; more chips help (weights are divided over"
-            " them), or a smaller --batch, --height and --width"
+            f" with XLA_PYTHON_CLIENT_MEM_FRACTION={needed} set, for JAX takes"
+            f" {GPU_SHARE:.0%} of a GPU by default"
         )
+
+    def _more_chips(self) -> str:
+        """What would divide the weights enough: chips of this machine that hold the same weights
+        as others, or a machine with more."""
+        chip, count = self.machine.chip, self.machine.count
+        whole = self.resident * self.mesh.get("fsdp", 1) * self.mesh.get("tensor", 1)
+        # Weights divide by powers of two only (`sharding.default_sizes`).
+        fsdp = count & -count
+        if whole <= fsdp * chip.memory:
+            rest = f",context={count // fsdp}" if count > fsdp else ""
+            return f"more chips: --mesh fsdp={fsdp}{rest}"
+        least = max(4, count + 1, math.ceil(whole / chip.memory))
+        chips = 1 << (least - 1).bit_length()
+        return f"a machine of more chips, as {topology.parse(f'{chip.name}-{chips * chip.cores}')}"
 
 
 def dry_run(
@@ -108,53 +221,168 @@ def dry_run(
     machine: Machine,
     mesh: dict[str, int] | None = None,
     batch: int = 1,
+    decode: bool = False,
 ) -> Report:
-    """Compile a denoising step of a layout for a machine.
+    """Compile a denoising step of a layout for a machine, and the VAE's decoder if asked to, which
+    takes minutes at full size.
 
-    `path` is that of the pipe's bundle; `mesh` says how chips are divided, by default all over
-    `fsdp`.
-
-    Raises ValueError where the compiler is missing or the mesh does not divide.
+    `path` is that of the pipe's bundle; `mesh` says how chips are divided, by default as
+    `sharding.default_sizes` does. Raises ValueError where the compiler is missing, where the mesh
+    does not divide, and where its `data` does not divide the batch: chips would repeat work.
     """
-    model, cfg, _ = pipe.transformer
     manifest = bundle.read_manifest(path)
-    configs = {role: bundle.role_config(manifest, role)[1] for role in bundle.ROLES}
-    sizes = mesh or {"fsdp": machine.count}
+    kinds = {role: bundle.role_config(manifest, role) for role in bundle.ROLES}
+    configs = {role: cfg for role, (_, cfg) in kinds.items()}
+    model, cfg, _ = pipe.transformer
+    sizes = mesh or sharding.default_sizes(machine.count, cfg.heads)
     devices = sharding.make_mesh(**sizes, devices=topology.compile_devices(machine))
-    params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(pipe.dtype)), params)
-    specs = sharding.resolve(model.SHARDINGS, params)
-    shardings = sharding.shard(params, specs, devices)
-    weights = jax.tree.map(_placed, params, shardings)
-    whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
-    inputs, at, state = jax.tree.map(whole, _inputs(pipe, configs, layout, settings, batch))
-    kind = settings.step_cache and settings.step_cache.kind
-    fixed = model, cfg, pipe.dtype, kind
-    began = time.monotonic()
-    with jax.set_mesh(devices):
-        start = functools.partial(sampler.start_caches, *fixed)
-        cached = jax.eval_shape(start, weights, inputs, state.x)
-        compiled = sampler.step.lower(*fixed, weights, inputs, at, state, cached).compile()
-    seconds = time.monotonic() - began
-    memory = compiled.memory_analysis()
-    rows, columns = state.x.shape[2:4]
-    image = (configs["image_encoder"].image_size // configs["image_encoder"].patch_size) ** 2
-    flops = forward_flops(cfg, pipe.schedule, rows, columns, MAX_PROMPT_TOKENS, image)
+    model.check_mesh(cfg, devices)
+    _check_batch(batch, devices.shape["data"])
+    params = {
+        role: _abstract(*kinds[role], "float32" if role == "vae" else pipe.dtype, devices)
+        for role in bundle.ROLES
+    }
+    weights = params["transformer"]
+    programs = [_step(pipe, weights, configs, layout, settings, batch, devices)]
+    if decode:
+        programs.append(_decode(pipe, params["vae"], layout, batch, devices))
+    rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
+    tokens = _image_tokens(configs["image_encoder"])
+    flops = forward_flops(
+        pipe.transformer.cfg, pipe.schedule, rows, columns, MAX_PROMPT_TOKENS, tokens
+    )
     return Report(
         machine=machine,
-        mesh=sizes,
-        parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        mesh=dict(devices.shape),
+        networks={
+            role: Weights(sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), _bytes(tree))
+            for role, tree in params.items()
+        },
+        programs=tuple(programs),
         flops=flops * batch * (1 + (settings.cfg != 1)),
-        collectives=collectives(compiled.as_text()),
-        compile_seconds=seconds,
+        steps=settings.steps,
+        frames=len(layout.plan[-1].targets) * pipe.vae.cfg.time_compression,
     )
+
+
+def _check_batch(batch: int, data: int) -> None:
+    if batch % data:
+        raise ValueError(
+            f"batch = {batch} on data={data}: chips would repeat work, as data divides whole videos"
+            f" only; give --batch {-(-batch // data) * data}, or use fsdp and context"
+        )
+
+
+def _abstract(model: Any, cfg: Any, dtype: str, devices: Mesh) -> Any:
+    """Parameters of a network as they lie on the devices, without any."""
+    params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params)
+    shardings = sharding.shard(params, sharding.resolve(model.SHARDINGS, params), devices)
+    return jax.tree.map(_placed, params, shardings)
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _bytes(params: Any) -> int:
+    return sharding.device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+
+
+def _image_tokens(vision: Any) -> int:
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def _step(
+    pipe: FramePack,
+    weights: Any,
+    configs: dict[str, Any],
+    layout: Layout,
+    settings: Settings,
+    batch: int,
+    devices: Mesh,
+) -> Program:
+    """The denoising step."""
+    model, cfg, _ = pipe.transformer
+    whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
+    inputs, at, state = jax.tree.map(whole, _inputs(pipe, configs, layout, settings, batch))
+    kind = settings.step_cache and settings.step_cache.kind
+    fixed = model, cfg, pipe.dtype, kind
+    # Zeros, on this machine: outside of the mesh, whose devices hold nothing.
+    cached = jax.tree.map(whole, sampler.start_caches(*fixed, weights, inputs, state.x))
+
+    def lower() -> jax.stages.Lowered:
+        return sampler.step.lower(*fixed, weights, inputs, at, state, cached)
+
+    relief = (
+        "more chips help (weights and tokens are divided over them), or a smaller --batch,"
+        " --height and --width"
+    )
+    return _compiled("step", relief, weights, lower, devices)
+
+
+def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:
+    """The VAE's decoder for the largest tile of a section's clip.
+
+    Held beside it are the tiles that are done, and on one chip the clip before, of which a part
+    waits to be cross-faded.
+    """
+    model, cfg, _ = pipe.vae
+    length = max(last - first for first, last in (section.decode for section in layout.plan))
+    clip = (length, *(side // cfg.space_compression for side in layout.canvas))
+    frames, side = pipe.tiling.frames, pipe.tiling.size
+    # Tiles in time share a latent with the next.
+    most = (
+        frames and frames // cfg.time_compression + 1,
+        *(side and side // cfg.space_compression,) * 2,
+    )
+    tile = [min(length, limit or length) for length, limit in zip(clip, most, strict=True)]
+    whole = NamedSharding(devices, PartitionSpec())
+
+    def latents(shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+        shape = (batch, *shape, cfg.latent_channels)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+
+    decode = functools.partial(model.decode, cfg, tiling=Tiling(frames=None))
+    relief = (
+        "--vae-tile 256 decodes it in squares" if side is None else "a smaller --vae-tile helps"
+    )
+
+    def lower() -> jax.stages.Lowered:
+        with sampler.precision(pipe.dtype):
+            return jax.jit(decode).lower(weights, latents(tile))
+
+    program = _compiled("decoding", relief, weights["decoder"], lower, devices)
+    sizes = [
+        4 * math.prod(jax.eval_shape(decode, weights, latents(shape)).shape)
+        for shape in (clip, tile)
+    ]
+    done = program.outputs * sizes[0] // sizes[1]
+    return dataclasses.replace(program, held=done + sizes[0])
+
+
+def _compiled(
+    name: str, relief: str, weights: Any, lower: Callable[[], jax.stages.Lowered], devices: Mesh
+) -> Program:
+    """Trace and compile a program that takes these weights."""
+    began = time.monotonic()
+    with jax.set_mesh(devices):
+        compiled = lower().compile()
+    seconds = time.monotonic() - began
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    # TPUs of a slice reach each other by links, whatever host they are on.
+    nodes = [0 if d.platform == "tpu" else d.process_index for d in devices.devices.flat]
+    return Program(
+        name=name,
+        relief=relief,
+        weights=_bytes(weights),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        collectives=collectives(text, nodes),
+        kernels=kernels(text),
+        compile_seconds=seconds,
+    )
 
 
 def _inputs(
@@ -169,7 +397,7 @@ def _inputs(
     context = packing.read_context(section, timeline)
     vision, text = configs["image_encoder"], configs["text_encoder"]
     shape = jax.ShapeDtypeStruct
-    dtype, tokens = jnp.dtype(pipe.dtype), (vision.image_size // vision.patch_size) ** 2
+    dtype, tokens = jnp.dtype(pipe.dtype), _image_tokens(vision)
     conditions = pipe.transformer.model.Conditions(
         shape((batch, MAX_PROMPT_TOKENS, text.width), dtype),
         shape((batch, MAX_PROMPT_TOKENS), jnp.bool_),
@@ -188,72 +416,3 @@ def _inputs(
     row = shape(solver_table(settings.sampler, flow.sigmas(2, 1.0))[0].shape, jnp.float32)
     at = sampler.At(scalar, row, shape((), jnp.bool_) if cached else None)
     return inputs, at, jax.eval_shape(solver.start, x)
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Collectives of a compiled program by kind: how often they run, and the bytes that a device
-    gets by them. Those in the body of a loop count as often as the loop runs."""
-    bodies = dict(_computations(text))
-    entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
-    times = Counter({entry[1]: 1} if entry else {})
-    found: dict[str, tuple[int, int]] = {}
-    seen: set[str] = set()
-    # Callers come after what they call, so that going backwards every count is final when used.
-    for name in reversed(bodies):
-        for line in bodies[name]:
-            for callee, often in _calls(line, bodies):
-                times[callee] += times[name] * often
-            kind, size = _collective(line)
-            # One that is spread over several steps is written down in each, under one channel.
-            channel = re.search(r"channel_id=(\d+)", line)
-            if not kind or not times[name] or (channel and channel[0] in seen):
-                continue
-            seen |= {channel[0]} if channel else set()
-            count, total = found.get(kind, (0, 0))
-            found[kind] = count + times[name], total + times[name] * size
-    return found
-
-
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, lines) of each computation of an HLO module."""
-    name, lines = None, []
-    for line in text.splitlines():
-        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name, lines = match[1], []
-        elif line.startswith("}") and name:
-            yield name, lines
-            name = None
-        elif name:
-            lines.append(line)
-
-
-def _calls(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
-    """(computation, how often) that an instruction runs."""
-    for kind, callee in re.findall(r"(body|condition|calls|to_apply)=%?([\w.\-]+)", line):
-        yield callee, _trips(line, bodies) if kind in ("body", "condition") else 1
-    for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
-        for callee in group.split(","):
-            yield callee.strip().lstrip("%"), 1
-
-
-def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
-    """How often a loop runs: as its line says, else up to the number its condition compares with,
-    which is the largest there is in it."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = bodies.get(condition[1], []) if condition else []
-    return max((int(n) for x in lines for n in re.findall(r"constant\((\d+)\)", x)), default=1)
-
-
-def _collective(line: str) -> tuple[str | None, int]:
-    """(kind, bytes of its result) of an instruction; (None, 0) of any other."""
-    match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
-    if not match:
-        return None, 0
-    arrays = [
-        ITEM_BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(","))
-        for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", match[1])
-    ]
-    # The result of an asynchronous start holds the operands before the results, and some scalars.
-    return match[2], sum(arrays[len(arrays) // 2 :] if "-start(" in line else arrays)

@@ -9,6 +9,7 @@ The module of a kind offers five names:
 - functions of (cfg, params, ...) that compute.
 """
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,12 @@ KINDS: dict[str, ModuleType] = {
 
 def abstract_leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter, layer by layer, without computing any."""
+    return dict(_leaves(kind, cfg))
+
+
+# Tracing a network takes up to a second, and a conversion asks several times.
+@functools.cache
+def _leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     model = KINDS[kind]
     # The key is made inside, so that no accelerator is started for the sake of shapes.
     params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))

@@ -15,7 +15,7 @@ D width = N heads x head width.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from flax import struct
+from jax.sharding import AbstractMesh, Mesh
 
 from framepack_jax.models import stack
-from framepack_jax.ops.attention import attend
+from framepack_jax.ops.attention import attend, to_heads, to_tokens
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
 from framepack_jax.packing import PackedContext, kernel_shape, parse
 from framepack_jax.sharding import BATCH, TOKENS, constrain
@@ -142,10 +143,16 @@ def embed(
     """Patchify target and context, embed conditions, refine the text."""
     _check(cfg, x, context, conditions)
     cast = stack.cast({"x": x, "context": context, "conditions": conditions}, dtype)
-    img, image, text, vec, text_vec = Embed(cfg).apply(
-        {"params": stack.cast(params["embed"], dtype)},
-        cast["x"], sigma, cast["context"], cast["conditions"], conditions.guidance,
-    )  # fmt: skip
+    # The embedding of context is no Dense layer, so low-rank factors go into its kernel.
+    embedders = {
+        name: stack.folded(leaves) if name.startswith("context_") else leaves
+        for name, leaves in params["embed"].items()
+    }
+    with stack.factors_beside_kernels():
+        img, image, text, vec, text_vec = Embed(cfg).apply(
+            {"params": stack.cast(embedders, dtype)},
+            cast["x"], sigma, cast["context"], cast["conditions"], conditions.guidance,
+        )  # fmt: skip
     valid = conditions.text_valid
     # A prompt without any token must still have one to attend to.
     readable = jnp.asarray(valid).at[:, 0].set(True)
@@ -160,7 +167,8 @@ def block_input(cfg: Config, params: stack.Params, tokens: Tokens) -> jax.Array:
     """What the first double block projects of the image: its modulated norm (B, L_img, D)."""
     modulation = stack.at({"img_mod": params["double"]["img_mod"]}, 0)
     modulation = stack.cast(modulation, tokens.img.dtype)
-    return BlockInput(cfg).apply({"params": modulation}, tokens.img, tokens.vec)
+    with stack.factors_beside_kernels():
+        return BlockInput(cfg).apply({"params": modulation}, tokens.img, tokens.vec)
 
 
 def first_block(cfg: Config, params: stack.Params, tokens: Tokens) -> Tokens:
@@ -190,7 +198,8 @@ def head(
     """Velocity (B, T, H, W, C) of the target, whose tokens are the last of `img`; float32."""
     _, t, h, w, _ = shape
     tokens = img[:, -t * (h // 2) * (w // 2) :]
-    out = Head(cfg).apply({"params": params["head"]}, tokens, vec)
+    with stack.factors_beside_kernels():
+        out = Head(cfg).apply({"params": params["head"]}, tokens, vec)
     return rearrange(
         out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
     )
@@ -211,6 +220,23 @@ def check_kernels(cfg: Config, kernels: Iterable[str]) -> None:
                 f"the schedule uses patch kernel {kernel}, but the network embeds context with"
                 f" {there}; choose another schedule or convert a base model with --from-base"
             )
+
+
+def check_mesh(cfg: Config, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> None:
+    """Raise ValueError where the mesh, or sizes of its axes, does not divide the attention heads:
+    `tensor` must divide them, and `context` what then is left."""
+    sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
+    wanted = {name: sizes.get(name, 1) for name in ("tensor", "context")}
+    heads = cfg.heads
+    for name, size in wanted.items():
+        if heads % size:
+            fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(
+                f"a mesh with tensor={wanted['tensor']} and context={wanted['context']} does not"
+                f" divide the {cfg.heads} attention heads; {name} must be one of {fits}: put the"
+                " other devices on fsdp or data"
+            )
+        heads //= size
 
 
 def _check(cfg: Config, x: jax.Array, context: PackedContext, conditions: Conditions) -> None:
@@ -442,16 +468,15 @@ def _masked_mean(text: jax.Array, valid: jax.Array) -> jax.Array:
 def _qkv(cfg: Config, x: jax.Array, name: str) -> list[jax.Array]:
     """Fused projection -> q, k, v, each (B, L, N, head_dim)."""
     fused = nn.DenseGeneral((3, cfg.heads, cfg.head_dim), name=name)(x)
-    # Projected where the tokens lie, then exchanged: a device has all tokens of some heads
-    # (DeepSpeed-Ulysses, arXiv 2309.14509).
-    fused = constrain(fused, BATCH, TOKENS, None, "tensor", None)
-    fused = constrain(fused, BATCH, None, None, ("tensor", *TOKENS), None)
+    # Projected where the tokens lie, then exchanged, all three at once: a device has all tokens of
+    # its heads, so that streams are joined without any other exchange.
+    fused = to_heads(constrain(fused, BATCH, TOKENS, None, "tensor", None))
     return [fused[:, :, i] for i in range(3)]
 
 
 def _merge_heads(attention: jax.Array) -> jax.Array:
     """(B, L, N, head_dim) -> (B, L, D); the exchange of `_qkv` back."""
-    attention = constrain(attention, BATCH, None, ("tensor", *TOKENS), None)
+    attention = to_tokens(attention)
     return _columns(rearrange(attention, "b l n d -> b l (n d)"))
 
 

@@ -3,8 +3,14 @@
 The parameters of a stack carry a leading layer axis and run through one `lax.scan`, so that a
 network of 60 blocks traces and compiles like one of two. On disk, in conversion and in LoRA files
 every layer stands by itself, as `double/07/img_qkv/kernel`; `split` and `join` go between the two.
+
+Beside the kernel of a linear layer may lie low-rank factors (LoRA, arXiv 2106.09685), `lora_a`
+(in, r) and `lora_b` (r, ...out): the layer then gives x W + (x a) b. They are parameters like
+others, with a layer axis in a stack; `framepack_jax.lora` puts them there.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +20,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Params = dict[str, Any]
+LORA_A, LORA_B = "lora_a", "lora_b"
+# Beside a kernel that is kept in int8.
+SCALE = "kernel_scale"
 
 
 def init(block: nn.Module, key: jax.Array, layers: int, *args: Any) -> Params:
@@ -31,7 +40,8 @@ def run(block: nn.Module, params: Params, x: Any, *args: Any, layers: slice = sl
     dtype = jax.tree.leaves(x)[0].dtype
 
     def layer(x: Any, params: Params) -> tuple[Any, None]:
-        return block.apply({"params": cast(params, dtype)}, x, *args), None
+        with factors_beside_kernels():
+            return block.apply({"params": cast(params, dtype)}, x, *args), None
 
     if layers == slice(None):
         return jax.lax.scan(layer, x, params)[0]
@@ -51,10 +61,70 @@ def at(params: Params, layer: int | jax.Array) -> Params:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Floating-point leaves as `dtype`."""
+    """Floating-point leaves, and int8 kernels times their scales, as `dtype`."""
     return jax.tree.map(
-        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
+        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p,
+        _dequantized(params),
     )
+
+
+def _dequantized(params: Any) -> Any:
+    """Without scales: an int8 kernel (in, ...out) multiplied by its own (...out), in float32."""
+    if not isinstance(params, dict):
+        return params
+    params = {name: _dequantized(leaf) for name, leaf in params.items()}
+    if SCALE in params:
+        params["kernel"] = params["kernel"].astype(jnp.float32) * params.pop(SCALE)[None]
+    return params
+
+
+def factors_beside_kernels() -> contextlib.AbstractContextManager[None]:
+    """Where modules are applied in it, Dense and DenseGeneral add (x a) b to what they give.
+
+    A layer without factors computes what it computes outside, operation by operation. The product
+    a b, as large as the kernel, is never formed, so that nothing of that size is differentiated.
+    """
+    return nn.intercept_methods(_add_low_rank)
+
+
+def _add_low_rank(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    y = call(*args, **kwargs)
+    module = context.module
+    if not isinstance(module, nn.Dense | nn.DenseGeneral) or context.method_name != "__call__":
+        return y
+    if not module.has_variable("params", LORA_A):
+        return y
+    factors = (module.get_variable("params", name) for name in (LORA_A, LORA_B))
+    x, a, b = nn.dtypes.promote_dtype(args[0], *factors, dtype=module.dtype)
+    product = functools.partial(jnp.tensordot, axes=1, precision=module.precision)
+    return y + product(product(x, a), b).astype(y.dtype)
+
+
+def folded(params: Params) -> Params:
+    """Parameters of one linear layer with its factors, where it has any, in its kernel: W + a b,
+    computed in float32, as W's dtype. Raises ValueError where the kernel is not floating."""
+    if LORA_A not in params:
+        return params
+    rest = {name: leaf for name, leaf in params.items() if name not in (LORA_A, LORA_B)}
+    kernel = params["kernel"]
+    check_foldable(kernel)
+    a, b = (params[name].astype(jnp.float32) for name in (LORA_A, LORA_B))
+    change = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+    return rest | {"kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
+
+
+def check_foldable(kernel: jax.Array) -> None:
+    """Raise ValueError where factors cannot be added to a kernel."""
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"a LoRA cannot be merged into a kernel of {kernel.dtype}, whose steps are coarser than"
+            " the change; take a bundle converted without --dtype int8, or leave --merge-lora out"
+        )
 
 
 def split(params: Params, stacks: Iterable[str]) -> dict[str, Any]:

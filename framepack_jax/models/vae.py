@@ -29,7 +29,7 @@ STACKS: dict[str, str] = {}
 # Small weights, large activations: every device has all weights and takes some rows of the picture.
 # What is asked of the input holds for all that is computed from it.
 SHARDINGS = ((r".*", ()),)
-ROWS = ("context", "fsdp", "tensor")
+ROWS = ("context", "fsdp", "tensor", "data")
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -150,7 +150,9 @@ def _encode(cfg: Config, params: stack.Params, video: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _decode(cfg: Config, params: stack.Params, latents: jax.Array) -> jax.Array:
     params = stack.cast(params, latents.dtype)
-    return Decoder(cfg).apply({"params": params}, constrain(latents, BATCH, None, ROWS, None, None))
+    latents = constrain(latents, BATCH, None, ROWS, None, None)
+    video = Decoder(cfg).apply({"params": params}, latents)
+    return constrain(video, BATCH, None, ROWS, None, None)
 
 
 def _check(cfg: Config, name: str, x: jax.Array, channels: int, multiple: int) -> None:

@@ -2,18 +2,19 @@
 
 The kernel is chosen where the program is lowered, by the platform it is lowered for: cuDNN for
 CUDA (`ops/cudnn.py`), splash for TPU (`ops/splash.py`), XLA in chunks elsewhere and for whatever
-those two cannot take. Scores and softmax are float32 whatever the inputs are, and the full
-(queries, keys) matrix never exists, forward or backward.
+those two cannot take. A mesh divides all of them alike (`layout`). Scores and softmax are float32
+whatever the inputs are, and the full (queries, keys) matrix never exists, forward or backward.
 
 Shapes: B batch, L query tokens, S key tokens, N heads, M key/value heads, D head width.
 """
 
 import contextlib
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,14 @@ from einops import rearrange, repeat
 from jax.sharding import AxisType, PartitionSpec
 
 from framepack_jax.ops import cudnn, splash
-from framepack_jax.sharding import BATCH, TOKENS
+from framepack_jax.sharding import BATCH, TOKENS, constrain, dividing
 
 QUERY_CHUNK = 256
 # Below this many queries or keys the chunks are few and small: no kernel is tried, none is missed.
 LEAST_LENGTH = 1024
+
+# The token axes as dimensions, for einops.
+_GRID = " ".join(TOKENS)
 
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
 
@@ -41,6 +45,26 @@ _FUSED = {
     "cudnn": _Fused("cuda", "gpu", cudnn.refusal, cudnn.attend),
     "splash": _Fused("tpu", "tpu", splash.refusal, splash.attend),
 }
+
+
+class Layout(NamedTuple):
+    """The mesh axes that divide each dimension of attention."""
+
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    queries: tuple[str, ...]
+
+    @property
+    def exchanged(self) -> tuple[str, ...]:
+        """Axes that divide heads here, and tokens elsewhere."""
+        return tuple(name for name in TOKENS if name in self.heads)
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Axes that divide queries here, and tokens elsewhere."""
+        return tuple(name for name in TOKENS if name in self.queries)
+
+
 # Part of the key of every jit cache, so that no program traced with another kernel is used.
 _wanted = jax.make_user_context("auto")
 
@@ -74,7 +98,8 @@ def attend(
     q is (B, L, N, D); k and v are (B, S, M, D) where M divides N (grouped queries); `valid` (B, S)
     is True where a key may be read, and its True entries are a prefix of at least one; `causal`
     lets query i read keys 0 .. i only (then L == S). Returns (B, L, N, D) in q's dtype. Rows of
-    padded queries are finite and meaningless. `query_chunk` is the chunk of the XLA path.
+    padded queries are finite and meaningless. `query_chunk` is the chunk of the XLA path. On a mesh
+    every device has its part of batch and heads (`layout`), and all tokens; so has the result.
 
     Raises ValueError where the heads do not divide or a causal call has L != S. Warns, once a
     shape, where the kernel asked for, or the kernel of this machine, cannot take it.
@@ -85,15 +110,14 @@ def attend(
         raise ValueError(f"attention: {heads} query heads are no multiple of {kv_heads} key heads")
     if causal and length != keys:
         raise ValueError(f"attention: causal needs as many queries as keys, got {length}, {keys}")
-    chunked = functools.partial(_chunked, causal=causal, query_chunk=query_chunk)
-    kernels = {
-        fused.platform: functools.partial(_sharded, functools.partial(fused.attend, causal=causal))
-        for fused in _usable(q, k, _wanted.value)
-    }
-    if not kernels:
-        return chunked(q, k, v, valid)
-    default = chunked if _wanted.value == "auto" else None
-    return jax.lax.platform_dependent(q, k, v, valid, default=default, **kernels)
+    run = functools.partial(_chunked, causal=causal, query_chunk=query_chunk)
+    if usable := _usable(q, k, _wanted.value):
+        run = functools.partial(
+            jax.lax.platform_dependent,
+            default=run if _wanted.value == "auto" else None,
+            **{fused.platform: functools.partial(fused.attend, causal=causal) for fused in usable},
+        )
+    return _sharded(run, q, k, v, valid, causal=causal)
 
 
 def _usable(q: jax.Array, k: jax.Array, wanted: Kernel) -> list[_Fused]:
@@ -127,43 +151,154 @@ def _warn(kernel: str, queries: tuple[int, ...], keys: tuple[int, ...], reason: 
     )
 
 
+def layout(batch: int, kv_heads: int) -> Layout:
+    """How the mesh in use (`jax.set_mesh`) divides attention over a batch with this many key heads.
+
+    The batch goes to the axes `sharding.BATCH` that divide it. Key heads go to `tensor` and then to
+    those of the token axes whose product divides them and is largest. Whatever is left divides the
+    queries, each part of which reads all keys of its heads. Only axes of more than one device are
+    named; without a mesh there are none.
+    """
+    sizes = {name: size for name, size in _mesh_sizes().items() if size > 1}
+    of_batch = dividing(BATCH, batch, sizes)
+    tensor = dividing(("tensor",), kv_heads, sizes)
+    tokens = [name for name in TOKENS if name in sizes and name not in of_batch]
+
+    def parts(names: tuple[str, ...]) -> int:
+        return math.prod(sizes[name] for name in names)
+
+    choices = (
+        (*tensor, *names)
+        for count in range(len(tokens) + 1)
+        for names in itertools.combinations(tokens, count)
+    )
+    heads = max((names for names in choices if kv_heads % parts(names) == 0), key=parts)
+    left = (name for name in (*tokens, "tensor") if name in sizes and name not in heads)
+    return Layout(of_batch, heads, tuple(left))
+
+
+def to_heads(x: jax.Array) -> jax.Array:
+    """From some tokens of all heads to all tokens of some heads: the layout `attend` works in.
+
+    x is (B, L, ..., N, D) with tokens, and heads by `tensor`, divided over the mesh in use; the
+    result has the same shape and values. Axes that divide heads exchange the ones for the others
+    (DeepSpeed-Ulysses, arXiv 2309.14509); those that divide queries gather tokens. L may be any
+    length, and without a mesh nothing happens.
+    """
+    of = layout(x.shape[0], x.shape[-2])
+
+    def move(x: jax.Array) -> jax.Array:
+        if of.exchanged:
+            x = jax.lax.all_to_all(x, of.exchanged, x.ndim - 2, 1, tiled=True)
+        # Tokens lie in the order of TOKENS, whichever of these axes are exchanged.
+        x = rearrange(x, f"b ({_GRID} l) ... -> b {_GRID} l ...", **_grid(of.exchanged))
+        for name in of.gathered:
+            x = jax.lax.all_gather(x, name, axis=1 + TOKENS.index(name), tiled=True)
+        return rearrange(x, f"b {_GRID} l ... -> b ({_GRID} l) ...")
+
+    return _moved(move, x, of, 0)
+
+
+def to_tokens(x: jax.Array) -> jax.Array:
+    """The way back of `to_heads`: from all tokens of some heads to some tokens of all heads."""
+    of = layout(x.shape[0], x.shape[-2])
+
+    def move(x: jax.Array) -> jax.Array:
+        x = rearrange(
+            x, f"b ({_GRID} l) ... -> b {_GRID} l ...", **_grid(of.exchanged + of.gathered)
+        )
+        for name in of.gathered:
+            part = jax.lax.axis_index(name)
+            x = jax.lax.dynamic_index_in_dim(x, part, 1 + TOKENS.index(name))
+        x = rearrange(x, f"b {_GRID} l ... -> b ({_GRID} l) ...")
+        if of.exchanged:
+            x = jax.lax.all_to_all(x, of.exchanged, 1, x.ndim - 2, tiled=True)
+        return x
+
+    return _moved(move, x, of, 1)
+
+
+def _moved(
+    move: Callable[[jax.Array], jax.Array], x: jax.Array, of: Layout, source: int
+) -> jax.Array:
+    """`move` between the layouts by tokens (0) and by heads (1), from `source` to the other."""
+    tokens = tuple(name for name in TOKENS if name in of.exchanged + of.gathered)
+    if not tokens:
+        return x
+    between = (None,) * (x.ndim - 4)
+    tensor = tuple(name for name in of.heads if name not in tokens)
+    specs = (
+        _spec(of.batch, tokens, *between, tensor, None),
+        _spec(of.batch, None, *between, of.heads, None),
+    )
+    padded = _padded(x, math.prod(_grid(tokens).values()))
+    return _on_parts(move, (specs[source],), specs[1 - source])(padded)[:, : x.shape[1]]
+
+
+def _grid(names: tuple[str, ...]) -> dict[str, int]:
+    """Parts of a dimension that these of the token axes divide, for einops."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return {name: sizes[name] if name in names else 1 for name in TOKENS}
+
+
 def _sharded(
     attend: Callable[..., jax.Array],
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array | None,
+    *,
+    causal: bool,
 ) -> jax.Array:
-    """`attend` on every device for its part of the batch and of the heads, with all tokens.
+    """`attend` on every device for its part of batch, heads and queries (`layout`).
 
-    The compiler cannot divide a fused kernel by itself. Where the mesh (`jax.set_mesh`) divides
-    the tokens, it exchanges tokens for heads before and after (DeepSpeed-Ulysses, arXiv
-    2309.14509). Mesh axes that divide neither batch nor key heads do the same work each.
+    The compiler cannot divide a fused kernel by itself, and with one rule for all of them a test
+    of one speaks for the others.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    sizes = {name: size for name, size, kind in axes if kind != AxisType.Manual}
+    sizes = _mesh_sizes()
     if math.prod(sizes.values()) == 1:
         return attend(q, k, v, valid)
-    batch = _dividing(BATCH, q.shape[0], sizes)
-    heads = _dividing(("tensor", *TOKENS), k.shape[2], {a: sizes[a] for a in sizes.keys() - batch})
-    spec = PartitionSpec(batch or None, None, heads or None, None)
+    batch, heads, queries = layout(q.shape[0], k.shape[2])
+    if causal:
+        # Kernels count a causal mask from the first query, so these axes repeat the work. Only
+        # text encoders are causal, once a prompt.
+        queries = ()
+    whole = _spec(batch, None, heads, None)
+    parts = math.prod(sizes[name] for name in queries)
+    if queries:
+        # Else the compiler divides the tokens of what comes before, and streams are joined there.
+        q = constrain(q, *whole)
+
+    def run(q: jax.Array, *others: jax.Array) -> jax.Array:
+        out = attend(q, *others)
+        return jax.lax.all_gather(out, queries, axis=1, tiled=True) if queries else out
+
+    specs = _spec(batch, queries, heads, None), whole, whole, _spec(batch, None)
+    return _on_parts(run, specs, whole)(_padded(q, parts), k, v, valid)[:, : q.shape[1]]
+
+
+def _on_parts(f: Callable[..., jax.Array], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`f` of what each device has."""
+    # Kernels do not say how their results vary over the mesh: check_vma.
     return jax.shard_map(
-        attend,
-        in_specs=(spec, spec, spec, PartitionSpec(batch or None)),
-        out_specs=spec,
-        axis_names=set(sizes),
-        check_vma=False,  # kernels do not say how their results vary over the mesh
-    )(q, k, v, valid)
+        f, in_specs=in_specs, out_specs=out_specs, axis_names=set(_mesh_sizes()), check_vma=False
+    )
 
 
-def _dividing(names: tuple[str, ...], length: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Those of the mesh axes, taken in order, that together divide the length."""
-    taken: tuple[str, ...] = ()
-    for name in names:
-        if name in sizes and length % math.prod(sizes[a] for a in (*taken, name)) == 0:
-            taken = (*taken, name)
-    return taken
+def _padded(x: jax.Array, multiple: int) -> jax.Array:
+    """Zeros after the tokens of x (B, L, ...), to the next multiple of the length."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)))
+
+
+def _spec(*axes: tuple[str, ...] | None) -> PartitionSpec:
+    return PartitionSpec(*(names or None for names in axes))
+
+
+def _mesh_sizes() -> dict[str, int]:
+    """The axes of the mesh in use that no outer `shard_map` has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind != AxisType.Manual}
 
 
 def _chunked(

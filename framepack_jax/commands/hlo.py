@@ -1,0 +1,221 @@
+"""What the text of a compiled program (XLA's HLO) says of the exchange between its devices."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind: how often they run, the bytes that a chip gets by them, and those of
+    them that come from other nodes."""
+
+    count: int = 0
+    bytes: int = 0
+    far: int = 0
+
+
+def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
+    """Collectives of a compiled program by kind. Those in the body of a loop count as often as the
+    loop runs. `nodes` has the node of every device, in the order of the program's mesh; without it
+    all are on one."""
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    devices = int(partitions[1]) if partitions else 1
+    found: dict[str, Traffic] = {}
+    seen: set[str] = set()
+    for line, often in _instructions(text):
+        kind, size = _collective(line)
+        # One that is spread over several steps is written down in each, under one chain. (Not
+        # under its channel, which is one for all that a program wrote by hand.)
+        chain = re.search(r'chain_id="(\d+)"', line)
+        if not kind or (chain and chain[0] in seen):
+            continue
+        seen |= {chain[0]} if chain else set()
+        groups = _groups(line, devices)
+        size = round(often * size * _received(kind, len(groups[0])))
+        far = max(_far(group, nodes) for group in groups) if nodes else 0.0
+        before = found.get(kind, Traffic())
+        found[kind] = Traffic(
+            before.count + often, before.bytes + size, before.far + round(size * far)
+        )
+    return found
+
+
+def _received(kind: str, devices: int) -> float:
+    """Bytes that a device gets from others for a byte of the result, by the algorithms that send
+    least; an all-reduce is a reduce-scatter and an all-gather."""
+    others = devices - 1
+    return {
+        "all-gather": others / devices,
+        "all-to-all": others / devices,
+        "reduce-scatter": others,
+        "all-reduce": 2 * others / devices,
+        "collective-permute": 1,
+    }[kind]
+
+
+def kernels(text: str) -> dict[str, int]:
+    """How often a program runs attention kernels that its compiler did not write, by name: on TPUs
+    splash_mha..., on GPUs __cudnn$fmha...; other kernels of Pallas as well."""
+    counts: Counter[str] = Counter()
+    for line, often in _instructions(text):
+        call = re.search(r'%?([\w\-]+)[\w.\-]* = .*custom_call_target="(\w*(?:\$fmha)?\w*)"', line)
+        if call and call[2] == "tpu_custom_call":
+            counts[call[1]] += often
+        elif call and "$fmha" in call[2]:
+            counts[call[2]] += often
+    return dict(counts)
+
+
+def _instructions(text: str) -> Iterator[tuple[str, int]]:
+    """(line, how often it runs) of all instructions that run."""
+    bodies = dict(_computations(text))
+    entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
+    times = Counter({entry[1]: 1} if entry else {})
+    # Callers come after what they call, so that going backwards every count is final when used.
+    for name in reversed(bodies):
+        for line in bodies[name]:
+            for callee, often in _calls(line, bodies):
+                times[callee] += times[name] * often
+            if times[name]:
+                yield line, times[name]
+
+
+def _far(group: Sequence[int], nodes: Sequence[int]) -> float:
+    """The share of the others of a group that are on other nodes than its first."""
+    here = sum(nodes[device] == nodes[group[0]] for device in group)
+    return (len(group) - here) / max(1, len(group) - 1)
+
+
+def _groups(line: str, devices: int) -> list[list[int]]:
+    """The devices that exchange with each other in a collective; all, where it does not say.
+
+    They are written out, {{0,1},{2,3}}, or as a range that is reshaped and transposed,
+    [4,2]<=[2,4]T(1,0), or as axes of a grid, mesh['a'=2,'b'=4] {'b'}, which may be made of such a
+    range: mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}.
+    """
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    ids = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={ids}", line):
+        return _range(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
+    names = r"\{((?:'\w+',?)+)\}"
+    grid = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({ids}\))? {names}", line)
+    if not grid:
+        return [list(range(devices))]
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", grid[1])}
+    inside = re.findall(r"'(\w+)'", grid[4])
+    order = [*(name for name in axes if name not in inside), *inside]
+    every = _range(grid[2] or ",".join(map(str, axes.values())), grid[3]).reshape([*axes.values()])
+    every = every.transpose([list(axes).index(name) for name in order])
+    return every.reshape(-1, math.prod(axes[name] for name in inside)).tolist()
+
+
+def _range(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, ... in this shape, its axes then in this order."""
+    sizes = _numbers(shape)
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose(_numbers(order)) if order else numbers
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(name, lines) of each computation of an HLO module."""
+    name, lines = None, []
+    for line in text.splitlines():
+        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name, lines = match[1], []
+        # An attribute of a kernel may have lines of its own that begin with braces.
+        elif re.match(r"\}(, \w+=.*)?$", line) and name:
+            yield name, lines
+            name = None
+        elif name:
+            lines.append(line)
+
+
+def _calls(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
+    """(computation, how often) that an instruction runs."""
+    for kind, callee in re.findall(r"(body|condition|calls|to_apply)=%?([\w.\-]+)", line):
+        yield callee, _trips(line, bodies) if kind in ("body", "condition") else 1
+    for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
+        for callee in group.split(","):
+            yield callee.strip().lstrip("%"), 1
+
+
+def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
+    """How often a loop runs: as its line says, else by the number that its condition compares its
+    counter with, and by how much the body moves that (by 2 in a loop that was unrolled once)."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(known[1])
+    condition, body = (
+        _defined(bodies.get(match[1], [])) if match else {}
+        for match in (re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body"))
+    )
+    limits = [int(n) for text in condition.values() for n in re.findall(r"constant\((\d+)\)", text)]
+    if not limits:
+        return 1
+    counter = re.search(r"get-tuple-element\(.*index=(\d+)", " ".join(condition.values()))
+    return -(-max(limits) // (_stride(body, int(counter[1])) if counter else 1))
+
+
+def _defined(lines: Iterable[str]) -> dict[str, str]:
+    """{name: its instruction} of a computation; the last goes by "ROOT" as well."""
+    found = {}
+    for line in lines:
+        if match := re.match(r"\s*(ROOT )?%?([\w.\-]+) = (.*)", line):
+            found[match[2]] = match[3]
+            if match[1]:
+                found["ROOT"] = match[3]
+    return found
+
+
+def _stride(body: Mapping[str, str], counter: int) -> int:
+    """By how much the body of a loop moves an element of what it carries; 1 where that is not
+    plainly an addition."""
+    carried = re.search(r" tuple\((.*?)\)", re.sub(r"/\*.*?\*/", "", body.get("ROOT", "")))
+    names = re.findall(r"%?([\w.\-]+)", carried[1]) if carried else []
+    text = body.get(names[counter], "") if counter < len(names) else ""
+    while copied := re.search(r" copy\(%?([\w.\-]+)\)", text):
+        text = body.get(copied[1], "")
+    added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", text)
+    steps = [
+        int(constant[1])
+        for name in (added.groups() if added else ())
+        if (constant := re.search(r" constant\((\d+)\)", body.get(name, "")))
+    ]
+    return max(steps, default=1)
+
+
+def _collective(line: str) -> tuple[str | None, int]:
+    """(kind, bytes of its result) of an instruction; (None, 0) of any other."""
+    match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
+    if not match:
+        return None, 0
+    arrays = [
+        -(-_item_bits(kind) * math.prod(_numbers(dims)) // 8)
+        for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", match[1])
+    ]
+    # The result of an asynchronous start holds the operands before the results, and some scalars;
+    # but that of an all-reduce, whose operands are of the same shapes, the results alone.
+    halved = match[2] != "all-reduce" and f" {match[2]}-start(" in line
+    return match[2], sum(arrays[len(arrays) // 2 :] if halved else arrays)
+
+
+def _item_bits(kind: str) -> int:
+    """Bits of an element of one of XLA's types, which all but `pred` have in their names: s4, u16,
+    bf16, f8e4m3fn, c64 (xla_data.proto). Raises ValueError for another."""
+    bits = re.fullmatch(r"(?:s|u|f|bf|c)(\d+)(?:e\d+m\d+[a-z0-9]*)?", kind)
+    if not bits and kind != "pred":
+        raise ValueError(
+            f"array of type {kind!r} in a compiled program: expected pred or a type of XLA's with"
+            " its bits in its name, as bf16; teach commands/hlo.py its size"
+        )
+    return int(bits[1]) if bits else 8

@@ -1,0 +1,234 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): combined, laid beside a network's kernels, or merged.
+
+A LoRA is {path of a kernel, layer by layer, as "double/07/img_qkv/kernel": Factors}, as files and
+training have it. `attach` stacks it into the parameters as the leaves `lora_a` and `lora_b`, with
+which `models.stack` computes x W + (x a) b. So adapters travel inside the parameters: a compiled
+step takes them like any other weight, and another LoRA of the same ranks needs no new program.
+
+Shapes: r the rank, "in" and "out" those of the kernel (in, ...out).
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from framepack_jax import sharding
+from framepack_jax.models import stack
+from framepack_jax.models.stack import LORA_A, LORA_B
+
+# Small beside the kernels: every device has the whole of both.
+SHARDINGS = ((rf".*/({LORA_A}|{LORA_B})", ()),)
+SHOWN = 4
+
+
+class Factors(NamedTuple):
+    """The change a diag(scale) b of one kernel: a (in, r), b (r, ...out), scale (r,), on the host.
+
+    `scale` is alpha / rank times a weight, of each rank because adapters that are joined bring
+    their own. It stays apart from b, so that what was read is what is written, bit for bit, and is
+    multiplied in once, in float32, where factors are attached.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+LoRA = dict[str, Factors]
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """A flag FILE or FILE:WEIGHT -> (file, weight); the weight is 1 unless given.
+
+    Raises ValueError where no file is named.
+    """
+    match = re.fullmatch(r"(.+?)(?::([-+]?(?:\d+\.?\d*|\.\d+)))?", text)
+    if match is None:
+        raise ValueError(f"LoRA {text!r}: expected FILE or FILE:WEIGHT, as style.safetensors:0.8")
+    file, weight = match.groups("1")
+    return file, float(weight)
+
+
+def combine(loras: Iterable[tuple[Mapping[str, Factors], float]]) -> LoRA:
+    """Several (LoRA, weight) as one: the sum of their changes, factors side by side along r."""
+    parts: dict[str, list[Factors]] = {}
+    for lora, weight in loras:
+        for path, factors in lora.items():
+            parts.setdefault(path, []).append(factors._replace(scale=factors.scale * weight))
+    return {path: _side_by_side(several) for path, several in parts.items()}
+
+
+def _side_by_side(parts: list[Factors]) -> Factors:
+    a, b, scale = zip(*parts, strict=True)
+    scale = np.concatenate(scale)
+    return Factors(np.concatenate(alike(a), axis=1), np.concatenate(alike(b)), scale)
+
+
+def alike(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Arrays in one dtype: theirs, or float32 where they differ."""
+    same = len({x.dtype for x in arrays}) == 1
+    return list(arrays) if same else [x.astype(np.float32) for x in arrays]
+
+
+def scaled(factors: Factors) -> np.ndarray:
+    """diag(scale) b in float32."""
+    scale = factors.scale.astype(np.float32)
+    return factors.b.astype(np.float32) * scale.reshape(-1, *[1] * (factors.b.ndim - 1))
+
+
+def attach(
+    params: stack.Params,
+    lora: Mapping[str, Factors],
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> stack.Params:
+    """The parameters (layers stacked, arrays or `jax.ShapeDtypeStruct`s) with a LoRA beside its
+    kernels: leaves `lora_a` (in, r) and `lora_b` (r, ...out) of `dtype`, scale multiplied in, with
+    a leading layer axis in a stack.
+
+    Layers of a stack have the largest of their ranks, filled up with zeros, which change nothing.
+    On a `mesh` they lie by SHARDINGS. Raises ValueError that names what does not fit.
+    """
+    leaves = flatten_dict(params)
+    _check(leaves, lora)
+    groups: dict[tuple[str, ...], dict[int | None, Factors]] = {}
+    for path, factors in lora.items():
+        kernel, layer = _place(path)
+        groups.setdefault(kernel[:-1], {})[layer] = factors
+    added = {}
+    for module, layers in groups.items():
+        shape = leaves[*module, "kernel"].shape
+        for name, array in zip((LORA_A, LORA_B), _stacked(layers, shape), strict=True):
+            added[*module, name] = array.astype(dtype)
+    placed = unflatten_dict(added)
+    if mesh is None:
+        placed = jax.device_put(placed)
+    else:
+        specs = sharding.resolve(SHARDINGS, placed)
+        placed = jax.device_put(placed, sharding.shard(placed, specs, mesh))
+    return unflatten_dict(leaves | flatten_dict(placed))
+
+
+def _place(path: str) -> tuple[tuple[str, ...], int | None]:
+    """ "double/07/img_qkv/kernel" -> (("double", "img_qkv", "kernel"), 7); no layer, None."""
+    first, second, *rest = path.split("/")
+    return ((first, *rest), int(second)) if second.isdigit() else ((first, second, *rest), None)
+
+
+def _check(leaves: Mapping[tuple[str, ...], Any], lora: Mapping[str, Factors]) -> None:
+    if any(path[-1] == LORA_A for path in leaves):
+        raise ValueError("the parameters have a LoRA already; combine several before attaching")
+    problems = []
+    for path, factors in lora.items():
+        kernel, layer = _place(path)
+        shape = leaves[kernel].shape if kernel in leaves else ()
+        if layer is not None:
+            shape = shape[1:] if layer < next(iter(shape), 0) else ()
+        if not shape:
+            problems.append(f"{path}: the network has no such kernel")
+        elif (factors.a.shape[0], *factors.b.shape) != (shape[0], factors.rank, *shape[1:]):
+            problems.append(
+                f"{path}: a {factors.a.shape} and b {factors.b.shape} do not make {shape}"
+            )
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        listed = "\n  ".join(problems[:SHOWN])
+        raise ValueError(
+            f"{len(problems)} of {len(lora)} kernels of the LoRA do not fit the network; is it of"
+            f" this model?\n  {listed}{more}"
+        )
+
+
+def _stacked(
+    layers: Mapping[int | None, Factors], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of a kernel of that shape, in float32; a stack's by layer, absent ones zero."""
+    rank = max(factors.rank for factors in layers.values())
+    count = () if None in layers else shape[:1]
+    inputs, *outputs = shape[len(count) :]
+    a = np.zeros((*count, inputs, rank), np.float32)
+    b = np.zeros((*count, rank, *outputs), np.float32)
+    for layer, factors in layers.items():
+        here = () if layer is None else layer
+        a[here][:, : factors.rank] = factors.a
+        b[here][: factors.rank] = scaled(factors)
+    return a, b
+
+
+def extract(params: stack.Params) -> LoRA:
+    """The LoRA that lies in parameters, layer by layer, of scale 1; the inverse of `attach` up to
+    the rank: ranks and layers that are zero in both factors are left out."""
+    lora = {}
+    for (*module, name), a in sorted(flatten_dict(params).items()):
+        if name != LORA_A:
+            continue
+        leaves = functools.reduce(lambda tree, part: tree[part], module, params)
+        a, b = jax.device_get((a, leaves[LORA_B]))
+        first, *rest = module
+        if a.ndim == 2:
+            lora |= _nonzero("/".join((*module, "kernel")), a, b)
+        else:
+            for i in range(len(a)):
+                lora |= _nonzero("/".join((first, f"{i:02d}", *rest, "kernel")), a[i], b[i])
+    return lora
+
+
+def _nonzero(path: str, a: np.ndarray, b: np.ndarray) -> LoRA:
+    used = a.any(axis=0) | b.any(axis=tuple(range(1, b.ndim)))
+    if not used.any():
+        return {}
+    return {path: Factors(a[:, used], b[used], np.ones(used.sum()))}
+
+
+def merge(params: stack.Params, *, donate: bool = False) -> stack.Params:
+    """Parameters with attached factors -> parameters without, their kernels W + a b.
+
+    Computed in float32, one layer at a time, and rounded to the kernel's dtype. Other leaves are
+    handed through. With `donate` the kernels are changed in place and those of `params` are used
+    up, which a network that fills most of a device needs. Raises ValueError where a kernel is not
+    floating, before any is changed.
+    """
+    leaves = flatten_dict(params)
+    for *module, name in leaves:
+        if name == LORA_A:
+            stack.check_foldable(leaves[*module, "kernel"])
+    return dict(_merged(params, donate))
+
+
+def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]]:
+    for name, leaf in params.items():
+        if not isinstance(leaf, dict):
+            yield name, leaf
+        elif LORA_A not in leaf:
+            yield name, dict(_merged(leaf, donate))
+        else:
+            kernel = jnp.asarray(leaf["kernel"])
+            # Adding in place uses the kernel up.
+            own = kernel if donate else kernel.copy()
+            summed = _add_layers(own, leaf[LORA_A], leaf[LORA_B])
+            rest = {k: v for k, v in leaf.items() if k not in (LORA_A, LORA_B)}
+            yield name, rest | {"kernel": jax.device_put(summed, kernel.sharding)}
+
+
+@functools.partial(jax.jit, donate_argnames="kernel")
+def _add_layers(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def fold(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return stack.folded({"kernel": kernel, LORA_A: a, LORA_B: b})["kernel"]
+
+    if a.ndim == 2:
+        return fold(kernel, a, b)
+    return jax.lax.fori_loop(
+        0, len(a), lambda i, kernel: kernel.at[i].set(fold(kernel[i], a[i], b[i])), kernel
+    )
