@@ -9,10 +9,13 @@ A role's path may point into another bundle, so that two transformers share thei
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +31,12 @@ from framepack_jax.models import kinds, stack
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+# A file that is there from the first write until the bundle is whole.
+UNFINISHED = "unfinished"
 ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 WRITE_CHUNK = 64 << 20
+# Beyond any network.
+MOST, MOST_LAYERS = 10**9, 1000
 
 
 class BundleError(ValueError):
@@ -74,8 +81,8 @@ class Manifest:
 def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]]) -> Written:
     """Write (leaf path, array) pairs as one checkpoint, a few at a time.
 
-    At most about `WRITE_CHUNK` bytes of arrays are held. The checkpoint appears at `path` when
-    all is written, and never half.
+    Leaves are made while the ones before are hashed and written; about twice `WRITE_CHUNK` bytes of
+    arrays are held. The checkpoint appears at `path` when all is written, and never half.
     """
     path = _absolute(path)
     partial = path.parent / f"{path.name}.partial_save"
@@ -84,25 +91,56 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
             leftover.rmtree()
     path.parent.mkdir(parents=True, exist_ok=True)
     written, held, size, digest = 0, {}, 0, hashlib.sha256()
-    for name, array in leaves:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-        held[tuple(name.split("/"))] = array
-        size += array.nbytes
-        if size >= WRITE_CHUNK:
+    with _uncompressed():
+        writing = None
+        try:
+            for name, array in _ahead(leaves):
+                array = np.ascontiguousarray(array)
+                digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+                digest.update(array.reshape(-1).view(np.uint8))
+                held[tuple(name.split("/"))] = array
+                size += array.nbytes
+                if size >= WRITE_CHUNK:
+                    _finish(writing)
+                    writing = ocp.partial.save_async(path, unflatten_dict(held))
+                    written, held, size = written + size, {}, 0
+        finally:
+            # Also where making leaves failed: a later attempt must not meet this one's writing.
+            _finish(writing)
+        if held:
             ocp.partial.save(path, unflatten_dict(held))
-            written, held, size = written + size, {}, 0
-    if held:
-        ocp.partial.save(path, unflatten_dict(held))
-    ocp.partial.finalize(path)
+        ocp.partial.finalize(path)
     return Written(written + size, digest.hexdigest())
 
 
+def _ahead(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same pairs, each made in a thread of its own while the one before is dealt with."""
+    iterator = iter(leaves)
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(next, iterator, None)
+        while (pair := following.result()) is not None:
+            following = maker.submit(next, iterator, None)
+            yield pair
+
+
+def _finish(writing: Any) -> None:
+    if writing is not None:
+        writing.result()
+
+
+def _uncompressed() -> ocp.Context:
+    """Weights hardly shrink, and compression takes three times as long as writing them."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context
+
+
 def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
-    """Finish a bundle."""
+    """Finish a bundle: the manifest is there whole, or not at all."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1)
-    (epath.Path(root) / MANIFEST).write_text(text + "\n")
+    partial = epath.Path(root) / f".{MANIFEST}.partial"
+    partial.write_text(text + "\n")
+    partial.replace(epath.Path(root) / MANIFEST)
 
 
 def read_manifest(root: epath.PathLike) -> Manifest:
@@ -132,25 +170,106 @@ def read_manifest(root: epath.PathLike) -> Manifest:
 
 
 def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
-    """(module of the kind, its Config) of a role. Raises BundleError where it is absent."""
+    """(module of the kind, its Config) of a role. Raises BundleError where it is absent, or its
+    config makes no network."""
     if name not in manifest.roles:
         raise BundleError(
             f"the bundle has no {name}; make one that has it with: python convert_weights.py"
             f" --{name.replace('_', '-')} FILE_OR_FOLDER --encoders-from THIS_BUNDLE --output NEW"
         )
     role = manifest.roles[name]
-    if role.kind not in kinds.KINDS:
+    if not isinstance(role.kind, str) or role.kind not in kinds.KINDS:
         raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(kinds.KINDS)}")
     model = kinds.KINDS[role.kind]
-    return model, config_from_json(model.Config, role.config)
+    cfg = config_from_json(model.Config, role.config)
+    try:
+        _expected(role.kind, cfg)
+    except Exception as error:  # of many kinds, by what does not go together
+        line = str(error).partition("\n")[0]
+        raise BundleError(
+            f"{name}: its config in {MANIFEST} makes no network ({line}): {role.config}; convert"
+            " again"
+        ) from error
+    return model, cfg
 
 
 def config_from_json(config_class: type, fields: dict[str, Any]) -> Any:
-    """A config dataclass from JSON fields; lists become tuples, unknown names are refused."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := sorted(set(fields) - known):
-        raise BundleError(f"{config_class.__qualname__}: unknown fields {unknown}")
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    """A config dataclass from JSON fields; lists become tuples. Raises BundleError for unknown
+    names, and numbers that are none, not above 0, or beyond all networks (counting to them would
+    take forever)."""
+    what = config_class.__qualname__
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    if not isinstance(fields, dict):
+        raise BundleError(f"{what}: a JSON {type(fields).__name__}, expected an object")
+    if unknown := sorted(set(fields) - defaults.keys()):
+        raise BundleError(f"{what}: unknown fields {unknown}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    for name, value in values.items():
+        if not _is_alike(value, defaults[name], MOST_LAYERS if "layers" in name else MOST):
+            raise BundleError(
+                f"{what}: {name} is {value!r:.60}; expected something like {defaults[name]!r}"
+            )
+    try:
+        return config_class(**values)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise BundleError(f"{what}: {error}") from error
+
+
+def _is_alike(value: Any, default: Any, most: int) -> bool:
+    """Whether a value is of the sort of a field's default."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(_is_alike(v, default[0], most) for v in value)
+    if isinstance(default, bool | str):
+        return type(value) is type(default)
+    if value is None:
+        return True
+    kinds_of = (int, float) if isinstance(default, float) else (int,)
+    return type(value) in kinds_of and 0 < value <= most
+
+
+def stored_dtypes(root: epath.PathLike, manifest: Manifest, name: str) -> dict[str, str]:
+    """Path -> name of the dtype of every stored leaf of a role. Raises BundleError."""
+    _, stored = _opened(root, manifest, name)
+    return {path: str(leaf.dtype) for path, leaf in stored.items()}
+
+
+def stored_bytes(root: epath.PathLike, manifest: Manifest, name: str) -> int:
+    """Bytes of the parameters of a role. Raises BundleError."""
+    _, stored = _opened(root, manifest, name)
+    return sum(map(_nbytes, stored.values()))
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def read_leaves(
+    root: epath.PathLike, manifest: Manifest, name: str, leaves: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of these leaves of a role, in this order, as they are stored, about
+    `WRITE_CHUNK` bytes at a time. Raises BundleError."""
+    path, stored = _opened(root, manifest, name)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    for keys in _batches(leaves, stored):
+        wanted = unflatten_dict({tuple(key.split("/")): stored[key] for key in keys})
+        with context:
+            loaded = _load(root, name, path, wanted)
+        # Each is let go of, so that what the reader is done with need not stay.
+        yield from ((key, loaded.pop(key)) for key in keys)
+
+
+def _batches(leaves: Iterable[str], stored: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Leaves in groups of about `WRITE_CHUNK` bytes."""
+    held, size = [], 0
+    for leaf in leaves:
+        held.append(leaf)
+        size += _nbytes(stored[leaf])
+        if size >= WRITE_CHUNK:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def load_params(
@@ -167,20 +286,11 @@ def load_params(
     Raises BundleError, ValueError where the mesh does not divide them.
     """
     model, cfg = role_config(manifest, name)
-    path = _absolute(epath.Path(root) / manifest.roles[name].path)
-    if not path.exists():
-        raise BundleError(f"bundle {root}: the parameters of {name} are missing at {path}")
-    _check_reference(root, path, manifest.roles[name])
-    expected = kinds.abstract_leaves(manifest.roles[name].kind, cfg)
-    tree = ocp.metadata(path).metadata
-    stored = {"/".join(key): leaf for key, leaf in flatten_dict(tree).items()}
-    if problems := _differences(expected, stored):
-        raise BundleError(f"bundle {root}: {name} does not fit its config: {problems}")
-
-    shardings = None if mesh is None else _shardings(model, cfg, mesh)
+    path, stored = _opened(root, manifest, name)
+    shardings = None if mesh is None else _shardings(model, cfg, mesh, stored)
     wanted = None
     if shardings is not None:
-        divided = _layer_shardings(expected, shardings, model.STACKS)
+        divided = _layer_shardings(stored, shardings, model.STACKS)
         wanted = unflatten_dict(
             {
                 tuple(key.split("/")): jax.ShapeDtypeStruct(
@@ -189,6 +299,65 @@ def load_params(
                 for key, leaf in stored.items()
             }
         )
+    joined = flatten_dict(stack.join(_load(root, name, path, wanted), model.STACKS, list))
+    placed = {}
+    for leaf in list(joined):
+        # Let go of once its layers are stacked: not all layers are there twice.
+        array = joined.pop(leaf)
+        kept = None if leaf[-1] == stack.SCALE else dtype
+        placed[leaf] = (
+            _place(array, kept)
+            if shardings is None
+            else _place_divided(array, kept, shardings[leaf])
+        )
+    return unflatten_dict(placed)
+
+
+def _opened(
+    root: epath.PathLike, manifest: Manifest, name: str
+) -> tuple[epath.Path, dict[str, Any]]:
+    """Where the parameters of a role lie, and shape and dtype of every leaf there, which must be
+    those of its config. Raises BundleError."""
+    _, cfg = role_config(manifest, name)
+    path = _present(root, manifest, name)
+    expected = _expected(manifest.roles[name].kind, cfg)
+    tree = ocp.metadata(path).metadata
+    stored = {"/".join(key): leaf for key, leaf in flatten_dict(tree).items()}
+    if problems := _differences(expected, stored):
+        raise BundleError(f"bundle {root}: {name} does not fit its config: {problems}")
+    return path, stored
+
+
+def check_present(root: epath.PathLike, roles: Iterable[str] = ROLES) -> None:
+    """Raise BundleError where a bundle lacks the parameters of a role, without reading them."""
+    manifest = read_manifest(root)
+    for name in roles:
+        role_config(manifest, name)
+        _present(root, manifest, name)
+
+
+def _present(root: epath.PathLike, manifest: Manifest, name: str) -> epath.Path:
+    path = _absolute(epath.Path(root) / manifest.roles[name].path)
+    if not path.exists():
+        elsewhere = (
+            "; they stay in another bundle: move both together, or convert again with"
+            " --encoders-from"
+        )
+        raise BundleError(
+            f"bundle {root}: the parameters of {name} are missing at {path}"
+            f"{'' if path.parent == _absolute(root) else elsewhere}"
+        )
+    _check_reference(root, path, manifest.roles[name])
+    return path
+
+
+@functools.cache
+def _expected(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return kinds.abstract_leaves(kind, cfg)
+
+
+def _load(root: epath.PathLike, name: str, path: epath.Path, wanted: Any) -> dict[str, Any]:
+    """Leaves by path: those of the tree `wanted`, or all where it is None. Raises BundleError."""
     try:
         loaded = flatten_dict(ocp.load(path, wanted))
     except Exception as error:  # of many kinds, by what is damaged
@@ -196,13 +365,7 @@ def load_params(
         raise BundleError(
             f"bundle {root}: the parameters of {name} cannot be read ({line}); convert again"
         ) from error
-    leaves = {"/".join(key): leaf for key, leaf in loaded.items()}
-    joined = stack.join(leaves, model.STACKS, list)
-    if shardings is None:
-        return jax.tree.map(lambda x: _place(x, dtype), joined, is_leaf=_is_layers)
-    return jax.tree.map(
-        lambda x, where: _place_divided(x, dtype, where), joined, shardings, is_leaf=_is_layers
-    )
+    return {"/".join(key): leaf for key, leaf in loaded.items()}
 
 
 def _place(layers: list[np.ndarray] | np.ndarray, dtype: Any) -> jax.Array:
@@ -227,30 +390,52 @@ def _place_divided(
     return jax.jit(put, out_shardings=where)(*(layers if stacked else [layers]))
 
 
-def _shardings(model: Any, cfg: Any, mesh: Mesh) -> stack.Params:
-    """Where the parameters of a network lie on a mesh, layers stacked. Raises ValueError."""
+def _shardings(
+    model: Any, cfg: Any, mesh: Mesh, stored: Iterable[str]
+) -> dict[tuple[str, ...], NamedSharding]:
+    """Path -> where the parameters of a network lie on a mesh, layers stacked; a scale lies as the
+    outputs of its kernel do. Raises ValueError."""
     params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    return sharding.shard(params, sharding.resolve(model.SHARDINGS, params), mesh)
+    rules = sharding.resolve(model.SHARDINGS, params)
+    shardings = flatten_dict(sharding.shard(params, rules, mesh))
+    for leaf in stored:
+        path = _stacked(leaf, model.STACKS)
+        if path[-1] == stack.SCALE:
+            axes = tuple(shardings[(*path[:-1], "kernel")].spec)
+            shardings[path] = NamedSharding(mesh, PartitionSpec(*axes[:1], *axes[2:]))
+    return shardings
 
 
 def _layer_shardings(
-    leaves: Iterable[str], shardings: stack.Params, stacks: Iterable[str]
+    leaves: Iterable[str],
+    shardings: dict[tuple[str, ...], NamedSharding],
+    stacks: Iterable[str],
 ) -> dict[str, NamedSharding]:
     """The same for the leaves on disk, each of one layer: without the axis of layers."""
-    divided, stacks = {}, set(stacks)
-    by_path = flatten_dict(shardings)
+    divided = {}
     for name in leaves:
-        path = tuple(name.split("/"))
-        where = by_path[path if path[0] not in stacks else (path[0], *path[2:])]
+        path = _stacked(name, stacks)
+        where = shardings[path]
         spec = where.spec[1:] if path[0] in stacks else where.spec
         divided[name] = NamedSharding(where.mesh, PartitionSpec(*spec))
     return divided
 
 
+def _stacked(leaf: str, stacks: Iterable[str]) -> tuple[str, ...]:
+    """ "double/07/mod/bias" -> its path where layers are stacked, ("double", "mod", "bias")."""
+    path = tuple(leaf.split("/"))
+    return (path[0], *path[2:]) if path[0] in stacks else path
+
+
 def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
     """Raise BundleError where a network of another bundle is not the one that was pointed to."""
-    if path.parent == _absolute(root) or not (path.parent / MANIFEST).exists():
+    if path.parent == _absolute(root):
         return
+    if not (path.parent / MANIFEST).exists():
+        raise BundleError(
+            f"bundle {root} points to {path}, in a folder that is no whole bundle (it has no"
+            f" {MANIFEST}); finish its conversion, or convert this one again with --encoders-from"
+        )
     there = read_manifest(path.parent).roles.get(path.name)
     if there and there.source.get("sha256") != role.source.get("sha256"):
         raise BundleError(
@@ -259,22 +444,23 @@ def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None
         )
 
 
-def _is_layers(x: Any) -> bool:
-    return isinstance(x, list)
-
-
 def _absolute(path: epath.PathLike) -> epath.Path:
     """A path as orbax takes it; those of object stores are absolute already."""
     return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
-def _differences(expected: dict[str, Any], stored: dict[str, Any]) -> str:
+def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """What is missing, unexpected or misshapen; an int8 kernel comes with its scale."""
+    expected = {path: leaf.shape for path, leaf in expected.items()}
+    for path, leaf in stored.items():
+        if leaf.dtype == np.int8 and path.endswith("/kernel") and path in expected:
+            expected[path.removesuffix("kernel") + stack.SCALE] = expected[path][1:]
     parts = []
     if missing := sorted(expected.keys() - stored.keys()):
         parts.append(f"{len(missing)} missing ({', '.join(missing[:3])})")
     if extra := sorted(stored.keys() - expected.keys()):
         parts.append(f"{len(extra)} unexpected ({', '.join(extra[:3])})")
     for key in sorted(expected.keys() & stored.keys()):
-        if tuple(stored[key].shape) != expected[key].shape:
-            parts.append(f"{key} is {tuple(stored[key].shape)}, expected {expected[key].shape}")
+        if tuple(stored[key].shape) != expected[key]:
+            parts.append(f"{key} is {tuple(stored[key].shape)}, expected {expected[key]}")
     return "; ".join(parts[:5])

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from benchmarks import sampling
+from benchmarks import conversion, sampling
 from framepack_jax import packing
-from framepack_jax.models import packed_dit
+from framepack_jax.models import kinds, packed_dit
 from framepack_jax.models.flops import forward_flops
 
 SECTIONS, STEPS, SIDE = 5, 2, 32
 F1 = "f1k1_x_f16k4f2k2f1k1_g1"
+TRANSFORMER = "hunyuan_packed_dit"
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,27 @@ def _matmul_flops(jaxpr: Any) -> int:
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         total += times * sum(_matmul_flops(inner) for inner in jaxprs_in_params(equation.params))
     return total
+
+
+def test_a_conversion_is_measured_and_cleaned_up(tmp_path, capfd) -> None:
+    """Verified by the command itself, whose exit code would stop the benchmark."""
+    figures = conversion.main(["--scale", "toy", "--folder", str(tmp_path), "--no-loading"])
+    parameters = sum(
+        leaf.size for leaf in kinds.abstract_leaves(TRANSFORMER, conversion.TOY).values()
+    )
+    assert figures["bytes"] == 2 * parameters
+    assert figures["times_copy"] == figures["convert_seconds"] / figures["copy_seconds"]
+    # JAX alone takes more than the toy model does.
+    assert 100e6 < figures["convert_peak"] < 4e9 and 100e6 < figures["verify_peak"] < 4e9
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_deepest_model_leaves_room_on_the_disk() -> None:
+    whole = conversion._deepest(10**12)
+    assert (whole.double_layers, whole.single_layers) == (20, 40)
+    cfg = conversion._deepest(40 * 10**9)
+    size = 2 * sum(leaf.size for leaf in kinds.abstract_leaves(TRANSFORMER, cfg).values())
+    assert 0 < 40e9 - 2 * size - conversion.SHARD - conversion.SPARE < 2 * 1.3e9
+    assert (cfg.heads, cfg.single_layers) == (24, 2 * cfg.double_layers)
+    with pytest.raises(SystemExit, match="too few for one layer"):
+        conversion._deepest(conversion.SPARE)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError, Manifest, Role
@@ -88,6 +89,26 @@ def test_a_reference_to_replaced_weights_is_refused(root, tmp_path) -> None:
     bundle.write_manifest(root, Manifest({"text_encoder_2": changed}, (), (), "", "", ""))
     with pytest.raises(BundleError, match="has been replaced by other weights"):
         bundle.load_params(other, pointing, "text_encoder_2")
+    (root / bundle.MANIFEST).unlink()
+    with pytest.raises(BundleError, match=r"is no whole bundle .*finish its conversion"):
+        bundle.load_params(other, pointing, "text_encoder_2")
+    lost = {"text_encoder_2": dataclasses.replace(there, path="../gone/text_encoder_2")}
+    with pytest.raises(BundleError, match=r"missing at .*: move both together"):
+        bundle.load_params(other, dataclasses.replace(pointing, roles=lost), "text_encoder_2")
+
+
+def test_a_manifest_is_whole_or_not_there(root, monkeypatch) -> None:
+    before = (root / bundle.MANIFEST).read_text()
+
+    def torn(path, text: str) -> None:
+        with open(path, "w") as file:
+            file.write(text[:40])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(epath.Path(root)), "write_text", torn)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.write_manifest(root, dataclasses.replace(manifest(), order="inverted"))
+    assert (root / bundle.MANIFEST).read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -104,6 +125,16 @@ def test_damaged_manifests(root, damage, named) -> None:
     file.write_text(damage(file.read_text()))
     with pytest.raises(BundleError, match=named):
         bundle.read_manifest(root)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"width": "4"}, {"width": -4}, {"width": None}, {"layers": 10**9}, {"heads": True},
+     {"mlp_width": 0}, {"width": [4]}, {"activation": "none"}, {"activation": [[1]]}],
+)  # fmt: skip
+def test_configs_that_make_no_network(changes) -> None:
+    with pytest.raises(BundleError, match=next(iter(changes))):
+        bundle.role_config(manifest(**changes), "text_encoder_2")
 
 
 def test_roles_that_do_not_fit(root) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from framepack_jax import bundle
 from framepack_jax.commands.convert import Convert, convert, main
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.conversion import engine, readers, tables, transformer
+from framepack_jax.conversion import engine, inspect, readers, tables, transformer
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import packed_dit, vae
 from framepack_jax.models.packed_dit import Config
@@ -405,7 +405,71 @@ def test_full_size_models_fit(tmp_path) -> None:
         assert plan.nbytes() == 2 * counts[role]
 
 
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [("hhb", "float32"), ("bbf", "float32"), ("bbb", "bfloat16"), ("hhf", "float32")],
+)
+def test_fused_tensors_of_mixed_types(types: str, expected: str, framepack, tmp_path) -> None:
+    """In the narrowest type that holds them all; numbers of each stay as they are."""
+    dtypes = {"h": torch.float16, "b": torch.bfloat16, "f": torch.float32}
+    names = [f"transformer_blocks.1.attn.to_{x}.weight" for x in "qkv"]
+    state = dict(framepack.state_dict())
+    for name, letter in zip(names, types, strict=True):
+        state[name] = state[name].to(dtypes[letter])
+    save_file(state, tmp_path / "x.safetensors")
+    plan = plan_of(tmp_path / "x.safetensors", rope_axes=(4, 6, 6))
+    leaves = dict(plan.leaves())
+    kernel = leaves["double/01/img_qkv/kernel"]
+    assert str(kernel.dtype) == expected
+    tensors = {name: state[name].float().numpy() for name in names}
+    np.testing.assert_array_equal(kernel.astype(np.float32), fused(tensors, names))
+    assert plan.nbytes() == sum(leaf.nbytes for leaf in leaves.values())
+
+
+def test_numbers_that_a_type_cannot_hold_are_named(framepack, tmp_path) -> None:
+    state = dict(framepack.state_dict())
+    state["proj_out.bias"] = state["proj_out.bias"].clone()
+    state["proj_out.bias"][:2] = 70_000
+    save_file(state, tmp_path / "x.safetensors")
+    plan = plan_of(tmp_path / "x.safetensors", rope_axes=(4, 6, 6))
+    with pytest.raises(ConversionError, match=r"head/out/bias holds 2 numbers .* up to 7e\+04"):
+        list(plan.leaves("float16"))
+    list(plan.leaves("bfloat16"))
+
+
 # What does not fit
+
+
+def test_names_are_gone_through_once(tmp_path, monkeypatch) -> None:
+    """However many tensors are missing."""
+    with torch.device("meta"):
+        state = HunyuanVideoFramepackTransformer3DModel(
+            **SIZES, has_image_proj=True, image_proj_dim=10, has_clean_x_embedder=True
+        ).state_dict()
+    names, calls = readers.Checkpoint.names, []
+    monkeypatch.setattr(readers.Checkpoint, "names", lambda self: calls.append(1) or names(self))
+    counts = []
+    for whole in (True, False):
+        kept = {k: v for k, v in state.items() if whole or ".norm" not in k}
+        source = tables.recognise(abstract_checkpoint(kept, tmp_path), "transformer")
+        calls.clear()
+        source = dataclasses.replace(source, given={"rope_axes": (4, 6, 6)})
+        problems = engine._problems(source, CFG, engine.steps_of(source.table, CFG))
+        assert whole != bool(problems)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 2
+
+
+@pytest.mark.parametrize("field", ["heads", "norm_groups"])
+def test_sizes_that_make_no_network(field: str, autoencoder, framepack, tmp_path) -> None:
+    model, role = (autoencoder, "vae") if field == "norm_groups" else (framepack, "transformer")
+    source = tables.recognise(readers.open_checkpoint(write_folder(model, tmp_path / role)), role)
+    cfg = dataclasses.replace(source.table.config(source), **{field: 0})
+    source = dataclasses.replace(
+        source, table=dataclasses.replace(source.table, config=lambda _: cfg)
+    )
+    with pytest.raises(ConversionError, match=rf"{role}: its sizes make no .*{field}=0"):
+        engine.plan(source)
 
 
 def test_everything_wrong_is_told_at_once(framepack, tmp_path) -> None:
@@ -676,7 +740,7 @@ def test_narrow_heads_need_their_rope_axes(golden) -> None:
 def test_a_whole_pipeline_becomes_a_bundle(golden, tmp_path, capsys) -> None:
     folder = golden / "diffusers_pipeline" / "pipeline"
     output = tmp_path / "bundle"
-    main(["--pipeline", str(folder), "--output", str(output), "--dtype", "bfloat16"])
+    main(["--pipeline", str(folder), "--output", str(output), "--dtype", "bf16"])
     said = capsys.readouterr().out
     manifest = bundle.read_manifest(output)
     assert tuple(manifest.roles) == bundle.ROLES
@@ -758,10 +822,51 @@ def test_an_interrupted_conversion_is_no_bundle_and_runs_again(
     assert convert(flags) == bundle.read_manifest(tmp_path / "out")
 
 
+def test_leftovers_of_a_killed_run_make_room_and_go(framepack, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "out"
+    flags = Convert(output=str(output), transformer=write_folder(framepack, tmp_path / "model"))
+    made = convert(flags)
+    left = output / "vae.partial_save.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "data").write_bytes(bytes(1000))
+    (output / "notes").mkdir()
+    # Killed before the manifest of the bundle there was taken away.
+    (output / bundle.UNFINISHED).touch()
+    held = sum(f.stat().st_size for f in (output / "transformer").rglob("*") if f.is_file())
+    freed = []
+    check = engine.check_space
+    monkeypatch.setattr(engine, "check_space", lambda *args: freed.append(args[2]) or check(*args))
+    assert "bundle, unfinished" in inspect.describe(output)
+    assert convert(flags) == made
+    assert freed == [held + 1000]
+    assert not left.exists() and (output / "notes").exists()
+    assert not (output / bundle.UNFINISHED).exists()
+
+
+@pytest.mark.golden
+def test_a_transformer_that_stays_keeps_its_schedule(golden, tmp_path, capsys) -> None:
+    pipeline = golden / "diffusers_pipeline" / "pipeline"
+    first, second = tmp_path / "first", tmp_path / "second"
+    f1 = "f1k1_x_f16k4f2k2f1k1_g3"
+    main(["--transformer", str(pipeline / "transformer"), "--output", str(first),
+          "--schedule", f1])  # fmt: skip
+    assert "assumed" not in capsys.readouterr().out
+    args = ["--vae", str(pipeline / "vae"), "--encoders-from", str(first)]
+    main([*args, "--output", str(second)])
+    assert "assumed" not in capsys.readouterr().out
+    made = bundle.read_manifest(second)
+    assert (made.schedule, made.order) == (f1, "forward")
+    main(["--transformer", str(pipeline / "transformer"), "--output", str(tmp_path / "third")])
+    assert "(schedule assumed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         ([], "nothing to convert"),
+        (["--framepack", "f1", "--pipeline", "."], "--framepack f1 brings all that --pipeline ."),
+        (["--transformer", "{model}", "--image-dim", "4"], "--image-dim 4 is of"),
+        (["--transformer", "{model}", "--names", "original"], "--output does not read --names"),
         (["--pipeline", "."], "no model_index.json"),
         (["--transformer", "{model}", "--rope-axes", "a"], "--rope-axes a"),
         (["--transformer", "{model}", "--rope-axes", "4,4,4"], "do not add up"),
@@ -769,6 +874,7 @@ def test_an_interrupted_conversion_is_no_bundle_and_runs_again(
         (["--transformer", "{model}", "--schedule", "td_f1k8f1k1_g9"], "needs kernels k8"),
         (["--transformer", "{model}", "--prompt-template", "x"], "--prompt-template"),
         (["--image-encoder", "{siglip}"], "--image-processor"),
+        (["--image-encoder", "{siglip}"], "is lllyasviel/flux_redux_bfl/feature_extractor"),
     ],
 )
 def test_user_errors_are_one_message(args, said, framepack, tmp_path) -> None:

@@ -1,9 +1,10 @@
-"""`framepack convert`: PyTorch checkpoints become a bundle."""
+"""`framepack convert`: PyTorch checkpoints become a bundle, and bundles become checkpoints."""
 
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +16,30 @@ from tqdm import tqdm
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.conversion import assets, engine, readers, tables, transformer, vae
+from framepack_jax.conversion import (
+    assets,
+    engine,
+    export,
+    hub,
+    inspect,
+    lora,
+    readers,
+    tables,
+    transformer,
+    vae,
+    verify,
+)
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import kinds
+from framepack_jax.models import kinds, packed_dit
 from framepack_jax.models.packed_dit import context_kernels
 
-# There from the first write until the bundle is whole.
-UNFINISHED = "unfinished"
+SHORT_DTYPES = {short: name for name, short in inspect.DTYPE_NAMES.items()}
+# The flags that each thing to do reads; --output reads all that are not of another.
+READ = {
+    "inspect": set(),
+    "verify": set(),
+    "export": {"bundle", "role", "names", "lora", "dtype"},
+}
 DEFAULT_IMAGE_DIM = 1152
 # What one network makes has the width that the transformer reads.
 WIDTHS = {
@@ -34,15 +52,20 @@ WIDTHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Make a bundle of PyTorch checkpoints.
+    """Make a bundle of PyTorch checkpoints; or --verify one, or --export its networks.
 
     Networks come from a diffusers pipeline folder, from single files or folders, or stay in
     another bundle that the new one points to. All of them are checked before the first byte is
-    written.
+    written. A path may also name a repository of the Hugging Face hub, as owner/name or
+    owner/name/folder; what is fetched stays in the hub's cache.
     """
 
-    output: str
+    output: str | None = None
     """Folder of the new bundle."""
+    framepack: Literal["i2v", "f1"] | None = None
+    """Fetch a released FramePack model from the hub, all that it needs and its schedule; with
+    --encoders-from a bundle of the other one, its transformer alone. What is named below replaces
+    its part."""
     pipeline: Path | None = None
     """A diffusers pipeline folder (with model_index.json); networks named below replace its own."""
     transformer: Path | None = None
@@ -65,10 +88,13 @@ class Convert:
     `feature_extractor` next to it."""
     encoders_from: str | None = None
     """A bundle whose networks serve for all that are not given; they are pointed to, not copied."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type in which all weights are stored; default: as they come."""
-    schedule: str = packing.RELEASED_INVERTED
-    """Packing schedule that the transformer is made for (FramePack-F1: f1k1_x_f16k4f2k2f1k1_g9)."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"] | None = None
+    """Type in which all weights are stored; default: as they come. int8 quantizes the kernels in
+    the blocks of transformer and encoders, by output channel, and keeps the rest as it comes."""
+    schedule: str | None = None
+    """Packing schedule that the transformer is made for (FramePack-F1: f1k1_x_f16k4f2k2f1k1_g9);
+    default: that of the released model, or of the bundle that the transformer stays in; else
+    f1k1_x_g9_f1k1f2k2f16k4_td."""
     from_base: bool = False
     """Begin a FramePack model from a base HunyuanVideo transformer: context embeddings for the
     kernels of --schedule from its patch embedding, and a new image projection."""
@@ -80,34 +106,180 @@ class Convert:
     """Text around the prompt for Llama, with {} in its place; default: HunyuanVideo's."""
     overwrite: bool = False
     """Replace the bundle at --output."""
+    verify: tuple[Path, str] | None = None
+    """SOURCE BUNDLE: compare the networks that a pipeline folder or checkpoint and a bundle both
+    have, tensor by tensor, bit for bit; exit code 1 where any differs."""
+    inspect: Path | None = None
+    """Say what a checkpoint, LoRA file, pipeline folder or bundle is, without converting it."""
+    export: Path | None = None
+    """Write a network of --bundle for PyTorch: to a .safetensors file, else to a folder as
+    diffusers' and transformers' from_pretrained takes it."""
+    bundle: str | None = None
+    """The bundle that --export reads."""
+    role: Literal["transformer", "vae", "text_encoder_2", "image_encoder"] = "transformer"
+    """The network that --export writes."""
+    names: str | None = None
+    """Tensor names of an exported file: diffusers, original, which ComfyUI takes too, or comfyui,
+    those that it goes by itself; default: original, but for FramePack models, which have names in
+    diffusers' naming only. Of a LoRA: diffusers, kohya, kohya-tencent and so on."""
+    lora: Path | None = None
+    """A LoRA file that --export writes again, in other --names, for the transformer of --bundle or
+    else the released one."""
 
 
 def main(args: list[str] | None = None, prog: str = "convert_weights.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     flags = tyro.cli(Convert, prog=prog, args=args)
+    flags = dataclasses.replace(flags, dtype=SHORT_DTYPES.get(flags.dtype, flags.dtype))
     began = time.monotonic()
     try:
-        manifest = convert(flags)
+        same = _run(flags)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(summary(flags.output, manifest))
     print(f"{time.monotonic() - began:.1f} s in all")
+    if not same:
+        raise SystemExit(1)
+
+
+def _run(flags: Convert) -> bool:
+    """Do what the flags ask and print what came of it; False where --verify found a difference."""
+    asked = [name for name in ("output", "verify", "inspect", "export") if getattr(flags, name)]
+    if len(asked) != 1:
+        raise ConversionError(
+            f"{' and '.join(f'--{name}' for name in asked) or 'nothing to do'}: give one of"
+            " --output (the folder of a bundle to make), --verify, --inspect and --export"
+        )
+    _check_read(flags, asked[0])
+    if flags.inspect:
+        print(inspect.describe(flags.inspect))
+        return True
+    if flags.verify:
+        results = compare(*flags.verify)
+        print(verify.table(results))
+        return not any(result.differing for result in results)
+    if flags.export:
+        print(export_lora(flags) if flags.lora else export_role(flags))
+        return True
+    manifest = convert(flags)
+    print(summary(flags.output, manifest, assumed=_is_assumed(flags, manifest)))
+    return True
+
+
+def _check_read(flags: Convert, asked: str) -> None:
+    """Refuse, by name, flags that what is asked for would not look at."""
+    fields = dataclasses.fields(flags)
+    given = {f.name for f in fields if getattr(flags, f.name) != f.default} - {asked}
+    ignored = given - READ[asked] if asked in READ else given & (READ["export"] - {"dtype"})
+    if ignored:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+        raise ConversionError(f"--{asked} does not read {names}; leave out one or the other")
+    if flags.framepack and flags.pipeline:
+        raise ConversionError(
+            f"--framepack {flags.framepack} brings all that --pipeline {flags.pipeline} has; give"
+            " one of the two, and single networks by their own flags"
+        )
+    if flags.image_dim is not None and not flags.from_base:
+        raise ConversionError(
+            f"--image-dim {flags.image_dim} is of the image projection that --from-base makes; a"
+            " checkpoint brings its own: leave it out"
+        )
+
+
+def compare(source: Path, root: str) -> list[verify.Comparison]:
+    """Every network that the checkpoint or pipeline at `source` and a bundle both have, compared.
+    Raises ConversionError, BundleError."""
+    manifest = bundle.read_manifest(root)
+    if there := hub.split(str(source)):
+        source = hub.fetch(*there, pipeline=None)
+    results = []
+    for role, path in verify.sources(source, manifest).items():
+        plan = verify.plan(path, manifest, role)
+        size = bundle.stored_bytes(root, manifest, role)
+        with _bar(role, size) as bar:
+            results.append(verify.compare(plan, root, manifest, role, bar.update))
+    return results
+
+
+def export_role(flags: Convert) -> str:
+    """Write --role of --bundle to --export; returns what was written. Raises ConversionError,
+    BundleError."""
+    if flags.bundle is None:
+        raise ConversionError("--export needs --bundle, the bundle to take the network from")
+    if flags.dtype == "int8":
+        raise ConversionError(
+            "--export --dtype int8: PyTorch files have no such form; leave it out"
+        )
+    manifest, target = bundle.read_manifest(flags.bundle), _here(flags.export)
+    single = target.suffix == ".safetensors"
+    if flags.names not in (None, *export.TABLES):
+        raise ConversionError(
+            f"--names {flags.names}: expected one of {', '.join(export.TABLES)} for a network"
+        )
+    if not single and flags.names not in (None, "diffusers"):
+        raise ConversionError(
+            f"--export {target} --names {flags.names}: a folder for from_pretrained has diffusers'"
+            " names; for others give a file that ends in .safetensors"
+        )
+    default = export.default_naming(manifest, flags.role) if single else "diffusers"
+    naming = flags.names or default
+    network = export.Export(flags.bundle, manifest, flags.role, naming, flags.dtype)
+    with _bar(flags.role, network.nbytes) as bar:
+        (network.single if single else network.folder)(target, bar.update)
+    return (
+        f"{target}: {flags.role} of {flags.bundle} in {naming} names,"
+        f" {len(network.tensors):,} tensors, {network.nbytes / 1e6:,.1f} MB"
+    )
+
+
+def export_lora(flags: Convert) -> str:
+    """Write --lora to --export in --names; returns what was written. Raises ConversionError,
+    BundleError."""
+    if flags.names not in lora.NAMINGS:
+        raise ConversionError(
+            f"--lora {flags.lora} --names {flags.names}: expected one of {', '.join(lora.NAMINGS)}"
+        )
+    if flags.dtype or flags.role != "transformer":
+        raise ConversionError(
+            "--lora is of the transformer and keeps its types; leave out --dtype and --role"
+        )
+    target, cfg = _here(flags.export), packed_dit.Config()
+    if target.exists():
+        raise ConversionError(f"{target} is there already; choose another file, or take it away")
+    if flags.bundle:
+        _, cfg = bundle.role_config(bundle.read_manifest(flags.bundle), "transformer")
+    found = lora.read(flags.lora, cfg)
+    lora.write(target, found.lora, cfg, flags.names)
+    return f"{target}: {flags.lora} in {flags.names} names ({found.summary()})"
+
+
+def _here(path: Path) -> Path:
+    """The path of a file on a disk. Raises ConversionError where it is of an object store."""
+    if found := re.match(r"([a-z0-9]+):/", str(path)):
+        raise ConversionError(
+            f"--export {path}: files are not written to {found[1]}://; give a path here, and copy"
+            " the result"
+        )
+    return path
 
 
 def convert(flags: Convert) -> Manifest:
     """Write the bundle of `flags`; returns its manifest. Raises ConversionError, BundleError,
     ScheduleError, before anything is written where the input does not fit."""
     output = epath.Path(flags.output)
-    paths = _paths(flags)
     shared = bundle.read_manifest(flags.encoders_from) if flags.encoders_from else None
-    _check_output(flags, output, paths, shared)
+    _check_output(flags, output)
+    flags, origins = _fetched(flags)
+    paths = _paths(flags)
+    _check_apart(flags, output, paths, shared)
+    flags, order = _scheduled(flags, origins.get("transformer"), paths, shared)
     plans = _plans(flags, paths, shared)
     files = {
-        name: assets.find(role, paths.get(role), getattr(flags, name))
+        name: _files(role, paths.get(role), getattr(flags, name))
         for role, name in assets.FOLDERS.items()
         if role in plans or getattr(flags, name)
     }
-    manifest = _manifest(flags, plans, shared)
+    manifest = _manifest(flags, order, plans, shared, origins)
+    _check_space(flags, plans)
 
     _clear(output)
     roles = dict(manifest.roles)
@@ -122,21 +294,21 @@ def convert(flags: Convert) -> Manifest:
     for name, folder in files.items():
         assets.copy(name, folder, output)
     bundle.write_manifest(output, dataclasses.replace(manifest, roles=roles))
-    (output / UNFINISHED).unlink()
+    (output / bundle.UNFINISHED).unlink()
     return bundle.read_manifest(output)
 
 
-def summary(output: epath.PathLike, manifest: Manifest) -> str:
-    """What was written, and what a person must know about it."""
-    lines = [f"{output}: schedule {manifest.schedule}, order {manifest.order}"]
+def summary(output: epath.PathLike, manifest: Manifest, *, assumed: bool = False) -> str:
+    """What was written, and what a person must know about it; `assumed` where nothing told which
+    schedule the transformer is made for."""
+    said = " (schedule assumed; give --schedule if it is made for another)" if assumed else ""
+    lines = [f"{output}: schedule {manifest.schedule}, order {manifest.order}{said}"]
     for name, role in manifest.roles.items():
         _, cfg = bundle.role_config(manifest, name)
         count = kinds.parameter_count(role.kind, cfg) / 1e6
-        size = f"{role.source['bytes'] / 1e6:,.1f} MB" if "bytes" in role.source else ""
-        where = (
-            f"stays in {role.path}" if role.path != name else f"{size} from {role.source['name']}"
+        lines.append(
+            f"  {name:15} {role.kind:19} {count:10,.1f} M parameters  {_where(name, role)}"
         )
-        lines.append(f"  {name:15} {role.kind:19} {count:10,.1f} M parameters  {where}")
     if absent := [name for name in bundle.ROLES if name not in manifest.roles]:
         lines.append(
             f"still without {', '.join(absent)}: to sample, convert with these too, or with"
@@ -149,6 +321,68 @@ def summary(output: epath.PathLike, manifest: Manifest) -> str:
             " begins one from it"
         )
     return "\n".join(lines)
+
+
+def _where(name: str, role: Role) -> str:
+    """What a network was made of, or the bundle that it stays in."""
+    if role.path != name:
+        return f"stays in {role.path}"
+    source = role.source
+    return (
+        f"{source['bytes'] / 1e6:,.1f} MB from {source['name']}"
+        f" ({source['naming']}; {source['format']})"
+    )
+
+
+def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
+    """The flags with paths here for what they take from the hub, and the parts that come from there
+    with the names that they have there. Raises ConversionError."""
+    names = ("pipeline", *bundle.ROLES, *assets.MARKERS)
+    given = {name: hub.split(str(path)) for name in names if (path := getattr(flags, name))}
+    if flags.framepack:
+        released = hub.FRAMEPACK[flags.framepack]
+        fetched = ["transformer"] if flags.encoders_from else list(released)
+        given = {name: released[name] for name in fetched} | given
+    remote = {name: there for name, there in given.items() if there}
+    paths = {n: hub.fetch(*there, pipeline=n == "pipeline") for n, there in remote.items()}
+    origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
+    return dataclasses.replace(flags, **paths), origins
+
+
+def _scheduled(
+    flags: Convert, origin: str | None, paths: dict[str, Path], shared: Manifest | None
+) -> tuple[Convert, str]:
+    """The flags with the schedule that the transformer is made for, and its order: those of the
+    bundle that it stays in, else of the released model, by --framepack or by its name on the hub.
+    """
+    stays = shared and "transformer" in shared.roles and "transformer" not in paths
+    if stays and flags.schedule in (None, shared.schedule):
+        return dataclasses.replace(flags, schedule=shared.schedule), shared.order
+    schedule = flags.schedule or _released(flags.framepack, origin) or packing.RELEASED_INVERTED
+    return dataclasses.replace(flags, schedule=schedule), packing.default_order(schedule)
+
+
+def _released(framepack: str | None, origin: str | None) -> str | None:
+    """The schedule of a released transformer, None for others."""
+    named = {parts["transformer"][0]: model for model, parts in hub.FRAMEPACK.items()}
+    return hub.SCHEDULES.get(framepack or named.get(origin))
+
+
+def _is_assumed(flags: Convert, manifest: Manifest) -> bool:
+    """Whether the schedule is the default for want of anything that tells it."""
+    role = manifest.roles.get("transformer")
+    if role is None or role.path != "transformer" or flags.schedule or flags.from_base:
+        return False
+    return _released(flags.framepack, role.source["name"]) is None
+
+
+def _files(role: str, model: Path | None, given: Path | None) -> Path:
+    """The folder of a network's tokenizer or image processor. Raises ConversionError."""
+    try:
+        return assets.find(role, model, given)
+    except ConversionError as error:
+        released = "/".join(filter(None, hub.SHARED[assets.FOLDERS[role]]))
+        raise ConversionError(f"{error}; that of the released models is {released}") from error
 
 
 def _paths(flags: Convert) -> dict[str, Path]:
@@ -166,24 +400,29 @@ def _paths(flags: Convert) -> dict[str, Path]:
     paths |= {role: path for role in bundle.ROLES if (path := getattr(flags, role))}
     if not paths:
         raise ConversionError(
-            "nothing to convert: give --pipeline, or --transformer, --vae, --text-encoder,"
-            " --text-encoder-2 or --image-encoder"
+            "nothing to convert: give --framepack, --pipeline, --transformer, --vae,"
+            " --text-encoder, --text-encoder-2 or --image-encoder"
         )
     return {role: paths[role] for role in bundle.ROLES if role in paths}
 
 
-def _check_output(
-    flags: Convert, output: epath.Path, paths: dict[str, Path], shared: Manifest | None
-) -> None:
-    """Never write over anything but a bundle, nor over what is read."""
-    finished = (output / bundle.MANIFEST).exists()
+def _check_output(flags: Convert, output: epath.Path) -> None:
+    """Never write over anything but a bundle."""
+    stopped = (output / bundle.UNFINISHED).exists()
+    finished = (output / bundle.MANIFEST).exists() and not stopped
     if finished and not flags.overwrite:
         raise ConversionError(
             f"{output} holds a bundle; choose another --output, or replace it with --overwrite"
         )
-    ours = finished or not output.exists() or (output / UNFINISHED).exists()
+    ours = finished or stopped or not output.exists()
     if not ours and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} is no bundle and not empty; choose another --output")
+
+
+def _check_apart(
+    flags: Convert, output: epath.Path, paths: dict[str, Path], shared: Manifest | None
+) -> None:
+    """Nor over what is read."""
     read = list(paths.values())
     if shared:
         read += [Path(flags.encoders_from) / role.path for role in shared.roles.values()]
@@ -192,14 +431,34 @@ def _check_output(
             raise ConversionError(f"{path} lies in {output}, which would be replaced")
 
 
+def _check_space(flags: Convert, plans: dict[str, engine.Plan]) -> None:
+    """Raise ConversionError where the disk is too small; an object store has no end."""
+    if "://" in flags.output:
+        return
+    output = Path(flags.output)
+    # What an earlier bundle there takes is given back before the first byte is written.
+    old = [file for part in _parts(output) for file in Path(part).rglob("*") if file.is_file()]
+    needed = sum(plan.nbytes(flags.dtype) for plan in plans.values())
+    engine.check_space(output, needed, sum(file.stat().st_size for file in old))
+
+
 def _clear(output: epath.Path) -> None:
     """Take away an old bundle, its manifest first."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / UNFINISHED).write_text("convert_weights.py did not finish; run it again\n")
+    (output / bundle.UNFINISHED).write_text("convert_weights.py did not finish; run it again\n")
     (output / bundle.MANIFEST).unlink(missing_ok=True)
-    for name in (*bundle.ROLES, *assets.MARKERS):
-        if (output / name).exists():
-            (output / name).rmtree()
+    for part in _parts(output):
+        part.rmtree()
+
+
+def _parts(output: epath.Path) -> list[epath.Path]:
+    """The folders of a bundle, and those that a stopped run left (`role.partial_save` and what
+    orbax puts behind it)."""
+    if not output.exists():
+        return []
+    names = "|".join((*bundle.ROLES, *assets.MARKERS))
+    pattern = re.compile(rf"({names})(\.partial_save.*)?")
+    return [part for part in output.iterdir() if pattern.fullmatch(part.name)]
 
 
 def _plans(
@@ -239,9 +498,15 @@ def _rope_axes(text: str) -> tuple[int, ...]:
         raise ConversionError(f"--rope-axes {text}: expected three numbers, as 16,56,56") from error
 
 
-def _manifest(flags: Convert, plans: dict[str, engine.Plan], shared: Manifest | None) -> Manifest:
+def _manifest(
+    flags: Convert,
+    order: str,
+    plans: dict[str, engine.Plan],
+    shared: Manifest | None,
+    origins: dict[str, str],
+) -> Manifest:
     """The manifest of the bundle to be. Raises ConversionError where its parts do not fit."""
-    roles = {name: _role(name, plan) for name, plan in plans.items()}
+    roles = {name: _role(name, plan, origins.get(name)) for name, plan in plans.items()}
     for name, role in (shared.roles if shared else {}).items():
         path = _reference(epath.Path(flags.encoders_from) / role.path, flags.output)
         roles.setdefault(name, dataclasses.replace(role, path=path))
@@ -252,14 +517,15 @@ def _manifest(flags: Convert, plans: dict[str, engine.Plan], shared: Manifest | 
     template = flags.prompt_template or (shared.prompt_template if shared else PROMPT_TEMPLATE)
     if template.count("{}") != 1:
         raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
-    order = packing.default_order(flags.schedule)
     manifest = Manifest(roles, mean, std, template, flags.schedule, order)
     _check_parts(manifest)
     return manifest
 
 
-def _role(name: str, plan: engine.Plan) -> Role:
+def _role(name: str, plan: engine.Plan, origin: str | None) -> Role:
     source = {**plan.source.checkpoint.source(), "naming": plan.source.table.what}
+    # A folder in the hub's cache is named by its commit.
+    source["name"] = origin or source["name"]
     return Role(plan.source.table.kind, dataclasses.asdict(plan.cfg), name, source)
 
 
@@ -304,8 +570,11 @@ def _check_parts(manifest: Manifest) -> None:
 
 def _progress(name: str, plan: engine.Plan, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves of a plan, behind a bar of their bytes."""
-    leaves: Iterable[tuple[str, np.ndarray]] = plan.leaves(dtype)
-    with tqdm(total=plan.nbytes(dtype), desc=name, unit="B", unit_scale=True) as bar:
-        for path, array in leaves:
+    with _bar(name, plan.nbytes(dtype)) as bar:
+        for path, array in plan.leaves(dtype):
             yield path, array
             bar.update(array.nbytes)
+
+
+def _bar(name: str, size: int) -> tqdm:
+    return tqdm(total=size, desc=name, unit="B", unit_scale=True)

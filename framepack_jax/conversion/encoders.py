@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.readers import ConversionError, make_config, reading_shapes
 from framepack_jax.conversion.transforms import (
     Patch,
     Row,
@@ -55,22 +55,27 @@ def _llama_rows(cfg: llama.Config) -> list[Row]:
 def _llama_config(source: Source) -> llama.Config:
     config = _transformers_config(source, "text_config", "llama")
     if config is None:
-        vocabulary, width = source.shape("embed_tokens.weight")
-        cfg = _released(source, llama.Config(), width)
-        return dataclasses.replace(
-            cfg,
-            vocab_size=vocabulary,
-            layers=source.count("layers.{i}.input_layernorm.weight") - UNUSED_LAYERS,
-            kv_heads=source.shape("layers.{i}.self_attn.k_proj.weight")[0] // cfg.head_dim,
-            mlp_width=source.shape("layers.{i}.mlp.gate_proj.weight")[0],
-        )
+        with reading_shapes(source.checkpoint.path):
+            vocabulary, width = source.shape("embed_tokens.weight")
+            keys = source.shape("layers.{i}.self_attn.k_proj.weight")[0]
+            return _released(
+                source,
+                llama.Config(),
+                width=width,
+                vocab_size=vocabulary,
+                layers=source.count("layers.{i}.input_layernorm.weight") - UNUSED_LAYERS,
+                kv_heads=keys // llama.Config().head_dim,
+                mlp_width=source.shape("layers.{i}.mlp.gate_proj.weight")[0],
+            )
     rope = config.rope_parameters
     fields = {**config.to_dict(), "rope_type": rope.get("rope_type", "default")}
     supported = {
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default",
     }  # fmt: skip
     source.require(fields, supported)
-    return llama.Config(
+    return _config(
+        source,
+        llama.Config,
         vocab_size=config.vocab_size,
         width=config.hidden_size,
         layers=config.num_hidden_layers - UNUSED_LAYERS,
@@ -90,7 +95,7 @@ def _llama_leftovers(cfg: llama.Config) -> tuple[str, ...]:
         r"^((language_model\.)?model\.(language_model\.)?)?norm\.weight$",
         r"(^|\.)lm_head\.",
         r"rotary_emb\.inv_freq$",
-        r"^(model\.)?(vision_tower|multi_modal_projector|image_newline)\b",
+        r"^(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)\b",
     )
 
 
@@ -118,15 +123,20 @@ def _clip_rows(cfg: clip.Config) -> list[Row]:
 def _clip_config(source: Source) -> clip.Config:
     config = _transformers_config(source, "text_config", "clip_text_model")
     if config is None:
-        vocabulary, width = source.shape("embeddings.token_embedding.weight")
-        return dataclasses.replace(
-            _released(source, clip.Config(), width),
-            vocab_size=vocabulary,
-            max_tokens=source.shape("embeddings.position_embedding.weight")[0],
-            layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
-            mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
-        )
-    return clip.Config(
+        with reading_shapes(source.checkpoint.path):
+            vocabulary, width = source.shape("embeddings.token_embedding.weight")
+            return _released(
+                source,
+                clip.Config(),
+                width=width,
+                vocab_size=vocabulary,
+                max_tokens=source.shape("embeddings.position_embedding.weight")[0],
+                layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
+                mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
+            )
+    return _config(
+        source,
+        clip.Config,
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings,
         eos_token_id=config.eos_token_id,
@@ -153,15 +163,19 @@ def _siglip_rows(cfg: siglip.Config) -> list[Row]:
 def _siglip_config(source: Source) -> siglip.Config:
     config = _transformers_config(source, "vision_config", "siglip_vision_model")
     if config is None:
-        width, _, patch_size, _ = source.shape("embeddings.patch_embedding.weight")
-        cfg = _released(source, siglip.Config(), width)
-        return dataclasses.replace(
-            cfg,
-            patch_size=patch_size,
-            layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
-            mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
-        )
-    return siglip.Config(
+        with reading_shapes(source.checkpoint.path):
+            width, _, patch_size, _ = source.shape("embeddings.patch_embedding.weight")
+            return _released(
+                source,
+                siglip.Config(),
+                width=width,
+                patch_size=patch_size,
+                layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
+                mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
+            )
+    return _config(
+        source,
+        siglip.Config,
         image_size=config.image_size,
         patch_size=config.patch_size,
         channels=config.num_channels,
@@ -179,7 +193,7 @@ def _siglip_leftovers(cfg: siglip.Config) -> tuple[str, ...]:
 
 
 def _block_sizes(source: Source, config: Any) -> dict[str, Any]:
-    if config.hidden_act not in ACTIVATIONS:
+    if str(config.hidden_act) not in ACTIVATIONS:
         raise ConversionError(
             f"{source.checkpoint.path}: config.json has hidden_act = {config.hidden_act!r};"
             f" supported are {', '.join(ACTIVATIONS)}"
@@ -201,8 +215,8 @@ def _transformers_config(source: Source, part: str, model_type: str) -> Any | No
         return None
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of many kinds, by what is wrong in the file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"{folder}/config.json is no config of a {source.table.what} ({reason})"
         ) from error
@@ -215,14 +229,19 @@ def _transformers_config(source: Source, part: str, model_type: str) -> Any | No
     return config
 
 
-def _released(source: Source, cfg: Any, width: int) -> Any:
-    """The released model's config, if its width says that this is it."""
+def _config(source: Source, config_class: type, **values: Any) -> Any:
+    return make_config(source.checkpoint.folder / "config.json", config_class, **values)
+
+
+def _released(source: Source, cfg: Any, *, width: int, **sizes: int) -> Any:
+    """The released model's config with the sizes that shapes tell, if its width says that this is
+    it."""
     if width != cfg.width:
         raise ConversionError(
             f"{source.checkpoint.path}: a {source.table.what} of width {width} needs its"
             f" config.json beside it; only that of width {cfg.width} is known without"
         )
-    return cfg
+    return make_config(source.checkpoint.path, type(cfg), **dataclasses.asdict(cfg) | sizes)
 
 
 LLAMA = Table(

@@ -5,21 +5,38 @@ is wrong - absent layers, missing tensors, wrong shapes, unknown tensors - befor
 `Plan.leaves` then makes the leaves one after another.
 """
 
+import ctypes
 import dataclasses
+import math
+import mmap
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from framepack_jax.conversion.readers import Checkpoint, ConversionError
+from framepack_jax.conversion.readers import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.conversion.transforms import Row, Shape
-from framepack_jax.models import kinds
+from framepack_jax.models import kinds, stack
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHOWN = 4
+# Columns of a matrix that are transposed at once.
+STRIP = 32
+# Bytes that are read of mapped files before their pages are given back.
+MAPPED = 256 << 20
+# What tracing a network raises where its sizes do not go together.
+NO_NETWORK = (ArithmeticError, TypeError, ValueError, RuntimeError, LookupError)
+# Told the bytes that have been dealt with since it was told last.
+Advance = Callable[[int], Any]
+
+
+def silent(size: int) -> None:
+    """Shows no progress."""
 
 
 def _no_leftovers(cfg: Any) -> tuple[str, ...]:
@@ -110,32 +127,77 @@ class Plan:
     steps: list[Step]
 
     def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, array) of every leaf, holding one row's tensors at a time; `dtype` None keeps what
-        is stored."""
+        """(path, array) of every leaf, holding one row's tensors at a time.
+
+        `dtype` None keeps what is stored; "int8" quantizes the kernels that are cast layer by layer
+        (see `quantize`), puts their scales behind them, and keeps the rest as it is. Raises
+        ConversionError where a tensor cannot be read or quantized, and where `dtype` cannot hold a
+        number.
+        """
+        mapped = 0
         for step in self.steps:
             tensors = [self.source.checkpoint.read(name) for name in step.sources]
+            mapped += sum(tensor.nbytes for tensor in tensors)
+            if mapped >= MAPPED:
+                _release(self.source.checkpoint.files)
+                mapped = 0
+            # numpy joins no float16 with bfloat16.
+            tensors = [tensor.astype(self._dtype(step), copy=False) for tensor in tensors]
             arrays = step.row.transform(tensors, list(step.targets.values()))
             for path, array in zip(step.targets, arrays, strict=True):
-                yield path, np.ascontiguousarray(array, jnp.dtype(dtype or self._dtype(step)))
+                if dtype == "int8" and self._is_quantized(path):
+                    yield from zip(_quantized_paths(path), quantize(path, array), strict=True)
+                else:
+                    yield path, contiguous(cast(path, array, self._target(step, dtype)))
+
+    def paths(self, dtype: str | None = None) -> Iterator[str]:
+        """The paths of `leaves`, in its order."""
+        for path in (path for step in self.steps for path in step.targets):
+            if dtype == "int8" and self._is_quantized(path):
+                yield from _quantized_paths(path)
+            else:
+                yield path
 
     def nbytes(self, dtype: str | None = None) -> int:
         """Bytes of all leaves."""
         return sum(
-            sum(map(int, map(np.prod, step.targets.values())))
-            * jnp.dtype(dtype or self._dtype(step)).itemsize
+            math.prod(shape) + 4 * math.prod(shape[1:])
+            if dtype == "int8" and self._is_quantized(path)
+            else math.prod(shape) * jnp.dtype(self._target(step, dtype)).itemsize
             for step in self.steps
+            for path, shape in step.targets.items()
         )
 
+    def _is_quantized(self, path: str) -> bool:
+        stacks = kinds.KINDS[self.source.table.kind].STACKS
+        return path.endswith("/kernel") and path.partition("/")[0] in stacks
+
+    def _target(self, step: Step, dtype: str | None) -> str:
+        return self._dtype(step) if dtype in (None, "int8") else dtype
+
     def _dtype(self, step: Step) -> str:
-        """Leaves without a tensor take the dtype that most tensors have."""
-        names = step.sources or [name for step in self.steps for name in step.sources]
-        return Counter(map(self.source.checkpoint.dtype, names)).most_common(1)[0][0]
+        """The narrowest that holds all of a step's tensors; leaves without a tensor take the one
+        that most tensors have."""
+        dtype = self.source.checkpoint.dtype
+        if step.sources:
+            return str(jnp.result_type(*map(dtype, step.sources)))
+        names = [name for step in self.steps for name in step.sources]
+        return Counter(map(dtype, names)).most_common(1)[0][0]
 
 
 def plan(source: Source) -> Plan:
-    """Match a checkpoint. Raises one ConversionError with everything that does not fit."""
+    """Match a checkpoint. Raises one ConversionError with everything that does not fit, or where
+    its sizes make no network."""
     cfg = source.table.config(source)
-    steps = _steps(source, cfg)
+    try:
+        kinds.abstract_leaves(source.table.kind, cfg)
+    except NO_NETWORK as error:
+        line = str(error).partition("\n")[0]
+        raise ConversionError(
+            f"{source.checkpoint.path}: its sizes make no {source.table.what}: {cfg} ({line}); the"
+            " file or its config.json is damaged, or of another model"
+        ) from error
+    steps = steps_of(source.table, cfg, source.prefix)
     if problems := _problems(source, cfg, steps):
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConversionError(
@@ -144,18 +206,21 @@ def plan(source: Source) -> Plan:
     return Plan(source, cfg, steps)
 
 
-def _steps(source: Source, cfg: Any) -> list[Step]:
-    """Every leaf of the model with the one row that it belongs to."""
+def steps_of(table: Table, cfg: Any, prefix: str = "") -> list[Step]:
+    """Every leaf of the model with the one row that it belongs to.
+
+    Raises LookupError where the table has no row, or several, for a leaf.
+    """
     patterns = [
         (row, part, _expression(target))
-        for row in source.table.rows(cfg)
+        for row in table.rows(cfg)
         for part, target in enumerate(row.targets)
     ]
     groups: dict[Any, tuple[Row, dict[str, int], dict[int, tuple[str, Shape]]]] = {}
-    for path, leaf in kinds.abstract_leaves(source.table.kind, cfg).items():
+    for path, leaf in kinds.abstract_leaves(table.kind, cfg).items():
         found = [(row, part, m) for row, part, e in patterns if (m := e.fullmatch(path))]
         if len(found) != 1:
-            raise LookupError(f"table of {source.table.what}: {len(found)} rows for {path}")
+            raise LookupError(f"table of {table.what}: {len(found)} rows for {path}")
         row, part, match = found[0]
         layer = {name: int(number) for name, number in match.groupdict().items()}
         key = (row.targets, *layer.values())
@@ -164,17 +229,98 @@ def _steps(source: Source, cfg: Any) -> list[Step]:
         Step(
             row,
             layer,
-            tuple(source.prefix + name.format(**layer) for name in row.sources),
+            tuple(prefix + name.format(**layer) for name in row.sources),
             dict(leaf for _, leaf in sorted(parts.items())),
         )
         for row, layer, parts in groups.values()
     ]
 
 
+def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """The array in another type, each number rounded once. Raises ConversionError where numbers
+    become infinite."""
+    if str(array.dtype) == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if count := count_not_finite(narrow):
+        raise ConversionError(
+            f"{name} holds {count} numbers of {array.size} that {dtype} cannot hold, up to"
+            f" {np.abs(array).max():.3g}; give another --dtype"
+        )
+    return narrow
+
+
+def quantize(path: str, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(in, ...out) -> int8 of the same shape and a float32 scale (...out) for each output channel.
+
+    Symmetric: a channel's largest magnitude becomes 127, so that no number moves by more than half
+    a scale, 1/254 of that. `stack.cast` multiplies again. Raises ConversionError where a number is
+    not finite.
+    """
+    kernel = contiguous(kernel).astype(np.float32)
+    peak = np.maximum(kernel.max(axis=0), -kernel.min(axis=0))
+    if not np.isfinite(peak).all():
+        raise ConversionError(f"{path} has numbers that are not finite; int8 cannot hold them")
+    scale = peak / np.float32(127)
+    kernel /= np.where(scale > 0, scale, 1)[None]
+    return np.rint(kernel, out=kernel).astype(np.int8), scale
+
+
+def _quantized_paths(path: str) -> tuple[str, str]:
+    return path, path.removesuffix("kernel") + stack.SCALE
+
+
+def _release(files: Iterable[Path]) -> None:
+    """Give back the pages of mapped files that were read.
+
+    They would count as this process's memory until the files are closed, and come back from the
+    files where they are read again. Does nothing where the system does not list what is mapped.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    names = {str(file.resolve()) for file in files}
+    advise = ctypes.CDLL(None).madvise
+    for line in maps.read_text().splitlines():
+        region, *_, name = line.split(maxsplit=5)
+        if name in names:
+            begin, end = (int(address, 16) for address in region.split("-"))
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def check_space(target: Path, needed: int, freed: int = 0) -> None:
+    """Raise ConversionError where `needed` bytes do not fit on the filesystem of `target`, whose
+    present content of `freed` bytes goes first."""
+    folder = next(f for f in (target, *target.absolute().parents) if f.is_dir())
+    free = shutil.disk_usage(folder).free + freed
+    if needed > free:
+        raise ConversionError(
+            f"{target} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; make"
+            " room, or write to another disk"
+        )
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The same array in row-major order.
+
+    numpy copies a transposed matrix number by number; in strips that fit the cache, as words
+    without a type of their own, it takes a quarter of the time.
+    """
+    if array.ndim < 2 or array.strides[0] != array.itemsize:
+        return np.ascontiguousarray(array)
+    bits = array.view(f"u{array.itemsize}").reshape(len(array), -1)
+    out = np.empty(bits.shape, bits.dtype)
+    for strip in range(0, bits.shape[1], STRIP):
+        out[:, strip : strip + STRIP] = bits[:, strip : strip + STRIP]
+    return out.view(array.dtype).reshape(array.shape)
+
+
 def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:
     """One line for each sort of problem."""
     checkpoint = source.checkpoint
     gaps, missing, misshapen, types = {}, {}, {}, {}
+    modules = _modules(checkpoint.names())
     for step in steps:
         pairs = zip(step.row.sources, step.sources, step.source_shapes(), strict=True)
         for pattern, name, shape in pairs:
@@ -185,7 +331,7 @@ def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:
                     types[f"{name} is {checkpoint.dtype(name)}"] = None
                 continue
             layer = _layer_of(source.prefix + pattern, step.layer)
-            absent = layer and not any(n.startswith(f"{layer}.") for n in checkpoint.names())
+            absent = layer and layer not in modules
             (gaps if absent else missing)[layer if absent else name] = None
     allowed = re.compile("|".join(source.table.leftovers(cfg)) or "(?!)")
     used = {name for step in steps for name in step.sources}
@@ -197,6 +343,11 @@ def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:
         *_listed(f"tensors of a type other than {', '.join(DTYPES)}", types),
         *_listed("tensors that the model has no place for", unknown),
     ]
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    """ "blocks.7.norm.weight" -> blocks, blocks.7, blocks.7.norm."""
+    return {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
 
 
 def _layer_of(pattern: str, layer: Mapping[str, int]) -> str | None:

@@ -1,46 +1,56 @@
 """Checkpoints as they come: safetensors, folders of diffusers and transformers, PyTorch's `.pt`.
 
 A `Checkpoint` lists names, shapes and dtypes without reading weights, and reads one tensor at a
-time. Everything becomes numpy; bfloat16 is `ml_dtypes.bfloat16` with the bits that are stored.
+time. Everything becomes numpy; bfloat16 is `ml_dtypes.bfloat16` with the bits that are stored, and
+8-bit floats become bfloat16 (`float8`).
 """
 
+import contextlib
+import dataclasses
 import json
-import pickle
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-# Importing it teaches numpy, and so safetensors, the name "bfloat16".
-import ml_dtypes
 import numpy as np
 import safetensors
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-# Keys under which training code wraps a state dict.
-WRAPPERS = ("module", "state_dict")
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+from framepack_jax.conversion import float8, formats
+from framepack_jax.conversion.formats import SAFETENSORS_DTYPES, ConversionError, Entry
 
+__all__ = [
+    "SAFETENSORS_DTYPES", "Checkpoint", "ConversionError", "Entry", "count_not_finite",
+    "make_config", "open_checkpoint", "read_json", "reading_shapes",
+]  # fmt: skip
 
-class ConversionError(ValueError):
-    """A checkpoint that cannot be read or does not fit, with what to do about it."""
-
-
-class Entry(NamedTuple):
-    """One stored tensor: its shape, the name of its dtype, and how to read it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
+# Of a floating dtype: an unsigned one as wide, and the bits that are all set in what is not finite.
+EXPONENTS = {
+    "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00),
+    "float32": (np.uint32, 0x7F800000),
+    "float64": (np.uint64, 0x7FF0000000000000),
+}
+# Numbers looked at in one piece: small enough for the processor's cache.
+PIECE = 1 << 18
+SHOWN = 3
+INDICES = ("*.safetensors.index.json", "*.bin.index.json")
+# Beyond any network: a token id is the largest number in a config, RoPE's theta the largest float.
+MOST, MOST_LAYERS = 10**9, 1000
+OPTIONAL = ("image_dim",)
 
 
 class Checkpoint:
     """The named tensors of a file or folder. Open one with `open_checkpoint`."""
 
-    def __init__(self, path: Path, files: list[Path], entries: dict[str, Entry]) -> None:
+    def __init__(
+        self, path: Path, files: list[Path], entries: dict[str, Entry], unpacked: str = ""
+    ) -> None:
         self.path = path
         self.files = files
         self._entries = entries
+        self._unpacked = unpacked
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -52,15 +62,35 @@ class Checkpoint:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> str:
-        """Name of the stored dtype, such as "bfloat16"."""
+        """Name of the dtype that the tensor is read in, such as "bfloat16"."""
         return self._entries[name].dtype
 
+    def parameters(self) -> dict[str, int]:
+        """How many numbers are stored in each dtype, the commonest first."""
+        counts: Counter[str] = Counter()
+        for entry in self._entries.values():
+            counts[entry.stored or entry.dtype] += math.prod(entry.shape)
+        return dict(counts.most_common())
+
     def read(self, name: str) -> np.ndarray:
-        """The tensor as it is stored. Raises ConversionError where the file is damaged."""
+        """The tensor as it is stored. Raises ConversionError where the file is damaged, or where
+        numbers are NaN or infinite."""
         try:
-            return self._entries[name].read()
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            array = self._entries[name].read()
+        except ConversionError:
+            raise
+        except (
+            OSError, RuntimeError, ValueError, TypeError, AttributeError,
+            safetensors.SafetensorError,
+        ) as error:  # fmt: skip
             raise ConversionError(f"{self.path}: cannot read {name} ({error})") from error
+        if count := count_not_finite(array):
+            raise ConversionError(
+                f"{self.path}: {name} holds {count} numbers of {array.size} that are NaN or"
+                " infinite; the file is damaged, or the training that made it went astray: take"
+                " another"
+            )
+        return array
 
     def config(self) -> dict[str, Any] | None:
         """`config.json` of the folder, or beside the file, or None."""
@@ -74,7 +104,15 @@ class Checkpoint:
     def source(self) -> dict[str, Any]:
         """What a bundle notes about where weights came from."""
         sizes = {file.name: file.stat().st_size for file in self.files}
-        return {"name": self.path.name, "files": sizes}
+        return {"name": self.path.name, "files": sizes, "format": self.format}
+
+    @property
+    def format(self) -> str:
+        """The sort and number of files, and what was done to 8-bit weights."""
+        torch = any(file.suffix in formats.TORCH_SUFFIXES for file in self.files)
+        sort = "PyTorch" if torch else "safetensors"
+        files = f", {len(self.files)} files" if len(self.files) > 1 else ""
+        return f"{sort}{files}{f'; {self._unpacked}' if self._unpacked else ''}"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -88,36 +126,88 @@ def open_checkpoint(path: Path) -> Checkpoint:
     files = _files_of(path) if path.is_dir() else [path]
     entries: dict[str, Entry] = {}
     for file in files:
-        entries |= _entries_of(file)
+        for name, entry in formats.entries_of(file).items():
+            # A second tensor of one name has no place in a model: under a name of its own it is
+            # reported with all else that does not fit.
+            entries[f"{name} (again, in {file.name})" if name in entries else name] = entry
     if path.is_dir():
         _check_index(path, entries)
     if not entries:
         raise ConversionError(f"{path} holds no tensors; expected the weights of one model")
-    return Checkpoint(path, files, entries)
+    entries, unpacked = float8.unpack(path, files, entries)
+    return Checkpoint(path, files, entries, unpacked)
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises ConversionError where the file holds anything else."""
     try:
         fields = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{file} is no JSON file ({error}); download it again") from error
     if not isinstance(fields, dict):
         raise ConversionError(f"{file} holds a JSON {type(fields).__name__}, expected an object")
     return fields
 
 
+def make_config(file: Path, config_class: type, **values: Any) -> Any:
+    """A model's Config of numbers that stand in `file`.
+
+    Raises ConversionError where one is of another type than its default, not positive, or beyond
+    all networks (counting to it would take forever), and where they do not fit each other.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name, value in values.items():
+        default = defaults[name]
+        several = isinstance(default, tuple) and bool(default)
+        kind = type(default[0] if several else default)
+        if kind not in (int, float) or (value is None and name in OPTIONAL):
+            continue
+        numbers = value if several and isinstance(value, tuple | list) else [value]
+        most = MOST_LAYERS if "layers" in name else MOST
+        types = (int,) if kind is int else (int, float)
+        if not all(type(number) in types and 0 < number <= most for number in numbers):
+            sort = "whole numbers" if kind is int else "numbers"
+            raise ConversionError(
+                f"{file}: {name} = {value!r:.60}; expected {sort} above 0, at most {most}"
+            )
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ConversionError(f"{file}: {error}") from error
+
+
+@contextlib.contextmanager
+def reading_shapes(path: Path) -> Iterator[None]:
+    """Around code that takes sizes off tensors' shapes: what it stumbles over is a
+    ConversionError."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ConversionError(
+            f"{path}: tensors that tell its sizes have other shapes than such a network's"
+            f" ({error}); the file is damaged, or of another model"
+        ) from error
+
+
 def _files_of(folder: Path) -> list[Path]:
     """The weight files of a folder: the shards of its index, else its only file."""
     if index := _index_of(folder):
-        shards = sorted({folder / name for name in _weight_map(index).values()})
-        if missing := [shard.name for shard in shards if not shard.exists()]:
+        names = sorted(set(_weight_map(index).values()))
+        if outside := [name for name in names if _leaves(name)]:
+            raise ConversionError(
+                f"{index} names files outside its folder: {', '.join(outside[:SHOWN])}; take the"
+                " checkpoint from elsewhere"
+            )
+        shards = [folder / name for name in names]
+        if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise ConversionError(
                 f"{index} names {len(missing)} files that are not in {folder}:"
-                f" {', '.join(missing[:3])}; download the missing shards"
+                f" {', '.join(missing[:SHOWN])}; download the missing shards"
             )
         return shards
-    for suffixes in ((".safetensors",), TORCH_SUFFIXES):
+    for suffixes in (formats.SAFETENSORS_SUFFIXES, formats.TORCH_SUFFIXES):
         files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
         if len(files) == 1:
             return files
@@ -128,24 +218,37 @@ def _files_of(folder: Path) -> list[Path]:
             )
     raise ConversionError(
         f"{folder} has no checkpoint; expected *.safetensors, with *.safetensors.index.json where"
-        f" it is sharded, or one of {', '.join('*' + suffix for suffix in TORCH_SUFFIXES)}"
+        f" it is sharded, or one of {', '.join('*' + suffix for suffix in formats.TORCH_SUFFIXES)}"
     )
 
 
 def _index_of(folder: Path) -> Path | None:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise ConversionError(
-            f"{folder} has several indices: {', '.join(file.name for file in indices)}; keep one"
-        )
-    return indices[0] if indices else None
+    for pattern in INDICES:
+        indices = sorted(folder.glob(pattern))
+        if len(indices) > 1:
+            raise ConversionError(
+                f"{folder} has several indices: {', '.join(file.name for file in indices)};"
+                " keep one"
+            )
+        if indices:
+            return indices[0]
+    return None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ConversionError(f"{index} has no weight_map; download it again")
+    if not isinstance(names, dict) or not all(isinstance(v, str) and v for v in names.values()):
+        names = None
+    if not names:
+        raise ConversionError(f"{index} has no weight_map from tensors to files; download it again")
     return names
+
+
+def _leaves(name: str) -> bool:
+    """Whether a file named by an index lies outside the index's folder. Links may point anywhere:
+    the hub's cache is made of them."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
@@ -157,79 +260,16 @@ def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
     if absent:
         raise ConversionError(
             f"{index} names {len(absent)} tensors that its shards do not hold:"
-            f" {', '.join(absent[:3])}; download the shards again"
+            f" {', '.join(absent[:SHOWN])}; download the shards again"
         )
 
 
-def _entries_of(file: Path) -> dict[str, Entry]:
-    if file.suffix == ".safetensors":
-        return _safetensors_entries(file)
-    if file.suffix in TORCH_SUFFIXES:
-        return _torch_entries(file)
-    raise ConversionError(
-        f"{file} is no checkpoint; expected .safetensors or {', '.join(TORCH_SUFFIXES)}"
-    )
-
-
-def _safetensors_entries(file: Path) -> dict[str, Entry]:
-    try:
-        opened = safetensors.safe_open(file, framework="np")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConversionError(
-            f"{file} is no complete safetensors file ({error}); download it again"
-        ) from error
-    entries = {}
-    for name in opened.keys():  # noqa: SIM118 (not a mapping)
-        view = opened.get_slice(name)
-        stored = view.get_dtype()
-        dtype = SAFETENSORS_DTYPES.get(stored, stored)
-        # The default binds this name, and keeps the mapped file open.
-        entries[name] = Entry(
-            tuple(view.get_shape()), dtype, lambda name=name: opened.get_tensor(name)
-        )
-    return entries
-
-
-def _torch_entries(file: Path) -> dict[str, Entry]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            f"{file} needs PyTorch to be read: pip install 'framepack-jax[torch]'"
-        ) from error
-    try:
-        stored = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConversionError(
-            f"{file} is no complete PyTorch checkpoint of plain tensors ({first_line});"
-            " download it again"
-        ) from error
-    for key in WRAPPERS:
-        if isinstance(stored, dict) and isinstance(stored.get(key), dict):
-            stored = stored[key]
-    if not isinstance(stored, dict) or not all(
-        isinstance(v, torch.Tensor) for v in stored.values()
-    ):
-        raise ConversionError(
-            f"{file} holds no state dict; expected named tensors, bare or under"
-            f" {' or '.join(map(repr, WRAPPERS))}"
-        )
-
-    def entry(tensor: Any) -> Entry:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return Entry(tuple(tensor.shape), dtype, lambda: _to_numpy(tensor))
-
-    return {name: entry(tensor) for name, tensor in stored.items()}
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    """numpy has no bfloat16 of its own: the same bits under ml_dtypes' name."""
-    import torch
-
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+def count_not_finite(array: np.ndarray) -> int:
+    """How many numbers of a floating array are NaN or infinite, told by their bits: at 9 GB/s this
+    costs less than reading them."""
+    if array.dtype.name not in EXPONENTS:
+        return 0
+    unsigned, exponent = EXPONENTS[array.dtype.name]
+    bits = array.ravel(order="K").view(unsigned)
+    pieces = (bits[i : i + PIECE] & unsigned(exponent) for i in range(0, bits.size, PIECE))
+    return sum(int(np.count_nonzero(piece == unsigned(exponent))) for piece in pieces)

@@ -5,7 +5,14 @@ from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.readers import Checkpoint, ConversionError
 
 TABLES: dict[str, tuple[Table, ...]] = {
-    "transformer": (transformer.DIFFUSERS, transformer.TENCENT),
+    # The landmark of one may stand in those before it too.
+    "transformer": (
+        transformer.DIFFUSERS,
+        transformer.COMFYUI_WEIGHT,
+        transformer.COMFYUI,
+        transformer.TENCENT_FRAMEPACK,
+        transformer.TENCENT,
+    ),
     "vae": (vae.TABLE,),
     "text_encoder": (encoders.LLAMA,),
     "text_encoder_2": (encoders.CLIP,),
@@ -24,7 +31,8 @@ def recognise(checkpoint: Checkpoint, role: str) -> Source:
         for table in tables
         if table.prefix_in(checkpoint) is not None
     ]
-    expected = " or ".join(f"{t.landmark} (of a {t.what})" for t in TABLES[role])
+    landmarks = {table.what: table.landmark for table in TABLES[role]}
+    expected = " or ".join(f"{name} (of a {what})" for what, name in landmarks.items())
     begins = ", ".join(checkpoint.names()[:3])
     raise ConversionError(
         f"{checkpoint.path} is no {role.replace('_', ' ')}: expected a tensor {expected};"

@@ -1,16 +1,17 @@
-"""Tables of the packed transformer: diffusers' and FramePack's naming, and Tencent's original.
+"""Tables of the packed transformer: diffusers' and FramePack's naming, Tencent's, ComfyUI's.
 
 Source: the state dicts of diffusers' `HunyuanVideoFramepackTransformer3DModel` (which are those of
 the released FramePack models), of its `HunyuanVideoTransformer3DModel`, and of Tencent's
 `mp_rank_00_model_states.pt`. Tencent fuses q, k, v (and the feed-forward of single blocks) and
-orders the final modulation (shift, scale).
+orders the final modulation (shift, scale). ComfyUI saves Tencent's tensors under the names of its
+own modules, by the substitutions that `comfy/supported_models.py` makes when it loads Tencent's.
 """
 
 import dataclasses
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.readers import ConversionError, make_config, reading_shapes
 from framepack_jax.conversion.transforms import (
     Fresh,
     Inflate,
@@ -27,6 +28,27 @@ from framepack_jax.packing import kernel_shape
 
 KIND = "hunyuan_packed_dit"
 CONTEXT_NAMES = {"k1": "proj", "k2": "proj_2x", "k4": "proj_4x"}
+# What single files put before every name: ComfyUI's checkpoints and diffusion models.
+PREFIXES = ("", "model.diffusion_model.", "model.model.", "diffusion_model.")
+# Tencent's name -> ComfyUI's, one substitution after another.
+COMFYUI_NAMES = (
+    ("_embedder.mlp.0.", "_embedder.in_layer."),
+    ("_embedder.mlp.2.", "_embedder.out_layer."),
+    ("c_embedder.linear_1.", "c_embedder.in_layer."),
+    ("c_embedder.linear_2.", "c_embedder.out_layer."),
+    ("_in.mlp.0.", "_in.in_layer."),
+    ("_in.mlp.2.", "_in.out_layer."),
+    ("mod.linear.", "mod.lin."),
+    ("modulation.linear.", "modulation.lin."),
+    ("attn_qkv.", "attn.qkv."),
+    ("attn_proj.", "attn.proj."),
+    ("_attn_q_norm.weight", "_attn.norm.query_norm.scale"),
+    ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
+    (".q_norm.weight", ".norm.query_norm.scale"),
+    (".k_norm.weight", ".norm.key_norm.scale"),
+    ("mlp.fc1.", "mlp.0."),
+    ("mlp.fc2.", "mlp.2."),
+)
 # Heads of the real models are this wide; only their RoPE axes are known without a config.
 RELEASED = Config()
 
@@ -35,20 +57,9 @@ def _diffusers_rows(cfg: Config) -> list[Row]:
     time, text = "time_text_embed", "context_embedder.time_text_embed"
     refiner = "context_embedder.token_refiner.refiner_blocks.{i}"
     double, single = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
-    context = [
-        row
-        for k in cfg.context_kernels
-        for row in kernel(
-            f"embed/context_{k}",
-            f"clean_x_embedder.{CONTEXT_NAMES.get(k, k)}",
-            Patch(kernel_shape(k)),
-        )
-    ]
     return [
         *kernel("embed/patch", "x_embedder.proj", Patch(kernel_shape(PATCH))),
-        *context,
-        *linear("embed/image_up", "image_projection.up"),
-        *linear("embed/image_down", "image_projection.down"),
+        *_framepack_rows(cfg),
         *_embedder("time", f"{time}.timestep_embedder"),
         *_embedder("guidance", f"{time}.guidance_embedder"),
         *_embedder("pooled", f"{time}.text_embedder"),
@@ -84,6 +95,23 @@ def _diffusers_rows(cfg: Config) -> list[Row]:
         *_single_out(f"{single}.proj_out"),
         *linear("head/mod", "norm_out.linear"),
         *linear("head/out", "proj_out"),
+    ]
+
+
+def _framepack_rows(cfg: Config) -> list[Row]:
+    """What FramePack adds to the base model."""
+    return [
+        *[
+            row
+            for k in cfg.context_kernels
+            for row in kernel(
+                f"embed/context_{k}",
+                f"clean_x_embedder.{CONTEXT_NAMES.get(k, k)}",
+                Patch(kernel_shape(k)),
+            )
+        ],
+        *linear("embed/image_up", "image_projection.up"),
+        *linear("embed/image_down", "image_projection.down"),
     ]
 
 
@@ -126,6 +154,35 @@ def _tencent_side(side: str, double: str) -> list[Row]:
         *linear(f"{here}_out", f"{double}.{side}_attn_proj"),
         *linear(f"{here}_mlp_in", f"{double}.{side}_mlp.fc1"),
         *linear(f"{here}_mlp_out", f"{double}.{side}_mlp.fc2"),
+    ]
+
+
+def _tencent_framepack_rows(cfg: Config) -> list[Row]:
+    return [*_tencent_rows(cfg), *_framepack_rows(cfg)]
+
+
+def _comfyui_rows(cfg: Config) -> list[Row]:
+    def renamed(name: str) -> str:
+        for theirs, ours in COMFYUI_NAMES:
+            name = name.replace(theirs, ours)
+        return name
+
+    return [
+        dataclasses.replace(row, sources=tuple(map(renamed, row.sources)))
+        for row in _tencent_rows(cfg)
+    ]
+
+
+def _comfyui_framepack_rows(cfg: Config) -> list[Row]:
+    return [*_comfyui_rows(cfg), *_framepack_rows(cfg)]
+
+
+def _comfyui_weight_rows(cfg: Config) -> list[Row]:
+    return [
+        dataclasses.replace(
+            row, sources=tuple(name.replace("_norm.scale", "_norm.weight") for name in row.sources)
+        )
+        for row in _comfyui_rows(cfg)
     ]
 
 
@@ -176,11 +233,13 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
     }
     sizes = {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
     axes = source.given.get("rope_axes") or fields.get("rope_axes_dim", RELEASED.rope_axes)
-    cfg = Config(
+    cfg = make_config(
+        source.checkpoint.folder / "config.json",
+        Config,
         **sizes,
         image_dim=fields.get("image_proj_dim", 1152) if fields.get("has_image_proj") else None,
         context_kernels=tuple(CONTEXT_NAMES) if fields.get("has_clean_x_embedder") else (),
-        rope_axes=tuple(axes),
+        rope_axes=tuple(axes) if isinstance(axes, list) else axes,
     )
     return _with_checked_axes(source, cfg)
 
@@ -195,34 +254,42 @@ def _config_from_shapes(source: Source) -> Config:
     def has(target: str) -> bool:
         return target in tensor and source.has(tensor[target])
 
-    width, in_channels = shape("embed/patch/kernel")[:2]
-    (head_dim,) = shape("double/{i}/img_q_norm/scale")
-    cfg = Config(
-        in_channels=in_channels,
-        out_channels=shape("head/out/bias")[0] // 4,
-        heads=width // head_dim,
-        head_dim=head_dim,
-        double_layers=source.count(tensor["double/{i}/img_mod/bias"]),
-        single_layers=source.count(tensor["single/{i}/mod/bias"]),
-        refiner_layers=source.count(tensor["refiner/{i}/gate/bias"]),
-        mlp_ratio=shape("double/{i}/img_mlp_in/bias")[0] / width,
-        text_dim=shape("embed/text_proj/kernel")[1],
-        pooled_dim=shape("embed/pooled_in/kernel")[1],
-        image_dim=shape("embed/image_up/kernel")[1] if has("embed/image_up/kernel") else None,
-        guidance=has("embed/guidance_in/kernel"),
-        rope_axes=source.given.get("rope_axes") or RELEASED.rope_axes,
-        context_kernels=tuple(k for k in CONTEXT_NAMES if has(f"embed/context_{k}/kernel")),
-    )
+    with reading_shapes(source.checkpoint.path):
+        width, in_channels = shape("embed/patch/kernel")[:2]
+        (head_dim,) = shape("double/{i}/img_q_norm/scale")
+        cfg = make_config(
+            source.checkpoint.path,
+            Config,
+            in_channels=in_channels,
+            out_channels=shape("head/out/bias")[0] // 4,
+            heads=width // head_dim,
+            head_dim=head_dim,
+            double_layers=source.count(tensor["double/{i}/img_mod/bias"]),
+            single_layers=source.count(tensor["single/{i}/mod/bias"]),
+            refiner_layers=source.count(tensor["refiner/{i}/gate/bias"]),
+            mlp_ratio=shape("double/{i}/img_mlp_in/bias")[0] / width,
+            text_dim=shape("embed/text_proj/kernel")[1],
+            pooled_dim=shape("embed/pooled_in/kernel")[1],
+            image_dim=shape("embed/image_up/kernel")[1] if has("embed/image_up/kernel") else None,
+            guidance=has("embed/guidance_in/kernel"),
+            rope_axes=source.given.get("rope_axes") or RELEASED.rope_axes,
+            context_kernels=tuple(k for k in CONTEXT_NAMES if has(f"embed/context_{k}/kernel")),
+        )
     return _with_checked_axes(source, cfg)
 
 
 def _with_checked_axes(source: Source, cfg: Config) -> Config:
-    if len(cfg.rope_axes) == 3 and sum(cfg.rope_axes) == cfg.head_dim:
+    axes = cfg.rope_axes if isinstance(cfg.rope_axes, tuple) else (cfg.rope_axes,)
+    # Numbers are turned in pairs.
+    if any(axis <= 0 or axis % 2 for axis in axes):
+        problem = "are not all even and above 0"
+    elif len(axes) != 3 or sum(axes) != cfg.head_dim:
+        problem = f"do not add up to the head width {cfg.head_dim}"
+    else:
         return cfg
-    axes = ",".join(map(str, cfg.rope_axes))
     raise ConversionError(
-        f"{source.checkpoint.path}: RoPE axes {axes} do not add up to the head width"
-        f" {cfg.head_dim}; give time, height and width as --rope-axes T,H,W (4,6,6 for width 16)"
+        f"{source.checkpoint.path}: RoPE axes {','.join(map(str, axes))} {problem}; give time,"
+        " height and width as --rope-axes T,H,W (4,6,6 for width 16)"
     )
 
 
@@ -232,6 +299,7 @@ DIFFUSERS = Table(
     landmark="x_embedder.proj.weight",
     rows=_diffusers_rows,
     config=_config,
+    prefixes=PREFIXES,
 )
 TENCENT = Table(
     kind=KIND,
@@ -240,6 +308,34 @@ TENCENT = Table(
     rows=_tencent_rows,
     # The config.json that lies beside Tencent's files is another model's.
     config=_config_from_shapes,
+    prefixes=PREFIXES,
+)
+# What trainers that keep to Tencent's code make of FramePack.
+TENCENT_FRAMEPACK = dataclasses.replace(
+    TENCENT,
+    what="FramePack transformer in Tencent's naming",
+    landmark="clean_x_embedder.proj.weight",
+    rows=_tencent_framepack_rows,
+)
+COMFYUI = Table(
+    kind=KIND,
+    what="HunyuanVideo transformer in ComfyUI's naming",
+    landmark="txt_in.t_embedder.in_layer.weight",
+    rows=_comfyui_rows,
+    config=_config_from_shapes,
+    prefixes=PREFIXES,
+)
+# ComfyUI has no names for what FramePack adds: those of the release.
+COMFYUI_FRAMEPACK = dataclasses.replace(
+    COMFYUI,
+    what="FramePack transformer in ComfyUI's naming",
+    rows=_comfyui_framepack_rows,
+)
+# Saved by versions whose norms are PyTorch's.
+COMFYUI_WEIGHT = dataclasses.replace(
+    COMFYUI,
+    landmark="double_blocks.0.img_attn.norm.query_norm.weight",
+    rows=_comfyui_weight_rows,
 )
 
 
@@ -255,7 +351,8 @@ def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int) ->
         return dataclasses.replace(cfg, context_kernels=(), image_dim=None)
 
     def config(source: Source) -> Config:
-        cfg = table.config(source)
+        # By its own table: shapes of rows that have no tensor tell nothing.
+        cfg = table.config(dataclasses.replace(source, table=table))
         if cfg != base(cfg):
             raise ConversionError(
                 f"{source.checkpoint.path} has context embeddings or an image projection: it is a"

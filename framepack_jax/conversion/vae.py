@@ -4,10 +4,11 @@ Source: the state dict of diffusers' `AutoencoderKLHunyuanVideo` and of Tencent'
 `pytorch_model.pt`; the two differ in the names of their `config.json` alone.
 """
 
+import math
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.readers import ConversionError, make_config, reading_shapes
 from framepack_jax.conversion.transforms import Conv, Row, each, kernel, linear, norm
 from framepack_jax.models.vae import Config
 
@@ -75,8 +76,9 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
             " block_out_channels); put the VAE's there, or none"
         )
     source.require(fields, {"act_fn": "silu", "mid_block_add_attention": True})
-    blocks = [*fields.get("down_block_types", ()), *fields.get("up_block_types", ())]
-    if unknown := sorted(set(blocks) - BLOCK_TYPES):
+    types = [fields.get(name) or () for name in ("down_block_types", "up_block_types")]
+    blocks = {str(block) for named in types for block in (named if _is_list(named) else [named])}
+    if unknown := sorted(blocks - BLOCK_TYPES):
         raise ConversionError(
             f"{source.checkpoint.path}: config.json has blocks {unknown}; supported are"
             f" {sorted(BLOCK_TYPES)}"
@@ -92,34 +94,51 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
         "time_compression_ratio": "time_compression",
     }
     sizes = {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
-    return Config(**sizes, channels=tuple(fields["block_out_channels"]))
+    channels = fields["block_out_channels"]
+    return make_config(
+        source.checkpoint.folder / "config.json",
+        Config,
+        **sizes,
+        channels=tuple(channels) if _is_list(channels) else channels,
+    )
 
 
 def _config_from_shapes(source: Source) -> Config:
     block = "encoder.down_blocks.{i}.resnets.0.conv2.conv.bias"
-    blocks = range(source.count(block))
-    channels = tuple(source.shape(block.replace("{i}", str(i)))[0] for i in blocks)
-    if channels != RELEASED.channels:
-        raise ConversionError(
-            f"{source.checkpoint.path}: a VAE of widths {channels} needs its config.json beside it,"
-            " for shapes do not tell its norm groups and compression"
+    with reading_shapes(source.checkpoint.path):
+        blocks = range(source.count(block))
+        channels = tuple(source.shape(block.replace("{i}", str(i)))[0] for i in blocks)
+        if channels != RELEASED.channels:
+            raise ConversionError(
+                f"{source.checkpoint.path}: a VAE of widths {channels} needs its config.json beside"
+                " it, for shapes do not tell its norm groups and compression"
+            )
+        return make_config(
+            source.checkpoint.path,
+            Config,
+            in_channels=source.shape("encoder.conv_in.conv.weight")[1],
+            out_channels=source.shape("decoder.conv_out.conv.bias")[0],
+            latent_channels=source.shape("post_quant_conv.bias")[0],
+            layers_per_block=source.count("encoder.down_blocks.0.resnets.{i}.norm1.bias"),
         )
-    return Config(
-        in_channels=source.shape("encoder.conv_in.conv.weight")[1],
-        out_channels=source.shape("decoder.conv_out.conv.bias")[0],
-        latent_channels=source.shape("post_quant_conv.bias")[0],
-        layers_per_block=source.count("encoder.down_blocks.0.resnets.{i}.norm1.bias"),
-    )
 
 
 def latent_statistics(
     fields: dict[str, Any] | None, channels: int
 ) -> tuple[tuple[float, ...], ...]:
-    """(mean, std) of each latent channel from the scaling and shift of a VAE's `config.json`."""
+    """(mean, std) of each latent channel from the scaling and shift of a VAE's `config.json`.
+    Raises ConversionError where they are no numbers."""
     fields = fields or {}
-    shift = float(fields.get("shift_factor") or 0)
-    scale = float(fields.get("scaling_factor") or SCALING_FACTOR)
-    return (shift,) * channels, (1 / scale,) * channels
+    shift = fields.get("shift_factor") or 0.0
+    scale = fields.get("scaling_factor") or SCALING_FACTOR
+    for name, value in (("shift_factor", shift), ("scaling_factor", scale)):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ConversionError(f"config.json of the VAE: {name} = {value!r}; expected a number")
+    return (float(shift),) * channels, (1 / scale,) * channels
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _leftovers(cfg: Config) -> tuple[str, ...]:

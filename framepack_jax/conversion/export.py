@@ -1,0 +1,389 @@
+"""Bundles -> PyTorch checkpoints: the rows of the tables, read backwards.
+
+    diffusers   a folder as `from_pretrained` takes it: config.json, safetensors in shards, index
+    single      one safetensors file, in diffusers' names, in those of the original release, which
+                ComfyUI reads too, or in those that ComfyUI renames them to
+
+Tensors are written one after another, so that memory stays flat. What is not whole has a hidden
+name that ends in `.partial`; the real name appears with the last byte.
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from framepack_jax import bundle
+from framepack_jax.bundle import Manifest
+from framepack_jax.conversion import encoders, engine, transformer, vae
+from framepack_jax.conversion.engine import Advance, Step, Table
+from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape, Swapped, Transform
+from framepack_jax.models import clip, packed_dit, siglip
+from framepack_jax.models import vae as vae_model
+
+SHARD = 5_000_000_000
+# Names of types in the header of a safetensors file.
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Naming -> role -> the table that is read backwards, and what stands before its names.
+TABLES: dict[str, dict[str, tuple[Table, str]]] = {
+    "diffusers": {
+        "transformer": (transformer.DIFFUSERS, ""),
+        "vae": (vae.TABLE, ""),
+        "text_encoder_2": (encoders.CLIP, "text_model."),
+        "image_encoder": (encoders.SIGLIP, "vision_model."),
+    },
+    "original": {"transformer": (transformer.TENCENT, ""), "vae": (vae.TABLE, "")},
+    "comfyui": {"transformer": (transformer.COMFYUI, "")},
+}
+# How the libraries name the weights in a folder.
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+# The kernels that diffusers' FramePack model embeds context with.
+DIFFUSERS_KERNELS = tuple(transformer.CONTEXT_NAMES)
+
+
+class Tensor(NamedTuple):
+    """A tensor to be: its name, shape, and the name of its dtype as numpy has it."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+class Export:
+    """One network of a bundle, on its way out.
+
+    `naming` is a key of `TABLES`; `dtype` None keeps what is stored. Raises
+    ConversionError where the network has no place in that naming, BundleError.
+    """
+
+    def __init__(
+        self,
+        root: epath.PathLike,
+        manifest: Manifest,
+        role: str,
+        naming: str = "diffusers",
+        dtype: str | None = None,
+    ) -> None:
+        self.root, self.manifest, self.role = root, manifest, role
+        _, self.cfg = bundle.role_config(manifest, role)
+        stored = bundle.stored_dtypes(root, manifest, role)
+        if "int8" in stored.values():
+            raise ConversionError(
+                f"bundle {root}: {role} is kept in int8, which no longer has the numbers that it"
+                " was made of; export the bundle that it was converted from"
+            )
+        steps = _steps(role, naming, self.cfg)
+        types = [dtype or str(jnp.result_type(*map(stored.get, step.targets))) for step in steps]
+        # Wide types first: readers map tensors in place, each on a multiple of its item size.
+        order = sorted(range(len(steps)), key=lambda i: -jnp.dtype(types[i]).itemsize)
+        self._steps = [(steps[i], types[i]) for i in order]
+        self.tensors = [
+            Tensor(name, shape, dtype)
+            for step, dtype in self._steps
+            for name, shape in zip(step.sources, step.source_shapes(), strict=True)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """The values of `tensors`, in their order."""
+        paths = [path for step, _ in self._steps for path in step.targets]
+        leaves = bundle.read_leaves(self.root, self.manifest, self.role, paths)
+        for step, dtype in self._steps:
+            held = [next(leaves)[1] for _ in step.targets]
+            arrays = invert(step.row.transform, held, step.source_shapes())
+            for name, array in zip(step.sources, arrays, strict=True):
+                yield engine.contiguous(engine.cast(name, array, dtype))
+
+    def single(self, path: Path, advance: Advance = engine.silent) -> None:
+        """Write one safetensors file; `advance` is told the bytes of each tensor.
+
+        Raises ConversionError where `path` is there already, or the disk is too small.
+        """
+        if path.exists():
+            raise ConversionError(f"{path} is there already; choose another file, or take it away")
+        _partial(path).unlink(missing_ok=True)
+        engine.check_space(path, self.nbytes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, self.tensors, self.arrays(), advance)
+
+    def folder(self, path: Path, advance: Advance = engine.silent) -> None:
+        """Write what `from_pretrained` takes, in files of at most `SHARD` bytes (but of one tensor
+        at least); `advance` is told the bytes of each tensor.
+
+        `path` must be absent or empty. Raises ConversionError, also where the disk is too small or
+        diffusers has no model of this config.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConversionError(f"{path} is there and not empty; choose another folder")
+        config = CONFIGS[self.role](self.cfg, self.manifest)
+        partial = _partial(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        engine.check_space(path, self.nbytes)
+        partial.mkdir(parents=True)
+        arrays = self.arrays()
+        parts, stem = shards(self.tensors, SHARD), STEMS.get(self.role, "model")
+        weight_map = {}
+        for number, tensors in enumerate(parts, 1):
+            several = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+            file = f"{stem}{several}.safetensors"
+            write_safetensors(
+                partial / file, tensors, itertools.islice(arrays, len(tensors)), advance
+            )
+            weight_map |= {tensor.name: file for tensor in tensors}
+        if len(parts) > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+            _write_json(partial / f"{stem}.safetensors.index.json", index)
+        _write_json(partial / "config.json", config)
+        partial.replace(path)
+
+
+def default_naming(manifest: Manifest, role: str) -> str:
+    """The naming of a single file: the original one, but for FramePack models, whose context
+    embeddings and image projection have names in diffusers' naming only."""
+    _, cfg = bundle.role_config(manifest, role)
+    try:
+        _steps(role, "original", cfg)
+    except ConversionError:
+        return "diffusers"
+    return "original"
+
+
+@functools.singledispatch
+def invert(
+    transform: Transform, leaves: list[np.ndarray], sources: list[Shape]
+) -> list[np.ndarray]:
+    """The tensors of shapes `sources` that `transform` made `leaves` of; perhaps as views."""
+    raise TypeError(f"{type(transform).__name__} has no inverse")
+
+
+@invert.register
+def _(transform: Copy, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    return leaves
+
+
+@invert.register
+def _(transform: Linear, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    parts = [
+        leaf.reshape(-1) if transform.is_bias else leaf.reshape(len(leaf), -1).T for leaf in leaves
+    ]
+    fused = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=transform.split)
+    return np.split(fused, len(sources))
+
+
+@invert.register
+def _(transform: Swapped, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    swapped = invert(transform.inner, leaves, sources)
+    return [np.roll(tensor, -(len(tensor) // 2), axis=0) for tensor in swapped]
+
+
+@invert.register
+def _(transform: Conv, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    return [np.moveaxis(leaves[0], (-2, -1), (1, 0))]
+
+
+@invert.register
+def _(transform: Patch, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    width = leaves[0].shape[-1]
+    return invert(Conv(), [leaves[0].reshape(*transform.kernel, -1, width)], sources)
+
+
+def _steps(role: str, naming: str, cfg: Any) -> list[Step]:
+    """The steps of a network in a naming. Raises ConversionError where it has no place there."""
+    if role == "text_encoder":
+        raise ConversionError(
+            "text_encoder: a bundle keeps only the layers of Llama that are read, which make no"
+            " whole model; take the one that it was converted from"
+        )
+    if role not in TABLES[naming]:
+        raise ConversionError(
+            f"{role} has no {naming} naming; there is one of {', '.join(TABLES[naming])}"
+        )
+    table, prefix = TABLES[naming][role]
+    try:
+        return engine.steps_of(table, cfg, prefix)
+    except LookupError as error:
+        raise ConversionError(
+            f"{role}: not all of it has a name in a {table.what} ({error}); a FramePack model goes"
+            " out in diffusers' names"
+        ) from error
+
+
+def shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
+    """The tensors in groups of at most `limit` bytes, or of one tensor."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def write_safetensors(
+    path: Path,
+    tensors: list[Tensor],
+    arrays: Iterator[np.ndarray],
+    advance: Advance = engine.silent,
+) -> None:
+    """A safetensors file: the length of the header, the header as JSON, the values in its order.
+
+    One array is held at a time; the file has its name when it is whole. Raises ValueError where an
+    array is not what `tensors` says. Source of the format: the README of huggingface/safetensors.
+    """
+    partial = _partial(path)
+    with partial.open("wb") as file:
+        _write_header(file, tensors)
+        for tensor, array in zip(tensors, arrays, strict=True):
+            if array.shape != tensor.shape or str(array.dtype) != tensor.dtype:
+                raise ValueError(f"{tensor} would be written as {array.dtype} {array.shape}")
+            file.write(array.reshape(-1).view(np.uint8).data)
+            advance(array.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """Where what is to be at `path` lies until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _write_header(file: BinaryIO, tensors: list[Tensor]) -> None:
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.nbytes
+        fields[tensor.name] = {
+            "dtype": STORED[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end],
+        }  # fmt: skip
+        begin = end
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _transformer_config(cfg: packed_dit.Config, manifest: Manifest) -> dict[str, Any]:
+    fields = {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "num_attention_heads": cfg.heads,
+        "attention_head_dim": cfg.head_dim,
+        "num_layers": cfg.double_layers,
+        "num_single_layers": cfg.single_layers,
+        "num_refiner_layers": cfg.refiner_layers,
+        "mlp_ratio": cfg.mlp_ratio,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "qk_norm": "rms_norm",
+        "guidance_embeds": cfg.guidance,
+        "text_embed_dim": cfg.text_dim,
+        "pooled_projection_dim": cfg.pooled_dim,
+        "rope_theta": cfg.rope_theta,
+        "rope_axes_dim": list(cfg.rope_axes),
+    }
+    if not cfg.context_kernels and cfg.image_dim is None:
+        return fields
+    if cfg.context_kernels not in ((), DIFFUSERS_KERNELS):
+        raise ConversionError(
+            f"the transformer embeds context with {', '.join(cfg.context_kernels)}; diffusers'"
+            f" model has {', '.join(DIFFUSERS_KERNELS)}, all or none: export a single file"
+        )
+    return fields | {
+        "_class_name": "HunyuanVideoFramepackTransformer3DModel",
+        "has_image_proj": cfg.image_dim is not None,
+        "image_proj_dim": cfg.image_dim or packed_dit.Config().image_dim,
+        "has_clean_x_embedder": bool(cfg.context_kernels),
+    }
+
+
+def _vae_config(cfg: vae_model.Config, manifest: Manifest) -> dict[str, Any]:
+    if set(manifest.latent_mean) - {0.0} or len(set(manifest.latent_std)) != 1:
+        raise ConversionError(
+            "the bundle normalises latents by channel; diffusers' VAE knows one scaling factor"
+            " for all, so that it cannot go out as a folder: export a single file"
+        )
+    blocks = len(cfg.channels)
+    return {
+        "_class_name": "AutoencoderKLHunyuanVideo",
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "latent_channels": cfg.latent_channels,
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * blocks,
+        "up_block_types": ["HunyuanVideoUpBlock3D"] * blocks,
+        "block_out_channels": list(cfg.channels),
+        "layers_per_block": cfg.layers_per_block,
+        "act_fn": "silu",
+        "norm_num_groups": cfg.norm_groups,
+        # The reciprocal of a reciprocal; its last digit is rounding.
+        "scaling_factor": float(f"{1 / manifest.latent_std[0]:.12g}"),
+        "spatial_compression_ratio": cfg.space_compression,
+        "temporal_compression_ratio": cfg.time_compression,
+        "mid_block_add_attention": True,
+    }
+
+
+def _block_config(cfg: clip.Config | siglip.Config) -> dict[str, Any]:
+    theirs = {ours: theirs for theirs, ours in encoders.ACTIVATIONS.items()}
+    return {
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "layer_norm_eps": cfg.norm_eps,
+        "hidden_act": theirs[cfg.activation],
+    }
+
+
+def _clip_config(cfg: clip.Config, manifest: Manifest) -> dict[str, Any]:
+    return _block_config(cfg) | {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": cfg.vocab_size,
+        "max_position_embeddings": cfg.max_tokens,
+        "eos_token_id": cfg.eos_token_id,
+    }
+
+
+def _siglip_config(cfg: siglip.Config, manifest: Manifest) -> dict[str, Any]:
+    """A bundle has no pooling head, and the model says so."""
+    return _block_config(cfg) | {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "num_channels": cfg.channels,
+        "vision_use_head": False,
+    }
+
+
+CONFIGS: dict[str, Callable[[Any, Manifest], dict[str, Any]]] = {
+    "transformer": _transformer_config,
+    "vae": _vae_config,
+    "text_encoder_2": _clip_config,
+    "image_encoder": _siglip_config,
+}

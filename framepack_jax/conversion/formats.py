@@ -1,0 +1,185 @@
+"""One weight file as named tensors: safetensors, and PyTorch's `.pt`.
+
+Only names, shapes and types are read when a file is opened. Nothing in a file is run, and a damaged
+file is a ConversionError: safetensors checks its own header, and of PyTorch's zip archives the
+places and the checksums of all that is not weights are checked here, for torch does not.
+"""
+
+import json
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Importing it teaches numpy, and so safetensors, the name "bfloat16".
+import ml_dtypes
+import numpy as np
+import safetensors
+
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# Keys under which training code wraps a state dict.
+WRAPPERS = ("module", "state_dict")
+SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+FLOAT8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+# A zip archive: the fixed part of a record's header, and what begins the note behind its data.
+ZIP_HEADER = struct.Struct("<26x2H")
+ZIP_DESCRIPTOR = b"PK\x07\x08"
+DESCRIBED = 0x08
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be read or does not fit, with what to do about it."""
+
+
+class Entry(NamedTuple):
+    """One tensor: its shape, the name of the dtype it is read in, how to read it, and the name of
+    the dtype it is stored in where that differs."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+    stored: str | None = None
+
+
+def entries_of(file: Path) -> dict[str, Entry]:
+    """The tensors of one file by name. Raises ConversionError."""
+    if file.suffix in SAFETENSORS_SUFFIXES:
+        return _safetensors_entries(file)
+    if file.suffix in TORCH_SUFFIXES:
+        return _torch_entries(file)
+    raise ConversionError(
+        f"{file} is no checkpoint; expected"
+        f" {' or '.join(SAFETENSORS_SUFFIXES)}, or {', '.join(TORCH_SUFFIXES)}"
+    )
+
+
+def load_torch(file: Path) -> Any:
+    """What a PyTorch file holds, weights mapped and not read; no code in it is run. Raises
+    ConversionError."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"{file} needs PyTorch to be read: pip install 'framepack-jax[torch]'"
+        ) from error
+    try:
+        mapped = zipfile.is_zipfile(file)
+        if mapped:
+            _check_archive(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # of many kinds, by what is damaged or asked to run
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConversionError(
+            f"{file} is no complete PyTorch checkpoint of plain tensors ({first_line});"
+            " download it again"
+        ) from error
+
+
+def _safetensors_entries(file: Path) -> dict[str, Entry]:
+    try:
+        opened = safetensors.safe_open(file, framework="np")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConversionError(
+            f"{file} is no complete safetensors file ({error}); download it again"
+        ) from error
+    entries = {}
+    for name in opened.keys():  # noqa: SIM118 (not a mapping)
+        view = opened.get_slice(name)
+        stored = view.get_dtype()
+        dtype = SAFETENSORS_DTYPES.get(stored, stored)
+        # The default binds this name, and keeps the mapped file open.
+        entries[name] = Entry(
+            tuple(view.get_shape()), dtype, lambda name=name: opened.get_tensor(name)
+        )
+    if any(entry.dtype in FLOAT8 for entry in entries.values()):
+        entries |= _float8_entries(file, entries)
+    return entries
+
+
+def _float8_entries(file: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Those of `entries` that safetensors cannot give to numpy, taken from the file as bytes.
+
+    The header has been checked by safetensors: its ranges lie in the file and fit the shapes.
+    """
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+
+    def entry(name: str, old: Entry) -> Entry:
+        begin, end = header[name]["data_offsets"]
+
+        def read() -> np.ndarray:
+            stored = np.fromfile(file, np.uint8, end - begin, offset=8 + length + begin)
+            return stored.view(FLOAT8[old.dtype]).reshape(old.shape)
+
+        return old._replace(read=read)
+
+    return {name: entry(name, old) for name, old in entries.items() if old.dtype in FLOAT8}
+
+
+def _torch_entries(file: Path) -> dict[str, Entry]:
+    stored = load_torch(file)
+    import torch
+
+    for key in WRAPPERS:
+        if isinstance(stored, dict) and isinstance(stored.get(key), dict):
+            stored = stored[key]
+    if not isinstance(stored, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in stored.items()
+    ):
+        raise ConversionError(
+            f"{file} holds no state dict; expected named tensors, bare or under"
+            f" {' or '.join(map(repr, WRAPPERS))}"
+        )
+
+    def entry(tensor: Any) -> Entry:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Entry(tuple(tensor.shape), dtype, lambda: to_numpy(tensor))
+
+    return {name: entry(tensor) for name, tensor in stored.items()}
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor in numpy, which has no bfloat16 and no float8 of its own: the same bits
+    under ml_dtypes' names."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if (name := str(tensor.dtype).removeprefix("torch.")) in FLOAT8:
+        return tensor.view(torch.uint8).numpy().view(FLOAT8[name])
+    return tensor.numpy()
+
+
+def _check_archive(file: Path) -> None:
+    """Raise BadZipFile where the parts of an archive contradict each other.
+
+    torch believes the place that a record's own header gives and checks no sums: one flipped bit
+    would move all numbers of a tensor. Records must follow one another without gap or overlap, and
+    all but the weights (whose sizes the pickle states) must have their sum.
+    """
+    with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        follows = [record.header_offset for record in records[1:]] + [archive.start_dir]
+        for record, following in zip(records, follows, strict=True):
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{record.filename} is compressed")
+            raw.seek(record.header_offset)
+            lengths = ZIP_HEADER.unpack(raw.read(ZIP_HEADER.size))
+            end = record.header_offset + ZIP_HEADER.size + sum(lengths) + record.file_size
+            gaps, note = (16, 24), ZIP_DESCRIPTOR + struct.pack("<I", record.CRC)
+            if not record.flag_bits & DESCRIBED:
+                gaps, note = (0,), b""
+            raw.seek(end)
+            if following - end not in gaps or raw.read(len(note)) != note:
+                raise zipfile.BadZipFile(f"{record.filename} is not where the archive says")
+            # Compares the two names of a record.
+            archive.open(record).close()
+            if "/data/" not in record.filename:
+                archive.read(record)

@@ -1,0 +1,214 @@
+"""Checkpoints from the Hugging Face hub, through huggingface_hub and its cache.
+
+What lies in the cache is not fetched again, a broken connection goes on where it broke, and a run
+that was stopped keeps the files that were whole. The library's variables hold: HF_HOME (where the
+cache is), HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import tqdm
+
+from framepack_jax import packing
+from framepack_jax.conversion import assets
+from framepack_jax.conversion.formats import (
+    SAFETENSORS_SUFFIXES,
+    TORCH_SUFFIXES,
+    ConversionError,
+)
+
+HUNYUAN, REDUX = "hunyuanvideo-community/HunyuanVideo", "lllyasviel/flux_redux_bfl"
+SHARED = {
+    "vae": (HUNYUAN, "vae"),
+    "text_encoder": (HUNYUAN, "text_encoder"),
+    "text_encoder_2": (HUNYUAN, "text_encoder_2"),
+    "image_encoder": (REDUX, "image_encoder"),
+    "tokenizer": (HUNYUAN, "tokenizer"),
+    "tokenizer_2": (HUNYUAN, "tokenizer_2"),
+    "image_processor": (REDUX, "feature_extractor"),
+}
+# The released models: where the repository and folder of each part are (`demo_gradio.py` and
+# `demo_gradio_f1.py` of the release). All but the transformer is the same.
+FRAMEPACK: dict[str, dict[str, tuple[str, str | None]]] = {
+    "i2v": {"transformer": ("lllyasviel/FramePackI2V_HY", None), **SHARED},
+    "f1": {"transformer": ("lllyasviel/FramePack_F1_I2V_HY_20250503", None), **SHARED},
+}
+SCHEDULES = {"i2v": packing.RELEASED_INVERTED, "f1": packing.RELEASED_F1}
+
+WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)
+INDEX, TORCH_INDEX = ".safetensors.index.json", ".bin.index.json"
+SMALL_FILES = {"config.json", *assets.TOKENIZER_FILES, *assets.MARKERS.values()}
+MODEL_INDEX = "model_index.json"
+# Folders of a diffusers pipeline that a bundle has a place for.
+PIPELINE_FOLDERS = {
+    "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer",
+    "tokenizer_2", "feature_extractor",
+}  # fmt: skip
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+REFUSED = (401, 403)
+
+
+def split(text: str) -> tuple[str, str | None] | None:
+    """(repository, folder or file in it or None) where `text` names the hub's `owner/name` or
+    `owner/name/folder`, and None where it is a path here: one that exists, or whose first folder
+    does, or that cannot be a repository."""
+    parts = text.rstrip("/").split("/")
+    if len(parts) < 2 or Path(text).exists() or Path(parts[0]).exists():
+        return None
+    repository = "/".join(parts[:2])
+    if not REPOSITORY.fullmatch(repository) or parts[1].endswith(WEIGHT_SUFFIXES):
+        return None
+    return repository, "/".join(parts[2:]) or None
+
+
+def fetch(
+    repo_id: str,
+    subfolder: str | None = None,
+    *,
+    token: str | None = None,
+    progress: bool = True,
+    pipeline: bool | None = False,
+) -> Path:
+    """The folder in the hub's cache with one network, tokenizer or image processor, or with a whole
+    diffusers pipeline; `subfolder` may also be the path of a single weight file, which is given
+    back then. `pipeline` None is whether there is a model_index.json.
+
+    Only what a conversion reads is fetched: configs, tokenizer files, and weights in safetensors,
+    or in PyTorch's format where there are no others. `token` None is that of HF_TOKEN or of
+    `hf auth login`. Raises ConversionError that says what to do: unknown or gated repositories, no
+    connection and nothing in the cache, files that are missing there, no space.
+    """
+    try:
+        info = HfApi(token=token).model_info(repo_id, files_metadata=True)
+    except hub_errors.HFValidationError as error:
+        raise ConversionError(f"{repo_id!r} is no repository; expected owner/name") from error
+    except (hub_errors.HTTPError, OSError) as error:
+        if cached := _cached(repo_id, subfolder):
+            return cached
+        raise _explained(repo_id, error) from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if pipeline is None:
+        pipeline = str(PurePosixPath(subfolder or "", MODEL_INDEX)) in sizes
+    chosen = _chosen(sizes, subfolder, pipeline)
+    if not chosen:
+        raise ConversionError(
+            f"{repo_id} has no weights{f' in {subfolder}' if subfolder else ''}; it has"
+            f" {', '.join(sorted(_folders(sizes)))}"
+        )
+    _check_space(repo_id, info.sha, {name: sizes[name] for name in chosen})
+    try:
+        snapshot = snapshot_download(
+            repo_id,
+            token=token,
+            allow_patterns=[_literal(name) for name in chosen],
+            # A run that is stopped loses the file under way: one, not all. Within a file the
+            # library makes several connections where the hub offers them.
+            max_workers=1,
+            tqdm_class=tqdm if progress else _NoBar,
+        )
+    except (hub_errors.HTTPError, hub_errors.EntryNotFoundError, OSError) as error:
+        raise _explained(repo_id, error) from error
+    return Path(snapshot, subfolder or "")
+
+
+def _chosen(names: Iterable[str], subfolder: str | None, pipeline: bool) -> list[str]:
+    """The files that a conversion reads."""
+    names = sorted(names)
+    if subfolder in names:
+        return [subfolder]
+    folders = {subfolder.rstrip("/") if subfolder else "."}
+    if pipeline:
+        folders = {str(PurePosixPath(subfolder or "", name)) for name in PIPELINE_FOLDERS}
+    chosen = []
+    for folder in sorted(folders):
+        held = [name for name in names if str(PurePosixPath(name).parent) == folder]
+        weights = [n for n in held if n.endswith((*SAFETENSORS_SUFFIXES, INDEX))]
+        weights = weights or [n for n in held if n.endswith((*TORCH_SUFFIXES, TORCH_INDEX))]
+        chosen += weights + [n for n in held if PurePosixPath(n).name in SMALL_FILES]
+    if pipeline:
+        index = str(PurePosixPath(subfolder or "", MODEL_INDEX))
+        chosen += [index] if index in names else []
+    return chosen
+
+
+def _folders(names: Iterable[str]) -> set[str]:
+    return {str(PurePosixPath(name).parent) for name in names}
+
+
+def _literal(name: str) -> str:
+    """A name as a pattern that matches nothing else."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _cached(repo_id: str, subfolder: str | None) -> Path | None:
+    """What the cache has, where the hub cannot be asked. Whether it is whole shows on reading."""
+    try:
+        # No pattern: nothing is asked for, only where the snapshot is.
+        snapshot = snapshot_download(repo_id, local_files_only=True, allow_patterns=[])
+    except (hub_errors.EntryNotFoundError, OSError):
+        return None
+    path = Path(snapshot, subfolder or "")
+    return path if path.is_file() or (path.is_dir() and any(path.iterdir())) else None
+
+
+def _check_space(repo_id: str, commit: str, sizes: dict[str, int]) -> None:
+    needed = sum(
+        size
+        for name, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str)
+    )
+    cache = Path(constants.HF_HUB_CACHE)
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise ConversionError(
+            f"{repo_id} needs {needed / 1e9:,.1f} GB more in {cache}, where {free / 1e9:,.1f} GB"
+            " are free; free some, or set HF_HOME to a folder on another disk"
+        )
+
+
+def _explained(repo_id: str, error: BaseException) -> ConversionError:
+    """What a person is told of an error of the hub's client."""
+    # The client wraps what the server said in an error of its own cache.
+    while isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub_errors.GatedRepoError):
+        return ConversionError(
+            f"{repo_id} is gated: accept its licence at {page}, then set HF_TOKEN to a token of"
+            " that account"
+        )
+    if isinstance(error, hub_errors.RepositoryNotFoundError) or status in REFUSED:
+        return ConversionError(
+            f"there is no folder {repo_id} here, and no repository that you may read at {page};"
+            " check the name, or set HF_TOKEN if it is private or gated"
+        )
+    if isinstance(error, hub_errors.EntryNotFoundError) and status:
+        name = str(error.response.request.url).partition("/resolve/")[2].partition("/")[2]
+        return ConversionError(
+            f"{repo_id} lists {name}, but the hub does not have it; try again later, or tell its"
+            " owner"
+        )
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return ConversionError(
+            f"{repo_id} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set;"
+            " unset it, or run once where there is a network"
+        )
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return ConversionError(
+        f"{repo_id} could not be fetched from {constants.ENDPOINT} ({first_line}); run again, and"
+        " what has been fetched is kept"
+    )
+
+
+class _NoBar(tqdm):
+    """The hub's progress bar, unseen."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})

@@ -1,0 +1,187 @@
+"""What a file or folder of weights is, told without converting it: bundles, diffusers pipelines,
+checkpoints of one network, LoRA files. Told by keys, never by file names; no weights are read."""
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from framepack_jax import bundle
+from framepack_jax.conversion import engine, lora, tables
+from framepack_jax.conversion.engine import Source
+from framepack_jax.conversion.readers import (
+    Checkpoint,
+    ConversionError,
+    open_checkpoint,
+    read_json,
+)
+from framepack_jax.models import kinds
+
+MODEL_INDEX = "model_index.json"
+# How the names of a LoRA's modules spell the transformer's blocks.
+BLOCKS = {
+    "Tencent's": re.compile(r"(double|single)_blocks[._]\d"),
+    "diffusers'": re.compile(r"transformer_blocks[._]\d"),
+}
+DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def describe(path: Path) -> str:
+    """What is at `path`, in lines of a name and a value: format, model, dtypes, numbers of
+    parameters; rank, alpha and naming of a LoRA; schedule and networks of a bundle.
+
+    Raises ConversionError or BundleError where it cannot be read.
+    """
+    path = Path(path)
+    if (path / bundle.UNFINISHED).exists():
+        return _lines(path, _unfinished(path))
+    if (path / bundle.MANIFEST).exists():
+        return _lines(path, _bundle(path))
+    if (path / MODEL_INDEX).exists():
+        return _lines(path, _pipeline(path))
+    checkpoint = open_checkpoint(path)
+    if lora.is_lora(checkpoint):
+        return _lines(path, _lora(checkpoint))
+    return _lines(path, _network(checkpoint))
+
+
+def _lines(path: Path, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([str(path), *(f"  {name:{width}}  {value}" for name, value in rows)])
+
+
+def _bundle(path: Path) -> list[tuple[str, str]]:
+    manifest = bundle.read_manifest(path)
+    rows = [("format", "bundle"), ("schedule", f"{manifest.schedule}, order {manifest.order}")]
+    for name, role in manifest.roles.items():
+        _, cfg = bundle.role_config(manifest, name)
+        count = _millions(kinds.parameter_count(role.kind, cfg))
+        stored = _stored_dtypes((path / role.path).resolve())
+        where = "" if role.path == name else f", stays in {role.path}"
+        origin = role.source.get("naming", "")
+        rows.append((name, f"{role.kind}, {count}, {stored}{where}{origin and f'; a {origin}'}"))
+    return rows
+
+
+def _unfinished(path: Path) -> list[tuple[str, str]]:
+    whole = [role for role in bundle.ROLES if (path / role).exists()]
+    return [
+        ("format", "bundle, unfinished: its conversion was stopped; run the same command again"),
+        ("written", ", ".join(whole) or "no network"),
+    ]
+
+
+def _stored_dtypes(path: Path) -> str:
+    """The dtypes of a role's parameters on disk, the commonest first."""
+    if not path.exists():
+        return "parameters missing"
+    leaves = jax.tree.leaves(ocp.metadata(path).metadata)
+    sizes: Counter[str] = Counter()
+    for leaf in leaves:
+        sizes[str(leaf.dtype)] += math.prod(leaf.shape)
+    return " and ".join(_short(name) for name, _ in sizes.most_common())
+
+
+def _pipeline(path: Path) -> list[tuple[str, str]]:
+    held = read_json(path / MODEL_INDEX)
+    rows = [("format", f"diffusers pipeline {held.get('_class_name', '')}".rstrip())]
+    for role in bundle.ROLES:
+        if not any(held.get(role) or ()):
+            continue
+        try:
+            checkpoint = open_checkpoint(path / role)
+            what = dict(_network(checkpoint))
+            rows.append((role, f"{what['model']}, {what['parameters']}"))
+        except ConversionError as error:
+            rows.append((role, f"cannot be read: {error}"))
+    return rows
+
+
+def _network(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    rows = [("format", checkpoint.format), ("parameters", _parameters(checkpoint))]
+    found = _recognised(checkpoint)
+    if found is None:
+        begins = ", ".join(checkpoint.names()[:3])
+        return [*rows[:1], ("model", f"unknown; its tensors begin with {begins}"), *rows[1:]]
+    role, source = found
+    rows.insert(1, ("model", source.table.what))
+    if source.prefix:
+        rows.append(("prefix", source.prefix))
+    try:
+        rows += _sizes(engine.plan(source).cfg)
+        rows.append(("fits", f"all; convert with --{role.replace('_', '-')} {checkpoint.path}"))
+    except ConversionError as error:
+        rows.append(("fits", f"not as it is: {error}"))
+    return rows
+
+
+def _recognised(checkpoint: Checkpoint) -> tuple[str, Source] | None:
+    """The role that a checkpoint can have, and its tensors as that role's table reads them."""
+    for role, candidates in tables.TABLES.items():
+        if any(table.prefix_in(checkpoint) is not None for table in candidates):
+            return role, tables.recognise(checkpoint, role)
+    return None
+
+
+def _sizes(cfg: Any) -> list[tuple[str, str]]:
+    """What tells one network from another of its kind."""
+    fields = {
+        name: value
+        for name in ("layers", "double_layers", "single_layers", "width", "heads", "channels")
+        if (value := getattr(cfg, name, None)) is not None
+    }
+    rows = [("sizes", ", ".join(f"{name} {value}" for name, value in fields.items()))]
+    if (kernels := getattr(cfg, "context_kernels", None)) is not None:
+        said = f"FramePack, embeds {', '.join(kernels)}" if kernels else "none: a base model"
+        rows.append(("context", said))
+    return rows
+
+
+def _lora(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    ranks: Counter[int] = Counter()
+    alphas = set()
+    styles = set()
+    for name in checkpoint.names():
+        match, shape = lora.TENSOR.fullmatch(name), checkpoint.shape(name)
+        if match and match["alpha"] and math.prod(shape) == 1:
+            alphas.add(float(checkpoint.read(name).reshape(())))
+        elif match and lora.SIDES.get(match["side"], match["side"]) == "down" and shape:
+            ranks[shape[0]] += 1
+            styles.add("kohya's" if match["side"] == "down" else "PEFT's")
+    spelt = " and ".join(sorted(styles)) or "unknown"
+    rows = [
+        ("format", f"{checkpoint.format}; LoRA in {spelt} keys"),
+        ("model", _naming(checkpoint)),
+        ("parameters", _parameters(checkpoint)),
+        ("rank", ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(ranks.items()))),
+    ]
+    if alphas:
+        rows.append(("alpha", ", ".join(f"{alpha:g}" for alpha in sorted(alphas))))
+    return rows
+
+
+def _naming(checkpoint: Checkpoint) -> str:
+    for said, blocks in BLOCKS.items():
+        if any(map(blocks.search, checkpoint.names())):
+            return f"transformer as HunyuanVideo's and FramePack's, modules in {said} naming"
+    return f"unknown; its tensors begin with {checkpoint.names()[0]}"
+
+
+def _parameters(checkpoint: Checkpoint) -> str:
+    counts = checkpoint.parameters()
+    parts = [f"{_millions(count)} {_short(name)}" for name, count in counts.items() if count]
+    if len(parts) == 1:
+        return parts[0]
+    return f"{_millions(sum(counts.values()))}: {', '.join(parts)}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _short(dtype: str) -> str:
+    return DTYPE_NAMES.get(dtype, dtype)

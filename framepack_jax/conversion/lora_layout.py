@@ -1,0 +1,155 @@
+"""How the low-rank factors of other implementations' modules and of kernels here hold the same
+change.
+
+Modules of the other side, matrices with factors `down` (r, in) and `up` (out, r), and kernels here
+need not go one to one. The rows of the transformer's tables say which belong together; each row
+makes one fused matrix in between:
+
+    modules -> joined along their outputs -> one pair of factors -> cut -> kernels, and back.
+
+A cut splits one factor, copies the other, and leaves out ranks that have become zero. A join of
+parts that share a factor undoes the cut; of others it is the block-diagonal matrix, exact, whose
+rank is the sum of theirs. So q, k and v adapted apart (diffusers) become one kernel of three times
+the rank, and come out again as they were; a kernel adapted here goes out to diffusers at its own
+rank. Ranks grow where they must: in Tencent's fused `linear1`, and in the output projection of
+single blocks, of which there are two kernels here.
+
+Shapes: r the rank; modules are torch's, (out, in), kernels (in, ...out).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from framepack_jax.conversion.engine import Step, Table, steps_of
+from framepack_jax.conversion.transforms import Linear, Patch, Swapped
+from framepack_jax.lora import Factors, alike
+from framepack_jax.models.packed_dit import Config
+
+
+class Pair(NamedTuple):
+    """Factors of a matrix (out, in): up (out, r) diag(scale) (r,) down (r, in)."""
+
+    down: np.ndarray
+    up: np.ndarray
+    scale: np.ndarray
+
+    @property
+    def transposed(self) -> "Pair":
+        """Those of the transposed matrix: what is done along outputs is so done along inputs."""
+        return Pair(self.up.T, self.down.T, self.scale)
+
+
+@functools.lru_cache(maxsize=8)
+def kernel_steps(table: Table, cfg: Config) -> tuple[Step, ...]:
+    """The rows of a table that make kernels, layer by layer; remembered, as several files are of
+    one network."""
+    steps = steps_of(table, cfg)
+    return tuple(s for s in steps if all(t.endswith("/kernel") for t in s.targets))
+
+
+def module_names(step: Step) -> list[str]:
+    """Dotted names of a step's modules."""
+    return [source.removesuffix(".weight") for source in step.sources]
+
+
+def pair_of(step: Step, down: np.ndarray, up: np.ndarray, scale: np.ndarray) -> Pair:
+    """Factors as a module's tensors have them: (r, in) and (out, r), or those of a convolution."""
+    up = up.reshape(up.shape[:2])
+    if not isinstance(step.row.transform, Patch):
+        return Pair(down.reshape(down.shape[:2]), up, scale)
+    (kernel,) = step.targets.values()
+    (columns,) = step.row.transform([down], [(kernel[0], len(down))])
+    return Pair(columns.T, up, scale)
+
+
+def tensors_of(step: Step, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `pair_of`: `down` and `up`."""
+    if not isinstance(step.row.transform, Patch):
+        return pair.down, pair.up
+    rows = pair.down.reshape(len(pair.down), *step.row.transform.kernel, -1)
+    return np.moveaxis(rows, -1, 1), pair.up.reshape(*pair.up.shape, 1, 1, 1)
+
+
+def to_kernels(step: Step, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Factors]]:
+    """(path, factors) of the kernels that the modules of a step change."""
+    parts = [pairs.get(name) for name in module_names(step)]
+    if not any(parts):
+        return
+    outputs = step.source_shapes()[0][0]
+    fused = _join(parts, [outputs] * len(parts))
+    if isinstance(step.row.transform, Swapped):
+        fused = _swapped(fused)
+    along, sizes = _layout(step)
+    cut = _cut(along(fused), sizes)
+    for (kernel, shape), part in zip(step.targets.items(), cut, strict=True):
+        if part is not None:
+            down, up, scale = along(part)
+            b = np.ascontiguousarray(up.T).reshape(len(down), *shape[1:])
+            yield kernel, Factors(np.ascontiguousarray(down.T), b, scale)
+
+
+def to_modules(step: Step, lora: Mapping[str, Factors]) -> Iterator[tuple[str, Pair]]:
+    """(dotted name, factors) of the modules that hold the change of a step's kernels."""
+    parts = [lora.get(kernel) for kernel in step.targets]
+    if not any(parts):
+        return
+    along, sizes = _layout(step)
+    pairs = [p and along(Pair(p.a.T, p.b.reshape(p.rank, -1).T, p.scale)) for p in parts]
+    fused = along(_join(pairs, sizes))
+    if isinstance(step.row.transform, Swapped):
+        fused = _swapped(fused)
+    names = module_names(step)
+    outputs = step.source_shapes()[0][0]
+    for name, pair in zip(names, _cut(fused, [outputs] * len(names)), strict=True):
+        if pair is not None:
+            yield name, pair
+
+
+def _layout(step: Step) -> tuple[Callable[[Pair], Pair], list[int]]:
+    """How kernels lie in the fused matrix: a turn that makes them parts of its outputs, and the
+    length of each."""
+    transform = step.row.transform
+    shapes = step.targets.values()
+    if isinstance(transform, Linear) and transform.split == 1:
+        return lambda pair: pair.transposed, [shape[0] for shape in shapes]
+    return lambda pair: pair, [math.prod(shape[1:]) for shape in shapes]
+
+
+def _swapped(pair: Pair) -> Pair:
+    return pair._replace(up=np.roll(pair.up, len(pair.up) // 2, axis=0))
+
+
+def _join(parts: Sequence[Pair | None], sizes: list[int]) -> Pair:
+    """Factors of matrices of `sizes` outputs as those of one matrix, one upon the other; None is a
+    matrix of zeros."""
+    there = [part for part in parts if part is not None]
+    downs, ups, scales = (alike(arrays) for arrays in zip(*there, strict=True))
+    if all(map(np.array_equal, downs[1:], downs)) and all(map(np.array_equal, scales[1:], scales)):
+        # They share `down`: they are cut from one matrix.
+        down, scale, begins = downs[0], scales[0], [0] * len(there)
+    else:
+        down, scale = np.concatenate(downs), np.concatenate(scales)
+        begins = np.cumsum([0, *map(len, downs[:-1])])
+    up = np.zeros((sum(sizes), len(down)), ups[0].dtype)
+    rows = np.split(up, np.cumsum(sizes)[:-1])
+    filled = [row for row, part in zip(rows, parts, strict=True) if part is not None]
+    for row, part, begin in zip(filled, ups, begins, strict=True):
+        row[:, begin : begin + part.shape[1]] = part
+    return Pair(down, up, scale)
+
+
+def _cut(pair: Pair, sizes: list[int]) -> list[Pair | None]:
+    """The inverse of `_join`: each part with the ranks that change it, None where none does (all
+    ranks for all parts where `up` is zero, as before training)."""
+    ups = np.split(pair.up, np.cumsum(sizes)[:-1])
+    if len(ups) == 1 or not pair.up.any():
+        return [pair._replace(up=up) for up in ups]
+    used = [up.any(axis=0) for up in ups]
+    return [
+        Pair(pair.down[u], up[:, u], pair.scale[u]) if u.any() else None
+        for up, u in zip(ups, used, strict=True)
+    ]

@@ -1,0 +1,124 @@
+"""Whether a bundle holds what a checkpoint holds, bit for bit."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from framepack_jax import bundle
+from framepack_jax.bundle import Manifest
+from framepack_jax.conversion import engine, readers, tables, transformer
+from framepack_jax.conversion.engine import Advance, Plan
+from framepack_jax.conversion.readers import ConversionError
+
+SHOWN = 10
+
+
+@dataclasses.dataclass
+class Comparison:
+    """One network of a bundle against its source: how many leaves, their bytes in the bundle, the
+    paths of those that differ, and the types that the source was cast to."""
+
+    role: str
+    leaves: int = 0
+    bytes: int = 0
+    differing: list[str] = dataclasses.field(default_factory=list)
+    casts: set[str] = dataclasses.field(default_factory=set)
+
+
+def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
+    """Role -> checkpoint of what both the bundle and `path` have: a diffusers pipeline, or the
+    checkpoint of one network. Raises ConversionError where there is nothing to compare."""
+    if (path / "model_index.json").exists():
+        held = readers.read_json(path / "model_index.json")
+        found = {role: path / role for role in manifest.roles if any(held.get(role) or ())}
+    else:
+        checkpoint = readers.open_checkpoint(path)
+        found = {
+            role: path
+            for role in manifest.roles
+            if any(t.prefix_in(checkpoint) is not None for t in tables.TABLES[role])
+        }
+    if not found:
+        raise ConversionError(
+            f"{path} holds none of the bundle's networks: {', '.join(manifest.roles)}"
+        )
+    return found
+
+
+def plan(path: Path, manifest: Manifest, role: str) -> Plan:
+    """The conversion that should have made a role of this checkpoint. Raises ConversionError, also
+    where it would have made a network of another config."""
+    _, cfg = bundle.role_config(manifest, role)
+    source = tables.recognise(readers.open_checkpoint(path), role)
+    if role == "transformer":
+        source = dataclasses.replace(source, given={"rope_axes": cfg.rope_axes})
+        found = source.table.config(source)
+        if cfg.context_kernels and not found.context_kernels and cfg.image_dim is not None:
+            table = transformer.from_base(source.table, cfg.context_kernels, cfg.image_dim)
+            source = dataclasses.replace(source, table=table)
+    made = engine.plan(source)
+    if made.cfg != cfg:
+        fields = ", ".join(
+            f"{field.name} {getattr(made.cfg, field.name)} there, {getattr(cfg, field.name)} here"
+            for field in dataclasses.fields(cfg)
+            if getattr(made.cfg, field.name) != getattr(cfg, field.name)
+        )
+        raise ConversionError(f"{path} makes another {role} than the bundle has: {fields}")
+    return made
+
+
+def compare(
+    made: Plan,
+    root: epath.PathLike,
+    manifest: Manifest,
+    role: str,
+    advance: Advance = engine.silent,
+) -> Comparison:
+    """Every leaf, bit for bit; where the bundle keeps another type, after the same cast.
+
+    Raises ConversionError, BundleError where either cannot be read.
+    """
+    types = bundle.stored_dtypes(root, manifest, role)
+    dtype = "int8" if "int8" in types.values() else None
+    result = Comparison(role, casts={"int8"} if dtype else set())
+    paths = list(made.paths(dtype))
+    stored = bundle.read_leaves(root, manifest, role, paths)
+    for (path, expected), (_, array) in zip(made.leaves(dtype), stored, strict=True):
+        result.leaves += 1
+        result.bytes += array.nbytes
+        if str(expected.dtype) != types[path]:
+            result.casts.add(types[path])
+        if not _same_bits(_cast(expected, types[path]), array):
+            result.differing.append(path)
+        advance(array.nbytes)
+    return result
+
+
+def table(results: Sequence[Comparison]) -> str:
+    """Lines of role, tensors, bytes, differing, and the types that there was a cast to; then the
+    first that differ."""
+    lines = [f"{'role':15} {'tensors':>8} {'bytes':>16} {'differing':>10}"]
+    for r in results:
+        casts = f"  after a cast to {' and '.join(sorted(r.casts))}" if r.casts else ""
+        lines.append(f"{r.role:15} {r.leaves:8,} {r.bytes:16,} {len(r.differing):10,}{casts}")
+    for r in results:
+        if r.differing:
+            more = f" and {len(r.differing) - SHOWN} more" if len(r.differing) > SHOWN else ""
+            lines.append(f"{r.role} differs in {', '.join(r.differing[:SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers beyond the type become infinite."""
+    with np.errstate(over="ignore"):
+        return np.asarray(array, jnp.dtype(dtype))
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """NaNs too are the same where their bits are; zeros of two signs are not."""
+    unsigned = f"u{one.itemsize}"
+    return one.shape == other.shape and np.array_equal(one.view(unsigned), other.view(unsigned))

@@ -1,0 +1,284 @@
+"""Bundles against what they were made of; weights in int8."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from framepack_jax import bundle, sharding
+from framepack_jax.bundle import BundleError
+from framepack_jax.commands.convert import Convert, compare, convert, main
+from framepack_jax.conversion import engine, export, transformer, verify
+from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.models import kinds, packed_dit, stack
+from framepack_jax.packing import PackedContext
+
+CFG = packed_dit.Config(
+    heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, mlp_ratio=2.0,
+    text_dim=20, pooled_dim=12, image_dim=10, rope_axes=(4, 6, 6),
+)  # fmt: skip
+BASE = dataclasses.replace(CFG, context_kernels=(), image_dim=None)
+LEAF = "double/01/img_qkv/kernel"
+
+
+def write_checkpoint(file: Path, cfg: packed_dit.Config, dtype: str = "bfloat16") -> Path:
+    """Random weights in diffusers' names."""
+    random = np.random.default_rng(0)
+    tensors = [
+        export.Tensor(name, shape, dtype)
+        for step in engine.steps_of(transformer.DIFFUSERS, cfg)
+        for name, shape in zip(step.sources, step.source_shapes(), strict=True)
+    ]
+    arrays = (random.standard_normal(t.shape, np.float32).astype(jnp.dtype(dtype)) for t in tensors)
+    export.write_safetensors(file, tensors, arrays)
+    return file
+
+
+def make(folder: Path, cfg: packed_dit.Config = CFG, **flags) -> tuple[Path, str]:
+    """(checkpoint, bundle)."""
+    source = write_checkpoint(folder / "source.safetensors", cfg)
+    root = str(folder / "bundle")
+    convert(Convert(output=root, transformer=source, rope_axes="4,6,6", **flags))
+    return source, root
+
+
+def edit(root: str, path: str, change) -> None:
+    """Write the transformer of a bundle anew with one leaf changed."""
+    manifest = bundle.read_manifest(root)
+    names = bundle.stored_dtypes(root, manifest, "transformer")
+    leaves = dict(bundle.read_leaves(root, manifest, "transformer", names))
+    leaves[path] = change(leaves[path].copy())
+    bundle.write_params(Path(root) / "transformer", leaves.items())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, str]:
+    return make(tmp_path_factory.mktemp("made"))
+
+
+def test_the_same_is_the_same(made, capsys) -> None:
+    source, root = made
+    main(["--verify", str(source), root])
+    said = capsys.readouterr().out
+    leaves = kinds.abstract_leaves("hunyuan_packed_dit", CFG)
+    size = sum(2 * leaf.size for leaf in leaves.values())
+    assert f"transformer     {len(leaves):8,} {size:16,} {0:10,}" in said
+    assert "differs" not in said and "cast" not in said
+
+
+def flip_a_bit(array: np.ndarray) -> np.ndarray:
+    array.reshape(-1).view(np.uint16)[-1] ^= 1
+    return array
+
+
+def test_one_bit_is_found_and_named(tmp_path, capsys) -> None:
+    source, root = make(tmp_path)
+    edit(root, LEAF, flip_a_bit)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--verify", str(source), root])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 1
+    assert f"transformer differs in {LEAF}\n" in said
+    (result,) = compare(source, root)
+    assert result.differing == [LEAF]
+
+
+def test_a_zero_of_the_other_sign_differs() -> None:
+    zero = np.zeros((2, 3), np.float32)
+    assert verify._same_bits(zero, zero.copy()) and not verify._same_bits(zero, -zero)
+    nan = np.full((2, 3), np.nan, jnp.bfloat16)
+    assert verify._same_bits(nan, nan.copy()) and not verify._same_bits(nan, nan.T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_other_types_are_compared_after_the_same_cast(dtype, tmp_path) -> None:
+    source, root = make(tmp_path, dtype=dtype)
+    (result,) = compare(source, root)
+    assert result.differing == [] and result.leaves > 80
+    assert f"after a cast to {dtype}" in verify.table([result])
+    edit(root, "double/00/img_out/bias", lambda array: array + array.dtype.type(1))
+    (result,) = compare(source, root)
+    assert result.differing == ["double/00/img_out/bias"]
+
+
+def test_a_model_begun_from_a_base_is_compared_with_it(tmp_path) -> None:
+    source, root = make(tmp_path, BASE, from_base=True, image_dim=10)
+    (result,) = compare(source, root)
+    assert result.differing == []
+    edit(root, "embed/context_k2/kernel", flip_a_bit)
+    (result,) = compare(source, root)
+    assert result.differing == ["embed/context_k2/kernel"]
+
+
+@pytest.mark.golden
+def test_every_network_of_a_pipeline(golden, tmp_path, capsys) -> None:
+    folder = golden / "diffusers_pipeline" / "pipeline"
+    root = str(tmp_path / "bundle")
+    main(["--pipeline", str(folder), "--output", root, "--dtype", "bfloat16"])
+    capsys.readouterr()
+    main(["--verify", str(folder), root])
+    said = capsys.readouterr().out
+    for role in bundle.ROLES:
+        (line,) = [line for line in said.splitlines() if line.split(" ")[0] == role]
+        assert int(line.split()[2].replace(",", "")) > 1000 and line.split()[3] == "0"
+    main(["--verify", str(folder / "vae"), root])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_what_cannot_be_compared(made, tmp_path) -> None:
+    source, root = made
+    other = write_checkpoint(tmp_path / "other.safetensors", dataclasses.replace(CFG, text_dim=21))
+    with pytest.raises(ConversionError, match="text_dim 21 there, 20 here"):
+        compare(other, root)
+    manifest = bundle.read_manifest(root)
+    without = dataclasses.replace(manifest, roles={"vae": manifest.roles["transformer"]})
+    with pytest.raises(ConversionError, match="holds none of the bundle's networks: vae"):
+        verify.sources(source, without)
+    with pytest.raises(SystemExit, match="is no bundle"):
+        main(["--verify", str(source), str(tmp_path)])
+    with pytest.raises(SystemExit, match="does not exist"):
+        main(["--verify", str(tmp_path / "absent"), root])
+
+
+def test_one_thing_at_a_time(made, tmp_path) -> None:
+    source, root = made
+    with pytest.raises(SystemExit, match="nothing to do: give one of --output"):
+        main([])
+    with pytest.raises(SystemExit, match="--output and --verify: give one of"):
+        main(["--verify", str(source), root, "--output", str(tmp_path / "x")])
+
+
+def test_inspect_is_there(made, capsys) -> None:
+    source, root = made
+    for path in (source, root):
+        main(["--inspect", str(path)])
+        assert "transformer" in capsys.readouterr().out
+
+
+# int8
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, str]:
+    return make(tmp_path_factory.mktemp("small"), dtype="int8")
+
+
+def test_int8_numbers_move_by_half_a_scale_at_most(small) -> None:
+    source, root = small
+    manifest = bundle.read_manifest(root)
+    exact = dict(verify.plan(source, manifest, "transformer").leaves("float32"))
+    types = bundle.stored_dtypes(root, manifest, "transformer")
+    stored = dict(bundle.read_leaves(root, manifest, "transformer", types))
+    kernels = {path for path, dtype in types.items() if dtype == "int8"}
+    assert kernels == {p for p in exact if p.endswith("/kernel") and p[:4] not in ("embe", "head")}
+    for path in kernels:
+        scale = stored[path.removesuffix("kernel") + stack.SCALE]
+        peak = np.abs(exact[path]).max(axis=0)
+        assert np.abs(stored[path]).max(axis=0).min() == 127, "every channel has its own scale"
+        np.testing.assert_allclose(scale, peak / 127, rtol=1e-6)
+        error = np.abs(stored[path] * scale[None] - exact[path])
+        assert (error <= scale[None] / 2 * (1 + 1e-5)).all(), path
+    for path in exact.keys() - kernels:
+        assert types[path] == "bfloat16"
+    assert manifest.roles["transformer"].source["bytes"] == sum(x.nbytes for x in stored.values())
+    plan = verify.plan(source, manifest, "transformer")
+    assert plan.nbytes("int8") == sum(x.nbytes for x in stored.values())
+    assert list(plan.paths("int8")) == [path for path, _ in plan.leaves("int8")]
+
+
+def test_an_empty_channel_and_numbers_that_are_not_finite() -> None:
+    kernel = np.array([[0.0, 1.0], [0.0, -2.0]], np.float32)
+    quantized, scale = engine.quantize("x/kernel", kernel)
+    np.testing.assert_array_equal(quantized, [[0, 64], [0, -127]])
+    np.testing.assert_allclose(scale, [0, 2 / 127])
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ConversionError, match="x/kernel has numbers that are not finite"):
+            engine.quantize("x/kernel", np.array([[0.0, bad]], np.float32))
+
+
+def inputs() -> tuple:
+    random = np.random.default_rng(1)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    context = PackedContext(
+        (normal(1, 1, 4, 4, 16),), (jnp.array([[0]]),), jnp.array([[5, 6]]), ("k1",)
+    )
+    conditions = packed_dit.Conditions(
+        normal(1, 3, 20), jnp.ones((1, 3), bool), normal(1, 12), normal(1, 4, 10), jnp.ones(1)
+    )
+    return normal(1, 2, 4, 4, 16), jnp.full(1, 0.5), context, conditions
+
+
+def test_int8_kernels_compute_as_their_products_with_the_scales(small) -> None:
+    """What the network gives is what it gives with each kernel multiplied out beforehand."""
+    _, root = small
+    manifest = bundle.read_manifest(root)
+    params = bundle.load_params(root, manifest, "transformer", dtype=jnp.bfloat16)
+    assert params["double"]["img_qkv"]["kernel"].dtype == jnp.int8
+    assert params["double"]["img_qkv"][stack.SCALE].dtype == jnp.float32
+    assert params["double"]["img_qkv"][stack.SCALE].shape == (2, 3, 2, 16)
+    assert params["embed"]["patch"]["kernel"].dtype == jnp.bfloat16
+    wide = {
+        name: stack.cast(part, jnp.float32)
+        if name not in packed_dit.STACKS
+        else jax.vmap(lambda layer: stack.cast(layer, jnp.float32))(part)
+        for name, part in params.items()
+    }
+    assert stack.SCALE not in wide["double"]["img_qkv"]
+    ours = packed_dit.velocity(CFG, params, *inputs())
+    theirs = packed_dit.velocity(CFG, wide, *inputs())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_changes_the_velocity_little(small, made) -> None:
+    """Random toy weights: 1.6 % of the largest velocity, 1.5 % by root mean square."""
+    params = {
+        name: bundle.load_params(root, bundle.read_manifest(root), "transformer")
+        for name, (_, root) in {"int8": small, "bfloat16": made}.items()
+    }
+    x = inputs()
+    ours, theirs = (np.asarray(packed_dit.velocity(CFG, params[n], *x)) for n in params)
+    assert 1e-4 < np.abs(ours - theirs).max() / np.abs(theirs).max() < 0.03
+    assert np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)) < 0.02
+
+
+def test_int8_on_a_mesh(small) -> None:
+    """Scales lie as the outputs of their kernels do; a mesh of one device divides nothing, but has
+    every rule applied."""
+    _, root = small
+    manifest = bundle.read_manifest(root)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    params = bundle.load_params(root, manifest, "transformer", mesh=mesh)
+    plain = bundle.load_params(root, manifest, "transformer")
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+    qkv = params["double"]["img_qkv"]
+    layers, _, *outputs = qkv["kernel"].sharding.spec
+    assert tuple(qkv[stack.SCALE].sharding.spec) == (layers, *outputs)
+    assert any(outputs), "the rule divides outputs"
+
+
+def test_a_lost_scale_is_missed(tmp_path) -> None:
+    _, root = make(tmp_path, dtype="int8")
+    manifest = bundle.read_manifest(root)
+    types = bundle.stored_dtypes(root, manifest, "transformer")
+    leaves = dict(bundle.read_leaves(root, manifest, "transformer", types))
+    lost = leaves.pop("double/01/img_qkv/kernel_scale")
+    bundle.write_params(Path(root) / "transformer", leaves.items())
+    with pytest.raises(BundleError, match=r"1 missing \(double/01/img_qkv/kernel_scale\)"):
+        bundle.load_params(root, manifest, "transformer")
+    leaves["embed/patch/kernel_scale"] = lost
+    bundle.write_params(Path(root) / "transformer", leaves.items())
+    with pytest.raises(BundleError, match=r"1 unexpected \(embed/patch/kernel_scale\)"):
+        bundle.load_params(root, manifest, "transformer")
+
+
+def test_int8_does_not_go_out(small, tmp_path) -> None:
+    _, root = small
+    with pytest.raises(SystemExit, match="kept in int8"):
+        main(["--export", str(tmp_path / "out"), "--bundle", root])
+    assert not (tmp_path / "out").exists()
