@@ -29,8 +29,11 @@ from jax.sharding import Mesh
 from framepack_jax import bundle, conditioning, packing
 from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
+from framepack_jax.lora import LoRA, attach
+from framepack_jax.lora import merge as merge_lora
 from framepack_jax.models.vae import Tiling, check_tiling
 from framepack_jax.packing import Section, Timeline
+from framepack_jax.processes import fetch
 from framepack_jax.request import (
     START_FRAMES,
     Footage,
@@ -186,6 +189,8 @@ class FramePack:
         networks = {name: bundle.role_config(manifest, name) for name in bundle.ROLES}
         model, cfg = networks["transformer"]
         model.check_kernels(cfg, model.context_kernels(schedule))
+        if mesh is not None:
+            model.check_mesh(cfg, mesh)
         check_tiling(networks["vae"][1], tiling)
         frames = packing.start_frames(schedule, order)
         if frames != START_FRAMES:
@@ -233,12 +238,31 @@ class FramePack:
         transformer = network("transformer", self.dtype)
         return dataclasses.replace(loaded, transformer=transformer, encoders=encoders)
 
+    def with_lora(self, lora: LoRA, *, merge: bool = False) -> "FramePack":
+        """The same with low-rank adapters beside the transformer's kernels, or in them.
+
+        `lora` is what `conversion.lora.read` gives, several joined by `lora.combine`. Merged, it
+        costs no time in sampling, and uses up the transformer's weights of this pipeline. Raises
+        ValueError where it does not fit.
+        """
+        model, cfg, params = self.transformer
+        dtype = "float32" if merge else self.dtype
+        params = attach(params, lora, dtype=jnp.dtype(dtype), mesh=self.mesh)
+        if merge:
+            params = merge_lora(params, donate=True)
+        return dataclasses.replace(self, transformer=Network(model, cfg, params))
+
     @contextlib.contextmanager
     def _on_mesh(self) -> Iterator[None]:
         """Compute on the mesh, if there is one, in the precision that the dtype means."""
         mesh = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         with sampler.precision(self.dtype), mesh:
             yield
+
+    def _run(self, network: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function that uses weights; what it gives is whole on one device."""
+        with self._on_mesh():
+            return fetch(network(*args, **options))
 
     @property
     def geometry(self) -> Geometry:
@@ -316,39 +340,41 @@ class FramePack:
     ) -> Inputs:
         """Encode prepared requests of one layout; `known` latents (B, H, W, C) by position, where
         they are there already."""
-        with self._on_mesh():
-            embedded = jnp.concatenate(
-                [conditioning.encode_image(self.encoders, r.image[None]) for r in requests]
-            )
-            guidance = jnp.full(len(requests), settings.guidance, jnp.float32)
-
-            def conditions(prompts: Sequence[PromptStates]) -> Any:
-                states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
-                return self.transformer.model.Conditions(*states, embedded, guidance)
-
-            @functools.cache
-            def encoded(text: str) -> PromptStates:
-                return conditioning.encode_prompt(self.encoders, [text])
-
-            # Sections under the same prompts share one set of arrays.
-            @functools.cache
-            def at(*shares: tuple[tuple[str, float], ...]) -> Any:
-                return conditions(
-                    [
-                        conditioning.blend_prompts([(encoded(t), share) for t, share in prompts])
-                        for prompts in shares
-                    ]
-                )
-
-            shares = [
-                tuple(self._prompts_at(r.prompt, section, layout, prompt_blend) for r in requests)
-                for section in layout.plan
+        embedded = jnp.concatenate(
+            [
+                self._run(conditioning.encode_image, self.encoders, request.image[None])
+                for request in requests
             ]
-            _warn_of_unused(requests, shares)
-            by_section = [at(*each) for each in shares]
-            negative = None
-            if settings.cfg != 1:
-                negative = conditions([encoded(r.negative_prompt) for r in requests])
+        )
+        guidance = jnp.full(len(requests), settings.guidance, jnp.float32)
+
+        def conditions(prompts: Sequence[PromptStates]) -> Any:
+            states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
+            return self.transformer.model.Conditions(*states, embedded, guidance)
+
+        @functools.cache
+        def encoded(text: str) -> PromptStates:
+            return self._run(conditioning.encode_prompt, self.encoders, [text])
+
+        # Sections under the same prompts share one set of arrays.
+        @functools.cache
+        def at(*shares: tuple[tuple[str, float], ...]) -> Any:
+            return conditions(
+                [
+                    conditioning.blend_prompts([(encoded(t), share) for t, share in prompts])
+                    for prompts in shares
+                ]
+            )
+
+        shares = [
+            tuple(self._prompts_at(r.prompt, section, layout, prompt_blend) for r in requests)
+            for section in layout.plan
+        ]
+        _warn_of_unused(requests, shares)
+        by_section = [at(*each) for each in shares]
+        negative = None
+        if settings.cfg != 1:
+            negative = conditions([encoded(r.negative_prompt) for r in requests])
         if known is None:
             each = [self.known_latents(request, layout) for request in requests]
             known = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
@@ -368,13 +394,11 @@ class FramePack:
         """Latents (H, W, C) of a prepared request by position: start image or footage, stills."""
 
         def latents(frames: np.ndarray) -> np.ndarray:
-            with self._on_mesh():
-                return np.asarray(
-                    conditioning.clip_latents(
-                        self.vae.cfg, self.vae.params, frames[None],
-                        self.latent_mean, self.latent_std, tiling=self.tiling,
-                    )
-                )[0]  # fmt: skip
+            encoded = self._run(
+                conditioning.clip_latents, self.vae.cfg, self.vae.params, frames[None],
+                self.latent_mean, self.latent_std, tiling=self.tiling,
+            )  # fmt: skip
+            return np.asarray(encoded)[0]
 
         known = {}
         if request.footage is None:
@@ -438,14 +462,14 @@ class FramePack:
         for i, section in enumerate(plan[done:], start=done):
             if noise is None:
                 shape = (len(section.targets), *frame)
-                x = jnp.stack([_noise(seed, i, shape) for seed in seeds])
+                x = np.stack([_noise(seed, i, shape) for seed in seeds])
             else:
-                x = jnp.asarray(noise[i], jnp.float32)
+                x = np.asarray(noise[i], np.float32)
             target, known = packing.read_target(section, timeline)
             with self._on_mesh():
                 result = sampler.denoise(
                     *self.transformer, x, sigmas, table,
-                    jax.device_put(packing.read_context(section, timeline)),
+                    packing.read_context(section, timeline),
                     inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
                     target=target, known=known,
                     cfg_scale=settings.cfg, cfg_rescale=settings.cfg_rescale,
@@ -508,8 +532,7 @@ class FramePack:
         model, cfg, params = self.vae
         latents = timeline.read(range(*section.decode))[samples]
         latents = latents * self.latent_std + self.latent_mean
-        with self._on_mesh():
-            clip = model.decode(cfg, params, jnp.asarray(latents), self.tiling)
+        clip = self._run(model.decode, cfg, params, latents, self.tiling)
         finite = np.asarray(jnp.isfinite(clip).all(axis=(1, 2, 3, 4)))
         if not finite.all():
             first, last = section.decode

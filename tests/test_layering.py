@@ -8,9 +8,10 @@ PACKAGE = ROOT / "framepack_jax"
 
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
-    {"sharding", "topology"},
+    {"sharding", "topology", "processes"},
     {"ops", "diffusion", "packing", "buckets", "splice", "video"},
-    {"models", "lora", "request"},
+    {"models", "request"},
+    {"lora"},
     {"bundle", "conditioning"},
     {"pipeline", "data", "conversion"},
     {"training", "evaluation"},

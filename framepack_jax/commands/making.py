@@ -1,11 +1,11 @@
 """Sample and decode the videos of run folders, side by side where they are alike."""
 
-import contextlib
 import dataclasses
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +16,14 @@ from framepack_jax import video
 from framepack_jax.commands.runs import DamagedFile, Run
 from framepack_jax.packing import Timeline
 from framepack_jax.pipeline import FramePack, NotFinite, Settings
+from framepack_jax.processes import (
+    check_same,
+    in_all,
+    in_first,
+    is_first,
+    is_shared,
+    stopping,
+)
 from framepack_jax.request import Layout, Request, prepare
 from framepack_jax.splice import Splicer, to_uint8
 
@@ -24,6 +32,10 @@ FAILURES = (OSError, MemoryError, jax.errors.JaxRuntimeError)
 PREVIEWS_PER_SECTION = 4
 # The channels of latents that the cheap preview knows.
 PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: leave as after Ctrl-C."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,6 +90,8 @@ def _make_group(
                 _begin(pipe, task)
                 begun.append(task)
             except (ValueError, *FAILURES) as error:
+                if not is_shared(error):
+                    raise
                 yield task, explained(error)
         while begun:
             try:
@@ -88,26 +102,22 @@ def _make_group(
                 # The others go on without them, from their last finished section.
                 failed, reason = [begun[i] for i in error.samples], error
             except (ValueError, *FAILURES) as error:
+                if not is_shared(error):
+                    raise
                 failed, reason = begun, explained(error)
             begun = [task for task in begun if task not in failed]
             for task in failed:
-                _note(task, "failed")
+                task.run.note("failed")
                 yield task, reason
     except KeyboardInterrupt:
         # Of the others, folders may hold earlier runs.
         for task in begun:
-            _note(task, "interrupted")
+            task.run.note("interrupted")
         raise
     finally:
         for task in tasks:
             task.run.unlock()
             task.request = None
-
-
-def _note(task: Task, status: str) -> None:
-    """Write how a run ended; a disk that is full has lost nothing else by it."""
-    with contextlib.suppress(OSError):
-        task.run.write_record(status=status)
 
 
 def explained(error: Exception) -> Exception:
@@ -128,7 +138,8 @@ def _begin(pipe: FramePack, task: Task) -> None:
         task.request = task.run.request()
         _mend_known(pipe, task)
         return
-    request, beginning = task.read()
+    request, beginning = in_all(task.read)
+    check_same("images, prompts and seeds", request)
     task.request = prepare(pipe.geometry, request, task.layout)
     known = pipe.known_latents(task.request, task.layout)
     task.run.begin(task.request, known, beginning)
@@ -171,6 +182,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
             # All latents first: no decoding can lose them.
             for task, latents in zip(tasks, timeline.read(section.targets), strict=True):
                 task.run.save_section(number, section, latents)
+            _stop_if_asked()
             for decoder in decoders:
                 decoder.add(number)
             times = sampled - sampled_from, time.monotonic() - sampled
@@ -184,13 +196,16 @@ def finish(task: Task, decode: bool) -> None:
     """The contact sheet, and the last word in the record."""
     run = task.run
     if decode:
-        sheet = video.contact_sheet_mp4(run.folder / "video.mp4")
-        video.save_png(run.folder / "preview.png", sheet)
+        in_first(_save_sheet, run.folder)
     timings = run.record["timings"]
     seconds = sum(sum(times) for times in timings.get("section_seconds", []))
     frames = run.record["frames"] - run.record["beginning"]
     timings |= {"seconds_per_frame": seconds / frames, "peak_memory_bytes": peak_memory()}
     run.write_record(status="finished" if decode else "sampled")
+
+
+def _save_sheet(folder: Path) -> None:
+    video.save_png(folder / "preview.png", video.contact_sheet_mp4(folder / "video.mp4"))
 
 
 class Decoder:
@@ -270,11 +285,18 @@ def _decode_again(pipe: FramePack, task: Task) -> int:
     run.write_record(spans=[], status="sampled" if whole else "interrupted")
     decoder = Decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
-    for number in tqdm(range(done), desc="decoding", unit="section"):
+    for number in tqdm(range(done), desc="decoding", unit="section", disable=not is_first()):
         decoder.add(number)
+        _stop_if_asked()
     if whole:
         finish(task, decode=True)
     return done
+
+
+def _stop_if_asked() -> None:
+    """SIGTERM to one of several processes stops all of them here. Raises Terminated."""
+    if stopping():
+        raise Terminated
 
 
 def _add_timing(tasks: Sequence[Task], name: str, value: Any) -> None:
@@ -298,12 +320,13 @@ class Progress:
     def __init__(self, tasks: Sequence[Task], done: int) -> None:
         self.tasks, self.steps = tasks, tasks[0].settings.steps
         self.sections = len(tasks[0].layout.plan)
+        quiet = not is_first()
         self.shown = {
             round(self.steps * i / PREVIEWS_PER_SECTION) for i in range(1, PREVIEWS_PER_SECTION + 1)
         }
         self.bars = [
-            tqdm(total=self.sections, initial=done, desc="sections", unit="section"),
-            tqdm(total=self.steps, desc="steps", unit="step", leave=False),
+            tqdm(total=self.sections, initial=done, desc="sections", unit="section", disable=quiet),
+            tqdm(total=self.steps, desc="steps", unit="step", leave=False, disable=quiet),
         ]
 
     def __enter__(self) -> "Progress":
@@ -319,11 +342,15 @@ class Progress:
         if step == 0:
             steps.reset()
         steps.update()
-        if step + 1 == steps.total:
+        if step + 1 == self.steps:
             sections.update()
+        _stop_if_asked()
         if step + 1 in self.shown and x0.shape[-1] == PREVIEW_CHANNELS:
             caption = f"section {section + 1} of {self.sections}, step {step + 1} of {self.steps}"
-            # What is not a number is told at the end of the section; here it is shown as grey.
-            for task, latents in zip(self.tasks, np.nan_to_num(x0), strict=True):
-                sheet = video.preview_sheet(latents, caption)
-                video.save_png(task.run.folder / "preview.png", sheet)
+            in_first(self._show, np.asarray(x0), caption)
+
+    def _show(self, x0: np.ndarray, caption: str) -> None:
+        # What is not a number is told at the end of the section; here it is shown as grey.
+        for task, latents in zip(self.tasks, np.nan_to_num(x0), strict=True):
+            sheet = video.preview_sheet(latents, caption)
+            video.save_png(task.run.folder / "preview.png", sheet)

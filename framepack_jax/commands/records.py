@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import jax
 from framepack_jax import bundle
 from framepack_jax.commands.runs import FORMAT, Run
 from framepack_jax.commands.shots import Shot, footage_file
+from framepack_jax.conversion.lora import files_of as lora_files
+from framepack_jax.lora import parse_weight
 from framepack_jax.pipeline import FramePack
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -22,7 +25,9 @@ ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {name: ASSETS / name for name in ("tiny", "framepack_i2v", "framepack_f1")}
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Flags that concern the process and yet decide what is made.
-PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile", "mesh")
+PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile", "mesh", "lora", "merge_lora")
+# In records of runs that knew no LoRA.
+NO_LORA = {"lora": [], "merge_lora": False}
 
 
 def path_of(name: str) -> str | Path:
@@ -38,11 +43,15 @@ def absolute(path: str | Path) -> str:
 def new_record(flags: Any, shot: Shot, pipe: FramePack, path: str | Path) -> dict[str, Any]:
     """What is known before anything is read: flags, hashes of files and weights, versions."""
     values = dataclasses.asdict(shot) | {name: getattr(flags, name) for name in PROCESS_FLAGS}
+    adapters = [(absolute(file), weight) for file, weight in map(parse_weight, flags.lora)]
+    values["lora"] = [f"{file}:{weight:g}" for file, weight in adapters]
+    hashes = {str(file): _sha256(file) for file in _files(shot)}
+    hashes |= {file: _lora_sha256(Path(file)) for file, _ in adapters}
     return {
         "format": FORMAT,
         "status": "beginning",
         "flags": {name: _plain(value) for name, value in values.items()},
-        "files_sha256": {str(file): _sha256(file) for file in _files(shot)},
+        "files_sha256": hashes,
         "bundle": absolute(path),
         "weights": weights(path),
         "schedule": pipe.schedule,
@@ -60,7 +69,7 @@ def new_record(flags: Any, shot: Shot, pipe: FramePack, path: str | Path) -> dic
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """In what a run that is there differs from one that is asked for, or "". Files that are gone by
     now do not count."""
-    old, new = there["flags"], here["flags"]
+    old, new = NO_LORA | there["flags"], here["flags"]
     found = [
         f"{name} = {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())
@@ -93,6 +102,18 @@ def check_weights(run: Run, roles: Sequence[str] = bundle.ROLES) -> None:
             )
 
 
+def check_loras(run: Run) -> None:
+    """Raise ValueError where a run was begun with another LoRA than its file holds now."""
+    for text in run.record["flags"].get("lora", ()):
+        file, _ = parse_weight(text)
+        found = _lora_sha256(Path(file))
+        if found is None or found != run.record["files_sha256"].get(file):
+            raise ValueError(
+                f"run {run.folder} was begun with another LoRA than {file} holds now, if it is"
+                " there; put it back, or make the video again with --overwrite"
+            )
+
+
 def _files(shot: Shot) -> list[Path]:
     """The files that the flags of a video name."""
     files = [shot.image, shot.end_image, *(Path(k.partition("=")[2]) for k in shot.key_frame)]
@@ -115,6 +136,21 @@ def _sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def _lora_sha256(path: Path) -> str | None:
+    """Of all that a LoRA is read from: of a file its own hash, of several one over the names and
+    hashes of all. None where one cannot be read."""
+    try:
+        files = lora_files(path)
+    except (OSError, ValueError):
+        return None
+    hashes = {file.name: _sha256(file) for file in files}
+    if None in hashes.values():
+        return None
+    if files == [path]:
+        return hashes[path.name]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 @functools.cache

@@ -9,25 +9,31 @@
     preview.png                     the section being made; at the end, a contact sheet
 
 Every file appears whole or not at all, so that a run can be stopped anywhere. In an .npz file of
-latents are `positions` (F,) and `latents` (F, H, W, C) float32, normalised.
+latents are `positions` (F,) and `latents` (F, H, W, C) float32, normalised. Of several processes
+the first has the folder; the others see what it has read and written.
 """
 
+import contextlib
 import fcntl
+import functools
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from framepack_jax import video
 from framepack_jax.packing import Section
+from framepack_jax.processes import in_first, is_first
 from framepack_jax.request import Footage, Request
 from framepack_jax.video.files import whole
 
+P = ParamSpec("P")
+T = TypeVar("T")
 FORMAT = 1
 RECORD = "run.json"
 LATENTS = ("positions", "latents")
@@ -52,6 +58,23 @@ FILES = {
 }
 
 
+def _by_first(
+    method: Callable[Concatenate["Run", P], T],
+) -> Callable[Concatenate["Run", P], T]:
+    """A method that works on files: called in the first process, its result and the record are
+    those of all."""
+
+    @functools.wraps(method)
+    def call(self: "Run", *args: P.args, **kwargs: P.kwargs) -> T:
+        def work() -> tuple[T, dict[str, Any]]:
+            return method(self, *args, **kwargs), self.record
+
+        result, self.record = in_first(work)
+        return result
+
+    return call
+
+
 class Run:
     """A run folder and its record, which is what `run.json` holds."""
 
@@ -63,13 +86,17 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> "Run":
         """Read the record. Raises ValueError where there is none, or none that can be read."""
+        return cls(folder, in_first(cls._read_record, folder))
+
+    @staticmethod
+    def _read_record(folder: Path) -> dict[str, Any]:
         try:
             record = json.loads((folder / RECORD).read_text())
             if record["format"] != FORMAT:
                 raise ValueError(f"its format is {record['format']}, expected {FORMAT}")
             if missing := [name for name in NEEDED if name not in record]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
-            return cls(folder, record)
+            return record
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{folder} holds no run: it has no {RECORD}; give the --output folder of one"
@@ -80,6 +107,7 @@ class Run:
                 " the video again with --overwrite"
             ) from error
 
+    @_by_first
     def begin(
         self,
         request: Request,
@@ -108,6 +136,7 @@ class Run:
             self._write_segment(0, beginning)
         self.write_record(status="begun")
 
+    @_by_first
     def lock(self) -> None:
         """Keep others from making the same run until `unlock` or the end of this process. Raises
         OSError where another does."""
@@ -125,12 +154,25 @@ class Run:
             os.close(self._lock)
             self._lock = None
 
+    @_by_first
     def write_record(self, **changes: Any) -> None:
         """Change the record and write it."""
         self.record |= changes
+        self._write_record()
+
+    def _write_record(self) -> None:
         text = json.dumps(self.record, indent=1, ensure_ascii=False)
         write_whole(self.folder / RECORD, text.encode())
 
+    def note(self, status: str) -> None:
+        """Write how a run ended, without word to the other processes, which may be gone; where the
+        disk is full, nothing else is lost by it."""
+        self.record["status"] = status
+        if is_first():
+            with contextlib.suppress(OSError):
+                self._write_record()
+
+    @_by_first
     def request(self) -> Request:
         """The prepared request that `begin` was given. Raises ValueError where files are gone."""
         flags, inputs = self.record["flags"], self.folder / "inputs"
@@ -154,26 +196,31 @@ class Run:
 
     # Latents
 
+    @_by_first
     def known(self) -> dict[int, np.ndarray]:
         """Given latents (H, W, C) by position. Raises DamagedFile, OSError."""
         arrays = _load(self.folder / "latents" / "known.npz", *LATENTS)
         return dict(zip(arrays["positions"].tolist(), arrays["latents"], strict=True))
 
+    @_by_first
     def save_known(self, known: Mapping[int, np.ndarray]) -> None:
         """Keep given latents (H, W, C) by position."""
         positions = np.asarray(list(known), int)
         arrays = {"positions": positions, "latents": np.stack(list(known.values()))}
         _save(self.folder / "latents" / "known.npz", arrays)
 
+    @_by_first
     def save_section(self, number: int, section: Section, latents: np.ndarray) -> None:
         """Keep the latents (w, H, W, C) of a section."""
         arrays = {"positions": np.asarray(section.targets), "latents": latents}
         _save(self._section_file(number), arrays)
 
+    @_by_first
     def has_sections(self) -> bool:
         """Whether any section is done."""
         return self.record["status"] != "beginning" and self._section_file(0).exists()
 
+    @_by_first
     def sections(self, plan: Sequence[Section], shape: tuple[int, ...]) -> list[np.ndarray]:
         """Latents (w, H, W, C) of the sections that are done, `shape` being (H, W, C).
 
@@ -196,6 +243,7 @@ class Run:
             latents.append(arrays["latents"])
         return latents
 
+    @_by_first
     def latents(self) -> dict[int, np.ndarray]:
         """All latents (H, W, C) by position. Raises DamagedFile."""
         latents = {}
@@ -209,6 +257,7 @@ class Run:
 
     # Frames
 
+    @_by_first
     def spans(self) -> int:
         """How many sections, from the first on, have all their frames in segments."""
         for number, (start, stop) in enumerate(self.record["spans"]):
@@ -221,6 +270,7 @@ class Run:
                 return number
         return len(self.record["spans"])
 
+    @_by_first
     def add_span(self, number: int, start: int, frames: np.ndarray) -> None:
         """Encode the frames (P, height, width, 3) uint8 that became final with section `number`,
         and renew `video.mp4`."""
@@ -230,6 +280,7 @@ class Run:
         self.write_record(spans=spans)
         self.join()
 
+    @_by_first
     def join(self) -> None:
         """`video.mp4` from the segments, from the first one on up to where one is missing."""
         spans = [(0, self.record["beginning"]), *map(tuple, self.record["spans"])]
@@ -255,6 +306,10 @@ class Run:
 def check_folder(folder: Path) -> None:
     """Make a folder for a run. Raises ValueError where it holds files of another kind under the
     names that a run needs, OSError where it cannot be written."""
+    in_first(_check_folder, folder)
+
+
+def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "run.json.probe", b"")

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import itertools
+import os
 import signal
 import sys
 import time
@@ -15,12 +16,13 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from framepack_jax import bundle, sharding, topology, video
+from framepack_jax import bundle, lora, sharding, topology, video
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run import dry_run
 from framepack_jax.commands.making import (
     FAILURES,
     Task,
+    Terminated,
     decode_again,
     explained,
     make_all,
@@ -29,10 +31,12 @@ from framepack_jax.commands.making import (
 from framepack_jax.commands.records import (
     EMBEDDED,
     absolute,
+    check_loras,
     check_weights,
     differences,
     new_record,
     path_of,
+    weights,
 )
 from framepack_jax.commands.runs import RECORD, Run, check_folder
 from framepack_jax.commands.shots import (
@@ -47,15 +51,24 @@ from framepack_jax.commands.shots import (
     read_request,
     saved_shot,
 )
+from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.pipeline import FramePack
+from framepack_jax.processes import check_same, in_all, in_first, is_first, join
 from framepack_jax.request import Request, lay_out
 
 # The backends that attention kernels are made for; the others run on any.
 KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Exit codes of programs that a signal ended.
 INTERRUPTED, TERMINATED = 130, 143
+# Flags that say how processes find each other.
+CLUSTER = ("coordinator", "processes", "process")
+# Flags that a dry run would ignore.
+NOT_COMPILED = (
+    "resume", "decode", "jobs", "output", "overwrite", "latents_only", "extend", "end_image",
+    "key_frame", "lora", "merge_lora", *CLUSTER,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +112,11 @@ class Sample(Shot):
     """Type of weights and computation; default: bfloat16 on GPU and TPU, float32 on a CPU."""
     schedule: str | None = None
     """Packing schedule, instead of the bundle's."""
+    lora: tuple[str, ...] = ()
+    """Adapters for the transformer: FILE or FILE:WEIGHT, with the names of kohya and musubi,
+    diffusers and PEFT, or the original model. Several are added up."""
+    merge_lora: bool = False
+    """Add adapters into the weights: faster, and in bfloat16 less exact than beside them."""
     attention: Kernel = "auto"
     """Attention kernel: auto takes cuDNN's on GPU and splash on TPU where they serve; xla is slower
     and runs everywhere."""
@@ -106,10 +124,21 @@ class Sample(Shot):
     """Make nothing; compile a step for this machine and say whether it fits: v5e:4x4, v5p-64,
     h100:8, rtx4090:1. Exit code 0 where it does, else 1. Bundles "framepack_i2v" and
     "framepack_f1" are the released models for this, without weights."""
+    dry_run_decode: bool = False
+    """Compile the VAE's decoder too in a --dry-run: seconds for a GPU, minutes for a TPU."""
     mesh: str | None = None
     """How devices share weights and work: fsdp=4,context=2, their product being the number of
     devices. Axes are data (videos side by side), fsdp (weights), context (the tokens of a video)
-    and tensor. Default: one device; for --dry-run all chips over fsdp."""
+    and tensor. Default: one device; for --dry-run and several processes, fsdp as far as it divides
+    the attention heads, and context."""
+    coordinator: str | None = None
+    """Run on several hosts, the same command on each: HOST:PORT of the first, with --processes and
+    --process; or auto, under SLURM, Open MPI, Kubernetes and on TPU pods. The devices of all make
+    the videos, the first writes them. Weights, images and jobs must be there on every host."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
@@ -118,11 +147,13 @@ class Sample(Shot):
 def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
     flags = tyro.cli(Sample, prog=prog, args=args)
+    topology.quiet_libtpu()
     keep_compiled()
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         with use_attention(flags.attention):
+            _join(flags)
             run(flags)
     except (ValueError, FloatingPointError, *FAILURES) as error:
         raise SystemExit(f"error: {explained(error)}") from error
@@ -130,8 +161,22 @@ def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
         raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: leave as after Ctrl-C."""
+def _join(flags: Sample) -> None:
+    """Become one of several processes, if flags say so. Raises ValueError."""
+    if flags.coordinator is None:
+        if flags.processes is not None or flags.process is not None:
+            raise ValueError("--processes and --process need --coordinator HOST:PORT")
+        return
+    join(flags.coordinator, flags.processes, flags.process)
+    if jax.process_count() == 1:
+        # Joining has taken the signal away.
+        signal.signal(signal.SIGTERM, _terminate)
+    else:
+        # Ctrl-C, as SIGTERM, ends all of them after a step.
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    check_same("flags", dataclasses.replace(flags, process=None))
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _terminate(*_: object) -> None:
@@ -146,12 +191,7 @@ def run(flags: Sample) -> list[Path]:
         raise ValueError("--resume and --decode exclude each other; --resume decodes as well")
     if flags.dry_run is not None:
         return _dry_run(flags)
-    platform = KERNEL_PLATFORMS.get(flags.attention, jax.default_backend())
-    if platform != jax.default_backend():
-        raise ValueError(
-            f"attention kernel {flags.attention!r} runs on {platform}, this is a"
-            f" {jax.default_backend()}; take auto or xla"
-        )
+    _check_kernel(flags.attention, jax.default_backend())
     if flags.resume is not None:
         return _go_on(flags.resume, flags)
     if flags.decode is not None:
@@ -159,17 +199,31 @@ def run(flags: Sample) -> list[Path]:
     return _make_new(flags)
 
 
+def _check_kernel(kernel: str, backend: str) -> None:
+    needed = KERNEL_PLATFORMS.get(kernel, backend)
+    if needed != backend:
+        raise ValueError(
+            f"attention kernel {kernel!r} runs on {needed}, this is a {backend}; take auto or xla"
+        )
+
+
 def _dry_run(flags: Sample) -> list[Path]:
     """Compile for another machine; leaves with exit code 1 where it does not fit."""
+    _refuse(flags, "--dry-run compiles one section of new video", *NOT_COMPILED)
+    # A program of a machine that is not there can be written to the cache, but not read.
+    jax.config.update("jax_enable_compilation_cache", False)
     # Whatever this machine has is not needed, and compiling must not take it.
     jax.config.update("jax_platforms", "cpu")
     machine = topology.parse(flags.dry_run)
+    _check_kernel(flags.attention, "gpu" if machine.chip.platform == "cuda" else "tpu")
     mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
     path = path_of(_bundle(flags))
-    pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, None)
+    pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, flags.vae_tile)
     request = Request("", None if flags.image is None else video.load_image(flags.image))
     layout = lay_out(pipe.geometry, request, sections=1, height=flags.height, width=flags.width)
-    report = dry_run(pipe, path, layout, flags.settings(), machine, mesh, flags.batch)
+    report = dry_run(
+        pipe, path, layout, flags.settings(), machine, mesh, flags.batch, flags.dry_run_decode
+    )
     print(f"{layout.height} x {layout.width} pixels, schedule {pipe.schedule}, {pipe.dtype}")
     print(report)
     if not report.fits:
@@ -188,10 +242,12 @@ def _bundle(flags: Sample) -> str:
 
 def _make_new(flags: Sample) -> list[Path]:
     began = time.monotonic()
-    pipe = open_pipe(
-        path_of(_bundle(flags)), flags.dtype, flags.schedule, flags.vae_tile, flags.mesh
-    )
+    path = path_of(_bundle(flags))
+    pipe = in_all(open_pipe, path, flags.dtype, flags.schedule, flags.vae_tile, flags.mesh)
+    _check_bundle(path, bundle.ROLES)
+    _check_devices(pipe, flags.batch)
     wanted = list(_wanted(flags))
+    check_same("the jobs", repr(wanted))
     alone = flags.jobs is None and len(wanted) == 1
     tasks, failures = [], {}
     for folder, shot in wanted:
@@ -207,7 +263,9 @@ def _make_new(flags: Sample) -> list[Path]:
             failures[folder] = error
             print(f"{folder}: error: {error}", file=sys.stderr)
     if tasks:
-        pipe = pipe.with_weights(path_of(flags.bundle))
+        adapters = in_all(_read_loras, pipe, flags.lora)
+        pipe = pipe.with_weights(path)
+        pipe = pipe.with_lora(adapters, merge=flags.merge_lora) if adapters else pipe
         failures |= _make(pipe, tasks, flags, began)
     if alone and failures:
         raise next(iter(failures.values()))
@@ -217,6 +275,34 @@ def _make_new(flags: Sample) -> list[Path]:
             + "; ".join(f"{folder.name}: {error}" for folder, error in failures.items())
         )
     return [folder for folder, _ in wanted]
+
+
+def _check_bundle(path: str | Path, roles: Sequence[str]) -> None:
+    """Raise ValueError in all processes where one lacks these networks, or has others."""
+    in_all(bundle.check_present, path, roles)
+    check_same("the weights of the bundle", [weights(path)[role].get("sha256") for role in roles])
+
+
+def _check_devices(pipe: FramePack, batch: int) -> None:
+    """Raise ValueError where devices would do the same work; say so where some would do none."""
+    if pipe.mesh is None and (count := jax.device_count()) > 1:
+        print(f"of {count} devices one is used; --mesh divides weights and work over all of them")
+    if pipe.mesh is not None and batch % pipe.mesh.shape["data"]:
+        data = pipe.mesh.shape["data"]
+        raise ValueError(
+            f"batch = {batch} on a mesh with data={data}: devices would make the same video; give"
+            f" --batch {data} and as many videos, or put them on fsdp and context"
+        )
+
+
+def _read_loras(pipe: FramePack, files: Sequence[str]) -> lora.LoRA:
+    """The adapters of flags FILE:WEIGHT as one. Raises ValueError where one does not fit."""
+    adapters = []
+    for file, weight in map(lora.parse_weight, files):
+        found = read_lora(Path(file), pipe.transformer.cfg)
+        print(f"{file}: {found.summary()}, weight {weight:g}")
+        adapters.append((found.lora, weight))
+    return lora.combine(adapters)
 
 
 def _make(
@@ -266,13 +352,17 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
         flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only", "attention", "mesh"
     )
     run = Run.open(folder)
-    if run.record["status"] == "finished" and (folder / "video.mp4").exists():
+    if run.record["status"] == "finished" and in_first((folder / "video.mp4").exists):
         print(f"{folder} is finished already: {folder / 'video.mp4'}")
         return [folder]
     pipe, task = _saved(run, flags)
     run.record["dtype"] = pipe.dtype
     print(f"{folder}: {_describe(pipe, task)}")
+    in_all(check_loras, run)
+    saved = run.record["flags"]
+    adapters = in_all(_read_loras, pipe, saved.get("lora", ()))
     pipe = pipe.with_weights(run.record["bundle"])
+    pipe = pipe.with_lora(adapters, merge=saved["merge_lora"]) if adapters else pipe
     if failures := _make(pipe, [task], flags, began):
         raise failures[folder]
     return [folder]
@@ -295,19 +385,21 @@ def _decode_again(folder: Path, flags: Sample) -> list[Path]:
 
 def _check_alone(flags: Sample, what: str, *counting: str) -> None:
     """Raise ValueError for flags that would be ignored."""
+    known = (what.removeprefix("--"), *counting, *CLUSTER)
+    idle = (field.name for field in dataclasses.fields(Sample) if field.name not in known)
+    allowed = ", ".join(map(_flag, counting))
+    _refuse(flags, f"{what} takes all flags from the run; beside it there may be {allowed}", *idle)
+
+
+def _refuse(flags: Sample, why: str, *names: str) -> None:
+    """Raise ValueError where any of these flags is given."""
     default = Sample()
-    idle = [
-        f"--{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(Sample)
-        if field.name not in (what.removeprefix("--"), *counting)
-        and getattr(flags, field.name) != getattr(default, field.name)
-    ]
-    if idle:
-        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in counting)
-        raise ValueError(
-            f"{what} takes all flags from the run, {', '.join(idle)} as well; beside it there may"
-            f" be {allowed}"
-        )
+    if given := [n for n in names if getattr(flags, n) != getattr(default, n)]:
+        raise ValueError(f"{why}; leave out {', '.join(map(_flag, given))}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tuple[FramePack, Task]:
@@ -320,8 +412,10 @@ def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tupl
         record["bundle"] = absolute(path_of(flags.bundle))
     elif record["flags"]["bundle"] in EMBEDDED:
         record["bundle"] = absolute(path_of(record["flags"]["bundle"]))
-    check_weights(run, roles)
-    pipe = open_pipe(
+    in_all(check_weights, run, roles)
+    _check_bundle(record["bundle"], roles)
+    pipe = in_all(
+        open_pipe,
         record["bundle"],
         flags.dtype or record["dtype"],
         record["schedule"],
@@ -333,13 +427,13 @@ def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tupl
 
 def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
     """(folder, flags) of every video, or what is wrong with its line of the jobs file."""
-    output = flags.output or Path("outputs") / _name(flags)
+    output = flags.output or Path("outputs") / in_first(_name, flags)
     base = {name: getattr(flags, name) for name in SHOT_FIELDS}
     if flags.jobs is not None:
         if len(flags.prompt) > 1 or len(flags.seed) > 1:
             raise ValueError("--jobs with several prompts or seeds: put them into the file")
         base |= {"prompt": flags.prompt[0], "seed": flags.seed[0]}
-        yield from read_jobs(flags.jobs, base, output)
+        yield from in_all(list, read_jobs(flags.jobs, base, output))
         return
     if not flags.prompt or not flags.seed:
         raise ValueError('give at least one prompt (it may be "") and one seed')
@@ -360,20 +454,20 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
     finished already. Raises ValueError, OSError."""
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
-    record = new_record(flags, shot, pipe, path_of(flags.bundle))
+    record = in_first(new_record, flags, shot, pipe, path_of(flags.bundle))
     there = None
-    if (folder / RECORD).exists() and not flags.overwrite:
+    if in_first((folder / RECORD).exists) and not flags.overwrite:
         there = Run.open(folder)
         if there.record["status"] != "beginning":
             done = "sampled" if flags.latents_only else "finished"
             if _is_done(there, record, alone, done):
                 return None
-            check_weights(there)
+            in_all(check_weights, there)
             layout = lay_out_saved(pipe, there)
             return Task(there, layout, settings)
     if shot.extend is not None and shot.extend.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--output {folder} holds what --extend names; choose another --output")
-    request = read_request(pipe, shot)
+    request = in_all(read_request, pipe, shot)
     layout = lay_out_shot(pipe, shot, request)
     check_folder(folder)
     record |= {

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from framepack_jax import sharding, video
+from framepack_jax import bundle, sharding, video
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
 from framepack_jax.models.vae import Tiling
@@ -183,9 +184,13 @@ def open_pipe(
     tile: int | None,
     mesh: str | None = None,
 ) -> FramePack:
-    """`FramePack.open` with flags for tiles and mesh."""
+    """`FramePack.open` with flags for tiles and mesh; several processes have a mesh in any case."""
     tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
-    devices = None if mesh is None else sharding.make_mesh(**sharding.parse_mesh(mesh))
+    sizes = {} if mesh is None else sharding.parse_mesh(mesh)
+    if mesh is None and jax.process_count() > 1:
+        _, cfg = bundle.role_config(bundle.read_manifest(path), "transformer")
+        sizes = sharding.default_sizes(jax.device_count(), cfg.heads)
+    devices = sharding.make_mesh(**sizes) if sizes else None
     return FramePack.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=devices)
 
 

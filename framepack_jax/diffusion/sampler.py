@@ -28,6 +28,8 @@ import numpy as np
 
 from framepack_jax.diffusion import cache as step_cache
 from framepack_jax.diffusion import flow, guidance, solver
+from framepack_jax.processes import fetch, place
+from framepack_jax.sharding import constrain
 
 OnStep = Callable[[int, jax.Array], None]
 Caches = tuple[step_cache.State | None, ...]
@@ -122,9 +124,9 @@ def denoise(
         None if cache is None else np.float32(cache.threshold),
     )
     # Once: what stays on the host is copied at every step.
-    inputs = jax.device_put(inputs)
+    inputs = place(inputs)
     fixed = model, cfg, dtype, None if cache is None else cache.kind
-    state = solver.start(jnp.asarray(noise))
+    state = place(solver.start(noise))
     cached = start_caches(*fixed, params, inputs, state.x)
     finite, ran = [], []
     for i, at in enumerate(_steps(sigmas, table, cache)):
@@ -133,10 +135,10 @@ def denoise(
         finite.append(ok)
         ran.append(blocks)
         if on_step is not None and i > 0:
-            on_step(i - 1, late.block_until_ready())
+            on_step(i - 1, fetch(late).block_until_ready())
     if on_step is not None:
-        on_step(len(finite) - 1, state.history[0].block_until_ready())
-    latents, finite, ran = jax.device_get((state.x, finite, ran))
+        on_step(len(finite) - 1, fetch(state.history[0]).block_until_ready())
+    latents, finite, ran = jax.device_get(fetch((state.x, finite, ran)))
     bad = ~np.stack(finite)
     finite_step = np.where(bad.any(axis=0), bad.argmax(axis=0), -1)
     return Denoised(latents, finite_step, None if cache is None else np.stack(ran))
@@ -197,7 +199,13 @@ def step(
     # network expects a frame that is to become the target.
     x0 = jnp.where(inputs.known[:, :, None, None, None], inputs.target, x0)
     finite = jnp.isfinite(x0).all(axis=tuple(range(1, x0.ndim)))
-    return solver.step(state, x0, at.row), cached, finite, None if kind is None else jnp.stack(ran)
+    # Whole on every device, as they came, so that the next step finds the same program.
+    state, cached = jax.tree.map(_whole, (solver.step(state, x0, at.row), cached))
+    return state, cached, finite, None if kind is None else jnp.stack(ran)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    return constrain(x, *(None,) * x.ndim)
 
 
 def _passes(inputs: SectionInputs) -> list[Any]:
@@ -256,7 +264,7 @@ def start_caches(
         _embed.eval_shape(model, cfg, dtype, params, x, sigma, inputs.context, conditions).img
         for conditions in _passes(inputs)
     ]
-    return tuple(step_cache.start(tokens.shape, tokens.dtype) for tokens in img)
+    return place(tuple(step_cache.start(tokens.shape, tokens.dtype) for tokens in img))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cfg", "dtype"))
