@@ -35,6 +35,7 @@ MANIFEST = "bundle.json"
 UNFINISHED = "unfinished"
 ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 WRITE_CHUNK = 64 << 20
+LOAD_CHUNK = 1 << 30
 # Beyond any network.
 MOST, MOST_LAYERS = 10**9, 1000
 
@@ -249,25 +250,22 @@ def read_leaves(
     """(path, array) of these leaves of a role, in this order, as they are stored, about
     `WRITE_CHUNK` bytes at a time. Raises BundleError."""
     path, stored = _opened(root, manifest, name)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    for keys in _batches(leaves, stored):
-        wanted = unflatten_dict({tuple(key.split("/")): stored[key] for key in keys})
-        with context:
-            loaded = _load(root, name, path, wanted)
+    for keys in _batches(([leaf] for leaf in leaves), stored, WRITE_CHUNK):
+        loaded = _load(root, name, path, {key: stored[key] for key in keys})
         # Each is let go of, so that what the reader is done with need not stay.
         yield from ((key, loaded.pop(key)) for key in keys)
 
 
-def _batches(leaves: Iterable[str], stored: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Leaves in groups of about `WRITE_CHUNK` bytes."""
-    held, size = [], 0
-    for leaf in leaves:
-        held.append(leaf)
-        size += _nbytes(stored[leaf])
-        if size >= WRITE_CHUNK:
+def _batches(
+    groups: Iterable[list[str]], stored: Mapping[str, Any], size: int
+) -> Iterator[list[str]]:
+    """Groups of leaves joined to about `size` bytes, none of them torn apart."""
+    held: list[str] = []
+    for group in groups:
+        held += group
+        if sum(_nbytes(stored[leaf]) for leaf in held) >= size:
             yield held
-            held, size = [], 0
+            held = []
     if held:
         yield held
 
@@ -282,34 +280,37 @@ def load_params(
 ) -> stack.Params:
     """Parameters of a role on the device, layers stacked; `dtype` None keeps what is stored.
 
-    On a `mesh` they are divided by the rules of their kind, and every device reads its slices only.
-    Raises BundleError, ValueError where the mesh does not divide them.
+    On a `mesh` they are divided by the rules of their kind, and every device holds its slices only.
+    The host holds about `LOAD_CHUNK` bytes, or a leaf with all its layers, at a time. Raises
+    BundleError, ValueError where the mesh does not divide them.
     """
     model, cfg = role_config(manifest, name)
     path, stored = _opened(root, manifest, name)
-    shardings = None if mesh is None else _shardings(model, cfg, mesh, stored)
-    wanted = None
-    if shardings is not None:
+    shardings, wanted = None, stored
+    if mesh is not None:
+        shardings = _shardings(model, cfg, mesh, stored)
         divided = _layer_shardings(stored, shardings, model.STACKS)
-        wanted = unflatten_dict(
-            {
-                tuple(key.split("/")): jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=divided[key]
-                )
-                for key, leaf in stored.items()
-            }
-        )
-    joined = flatten_dict(stack.join(_load(root, name, path, wanted), model.STACKS, list))
+        wanted = {
+            key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=divided[key])
+            for key, leaf in stored.items()
+        }
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for key in stored:
+        groups.setdefault(_stacked(key, model.STACKS), []).append(key)
     placed = {}
-    for leaf in list(joined):
-        # Let go of once its layers are stacked: not all layers are there twice.
-        array = joined.pop(leaf)
-        kept = None if leaf[-1] == stack.SCALE else dtype
-        placed[leaf] = (
-            _place(array, kept)
-            if shardings is None
-            else _place_divided(array, kept, shardings[leaf])
-        )
+    for keys in _batches(groups.values(), stored, LOAD_CHUNK):
+        loaded = _load(root, name, path, {key: wanted[key] for key in keys})
+        joined = flatten_dict(stack.join(loaded, model.STACKS, list))
+        loaded.clear()
+        for leaf in list(joined):
+            # Let go of once its layers are stacked: not all layers are there twice.
+            array = joined.pop(leaf)
+            kept = None if leaf[-1] == stack.SCALE else dtype
+            placed[leaf] = (
+                _place(array, kept)
+                if shardings is None
+                else _place_divided(array, kept, shardings[leaf])
+            )
     return unflatten_dict(placed)
 
 
@@ -356,10 +357,17 @@ def _expected(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return kinds.abstract_leaves(kind, cfg)
 
 
-def _load(root: epath.PathLike, name: str, path: epath.Path, wanted: Any) -> dict[str, Any]:
-    """Leaves by path: those of the tree `wanted`, or all where it is None. Raises BundleError."""
+def _load(
+    root: epath.PathLike, name: str, path: epath.Path, wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The leaves that are `wanted`, by path: arrays of numpy, or where a sharding is given, of
+    JAX. Raises BundleError."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    tree = unflatten_dict({tuple(key.split("/")): leaf for key, leaf in wanted.items()})
     try:
-        loaded = flatten_dict(ocp.load(path, wanted))
+        with context:
+            loaded = flatten_dict(ocp.load(path, tree))
     except Exception as error:  # of many kinds, by what is damaged
         line = str(error).partition("\n")[0]
         raise BundleError(

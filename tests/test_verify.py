@@ -10,7 +10,8 @@ import pytest
 
 from framepack_jax import bundle, sharding
 from framepack_jax.bundle import BundleError
-from framepack_jax.commands.convert import Convert, compare, convert, main
+from framepack_jax.commands.convert import Convert, convert, main
+from framepack_jax.commands.export import compare
 from framepack_jax.conversion import engine, export, transformer, verify
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import kinds, packed_dit, stack

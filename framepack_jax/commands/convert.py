@@ -11,18 +11,16 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from etils import epath
-from tqdm import tqdm
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
+from framepack_jax.commands.export import byte_bar, compare, export_lora, export_role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import (
     assets,
     engine,
-    export,
     hub,
     inspect,
-    lora,
     readers,
     tables,
     transformer,
@@ -30,7 +28,7 @@ from framepack_jax.conversion import (
     verify,
 )
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import kinds, packed_dit
+from framepack_jax.models import kinds
 from framepack_jax.models.packed_dit import context_kernels
 
 SHORT_DTYPES = {short: name for name, short in inspect.DTYPE_NAMES.items()}
@@ -158,11 +156,21 @@ def _run(flags: Convert) -> bool:
         print(verify.table(results))
         return not any(result.differing for result in results)
     if flags.export:
-        print(export_lora(flags) if flags.lora else export_role(flags))
+        print(_export(flags))
         return True
     manifest = convert(flags)
     print(summary(flags.output, manifest, assumed=_is_assumed(flags, manifest)))
     return True
+
+
+def _export(flags: Convert) -> str:
+    if flags.lora is None:
+        return export_role(flags.bundle, flags.role, flags.export, flags.names, flags.dtype)
+    if flags.dtype or flags.role != "transformer":
+        raise ConversionError(
+            "--lora is of the transformer and keeps its types; leave out --dtype and --role"
+        )
+    return export_lora(flags.lora, flags.export, flags.names, flags.bundle)
 
 
 def _check_read(flags: Convert, asked: str) -> None:
@@ -183,83 +191,6 @@ def _check_read(flags: Convert, asked: str) -> None:
             f"--image-dim {flags.image_dim} is of the image projection that --from-base makes; a"
             " checkpoint brings its own: leave it out"
         )
-
-
-def compare(source: Path, root: str) -> list[verify.Comparison]:
-    """Every network that the checkpoint or pipeline at `source` and a bundle both have, compared.
-    Raises ConversionError, BundleError."""
-    manifest = bundle.read_manifest(root)
-    if there := hub.split(str(source)):
-        source = hub.fetch(*there, pipeline=None)
-    results = []
-    for role, path in verify.sources(source, manifest).items():
-        plan = verify.plan(path, manifest, role)
-        size = bundle.stored_bytes(root, manifest, role)
-        with _bar(role, size) as bar:
-            results.append(verify.compare(plan, root, manifest, role, bar.update))
-    return results
-
-
-def export_role(flags: Convert) -> str:
-    """Write --role of --bundle to --export; returns what was written. Raises ConversionError,
-    BundleError."""
-    if flags.bundle is None:
-        raise ConversionError("--export needs --bundle, the bundle to take the network from")
-    if flags.dtype == "int8":
-        raise ConversionError(
-            "--export --dtype int8: PyTorch files have no such form; leave it out"
-        )
-    manifest, target = bundle.read_manifest(flags.bundle), _here(flags.export)
-    single = target.suffix == ".safetensors"
-    if flags.names not in (None, *export.TABLES):
-        raise ConversionError(
-            f"--names {flags.names}: expected one of {', '.join(export.TABLES)} for a network"
-        )
-    if not single and flags.names not in (None, "diffusers"):
-        raise ConversionError(
-            f"--export {target} --names {flags.names}: a folder for from_pretrained has diffusers'"
-            " names; for others give a file that ends in .safetensors"
-        )
-    default = export.default_naming(manifest, flags.role) if single else "diffusers"
-    naming = flags.names or default
-    network = export.Export(flags.bundle, manifest, flags.role, naming, flags.dtype)
-    with _bar(flags.role, network.nbytes) as bar:
-        (network.single if single else network.folder)(target, bar.update)
-    return (
-        f"{target}: {flags.role} of {flags.bundle} in {naming} names,"
-        f" {len(network.tensors):,} tensors, {network.nbytes / 1e6:,.1f} MB"
-    )
-
-
-def export_lora(flags: Convert) -> str:
-    """Write --lora to --export in --names; returns what was written. Raises ConversionError,
-    BundleError."""
-    if flags.names not in lora.NAMINGS:
-        raise ConversionError(
-            f"--lora {flags.lora} --names {flags.names}: expected one of {', '.join(lora.NAMINGS)}"
-        )
-    if flags.dtype or flags.role != "transformer":
-        raise ConversionError(
-            "--lora is of the transformer and keeps its types; leave out --dtype and --role"
-        )
-    target, cfg = _here(flags.export), packed_dit.Config()
-    if target.exists():
-        raise ConversionError(f"{target} is there already; choose another file, or take it away")
-    if flags.bundle:
-        _, cfg = bundle.role_config(bundle.read_manifest(flags.bundle), "transformer")
-    found = lora.read(flags.lora, cfg)
-    lora.write(target, found.lora, cfg, flags.names)
-    return f"{target}: {flags.lora} in {flags.names} names ({found.summary()})"
-
-
-def _here(path: Path) -> Path:
-    """The path of a file on a disk. Raises ConversionError where it is of an object store."""
-    if found := re.match(r"([a-z0-9]+):/", str(path)):
-        raise ConversionError(
-            f"--export {path}: files are not written to {found[1]}://; give a path here, and copy"
-            " the result"
-        )
-    return path
 
 
 def convert(flags: Convert) -> Manifest:
@@ -570,11 +501,7 @@ def _check_parts(manifest: Manifest) -> None:
 
 def _progress(name: str, plan: engine.Plan, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves of a plan, behind a bar of their bytes."""
-    with _bar(name, plan.nbytes(dtype)) as bar:
+    with byte_bar(name, plan.nbytes(dtype)) as bar:
         for path, array in plan.leaves(dtype):
             yield path, array
             bar.update(array.nbytes)
-
-
-def _bar(name: str, size: int) -> tqdm:
-    return tqdm(total=size, desc=name, unit="B", unit_scale=True)

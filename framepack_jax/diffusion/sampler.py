@@ -127,7 +127,7 @@ def denoise(
     inputs = place(inputs)
     fixed = model, cfg, dtype, None if cache is None else cache.kind
     state = place(solver.start(noise))
-    cached = start_caches(*fixed, params, inputs, state.x)
+    cached = place(start_caches(*fixed, params, inputs, state.x))
     finite, ran = [], []
     for i, at in enumerate(_steps(sigmas, table, cache)):
         late = state.history[0]
@@ -264,7 +264,7 @@ def start_caches(
         _embed.eval_shape(model, cfg, dtype, params, x, sigma, inputs.context, conditions).img
         for conditions in _passes(inputs)
     ]
-    return place(tuple(step_cache.start(tokens.shape, tokens.dtype) for tokens in img))
+    return tuple(step_cache.start(tokens.shape, tokens.dtype) for tokens in img)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cfg", "dtype"))
