@@ -9,7 +9,6 @@ A role's path may point into another bundle, so that two transformers share thei
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -184,7 +183,7 @@ def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
     model = kinds.KINDS[role.kind]
     cfg = config_from_json(model.Config, role.config)
     try:
-        _expected(role.kind, cfg)
+        kinds.abstract_leaves(role.kind, cfg)
     except Exception as error:  # of many kinds, by what does not go together
         line = str(error).partition("\n")[0]
         raise BundleError(
@@ -321,7 +320,7 @@ def _opened(
     those of its config. Raises BundleError."""
     _, cfg = role_config(manifest, name)
     path = _present(root, manifest, name)
-    expected = _expected(manifest.roles[name].kind, cfg)
+    expected = kinds.abstract_leaves(manifest.roles[name].kind, cfg)
     tree = ocp.metadata(path).metadata
     stored = {"/".join(key): leaf for key, leaf in flatten_dict(tree).items()}
     if problems := _differences(expected, stored):
@@ -350,11 +349,6 @@ def _present(root: epath.PathLike, manifest: Manifest, name: str) -> epath.Path:
         )
     _check_reference(root, path, manifest.roles[name])
     return path
-
-
-@functools.cache
-def _expected(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return kinds.abstract_leaves(kind, cfg)
 
 
 def _load(

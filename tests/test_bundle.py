@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from framepack_jax import bundle
+from framepack_jax import bundle, sharding
 from framepack_jax.bundle import BundleError, Manifest, Role
 from framepack_jax.models import clip, kinds, stack
 
@@ -60,6 +60,27 @@ def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
     assert written.bytes == sum(leaf.nbytes for leaf in leaves().values())
     params = bundle.load_params(tmp_path, manifest(), "text_encoder_2")
     assert stack.split(params, clip.STACKS).keys() == leaves().keys()
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 1}])
+def test_weights_are_read_a_few_at_a_time(root, monkeypatch, mesh) -> None:
+    mesh = mesh and sharding.make_mesh(**mesh, devices=jax.devices()[:1])
+    whole = bundle.load_params(root, manifest(), "text_encoder_2")
+    asked, load = [], bundle._load
+
+    def watched(root, name, path, wanted):
+        asked.append(sorted(wanted))
+        return load(root, name, path, wanted)
+
+    monkeypatch.setattr(bundle, "_load", watched)
+    monkeypatch.setattr(bundle, "LOAD_CHUNK", 100)
+    parts = bundle.load_params(root, manifest(), "text_encoder_2", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    # All layers of a leaf together, every leaf once, and never much more than was asked for.
+    assert sorted(key for keys in asked for key in keys) == sorted(leaves())
+    assert len(asked) > 5
+    kernels = [keys for keys in asked if "layers/00/mlp_in/kernel" in keys]
+    assert len(kernels) == 1 and "layers/02/mlp_in/kernel" in kernels[0]
 
 
 def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path) -> None:

@@ -68,7 +68,7 @@ class Convert:
     """A diffusers pipeline folder (with model_index.json); networks named below replace its own."""
     transformer: Path | None = None
     """FramePack or HunyuanVideo transformer: a file (.safetensors, .pt) or a folder with one, whole
-    or sharded; in diffusers' or Tencent's naming."""
+    or sharded; in diffusers', Tencent's or ComfyUI's naming, fp8 weights too."""
     vae: Path | None = None
     """HunyuanVideo VAE, file or folder; diffusers' or Tencent's."""
     text_encoder: Path | None = None

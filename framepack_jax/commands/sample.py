@@ -113,8 +113,8 @@ class Sample(Shot):
     schedule: str | None = None
     """Packing schedule, instead of the bundle's."""
     lora: tuple[str, ...] = ()
-    """Adapters for the transformer: FILE or FILE:WEIGHT, with the names of kohya and musubi,
-    diffusers and PEFT, or the original model. Several are added up."""
+    """LoRA adapters for the transformer: FILE or FILE:WEIGHT, with the names of kohya and musubi,
+    diffusers and PEFT, ComfyUI, OneTrainer, or the original model. Several are added up."""
     merge_lora: bool = False
     """Add adapters into the weights: faster, and in bfloat16 less exact than beside them."""
     attention: Kernel = "auto"
