@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import tiny
+from configs import tiny_bundle
 from framepack_jax import FramePack, __main__, bundle, pipeline, video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
@@ -109,7 +109,7 @@ def test_tiny_bundle_makes_the_same_video_again(tmp_path) -> None:
 
 def test_tiny_bundle_is_that_of_its_config() -> None:
     manifest = bundle.read_manifest(sample.EMBEDDED["tiny"])
-    config = tiny.get_config()
+    config = tiny_bundle.get_config()
     for role in bundle.ROLES:
         assert bundle.role_config(manifest, role)[1] == getattr(config, role)
     assert manifest.schedule == config.schedule

@@ -1,6 +1,6 @@
 """The tiny bundle that the package carries: every network of the real kinds, small widths.
 
-Command:  python configs/tiny.py framepack_jax/assets/tiny
+Command:  python configs/tiny_bundle.py framepack_jax/assets/tiny
 Hardware: a CPU, seconds.
 Result:   the bundle behind `--bundle tiny`, about 1 MB. Its weights are random, so that its videos
           show that everything runs, and nothing else.
@@ -82,7 +82,7 @@ def write(config: TinyBundle, output: Path) -> None:
         params = jax.jit(model.init, static_argnums=0)(cfg, key)
         leaves = stack.split(stack.cast(params, jnp.dtype(config.dtype)), model.STACKS)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
-        source = {"name": "configs/tiny.py, untrained"}
+        source = {"name": "configs/tiny_bundle.py, untrained"}
         source |= write_params(output / role, arrays)._asdict()
         roles[role] = Role(kind, dataclasses.asdict(cfg), role, source)
     llama_tokenizer(config.text_encoder.vocab_size).save_pretrained(output / "tokenizer")
