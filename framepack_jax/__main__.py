@@ -7,6 +7,10 @@ COMMANDS = {
     "sample": "image + prompt -> video",
     "convert": "PyTorch checkpoints -> bundle",
     "explain": "draw what a packing schedule puts into the context",
+    "synthetic": "make videos with captions to try training with",
+    "prepare": "videos + captions -> dataset",
+    "train": "dataset + bundle -> trained model",
+    "export-run": "training run -> bundle or LoRA file",
 }
 
 
@@ -14,9 +18,9 @@ def main(args: list[str] | None = None) -> None:
     """Run one command; without one, or with --help, list them."""
     args = sys.argv[1:] if args is None else args
     if args and args[0] in COMMANDS:
-        command = importlib.import_module(f"framepack_jax.commands.{args[0]}")
+        command = importlib.import_module(f"framepack_jax.commands.{args[0].replace('-', '_')}")
         return command.main(args[1:], prog=f"framepack {args[0]}")
-    lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:11}{what}" for name, what in COMMANDS.items()]
     usage = "\n".join(["usage: framepack COMMAND [--help]", "", *lines])
     if not args or args[0] in ("-h", "--help"):
         print(usage)

@@ -429,6 +429,13 @@ def _stacked(leaf: str, stacks: Iterable[str]) -> tuple[str, ...]:
     return (path[0], *path[2:]) if path[0] in stacks else path
 
 
+def reference(path: epath.PathLike, root: epath.PathLike) -> str:
+    """How a bundle at `root` points to parameters at `path`: relative, but for object stores."""
+    if "://" in f"{path}{root}":
+        return str(path)
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(root))
+
+
 def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
     """Raise BundleError where a network of another bundle is not the one that was pointed to."""
     if path.parent == _absolute(root):

@@ -271,6 +271,13 @@ def start_frames(schedule: str | Schedule, order: str) -> int:
     return anchor.frames if anchor else 1
 
 
+def span(schedule: str | Schedule, order: str) -> int:
+    """Most latent frames, next to each other, that a section writes and reads beside the anchor."""
+    schedule = parse(schedule) if isinstance(schedule, str) else schedule
+    layout = _layout(schedule, order)
+    return layout.window + layout.history.frames
+
+
 def length(plan: Sequence[Section]) -> int:
     """Latent frames of the video that a plan makes, with all that is known beside it."""
     return max(section.decode[1] for section in plan)
@@ -362,12 +369,20 @@ def _pack(groups: list[Group]) -> tuple[Group, ...]:
 class Timeline:
     """Latent frames at absolute positions, on the host, with a mask of what is known.
 
-    `latents` is (B, T, H, W, C) float32, `known` is (T,). In training all of it is known.
+    `latents` is (B, T, H, W, C), float32 unless made `of` others, `known` is (T,). In training all
+    of it is known.
     """
 
     def __init__(self, length: int, frame_shape: tuple[int, int, int], batch: int = 1) -> None:
         self.latents = np.zeros((batch, length, *frame_shape), np.float32)
         self.known = np.zeros(length, bool)
+
+    @classmethod
+    def of(cls, latents: np.ndarray) -> "Timeline":
+        """A timeline of latents (B, T, H, W, C) of any dtype, all known, which are not copied."""
+        timeline = cls.__new__(cls)
+        timeline.latents, timeline.known = latents, np.ones(latents.shape[1], bool)
+        return timeline
 
     def write(self, positions: Sequence[int], latents: np.ndarray) -> None:
         """Put (B, len(positions), H, W, C) latents at positions."""
@@ -379,8 +394,9 @@ class Timeline:
         positions = np.asarray(positions, int)
         if unknown := [int(p) for p in positions if p != MISSING and not self.known[p]]:
             raise ValueError(f"the timeline does not know positions {unknown} yet")
-        there = (positions != MISSING)[None, :, None, None, None]
-        return np.where(there, self.latents[:, positions], np.float32(0))
+        latents = self.latents[:, positions]
+        latents[:, positions == MISSING] = 0
+        return latents
 
 
 @struct.dataclass

@@ -93,6 +93,12 @@ CHIPS = {
     )
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "a100": "a100-80g"}
+# Parts of what a chip calls itself (`Device.device_kind`), without spaces, the first that fits.
+KINDS = {
+    "a100": "a100-80g", "h100": "h100", "h200": "h200", "b200": "b200", "rtx3060": "rtx3060",
+    "rtx3090": "rtx3090", "rtx4090": "rtx4090", "rtx5090": "rtx5090", "v5lite": "v5e",
+    "v5e": "v5e", "v6lite": "v6e", "v6e": "v6e", "v5p": "v5p", "v5": "v5p",
+}  # fmt: skip
 # A side of a TPU slice closes to a ring: on v5e and v6e when it is that of a whole pod, on v5p when
 # the slice is made of whole cubes.
 RING_2D, CUBE_3D = 16, 4
@@ -191,6 +197,14 @@ def _cloud_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
         return 2, 2, 1
     power = chips.bit_length() - 1
     return tuple(sorted(2 ** ((power + i) // 3) for i in range(3)))
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip that a device is, None where it is not in the table."""
+    kind = device.device_kind.lower().replace(" ", "")
+    if device.platform not in ("gpu", "cuda", "tpu"):
+        return None
+    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
 
 
 def quiet_libtpu() -> None:

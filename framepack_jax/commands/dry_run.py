@@ -247,7 +247,7 @@ def dry_run(
     if decode:
         programs.append(_decode(pipe, params["vae"], layout, batch, devices))
     rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
-    tokens = _image_tokens(configs["image_encoder"])
+    tokens = image_tokens(configs["image_encoder"])
     flops = forward_flops(
         pipe.transformer.cfg, pipe.schedule, rows, columns, MAX_PROMPT_TOKENS, tokens
     )
@@ -255,7 +255,9 @@ def dry_run(
         machine=machine,
         mesh=dict(devices.shape),
         networks={
-            role: Weights(sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), _bytes(tree))
+            role: Weights(
+                sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), placed_bytes(tree)
+            )
             for role, tree in params.items()
         },
         programs=tuple(programs),
@@ -285,11 +287,13 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _bytes(params: Any) -> int:
+def placed_bytes(params: Any) -> int:
+    """Bytes on one device of abstract arrays that say where they lie."""
     return sharding.device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))
 
 
-def _image_tokens(vision: Any) -> int:
+def image_tokens(vision: Any) -> int:
+    """Tokens that an image encoder makes of an image."""
     return (vision.image_size // vision.patch_size) ** 2
 
 
@@ -318,7 +322,7 @@ def _step(
         "more chips help (weights and tokens are divided over them), or a smaller --batch,"
         " --height and --width"
     )
-    return _compiled("step", relief, weights, lower, devices)
+    return compiled_program("step", relief, weights, lower, devices)
 
 
 def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:
@@ -352,7 +356,7 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
         with sampler.precision(pipe.dtype):
             return jax.jit(decode).lower(weights, latents(tile))
 
-    program = _compiled("decoding", relief, weights["decoder"], lower, devices)
+    program = compiled_program("decoding", relief, weights["decoder"], lower, devices)
     sizes = [
         4 * math.prod(jax.eval_shape(decode, weights, latents(shape)).shape)
         for shape in (clip, tile)
@@ -361,7 +365,7 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
     return dataclasses.replace(program, held=done + sizes[0])
 
 
-def _compiled(
+def compiled_program(
     name: str, relief: str, weights: Any, lower: Callable[[], jax.stages.Lowered], devices: Mesh
 ) -> Program:
     """Trace and compile a program that takes these weights."""
@@ -375,7 +379,7 @@ def _compiled(
     return Program(
         name=name,
         relief=relief,
-        weights=_bytes(weights),
+        weights=placed_bytes(weights),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -397,7 +401,7 @@ def _inputs(
     context = packing.read_context(section, timeline)
     vision, text = configs["image_encoder"], configs["text_encoder"]
     shape = jax.ShapeDtypeStruct
-    dtype, tokens = jnp.dtype(pipe.dtype), _image_tokens(vision)
+    dtype, tokens = jnp.dtype(pipe.dtype), image_tokens(vision)
     conditions = pipe.transformer.model.Conditions(
         shape((batch, MAX_PROMPT_TOKENS, text.width), dtype),
         shape((batch, MAX_PROMPT_TOKENS), jnp.bool_),

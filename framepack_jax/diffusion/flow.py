@@ -9,6 +9,7 @@ Shapes: B batch; x and noise are (B, ...); sigma is a scalar or (B,).
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,11 @@ def sigmas(steps: int, mu: float) -> np.ndarray:
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; a sampler needs at least 1")
-    t = np.linspace(1.0, 0.0, steps + 1)
+    return shift(np.linspace(1.0, 0.0, steps + 1), mu)
+
+
+def shift(t: Any, mu: float) -> Any:
+    """Noise levels of times t in [0, 1], numpy or JAX: e^mu t / (e^mu t + 1 - t)."""
     return math.exp(mu) * t / (math.exp(mu) * t + 1.0 - t)
 
 

@@ -14,6 +14,7 @@ D width = N heads x head width.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -121,14 +122,16 @@ def velocity(
     context: PackedContext,
     conditions: Conditions,
     dtype: Any = jnp.float32,
+    remat: str = "none",
 ) -> jax.Array:
     """The denoiser: noisy section x (B, T, H, W, C) at noise level sigma (B,) -> velocity, float32.
 
-    H and W are even. Blocks compute in `dtype`. Raises ValueError where the context uses a kernel
-    that the network has no embedding for, or sizes are odd.
+    H and W are even. Blocks compute in `dtype`; `remat` is what their gradient keeps
+    (`stack.REMAT`). Raises ValueError where the context uses a kernel that the network has no
+    embedding for, or sizes are odd.
     """
     tokens = embed(cfg, params, x, sigma, context, conditions, dtype)
-    return head(cfg, params, blocks(cfg, params, tokens), tokens.vec, x.shape)
+    return head(cfg, params, blocks(cfg, params, tokens, remat=remat), tokens.vec, x.shape)
 
 
 def embed(
@@ -180,16 +183,19 @@ def first_block(cfg: Config, params: stack.Params, tokens: Tokens) -> Tokens:
     return tokens._replace(img=img, txt=txt)
 
 
-def blocks(cfg: Config, params: stack.Params, tokens: Tokens, first: int = 0) -> jax.Array:
+def blocks(
+    cfg: Config, params: stack.Params, tokens: Tokens, first: int = 0, remat: str = "none"
+) -> jax.Array:
     """Image tokens (B, L_img, D) after all double and single blocks.
 
     `first` double blocks are left out: the tokens have been through them.
     """
     img, txt, *inputs = tokens
     layers = slice(first, None) if first else slice(None)
-    img, txt = stack.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=layers)
+    run = functools.partial(stack.run, remat=remat)
+    img, txt = run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=layers)
     both = _divided(jnp.concatenate([img, txt], axis=1))
-    return stack.run(SingleBlock(cfg), params["single"], both, *inputs)[:, : img.shape[1]]
+    return run(SingleBlock(cfg), params["single"], both, *inputs)[:, : img.shape[1]]
 
 
 def head(

@@ -18,11 +18,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
 Params = dict[str, Any]
 LORA_A, LORA_B = "lora_a", "lora_b"
 # Beside a kernel that is kept in int8.
 SCALE = "kernel_scale"
+# What of a block's forward pass is kept for the backward pass: all; the results of its matrix
+# products; its input; its input, in host memory.
+REMAT = ("none", "dots", "full", "offload")
+INPUT = "block_input"
 
 
 def init(block: nn.Module, key: jax.Array, layers: int, *args: Any) -> Params:
@@ -30,16 +35,25 @@ def init(block: nn.Module, key: jax.Array, layers: int, *args: Any) -> Params:
     return jax.vmap(lambda k: block.init(k, *args)["params"])(jax.random.split(key, layers))
 
 
-def run(block: nn.Module, params: Params, x: Any, *args: Any, layers: slice = slice(None)) -> Any:
+def run(
+    block: nn.Module,
+    params: Params,
+    x: Any,
+    *args: Any,
+    layers: slice = slice(None),
+    remat: str = "none",
+) -> Any:
     """Feed x, an array or a tuple of arrays, through every layer; `args` go to all alike.
 
     `layers` takes some of the layers only. Parameters are cast to the dtype of x one layer at a
     time, so that float32 masters can serve a bfloat16 computation without a second copy of the
-    whole network.
+    whole network. `remat`, one of REMAT, says what a gradient keeps.
     """
     dtype = jax.tree.leaves(x)[0].dtype
 
+    @functools.partial(_rematerialized, remat=remat)
     def layer(x: Any, params: Params) -> tuple[Any, None]:
+        x = checkpoint_name(x, INPUT)
         with factors_beside_kernels():
             return block.apply({"params": cast(params, dtype)}, x, *args), None
 
@@ -53,6 +67,27 @@ def run(block: nn.Module, params: Params, x: Any, *args: Any, layers: slice = sl
 
     count = jax.tree.leaves(params)[0].shape[0]
     return jax.lax.scan(numbered, x, jnp.arange(count)[layers])[0]
+
+
+def _rematerialized(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """A layer whose gradient computes again what `remat` does not keep."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return layer
+        case "dots":
+            policy = policies.dots_with_no_batch_dims_saveable
+        case "full":
+            policy = policies.nothing_saveable
+        case "offload":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT],
+                offload_src="device", offload_dst="pinned_host",
+            )  # fmt: skip
+        case _:
+            raise ValueError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
+    # Inside a loop nothing can be merged across the boundary, so no barrier is needed.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def at(params: Params, layer: int | jax.Array) -> Params:

@@ -20,6 +20,7 @@ from framepack_jax.video.mp4 import (
     read_frames,
     read_frames_at,
     read_mp4,
+    read_span,
     write_mp4,
 )
 from framepack_jax.video.sheets import (
@@ -49,6 +50,7 @@ __all__ = [
     "read_frames",
     "read_frames_at",
     "read_mp4",
+    "read_span",
     "resize_center_crop",
     "save_png",
     "write_mp4",

@@ -17,6 +17,7 @@ from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from framepack_jax.video.files import whole
+from framepack_jax.video.images import resize_center_crop
 
 DEFAULT_CRF = 16
 MIN_FPS, MAX_FPS = 0.1, 1000
@@ -132,6 +133,31 @@ def read_frames(path: str | os.PathLike, fps: float | None = None) -> Iterator[n
     if fps is not None:
         check_encoding(fps, DEFAULT_CRF)
     return _read(path, fps)
+
+
+def read_span(
+    path: str | os.PathLike, fps: float, first: int, count: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Frames `first` .. `first + count - 1` (count, height, width, 3) uint8 RGB of a video brought
+    to a constant rate as by `read_frames`, scaled and cut to `size` (height, width).
+
+    Decodes from the last key frame before them. Raises ValueError where the file is no video that
+    can be decoded, or ends before.
+    """
+    rate, frames = _rate(fps), []
+    with _named(path), av.open(os.fspath(path)) as container:
+        stream = container.streams.video[0]
+        origin = next(container.decode(stream)).pts
+        start = origin + int(first / rate / stream.time_base)
+        container.seek(start, stream=stream)
+        decoded = container.decode(stream)
+        for frame, shown in _repeats(decoded, stream.average_rate, rate, origin, first):
+            if shown:
+                picture = resize_center_crop(_rgb(frame), *size)
+            frames += [picture] * min(shown, count - len(frames))
+            if len(frames) == count:
+                return np.stack(frames)
+        raise ValueError(f"it ends before frame {first + count - 1} at {fps} frames a second")
 
 
 def read_frames_at(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[np.ndarray]:
@@ -304,18 +330,24 @@ def _read(path: str | os.PathLike, fps: float | None) -> Iterator[np.ndarray]:
 
 
 def _repeats(
-    frames: Iterable[av.VideoFrame], rate: Fraction | None, fps: Fraction
+    frames: Iterable[av.VideoFrame],
+    rate: Fraction | None,
+    fps: Fraction,
+    begins: int | None = None,
+    k: int = 0,
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Each frame with how many of the times k / fps, from that of the first, it is shown at.
+    """Each frame with how many of the times k / fps, `k` and on, it is shown at; counted from the
+    video's first frame, whose time is `begins`, by default the first of `frames`.
 
     The last lasts as long as it says, else as is usual in a video of `rate` frames per second.
     """
-    shown, origin, k = None, None, 0
+    shown, origin = None, None
     for frame in frames:
         if frame.pts is None:
             raise ValueError("its frames have no times")
         time = frame.pts * frame.time_base
-        origin = time if origin is None else origin
+        if origin is None:
+            origin = time if begins is None else begins * frame.time_base
         if shown is not None:
             stop = _times_before(time - origin, fps)
             yield shown, max(0, stop - k)

@@ -1,0 +1,33 @@
+"""A FramePack model of toy size, from random weights: everything that training does, in minutes.
+
+Command:  framepack synthetic --output outputs/videos --clips 64 --size 96x128 --seconds 4
+          framepack prepare --videos outputs/videos --bundle tiny --output outputs/dataset
+          python train.py --config configs/tiny.py
+Hardware: two CPU cores.
+"""
+
+from framepack_jax.data import loader
+from framepack_jax.training.config import Checkpoints, Config, Optimizer, Validation
+
+
+def get_config() -> Config:
+    """Latents of the tiny bundle's VAE, whose weights are random: what is learned is how they move,
+    and nothing that is worth watching."""
+    return Config(
+        bundle="tiny",
+        output="outputs/tiny",
+        init="scratch",
+        network={
+            "heads": 4, "head_dim": 32, "double_layers": 2, "single_layers": 4,
+            "refiner_layers": 1, "rope_axes": (8, 12, 12),
+        },
+        data=loader.Config(path="outputs/dataset", holdout=8),
+        batch=8,
+        steps=400,
+        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=50, schedule="cosine"),
+        dtype="float32",
+        remat="none",
+        ema=0.99,
+        validation=Validation(every=200, clips=8, steps=10, guidance=1.0),
+        checkpoints=Checkpoints(every=100),
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""Will a training run fit? The real training step, compiled for a machine that is not there.
+
+As in `dry_run`: memory and collectives are the compiler's, FLOPs are counted from the config, and
+the floor is arithmetic on vendor figures.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from framepack_jax import bundle, packing, sharding, topology
+from framepack_jax.commands.dry_run import GB, Program, compiled_program, image_tokens, placed_bytes
+from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+from framepack_jax.data.batch import Batch
+from framepack_jax.diffusion import sampler
+from framepack_jax.packing import Timeline
+from framepack_jax.sharding import BATCH
+from framepack_jax.topology import Machine
+from framepack_jax.training.config import Config
+from framepack_jax.training.loop import Setup, jitted_step, set_up
+from framepack_jax.training.metrics import COST, sample_cost
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingReport:
+    """What a training step needs on each chip of a machine; bytes, FLOPs of all chips together.
+
+    `state` is what is trained with its optimizer and moving average, `frozen` the other weights.
+    """
+
+    machine: Machine
+    mesh: dict[str, int]
+    cfg: Config
+    parameters: int
+    trained: int
+    state: int
+    frozen: int
+    program: Program
+    flops: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on a chip while a step runs."""
+        return self.program.arguments + self.program.temporaries + self.program.outputs
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.machine.chip.memory
+
+    @property
+    def floor_seconds(self) -> float:
+        """A step at the vendor's peak, on all chips."""
+        return self.flops / (self.machine.chip.flops * self.machine.count)
+
+    def __str__(self) -> str:
+        chip, cfg = self.machine.chip, self.cfg
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
+        parts = f" in {cfg.accumulate} parts" if cfg.accumulate > 1 else ""
+        lines = [
+            f"{self.machine}: {self.machine.count} chips of {chip.memory / GB:.1f} GB"
+            + (f", divided over {mesh}" if mesh else ""),
+            f"parameters       {self.parameters:,} of the transformer, {self.trained:,} trained by"
+            f" {cfg.optimizer.name}",
+            f"batch            {cfg.batch} samples of {self.tokens:,} tokens{parts}, remat"
+            f" {cfg.remat}, {cfg.dtype}",
+            f"state a chip     {self.state / GB:.2f} GB trained, with optimizer and averages;"
+            f" {self.frozen / GB:.2f} GB frozen",
+            str(self.program),
+            f"in all           {self.total / GB:.2f} of {chip.memory / GB:.1f} GB a chip:"
+            f" {self._verdict()}",
+            f"FLOPs a step     {self.flops:.3e}, counted from the config, without what remat"
+            " computes again",
+            f"floor            {self.floor_seconds:.3f} s a step at the vendor's"
+            f" {chip.flops / 1e12:.0f} TFLOP/s a chip,"
+            f" {cfg.batch / self.floor_seconds:.2f} samples/s",
+        ]
+        for name, count in self.program.kernels.items():
+            lines.append(f"attention        {count} a step by {name}")
+        for kind, traffic in self.program.collectives.items():
+            far = f", {traffic.far / GB:.3f} of it from other nodes" if traffic.far else ""
+            lines.append(
+                f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{far}"
+            )
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if self.fits:
+            share = self.total / self.machine.chip.memory
+            if self.machine.chip.platform == "cuda" and share > 0.75:
+                needed = max(0.95, math.ceil(100 * share) / 100)
+                return f"fits with XLA_PYTHON_CLIENT_MEM_FRACTION={needed} set"
+            return "fits"
+        over = (self.total - self.machine.chip.memory) / GB
+        return f"does not fit, {over:.1f} GB too much; {self.program.relief}"
+
+
+def dry_run_training(
+    cfg: Config,
+    bundle_path: epath.PathLike,
+    machine: Machine,
+    mesh: dict[str, int] | None = None,
+    size: tuple[int, int] = (608, 640),
+) -> TrainingReport:
+    """Compile the training step of a configuration for a machine, at a bucket of `size` pixels.
+
+    `mesh` says how chips are divided, by default all for fsdp. Raises ValueError where the compiler
+    is missing and where the mesh does not divide.
+    """
+    manifest = bundle.read_manifest(bundle_path)
+    sizes = mesh or {"fsdp": machine.count}
+    devices = sharding.make_mesh(**sizes, devices=topology.compile_devices(machine))
+    setup = set_up(cfg, manifest, devices)
+    batch = abstract_samples(setup, size)
+
+    def lower() -> jax.stages.Lowered:
+        with sampler.precision(cfg.dtype):
+            return jitted_step(setup).lower(setup.abstract, setup.frozen, {}, batch)
+
+    relief = (
+        "a smaller --batch, --accumulate, --remat full or more chips help, and --optimizer.name"
+        " adam8bit or adafactor"
+    )
+    program = compiled_program("step", relief, setup.frozen, lower, devices)
+    flops, tokens = sample_cost(setup.model.cfg, setup.schedule, batch, batch.target.shape[2:4])
+    trained = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.abstract.params))
+    frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.frozen))
+    base = trained + frozen - (trained if cfg.trainable == "lora" else 0)
+    return TrainingReport(
+        machine=machine,
+        mesh=dict(devices.shape),
+        cfg=cfg,
+        parameters=base,
+        trained=trained,
+        state=placed_bytes(setup.abstract),
+        frozen=placed_bytes(setup.frozen),
+        program=program,
+        flops=flops * cfg.batch * COST[cfg.trainable],
+        tokens=tokens,
+    )
+
+
+def abstract_samples(setup: Setup, size: tuple[int, int]) -> Batch:
+    """A global batch of latents for a bucket of `size` (height, width) pixels, with its place on
+    the mesh, from the configs of the bundle's networks alone."""
+    configs = {name: bundle.role_config(setup.manifest, name)[1] for name in bundle.ROLES}
+    compression, batch = configs["vae"].space_compression, setup.cfg.batch
+    frame = (*(side // compression for side in size), configs["vae"].latent_channels)
+    section = packing.plan(setup.schedule, setup.order, 1)[0]
+    timeline = Timeline(packing.length([section]), frame)
+    timeline.known[:] = True
+    context = packing.read_context(section, timeline)
+    where = NamedSharding(setup.mesh, PartitionSpec(BATCH))
+
+    def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=where)
+
+    number = shape(dtype=jnp.int32)
+    return Batch(
+        target=shape(len(section.targets), *frame),
+        context=context.replace(
+            latents=tuple(shape(*x.shape[1:]) for x in context.latents),
+            indices=tuple(shape(*x.shape[1:], dtype=jnp.int32) for x in context.indices),
+            target_indices=shape(len(section.targets), dtype=jnp.int32),
+        ),
+        text=shape(MAX_PROMPT_TOKENS, configs["text_encoder"].width),
+        text_valid=shape(MAX_PROMPT_TOKENS, dtype=jnp.bool_),
+        pooled=shape(configs["text_encoder_2"].width),
+        image=shape(image_tokens(configs["image_encoder"]), configs["image_encoder"].width),
+        element=number, section=number, sections=number, clip=number,
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""`framepack export-run`: a training run becomes a bundle, or its adapters a LoRA file."""
+
+import dataclasses
+import time
+from typing import Annotated, Literal
+
+import tyro
+
+from framepack_jax.commands.records import path_of
+from framepack_jax.training import checkpoints
+from framepack_jax.training.export import export
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRun:
+    """Make a bundle of a training run, or of its adapters a LoRA file in diffusers' names."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """RUN or RUN@STEP; the newest checkpoint by default."""
+    output: str | None = None
+    """Folder of the bundle, or a .safetensors file for adapters; default: RUN/bundle."""
+    bundle: str | None = None
+    """The bundle that the run was trained from, where it has moved."""
+    ema: bool = False
+    """The moving average of the parameters."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Type of the trained weights in the bundle."""
+    copy: bool = False
+    """Copy the other networks; by default the bundle points to them where they are."""
+
+
+def main(args: list[str] | None = None, prog: str = "framepack export-run") -> None:
+    """Parse flags and run; user errors end with a message and exit code 1."""
+    flags = tyro.cli(ExportRun, prog=prog, args=args)
+    began = time.monotonic()
+    try:
+        folder, _ = checkpoints.parse_run(flags.run)
+        given = flags.bundle or checkpoints.read_record(folder)["config"]["bundle"]
+        print(
+            export(
+                flags.run, flags.output, path_of(given),
+                ema=flags.ema, dtype=flags.dtype, copy=flags.copy,
+            )
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{time.monotonic() - began:.1f} s in all")

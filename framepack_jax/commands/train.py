@@ -1,0 +1,180 @@
+"""`framepack train`: a configuration and a dataset become a trained model."""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from framepack_jax import bundle, sharding, topology
+from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.dry_run_train import dry_run_training
+from framepack_jax.commands.records import path_of
+from framepack_jax.processes import in_first, join
+from framepack_jax.training.config import Config
+from framepack_jax.training.export import export
+from framepack_jax.training.loop import NotFinite, train
+
+FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Config):
+    """Train a FramePack model.
+
+    Every field of the configuration is a flag, and replaces what --config FILE says. The run's
+    folder, --output, holds checkpoints, log.jsonl, tensorboard/, validation/ and at the end a
+    bundle/. A run that was stopped goes on with the same command.
+    """
+
+    config: Path | None = None
+    """A Python file with get_config(), as configs/tiny.py."""
+    resume: Literal["auto", "never"] = "auto"
+    """Go on from the last checkpoint in --output, if there is one; or refuse to."""
+    mesh: str | None = None
+    """How devices share weights and work: fsdp=8 or data=4,fsdp=16,tensor=2, their product being
+    the number of devices. Default: all for fsdp."""
+    export: bool = True
+    """Make a bundle (or, of adapters, a LoRA file) of the last step."""
+    dry_run: str | None = None
+    """Train nothing; compile the step for this machine and say whether it fits: v5p-64, h100:8,
+    a100-80g:8. Exit code 0 where it does, else 1. Needs no dataset, and a bundle without weights
+    does: framepack_i2v and framepack_f1 are the released models for this."""
+    dry_run_size: str = "608x640"
+    """Height and width in pixels of the bucket that a --dry-run compiles."""
+    coordinator: str | None = None
+    """Run on several hosts, the same command on each: HOST:PORT of the first, with --processes and
+    --process; or auto, under SLURM, Open MPI, Kubernetes and on TPU pods."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+
+
+CONFIG_FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+
+def main(args: list[str] | None = None, prog: str = "train.py") -> None:
+    """Parse flags and run; user errors end with a message and exit code 1."""
+    args = sys.argv[1:] if args is None else args
+    began = time.monotonic()
+    try:
+        flags = tyro.cli(Train, prog=prog, args=args, default=_defaults(args))
+        _run(flags)
+    except FAILURES as error:
+        raise SystemExit(f"error: {_explained(error)}") from error
+    print(f"{time.monotonic() - began:.1f} s in all")
+
+
+def _run(flags: Train) -> None:
+    cfg = Config(**{name: getattr(flags, name) for name in CONFIG_FIELDS})
+    if flags.dry_run is not None:
+        return _dry_run(cfg, flags)
+    _check(cfg)
+    keep_compiled()
+    if flags.coordinator is not None:
+        join(flags.coordinator, flags.processes, flags.process)
+    elif flags.processes is not None or flags.process is not None:
+        raise ValueError("--processes and --process need --coordinator, HOST:PORT of the first")
+    sizes = sharding.parse_mesh(flags.mesh) if flags.mesh else {"fsdp": jax.device_count()}
+    mesh = sharding.make_mesh(**sizes)
+    path = path_of(cfg.bundle)
+    step = train(cfg, path, mesh, resume=flags.resume == "auto", say=in_first_only(print))
+    if step < cfg.steps:
+        in_first(print, f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved;"
+                 " the same command goes on")  # fmt: skip
+        return
+    in_first(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the figures")
+    if flags.export:
+        in_first(print, in_first(export, f"{cfg.output}@{step}", None, path, ema=bool(cfg.ema)))
+
+
+def _dry_run(cfg: Config, flags: Train) -> None:
+    """Compile for another machine; leaves with exit code 1 where it does not fit."""
+    if not cfg.bundle:
+        raise ValueError("give --bundle: that of the run, or framepack_i2v for the released model")
+    # A program of a machine that is not there can be written to the cache, but not read; and
+    # whatever this machine has is not needed.
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_platforms", "cpu")
+    size = re.fullmatch(r"(\d+)x(\d+)", flags.dry_run_size)
+    if not size:
+        raise ValueError(f"--dry-run-size {flags.dry_run_size}: expected HEIGHTxWIDTH, as 608x640")
+    report = dry_run_training(
+        cfg, path_of(cfg.bundle), topology.parse(flags.dry_run),
+        sharding.parse_mesh(flags.mesh) if flags.mesh else None, (int(size[1]), int(size[2])),
+    )  # fmt: skip
+    print(report)
+    if not report.fits:
+        raise SystemExit(1)
+
+
+def in_first_only(work: Any) -> Any:
+    """A function that works in the first process only, and waits for nothing."""
+    return work if jax.process_index() == 0 else lambda *_: None
+
+
+def _defaults(args: list[str]) -> Train:
+    """What the file behind --config says; other flags are read over it."""
+    file = next(
+        (a.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
+         for i, a in enumerate(args) if a == "--config" or a.startswith("--config=")),
+        None,
+    )  # fmt: skip
+    if file is None:
+        return Train()
+    cfg = read_config(Path(file))
+    return Train(**{name: getattr(cfg, name) for name in CONFIG_FIELDS}, config=Path(file))
+
+
+def read_config(file: Path) -> Config:
+    """`get_config()` of a Python file. Raises ValueError that names the file and what is wrong."""
+    if not file.is_file():
+        raise ValueError(f"--config {file} does not exist; configs/ has some, as configs/tiny.py")
+    spec = importlib.util.spec_from_file_location("config", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config {file} is no Python file; expected one with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        cfg = module.get_config()
+    except Exception as error:  # of many kinds: it is a program
+        line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"--config {file} cannot be read: {line}") from error
+    if not isinstance(cfg, Config):
+        raise ValueError(
+            f"--config {file}: get_config() gives a {type(cfg).__name__}, expected"
+            " framepack_jax.training.config.Config"
+        )
+    return cfg
+
+
+def _check(cfg: Config) -> None:
+    """Raise ValueError where something that has no default is not given."""
+    missing = {
+        "--output": (cfg.output, "the folder of the run"),
+        "--bundle": (cfg.bundle, "the bundle whose transformer is trained, or tiny"),
+        "--data.path": (cfg.data.path, "a dataset, as framepack prepare makes it"),
+    }
+    if absent := [f"{flag} ({what})" for flag, (given, what) in missing.items() if not given]:
+        raise ValueError(f"give {', '.join(absent)}, or a --config that does")
+    if cfg.init == "bundle":
+        bundle.check_present(path_of(cfg.bundle), ("transformer",))
+
+
+def _explained(error: Exception) -> str:
+    line = str(error)
+    if isinstance(error, NotFinite | ValueError | OSError):
+        return line
+    first = line.partition("\n")[0] or type(error).__name__
+    if "RESOURCE_EXHAUSTED" in line or isinstance(error, MemoryError):
+        return (
+            f"out of memory ({first}); --accumulate 2 takes a batch in parts, --remat full keeps"
+            " less, more devices share more; --dry-run says what fits"
+        )
+    return first

@@ -1,0 +1,400 @@
+"""The endless stream of training samples, by grain.
+
+Each bucket has a stream of its own: its clips shuffled anew every epoch, none dropped. Batches take
+from these streams by a schedule in which every run of B samples shares one bucket, buckets as often
+as they have clips. Sample e, and so batch e // B, is the same whatever the number of threads,
+processes and hosts: a stream that is stopped goes on exactly where it was, also on other hosts.
+
+The section is chosen with the sample, before it is decided which host reads it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import jax
+import numpy as np
+
+from framepack_jax import packing
+from framepack_jax.bundle import Manifest
+from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+from framepack_jax.data import pixels, records
+from framepack_jax.data.batch import Batch
+from framepack_jax.data.pixels import PixelBatch
+from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, Source
+from framepack_jax.packing import Section, Timeline
+from framepack_jax.video import read_span
+
+FORMAT = 1
+# Seeds of buckets are as far apart: grain adds the epoch to them.
+SEED_STEP = 1_000_003
+# Numbers of held-out samples, beyond those of any run.
+HELD_OUT = 1 << 30
+HELD_OUT_SEED = 2504
+SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The data of a run."""
+
+    path: str = ""
+    """Folder of the dataset, made by framepack prepare."""
+    seed: int = 0
+    """Of the order of clips and of the choice of sections."""
+    holdout: int = 0
+    """Clips that are kept for validation."""
+    caption_dropout: float = 0.0
+    """Share of samples whose caption is replaced by the empty prompt."""
+    sections: Literal["whole", "random"] = "whole"
+    """A clip as long as it is, or cut to a random number of sections first."""
+    threads: int = 4
+    """Threads that read; more than 4 gain nothing for latents."""
+    buffer: int = 16
+    """Samples read ahead (the default of grain, 500, is 23 GB of latents)."""
+    workers: int = 0
+    """Processes that read; only decoding raw videos gains from them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(
+                f"--data.caption-dropout {self.caption_dropout}: expected a share from 0 to 1"
+            )
+        for name, least in {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--data.{name} {getattr(self, name)}: expected {least} or more")
+
+
+def choose_section(
+    rng: np.random.Generator, schedule: str, order: str, length: int, random_length: bool
+) -> tuple[Section, int, int]:
+    """(section, its number in the order of making, sections of its plan) for a clip of `length`
+    latent frames, whose first stands for the start image."""
+    most = (length - 1) // packing.parse(schedule).window
+    sections = int(rng.integers(1, most + 1)) if random_length else most
+    number = int(rng.integers(sections))
+    return _plan(schedule, order, sections)[number], number, sections
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(schedule: str, order: str, sections: int) -> list[Section]:
+    return packing.plan(schedule, order, sections)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Number of a record -> a sample, for grain: `read(element, number)`, from any process."""
+
+    folder: Path
+    index: Index
+    schedule: str
+    order: str
+    cfg: Config
+
+    @functools.cached_property
+    def source(self) -> Source:
+        return Source(self.folder, self.index.shards)
+
+    @functools.cached_property
+    def empty(self) -> tuple[np.ndarray, np.ndarray]:
+        return records.read_empty(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files do not travel to other processes.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def read(self, element: int, number: int) -> Batch | PixelBatch:
+        """The sample that is `element` of the stream, of record `number`; no batch axis."""
+        rng = np.random.default_rng([self.cfg.seed, element])
+        record = self.source[number]
+        section, made, sections = choose_section(
+            rng, self.schedule, self.order, self.length(record), self.cfg.sections == "random"
+        )
+        if rng.random() < self.cfg.caption_dropout:
+            text, pooled = self.empty
+            record = record._replace(text=text, pooled=pooled)
+        numbers = {"element": element, "section": made, "sections": sections, "clip": number}
+        rest = conditions_of(record) | {k: np.asarray(v, np.int32) for k, v in numbers.items()}
+        if self.index.mode == "latents":
+            return latent_sample(record, section, rest)
+        return self._pixel_sample(record, section, rest)
+
+    def length(self, record: Record) -> int:
+        """Latent frames of a clip."""
+        return 1 + (record.clip.frames - 1) // self.index.time_compression
+
+    def _pixel_sample(self, record: Record, section: Section, rest: dict[str, Any]) -> PixelBatch:
+        clip = record.clip
+        window = pixels.window_of(
+            section, self.length(record), packing.span(self.schedule, self.order)
+        )
+        offset = round(clip.start * self.index.fps)
+        first, count = window.frames(self.index.time_compression)
+        path = self.folder / clip.source  # an absolute path stays itself
+        size = clip.height, clip.width
+        # Of a clip shorter than the window, what lies past its end is not read.
+        there = min(count, clip.frames - first)
+        frames = read_span(path, self.index.fps, offset + first, there, size)
+        frames = np.concatenate([frames, np.repeat(frames[-1:], count - there, axis=0)])
+        return PixelBatch(
+            start_frame=frames[:1]
+            if first == 0
+            else read_span(path, self.index.fps, offset, 1, size),
+            frames=frames,
+            target_at=pixels.rows(section.targets, window),
+            reads_at=tuple(pixels.rows(group.reads, window) for group in section.groups),
+            indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
+            target_indices=np.asarray(section.indices, np.int32),
+            kernels=tuple(group.kernel for group in section.groups),
+            **rest,
+        )
+
+
+def latent_sample(record: Record, section: Section, rest: dict[str, Any]) -> Batch:
+    """The sample of a section of a clip, no batch axis; read as sampling reads its timeline."""
+    timeline = Timeline.of(record.latents[None])
+    context = packing.read_context(section, timeline)
+    target = timeline.read(section.targets)
+    sample = Batch(target=target, context=context, **{name: x[None] for name, x in rest.items()})
+    return jax.tree.map(lambda x: x[0], sample)
+
+
+def conditions_of(record: Record) -> dict[str, np.ndarray]:
+    """Text (L, D) filled up with zeros, where it is valid (L,), and the other conditions."""
+    count, width = record.text.shape
+    text = np.zeros((MAX_PROMPT_TOKENS, width), BFLOAT16)
+    text[:count] = record.text
+    valid = np.arange(MAX_PROMPT_TOKENS) < count
+    return {"text": text, "text_valid": valid, "pooled": record.pooled, "image": record.image}
+
+
+class BucketSchedule(grain.transforms.DatasetSelectionMap):
+    """Element of the stream -> (bucket, element of the bucket's own stream).
+
+    A cycle has as many batches as there are clips, and of each bucket as many as that has clips,
+    shuffled anew for each cycle.
+    """
+
+    def __init__(self, counts: Sequence[int], batch: int, seed: int) -> None:
+        self.counts, self.batch, self.seed = tuple(counts), batch, seed
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def __getitem__(self, element: int) -> tuple[int, int]:
+        step, place = divmod(int(element), self.batch)
+        bucket, number = self.of_step(step)
+        return bucket, number * self.batch + place
+
+    def of_step(self, step: int) -> tuple[int, int]:
+        """(bucket, which of the bucket's batches) of a batch."""
+        cycle, place = divmod(step, sum(self.counts))
+        buckets, numbers = _cycle(self.counts, self.seed, cycle)
+        bucket = int(buckets[place])
+        return bucket, cycle * self.counts[bucket] + int(numbers[place])
+
+
+@functools.lru_cache(maxsize=4)
+def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each batch of a cycle the bucket, and which of that bucket's batches it is."""
+    buckets = np.repeat(np.arange(len(counts)), counts)
+    np.random.default_rng([seed, cycle]).shuffle(buckets)
+    numbers = np.empty(len(buckets), np.int64)
+    for bucket, count in enumerate(counts):
+        numbers[buckets == bucket] = np.arange(count)
+    return buckets, numbers
+
+
+class Loader:
+    """Batches for ever; `share` (index, count) of each is read here. Built by `open_loader`."""
+
+    def __init__(self, samples: Samples, batch: int, share: tuple[int, int]) -> None:
+        self.samples, self.batch, self.share = samples, batch, share
+        self.index, self.cfg = samples.index, samples.cfg
+        train, self.held = split(self.index, self.cfg.holdout)
+        places = _places(self.index)
+        self.streams: dict[tuple[int, int], list[int]] = {}
+        for number in train:
+            self.streams.setdefault(places[number], []).append(number)
+        self.buckets = sorted(self.streams)
+        counts = [len(self.streams[bucket]) for bucket in self.buckets]
+        self.schedule = BucketSchedule(counts, batch, self.cfg.seed)
+        self._iterator = self._open()
+
+    def _open(self) -> Any:
+        streams = [
+            grain.MapDataset.source(self.streams[bucket])
+            .seed(self.cfg.seed + SEED_STEP * (1 + number))
+            .shuffle()
+            .repeat()
+            for number, bucket in enumerate(self.buckets)
+        ]
+        stream = grain.MapDataset.select_from_datasets(streams, self.schedule)
+        stream = stream.map_with_index(self.samples.read)
+        workers = None
+        if self.cfg.workers:
+            workers = grain.MultiprocessingOptions(self.cfg.workers, per_worker_buffer_size=1)
+        index, count = self.share
+        read = grain.ReadOptions(self.cfg.threads, self.cfg.buffer)
+        return iter(
+            grain.experimental.ElasticIterator(
+                stream, self.batch, grain.sharding.ShardOptions(index, count, drop_remainder=True),
+                read_options=read, multiprocessing_options=workers,
+            )
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Batch | PixelBatch]:
+        return self
+
+    def __next__(self) -> Batch | PixelBatch:
+        """The share of the next batch. Raises DatasetError where a record cannot be read."""
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is, the same on every host."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where a stream was."""
+        self._iterator.set_state(state)
+
+    def bucket_at(self, step: int) -> tuple[int, int]:
+        """The bucket of a batch, without reading it."""
+        return self.buckets[self.schedule.of_step(step)[0]]
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the order of samples, and the samples."""
+        return {
+            "format": FORMAT,
+            "clips": {f"{h}x{w}": len(self.streams[h, w]) for h, w in self.buckets},
+            "batch": self.batch,
+            "schedule": self.samples.schedule,
+            "order": self.samples.order,
+            "seed": self.cfg.seed,
+            "holdout": self.cfg.holdout,
+            "sections": self.cfg.sections,
+            "caption_dropout": self.cfg.caption_dropout,
+            "mode": self.index.mode,
+            "records": repr(self.samples.source),
+            **{f"made by {name}": value for name, value in self.index.fingerprint.items()},
+        }
+
+    def latent_size(self, bucket: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a bucket's latents."""
+        return tuple(side // self.index.space_compression for side in bucket)
+
+    def abstract(self, bucket: tuple[int, int]) -> Batch | PixelBatch:
+        """A global batch of a bucket as `jax.ShapeDtypeStruct`s."""
+        sample = self.samples.read(0, self.streams[bucket][0])
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), np.asarray(x).dtype), sample
+        )
+
+    def clip_ids(self, numbers: Sequence[int]) -> list[str]:
+        """Names of clips by their numbers."""
+        return [self.samples.source[int(number)].clip.id for number in numbers]
+
+    def held_out(self, count: int) -> list[Batch | PixelBatch]:
+        """This host's share of batches with at least `count` held-out samples in all, always the
+        same; those of buckets with most clips first."""
+        places = _places(self.index)
+        by_bucket: dict[tuple[int, int], list[int]] = {}
+        for number in self.held:
+            by_bucket.setdefault(places[number], []).append(number)
+        ordered = sorted(by_bucket.values(), key=len, reverse=True)
+        batches = []
+        for turn in range(max(1, -(-count // self.batch)) if ordered else 0):
+            clips, first = ordered[turn % len(ordered)], turn * self.batch
+            elements = range(self.batch)[self.share[0] :: self.share[1]]
+            samples = [
+                self.samples.read(HELD_OUT + first + e, clips[(first + e) % len(clips)])
+                for e in elements
+            ]
+            batches.append(jax.tree.map(lambda *x: np.stack(x), *samples))
+        return batches
+
+    def held_out_records(self, count: int) -> list[Record]:
+        """Held-out clips, the same on every host."""
+        return [self.samples.source[number] for number in self.held[:count]]
+
+
+def open_loader(
+    cfg: Config, schedule: str, order: str, batch: int, share: tuple[int, int] = (0, 1)
+) -> Loader:
+    """The stream of a dataset for a packing schedule, in batches of `batch` samples of which this
+    host reads its share (index, count). Raises DatasetError, ScheduleError, ValueError."""
+    folder = Path(cfg.path)
+    index = records.read_index(folder)
+    _check_clips(folder, index, packing.parse(schedule).window)
+    if cfg.holdout >= index.clips:
+        raise DatasetError(
+            f"--data.holdout {cfg.holdout} leaves nothing of the {index.clips} clips in {folder}"
+        )
+    packing.plan(schedule, order, 1)
+    if batch % share[1]:
+        raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")
+    return Loader(Samples(folder, index, schedule, order, cfg), batch, share)
+
+
+def split(index: Index, holdout: int) -> tuple[list[int], list[int]]:
+    """Numbers of the records to train on, and of `holdout` others, which are always the same."""
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(index.clips).tolist()
+    return sorted(order[holdout:]), order[:holdout]
+
+
+def _places(index: Index) -> list[tuple[int, int]]:
+    """The bucket of each record."""
+    return [(s.height, s.width) for s in index.shards for _ in s.lengths]
+
+
+def _check_clips(folder: Path, index: Index, window: int) -> None:
+    if not index.clips:
+        raise DatasetError(
+            f"dataset {folder} is empty; see {folder}/rejected.jsonl for the reasons"
+        )
+    short = sum(length < 1 + window for shard in index.shards for length in shard.lengths)
+    if short:
+        seconds = (1 + window * index.time_compression) / index.fps
+        raise DatasetError(
+            f"{short} of the {index.clips} clips in {folder} are shorter than a section of {window}"
+            f" latent frames, {seconds:.2f} s; prepare the dataset with --min-seconds"
+            f" {seconds:.2f}, which encodes nothing again, or train with a smaller window"
+        )
+
+
+def check_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise DatasetError where a run was begun with another order of samples."""
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    if names:
+        listed = "; ".join(f"{n}: {old.get(n)} then, {new.get(n)} now" for n in names[:SHOWN])
+        raise DatasetError(
+            f"the samples are not those that the run was begun with ({listed}); put them back, or"
+            " begin another run from its parameters, in a new order: --init RUN@STEP --output NEW"
+        )
+
+
+def check_bundle(index: Index, manifest: Manifest) -> None:
+    """Raise DatasetError where a dataset was made by other networks than a bundle has."""
+    there, here = index.fingerprint, made_by(manifest, index.mode)
+    differing = [n for n, value in here.items() if n in there and there[n] != value]
+    if differing:
+        raise DatasetError(
+            f"the dataset was made by another bundle: {', '.join(differing)} differ; train with the"
+            " bundle that it was prepared with, or prepare it again with this one"
+        )
+
+
+def made_by(manifest: Manifest, mode: str) -> dict[str, Any]:
+    """What of a bundle decides the numbers of a dataset."""
+    roles = ["text_encoder", "text_encoder_2", "image_encoder"]
+    roles += ["vae"] if mode == "latents" else []
+    return {
+        **{role: manifest.roles[role].source.get("sha256") for role in roles},
+        "prompt_template": manifest.prompt_template,
+        "latent_mean": list(manifest.latent_mean),
+        "latent_std": list(manifest.latent_std),
+    }

@@ -1,0 +1,97 @@
+"""Sections read from raw videos while training, for the VAE to encode in the step.
+
+Of a clip only a window is decoded: the frames of the positions that a section reads and writes, and
+one frame before, which is the single first frame of the clip that the VAE is given and whose latent
+is dropped, as in its own tiles in time. Latents so made differ slightly from those of the clip
+encoded whole, as the VAE's norms span time.
+
+Shapes: B batch, S latent positions of a window, w latent window, H W pixels, h w latents.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from framepack_jax.data.batch import Batch
+from framepack_jax.packing import MISSING, PackedContext, Section
+
+# Rows of the table that a section is gathered from: nothing, the start latent, the window.
+NOTHING, START, WINDOW = 0, 1, 2
+
+
+@struct.dataclass
+class PixelBatch:
+    """`start_frame` (B, 1, H, W, 3) and `frames` (B, 1 + 4 S, H, W, 3) uint8; `target_at` (B, w)
+    and, for each context group, `reads_at` (B, n) rows of [zeros, start latent, window]; the rest
+    as in `Batch`."""
+
+    start_frame: Any
+    frames: Any
+    target_at: Any
+    reads_at: tuple[Any, ...]
+    indices: tuple[Any, ...]
+    target_indices: Any
+    kernels: tuple[str, ...] = struct.field(pytree_node=False)
+    text: Any
+    text_valid: Any
+    pooled: Any
+    image: Any
+    element: Any
+    section: Any
+    sections: Any
+    clip: Any
+
+
+class Window(NamedTuple):
+    """Latent positions `first` .. `first + size - 1` of a clip, where `first` is 1 or more."""
+
+    first: int
+    size: int
+
+    def frames(self, time_compression: int) -> tuple[int, int]:
+        """(first frame, number of frames): those of its positions and one before."""
+        return time_compression * (self.first - 1), 1 + time_compression * self.size
+
+
+def window_of(section: Section, length: int, size: int) -> Window:
+    """`size` positions of a clip of `length` that hold what a section reads and writes."""
+    used = [p for group in section.groups for p in group.reads if p not in (MISSING, 0)]
+    first = min((*used, *section.targets))
+    return Window(max(1, min(first, length - size)), size)
+
+
+def rows(positions: tuple[int, ...], window: Window) -> np.ndarray:
+    """Positions as rows of [zeros, start latent, window], int32."""
+    special = {MISSING: NOTHING, 0: START}
+    return np.asarray([special.get(p, p - window.first + WINDOW) for p in positions], np.int32)
+
+
+def to_batch(batch: PixelBatch, encode: Callable[[jax.Array], jax.Array]) -> Batch:
+    """Encode the frames of a batch; `encode` takes (B, P, H, W, 3) in [-1, 1] and gives normalised
+    latents (B, 1 + (P - 1) / 4, h, w, C)."""
+    start = encode(_signed(batch.start_frame))
+    window = encode(_signed(batch.frames))[:, 1:]
+    table = jnp.concatenate([jnp.zeros_like(start), start, window], axis=1).astype(jnp.bfloat16)
+    # Latents are data here: nothing is learned through them.
+    table = jax.lax.stop_gradient(table)
+
+    def gather(at: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(table, at[:, :, None, None, None], axis=1)
+
+    return Batch(
+        target=gather(batch.target_at),
+        context=PackedContext(
+            tuple(gather(at) for at in batch.reads_at), batch.indices, batch.target_indices,
+            batch.kernels,
+        ),
+        text=batch.text, text_valid=batch.text_valid, pooled=batch.pooled, image=batch.image,
+        element=batch.element, section=batch.section, sections=batch.sections, clip=batch.clip,
+    )  # fmt: skip
+
+
+def _signed(frames: jax.Array) -> jax.Array:
+    return frames.astype(jnp.float32) / 127.5 - 1

@@ -1,0 +1,276 @@
+"""Prepared clips on disk: one record a clip, in ArrayRecord shards by bucket.
+
+    dataset.json                 the index below, written last: a folder without it is no dataset
+    empty.safetensors            the empty prompt's states, for caption dropout
+    shards/480x832-00000.arrayrecord   records, "group_size:1,uncompressed"
+
+A record is a safetensors blob, so that its arrays are views of the bytes that were read. Sections
+are cut from clips when training: one dataset serves every schedule and latent window.
+
+Shapes: T latent frames, h w latent rows and columns, C latent channels, n prompt tokens, D widths.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+FORMAT = 1
+INDEX, EMPTY, SHARDS = "dataset.json", "empty.safetensors", "shards"
+OPTIONS = "group_size:1,uncompressed"
+SHARD_BYTES = 1 << 30
+# safetensors keeps them under a type of its own; numpy knows them as two bytes.
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+ARRAYS = ("text", "pooled", "image", "latents")
+
+
+class DatasetError(ValueError):
+    """A dataset that is missing, unfinished, damaged, or not made for this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Where a clip comes from and what it is.
+
+    `source` is the video, `start` seconds into it, `frames` (1 + 4 k) at the dataset's rate, cut to
+    `height` x `width` pixels, the bucket. `scores` are what the clip was judged by.
+    """
+
+    id: str
+    source: str
+    start: float
+    frames: int
+    height: int
+    width: int
+    caption: str
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Record(NamedTuple):
+    """A clip as training reads it, arrays in bfloat16.
+
+    `text` (n, D), the prompt's n states; `pooled` (D,), its gist; `image` (tokens, D), those of the
+    first frame. `latents` (T, h, w, C), normalised, are the timeline of a video: position 0 is the
+    first frame encoded alone, as sampling sees it, the others are those of the clip encoded whole.
+    They are None where frames are encoded in training.
+    """
+
+    clip: Clip
+    text: np.ndarray
+    pooled: np.ndarray
+    image: np.ndarray
+    latents: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of records of one bucket: its name in the folder of shards, the bucket in pixels, and
+    the latent frames of each record."""
+
+    file: str
+    height: int
+    width: int
+    lengths: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What `dataset.json` says. `fingerprint` is all that decides the numbers in the records:
+    hashes of the VAE and the encoders, tiling, prompt template, frames a second, buckets."""
+
+    mode: Literal["latents", "pixels"]
+    shards: tuple[Shard, ...]
+    fingerprint: dict[str, Any]
+    fps: float
+    time_compression: int
+    space_compression: int
+    channels: int
+
+    @property
+    def clips(self) -> int:
+        return sum(len(shard.lengths) for shard in self.shards)
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """Buckets that occur, in pixels, by growing height."""
+        return sorted({(shard.height, shard.width) for shard in self.shards})
+
+
+def pack(record: Record) -> bytes:
+    """A record as bytes, the same for the same record."""
+    arrays = {name: getattr(record, name) for name in ARRAYS if getattr(record, name) is not None}
+    stored = {name: np.ascontiguousarray(array).astype(BFLOAT16) for name, array in arrays.items()}
+    clip = json.dumps(dataclasses.asdict(record.clip), sort_keys=True)
+    return safetensors.numpy.save(stored, metadata={"clip": clip})
+
+
+def unpack(data: bytes) -> Record:
+    """The record that `pack` made bytes of; its arrays are views of them. Raises DatasetError."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(bytes(data[8 : 8 + length]))
+        clip = Clip(**json.loads(header.pop("__metadata__")["clip"]))
+        body = memoryview(data)[8 + length :]
+        arrays = {name: _view(body, entry) for name, entry in header.items()}
+        return Record(clip, **{name: arrays.get(name) for name in ARRAYS})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"a record is damaged ({error})") from error
+
+
+def _view(body: memoryview, entry: Mapping[str, Any]) -> np.ndarray:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] != "BF16":
+        raise ValueError(f"an array of {entry['dtype']}, expected BF16")
+    return np.frombuffer(body[begin:end], BFLOAT16).reshape(entry["shape"])
+
+
+def write_shards(
+    folder: Path, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
+) -> list[Shard]:
+    """Write (bytes, latent frames) of one bucket, about `SHARD_BYTES` a file, each whole or not at
+    all; the same records give the same files. Raises OSError where the disk is full."""
+    shards: list[Shard] = []
+    records = iter(records)
+    while (first := next(records, None)) is not None:
+        file = f"{bucket[0]}x{bucket[1]}-{len(shards):05d}.arrayrecord"
+        lengths = _write_shard(Path(folder) / SHARDS / file, first, records)
+        shards.append(Shard(file, *bucket, lengths))
+    return shards
+
+
+def _write_shard(
+    path: Path, first: tuple[bytes, int], rest: Iterator[tuple[bytes, int]]
+) -> tuple[int, ...]:
+    """Write records until the shard is full; returns their lengths."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    lengths, size = [], 0
+    try:
+        with contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer:
+            for data, length in itertools.chain([first], rest):
+                writer.write(data)
+                lengths.append(length)
+                size += len(data)
+                if size >= SHARD_BYTES:
+                    break
+        partial.replace(path)
+    except RuntimeError as error:
+        partial.unlink(missing_ok=True)
+        line = str(error).partition("\n")[0]
+        raise OSError(f"{path} cannot be written ({line}); is the disk full?") from error
+    return tuple(lengths)
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Finish a dataset: the index is there whole, or not at all."""
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(index)}, indent=1)
+    partial = Path(folder) / f"{INDEX}.part"
+    partial.write_text(text + "\n")
+    partial.replace(Path(folder) / INDEX)
+
+
+def read_index(folder: Path) -> Index:
+    """Read `dataset.json`, and see that its shards are there. Raises DatasetError."""
+    folder = Path(folder)
+    file = folder / INDEX
+    if not file.exists():
+        what = "an unfinished dataset" if (folder / SHARDS).exists() else "no dataset"
+        raise DatasetError(
+            f"{folder} is {what} (it has no {INDEX}); make one with: framepack prepare --videos"
+            f" FOLDER --bundle BUNDLE --output {folder}"
+        )
+    try:
+        fields = json.loads(file.read_text())
+        version = fields.pop("format")
+        if version != FORMAT:
+            raise DatasetError(
+                f"dataset {folder} has format {version}, this version reads format {FORMAT};"
+                " prepare it again"
+            )
+        shards = [Shard(**s | {"lengths": tuple(s["lengths"])}) for s in fields.pop("shards")]
+        index = Index(shards=tuple(shards), **fields)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DatasetError(f"{file} is damaged ({error}); prepare the dataset again") from error
+    if missing := [s.file for s in index.shards if not (folder / SHARDS / s.file).exists()]:
+        raise DatasetError(
+            f"dataset {folder} lacks {len(missing)} of its shards, as {SHARDS}/{missing[0]}; copy"
+            " them, or prepare it again"
+        )
+    return index
+
+
+def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> None:
+    """Keep the states (n, D) and (D,) of the empty prompt."""
+    stored = {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
+    partial = Path(folder) / f"{EMPTY}.part"
+    partial.write_bytes(safetensors.numpy.save(stored))
+    partial.replace(Path(folder) / EMPTY)
+
+
+def read_empty(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The states (n, D) and (D,) of the empty prompt. Raises DatasetError."""
+    file = Path(folder) / EMPTY
+    if not file.exists():
+        raise DatasetError(f"dataset {folder} lacks {EMPTY}; prepare it again")
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text, pooled = (_view(memoryview(data)[8 + length :], header[n]) for n in ("text", "pooled"))
+    return text, pooled
+
+
+class Source:
+    """The records of some shards, as grain reads a source: by number, from any thread."""
+
+    def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
+        self.folder, self.shards = Path(folder), tuple(shards)
+        self._places = [(n, i) for n, s in enumerate(self.shards) for i in range(len(s.lengths))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> Record:
+        """Raises DatasetError that names a damaged shard."""
+        shard, i = self._places[number]
+        path = self.folder / SHARDS / self.shards[shard].file
+        with _named(path, i):
+            reader = _reader(str(path))
+            if reader.num_records() != len(self.shards[shard].lengths):
+                raise DatasetError(
+                    f"it holds {reader.num_records()} records, the index says"
+                    f" {len(self.shards[shard].lengths)}"
+                )
+            (data,) = reader.read([i])
+            return unpack(data)
+
+    def __repr__(self) -> str:
+        # grain writes it into its state: the same wherever the dataset lies.
+        digest = hashlib.sha256(repr(self.shards).encode()).hexdigest()
+        return f"Source({digest[:16]})"
+
+
+@functools.lru_cache(maxsize=256)
+def _reader(path: str) -> Any:
+    return ArrayRecordReader(path, "readahead_buffer_size:0")
+
+
+@contextlib.contextmanager
+def _named(path: Path, record: int) -> Iterator[None]:
+    try:
+        yield
+    except (DatasetError, RuntimeError, ValueError, IndexError, OSError) as error:
+        line = str(error).partition("\n")[0]
+        raise DatasetError(
+            f"{path}, record {record}, cannot be read ({line}); copy the shard again, or prepare"
+            " the dataset again"
+        ) from error

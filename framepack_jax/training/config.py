@@ -1,0 +1,202 @@
+"""What a training run is made of: frozen dataclasses, which `configs/*.py` fill in and the command
+line overrides by dotted names (`--optimizer.learning-rate 1e-5`)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import tyro
+
+from framepack_jax.data import loader
+from framepack_jax.models import stack
+
+MOST_STEPS = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Global-norm clip, then the optimizer, then weight decay on matrices, then the schedule."""
+
+    name: Literal["adamw", "adafactor", "adam8bit"] = "adamw"
+    """adamw keeps 8 bytes a parameter, adam8bit (both moments in 8 bits) 2, adafactor (no first
+    moment, factored second) next to none."""
+    learning_rate: float = 1e-5
+    """At the end of the warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: as it is, or down to a tenth at the last step."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Decoupled; on matrices, not on biases and norms."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (arXiv 2106.09685), with `trainable` lora."""
+
+    rank: int = 32
+    """Rank of each adapter; the three projections q, k, v share their first factor."""
+    alpha: float = 32.0
+    """The adapters' product is multiplied by alpha / rank."""
+    targets: str = r"(double|single)/(\w+_)?(qkv|out|mlp_in|mlp_out)"
+    """Regular expression of the linear layers; all of the blocks' but the modulations by default,
+    which `(double|single)/(\\w+_)?(qkv|out|mlp_in|mlp_out|mod)` adds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """How noise levels are drawn. t is drawn in (0, 1), then shifted by the section's own token
+    count as in sampling: sigma = e^mu t / (e^mu t + 1 - t)."""
+
+    distribution: Literal["logit-normal", "uniform"] = "logit-normal"
+    """Esser et al., arXiv 2403.03206, section 3.1; or even in t."""
+    mean: float = 0.0
+    """Of the logit of t."""
+    std: float = 1.0
+    """Of the logit of t."""
+    shift: float | None = None
+    """mu of the shift; default: that of the sampler, by the tokens of the section."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What is looked at on the way."""
+
+    every: int = 500
+    """Steps from one validation to the next; 0: none."""
+    clips: int = 16
+    """Held-out samples the loss is taken on."""
+    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Noise levels of the loss; its noise is the same each time."""
+    context: bool = True
+    """Also the loss with each context group blanked, and with that of another clip: whether the
+    history is used."""
+    videos: int = 1
+    """Videos sampled from held-out clips; 0: none."""
+    sections: int = 2
+    """Length of these videos."""
+    steps: int = 25
+    """Denoising steps of these videos."""
+    guidance: float = 10.0
+    """Distilled guidance scale in sampling these videos."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """What is kept of a run."""
+
+    every: int = 500
+    """Steps from one checkpoint to the next; the last step has one in any case."""
+    keep: int = 3
+    """The newest so many are kept."""
+    keep_every: int = 0
+    """Those of steps that this divides are kept for good; 0: none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run: what is trained, on what, and how."""
+
+    bundle: str = ""
+    """The bundle whose transformer is trained; its other networks made the dataset, and decode
+    validation videos."""
+    output: str = ""
+    """Folder of the run: checkpoints, logs, validation videos."""
+    init: str = "bundle"
+    """Where training begins: bundle (its weights), scratch (random weights), or RUN or RUN@STEP,
+    the parameters of another run under a new data order."""
+    network: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """With init scratch: sizes of the transformer that differ from the bundle's."""
+    data: loader.Config = dataclasses.field(default_factory=loader.Config)
+    schedule: str | None = None
+    """Packing schedule to train for; default: the bundle's."""
+    trainable: Literal["all", "context", "lora"] = "all"
+    """all parameters; the embeddings of context and image alone, which a base model does not have;
+    or low-rank adapters beside frozen weights."""
+    lora: LoRA = LoRA()
+    batch: int = 8
+    """Samples a step, over all devices."""
+    accumulate: int = 1
+    """Parts that a batch is taken in, one after another: less memory, the same result."""
+    steps: int = 10_000
+    """Steps of the whole run."""
+    seed: int = 0
+    """Of noise, noise levels and fresh weights."""
+    optimizer: Optimizer = Optimizer()
+    times: Times = Times()
+    guidance: float = 1.0
+    """The value that the network's guidance input has in training. The distilled release is sampled
+    with 10; training data show what 1 stands for, no guidance."""
+    history_noise: float = 0.0
+    """Context latents are noised up to this level, drawn anew for each sample (0: clean)."""
+    ema: float = 0.0
+    """Decay of the moving average of the parameters; 0: none."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What blocks compute in. Trained parameters are float32, frozen ones of this type."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What of the forward pass is kept for the backward pass: everything, matrix products, the
+    blocks' inputs, or those in host memory."""
+    max_bad_steps: int = 10
+    """So many steps in a row whose loss or gradient is not finite stop the run; such updates are
+    left out."""
+    validation: Validation = Validation()
+    checkpoints: Checkpoints = Checkpoints()
+    log_every: int = 10
+    """Steps from one line of the log to the next."""
+    tensorboard: bool = True
+    """Also write TensorBoard's event files."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (needs the extra wandb)."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _check(cfg: Config) -> None:
+    """Raise ValueError that names the field, what it is and what was expected."""
+    positive = {
+        "batch": cfg.batch, "accumulate": cfg.accumulate, "steps": cfg.steps,
+        "lora.rank": cfg.lora.rank, "checkpoints.every": cfg.checkpoints.every,
+        "checkpoints.keep": cfg.checkpoints.keep, "max-bad-steps": cfg.max_bad_steps,
+        "log-every": cfg.log_every, "validation.sections": cfg.validation.sections,
+        "validation.steps": cfg.validation.steps,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if not 1 <= value <= MOST_STEPS:
+            raise ValueError(f"--{name} {value}: expected a whole number of 1 or more")
+    if cfg.batch % cfg.accumulate:
+        raise ValueError(
+            f"--accumulate {cfg.accumulate} does not divide --batch {cfg.batch}: a batch is taken"
+            " in equal parts"
+        )
+    shares = {
+        "ema": cfg.ema, "history-noise": cfg.history_noise, "optimizer.b1": cfg.optimizer.b1,
+        "optimizer.b2": cfg.optimizer.b2,
+    }  # fmt: skip
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"--{name} {value}: expected a number from 0 to below 1")
+    numbers = {
+        "optimizer.learning-rate": cfg.optimizer.learning_rate,
+        "optimizer.weight-decay": cfg.optimizer.weight_decay, "times.std": cfg.times.std,
+        "optimizer.clip-norm": cfg.optimizer.clip_norm, "optimizer.eps": cfg.optimizer.eps,
+        "optimizer.warmup-steps": cfg.optimizer.warmup_steps,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"--{name} {value}: expected a finite number of 0 or more")
+    if any(not 0 < sigma <= 1 for sigma in cfg.validation.sigmas):
+        raise ValueError(f"--validation.sigmas {cfg.validation.sigmas}: expected numbers in (0, 1]")
+    if cfg.remat not in stack.REMAT:
+        raise ValueError(f"--remat {cfg.remat}: expected one of {', '.join(stack.REMAT)}")
+    if cfg.network and cfg.init != "scratch":
+        raise ValueError("network sizes are given, but only --init scratch makes a new network")

@@ -1,0 +1,160 @@
+"""A training run becomes a bundle, or a LoRA file, as the other commands take them.
+
+Leaves are read from the checkpoint one at a time, so that a host needs memory for one of them.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from framepack_jax import bundle, lora, packing
+from framepack_jax.conversion.lora import write
+from framepack_jax.models import stack
+from framepack_jax.training import checkpoints, state
+from framepack_jax.training.checkpoints import RunError
+from framepack_jax.training.config import Config
+
+# Files of the transformers library that lie in a bundle beside the networks.
+ASSETS = ("tokenizer", "tokenizer_2", "image_processor")
+
+
+def export(
+    run: str,
+    output: str | None,
+    bundle_path: epath.PathLike,
+    *,
+    ema: bool = False,
+    dtype: str = "bfloat16",
+    copy: bool = False,
+) -> str:
+    """Make a bundle of a run (RUN or RUN@STEP) that was trained from the bundle at `bundle_path`;
+    of adapters, a folder with lora.safetensors. Returns what was written, in a line.
+
+    By default it is RUN/bundle. Networks that were not trained stay where they are and are pointed
+    to, unless `copy`. Raises RunError, BundleError, OSError.
+    """
+    folder, step = checkpoints.parse_run(run)
+    record = checkpoints.read_record(folder)
+    cfg = read_config(record["config"])
+    manifest = bundle.read_manifest(bundle_path)
+    if manifest.roles["transformer"].source.get("sha256") != record["weights"]:
+        raise RunError(
+            f"{folder} was trained from another transformer than {bundle_path} holds; give the"
+            " bundle that it was trained from"
+        )
+    if ema and not cfg.ema:
+        raise RunError(f"{folder} keeps no moving average (--ema 0); leave --ema out")
+    model = state.model_of(cfg, manifest)
+    target = epath.Path(output or os.path.join(folder, "bundle"))
+    part = "ema" if ema else "params"
+    if cfg.trainable == "lora":
+        return _export_lora(cfg, model, folder, step, part, target)
+    if target.exists() and not (target / bundle.MANIFEST).exists() and any(target.iterdir()):
+        raise RunError(f"{target} is no bundle and not empty; choose another --output")
+    trained, frozen = state.abstract_params(cfg, model)
+    leaves = _leaves(folder, step, part, trained, model, dtype)
+    if jax.tree.leaves(frozen):
+        names = list(stack.split(frozen, model.module.STACKS))
+        kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
+        leaves = itertools.chain(kept, leaves)
+    return _write_bundle(manifest, bundle_path, target, model, cfg, leaves, (folder, step), copy)
+
+
+def _write_bundle(
+    manifest: bundle.Manifest,
+    bundle_path: epath.PathLike,
+    target: epath.Path,
+    model: state.Model,
+    cfg: Config,
+    leaves: Iterator[tuple[str, np.ndarray]],
+    origin: tuple[str, int],
+    copy: bool,
+) -> str:
+    """The transformer, then pointers to or copies of the rest, the manifest last."""
+    (target / bundle.MANIFEST).unlink(missing_ok=True)
+    written = bundle.write_params(target / "transformer", leaves)
+    folder, step = origin
+    source = {"name": f"{folder} at step {step}", "naming": "trained", "format": "orbax"}
+    roles = {}
+    for name, role in manifest.roles.items():
+        path = epath.Path(bundle_path) / role.path
+        if name == "transformer":
+            fields = dataclasses.asdict(model.cfg)
+            roles[name] = bundle.Role(model.kind, fields, name, source | written._asdict())
+        elif copy:
+            _copy(path, target / name)
+            roles[name] = dataclasses.replace(role, path=name)
+        else:
+            roles[name] = dataclasses.replace(role, path=bundle.reference(path, target))
+    # Tokenizers and the image processor are small.
+    for part in epath.Path(bundle_path).iterdir():
+        if part.name in ASSETS and part.is_dir():
+            _copy(part, target / part.name)
+    schedule = cfg.schedule or manifest.schedule
+    order = packing.default_order(schedule) if cfg.schedule else manifest.order
+    made = dataclasses.replace(manifest, roles=roles, schedule=schedule, order=order)
+    bundle.write_manifest(target, made)
+    return f"{target}: step {step}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    if target.exists():
+        target.rmtree()
+    target.mkdir(parents=True)
+    for part in source.iterdir():
+        if part.is_dir():
+            _copy(part, target / part.name)
+        else:
+            part.copy(target / part.name)
+
+
+def read_config(fields: dict[str, Any]) -> Config:
+    """The configuration that a run's record holds."""
+    return _from_fields(Config, fields)
+
+
+def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
+    default = cls()
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in fields:
+            continue
+        value, there = fields[field.name], getattr(default, field.name)
+        if dataclasses.is_dataclass(there):
+            value = _from_fields(type(there), value)
+        values[field.name] = tuple(value) if isinstance(there, tuple) else value
+    return cls(**values)
+
+
+def _leaves(
+    folder: str, step: int, part: str, trained: Any, model: state.Model, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of the trained parameters, layer by layer, floating ones as `dtype`."""
+    for path, leaf in flatten_dict(trained).items():
+        found = checkpoints.restore_params(folder, step, unflatten_dict({path: leaf}), part)
+        array = np.asarray(flatten_dict(found)[path])
+        layers = stack.split(unflatten_dict({path: array}), model.module.STACKS)
+        for name, layer in layers.items():
+            yield name, np.asarray(layer).astype(jnp.dtype(dtype))
+
+
+def _export_lora(
+    cfg: Config, model: state.Model, folder: str, step: int, part: str, target: epath.Path
+) -> str:
+    trained, _ = state.abstract_params(cfg, model)
+    factors = checkpoints.restore_params(folder, step, trained, part)
+    adapters: lora.LoRA = state.to_lora(cfg, factors)
+    file = Path(target)
+    file = file if file.suffix == ".safetensors" else file / "lora.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, adapters, model.cfg)
+    return f"{file}: {len(adapters)} adapters of rank {cfg.lora.rank}; sample.py --lora {file}"

@@ -1,0 +1,435 @@
+"""A training run from its first step, or from where it was stopped, to its last.
+
+    resume, else begin from a bundle or another run, else from random weights
+
+Everything that decides the result - parameters, optimizer, place in the stream of samples - is in
+the checkpoints, and all that is random comes from the number of a sample: a run that is killed
+anywhere and gone on with is, to the last bit, the run that never was.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from framepack_jax import bundle, packing, processes
+from framepack_jax.data import loader as loading
+from framepack_jax.diffusion import sampler
+from framepack_jax.training import checkpoints, metrics, optimizer, state, validation
+from framepack_jax.training.checkpoints import RunError
+from framepack_jax.training.config import Config
+from framepack_jax.training.feed import check_batch, feed, local_share, place
+from framepack_jax.training.state import Model, Params, State
+from framepack_jax.training.step import Metrics, losses_at, train_step
+
+# Fields of a configuration that a run keeps from its first step to its last.
+FIXED = (
+    "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance", "history_noise",
+    "times",
+)  # fmt: skip
+
+
+class NotFinite(FloatingPointError):
+    """Losses or gradients that stay not finite."""
+
+
+class Setup(NamedTuple):
+    """What a run computes with, before there are any weights."""
+
+    cfg: Config
+    manifest: bundle.Manifest
+    model: Model
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    schedule: str
+    order: str
+    abstract: State
+    frozen: Params
+    encode: Callable[[Params, jax.Array], jax.Array] | None
+
+
+def set_up(cfg: Config, manifest: bundle.Manifest, mesh: Mesh, pixels: bool = False) -> Setup:
+    """Check a configuration against its bundle and mesh. Raises ValueError, BundleError."""
+    model = state.model_of(cfg, manifest)
+    schedule = cfg.schedule or manifest.schedule
+    order = packing.default_order(schedule) if cfg.schedule else manifest.order
+    model.module.check_kernels(model.cfg, model.module.context_kernels(schedule))
+    model.module.check_mesh(model.cfg, mesh)
+    check_batch(cfg.batch, cfg.accumulate, mesh)
+    tx = optimizer.make(cfg.optimizer, cfg.steps, model.module.STACKS)
+    abstract, frozen = state.abstract(cfg, model, tx, mesh)
+    encode = _encoder(manifest) if pixels else None
+    return Setup(cfg, manifest, model, tx, mesh, schedule, order, abstract, frozen, encode)
+
+
+def _encoder(manifest: bundle.Manifest) -> Callable[[Params, jax.Array], jax.Array]:
+    """Frames (B, P, H, W, 3) in [-1, 1] -> normalised latents, by the VAE of a bundle."""
+    module, cfg = bundle.role_config(manifest, "vae")
+    mean = np.asarray(manifest.latent_mean, np.float32)
+    std = np.asarray(manifest.latent_std, np.float32)
+
+    def encode(params: Params, frames: jax.Array) -> jax.Array:
+        latents = module.encode(cfg, params, frames)[0].astype(jnp.float32)
+        return (latents - mean[None, None, None, None]) / std[None, None, None, None]
+
+    return encode
+
+
+def jitted_step(setup: Setup) -> Any:
+    """The training step of (state, frozen, vae, batch), which uses the state up."""
+    whole = NamedSharding(setup.mesh, PartitionSpec())
+    fixed = setup.cfg, setup.model, setup.tx, setup.encode
+    return jax.jit(
+        functools.partial(train_step, *fixed),
+        donate_argnums=0,
+        out_shardings=(state.shardings(setup.abstract), Metrics(*[whole] * len(Metrics._fields))),
+    )
+
+
+def abstract_batch(setup: Setup, loader: Any, bucket: tuple[int, int]) -> Any:
+    """A global batch of a bucket, and how it lies on the mesh."""
+    where = NamedSharding(setup.mesh, PartitionSpec(("data", "fsdp")))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), loader.abstract(bucket)
+    )
+
+
+def train(
+    cfg: Config,
+    bundle_path: epath.PathLike,
+    mesh: Mesh,
+    *,
+    resume: bool = True,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Train until the last step, or until the run is asked to stop; returns the step it came to.
+
+    Raises ValueError (with RunError, BundleError, DatasetError) for what cannot be trained, OSError
+    where a checkpoint cannot be written, NotFinite.
+    """
+    manifest = bundle.read_manifest(bundle_path)
+    share = local_share(mesh, cfg.batch)
+    schedule = cfg.schedule or manifest.schedule
+    order = packing.default_order(schedule) if cfg.schedule else manifest.order
+    loader = loading.open_loader(cfg.data, schedule, order, cfg.batch, share)
+    loading.check_bundle(loader.index, manifest)
+    setup = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
+    record = {
+        "config": checkpoints.as_record(cfg),
+        "fingerprint": loader.fingerprint,
+        "weights": manifest.roles["transformer"].source.get("sha256"),
+    }
+    there = processes.in_first(checkpoints.steps_of, cfg.output)
+    if there and not resume:
+        raise RunError(
+            f"{cfg.output} holds a run up to step {there[-1]}; choose another --output, or go on"
+            " with it: --resume auto"
+        )
+    with (
+        jax.set_mesh(mesh),
+        sampler.precision(cfg.dtype),
+        contextlib.closing(checkpoints.manager(cfg.output, cfg.checkpoints)) as manager,
+    ):
+        if there:
+            _check_same_run(cfg, record)
+            begun, frozen = _resumed(setup, bundle_path, manager, there[-1], loader)
+            say(f"{cfg.output}: goes on after step {there[-1]}")
+        else:
+            begun, frozen, origin = first_state(setup, bundle_path)
+            say(f"{cfg.output}: begins from {origin}")
+        processes.in_first(checkpoints.write_record, cfg.output, record)
+        return Run(setup, bundle_path, loader, manager, frozen, record).go(begun)
+
+
+def first_state(setup: Setup, bundle_path: epath.PathLike) -> tuple[State, Params, str]:
+    """(state, frozen parameters, where they come from) before the first step."""
+    cfg, model, tx, mesh = setup.cfg, setup.model, setup.tx, setup.mesh
+    if cfg.init == "scratch":
+        params = state.random_params(cfg, model, mesh)
+        return *state.begin(cfg, model, tx, mesh, params), "random weights"
+    if cfg.init == "bundle":
+        params = load_network(setup, bundle_path)
+        return *state.begin(cfg, model, tx, mesh, params), f"the transformer of {bundle_path}"
+    run, step = checkpoints.parse_run(cfg.init)
+    part = "ema" if checkpoints.read_record(run)["config"]["ema"] else "params"
+    trained = checkpoints.restore_params(run, step, setup.abstract.params, part)
+    frozen = load_frozen(setup, bundle_path)
+    return state.with_params(cfg, model, tx, mesh, trained), frozen, f"{run} at step {step}"
+
+
+def load_network(setup: Setup, bundle_path: epath.PathLike) -> Params:
+    """All parameters of the bundle's transformer, trained ones in float32."""
+    dtype = {"all": "float32", "lora": setup.cfg.dtype, "context": None}[setup.cfg.trainable]
+    params = bundle.load_params(
+        bundle_path, setup.manifest, "transformer",
+        dtype=dtype and jnp.dtype(dtype), mesh=setup.mesh,
+    )  # fmt: skip
+    if setup.cfg.trainable != "context":
+        return params
+    wanted = flatten_dict(setup.abstract.params) | flatten_dict(setup.frozen)
+    leaves = flatten_dict(params)
+    return unflatten_dict({p: leaves[p].astype(wanted[p].dtype) for p in leaves})
+
+
+def load_frozen(setup: Setup, bundle_path: epath.PathLike) -> Params:
+    """The frozen parameters alone; those that are trained come from elsewhere."""
+    if not jax.tree.leaves(setup.frozen):
+        return setup.frozen
+    if setup.cfg.init == "scratch":
+        params = state.random_params(setup.cfg, setup.model, setup.mesh)
+    else:
+        params = load_network(setup, bundle_path)
+    kept = flatten_dict(setup.frozen)
+    leaves = flatten_dict(params)
+    return unflatten_dict({path: leaves[path].astype(kept[path].dtype) for path in kept})
+
+
+def _check_same_run(cfg: Config, record: dict[str, Any]) -> None:
+    """Raise RunError or DatasetError where a run was begun with another configuration or data."""
+    old = processes.in_first(checkpoints.read_record, cfg.output)
+    loading.check_fingerprint(old["fingerprint"], record["fingerprint"])
+    then, now = old["config"], record["config"]
+    names = [n for n in FIXED if then.get(n) != now[n]]
+    names += ["ema"] if bool(then["ema"]) != bool(now["ema"]) else []
+    if then["optimizer"]["name"] != now["optimizer"]["name"]:
+        names.append("optimizer")
+    differing = [f"{n} = {then.get(n)!r} then, {now[n]!r} now" for n in names]
+    if old["weights"] != record["weights"]:
+        differing.append("the transformer of the bundle")
+    if differing:
+        raise RunError(
+            f"{cfg.output} was begun otherwise ({'; '.join(differing)}); go on with what it was"
+            f" begun with, or begin another run from it: --output NEW --init {cfg.output}"
+        )
+
+
+def _resumed(
+    setup: Setup, bundle_path: epath.PathLike, manager: Any, step: int, loader: Any
+) -> tuple[State, Params]:
+    begun, data = checkpoints.restore(manager, step, setup.abstract)
+    loader.set_state(data)
+    return begun, load_frozen(setup, bundle_path)
+
+
+class Run:
+    """A run under way."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        bundle_path: epath.PathLike,
+        loader: Any,
+        manager: Any,
+        frozen: Params,
+        record: dict[str, Any],
+    ) -> None:
+        self.setup, self.cfg, self.path = setup, setup.cfg, bundle_path
+        self.loader, self.manager, self.frozen = loader, manager, frozen
+        self.record = record
+        self.rate = optimizer.learning_rate(self.cfg.optimizer, self.cfg.steps)
+        self.vae: Params = {}
+        if setup.encode is not None:
+            self.vae = bundle.load_params(
+                bundle_path, setup.manifest, "vae", dtype=jnp.float32, mesh=setup.mesh
+            )
+        self.validator: Any = None
+
+    def go(self, begun: State) -> int:
+        """From a state to the last step, or to where the run is asked to stop."""
+        cfg, first = self.cfg, int(begun.step)
+        if first >= cfg.steps:
+            return first
+        programs = self.compile()
+        log = metrics.Log(cfg, processes.in_all(metrics.writers, cfg, first, self.record))
+        batches = feed(self.loader, self.setup.mesh, cfg.batch)
+        bar = tqdm(
+            total=cfg.steps, initial=first, desc="training", unit="step",
+            disable=metrics.is_quiet(), smoothing=0.1,
+        )  # fmt: skip
+        with stop_signal() as asked, contextlib.closing(batches), contextlib.closing(log), bar:
+            log.restart()
+            late: tuple[int, Metrics] | None = None
+            for step in range(first + 1, cfg.steps + 1):
+                fed = next(batches)
+                compiled, flops, tokens = programs[_bucket(fed.batch)]
+                begun, figures = compiled(begun, self.frozen, self.vae, fed.batch)
+                if late is not None:
+                    self._settle(log, bar, *late)
+                late = step, figures
+                log.count(fed.waited, flops, tokens)
+                bar.update()
+                stop = asked() or step == cfg.steps
+                if stop or step % cfg.checkpoints.every == 0:
+                    self._settle(log, bar, *late)
+                    late = None
+                    checkpoints.save(self.manager, step, begun, fed.state)
+                if self._validates(step):
+                    if late is not None:
+                        self._settle(log, bar, *late)
+                        late = None
+                    self.validate(log, step, begun)
+                    log.restart()
+                if stop:
+                    break
+            checkpoints.wait(self.manager)
+            return step
+
+    def _settle(self, log: metrics.Log, bar: Any, step: int, figures: Metrics) -> None:
+        """Take the figures of a step that is over, or about to be. Raises NotFinite."""
+        figures = log.add(step, figures)
+        bar.set_postfix(loss=f"{figures.loss:.4f}", refresh=False)
+        self.bad = self.bad + 1 if figures.skipped else 0
+        if self.bad >= self.cfg.max_bad_steps:
+            kept = self.manager.latest_step()
+            ids = ", ".join(self.loader.clip_ids(sorted(set(figures.clips.tolist())))[:8])
+            raise NotFinite(
+                f"step {step}: loss or gradient have not been finite for {self.bad} steps; the last"
+                f" batch has clips {ids}. Those updates were left out; the last checkpoint is"
+                f" {'of step ' + str(kept) if kept is not None else 'not written yet'} in"
+                f" {self.manager.directory}. Lower --optimizer.learning-rate, or look at the data"
+            )
+        if step % self.cfg.log_every == 0 or step == self.cfg.steps:
+            log.line({"learning_rate": float(self.rate(step - 1))})
+
+    bad = 0
+
+    def compile(self) -> dict[Any, tuple[Any, int, int]]:
+        """Shape of a batch -> (the compiled step, FLOPs and tokens of a sample), for every bucket
+        there is, before the first step, several at a time."""
+        step, setup = jitted_step(self.setup), self.setup
+        vae = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.vae
+        )
+        context = jax.sharding.get_mesh()
+
+        def one(bucket: tuple[int, int]) -> Any:
+            with jax.set_mesh(context), sampler.precision(self.cfg.dtype):
+                batch = abstract_batch(setup, self.loader, bucket)
+                lowered = step.lower(setup.abstract, setup.frozen, vae, batch)
+                size = self.loader.latent_size(bucket)
+                flops, tokens = metrics.sample_cost(setup.model.cfg, setup.schedule, batch, size)
+                return _bucket(batch), (lowered.compile(), flops, tokens)
+
+        buckets = self.loader.buckets
+        with ThreadPoolExecutor(min(len(buckets), 4)) as pool:
+            done = tqdm(
+                pool.map(one, buckets), total=len(buckets), desc="compiling", unit="bucket",
+                disable=metrics.is_quiet() or len(buckets) == 1,
+            )  # fmt: skip
+            return dict(done)
+
+    def _validates(self, step: int) -> bool:
+        every = self.cfg.validation.every
+        return (
+            bool(every)
+            and self.cfg.data.holdout > 0
+            and (step % every == 0 or step == self.cfg.steps)
+        )
+
+    def validate(self, log: metrics.Log, step: int, now: State) -> None:
+        """Losses and videos of held-out clips."""
+        if self.validator is None:
+            self.validator = Validator(self.setup, self.path, self.loader, self.vae)
+        params = now.params if now.ema is None else now.ema
+        log.write(step, self.validator.losses(params, self.frozen))
+        for number, frames in enumerate(self.validator.videos(params, self.frozen)):
+            processes.in_first(save_video, self.cfg.output, step, number, frames)
+
+
+class Validator:
+    """Held-out batches on the devices, and the networks that show them."""
+
+    def __init__(self, setup: Setup, path: epath.PathLike, loader: Any, vae: Params) -> None:
+        self.setup, self.path, self.loader, self.vae = setup, path, loader, vae
+        cfg = setup.cfg
+        self.batches = [
+            place(batch, setup.mesh, cfg.batch) for batch in loader.held_out(cfg.validation.clips)
+        ]
+        self.jitted = jax.jit(
+            functools.partial(losses_at, cfg, setup.model, setup.encode),
+            static_argnames=("blank", "other"),
+        )
+        self.pipe: Any = None
+
+    def losses(self, params: Params, frozen: Params) -> dict[str, float]:
+        """See `validation.losses`."""
+        cfg = self.setup.cfg.validation
+
+        def at(batch: Any, sigma: Any, blank: tuple[str, ...], other: tuple[str, ...]) -> jax.Array:
+            return self.jitted(params, frozen, self.vae, batch, sigma, blank=blank, other=other)
+
+        return validation.losses(at, self.batches, cfg.sigmas, cfg.context)
+
+    def videos(self, params: Params, frozen: Params) -> Iterator[np.ndarray]:
+        """Sampled videos above what the VAE makes of the truth, (P, H, W, 3) uint8."""
+        setup, cfg = self.setup, self.setup.cfg.validation
+        if not cfg.videos or setup.encode is not None:
+            return
+        if self.pipe is None:
+            self.pipe = validation.open_pipe(self.path, setup.schedule, setup.cfg.dtype, setup.mesh)
+        network = state.united(params, frozen, state.factor_scale(setup.cfg))
+        pipe = validation.with_network(self.pipe, setup.model, network)
+        window = packing.parse(setup.schedule).window
+        for number, record in enumerate(self.loader.held_out_records(cfg.videos)):
+            sections = min(cfg.sections, (len(record.latents) - 1) // window)
+            settings = validation.Settings(steps=cfg.steps, guidance=cfg.guidance)
+            made = validation.sample_video(pipe, record, sections, settings, seed=number)
+            truth = validation.decoded_clip(pipe, record, 1 + sections * window)
+            yield validation.side_by_side(made, truth)
+
+
+def save_video(output: epath.PathLike, step: int, number: int, frames: np.ndarray) -> None:
+    """A validation video and its contact sheet in RUN/validation."""
+    from pathlib import Path
+
+    from framepack_jax import video
+
+    folder = Path(output) / "validation" / f"step_{step:07d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    video.write_mp4(folder / f"{number}.mp4", frames, 30)
+    video.save_png(folder / f"{number}.png", video.contact_sheet(frames, 30))
+
+
+def _bucket(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """What tells the batches of buckets apart."""
+    return tuple(x.shape for x in jax.tree.leaves(batch))
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """A question, to be asked at every step, whether the run was told to stop: by SIGTERM, to any
+    of several processes, or by Ctrl-C."""
+    asked, several = threading.Event(), jax.process_count() > 1
+
+    def handle(*_: Any) -> None:
+        # Of several processes, JAX tells all of a SIGTERM to one.
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.set()
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, handle) for number in caught}
+
+    def stopping() -> bool:
+        return processes.stopping() if several else asked.is_set()
+
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

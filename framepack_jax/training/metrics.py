@@ -1,0 +1,214 @@
+"""The log of a run: a JSONL always, TensorBoard and Weights & Biases where wanted.
+
+Figures of a step are fetched when the next one is on its way, so that the device never waits for
+the log.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from framepack_jax import packing
+from framepack_jax.models.flops import forward_flops
+from framepack_jax.processes import fetch, is_first
+from framepack_jax.topology import chip_of
+from framepack_jax.training.config import Config
+from framepack_jax.training.step import Metrics
+
+LOG = "log.jsonl"
+# Noise levels from low to high, and sections by the order of making.
+BINS = 5
+SECTIONS = 4
+# A gradient costs a forward pass twice: towards the weights, and towards what they take in. Frozen
+# weights spare the first of the two.
+COST = {"all": 3, "context": 2, "lora": 2}
+
+
+class Writer(Protocol):
+    """Where lines of figures go."""
+
+    def write(self, step: int, figures: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Jsonl:
+    """One JSON object a line. Lines beyond `step`, of a run that was stopped after its last
+    checkpoint, are taken out."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        file = folder / LOG
+        kept = []
+        if file.exists():
+            for line in file.read_text().splitlines():
+                try:
+                    kept += [line] if json.loads(line)["step"] <= step else []
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut in the middle of a line
+            partial = file.with_suffix(".part")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.replace(file)
+        self.file = file.open("a")
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, gone on with by its name."""
+
+    def __init__(self, folder: Path, project: str, record: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f'--wandb {project} needs Weights & Biases: pip install "framepack-jax[wandb]"'
+            ) from error
+        self.run = wandb.init(project=project, name=folder.name, config=record, resume="allow")
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def writers(cfg: Config, step: int, record: dict[str, Any]) -> list[Writer]:
+    """Those of a run that goes on after `step`, in the first process. Raises ValueError."""
+    if not is_first():
+        return []
+    folder = Path(cfg.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[Writer] = [Jsonl(folder, step)]
+    found += [TensorBoard(folder, step)] if cfg.tensorboard else []
+    return found + ([WandB(folder, cfg.wandb, record)] if cfg.wandb else [])
+
+
+@dataclasses.dataclass
+class Log:
+    """Gathers the figures of steps and writes a line every `cfg.log_every`."""
+
+    cfg: Config
+    writers: list[Writer]
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    held: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
+    waited: float = 0.0
+    work: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+
+    def count(self, waited: float, flops: int, tokens: int) -> None:
+        """One more step is on its way: its batch was waited for so long, and a sample of it has so
+        many FLOPs forward and so many tokens."""
+        self.waited += waited
+        self.work += flops * COST[self.cfg.trainable] * self.cfg.batch
+        self.tokens += tokens * self.cfg.batch
+        self.steps += 1
+
+    def add(self, step: int, metrics: Metrics) -> Metrics:
+        """Take the figures of step `step`, from 1, once it is over; returns them as numpy."""
+        metrics = Metrics(*jax.device_get(fetch(tuple(metrics))))
+        self.held.append((step, metrics))
+        return metrics
+
+    def line(self, extra: dict[str, float]) -> dict[str, float] | None:
+        """Write what is held; None where nothing is."""
+        if not self.held:
+            return None
+        steps, metrics = zip(*self.held, strict=True)
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        figures = {
+            "loss": float(np.mean([m.loss for m in metrics])),
+            "grad_norm": float(np.mean([m.grad_norm for m in metrics])),
+            "skipped": float(sum(bool(m.skipped) for m in metrics)),
+            **by_group(metrics),
+            **extra,
+            "samples_per_second": self.steps * self.cfg.batch / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "model_flops_per_second": self.work / seconds,
+            "seconds_per_step": seconds / self.steps,
+            "data_wait_share": self.waited / seconds,
+            **_device(self.work / seconds),
+        }
+        for writer in self.writers:
+            writer.write(steps[-1], figures)
+        self.restart()
+        return figures
+
+    def restart(self) -> None:
+        """Begin to count anew, leaving out what came in between."""
+        self.held, self.waited, self.work, self.tokens, self.steps = [], 0.0, 0.0, 0, 0
+        self.began = time.monotonic()
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """A line of other figures."""
+        for writer in self.writers:
+            writer.write(step, figures)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+def by_group(metrics: list[Metrics]) -> dict[str, float]:
+    """Mean losses by noise level and by section, of the groups that occur."""
+    losses = np.concatenate([m.losses for m in metrics])
+    bins = np.concatenate([np.minimum((m.sigmas * BINS).astype(int), BINS - 1) for m in metrics])
+    sections = np.concatenate([np.minimum(m.sections, SECTIONS - 1) for m in metrics])
+    groups: dict[str, list[float]] = defaultdict(list)
+    for loss, level, section in zip(losses.tolist(), bins, sections, strict=True):
+        groups[f"loss/sigma_{level / BINS:.1f}_{(level + 1) / BINS:.1f}"].append(loss)
+        groups[f"loss/section_{section}{'_on' if section == SECTIONS - 1 else ''}"].append(loss)
+    return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
+
+
+def _device(flops_per_second: float) -> dict[str, float]:
+    """Share of the chips' peak, where they are known, and the highest memory of a chip so far."""
+    figures = {}
+    if chip := chip_of(jax.devices()[0]):
+        figures["mfu"] = flops_per_second / (chip.flops * jax.device_count())
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        figures["peak_memory_bytes"] = float(stats["peak_bytes_in_use"])
+    return figures
+
+
+def sample_cost(cfg: Any, schedule: str, batch: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """(FLOPs of a forward pass, tokens) of one sample of an (abstract) batch whose latents are of
+    `size`, rows and columns."""
+    text, image = batch.text.shape[1], batch.image.shape[1]
+    packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))
+    tokens = packed + packing.target_tokens(schedule, *size) + image + text
+    return forward_flops(cfg, schedule, *size, text, image), tokens
+
+
+def is_quiet() -> bool:
+    """Whether progress bars are left out: not the first process, or told so."""
+    return not is_first() or bool(os.environ.get("FRAMEPACK_NO_PROGRESS"))

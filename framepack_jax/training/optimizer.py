@@ -1,0 +1,208 @@
+"""Optimizers, and where their state lies on a mesh.
+
+A chain of optax: clip by the global norm, the optimizer, decoupled weight decay on matrices, the
+learning rate. Statistics of one tensor are those of one layer: a stack of layers is several.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
+
+from framepack_jax.models.stack import LORA_A, LORA_B
+from framepack_jax.training.config import Optimizer
+
+MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
+COSINE_END = 0.1
+SIGNED, UNSIGNED = 127, 255
+Params = dict[str, Any]
+
+
+def make(cfg: Optimizer, steps: int, stacks: Iterable[str]) -> optax.GradientTransformation:
+    """The transformation of gradients into updates, for a run of `steps` steps; `stacks` names the
+    top-level entries of the parameters that carry a layer axis."""
+    match cfg.name:
+        case "adamw":
+            scale = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+        case "adam8bit":
+            scale = scale_by_adam_8bit(cfg.b1, cfg.b2, cfg.eps)
+        case "adafactor":
+            scale = per_layer(
+                optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), stacks
+            )
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        scale,
+        optax.add_decayed_weights(cfg.weight_decay, mask=_matrices),
+        optax.scale_by_learning_rate(learning_rate(cfg, steps)),
+    )
+
+
+def learning_rate(cfg: Optimizer, steps: int) -> optax.Schedule:
+    """Step -> learning rate: a linear rise, then constant or half a cosine down to a tenth."""
+    warm = min(cfg.warmup_steps, steps)
+    rise = optax.linear_schedule(0.0, cfg.learning_rate, warm) if warm else None
+    if cfg.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(cfg.learning_rate, max(1, steps - warm), COSINE_END)
+    else:
+        rest = optax.constant_schedule(cfg.learning_rate)
+    # The first step is not lost: it has the learning rate of step 1 of the rise.
+    return rest if rise is None else optax.join_schedules([lambda i: rise(i + 1), rest], [warm])
+
+
+def _matrices(params: Params) -> Params:
+    return unflatten_dict({path: path[-1] in MATRICES for path in flatten_dict(params)})
+
+
+def per_layer(
+    inner: optax.GradientTransformation, stacks: Iterable[str]
+) -> optax.GradientTransformation:
+    """The same transformation for each layer of the stacks by itself, so that no statistic of a
+    tensor mixes layers. Its state is {top-level name: state}, with a layer axis in a stack."""
+    stacks = frozenset(stacks)
+
+    def each(function: Any, name: str, *args: Any) -> Any:
+        return jax.vmap(function)(*args) if name in stacks else function(*args)
+
+    def init(params: Params) -> Params:
+        return {name: each(inner.init, name, params[name]) for name in params}
+
+    def update(updates: Params, state: Params, params: Params | None = None) -> Any:
+        done = {
+            name: each(inner.update, name, updates[name], state[name], params[name])
+            for name in updates
+        }
+        return {n: new for n, (new, _) in done.items()}, {n: s for n, (_, s) in done.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+class Quantized(NamedTuple):
+    """A tensor in 8 bits with the largest magnitude of each row (all but the last axis)."""
+
+    codes: jax.Array
+    peak: jax.Array
+
+
+class Adam8bitState(NamedTuple):
+    """Moments of `scale_by_adam_8bit`, each leaf a `Quantized`."""
+
+    count: jax.Array
+    mu: Params
+    nu: Params
+
+
+def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980) whose moments are kept in 8 bits between steps, after the idea of
+    arXiv 2110.02861: finer steps near zero, a scale for each row.
+
+    The code of a first moment is the square root of its share of the row's peak, that of a second
+    moment the fourth root, so that small numbers keep their order of magnitude; a second moment
+    above zero never becomes zero.
+    """
+
+    def init(params: Params) -> Adam8bitState:
+        def zeros(dtype: Any) -> Params:
+            return jax.tree.map(
+                lambda p: Quantized(jnp.zeros(p.shape, dtype), jnp.zeros(p.shape[:-1])), params
+            )
+
+        return Adam8bitState(jnp.zeros([], jnp.int32), zeros(jnp.int8), zeros(jnp.uint8))
+
+    def update(updates: Params, state: Adam8bitState, params: Params | None = None) -> Any:
+        del params
+        count = optax.safe_increment(state.count)
+
+        def moved(g: jax.Array, m: Quantized, v: Quantized) -> tuple[Any, Any, Any]:
+            mu = b1 * _first(m) + (1 - b1) * g
+            nu = b2 * _second(v) + (1 - b2) * g * g
+            step = (mu / (1 - b1**count)) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+            return step, _coded_first(mu), _coded_second(nu)
+
+        is_leaf = lambda x: isinstance(x, Quantized)  # noqa: E731
+        leaves, tree = jax.tree.flatten(updates)
+        moments = (jax.tree.leaves(m, is_leaf=is_leaf) for m in (state.mu, state.nu))
+        parts = zip(*map(moved, leaves, *moments), strict=True)
+        steps, mu, nu = (jax.tree.unflatten(tree, list(part)) for part in parts)
+        return steps, Adam8bitState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _first(x: Quantized) -> jax.Array:
+    code = x.codes.astype(jnp.float32) / SIGNED
+    return jnp.sign(code) * code * code * x.peak[..., None]
+
+
+def _coded_first(x: jax.Array) -> Quantized:
+    peak = jnp.max(jnp.abs(x), axis=-1)
+    share = jnp.abs(x) / jnp.where(peak > 0, peak, 1)[..., None]
+    codes = jnp.sign(x) * jnp.round(SIGNED * jnp.sqrt(share))
+    return Quantized(codes.astype(jnp.int8), peak)
+
+
+def _second(x: Quantized) -> jax.Array:
+    code = x.codes.astype(jnp.float32) / UNSIGNED
+    return (code * code) ** 2 * x.peak[..., None]
+
+
+def _coded_second(x: jax.Array) -> Quantized:
+    peak = jnp.max(x, axis=-1)
+    share = x / jnp.where(peak > 0, peak, 1)[..., None]
+    codes = jnp.round(UNSIGNED * jnp.sqrt(jnp.sqrt(share)))
+    return Quantized(jnp.where(x > 0, jnp.maximum(codes, 1), 0).astype(jnp.uint8), peak)
+
+
+def state_specs(state: Any, params: Params, specs: Params) -> Any:
+    """The tree of an optimizer's state with a PartitionSpec for each leaf.
+
+    `state` and `params` are abstract (of `jax.eval_shape`), `specs` are the parameters'. A leaf of
+    the state lies as its parameter does, less the axes that a statistic leaves out; numbers that
+    belong to no parameter are everywhere. Raises ValueError that names a leaf of another shape.
+    """
+    owners = {
+        path: (leaf.shape, tuple(specs_leaf) + (None,) * (leaf.ndim - len(specs_leaf)))
+        for (path, leaf), specs_leaf in zip(
+            flatten_dict(params).items(), flatten_dict(specs).values(), strict=True
+        )
+    }
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    return jax.tree.unflatten(tree, [_spec_of(_names(path), leaf, owners) for path, leaf in leaves])
+
+
+def _names(path: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _spec_of(
+    path: tuple[str, ...], leaf: Any, owners: Mapping[tuple[str, ...], Any]
+) -> PartitionSpec:
+    found = [owner for owner in owners if _is_within(owner, path)]
+    if leaf.ndim == 0 or not found:
+        if leaf.ndim > 1:
+            raise ValueError(f"optimizer state {'/'.join(path)} {leaf.shape} is of no parameter")
+        return PartitionSpec()
+    shape, spec = owners[max(found, key=len)]
+    if leaf.shape == shape:
+        return PartitionSpec(*spec)
+    for axes in itertools.combinations(range(len(shape)), leaf.ndim):
+        if tuple(shape[axis] for axis in axes) == leaf.shape:
+            return PartitionSpec(*(spec[axis] for axis in axes))
+    # What optax puts where a tensor is not factored: one number, of each layer in a stack.
+    if leaf.size in (1, shape[0]):
+        return PartitionSpec()
+    raise ValueError(
+        f"optimizer state {'/'.join(path)} is {leaf.shape}, which is no part of the parameter's"
+        f" {shape}; its sharding must be given"
+    )
+
+
+def _is_within(owner: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    """Whether the names of a parameter stand in a path, in their order."""
+    rest = iter(path)
+    return all(name in rest for name in owner)

@@ -1,0 +1,205 @@
+"""What a run trains: which parameters, from where, and how they lie on a mesh.
+
+Trained parameters are float32 masters; the others are frozen in the compute dtype, lie beside the
+state and are in no checkpoint.
+"""
+
+import dataclasses
+import re
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from framepack_jax import bundle, lora, sharding
+from framepack_jax.models import stack
+from framepack_jax.training import optimizer
+from framepack_jax.training.config import Config, LoRA
+
+Params = dict[str, Any]
+# The embeddings that a base HunyuanVideo model does not have.
+NEW_EMBEDDINGS = r"embed/(context_\w+|image_\w+)/\w+"
+
+
+@struct.dataclass
+class State:
+    """A run between two steps: `params` that are trained, their moving average `ema` or None,
+    and how many updates were left out because they were not finite, in all and in a row."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+class Model(NamedTuple):
+    """The network that is trained: the module of its kind, its config, and of what kind it is."""
+
+    module: ModuleType
+    cfg: Any
+    kind: str
+
+
+def model_of(cfg: Config, manifest: bundle.Manifest) -> Model:
+    """The transformer of a bundle, or one of other sizes. Raises BundleError."""
+    module, config = bundle.role_config(manifest, "transformer")
+    if cfg.network:
+        fields = dataclasses.asdict(config) | dict(cfg.network)
+        config = bundle.config_from_json(module.Config, fields)
+    return Model(module, config, manifest.roles["transformer"].kind)
+
+
+def abstract_params(cfg: Config, model: Model) -> tuple[Params, Params]:
+    """(trained, frozen) parameters of a run without any, as `jax.ShapeDtypeStruct`s."""
+    params = jax.eval_shape(lambda: model.module.init(model.cfg, jax.random.key(0)))
+    if cfg.trainable == "lora":
+        factors = jax.eval_shape(lambda: fresh_factors(cfg.lora, params, jax.random.key(0)))
+        return _typed(factors, "float32"), _typed(params, cfg.dtype)
+    trained, frozen = divide(params, _trained_pattern(cfg))
+    return _typed(trained, "float32"), _typed(frozen, cfg.dtype)
+
+
+def _trained_pattern(cfg: Config) -> str:
+    return NEW_EMBEDDINGS if cfg.trainable == "context" else ".*"
+
+
+def _typed(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params)
+
+
+def divide(params: Params, pattern: str) -> tuple[Params, Params]:
+    """Parameters whose path matches, and the rest. Raises ValueError where none does."""
+    leaves = flatten_dict(params)
+    chosen = {path for path in leaves if re.fullmatch(pattern, "/".join(path))}
+    if not chosen:
+        raise ValueError(f"no parameter of the network matches {pattern!r}; nothing to train")
+    return (
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if path in chosen}),
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if path not in chosen}),
+    )
+
+
+def united(trained: Params, frozen: Params, factor_scale: float = 1.0) -> Params:
+    """All parameters of the network; the second factors of adapters times `factor_scale`."""
+    leaves = {
+        path: leaf * factor_scale if path[-1] == stack.LORA_B else leaf
+        for path, leaf in flatten_dict(trained).items()
+    }
+    return unflatten_dict(flatten_dict(frozen) | leaves)
+
+
+def factor_scale(cfg: Config) -> float:
+    """What adapters are multiplied by: alpha / rank; 1 without adapters."""
+    return cfg.lora.alpha / cfg.lora.rank if cfg.trainable == "lora" else 1.0
+
+
+def fresh_factors(cfg: LoRA, params: Params, key: jax.Array) -> Params:
+    """Adapters that change nothing yet: `lora_a` (in, r) normal with variance 1 / in, `lora_b`
+    (r, ...out) zero, with a layer axis in a stack. Raises ValueError where `targets` match none."""
+    leaves = flatten_dict(params)
+    # Those of stacks, whose kernels have a layer axis.
+    modules = [p[:-1] for p, leaf in leaves.items() if p[-1] == "kernel" and leaf.ndim > 2]
+    modules = [m for m in modules if re.fullmatch(cfg.targets, "/".join(m))]
+    if not modules:
+        raise ValueError(
+            f"--lora.targets {cfg.targets!r} matches no linear layer; layers are such as"
+            f" {', '.join('/'.join(m) for m in list({p[:-1] for p in leaves})[:4])}"
+        )
+    factors = {}
+    for number, module in enumerate(sorted(modules)):
+        count, inputs, *outputs = leaves[*module, "kernel"].shape
+        draw = jax.random.normal(jax.random.fold_in(key, number), (count, inputs, cfg.rank))
+        factors[*module, stack.LORA_A] = draw * inputs**-0.5
+        factors[*module, stack.LORA_B] = jnp.zeros((count, cfg.rank, *outputs))
+    return unflatten_dict(factors)
+
+
+def to_lora(cfg: Config, factors: Params) -> lora.LoRA:
+    """Trained adapters layer by layer, as files have them."""
+    leaves, adapters = flatten_dict(jax.device_get(factors)), {}
+    for path, a in leaves.items():
+        if path[-1] != stack.LORA_A:
+            continue
+        b = leaves[*path[:-1], stack.LORA_B]
+        scale = np.full(a.shape[-1], factor_scale(cfg), np.float32)
+        top, *rest = path[:-1]
+        for i in range(len(a)):
+            name = "/".join((top, f"{i:02d}", *rest, "kernel"))
+            adapters[name] = lora.Factors(a[i], b[i], scale)
+    return adapters
+
+
+def abstract(
+    cfg: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[State, Params]:
+    """(state, frozen parameters) of a run as `jax.ShapeDtypeStruct`s that say where they lie."""
+    trained, frozen = abstract_params(cfg, model)
+    rules = (*model.module.SHARDINGS, *lora.SHARDINGS)
+    specs = sharding.resolve(rules, trained)
+    sharding.shard(trained, specs, mesh)
+    opt_state = jax.eval_shape(tx.init, trained)
+    opt_specs = optimizer.state_specs(opt_state, trained, specs)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    state = State(number, trained, opt_state, trained if cfg.ema else None, number, number)
+    where = State(
+        PartitionSpec(), specs, opt_specs, specs if cfg.ema else None,
+        PartitionSpec(), PartitionSpec(),
+    )  # fmt: skip
+    frozen_specs = sharding.resolve(rules, frozen)
+    sharding.shard(frozen, frozen_specs, mesh)
+
+    def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state, where), jax.tree.map(place, frozen, frozen_specs)
+
+
+def shardings(tree: Any) -> Any:
+    """Where the leaves of an abstract tree lie."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def begin(
+    cfg: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh, params: Params
+) -> tuple[State, Params]:
+    """The state before the first step, and the frozen parameters.
+
+    `params` are all of the network, float32 where they are trained; they are used up.
+    """
+    if cfg.trainable == "lora":
+        key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+        where = shardings(abstract(cfg, model, tx, mesh)[0].params)
+        draw = jax.jit(lambda: fresh_factors(cfg.lora, params, key), out_shardings=where)
+        trained, frozen = draw(), params
+    else:
+        trained, frozen = divide(params, _trained_pattern(cfg))
+    return with_params(cfg, model, tx, mesh, trained), frozen
+
+
+def with_params(
+    cfg: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh, trained: Params
+) -> State:
+    """A state that begins from these trained parameters."""
+    where = shardings(abstract(cfg, model, tx, mesh)[0])
+    opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(trained)
+    zero = jax.jit(lambda: jnp.zeros([], jnp.int32), out_shardings=where.step)
+    # A copy: the step gives up the memory of its state.
+    copied = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=where.params)
+    ema = copied(trained) if cfg.ema else None
+    return State(zero(), trained, opt_state, ema, zero(), zero())
+
+
+def random_params(cfg: Config, model: Model, mesh: Mesh) -> Params:
+    """Fresh parameters of the whole network on a mesh."""
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
+    params = jax.eval_shape(lambda: model.module.init(model.cfg, key))
+    where = sharding.shard(params, sharding.resolve(model.module.SHARDINGS, params), mesh)
+    return jax.jit(lambda: model.module.init(model.cfg, key), out_shardings=where)()
