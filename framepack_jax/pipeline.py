@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from framepack_jax import bundle, conditioning, packing
 from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
+from framepack_jax.encoders import load_encoders
 from framepack_jax.lora import LoRA, attach
 from framepack_jax.lora import merge as merge_lora
 from framepack_jax.models.vae import Tiling, check_tiling
@@ -227,14 +228,7 @@ class FramePack:
         loaded = dataclasses.replace(self, vae=network("vae", "float32"))
         if set(roles) == {"vae"}:
             return loaded
-        names = ("text_encoder", "text_encoder_2", "image_encoder")
-        encoders = Encoders(
-            tokenizer=conditioning.load_tokenizer(root / "tokenizer"),
-            tokenizer_2=conditioning.load_tokenizer(root / "tokenizer_2"),
-            image_processor=conditioning.load_image_processor(root / "image_processor"),
-            template=manifest.prompt_template,
-            **{name: network(name, self.dtype)[1:] for name in names},
-        )
+        encoders = load_encoders(root, manifest, jnp.dtype(self.dtype), self.mesh)
         transformer = network("transformer", self.dtype)
         return dataclasses.replace(loaded, transformer=transformer, encoders=encoders)
 

@@ -13,6 +13,7 @@ ROWS = [
     {"models", "request"},
     {"lora"},
     {"bundle", "conditioning"},
+    {"encoders"},
     {"pipeline", "data", "conversion"},
     {"training", "evaluation"},
     {"commands", "__main__", "__init__"},

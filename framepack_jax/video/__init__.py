@@ -28,6 +28,7 @@ from framepack_jax.video.sheets import (
     PREVIEW_WEIGHT,
     contact_sheet,
     contact_sheet_mp4,
+    labelled_sheet,
     latent_preview,
     preview_sheet,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "contact_sheet",
     "contact_sheet_mp4",
     "join_mp4",
+    "labelled_sheet",
     "latent_preview",
     "load_image",
     "mp4_info",

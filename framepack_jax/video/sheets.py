@@ -69,6 +69,28 @@ def contact_sheet_mp4(
     return _frame_sheet(read_frames_at(path, picks), picks, info.fps, columns, cell_width)
 
 
+def labelled_sheet(
+    pictures: Sequence[np.ndarray], labels: Sequence[str], columns: int = 6
+) -> np.ndarray:
+    """A sheet (H', W', 3) uint8 of pictures of any sizes, each over its label, cut to its width."""
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
+    cells = []
+    for picture in pictures:
+        cell = np.full((height, width, 3), 255, np.uint8)
+        cell[: picture.shape[0], : picture.shape[1]] = picture
+        cells.append(cell)
+    fitting = [_shortened(label, width) for label in labels]
+    return np.asarray(_grid(cells, fitting, columns, STRIP))
+
+
+def _shortened(label: str, width: int) -> str:
+    """What of a label fits into so many pixels."""
+    while label and _font().getlength(label) > width:
+        label = label[:-1]
+    return label
+
+
 def latent_preview(latents: np.ndarray) -> np.ndarray:
     """The released sampler's picture of scaled latents (..., 16): RGB (..., 3) float32 in [0, 1].
 

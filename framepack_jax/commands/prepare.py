@@ -1,0 +1,323 @@
+"""`framepack prepare`: videos with captions become a dataset to train on."""
+
+import dataclasses
+import json
+import queue
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from framepack_jax import bundle, packing
+from framepack_jax.buckets import BUCKETS_480P
+from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.records import path_of
+from framepack_jax.data import dataset, stages, store
+from framepack_jax.data.encode import TILING, Encoder
+from framepack_jax.data.loader import made_by
+from framepack_jax.data.records import INDEX, DatasetError, Index
+from framepack_jax.data.stages import Cut, Settings, Thresholds
+from framepack_jax.data.store import Video
+from framepack_jax.processes import in_all, in_first, is_first, join
+
+FORMAT = 1
+THRESHOLDS = Thresholds()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Make a dataset of videos: cut them into clips, judge and encode these, pack them by bucket.
+
+    The output folder holds shards/ and dataset.json, manifest.jsonl (every clip with its scores),
+    rejected.jsonl (what did not get in, and why), contact sheets of both, and clips/, the encoded
+    clips by video. The same command goes on where it was stopped; with other thresholds, --min-...
+    and --max-..., it packs anew and encodes nothing again.
+    """
+
+    videos: Path
+    """A folder of videos, searched through, with the caption of NAME.mp4 in NAME.txt; or a .jsonl
+    or .parquet file with a row a video: "video" (a path, relative to the file) and "caption"."""
+    bundle: str
+    """The bundle that will be trained, whose encoders are used; or tiny."""
+    output: Path
+    """Folder of the dataset."""
+    mode: Literal["latents", "pixels"] = "latents"
+    """latents: clips are encoded now. pixels: only captions and first frames are; the videos are
+    read in training, from where they are, and encoded by the VAE in the step."""
+    buckets: str = "480p"
+    """Sizes that clips are scaled and cut to, HEIGHTxWIDTH,HEIGHTxWIDTH,...; 480p are the 14 of the
+    release."""
+    max_seconds: float = 20.0
+    """Longer scenes are divided."""
+    cut: float = Settings.cut
+    """Change from frame to frame, 0 to 1, at which a scene ends; 1 never cuts."""
+    empty_captions: bool = False
+    """Take videos without a caption, under the empty prompt."""
+    thresholds: tyro.conf.OmitArgPrefixes[Thresholds] = THRESHOLDS
+    workers: int = 2
+    """Threads that decode videos, beside the one that encodes."""
+    keep_clips: bool = True
+    """Keep clips/, as large as the dataset; without it new thresholds encode again."""
+    coordinator: str | None = None
+    """Run in several processes, each taking a part of the videos: HOST:PORT of the first, with
+    --processes and --process; or auto, under SLURM, Open MPI, Kubernetes and on TPU pods. All need
+    the same --output, on a disk that they share."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+
+
+def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None:
+    """Parse flags and run; user errors end with a message and exit code 1."""
+    flags = tyro.cli(Prepare, prog=prog, args=args)
+    began = time.monotonic()
+    try:
+        packed = prepare(flags)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on where it stopped") from None
+    if is_first():
+        print(packed)
+        print(
+            f"{flags.output / INDEX}: {packed.clips} clips; {time.monotonic() - began:.1f} s in all"
+        )
+
+
+def prepare(flags: Prepare) -> dataset.Packed:
+    """Make the dataset of `flags`. Raises ValueError for what cannot be, OSError."""
+    keep_compiled()
+    if flags.coordinator is not None:
+        join(flags.coordinator, flags.processes, flags.process)
+    path = path_of(flags.bundle)
+    manifest = bundle.read_manifest(path)
+    settings = _settings(flags, manifest)
+    videos = in_all(list_videos, flags.videos, flags.empty_captions)
+    _check_output(flags.output)
+    made = _made(flags, manifest, settings)
+    mine = videos[jax.process_index() :: jax.process_count()]
+    todo = [video for video in mine if not store.is_done(flags.output, video, made)]
+    encoder = Encoder.load(path, manifest, flags.mode == "pixels")
+    in_all(_encode, flags, todo, encoder, settings, made)
+    index = _index(flags, manifest, settings)
+    packed = in_first(
+        dataset.pack, flags.output, videos, flags.thresholds, index, encoder.prompt("")
+    )
+    if not flags.keep_clips:
+        in_first(shutil.rmtree, flags.output / store.STORE)
+    if not packed.clips:
+        raise DatasetError(
+            f"none of {len(videos)} videos gave a clip that gets in; {flags.output}/rejected.jsonl"
+            f" has the reasons: {packed.rejected}"
+        )
+    return packed
+
+
+def list_videos(source: Path, empty_captions: bool = False) -> list[Video]:
+    """The videos of a folder or a manifest, in the order of their names. Raises DatasetError."""
+    if not source.exists():
+        raise DatasetError(f"--videos {source} does not exist; expected a folder or a manifest")
+    if source.is_dir():
+        files = [f for f in sorted(source.rglob("*")) if f.suffix.lower() in stages.SUFFIXES]
+        rows = [(str(file.relative_to(source)), file, _caption_of(file)) for file in files]
+    else:
+        rows = list(_manifest_rows(source))
+    if not rows:
+        raise DatasetError(
+            f"--videos {source} has no videos; expected files with {', '.join(stages.SUFFIXES)}"
+        )
+    default = "" if empty_captions else None
+    videos = [
+        Video(store.video_id(name), str(path.resolve()), path, default if text is None else text)
+        for name, path, text in rows
+    ]
+    names = [video.id for video in videos]
+    if len(set(names)) < len(names):
+        twice = next(v.source for v in videos if names.count(v.id) > 1)
+        raise DatasetError(f"--videos {source} names {twice} more than once")
+    return sorted(videos, key=lambda video: video.id)
+
+
+def _caption_of(file: Path) -> str | None:
+    text = file.with_suffix(".txt")
+    return text.read_text(errors="replace").strip() if text.exists() else None
+
+
+def _manifest_rows(source: Path) -> Iterator[tuple[str, Path, str | None]]:
+    for number, row in enumerate(_rows(source), 1):
+        name = row.get("video") if isinstance(row, dict) else None
+        caption = row.get("caption") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not isinstance(caption, str | None):
+            raise DatasetError(
+                f'{source}, row {number}: {str(row)[:80]}; expected {{"video": "a.mp4", "caption":'
+                ' "..."}'
+            )
+        yield name, source.parent / name, caption
+
+
+def _rows(source: Path) -> Iterator[Any]:
+    if source.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise DatasetError(
+                f"{source} needs pyarrow to be read: pip install pyarrow; or write it as .jsonl"
+            ) from error
+        yield from parquet.read_table(source, columns=["video", "caption"]).to_pylist()
+        return
+    if source.suffix not in (".jsonl", ".json"):
+        raise DatasetError(f"--videos {source}: expected a folder, or a .jsonl or .parquet file")
+    for number, line in enumerate(source.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DatasetError(f"{source}, line {number} is no JSON ({error})") from error
+
+
+def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:
+    """Raises ValueError for sizes and lengths that cannot be."""
+    model, _ = bundle.role_config(manifest, "transformer")
+    _, vae = bundle.role_config(manifest, "vae")
+    step = vae.space_compression * packing.kernel_shape(model.PATCH)[1]
+    buckets = parse_buckets(flags.buckets, step)
+    if not 0 < flags.cut <= 1:
+        raise ValueError(f"--cut {flags.cut}: expected a number above 0, at most 1")
+    if flags.workers < 1:
+        raise ValueError(f"--workers {flags.workers}: expected 1 or more")
+    most = int(flags.max_seconds * Settings.fps) if 0 < flags.max_seconds < 3600 else 0
+    most -= (most - 1) % vae.time_compression
+    if most < stages.LEAST_FRAMES:
+        raise ValueError(f"--max-seconds {flags.max_seconds}: expected between 0.2 and 3600 s")
+    return Settings(
+        max_frames=most, cut=flags.cut, buckets=buckets, time_compression=vae.time_compression
+    )
+
+
+def parse_buckets(text: str, step: int) -> tuple[tuple[int, int], ...]:
+    """Sizes (height, width) from a flag. Raises ValueError where one is no multiple of `step`."""
+    if text == "480p":
+        return BUCKETS_480P
+    buckets = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
+        size = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not min(size) or size[0] % step or size[1] % step:
+            raise ValueError(
+                f"--buckets {text}: {part!r} is no HEIGHTxWIDTH in multiples of {step}; write for"
+                " example 64x80,80x64, or 480p"
+            )
+        buckets.append(size)
+    if len(set(buckets)) < len(buckets):
+        raise ValueError(f"--buckets {text}: a size is there twice")
+    return tuple(sorted(buckets))
+
+
+def _check_output(output: Path) -> None:
+    """Never write among other files."""
+    ours = not output.exists() or (output / store.STORE).exists() or (output / INDEX).exists()
+    if not ours and any(output.iterdir()):
+        raise DatasetError(f"--output {output} is no dataset and not empty; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _made(flags: Prepare, manifest: bundle.Manifest, settings: Settings) -> dict[str, Any]:
+    """All that decides the numbers in the records."""
+    tiling = dataclasses.asdict(TILING) if flags.mode == "latents" else None
+    return {
+        **made_by(manifest, flags.mode),
+        "format": FORMAT,
+        "mode": flags.mode,
+        "vae_tiling": tiling,
+        **dataclasses.asdict(settings),
+    }
+
+
+def _index(flags: Prepare, manifest: bundle.Manifest, settings: Settings) -> Index:
+    _, vae = bundle.role_config(manifest, "vae")
+    made = json.loads(json.dumps(_made(flags, manifest, settings)))
+    return Index(
+        flags.mode, (), made, settings.fps, vae.time_compression, vae.space_compression,
+        vae.latent_channels,
+    )  # fmt: skip
+
+
+def _encode(
+    flags: Prepare,
+    videos: Sequence[Video],
+    encoder: Encoder,
+    settings: Settings,
+    made: dict[str, Any],
+) -> None:
+    """Bring videos into the store, behind a bar."""
+    with tqdm(total=len(videos), desc="videos", unit="video", disable=not is_first()) as bar:
+        clips = 0
+
+        def advance() -> None:
+            nonlocal clips
+            clips += 1
+            bar.set_postfix(clips=clips, refresh=False)
+
+        for video, cuts in decoded(videos, settings, flags.workers):
+            store.add(flags.output, video, cuts, encoder.record, settings, made, advance)
+            bar.update()
+
+
+def decoded(
+    videos: Sequence[Video], settings: Settings, workers: int
+) -> Iterator[tuple[Video, Iterator[Cut]]]:
+    """(video, its clips) in order, decoded in threads some clips ahead; what is wrong with a video
+    is raised among its clips."""
+    queues = {video.id: queue.Queue(1) for video in videos}
+    waiting, stop = iter(videos), threading.Event()
+    lock = threading.Lock()
+
+    def put(video: Video, item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                queues[video.id].put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        while True:
+            with lock:
+                video = next(waiting, None)
+            if video is None or stop.is_set():
+                return
+            try:
+                if video.caption is not None:
+                    for cut in stages.clips(video.path, settings):
+                        if not put(video, cut):
+                            return
+                put(video, None)
+            except BaseException as error:
+                put(video, error)
+
+    def cuts(video: Video) -> Iterator[Cut]:
+        while (item := queues[video.id].get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for video in videos:
+            yield video, cuts(video)
+            del queues[video.id]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=5)

@@ -1,0 +1,68 @@
+"""Clips and captions become records, by a bundle's encoders, as sampling encodes its inputs."""
+
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from framepack_jax import bundle, conditioning
+from framepack_jax.conditioning import Encoders
+from framepack_jax.data.records import Clip, Record
+from framepack_jax.encoders import load_encoders
+from framepack_jax.models.vae import Tiling
+
+TILING = Tiling()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+    """What encodes; `vae` (config, parameters) is None where frames are encoded in training."""
+
+    encoders: Encoders
+    vae: tuple[Any, Any] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def load(cls, path: epath.PathLike, manifest: bundle.Manifest, pixels: bool) -> "Encoder":
+        """The encoders in bfloat16 on an accelerator, in float32 on a CPU, the VAE in float32.
+        Raises BundleError."""
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        vae = None
+        if not pixels:
+            _, cfg = bundle.role_config(manifest, "vae")
+            vae = cfg, bundle.load_params(path, manifest, "vae", dtype=jnp.float32)
+        encoders = load_encoders(path, manifest, dtype)
+        return cls(encoders, vae, manifest.latent_mean, manifest.latent_std)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - one is made a run
+    def prompt(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        """States (n, D) of the prompt's own tokens, and its gist (D,)."""
+        with warnings.catch_warnings():
+            # Captions are cut by thousands; the manifest keeps them whole.
+            warnings.simplefilter("ignore")
+            text, valid, pooled = conditioning.encode_prompt(self.encoders, [caption])
+        count = int(np.asarray(valid).sum())
+        return np.asarray(text[0, :count]), np.asarray(pooled[0])
+
+    def record(self, clip: Clip, frames: np.ndarray) -> Record:
+        """The record of a clip with these frames (P, H, W, 3) uint8."""
+        text, pooled = self.prompt(clip.caption)
+        image = np.asarray(conditioning.encode_image(self.encoders, frames[:1])[0])
+        latents = None if self.vae is None else self.latents(frames)
+        return Record(clip, text, pooled, image, latents)
+
+    def latents(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (P, H, W, 3) uint8 -> latents (T, h, w, C): the first frame encoded alone, then
+        those of the clip encoded whole, in diffusers' tiles in time."""
+        cfg, params = self.vae
+        first = conditioning.start_latent(cfg, params, frames[:1], self.mean, self.std)
+        whole = conditioning.clip_latents(
+            cfg, params, frames[None], self.mean, self.std, tiling=TILING
+        )
+        return np.concatenate([np.asarray(first[0]), np.asarray(whole[0, 1:])])
