@@ -15,7 +15,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from framepack_jax import bundle, packing
+from framepack_jax import bundle, packing, topology
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.records import path_of
@@ -95,6 +95,7 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
 def prepare(flags: Prepare) -> dataset.Packed:
     """Make the dataset of `flags`. Raises ValueError for what cannot be, OSError."""
     keep_compiled()
+    topology.quiet_libtpu()
     if flags.coordinator is not None:
         join(flags.coordinator, flags.processes, flags.process)
     path = path_of(flags.bundle)

@@ -77,6 +77,7 @@ def _run(flags: Train) -> None:
         return _dry_run(cfg, flags)
     _check(cfg)
     keep_compiled()
+    topology.quiet_libtpu()
     if flags.coordinator is not None:
         join(flags.coordinator, flags.processes, flags.process)
     elif flags.processes is not None or flags.process is not None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from framepack_jax import packing
 from framepack_jax.bundle import Manifest
@@ -236,6 +237,8 @@ class Loader:
         stream = stream.map_with_index(self.samples.read)
         workers = None
         if self.cfg.workers:
+            # grain reads flags of its own, which nobody parses outside of an absl app.
+            flags.FLAGS.mark_as_parsed()
             workers = grain.MultiprocessingOptions(self.cfg.workers, per_worker_buffer_size=1)
         index, count = self.share
         read = grain.ReadOptions(self.cfg.threads, self.cfg.buffer)

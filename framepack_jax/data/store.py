@@ -22,7 +22,7 @@ from framepack_jax.data.records import Clip, DatasetError, Record
 from framepack_jax.data.stages import Rejected, Settings
 
 STORE = "clips"
-THUMBNAIL = 240
+THUMBNAIL = 160
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,5 +136,6 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _thumbnail(path: Path, frame: np.ndarray) -> None:
-    height = max(1, round(frame.shape[0] * THUMBNAIL / frame.shape[1]))
-    Image.fromarray(frame).resize((THUMBNAIL, height)).save(path, format="PNG")
+    picture = Image.fromarray(frame)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(path, format="PNG")

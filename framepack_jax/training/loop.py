@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from framepack_jax import bundle, packing, processes
+from framepack_jax import bundle, packing, processes, video
 from framepack_jax.data import loader as loading
 from framepack_jax.diffusion import sampler
 from framepack_jax.training import checkpoints, metrics, optimizer, state, validation
@@ -239,6 +240,7 @@ class Run:
         self.setup, self.cfg, self.path = setup, setup.cfg, bundle_path
         self.loader, self.manager, self.frozen = loader, manager, frozen
         self.record = record
+        self.bad = 0
         self.rate = optimizer.learning_rate(self.cfg.optimizer, self.cfg.steps)
         self.vae: Params = {}
         if setup.encode is not None:
@@ -304,8 +306,6 @@ class Run:
         if step % self.cfg.log_every == 0 or step == self.cfg.steps:
             log.line({"learning_rate": float(self.rate(step - 1))})
 
-    bad = 0
-
     def compile(self) -> dict[Any, tuple[Any, int, int]]:
         """Shape of a batch -> (the compiled step, FLOPs and tokens of a sample), for every bucket
         there is, before the first step, several at a time."""
@@ -358,19 +358,14 @@ class Validator:
         self.batches = [
             place(batch, setup.mesh, cfg.batch) for batch in loader.held_out(cfg.validation.clips)
         ]
-        self.jitted = jax.jit(
-            functools.partial(losses_at, cfg, setup.model, setup.encode),
-            static_argnames=("blank", "other"),
-        )
+        self.jitted = jax.jit(functools.partial(losses_at, cfg, setup.model, setup.encode))
         self.pipe: Any = None
 
     def losses(self, params: Params, frozen: Params) -> dict[str, float]:
         """See `validation.losses`."""
         cfg = self.setup.cfg.validation
 
-        def at(batch: Any, sigma: Any, blank: tuple[str, ...], other: tuple[str, ...]) -> jax.Array:
-            return self.jitted(params, frozen, self.vae, batch, sigma, blank=blank, other=other)
-
+        at = functools.partial(self.jitted, params, frozen, self.vae)
         return validation.losses(at, self.batches, cfg.sigmas, cfg.context)
 
     def videos(self, params: Params, frozen: Params) -> Iterator[np.ndarray]:
@@ -393,10 +388,6 @@ class Validator:
 
 def save_video(output: epath.PathLike, step: int, number: int, frames: np.ndarray) -> None:
     """A validation video and its contact sheet in RUN/validation."""
-    from pathlib import Path
-
-    from framepack_jax import video
-
     folder = Path(output) / "validation" / f"step_{step:07d}"
     folder.mkdir(parents=True, exist_ok=True)
     video.write_mp4(folder / f"{number}.mp4", frames, 30)

@@ -95,13 +95,13 @@ def losses_at(
     vae: Params,
     batch: Any,
     sigma: jax.Array,
-    blank: tuple[str, ...] = (),
-    other: tuple[str, ...] = (),
+    blank: jax.Array,
+    other: jax.Array,
 ) -> jax.Array:
     """Losses (B,) at one noise level, with noise that is the same each time.
 
-    The context groups of the kernels `blank` are zero, as where history is missing; those of the
-    kernels `other` are the next sample's.
+    `blank` and `other` (groups,) say which context groups are zero, as where history is missing,
+    and which are another sample's.
     """
     batch = _latents(batch, functools.partial(encode, vae) if encode else None)
     keys = sample_keys(cfg.seed, batch.element)
@@ -188,19 +188,14 @@ def noised_context(context: PackedContext, keys: jax.Array, most: float) -> Pack
     return context.replace(latents=tuple(noised(i, x) for i, x in enumerate(context.latents)))
 
 
-def changed_context(
-    context: PackedContext, blank: tuple[str, ...], other: tuple[str, ...]
-) -> PackedContext:
-    """The context with the groups of some kernels blanked, and of some taken from another sample
-    of the batch."""
-
-    def change(kernel: str, latents: jax.Array) -> jax.Array:
-        if kernel in blank:
-            return jnp.zeros_like(latents)
-        return jnp.roll(latents, 1, axis=0) if kernel in other else latents
-
-    pairs = zip(context.kernels, context.latents, strict=True)
-    return context.replace(latents=tuple(change(kernel, x) for kernel, x in pairs))
+def changed_context(context: PackedContext, blank: jax.Array, other: jax.Array) -> PackedContext:
+    """The context with some groups blanked, and some taken from the sample before in the batch;
+    `blank` and `other` are (groups,) bool."""
+    latents = [
+        jnp.where(blank[i], 0, jnp.where(other[i], jnp.roll(x, 1, axis=0), x)).astype(x.dtype)
+        for i, x in enumerate(context.latents)
+    ]
+    return context.replace(latents=tuple(latents))
 
 
 def _latents(batch: Any, encode: Encode | None) -> Any:

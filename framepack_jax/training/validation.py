@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 
 from framepack_jax import packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+from framepack_jax.data.pixels import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.pipeline import FramePack, Inputs, Network, Settings
 from framepack_jax.processes import fetch
 from framepack_jax.splice import to_uint8
 from framepack_jax.training.state import Model
 
-# (batch on the devices, sigma, blanked kernels, kernels of another clip) -> losses (B,)
-LossesAt = Callable[[Any, jax.Array, tuple[str, ...], tuple[str, ...]], jax.Array]
+# (batch on the devices, sigma, context groups that are blank, those of another clip) -> losses (B,)
+LossesAt = Callable[[Any, np.float32, np.ndarray, np.ndarray], jax.Array]
 
 
 class Difference(NamedTuple):
@@ -59,14 +60,21 @@ def paired(
     and (kernel, "other") with that kernel's context changed."""
     found: dict[tuple[str, ...], list[np.ndarray]] = {}
     for batch in batches:
-        kernels = dict.fromkeys(batch.context.kernels) if context else ()
-        variants = {(): ((), ())}
-        variants |= {(kernel, "blank"): ((kernel,), ()) for kernel in kernels}
-        variants |= {(kernel, "other"): ((), (kernel,)) for kernel in kernels}
+        groups = np.asarray(kernels_of(batch))
+        none = np.zeros(len(groups), bool)
+        variants = {(): (none, none)}
+        for kernel in dict.fromkeys(groups.tolist()) if context else ():
+            variants[kernel, "blank"] = groups == kernel, none
+            variants[kernel, "other"] = none, groups == kernel
         for name, (blank, other) in variants.items():
             each = [losses_at(batch, np.float32(sigma), blank, other) for sigma in sigmas]
             found.setdefault(name, []).append(np.stack(jax.device_get(fetch(each))))
     return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+
+
+def kernels_of(batch: Any) -> tuple[str, ...]:
+    """Kernels of a batch's context groups, of latents or of frames."""
+    return batch.kernels if isinstance(batch, PixelBatch) else batch.context.kernels
 
 
 def difference(changed: np.ndarray, whole: np.ndarray) -> Difference:

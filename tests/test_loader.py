@@ -1,0 +1,264 @@
+"""The stream of training samples: what is in it, in which order, and that it goes on exactly."""
+
+import collections
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from training_data import SIZES, write_dataset
+
+from framepack_jax import bundle, packing
+from framepack_jax.commands.records import path_of
+from framepack_jax.data import loader, pixels, records
+from framepack_jax.data.loader import Config, DatasetError, open_loader
+from framepack_jax.packing import Timeline
+
+# Window 2, so that short clips have several sections.
+INVERTED, F1, VANILLA = (
+    "f1k1_x_g2_f1k1f2k2f16k4_td",
+    "f1k1_x_f16k4f2k2f1k1_g2",
+    "td_f16k4f2k2f1k1_g2",
+)
+ORDERS = {INVERTED: "inverted", F1: "forward", VANILLA: "forward"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    return folder, write_dataset(folder)
+
+
+def take(folder, count, *, batch=4, share=(0, 1), state=None, schedule=INVERTED, **options):
+    """The loader and its next batches."""
+    cfg = Config(path=str(folder), **options)
+    opened = open_loader(cfg, schedule, ORDERS[schedule], batch, share)
+    if state is not None:
+        opened.set_state(json.loads(json.dumps(state)))
+    return opened, list(itertools.islice(opened, count))
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("schedule", ORDERS)
+def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
+    """Of the same section: context from a timeline that sampling fills, section by section."""
+    folder, clips = dataset
+    _, batches = take(folder, 12, schedule=schedule)
+    seen = set()
+    for batch, i in itertools.product(batches, range(4)):
+        record = clips[batch.clip[i]]
+        latents = np.asarray(record.latents, np.float32)
+        plan = packing.plan(schedule, ORDERS[schedule], int(batch.sections[i]))
+        assert len(plan) == (len(latents) - 1) // 2
+        timeline = Timeline(packing.length(plan), latents.shape[1:])
+        timeline.write([0], latents[None, :1])
+        for made, section in enumerate(plan):
+            context = packing.read_context(section, timeline)
+            if made == batch.section[i]:
+                break
+            timeline.write(section.targets, latents[None, list(section.targets)])
+        sample = jax.tree.map(lambda x, i=i: np.asarray(x[i : i + 1], np.float32), batch.context)
+        assert batch.context.kernels == context.kernels
+        for ours, theirs in zip(jax.tree.leaves(sample), jax.tree.leaves(context), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        wanted = latents[list(section.targets)]
+        np.testing.assert_array_equal(np.asarray(batch.target[i], np.float32), wanted)
+        seen.add((int(batch.section[i]), int(batch.sections[i])))
+    assert len(seen) > 5
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("kind", ["inverted", "f1"])
+def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
+    """Of every section of a clip as long as the release would make it."""
+    rows = json.loads((golden / "sections.json").read_text())
+    row = next(r for r in rows if r["latent_window_size"] == 9 and 4 < r["sections"] <= 12)
+    count = row["sections"]
+    write_dataset(tmp_path, {(32, 48): (1 + 9 * count,)})
+    schedule = packing.RELEASED_INVERTED if kind == "inverted" else packing.RELEASED_F1
+    order = packing.default_order(schedule)
+    opened = open_loader(Config(path=str(tmp_path)), schedule, order, 8)
+    found = {}
+    for batch in itertools.islice(opened, 12):
+        for i in range(8):
+            found[int(batch.section[i])] = jax.tree.map(lambda x, i=i: x[i], batch.context)
+    assert set(found) == set(range(count))
+    for made in range(count):
+        golden_row = row[kind][made] if isinstance(row[kind], list) else row[kind]
+        context = found[made]
+        by_kernel = collections.defaultdict(list)
+        for kernel, indices in zip(context.kernels, context.indices, strict=True):
+            by_kernel[kernel] += indices.tolist()
+        assert context.target_indices.tolist() == golden_row["target"]
+        assert by_kernel["k1"] == golden_row["clean"]
+        assert by_kernel["k2"] == golden_row["clean_2x"]
+        assert by_kernel["k4"] == golden_row["clean_4x"]
+
+
+def test_every_clip_of_every_epoch_and_one_bucket_a_batch(dataset) -> None:
+    folder, clips = dataset
+    opened, batches = take(folder, 2 * len(clips))
+    counts = collections.Counter(int(clip) for batch in batches for clip in batch.clip)
+    # Two cycles of the schedule: every clip as often as a batch has samples, twice.
+    assert counts == dict.fromkeys(range(len(clips)), 2 * 4)
+    by_bucket = collections.defaultdict(list)
+    for step, batch in enumerate(batches):
+        bucket = opened.bucket_at(step)
+        shapes = {(clips[clip].clip.height, clips[clip].clip.width) for clip in batch.clip}
+        assert shapes == {bucket}
+        assert batch.target.shape[2:4] == opened.latent_size(bucket)
+        by_bucket[bucket] += batch.clip.tolist()
+        assert batch.element.tolist() == list(range(4 * step, 4 * step + 4))
+    orders = []
+    for bucket, stream in by_bucket.items():
+        size = len(SIZES[bucket])
+        epochs = [tuple(stream[i : i + size]) for i in range(0, len(stream) - size + 1, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs)
+        orders += [len(set(epochs))]
+    assert max(orders) > 1, "every epoch has the same order"
+
+
+def test_the_stream_goes_on_exactly_with_other_threads(dataset) -> None:
+    folder, _ = dataset
+    _, whole = take(folder, 9)
+    opened, _ = take(folder, 4, threads=1, buffer=2)
+    _, rest = take(folder, 5, state=opened.get_state(), threads=8, buffer=3)
+    assert [bits(b) for b in whole[4:]] == [bits(b) for b in rest]
+
+
+def test_hosts_share_the_same_batches(dataset) -> None:
+    folder, _ = dataset
+    _, whole = take(folder, 6)
+    first, _ = take(folder, 3, share=(0, 2))
+    state = first.get_state()
+    halves = [take(folder, 3, share=(i, 2), state=state)[1] for i in range(2)]
+    for batch, *parts in zip(whole[3:], *halves, strict=True):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        order = np.argsort(joined.element)
+        assert bits(jax.tree.map(lambda x, o=order: x[o], joined)) == bits(batch)
+
+
+def test_worker_processes_read_the_same(dataset) -> None:
+    folder, _ = dataset
+    _, here = take(folder, 3)
+    _, there = take(folder, 3, workers=1)
+    assert [bits(b) for b in here] == [bits(b) for b in there]
+
+
+def test_captions_are_dropped_for_the_empty_prompt(dataset) -> None:
+    folder, clips = dataset
+    text, pooled = records.read_empty(folder)
+    _, batches = take(folder, 40, caption_dropout=0.3)
+    _, kept = take(folder, 40)
+    dropped = 0
+    for batch, whole in zip(batches, kept, strict=True):
+        assert bits((batch.target, batch.clip)) == bits((whole.target, whole.clip))
+        for i in range(4):
+            is_empty = np.array_equal(batch.pooled[i], pooled)
+            dropped += is_empty
+            wanted = text if is_empty else clips[batch.clip[i]].text
+            assert batch.text_valid[i].sum() == len(wanted)
+            assert np.array_equal(batch.text[i, : len(wanted)], wanted)
+            assert not batch.text[i, len(wanted) :].any()
+    assert 30 <= dropped <= 66  # 48 of 160 are expected, three standard deviations are 17
+
+
+def test_random_lengths_cut_clips(dataset) -> None:
+    folder, _ = dataset
+    _, batches = take(folder, 20, sections="random")
+    lengths = collections.defaultdict(set)
+    for batch in batches:
+        for clip, sections in zip(batch.clip, batch.sections, strict=True):
+            lengths[int(clip)].add(int(sections))
+    assert lengths[2] == {1, 2, 3, 4}  # 9 latent frames
+
+
+def test_held_out_clips_are_not_trained_on(dataset) -> None:
+    folder, clips = dataset
+    opened, batches = take(folder, 40, holdout=3)
+    held = opened.held_out(8)
+    assert len(held) == 2 and all(len(batch.clip) == 4 for batch in held)
+    trained = {int(clip) for batch in batches for clip in batch.clip}
+    looked_at = {int(clip) for batch in held for clip in batch.clip}
+    assert not trained & looked_at and len(trained) == len(clips) - 3
+    again, _ = take(folder, 0, holdout=3)
+    assert [bits(batch) for batch in held] == [bits(batch) for batch in again.held_out(8)]
+    assert take(folder, 0, holdout=3, seed=5)[0].held == opened.held
+    assert [r.clip.id for r in opened.held_out_records(2)] == opened.clip_ids(opened.held[:2])
+
+
+def test_abstract_batches_are_the_real_ones(dataset) -> None:
+    folder, _ = dataset
+    opened, batches = take(folder, 4, share=(1, 2))
+    for step, batch in enumerate(batches):
+        expected = opened.abstract(opened.bucket_at(step))
+        real = jax.tree.map(lambda x: ((2 * x.shape[0], *x.shape[1:]), x.dtype), batch)
+        there = jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+        assert jax.tree.leaves(real) == jax.tree.leaves(there)
+
+
+def test_another_order_is_refused(dataset) -> None:
+    folder, _ = dataset
+    old, _ = take(folder, 0)
+    loader.check_fingerprint(json.loads(json.dumps(old.fingerprint)), old.fingerprint)
+    changes = {"batch": {"batch": 8}, "seed": {"seed": 1}, "holdout": {"holdout": 2}}
+    for name, options in changes.items():
+        new, _ = take(folder, 0, **options)
+        with pytest.raises(DatasetError, match=rf"{name}: .* then, .* now.*--init RUN@STEP"):
+            loader.check_fingerprint(old.fingerprint, new.fingerprint)
+
+
+def test_a_dataset_of_another_bundle_is_refused(dataset) -> None:
+    folder, _ = dataset
+    index, manifest = records.read_index(folder), bundle.read_manifest(path_of("tiny"))
+    loader.check_bundle(index, manifest)
+    role = manifest.roles["vae"]
+    other = dataclasses.replace(role, source=role.source | {"sha256": "0"})
+    roles = manifest.roles | {"vae": other}
+    with pytest.raises(DatasetError, match="made by another bundle: vae differ"):
+        loader.check_bundle(index, dataclasses.replace(manifest, roles=roles))
+    with pytest.raises(DatasetError, match="prompt_template differ"):
+        loader.check_bundle(index, dataclasses.replace(manifest, prompt_template="{}"))
+
+
+def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
+    folder, _ = dataset
+    with pytest.raises(DatasetError, match=r"8 of the 8 clips .* shorter than a section of 9"):
+        open_loader(Config(path=str(folder)), packing.RELEASED_INVERTED, "inverted", 4)
+    with pytest.raises(DatasetError, match=r"--data\.holdout 8 leaves nothing"):
+        take(folder, 0, holdout=8)
+    with pytest.raises(ValueError, match="does not divide over 3 hosts"):
+        take(folder, 0, share=(0, 3))
+    with pytest.raises(ValueError, match=r"--data.caption-dropout 1.5"):
+        Config(caption_dropout=1.5)
+    write_dataset(tmp_path, {})
+    with pytest.raises(DatasetError, match=r"is empty; .*rejected.jsonl"):
+        take(tmp_path, 0)
+
+
+def test_a_damaged_shard_ends_the_stream_with_its_name(tmp_path) -> None:
+    write_dataset(tmp_path)
+    file = next((tmp_path / records.SHARDS).glob("48x32*"))
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(DatasetError, match=r"48x32-00000\.arrayrecord"):
+        take(tmp_path, 20)
+
+
+@pytest.mark.parametrize("schedule", ORDERS)
+def test_windows_hold_what_sections_read(schedule) -> None:
+    order, size = ORDERS[schedule], packing.span(schedule, ORDERS[schedule])
+    for sections in (1, 2, 5, 16):
+        length = 1 + 2 * sections
+        for section in packing.plan(schedule, order, sections):
+            window = pixels.window_of(section, length, size)
+            assert window.first >= 1
+            table = [None, 0, *range(window.first, window.first + size)]
+            for positions in (section.targets, *(group.reads for group in section.groups)):
+                at = pixels.rows(positions, window)
+                read = [table[row] for row in at]
+                assert read == [None if p == packing.MISSING else p for p in positions]
