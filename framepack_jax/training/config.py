@@ -115,7 +115,7 @@ class Config:
     """Where training begins: bundle (its weights), scratch (random weights), or RUN or RUN@STEP,
     the parameters of another run under a new data order."""
     network: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """With init scratch: sizes of the transformer that differ from the bundle's."""
+    """Sizes of the transformer that differ from the bundle's, where it begins from scratch."""
     data: loader.Config = dataclasses.field(default_factory=loader.Config)
     schedule: str | None = None
     """Packing schedule to train for; default: the bundle's."""
@@ -198,5 +198,8 @@ def _check(cfg: Config) -> None:
         raise ValueError(f"--validation.sigmas {cfg.validation.sigmas}: expected numbers in (0, 1]")
     if cfg.remat not in stack.REMAT:
         raise ValueError(f"--remat {cfg.remat}: expected one of {', '.join(stack.REMAT)}")
-    if cfg.network and cfg.init != "scratch":
-        raise ValueError("network sizes are given, but only --init scratch makes a new network")
+    if cfg.network and cfg.init == "bundle":
+        raise ValueError(
+            f"network sizes {dict(cfg.network)} are given, but --init bundle takes a network as it"
+            " is; give --init scratch"
+        )

@@ -139,6 +139,8 @@ def train(
             f"{cfg.output} holds a run up to step {there[-1]}; choose another --output, or go on"
             " with it: --resume auto"
         )
+    if not there and cfg.init not in ("bundle", "scratch"):
+        processes.in_first(checkpoints.parse_run, cfg.init)
     with (
         jax.set_mesh(mesh),
         sampler.precision(cfg.dtype),

@@ -5,6 +5,7 @@ learning rate. Statistics of one tensor are those of one layer: a stack of layer
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from framepack_jax.training.config import Optimizer
 
 MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
 COSINE_END = 0.1
-SIGNED, UNSIGNED = 127, 255
 Params = dict[str, Any]
 
 
@@ -99,11 +99,11 @@ class Adam8bitState(NamedTuple):
 
 def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980) whose moments are kept in 8 bits between steps, after the idea of
-    arXiv 2110.02861: finer steps near zero, a scale for each row.
+    arXiv 2110.02861: steps of equal ratio, a scale for each row.
 
-    The code of a first moment is the square root of its share of the row's peak, that of a second
-    moment the fourth root, so that small numbers keep their order of magnitude; a second moment
-    above zero never becomes zero.
+    Codes are logarithms of a number's share of the largest of its row, so that small numbers keep
+    their order of magnitude, and a second moment above zero never becomes zero. They are rounded up
+    or down in turn: a moment that shrinks by less than a step would else never shrink.
     """
 
     def init(params: Params) -> Adam8bitState:
@@ -119,14 +119,16 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         count = optax.safe_increment(state.count)
 
         def moved(g: jax.Array, m: Quantized, v: Quantized) -> tuple[Any, Any, Any]:
-            mu = b1 * _first(m) + (1 - b1) * g
-            nu = b2 * _second(v) + (1 - b2) * g * g
+            mu = b1 * _number(m, FIRST) + (1 - b1) * g
+            nu = b2 * _number(v, SECOND) + (1 - b2) * g * g
             step = (mu / (1 - b1**count)) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
-            return step, _coded_first(mu), _coded_second(nu)
+            return step, _code(mu, FIRST, count), _code(nu, SECOND, count)
 
-        is_leaf = lambda x: isinstance(x, Quantized)  # noqa: E731
         leaves, tree = jax.tree.flatten(updates)
-        moments = (jax.tree.leaves(m, is_leaf=is_leaf) for m in (state.mu, state.nu))
+        moments = (
+            jax.tree.leaves(m, is_leaf=lambda x: isinstance(x, Quantized))
+            for m in (state.mu, state.nu)
+        )
         parts = zip(*map(moved, leaves, *moments), strict=True)
         steps, mu, nu = (jax.tree.unflatten(tree, list(part)) for part in parts)
         return steps, Adam8bitState(count, mu, nu)
@@ -134,28 +136,42 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
-def _first(x: Quantized) -> jax.Array:
-    code = x.codes.astype(jnp.float32) / SIGNED
-    return jnp.sign(code) * code * code * x.peak[..., None]
+class Coding(NamedTuple):
+    """Codes 1 .. `levels` for shares of a peak from 1 / `span` to 1, 0 for none, with or without a
+    sign; what is smaller than all becomes 0 with one, and the smallest without."""
+
+    levels: int
+    span: float
+    signed: bool
+    dtype: Any
 
 
-def _coded_first(x: jax.Array) -> Quantized:
+FIRST = Coding(127, 1e6, True, jnp.int8)
+SECOND = Coding(255, 1e12, False, jnp.uint8)
+# Irrational strides, so that neighbours, and the steps of one number, are rounded in turn.
+ALONG, PER_STEP = 0.7548776662466927, 0.6180339887498949
+
+
+def _number(x: Quantized, coding: Coding) -> jax.Array:
+    codes = x.codes.astype(jnp.float32)
+    exponent = (jnp.abs(codes) - 1) / (coding.levels - 1) - 1
+    share = jnp.where(codes == 0, 0, jnp.exp(exponent * math.log(coding.span)))
+    return jnp.sign(codes) * share * x.peak[..., None]
+
+
+def _code(x: jax.Array, coding: Coding, count: jax.Array) -> Quantized:
     peak = jnp.max(jnp.abs(x), axis=-1)
     share = jnp.abs(x) / jnp.where(peak > 0, peak, 1)[..., None]
-    codes = jnp.sign(x) * jnp.round(SIGNED * jnp.sqrt(share))
-    return Quantized(codes.astype(jnp.int8), peak)
-
-
-def _second(x: Quantized) -> jax.Array:
-    code = x.codes.astype(jnp.float32) / UNSIGNED
-    return (code * code) ** 2 * x.peak[..., None]
-
-
-def _coded_second(x: jax.Array) -> Quantized:
-    peak = jnp.max(x, axis=-1)
-    share = x / jnp.where(peak > 0, peak, 1)[..., None]
-    codes = jnp.round(UNSIGNED * jnp.sqrt(jnp.sqrt(share)))
-    return Quantized(jnp.where(x > 0, jnp.maximum(codes, 1), 0).astype(jnp.uint8), peak)
+    exponent = jnp.log(jnp.where(share > 0, share, 1)) / math.log(coding.span)
+    code = 1 + (coding.levels - 1) * (1 + exponent)
+    place = sum(
+        jax.lax.broadcasted_iota(jnp.float32, x.shape, axis) * (ALONG ** (axis + 1) % 1)
+        for axis in range(x.ndim)
+    )
+    turn = (place + count.astype(jnp.float32) * PER_STEP) % 1
+    code = jnp.clip(jnp.floor(code + turn), 0 if coding.signed else 1, coding.levels)
+    signed = jnp.sign(x) * code if coding.signed else jnp.where(x > 0, code, 0)
+    return Quantized(signed.astype(coding.dtype), peak)
 
 
 def state_specs(state: Any, params: Params, specs: Params) -> Any:

@@ -66,7 +66,7 @@ def train_step(
         return grads, seen
 
     grads, (losses, sigmas) = _accumulated(gradient, batch, cfg.accumulate)
-    mean, norm = jnp.mean(losses), optax.global_norm(grads)
+    mean, norm = jnp.mean(losses), optax.tree.norm(grads)
     finite = jnp.isfinite(mean) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,341 @@
+"""Training as a person starts it: stopped anywhere and gone on with, by one process and by two."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from test_processes import ended, launch
+from training_data import write_dataset
+
+from framepack_jax import FramePack, bundle
+from framepack_jax.commands import export_run, sample, train
+from framepack_jax.commands.records import path_of
+from framepack_jax.training import checkpoints
+from framepack_jax.training.checkpoints import RunError
+from framepack_jax.training.metrics import Jsonl
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+from framepack_jax.data import loader
+from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Validation
+
+def get_config():
+    return Config(
+        bundle="tiny", init="scratch",
+        network={"double_layers": 1, "single_layers": 1, "refiner_layers": 1},
+        schedule="f1k1_x_g2_f1k1f2k2f16k4_td",
+        data=loader.Config(holdout=2),
+        batch=4, steps=12, dtype="float32", remat="none", ema=0.9,
+        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=3),
+        lora=LoRA(rank=2, alpha=4.0),
+        validation=Validation(every=0),
+        checkpoints=Checkpoints(every=3, keep=2), log_every=1, tensorboard=False,
+    )
+"""
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a dataset, a configuration, and programs compiled so far."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_dataset(folder / "dataset", {(32, 48): (7, 9, 5, 5, 7, 3)})
+    (folder / "config.py").write_text(CONFIG)
+    return folder
+
+
+def flags(place, output, *more):
+    return [
+        "--config", str(place / "config.py"), "--data.path", str(place / "dataset"),
+        "--output", str(output), *more,
+    ]  # fmt: skip
+
+
+def start(place, output, *more) -> subprocess.Popen:
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags(place, output, *more)],
+        env=env, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def log_of(output: Path) -> dict[int, dict[str, float]]:
+    """The lines of a log by step, without what depends on the clock."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    clock = ("per_second", "seconds", "share", "memory", "mfu")
+    return {
+        line["step"]: {k: v for k, v in line.items() if not any(c in k for c in clock)}
+        for line in lines
+    }
+
+
+def state_of(output: Path, step: int = STEPS):
+    """All arrays of a checkpoint."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        found = reader.restore((output / "checkpoints" / str(step) / "state").absolute())
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
+
+
+def same(first: Path, second: Path) -> None:
+    """To the last bit."""
+    assert log_of(first) == log_of(second)
+    pairs = list(zip(state_of(first), state_of(second), strict=True))
+    assert len(pairs) > 50
+    for a, b in pairs:
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run that was never stopped."""
+    output = place / "whole"
+    finish(start(place, output))
+    assert sorted(log_of(output)) == list(range(1, STEPS + 1))
+    return output
+
+
+def wait_for(process, output: Path, step: int) -> None:
+    """Until a step is in the log."""
+    until = time.monotonic() + 200
+    while time.monotonic() < until and process.poll() is None:
+        if (output / "log.jsonl").exists():
+            lines = (output / "log.jsonl").read_text().splitlines()
+            if (
+                lines
+                and json.loads(lines[-1] if lines[-1].endswith("}") else lines[-2])["step"] >= step
+            ):
+                return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def test_killed_three_times_it_is_the_run_that_never_was(place, whole) -> None:
+    output, rng = place / "killed", np.random.default_rng()
+    steps = sorted(rng.choice(np.arange(2, STEPS - 1), 3, replace=False).tolist())
+    for step in steps:
+        process = start(place, output)
+        wait_for(process, output, step)
+        time.sleep(float(rng.uniform(0, 0.05)))
+        process.kill()
+        process.communicate()
+    assert "goes on after step" in finish(start(place, output)) or steps[-1] < 3
+    same(output, whole)
+
+
+def test_sigterm_saves_the_step_and_ends_well(place, whole) -> None:
+    output = place / "terminated"
+    process = start(place, output, "--checkpoints.every", "100")
+    wait_for(process, output, 4)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert "stopped after step" in out and "the same command goes on" in out
+    (step,) = checkpoints.steps_of(output)
+    assert 4 <= step < STEPS
+    finish(start(place, output))
+    same(output, whole)
+
+
+def test_a_finished_run_has_nothing_to_do(place, whole) -> None:
+    before = state_of(whole)
+    out = finish(start(place, whole))
+    assert f"goes on after step {STEPS}" in out
+    assert all(np.array_equal(a, b) for a, b in zip(before, state_of(whole), strict=True))
+
+
+def two(place, output: Path, *more: str, devices: int = 1) -> list[subprocess.Popen]:
+    """The command in two processes of so many devices."""
+    for i in range(2):
+        (place / f"host{i}").mkdir(exist_ok=True)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    try:
+        return launch(
+            [place / "host0", place / "host1"], str(ROOT / "train.py"),
+            *flags(place, output, *more), "--coordinator", "localhost:{port}", "--processes", "2",
+        )  # fmt: skip
+    finally:
+        del os.environ["XLA_FLAGS"]
+
+
+def close(found: Path, expected: Path, steps=range(1, STEPS + 1)) -> None:
+    for step in steps:
+        ours, theirs = log_of(found)[step], log_of(expected)[step]
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"], step
+        assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * theirs["grad_norm"], step
+
+
+def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
+    """Stopped by SIGTERM to one of them: both save the same step and end well."""
+    output = place / "two"
+    started = two(place, output, "--mesh", "fsdp=2", "--checkpoints.every", "100")
+    wait_for(started[0], output, 4)
+    started[1].send_signal(signal.SIGTERM)
+    for code, _, err in ended(started):
+        assert code == 0, err[-3000:]
+    (step,) = checkpoints.steps_of(output)
+    assert 4 <= step < STEPS
+    close(output, whole, range(1, step + 1))
+    finish(start(place, output))
+    close(output, whole)
+
+
+def test_one_process_begins_and_two_go_on_fsdp_and_tensor(place, whole) -> None:
+    """Of four devices each."""
+    output = place / "one"
+    finish(start(place, output, "--steps", "3", "--no-export"))
+    started = two(place, output, "--mesh", "fsdp=4,tensor=2", "--no-export", devices=4)
+    for code, _, err in ended(started):
+        assert code == 0, err[-3000:]
+    # The learning rate of a constant schedule does not depend on the number of steps.
+    close(output, whole)
+
+
+def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
+    """It points to the bundle that it was trained from; its weights are those of the average."""
+    root = whole / "bundle"
+    manifest = bundle.read_manifest(root)
+    assert manifest.roles["vae"].path != "vae" and manifest.schedule.startswith("f1k1_x_g2")
+    _, cfg = bundle.role_config(manifest, "transformer")
+    assert (cfg.double_layers, cfg.single_layers) == (1, 1)
+    leaves = dict(bundle.read_leaves(root, manifest, "transformer", ["head/out/kernel"]))
+    average = checkpoints.restore_params(
+        whole, STEPS, {"head": {"out": {"kernel": jax.ShapeDtypeStruct(
+            leaves["head/out/kernel"].shape, np.float32)}}}, "ema",
+    )  # fmt: skip
+    expected = np.asarray(average["head"]["out"]["kernel"]).astype(leaves["head/out/kernel"].dtype)
+    np.testing.assert_array_equal(leaves["head/out/kernel"], expected)
+    sample.main([
+        "--bundle", str(root), "--prompt", "waves", "--sections", "1", "--steps", "1",
+        "--height", "32", "--width", "48",
+        "--latents-only", "--output", str(tmp_path / "video"),
+    ])  # fmt: skip
+    copy = tmp_path / "copy"
+    export_run.main([str(whole), "--output", str(copy), "--copy", "--dtype", "float32"])
+    pipe = FramePack.load(copy)
+    assert pipe.transformer.params["head"]["out"]["kernel"].dtype == np.float32
+    assert not list(copy.rglob("*.part*"))
+
+
+def test_what_cannot_be_gone_on_with_is_refused(place, whole, capsys) -> None:
+    cases = {
+        ("--batch", "8"): "batch: 4 then, 8 now.*--init RUN@STEP",
+        ("--seed", "7"): "seed = 0 then, 7 now",
+        ("--trainable", "context"): "trainable = 'all' then, 'context' now",
+        ("--optimizer.name", "adafactor"): "optimizer = .*adamw.* then",
+        ("--ema", "0"): "ema = 0.9 then, 0.0 now",
+        ("--resume", "never"): "holds a run up to step 12",
+    }
+    for more, message in cases.items():
+        with pytest.raises(SystemExit) as error:
+            train.main(flags(place, whole, *more))
+        assert re.search(message, str(error.value), re.DOTALL), (more, str(error.value))
+    assert checkpoints.steps_of(whole)[-1] == STEPS
+    with pytest.raises(RunError, match="there are"):
+        checkpoints.parse_run(f"{whole}@5")
+
+
+def test_what_is_missing_is_named(place, tmp_path) -> None:
+    cases = [
+        ([], r"--output .*--bundle .*--data.path"),
+        (["--config", "nothing.py"], "nothing.py does not exist"),
+        (flags(place, tmp_path / "a", "--init", str(tmp_path)), "has no checkpoint"),
+        (flags(place, tmp_path / "a", "--mesh", "fsdp=3"), "multiply to 3"),
+        (flags(place, tmp_path / "a", "--data.holdout", "99"), "leaves nothing of the 6"),
+        (flags(place, tmp_path / "a", "--processes", "2"), "need --coordinator"),
+    ]
+    for args, message in cases:
+        with pytest.raises(SystemExit) as error:
+            train.main(args)
+        assert re.search(message, str(error.value), re.DOTALL), (args, str(error.value))
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_a_run_begins_from_another(place, whole, capsys) -> None:
+    """In a new order of data, from its averaged parameters."""
+    output = place / "second"
+    train.main(
+        flags(place, output, "--init", f"{whole}@9", "--steps", "1", "--data.seed", "4",
+              "--no-export", "--optimizer.learning-rate", "0")
+    )  # fmt: skip
+    assert f"begins from {whole} at step 9" in capsys.readouterr().out
+    shape = jax.ShapeDtypeStruct((1, 32, 4 * 32), np.float32)
+    leaf = {"single": {"mlp_in": {"kernel": shape}}}
+    old = checkpoints.restore_params(whole, 9, leaf, "ema")["single"]["mlp_in"]["kernel"]
+    new = checkpoints.restore_params(output, 1, leaf, "params")["single"]["mlp_in"]["kernel"]
+    np.testing.assert_array_equal(old, new)
+
+
+def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
+    """--trainable lora from the weights of a bundle, exported as a file that sample.py takes."""
+    output = tmp_path / "lora"
+    config = CONFIG.replace('init="scratch"', 'init="bundle"')
+    config = "\n".join(line for line in config.splitlines() if "network=" not in line)
+    (tmp_path / "config.py").write_text(config)
+    train.main([
+        "--config", str(tmp_path / "config.py"), "--data.path", str(place / "dataset"),
+        "--output", str(output), "--trainable", "lora", "--steps", "2", "--ema", "0",
+    ])  # fmt: skip
+    file = output / "bundle" / "lora.safetensors"
+    assert f"sample.py --lora {file}" in capsys.readouterr().out
+    sample.main([
+        "--bundle", "tiny", "--prompt", "waves", "--schedule", "f1k1_x_g2_f1k1f2k2f16k4_td",
+        "--lora", str(file),
+        "--sections", "1", "--steps", "1", "--height", "32", "--width", "48", "--latents-only",
+        "--output", str(tmp_path / "video"),
+    ])  # fmt: skip
+    size = sum(f.stat().st_size for f in (output / "checkpoints").rglob("*") if f.is_file())
+    whole_network = bundle.stored_bytes(path_of("tiny"), bundle.read_manifest(path_of("tiny")),
+                                        "transformer")  # fmt: skip
+    assert size < 4 * whole_network  # bfloat16; adapters and two moments in float32
+
+
+def test_losses_that_stay_not_finite_end_a_run(place, tmp_path) -> None:
+    with pytest.raises(SystemExit) as error:
+        train.main(
+            flags(place, tmp_path / "run", "--optimizer.learning-rate", "1e38", "--max-bad-steps",
+                  "2", "--optimizer.warmup-steps", "0", "--optimizer.clip-norm", "0")
+        )  # fmt: skip
+    message = str(error.value)
+    assert "have not been finite for 2 steps" in message and "clip-00" in message
+    assert "last checkpoint" in message
+
+
+def test_a_log_cut_in_a_line_is_mended(tmp_path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = Jsonl(tmp_path, 2)
+    log.write(3, {"loss": 1.0})
+    log.close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_configs_are_what_they_say() -> None:
+    """Every configuration in configs/ that trains is valid, and its docstring has a command."""
+    found = 0
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        if "training.config" not in file.read_text():
+            continue
+        config = train.read_config(file)
+        assert f"configs/{file.name}" in file.read_text()
+        assert dataclasses.asdict(config)["steps"] > 0
+        found += 1
+    assert found >= 1
