@@ -21,7 +21,7 @@ from framepack_jax.buckets import find_bucket
 from framepack_jax.video import read_frames, resize_center_crop
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
-# What cuts and scores are taken on: (height, width) of small grey pictures.
+# What cuts and scores are taken on: (height, width) of small pictures.
 SMALL = (36, 64)
 # A clip has 1 + 4 k frames, and two latents at least.
 LEAST_FRAMES = 5
@@ -45,8 +45,8 @@ class Settings:
     fps: float = 30.0
     max_frames: int = 597
     """Longer scenes are divided."""
-    cut: float = 0.18
-    """Mean change of grey levels, 0 to 1, at which a scene ends."""
+    cut: float = 0.08
+    """Mean change of levels, 0 to 1, at which a scene ends."""
     buckets: tuple[tuple[int, int], ...] = ()
     time_compression: int = 4
 
@@ -135,18 +135,23 @@ def _clip(first: int, held: list[np.ndarray], settings: Settings) -> Iterator[Cu
 
 
 def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
-    """Whether a scene ends between two small grey pictures: much changes everywhere, and so do the
-    grey levels that occur, which motion leaves alike."""
+    """Whether a scene ends between two small pictures (h, w, 3): much changes everywhere, and so do
+    the levels that occur, which motion leaves alike."""
     changed = np.abs(after - before).mean() / 255
-    bins = [np.histogram(x, 16, (0, 255))[0] / x.size for x in (before, after)]
-    return changed > threshold and np.abs(bins[0] - bins[1]).sum() > threshold
+    if changed <= threshold:
+        return False
+    counts = [
+        np.stack([np.histogram(x[:, :, c], 16, (0, 255))[0] for c in range(3)]) / x.size
+        for x in (before, after)
+    ]
+    return bool(np.abs(counts[0] - counts[1]).sum() > 3 * threshold)
 
 
 def scores(frames: np.ndarray) -> dict[str, float]:
     """What a clip (P, H, W, 3) is judged by.
 
-    motion: mean change of grey levels from frame to frame; sharpness: variance of the Laplacian;
-    brightness: mean grey level; all of levels 0 to 255. black_bars: share of the picture in black
+    motion: mean change of levels from frame to frame; sharpness: variance of the Laplacian;
+    brightness: mean level; all of levels 0 to 255. black_bars: share of the picture in black
     lines at its borders; still: share of frames equal to the one before; hash: 64 bits of the
     middle frame that alike pictures share, as a number.
     """
@@ -169,8 +174,8 @@ def scores(frames: np.ndarray) -> dict[str, float]:
 
 
 def _small(frame: np.ndarray) -> np.ndarray:
-    grey = Image.fromarray(frame).convert("L").resize(SMALL[::-1], Image.Resampling.BOX)
-    return np.asarray(grey, np.float32)
+    small = Image.fromarray(frame).resize(SMALL[::-1], Image.Resampling.BOX)
+    return np.asarray(small, np.float32)
 
 
 def _black_share(brightest: np.ndarray) -> float:
@@ -198,13 +203,13 @@ class Thresholds:
     min_seconds: float = 1.3
     """Shorter clips are left out. A section of 9 latent frames needs 1.24 s."""
     min_motion: float = 0.05
-    """Least mean change of grey levels from frame to frame."""
+    """Least mean change of levels from frame to frame."""
     max_motion: float = 60.0
     """Most of it."""
     min_sharpness: float = 2.0
     """Least variance of the Laplacian, by which blurred pictures are known."""
     min_brightness: float = 8.0
-    """Least mean grey level."""
+    """Least mean level."""
     max_black_bars: float = 0.15
     """Largest share of the picture in black borders."""
     max_still: float = 0.5

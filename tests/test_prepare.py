@@ -1,0 +1,516 @@
+"""Videos become a dataset: what gets in, what does not and why, and that a stopped run goes on."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_processes import ended, launch
+
+from framepack_jax import bundle, conditioning, video
+from framepack_jax.__main__ import main as framepack
+from framepack_jax.commands import prepare
+from framepack_jax.commands.records import path_of
+from framepack_jax.data import encode, loader, pixels, records, stages, store, synthetic
+from framepack_jax.data.records import Record, Source
+from framepack_jax.data.stages import Rejected, Settings, Thresholds
+
+ROOT = Path(__file__).parent.parent
+BUCKETS = ((32, 48), (48, 32))
+SETTINGS = Settings(buckets=BUCKETS)
+
+
+def scene_frames(number: int, seconds: float, height=64, width=96):
+    return list(synthetic.frames(synthetic.scene(0, number, height, width), seconds))
+
+
+def write_video(path: Path, frames, fps=30, caption: str | None = "waves") -> Path:
+    video.write_mp4(path, frames, fps)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+class FakeEncoder:
+    """Encodes in no time, and counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def prompt(self, caption):
+        return np.full((3, 4), len(caption) % 7, np.float32), np.zeros(4, np.float32)
+
+    def record(self, clip, frames):
+        self.calls += 1
+        small = np.resize(frames[::4, ::8, ::8, :1], (1 + (len(frames) - 1) // 4, 4, 6, 16))
+        return Record(clip, *self.prompt(clip.caption), np.zeros((2, 4)), small / 255)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    encoder = FakeEncoder()
+    monkeypatch.setattr(prepare.Encoder, "load", lambda *_: encoder)
+    return encoder
+
+
+def run(videos: Path, output: Path, *more: str) -> dict:
+    """Prepare by command; what rejected.jsonl says, by name of the source."""
+    prepare.main(
+        ["--videos", str(videos), "--bundle", "tiny", "--output", str(output),
+         "--buckets", "32x48,48x32", *more]
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    return {Path(row["source"]).name: row for row in rows}
+
+
+# The stages.
+
+
+def test_a_scene_ends_where_the_picture_changes(tmp_path) -> None:
+    parts = [scene_frames(n, 1.0) for n in (0, 1, 2)]
+    file = write_video(tmp_path / "a.mp4", itertools.chain(*parts))
+    cuts = list(stages.clips(file, SETTINGS))
+    assert [cut.first for cut in cuts] == [0, 30, 60]
+    assert [len(cut.frames) for cut in cuts] == [29, 29, 29]
+    whole = list(stages.clips(file, dataclasses.replace(SETTINGS, cut=1.0)))
+    assert [len(cut.frames) for cut in whole] == [89]
+
+
+def test_motion_is_no_cut() -> None:
+    for number in range(8):
+        frames = [stages._small(frame) for frame in scene_frames(number, 1.0)]
+        assert not any(stages.is_cut(a, b, SETTINGS.cut) for a, b in itertools.pairwise(frames))
+
+
+def test_long_scenes_are_divided(tmp_path) -> None:
+    file = write_video(tmp_path / "a.mp4", scene_frames(0, 3.0))
+    cuts = list(stages.clips(file, dataclasses.replace(SETTINGS, max_frames=41)))
+    assert [(cut.first, len(cut.frames)) for cut in cuts] == [(0, 41), (41, 41), (82, 5)]
+
+
+def test_clips_are_resampled_by_time_and_cropped(tmp_path) -> None:
+    frames = scene_frames(3, 2.0)
+    slow = write_video(tmp_path / "slow.mp4", frames[::2], fps=15)
+    (cut,) = stages.clips(slow, SETTINGS)
+    assert cut.frames.shape == (57, 32, 48, 3)
+    shown = [video.resize_center_crop(frame, 32, 48) for frame in video.read_frames(slow)]
+    for k in range(57):
+        np.testing.assert_array_equal(cut.frames[k], shown[k // 2])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_clip_goes_to_the_bucket_of_its_shape(tmp_path, turned) -> None:
+    size = (96, 64) if turned else (64, 96)
+    file = write_video(tmp_path / "a.mp4", scene_frames(0, 1.0, *size))
+    (cut,) = stages.clips(file, SETTINGS)
+    assert cut.frames.shape[1:3] == ((48, 32) if turned else (32, 48))
+
+
+def test_scores_say_what_they_mean() -> None:
+    moving = np.stack(scene_frames(0, 0.5))
+    still = np.repeat(moving[:1], 15, axis=0)
+    blurred = np.stack(
+        [np.asarray(Image.fromarray(f).resize((6, 4)).resize((96, 64))) for f in moving]
+    )  # fmt: skip
+    barred = moving.copy()
+    barred[:, :8] = barred[:, -8:] = 0
+    found = {n: stages.scores(x) for n, x in
+             {"moving": moving, "still": still, "blurred": blurred, "barred": barred}.items()}  # fmt: skip
+    assert found["still"]["motion"] == 0 and found["still"]["still"] == 1
+    assert found["moving"]["motion"] > 0.5 and found["moving"]["still"] == 0
+    assert found["blurred"]["sharpness"] < found["moving"]["sharpness"] / 5
+    assert found["barred"]["black_bars"] == 0.25 and found["moving"]["black_bars"] == 0
+    assert found["moving"]["hash"] != stages.scores(moving[:, :, ::-1])["hash"]
+    dark = stages.scores(moving // 20)
+    assert dark["brightness"] < 8 < found["moving"]["brightness"]
+
+
+def test_thresholds_name_the_first_that_is_not_met() -> None:
+    good = {"motion": 3.0, "sharpness": 90.0, "brightness": 90.0, "black_bars": 0.0, "still": 0.0,
+            "hash": 5.0}  # fmt: skip
+    cases = {
+        "motion": (0.0, "little_motion"), "sharpness": (0.1, "blurred"),
+        "brightness": (2.0, "dark"), "black_bars": (0.3, "black_bars"), "still": (0.9, "still"),
+    }  # fmt: skip
+    judge = Thresholds().judge
+    assert judge(2.0, good, ()) is None
+    for name, (value, reason) in cases.items():
+        assert judge(2.0, good | {name: value}, ()) == reason
+    assert judge(1.0, good, ()) == "too_short"
+    assert judge(2.0, good, {5.0}) == "duplicate"
+    assert Thresholds(keep_duplicates=True).judge(2.0, good, {5.0}) is None
+
+
+# The command.
+
+
+def test_bad_files_are_told_and_stop_nothing(tmp_path, fake) -> None:
+    videos = tmp_path / "videos"
+    (videos / "deep").mkdir(parents=True)
+    good = write_video(videos / "good.mp4", scene_frames(0, 2.0))
+    write_video(videos / "deep" / "odd.mp4", scene_frames(1, 2.0, 70, 118))
+    write_video(videos / "again.mp4", scene_frames(0, 2.0))
+    write_video(videos / "short.mp4", scene_frames(2, 1.0))
+    write_video(videos / "one_frame.mp4", scene_frames(2, 1 / 30))
+    write_video(videos / "untold.mp4", scene_frames(3, 2.0), caption=None)
+    write_video(videos / "long_caption.mp4", scene_frames(4, 2.0), caption="x" * 100_000)
+    write_video(videos / "still.mp4", [scene_frames(5, 0.1)[0]] * 60)
+    (videos / "zero.mp4").write_bytes(b"")
+    (videos / "text.mp4").write_text("this is no video" * 100)
+    data = good.read_bytes()
+    (videos / "cut.mp4").write_bytes(data[: len(data) // 2])
+    middle = bytearray(data)
+    middle[len(data) // 3 : len(data) // 2] = os.urandom(len(data) // 2 - len(data) // 3)
+    (videos / "noise.mp4").write_bytes(middle)
+    for name in ("zero", "text", "cut", "noise"):
+        (videos / f"{name}.txt").write_text("waves")
+    write_sound(videos / "sound.mp4")
+    rejected = run(videos, tmp_path / "out")
+    reasons = {name: row["reason"] for name, row in rejected.items()}
+    # Of two equal clips the one whose name comes first gets in.
+    twin = "good.mp4" if "good.mp4" in reasons else "again.mp4"
+    noise = reasons.pop("noise.mp4", None)
+    assert noise in (None, "damaged", "unreadable", "too_short")
+    assert reasons == {
+        twin: "duplicate", "short.mp4": "too_short", "one_frame.mp4": "too_short",
+        "untold.mp4": "no_caption", "still.mp4": "little_motion", "zero.mp4": "empty_file",
+        "text.mp4": "unreadable", "cut.mp4": "damaged", "sound.mp4": "no_video",
+    }  # fmt: skip
+    assert "has no caption; write one into untold.txt" in rejected["untold.mp4"]["detail"]
+    index = records.read_index(tmp_path / "out")
+    assert index.clips == 3 + (noise is None)
+    captions = [Source(tmp_path / "out", index.shards)[i].clip.caption for i in range(index.clips)]
+    assert "x" * 100_000 in captions
+    for name in ("accepted.png", "rejected.png"):
+        assert np.asarray(Image.open(tmp_path / "out" / name)).std() > 20
+
+
+def write_sound(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    path.with_suffix(".txt").write_text("waves")
+
+
+def test_odd_rates_and_turned_videos_are_taken(tmp_path, fake) -> None:
+    """Variable frame rate, no sound, a rotation in the header."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    frames = scene_frames(6, 2.0)
+    with av.open(str(videos / "vfr.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        times = np.cumsum(np.random.default_rng(0).integers(10, 90, len(frames)))
+        for frame, time_ in zip(frames, times, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = int(time_), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    (videos / "vfr.txt").write_text("waves")
+    rejected = run(videos, tmp_path / "out")
+    assert not rejected
+    index = records.read_index(tmp_path / "out")
+    (length,) = index.shards[0].lengths
+    seconds = (times[-1] - times[0]) / 1000
+    assert abs((1 + 4 * (length - 1)) / 30 - seconds) < 0.2
+
+
+def test_two_hours_are_streamed(tmp_path, monkeypatch) -> None:
+    """Never more than a clip's frames at a time, whatever the length: of a file that says it is two
+    hours long, frames are read as they are asked for."""
+    file = write_video(tmp_path / "long.mp4", scene_frames(0, 0.2))
+    picture, read = scene_frames(0, 0.1)[0], 0
+
+    def endless(path, fps):
+        nonlocal read
+        for read in range(2 * 3600 * 30):  # noqa: B007
+            yield picture
+
+    monkeypatch.setattr(stages, "read_frames", endless)
+    clips = stages.clips(file, dataclasses.replace(SETTINGS, max_frames=61))
+    for number, cut in enumerate(itertools.islice(clips, 5)):
+        assert len(cut.frames) == 61 and read == 61 * (number + 1)
+    clips.close()
+
+
+def test_other_thresholds_encode_nothing_again(tmp_path, fake) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(3):
+        write_video(videos / f"{number}.mp4", scene_frames(number, 1.0 + 0.5 * number))
+    assert len(run(videos, tmp_path / "out")) == 1
+    calls = fake.calls
+    assert calls == 3
+    assert len(run(videos, tmp_path / "out", "--min-seconds", "0.5")) == 0
+    assert fake.calls == calls
+    assert records.read_index(tmp_path / "out").clips == 3
+    # A caption that has changed, and another video, are encoded; other settings encode all.
+    (videos / "0.txt").write_text("bows")
+    write_video(videos / "3.mp4", scene_frames(3, 2.0))
+    run(videos, tmp_path / "out")
+    assert fake.calls == calls + 2
+    run(videos, tmp_path / "out", "--cut", "0.5")
+    assert fake.calls == calls + 6
+
+
+def test_a_manifest_names_videos_and_captions(tmp_path, fake, capsys) -> None:
+    write_video(tmp_path / "a.mp4", scene_frames(0, 2.0), caption=None)
+    rows = [{"video": "a.mp4", "caption": "she waves"}, {"video": "gone.mp4", "caption": "x"}]
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    rejected = run(manifest, tmp_path / "out")
+    assert rejected["gone.mp4"]["reason"] == "missing"
+    assert Source(tmp_path / "out", records.read_index(tmp_path / "out").shards)[
+        0
+    ].clip.caption == ("she waves")
+    assert "accepted  1 clips" in capsys.readouterr().out
+    manifest.write_text('{"film": "a.mp4"}\n')
+    with pytest.raises(SystemExit, match="row 1"):
+        run(manifest, tmp_path / "out")
+    manifest.write_text('{"video": \n')
+    with pytest.raises(SystemExit, match="line 1 is no JSON"):
+        run(manifest, tmp_path / "out")
+
+
+def test_what_cannot_be_prepared_is_named(tmp_path, fake) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "a.mp4", scene_frames(0, 1.0))
+    cases = [
+        (tmp_path / "none", tmp_path / "o", (), "does not exist"),
+        (tmp_path / "empty", tmp_path / "o", (), "has no videos"),
+        (videos, tmp_path / "full", (), "not empty; choose another"),
+        (videos, tmp_path / "o", ("--buckets", "30x48"), "multiples of 16"),
+        (videos, tmp_path / "o", ("--max-seconds", "0.1"), "--max-seconds 0.1"),
+        (videos, tmp_path / "o", ("--workers", "0"), "--workers 0"),
+        (videos, tmp_path / "o", (), "none of 1 videos gave a clip.*too_short"),
+    ]
+    for source, output, more, message in cases:
+        with pytest.raises(SystemExit, match=rf"error: .*{message}"):
+            run(source, output, *more)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_dataset_and_goes_on(tmp_path, fake, monkeypatch) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(2):
+        write_video(videos / f"{number}.mp4", scene_frames(number, 2.0))
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "shards")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "write_shards", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            run(videos, tmp_path / "out")
+    assert not (tmp_path / "out" / records.INDEX).exists()
+    calls = fake.calls
+    run(videos, tmp_path / "out")
+    assert fake.calls == calls and records.read_index(tmp_path / "out").clips == 2
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and "clips" not in file.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Videos, and the dataset that the tiny bundle makes of them, uninterrupted."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "videos").mkdir()
+    for number in range(5):
+        scene = synthetic.scene(0, number)
+        frames = scene_frames(number, 1.7)
+        write_video(folder / "videos" / f"{number}.mp4", frames, caption=scene.caption)
+    run(folder / "videos", folder / "whole")
+    return folder
+
+
+def command(folder: Path, output: str) -> list[str]:
+    return [
+        "-m", "framepack_jax", "prepare", "--videos", str(folder / "videos"), "--bundle", "tiny",
+        "--output", str(folder / output), "--buckets", "32x48,48x32",
+    ]  # fmt: skip
+
+
+def test_killed_and_gone_on_with_it_is_the_same_to_the_byte(real) -> None:
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, *command(real, "killed")], env=env, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(list(real.glob("killed/clips/*.json"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (real / "killed" / records.INDEX).exists()
+    done = set(real.glob("killed/clips/*.json"))
+    assert 2 <= len(done) < 5
+    times = {file: file.stat().st_mtime_ns for file in done}
+    run(real / "videos", real / "killed")
+    assert {file: file.stat().st_mtime_ns for file in done} == times
+    assert hashes(real / "killed") == hashes(real / "whole")
+
+
+def test_two_processes_make_the_same(real, tmp_path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    started = launch(
+        folders, *command(real, "two"), "--coordinator", "localhost:{port}", "--processes", "2"
+    )
+    for code, _, err in ended(started):
+        assert code == 0, err[-2000:]
+    assert hashes(real / "two") == hashes(real / "whole")
+
+
+def test_records_are_what_sampling_encodes(real) -> None:
+    """The start latent, the conditions, and the latents of the clip, by the functions of sampling
+    and the VAE itself."""
+    index = records.read_index(real / "whole")
+    record = Source(real / "whole", index.shards)[0]
+    manifest = bundle.read_manifest(path_of("tiny"))
+    loader.check_bundle(index, manifest)
+    encoder = encode.Encoder.load(path_of("tiny"), manifest, pixels=False)
+    file = Path(record.clip.source)
+    frames = np.stack(list(video.read_frames(real / "videos" / file, 30)))[: record.clip.frames]
+    frames = np.stack([video.resize_center_crop(f, 32, 48) for f in frames])
+    text, valid, pooled = conditioning.encode_prompt(encoder.encoders, [record.clip.caption])
+    count = int(valid.sum())
+    bf16 = records.BFLOAT16
+    np.testing.assert_array_equal(record.text, np.asarray(text)[0, :count].astype(bf16))
+    np.testing.assert_array_equal(record.pooled, np.asarray(pooled)[0].astype(bf16))
+    image = np.asarray(conditioning.encode_image(encoder.encoders, frames[:1]))[0]
+    np.testing.assert_array_equal(record.image, image.astype(bf16))
+    cfg, params = encoder.vae
+    start = conditioning.start_latent(cfg, params, frames[:1], encoder.mean, encoder.std)
+    np.testing.assert_array_equal(record.latents[0], np.asarray(start)[0, 0].astype(bf16))
+    model, _ = bundle.role_config(manifest, "vae")
+    moments = model.encode(cfg, params, jnp.asarray(frames[None] / 127.5 - 1, jnp.float32))
+    expected = (np.asarray(moments[0])[0] - encoder.mean) / encoder.std
+    assert len(record.latents) == 1 + (record.clip.frames - 1) // 4 == len(expected)
+    np.testing.assert_allclose(
+        np.asarray(record.latents[1:], np.float32), expected[1:], atol=0.02 * np.abs(expected).max()
+    )
+
+
+def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> None:
+    """Frames of windows are those of the prepared clip, and what the step makes of a window that
+    begins the clip is what the encoder makes of these frames."""
+    output = tmp_path / "pixels"
+    run(real / "videos", output, "--mode", "pixels")
+    schedule = "f1k1_x_g2_f1k1f2k2f16k4_td"
+    opened = loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
+    batch = next(opened)
+    assert isinstance(batch, pixels.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
+    source = Source(output, opened.index.shards)
+    encoder = encode.Encoder.load(
+        path_of("tiny"), bundle.read_manifest(path_of("tiny")), pixels=False
+    )
+    for i in range(4):
+        clip = source[batch.clip[i]].clip
+        assert source[batch.clip[i]].latents is None
+        (cut,) = stages.clips(real / "videos" / Path(clip.source), SETTINGS)
+        np.testing.assert_array_equal(batch.start_frame[i, 0], cut.frames[0])
+        # Clips here are shorter than a window: all of it, and then the last frame again.
+        count = len(cut.frames)
+        np.testing.assert_array_equal(batch.frames[i, :count], cut.frames)
+        assert (batch.frames[i, count:] == cut.frames[-1]).all()
+
+    def encoded(frames: jax.Array) -> jax.Array:
+        pictures = np.round((np.asarray(frames) + 1) * 127.5).astype(np.uint8)
+        return jnp.asarray(
+            conditioning.clip_latents(*encoder.vae, pictures, encoder.mean, encoder.std)
+        )
+
+    made = pixels.to_batch(batch, encoded)
+    whole = encoder.latents(batch.frames[0])
+    for j, at in enumerate(batch.target_at[0]):
+        expected = whole[int(at) - pixels.WINDOW + 1]
+        difference = np.asarray(made.target[0, j], np.float32) - expected
+        assert np.abs(difference).max() < 0.02 * np.abs(whole).max()
+    assert made.context.kernels == batch.kernels
+    (real / "videos" / "moved").mkdir()
+    try:
+        for file in (real / "videos").glob("*.mp4"):
+            shutil.move(file, real / "videos" / "moved")
+        with pytest.raises(ValueError, match=r"video .*\.mp4 cannot be read"):
+            next(loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4))
+    finally:
+        for file in (real / "videos" / "moved").glob("*.mp4"):
+            shutil.move(file, real / "videos")
+        (real / "videos" / "moved").rmdir()
+
+
+def test_synthetic_videos_are_the_same_whatever_their_number(tmp_path, capsys) -> None:
+    for count, name in ((2, "a"), (3, "b")):
+        framepack(["synthetic", "--output", str(tmp_path / name), "--clips", str(count),
+                   "--seconds", "0.4", "--workers", "1"])  # fmt: skip
+    assert "3 videos of 0.4 s" in capsys.readouterr().out
+    for number in range(2):
+        files = [tmp_path / name / f"{number:05d}.mp4" for name in "ab"]
+        frames = [list(video.read_frames(file)) for file in files]
+        assert len(frames[0]) == 12
+        assert all(np.array_equal(x, y) for x, y in zip(*frames, strict=True))
+        assert files[0].with_suffix(".txt").read_text() == files[1].with_suffix(".txt").read_text()
+    captions = [synthetic.scene(0, i).caption for i in range(50)]
+    assert len(set(captions)) == 50
+    with pytest.raises(SystemExit, match="--size 3x5"):
+        framepack(["synthetic", "--output", str(tmp_path), "--size", "3x5"])
+
+
+def test_a_shape_keeps_its_colour_and_moves_as_said() -> None:
+    """Found by its colour in the pictures, at the place that the scene says."""
+    found = 0
+    for number in range(30):
+        scene = dataclasses.replace(synthetic.scene(4, number, 96, 128), camera="still")
+        sprite = scene.sprites[-1]  # in front of all others
+        frames = list(synthetic.frames(scene, 1.0))
+        for k in (0, 15, 29):
+            x, y = synthetic.position(scene, sprite, k / 30)
+            row, column = int(y * 96), int(x * 96)
+            if sprite.form == "ring" or not (2 < row < 93 and 2 < column < 125):
+                continue
+            assert tuple(frames[k][row, column]) == synthetic.COLOURS[sprite.colour]
+            found += 1
+    assert found > 30
+
+
+def test_store_names_are_readable_and_differ() -> None:
+    names = [store.video_id(source) for source in ("a/b c.mp4", "b c.mp4", "a/b-c.mp4", "ä.mp4")]
+    assert len(set(names)) == 4 and names[0].startswith("b_c-")
+
+
+def test_probe_raises_only_rejections(tmp_path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"\0" * 500)
+    with pytest.raises(Rejected) as error:
+        stages.probe(tmp_path / "a.mp4")
+    assert error.value.reason == "unreadable"
