@@ -1,4 +1,5 @@
-"""The tables of docs/scale.md: python scripts/dry_runs.py [--no-decoding] [MACHINE ...].
+"""The tables of docs/scale.md: python scripts/dry_runs.py [--no-decoding] [MACHINE ...], and
+python scripts/dry_runs.py --training [ROW ...] for those of training.
 
 Compiles the released model's programs for each machine, one after another, prints what each dry run
 reports, and writes its rows between the markers of docs/scale.md, whole or not at all. Rows of
@@ -6,6 +7,7 @@ other machines stay. `make dry-runs` does so for all. Where the compiler of a ma
 installed, that is said, its rows stay, and the exit code is 1.
 """
 
+import dataclasses
 import os
 import re
 import sys
@@ -16,12 +18,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA writes of programs that do not fit; so do the rows.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from framepack_jax import topology
+from framepack_jax import packing, topology
 from framepack_jax.commands.dry_run import Program, Report, dry_run
+from framepack_jax.commands.dry_run_train import TrainingReport, dry_run_training
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.shots import open_pipe
+from framepack_jax.commands.train import read_config
 from framepack_jax.pipeline import Settings
 from framepack_jax.request import Request, lay_out
+from framepack_jax.training.config import Config
 
 BUNDLE, HEIGHT, WIDTH = "framepack_i2v", 608, 640
 FITS = (
@@ -34,12 +39,30 @@ CURVE = (
 )  # fmt: skip
 # For a TPU the decoder takes minutes to compile.
 DECODE = ("v5e:2x2", "v5e:4x4", "h100:8", "h200:1", "rtx4090:1")
+# Configuration, schedule or that of the bundle, machine, and a batch, or None for the largest.
+LATENT_2, LATENT_3 = "f1k1_x_g2_f1k1f2k2f16k4_td", "f1k1_x_g3_f1k1f2k2f16k4_td"
+TRAINING = {
+    "lora w=2 a100-80g:8": ("lora_i2v", LATENT_2, "a100-80g:8", 64),
+    "lora w=3 a100-80g:8": ("lora_i2v", LATENT_3, "a100-80g:8", 64),
+    "lora a100-80g:8": ("lora_i2v", None, "a100-80g:8", None),
+    "lora h100:8": ("lora_i2v", None, "h100:8", None),
+    "finetune h100:8": ("finetune_i2v", None, "h100:8", None),
+    "finetune h100:64": ("finetune_i2v", None, "h100:64", None),
+    "finetune a100-80g:8": ("finetune_i2v", None, "a100-80g:8", None),
+    "finetune v5p-64": ("finetune_i2v", None, "v5p-64", None),
+    "finetune v5p:8x8x4": ("finetune_i2v", None, "v5p:8x8x4", None),
+    "finetune v6e:16x16": ("finetune_i2v", None, "v6e:16x16", None),
+    "from_hunyuan v5p-64": ("from_hunyuan", None, "v5p-64", None),
+}
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"
+CONFIGS = Path(__file__).parent.parent / "configs"
 GB = 1e9
 
 
 def main(flags: list[str]) -> None:
     """Compile for the machines among the flags, or for all."""
+    if "--training" in flags:
+        return training([flag for flag in flags if flag != "--training"] or list(TRAINING))
     decode = DECODE if "--no-decoding" not in flags else ()
     names = [flag for flag in flags if flag != "--no-decoding"]
     names = names or list(dict.fromkeys([*FITS, *CURVE]))
@@ -61,6 +84,67 @@ def main(flags: list[str]) -> None:
             write_row("decoding", name, DECODE, memory_cells(report, report.programs[1]))
     if problems:
         raise SystemExit("\n".join(["error: not compiled:", *problems]))
+
+
+def training(rows: list[str]) -> None:
+    """Compile training steps, and write their rows."""
+    problems = []
+    for row in rows:
+        name, schedule, machine, batch = TRAINING[row]
+        cfg = read_config(CONFIGS / f"{name}.py")
+        cfg = dataclasses.replace(cfg, schedule=schedule or cfg.schedule)
+        try:
+            report = (
+                largest(cfg, machine) if batch is None else training_report(cfg, machine, batch)
+            )
+        except ValueError as error:
+            problems.append(f"{row}: {error}")
+            continue
+        print(f"{row}\n{report}\n", flush=True)
+        write_row("training", row, tuple(TRAINING), training_cells(report))
+    if problems:
+        raise SystemExit("\n".join(["error: not compiled:", *problems]))
+
+
+def training_report(cfg: Config, machine: str, batch: int) -> TrainingReport:
+    cfg = dataclasses.replace(cfg, batch=batch)
+    return dry_run_training(cfg, path_of(cfg.bundle), topology.parse(machine))
+
+
+def largest(cfg: Config, machine: str) -> TrainingReport:
+    """With as many samples a chip as fit: memory grows by as much with each, so two compilations
+    tell how many, and a third shows it."""
+    chips = topology.parse(machine).count
+    one, two = (training_report(cfg, machine, n * chips) for n in (1, 2))
+    print(f"  {one.total / GB:.1f} and {two.total / GB:.1f} GB with 1 and 2 samples", flush=True)
+    if not two.fits:
+        return one
+    each, room = two.total - one.total, one.machine.chip.memory - one.total
+    count = max(2, 1 + int(room / each)) if each > 0 else 2
+    while count > 2:
+        report = training_report(cfg, machine, count * chips)
+        if report.fits:
+            return report
+        count -= 1
+    return two
+
+
+def training_cells(report: TrainingReport) -> list[str]:
+    cfg = report.cfg
+    moved = sum(traffic.bytes for traffic in report.program.collectives.values())
+    return [
+        f"{packing.parse(cfg.schedule or packing.RELEASED_INVERTED).window}",
+        divided(report),
+        f"{cfg.batch}",
+        f"{cfg.optimizer.name}, {cfg.remat}",
+        f"{gigabytes(report.state)} + {gigabytes(report.frozen)}",
+        gigabytes(report.program.temporaries),
+        f"{report.total / GB:.1f} of {report.machine.chip.memory / GB:.1f} GB",
+        "yes" if report.fits else "**no**",
+        f"{report.floor_seconds:.2f} s",
+        gigabytes(moved),
+        compiled(report, report.program.compile_seconds),
+    ]
 
 
 def report_of(name: str, decode: bool) -> Report:
@@ -105,7 +189,7 @@ def curve_cells(report: Report) -> list[str]:
     ]
 
 
-def divided(report: Report) -> str:
+def divided(report: Report | TrainingReport) -> str:
     return ", ".join(f"{axis} {n}" for axis, n in report.mesh.items() if n > 1) or "one chip"
 
 
@@ -113,7 +197,7 @@ def gigabytes(size: int) -> str:
     return f"{size / GB:.2f} GB"
 
 
-def compiled(report: Report, seconds: float) -> str:
+def compiled(report: Report | TrainingReport, seconds: float) -> str:
     package = "libtpu" if report.machine.chip.dims else "jax-cuda13-plugin"
     return f"{seconds:.0f} s, {package} {metadata.version(package)}"
 

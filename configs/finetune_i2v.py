@@ -1,0 +1,28 @@
+"""Full fine-tuning of the released FramePack-I2V (inverted order, window 9).
+
+Command:  python train.py --config configs/finetune_i2v.py --bundle weights/framepack_i2v_hy
+              --data.path datasets/mine --output runs/i2v [--mesh fsdp=32] [--coordinator auto]
+Hardware: TPU v5p-64 (32 chips) or 8 x H100; both fit by their compilers (docs/scale.md). On 8 GPUs
+          take --batch 8 and --optimizer.name adam8bit, as the table there says.
+Expect:   the loss of a released model begins near its floor and moves little: watch the validation
+          videos, and context/*_other, which must stay above 0. No full run has been made so far.
+"""
+
+from framepack_jax.data import loader
+from framepack_jax.training.config import Checkpoints, Config, Optimizer, Validation
+
+
+def get_config() -> Config:
+    """Small steps: the weights are good already."""
+    return Config(
+        bundle="framepack_i2v",
+        data=loader.Config(holdout=32, caption_dropout=0.1),
+        batch=32,
+        steps=10_000,
+        optimizer=Optimizer(learning_rate=1e-5, warmup_steps=500),
+        guidance=1.0,
+        ema=0.999,
+        remat="full",
+        validation=Validation(every=500, clips=32, videos=1),
+        checkpoints=Checkpoints(every=500, keep=2, keep_every=2500),
+    )

@@ -1,0 +1,34 @@
+"""A FramePack model from base HunyuanVideo: what the authors did, whose recipe is not public.
+
+Command:  python convert_weights.py --pipeline HunyuanVideo --from-base --image-encoder
+              flux_redux_bfl/image_encoder --output weights/from_base
+          python train.py --config configs/from_hunyuan.py --bundle weights/from_base
+              --data.path datasets/large --output runs/framepack --mesh fsdp=32 --coordinator auto
+Hardware: TPU v5p-64 (32 chips); 64 x H100 (docs/scale.md).
+Expect:   context embeddings begin as copies of the patch embedding, so that the first losses are
+          those of a video model that sees its history as more frames; the image projection begins
+          at random and makes no difference until it is trained. A first stage that trains these
+          alone is cheap: --trainable context --steps 2000 --optimizer.learning-rate 1e-4 --output
+          runs/stage1, then --init runs/stage1 is not needed: export it (framepack export-run) and
+          begin from that bundle. How many steps a good model takes is not known.
+"""
+
+from framepack_jax.data import loader
+from framepack_jax.training.config import Checkpoints, Config, Optimizer, Validation
+
+
+def get_config() -> Config:
+    """The inverted order of the paper's best variant."""
+    return Config(
+        bundle="framepack_i2v",
+        schedule="f1k1_x_g9_f1k1f2k2f16k4_td",
+        data=loader.Config(holdout=64, caption_dropout=0.1, sections="random"),
+        batch=64,
+        steps=100_000,
+        optimizer=Optimizer(learning_rate=2e-5, warmup_steps=1000),
+        guidance=1.0,
+        ema=0.9999,
+        remat="full",
+        validation=Validation(every=1000, clips=64, videos=2),
+        checkpoints=Checkpoints(every=1000, keep=3, keep_every=10_000),
+    )

@@ -1,0 +1,31 @@
+"""A LoRA for the released FramePack-I2V: a style, a motion, a person.
+
+Command:  python train.py --config configs/lora_i2v.py --bundle weights/framepack_i2v_hy
+              --data.path datasets/mine --output runs/lora
+Hardware: 8 x A100-80G: batch 64 at windows 2 and 3, less at 9 (docs/scale.md). On one GPU of 80 GB
+          take --batch 1 --accumulate 1; the frozen weights are 26 GB of it.
+Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora and for diffusers;
+          `convert_weights.py --export ... --lora ... --names kohya` for others. Some hundred clips
+          and some thousand steps are usual for LoRA of this base model; nothing has been trained
+          at this size with this program so far.
+"""
+
+from framepack_jax.data import loader
+from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Validation
+
+
+def get_config() -> Config:
+    """All linear layers of the blocks but the modulations, rank 32."""
+    return Config(
+        bundle="framepack_i2v",
+        data=loader.Config(holdout=8),
+        trainable="lora",
+        lora=LoRA(rank=32, alpha=32.0),
+        batch=64,
+        steps=3000,
+        optimizer=Optimizer(learning_rate=2e-4, warmup_steps=100),
+        guidance=1.0,
+        remat="full",
+        validation=Validation(every=250, clips=16, videos=1),
+        checkpoints=Checkpoints(every=250, keep=4),
+    )
