@@ -30,7 +30,7 @@ from framepack_jax.bundle import Manifest, Role
 from framepack_jax.commands.convert import Convert, convert, main
 from framepack_jax.conversion import engine, export, lora, readers, tables
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import kinds, packed_dit
+from framepack_jax.models import clip, kinds, packed_dit, siglip, vae
 from tests.test_conversion import CLIP, SIGLIP, SIZES
 from tests.torch_reference import randomize
 
@@ -209,7 +209,7 @@ def random_bundle(
     [("folder", True), ("folder", False), ("diffusers", True), ("diffusers", False),
      ("original", False), ("comfyui", False)],
 )  # fmt: skip
-@settings(max_examples=1, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_in_and_out_again_no_bit_is_lost(form, framepack, data, seed, tmp_path_factory) -> None:
     """Out in some form, in again: the same types and bits. The forms: every naming of a file, and a
@@ -225,6 +225,71 @@ def test_in_and_out_again_no_bit_is_lost(form, framepack, data, seed, tmp_path_f
     source = tables.recognise(readers.open_checkpoint(target), "transformer")
     plan = engine.plan(dataclasses.replace(source, given={"rope_axes": (4, 6, 6)}))
     assert plan.cfg == cfg if form == "folder" else plan.cfg.width == cfg.width
+    again = dict(plan.leaves())
+    assert again.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        assert again[path].dtype == leaf.dtype, path
+        assert again[path].tobytes() == leaf.tobytes(), path
+
+
+@st.composite
+def other_configs(draw, role: str) -> Any:
+    """Small networks of the other roles, in the shapes that their configs allow."""
+    size = st.integers(1, 3)
+    match role:
+        case "vae":
+            widths = draw(st.lists(st.sampled_from([4, 8, 12]), min_size=3, max_size=4))
+            return vae.Config(
+                latent_channels=draw(st.sampled_from([4, 16])), channels=tuple(widths),
+                layers_per_block=draw(size), norm_groups=draw(st.sampled_from([2, 4])),
+                space_compression=draw(st.sampled_from([4, 8])),
+                time_compression=draw(st.sampled_from([2, 4])),
+            )  # fmt: skip
+        case "text_encoder_2":
+            heads = draw(size)
+            return clip.Config(
+                vocab_size=draw(st.integers(10, 40)), width=4 * heads, layers=draw(size),
+                heads=heads, mlp_width=draw(st.integers(1, 9)), eos_token_id=1,
+            )  # fmt: skip
+        case _:
+            heads, patch = draw(size), draw(st.sampled_from([2, 7]))
+            return siglip.Config(
+                width=4 * heads, layers=draw(size), heads=heads,
+                mlp_width=draw(st.integers(1, 9)), image_size=patch * draw(size), patch_size=patch,
+            )  # fmt: skip
+
+
+OTHERS = {"vae": "hunyuan_vae", "text_encoder_2": "clip_text", "image_encoder": "siglip_vision"}
+
+
+@pytest.mark.parametrize("role", OTHERS)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_other_networks_lose_no_bit_either(role, data, seed, tmp_path_factory) -> None:
+    """A folder of any size, in again: config, types and bits."""
+    cfg = data.draw(other_configs(role))
+    root, random = tmp_path_factory.mktemp("random"), np.random.default_rng(seed)
+    leaves = {
+        path: random.standard_normal(leaf.shape, np.float32).astype(
+            jnp.dtype("float32" if "norm" in path else "bfloat16")
+        )
+        for path, leaf in kinds.abstract_leaves(OTHERS[role], cfg).items()
+    }
+    bundle.write_params(root / role, leaves.items())
+    fields = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    roles = {role: Role(OTHERS[role], fields, role)}
+    channels = cfg.latent_channels if role == "vae" else 1
+    bundle.write_manifest(
+        root, Manifest(roles, (0.0,) * channels, (2.0,) * channels, "{}", "g9", "forward")
+    )
+    files = {"tokenizer_2": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
+    for name, file in files.items():
+        (root / name).mkdir()
+        (root / name / file).write_text("{}")
+    naming = export.default_naming(bundle.read_manifest(root), role)
+    export.Export(root, bundle.read_manifest(root), role, naming).folder(root / "out")
+    plan = engine.plan(tables.recognise(readers.open_checkpoint(root / "out"), role))
+    assert plan.cfg == cfg
     again = dict(plan.leaves())
     assert again.keys() == leaves.keys()
     for path, leaf in leaves.items():

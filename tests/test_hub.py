@@ -329,7 +329,9 @@ def test_the_variables_of_the_hub_hold(served, tmp_path) -> None:
 
 
 @pytest.mark.golden
-def test_one_command_fetches_and_converts_a_released_model(served, golden, tmp_path) -> None:
+def test_one_command_fetches_and_converts_a_released_model(
+    served, golden, tmp_path, monkeypatch
+) -> None:
     """Toys in the places of the released models; the second shares the encoders of the first."""
     pipeline = golden / "diffusers_pipeline" / "pipeline"
     folders = {"image_processor": "feature_extractor"}
@@ -340,6 +342,23 @@ def test_one_command_fetches_and_converts_a_released_model(served, golden, tmp_p
                 name = f"{subfolder}/{file.name}" if subfolder else file.name
                 served.repos[repo][name] = file.read_bytes()
     first, second = tmp_path / "i2v", tmp_path / "f1"
+    # All parts, and the bundle beside them, are looked at before the first is fetched.
+    usage = shutil.disk_usage("/")
+    f1 = served.repos[hub.FRAMEPACK["f1"]["transformer"][0]]
+    weights = sum(
+        len(data)
+        for files in served.repos.values()
+        for name, data in files.items()
+        if files is not f1 and name.endswith(".safetensors")
+    )
+    for free in (0, weights - 1, 2 * weights - 1):
+        with monkeypatch.context() as small:
+            small.setattr(shutil, "disk_usage", lambda _, n=free: usage._replace(free=n))
+            with pytest.raises(
+                ConversionError, match=r"GB to fetch into .* a bundle of .* HF_HOME"
+            ):
+                convert(Convert(output=str(first), framepack="i2v"))
+    assert not served.downloads() and not first.exists()
     made = convert(Convert(output=str(first), framepack="i2v"))
     assert tuple(made.roles) == bundle.ROLES and made.schedule == hub.SCHEDULES["i2v"]
     assert (first / "tokenizer" / "tokenizer.json").exists()

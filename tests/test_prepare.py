@@ -128,8 +128,8 @@ def test_scores_say_what_they_mean() -> None:
     )  # fmt: skip
     barred = moving.copy()
     barred[:, :8] = barred[:, -8:] = 0
-    found = {n: stages.scores(x) for n, x in
-             {"moving": moving, "still": still, "blurred": blurred, "barred": barred}.items()}  # fmt: skip
+    clips = {"moving": moving, "still": still, "blurred": blurred, "barred": barred}
+    found = {name: stages.scores(clip) for name, clip in clips.items()}
     assert found["still"]["motion"] == 0 and found["still"]["still"] == 1
     assert found["moving"]["motion"] > 0.5 and found["moving"]["still"] == 0
     assert found["blurred"]["sharpness"] < found["moving"]["sharpness"] / 5

@@ -1,7 +1,6 @@
 """`framepack convert`: PyTorch checkpoints become a bundle, and bundles become checkpoints."""
 
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -275,6 +274,9 @@ def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
         fetched = ["transformer"] if flags.encoders_from else list(released)
         given = {name: released[name] for name in fetched} | given
     remote = {name: there for name, there in given.items() if there}
+    if len(remote) > 1:
+        output = None if "://" in flags.output else Path(flags.output)
+        hub.check_space(remote, output, 0.5 if flags.dtype == "int8" else 1.0)
     paths = {n: hub.fetch(*there, pipeline=n == "pipeline") for n, there in remote.items()}
     origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
     return dataclasses.replace(flags, **paths), origins
@@ -439,7 +441,7 @@ def _manifest(
     """The manifest of the bundle to be. Raises ConversionError where its parts do not fit."""
     roles = {name: _role(name, plan, origins.get(name)) for name, plan in plans.items()}
     for name, role in (shared.roles if shared else {}).items():
-        path = _reference(epath.Path(flags.encoders_from) / role.path, flags.output)
+        path = bundle.reference(epath.Path(flags.encoders_from) / role.path, flags.output)
         roles.setdefault(name, dataclasses.replace(role, path=path))
     roles = {name: roles[name] for name in bundle.ROLES if name in roles}
     mean, std = (shared.latent_mean, shared.latent_std) if shared else _statistics(None, roles)
@@ -458,14 +460,6 @@ def _role(name: str, plan: engine.Plan, origin: str | None) -> Role:
     # A folder in the hub's cache is named by its commit.
     source["name"] = origin or source["name"]
     return Role(plan.source.table.kind, dataclasses.asdict(plan.cfg), name, source)
-
-
-def _reference(path: epath.Path, output: str) -> str:
-    """A path as seen from the new bundle."""
-    remote = "://" in f"{path}{output}"
-    return (
-        str(path) if remote else os.path.relpath(os.path.realpath(path), os.path.realpath(output))
-    )
 
 
 def _statistics(fields: dict[str, Any] | None, roles: dict[str, Role]) -> tuple[Any, Any]:

@@ -7,9 +7,9 @@ cache is), HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
@@ -85,23 +85,13 @@ def fetch(
     connection and nothing in the cache, files that are missing there, no space.
     """
     try:
-        info = HfApi(token=token).model_info(repo_id, files_metadata=True)
-    except hub_errors.HFValidationError as error:
-        raise ConversionError(f"{repo_id!r} is no repository; expected owner/name") from error
-    except (hub_errors.HTTPError, OSError) as error:
+        listed = _listed(repo_id, subfolder, pipeline, token)
+    except _Unreachable as error:
         if cached := _cached(repo_id, subfolder):
             return cached
-        raise _explained(repo_id, error) from error
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    if pipeline is None:
-        pipeline = str(PurePosixPath(subfolder or "", MODEL_INDEX)) in sizes
-    chosen = _chosen(sizes, subfolder, pipeline)
-    if not chosen:
-        raise ConversionError(
-            f"{repo_id} has no weights{f' in {subfolder}' if subfolder else ''}; it has"
-            f" {', '.join(sorted(_folders(sizes)))}"
-        )
-    _check_space(repo_id, info.sha, {name: sizes[name] for name in chosen})
+        raise _explained(repo_id, error.__cause__) from error
+    _check_space(repo_id, listed.missing)
+    chosen = listed.chosen
     try:
         snapshot = snapshot_download(
             repo_id,
@@ -115,6 +105,83 @@ def fetch(
     except (hub_errors.HTTPError, hub_errors.EntryNotFoundError, OSError) as error:
         raise _explained(repo_id, error) from error
     return Path(snapshot, subfolder or "")
+
+
+class _Unreachable(Exception):
+    """The hub cannot be asked; why is the cause."""
+
+
+class _Listed(NamedTuple):
+    """Files that a conversion reads with their sizes, and the bytes of them that are not in the
+    cache."""
+
+    chosen: dict[str, int]
+    missing: int
+
+
+def _listed(
+    repo_id: str, subfolder: str | None, pipeline: bool | None, token: str | None
+) -> _Listed:
+    """Raises _Unreachable, ConversionError."""
+    try:
+        info = HfApi(token=token).model_info(repo_id, files_metadata=True)
+    except hub_errors.HFValidationError as error:
+        raise ConversionError(f"{repo_id!r} is no repository; expected owner/name") from error
+    except (hub_errors.HTTPError, OSError) as error:
+        raise _Unreachable from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if pipeline is None:
+        pipeline = str(PurePosixPath(subfolder or "", MODEL_INDEX)) in sizes
+    chosen = {name: sizes[name] for name in _chosen(sizes, subfolder, pipeline)}
+    if not chosen:
+        raise ConversionError(
+            f"{repo_id} has no weights{f' in {subfolder}' if subfolder else ''}; it has"
+            f" {', '.join(sorted(_folders(sizes)))}"
+        )
+    absent = (
+        size
+        for name, size in chosen.items()
+        if not isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)
+    )
+    return _Listed(chosen, sum(absent))
+
+
+def check_space(
+    parts: Mapping[str, tuple[str, str | None]], output: Path | None, ratio: float = 1.0
+) -> None:
+    """Raise ConversionError where the disk cannot hold all `parts` of a bundle, (repository,
+    folder) by name, before the first of them is fetched: what the cache lacks, and, where `output`
+    is on the same disk, the bundle, `ratio` times the bytes of their weights.
+
+    Says nothing where the hub cannot be asked: then what is in the cache serves, or fetching tells.
+    """
+    missing = weights = 0
+    try:
+        for name, (repo_id, subfolder) in parts.items():
+            listed = _listed(repo_id, subfolder, name == "pipeline", None)
+            missing += listed.missing
+            weights += sum(n for file, n in listed.chosen.items() if file.endswith(WEIGHT_SUFFIXES))
+    except (_Unreachable, ConversionError):
+        return
+    cache, free = _cache_disk()
+    bundle = int(weights * ratio)
+    if output is not None:
+        place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        if place.stat().st_dev == cache.stat().st_dev and missing + bundle > free:
+            raise ConversionError(
+                f"{missing / 1e9:,.1f} GB to fetch into {constants.HF_HUB_CACHE} and a bundle of"
+                f" {bundle / 1e9:,.1f} GB need {(missing + bundle) / 1e9:,.1f} GB, and"
+                f" {free / 1e9:,.1f} GB are free there; free some, set HF_HOME to a folder on"
+                " another disk, or write the bundle to one"
+            )
+    _check_space(f"the set of {len(parts)} parts", missing)
+
+
+def _cache_disk() -> tuple[Path, int]:
+    """A folder on the cache's disk, and the bytes that are free there."""
+    cache = Path(constants.HF_HUB_CACHE)
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return place, shutil.disk_usage(place).free
 
 
 def _chosen(names: Iterable[str], subfolder: str | None, pipeline: bool) -> list[str]:
@@ -157,18 +224,12 @@ def _cached(repo_id: str, subfolder: str | None) -> Path | None:
     return path if path.is_file() or (path.is_dir() and any(path.iterdir())) else None
 
 
-def _check_space(repo_id: str, commit: str, sizes: dict[str, int]) -> None:
-    needed = sum(
-        size
-        for name, size in sizes.items()
-        if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str)
-    )
-    cache = Path(constants.HF_HUB_CACHE)
-    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
+def _check_space(what: str, needed: int) -> None:
+    _, free = _cache_disk()
+    if free < needed:
         raise ConversionError(
-            f"{repo_id} needs {needed / 1e9:,.1f} GB more in {cache}, where {free / 1e9:,.1f} GB"
-            " are free; free some, or set HF_HOME to a folder on another disk"
+            f"{what} needs {needed / 1e9:,.1f} GB more in {constants.HF_HUB_CACHE}, where"
+            f" {free / 1e9:,.1f} GB are free; free some, or set HF_HOME to a folder on another disk"
         )
 
 
