@@ -33,7 +33,8 @@ MANIFEST = "bundle.json"
 # A file that is there from the first write until the bundle is whole.
 UNFINISHED = "unfinished"
 ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
-WRITE_CHUNK = 64 << 20
+# Bytes of one partial save: each looks through all leaves that are there already.
+WRITE_CHUNK = 1 << 29
 LOAD_CHUNK = 1 << 30
 # Beyond any network.
 MOST, MOST_LAYERS = 10**9, 1000

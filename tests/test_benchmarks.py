@@ -11,6 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks import conversion, sampling
+from benchmarks import loader as loading
+from benchmarks import prepare as preparing
 from framepack_jax import packing
 from framepack_jax.models import kinds, packed_dit
 from framepack_jax.models.flops import forward_flops
@@ -149,3 +151,21 @@ def test_the_deepest_model_leaves_room_on_the_disk() -> None:
     assert (cfg.heads, cfg.single_layers) == (24, 2 * cfg.double_layers)
     with pytest.raises(SystemExit, match="too few for one layer"):
         conversion._deepest(conversion.SPARE)
+
+
+def test_loading_is_measured(tmp_path) -> None:
+    file = tmp_path / "figures.json"
+    args = ["--scale", "toy", "--clips", "3", "--batch", "2", "--seconds", "0.2"]
+    figures = loading.main([*args, "--json", str(file)])
+    assert json.loads(file.read_text()) == figures
+    # 29 latent frames of 8 x 10 x 16 in bfloat16, and text, image and numbers beside them.
+    assert 29 * 8 * 10 * 16 * 2 < figures["sample_bytes"] < 30 * 8 * 10 * 16 * 2 + 256 * 70
+    assert figures["samples_per_second"] > 0 and figures["floor_samples_per_second"] > 0
+
+
+def test_preparing_is_measured_by_stage(tmp_path) -> None:
+    args = ["--scale", "toy", "--clips", "1", "--no-encode", "--json", str(tmp_path / "f.json")]
+    figures = preparing.main(args)
+    stages = {name for name in figures if name.endswith("clips_per_second")}
+    assert stages == {"read_clips_per_second", "read_cut_and_score_clips_per_second"}
+    assert all(figures[name] > 0 for name in stages)

@@ -1,5 +1,6 @@
 """`framepack convert`: PyTorch checkpoints become a bundle, and bundles become checkpoints."""
 
+import ctypes
 import dataclasses
 import re
 import time
@@ -38,6 +39,8 @@ READ = {
     "export": {"bundle", "role", "names", "lora", "dtype"},
 }
 DEFAULT_IMAGE_DIM = 1152
+# Of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # What one network makes has the width that the transformer reads.
 WIDTHS = {
     "text_encoder": ("width", "text_dim"),
@@ -211,6 +214,7 @@ def convert(flags: Convert) -> Manifest:
     manifest = _manifest(flags, order, plans, shared, origins)
     _check_space(flags, plans)
 
+    _keep_freed_memory()
     _clear(output)
     roles = dict(manifest.roles)
     for name, plan in plans.items():
@@ -337,6 +341,17 @@ def _paths(flags: Convert) -> dict[str, Path]:
             " --text-encoder, --text-encoder-2 or --image-encoder"
         )
     return {role: paths[role] for role in bundle.ROLES if role in paths}
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep large buffers that are freed, for the next: pages that come new from
+    the system cost more than what is done with them."""
+    try:
+        allocator = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library than glibc
+    allocator(M_MMAP_THRESHOLD, 1 << 30)
+    allocator(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _check_output(flags: Convert, output: epath.Path) -> None:

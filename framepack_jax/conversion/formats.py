@@ -26,6 +26,10 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 FLOAT8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+# Types that no weight has, but a note beside weights may.
+WHOLE = {
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 # A zip archive: the fixed part of a record's header, and what begins the note behind its data.
 ZIP_HEADER = struct.Struct("<26x2H")
 ZIP_DESCRIPTOR = b"PK\x07\x08"
@@ -81,45 +85,31 @@ def load_torch(file: Path) -> Any:
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
+    """Read as plain bytes: a mapped file would be read page by page, and copied once more."""
     try:
-        opened = safetensors.safe_open(file, framework="np")
+        with safetensors.safe_open(file, framework="np") as opened:
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            kinds = {n: (tuple(v.get_shape()), v.get_dtype()) for n, v in views.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ConversionError(
             f"{file} is no complete safetensors file ({error}); download it again"
         ) from error
-    entries = {}
-    for name in opened.keys():  # noqa: SIM118 (not a mapping)
-        view = opened.get_slice(name)
-        stored = view.get_dtype()
-        dtype = SAFETENSORS_DTYPES.get(stored, stored)
-        # The default binds this name, and keeps the mapped file open.
-        entries[name] = Entry(
-            tuple(view.get_shape()), dtype, lambda name=name: opened.get_tensor(name)
-        )
-    if any(entry.dtype in FLOAT8 for entry in entries.values()):
-        entries |= _float8_entries(file, entries)
-    return entries
-
-
-def _float8_entries(file: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Those of `entries` that safetensors cannot give to numpy, taken from the file as bytes.
-
-    The header has been checked by safetensors: its ranges lie in the file and fit the shapes.
-    """
+    # safetensors has checked that ranges lie in the file and fit the shapes.
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
 
-    def entry(name: str, old: Entry) -> Entry:
+    def entry(name: str, shape: tuple[int, ...], stored: str) -> Entry:
+        dtype = SAFETENSORS_DTYPES.get(stored, stored)
         begin, end = header[name]["data_offsets"]
 
         def read() -> np.ndarray:
-            stored = np.fromfile(file, np.uint8, end - begin, offset=8 + length + begin)
-            return stored.view(FLOAT8[old.dtype]).reshape(old.shape)
+            data = np.fromfile(file, np.uint8, end - begin, offset=8 + length + begin)
+            return data.view(WHOLE.get(dtype) or FLOAT8.get(dtype, dtype)).reshape(shape)
 
-        return old._replace(read=read)
+        return Entry(shape, dtype, read)
 
-    return {name: entry(name, old) for name, old in entries.items() if old.dtype in FLOAT8}
+    return {name: entry(name, *kind) for name, kind in kinds.items()}
 
 
 def _torch_entries(file: Path) -> dict[str, Entry]:
