@@ -20,3 +20,17 @@ GOLDEN = Path(os.environ.get("FRAMEPACK_GOLDEN", Path(__file__).parent / "golden
 def golden() -> Path:
     """The folder of reference numbers made by the original implementations."""
     return GOLDEN
+
+
+# Files that take a minute or more come first, so that no process is left alone with one at the end.
+LONG = (
+    "test_training_run", "test_interrupt", "test_training", "test_processes", "test_sharding",
+    "test_mesh", "test_dry_run", "test_conversion", "test_prepare", "test_sampler",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+
+    items.sort(key=place)

@@ -12,7 +12,8 @@ import jax
 import pytest
 
 from framepack_jax import sharding, topology
-from framepack_jax.commands import dry_run, hlo, sample
+from framepack_jax.commands import dry_run, hlo, sample, train
+from framepack_jax.commands.dry_run_train import TrainingReport
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.shots import open_pipe
 from framepack_jax.pipeline import Settings
@@ -364,3 +365,55 @@ def test_the_tpu_compiler_takes_the_released_model(reports, capsys) -> None:
     gathered = 2 * (40 + 2 * 20) * 12 * width**2 * (fsdp - 1) / fsdp
     assert gathered <= step.collectives["all-gather"].bytes < 1.5 * gathered
     assert "modelled" in capsys.readouterr().out
+
+
+TRAIN = ("--bundle", "tiny", "--dry-run-size", "64x80", "--batch", "4", "--remat", "full")
+
+
+@pytest.fixture
+def training_reports(monkeypatch) -> list[TrainingReport]:
+    made = []
+    real = train.dry_run_training
+    monkeypatch.setattr(
+        train, "dry_run_training", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+    )
+    return made
+
+
+def test_the_tpu_compiler_takes_a_tiny_training_step(training_reports, capsys) -> None:
+    """All that a step holds is divided, and counted by hand."""
+    train.main([*TRAIN, "--ema", "0.9", "--dry-run", "v5e:2x2", "--mesh", "fsdp=4"])
+    (made,) = training_reports
+    assert made.parameters == made.trained == 331_168 and made.frozen == 0
+    # float32 parameters, two moments and an average, almost all of it in four parts.
+    assert 4 * made.trained < made.state < 1.2 * 4 * made.trained
+    assert made.program.arguments >= made.state
+    # 9 frames of 4 x 5 patches, 2 under k1, 2 under k2 (2 x 3 patches), 16 under k4 (1 x 2 x 4).
+    assert made.tokens == 11 * 20 + 6 + 8 + 9 + 256
+    assert made.fits
+    printed = capsys.readouterr().out
+    assert "331,168 trained by adamw" in printed and ": fits" in printed
+
+
+def test_training_that_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(TrainingReport, "total", property(lambda report: 200 * 10**9))
+    flags = ("--trainable", "lora", "--lora.rank", "2", "--init", "bundle", "--accumulate", "2")
+    with pytest.raises(SystemExit) as ended:
+        train.main([*TRAIN, *flags, "--dry-run", "h200:1"])
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert "does not fit, 49.9 GB too much; a smaller --batch" in printed
+    assert "in 2 parts" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--dry-run", "h300:1"), "machine 'h300:1' is unknown"),
+        (("--dry-run", "h200:1", "--dry-run-size", "wide"), "--dry-run-size wide"),
+        (("--dry-run", "h200:1", "--mesh", "fsdp=2"), "multiply to 2"),
+    ],
+)
+def test_errors_of_training_dry_runs(this_cpu, more, named) -> None:
+    with pytest.raises(SystemExit, match=f"error: .*{named}"):
+        train.main([*TRAIN, *more])

@@ -30,6 +30,8 @@ from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.lora import Factors
 from framepack_jax.models import kinds, packed_dit, stack
 from framepack_jax.packing import PackedContext
+from framepack_jax.training import state
+from framepack_jax.training.config import Config, LoRA
 from tests.test_sources import comfyui as renamed_by_comfyui
 from tests.torch_reference import convert_module, randomize, relative_error
 
@@ -715,6 +717,24 @@ def test_diffusers_loads_what_is_written(peft, module, model, inputs, tmp_path) 
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)
     assert_same_lora(files.read(tmp_path / "out" / "x.safetensors", cfg).lora, read)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.safetensors"]
+
+
+def test_what_training_makes_gives_the_same_in_diffusers(
+    module, model, arguments, inputs, tmp_path
+) -> None:
+    """The factors as the trainer keeps them, q, k and v on one; its export; PEFT's own output."""
+    cfg, params = model
+    run = Config(trainable="lora", lora=LoRA(rank=3, alpha=4.5))
+    factors = state.fresh_factors(run.lora, params, jax.random.key(0))
+    random = np.random.default_rng(1)
+    factors = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape, np.float32), factors)
+    applied = state.united(factors, params, state.factor_scale(run))
+    ours = velocity(cfg, applied, *arguments)
+    files.write(tmp_path / "lora.safetensors", state.to_lora(run, factors), cfg)
+    adapted = copy.deepcopy(module)
+    adapted.load_lora_adapter(tmp_path, weight_name="lora.safetensors")
+    assert relative_error(ours, torch_velocity(adapted, inputs)) < PARITY
+    assert relative_error(ours, torch_velocity(module, inputs)) > 0.05
 
 
 @pytest.mark.golden
