@@ -213,6 +213,20 @@ def test_another_order_is_refused(dataset) -> None:
             loader.check_fingerprint(old.fingerprint, new.fingerprint)
 
 
+def test_a_dataset_made_otherwise_is_refused_on_resume(tmp_path) -> None:
+    """Another tiling of the VAE, other buckets, other clips."""
+    write_dataset(tmp_path)
+    index, (old, _) = records.read_index(tmp_path), take(tmp_path, 0)
+    for name in ("vae_tiling", "buckets"):
+        made = index.fingerprint | {name: "another"}
+        records.write_index(tmp_path, dataclasses.replace(index, fingerprint=made))
+        with pytest.raises(DatasetError, match=f"made by {name}"):
+            loader.check_fingerprint(old.fingerprint, take(tmp_path, 0)[0].fingerprint)
+    write_dataset(tmp_path, SIZES | {(32, 48): (7, 4, 9, 5, 4)})
+    with pytest.raises(DatasetError, match="records: Source"):
+        loader.check_fingerprint(old.fingerprint, take(tmp_path, 0)[0].fingerprint)
+
+
 def test_a_dataset_of_another_bundle_is_refused(dataset) -> None:
     folder, _ = dataset
     index, manifest = records.read_index(folder), bundle.read_manifest(path_of("tiny"))

@@ -25,7 +25,7 @@ from framepack_jax import bundle, conditioning, video
 from framepack_jax.__main__ import main as framepack
 from framepack_jax.commands import prepare
 from framepack_jax.commands.records import path_of
-from framepack_jax.data import encode, loader, pixels, records, stages, store, synthetic
+from framepack_jax.data import cluster, encode, loader, pixels, records, stages, store, synthetic
 from framepack_jax.data.records import Record, Source
 from framepack_jax.data.stages import Rejected, Settings, Thresholds
 
@@ -468,6 +468,20 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
         for file in (real / "videos" / "moved").glob("*.mp4"):
             shutil.move(file, real / "videos")
         (real / "videos" / "moved").rmdir()
+
+
+def test_clips_from_a_cluster_are_those_of_threads(tmp_path) -> None:
+    """The rows that travel between nodes, without the cluster."""
+    file = write_video(tmp_path / "a.mp4", [*scene_frames(0, 1.0), *scene_frames(1, 1.0)])
+    (tmp_path / "b.mp4").write_text("no video")
+    fields = dataclasses.asdict(SETTINGS)
+    rows = cluster.clip_rows({"number": 0, "path": str(file)}, fields)
+    for ours, theirs in zip(cluster.cuts(iter(rows)), stages.clips(file, SETTINGS), strict=True):
+        assert (ours.first, ours.scores) == (theirs.first, theirs.scores)
+        np.testing.assert_array_equal(ours.frames, theirs.frames)
+    rows = cluster.clip_rows({"number": 1, "path": str(tmp_path / "b.mp4")}, fields)
+    with pytest.raises(Rejected, match="cannot be read"):
+        list(cluster.cuts(iter(rows)))
 
 
 def test_synthetic_videos_are_the_same_whatever_their_number(tmp_path, capsys) -> None:

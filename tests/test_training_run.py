@@ -17,7 +17,7 @@ import pytest
 from test_processes import ended, launch
 from training_data import write_dataset
 
-from framepack_jax import FramePack, bundle
+from framepack_jax import FramePack, bundle, video
 from framepack_jax.commands import export_run, sample, train
 from framepack_jax.commands.records import path_of
 from framepack_jax.training import checkpoints
@@ -83,10 +83,11 @@ def log_of(output: Path) -> dict[int, dict[str, float]]:
     """The lines of a log by step, without what depends on the clock."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     clock = ("per_second", "seconds", "share", "memory", "mfu")
-    return {
-        line["step"]: {k: v for k, v in line.items() if not any(c in k for c in clock)}
-        for line in lines
-    }
+    found: dict[int, dict[str, float]] = {}
+    for line in lines:
+        kept = {k: v for k, v in line.items() if not any(c in k for c in clock)}
+        found[line["step"]] = found.get(line["step"], {}) | kept
+    return found
 
 
 def state_of(output: Path, step: int = STEPS):
@@ -186,7 +187,9 @@ def close(found: Path, expected: Path, steps=range(1, STEPS + 1)) -> None:
 def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
     """Stopped by SIGTERM to one of them: both save the same step and end well."""
     output = place / "two"
-    started = two(place, output, "--mesh", "fsdp=2", "--checkpoints.every", "100")
+    looking = ("--validation.every", "2", "--validation.clips", "4", "--validation.sections", "1",
+               "--validation.steps", "1", "--validation.sigmas", "0.5")  # fmt: skip
+    started = two(place, output, "--mesh", "fsdp=2", "--checkpoints.every", "100", *looking)
     wait_for(started[0], output, 4)
     started[1].send_signal(signal.SIGTERM)
     for code, _, err in ended(started):
@@ -194,6 +197,11 @@ def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
     (step,) = checkpoints.steps_of(output)
     assert 4 <= step < STEPS
     close(output, whole, range(1, step + 1))
+    found = log_of(output)[2]
+    assert 0 < found["validation/loss"] < 10 and "context/k4_other" in found
+    frames, _ = video.read_mp4(output / "validation" / "step_0000002" / "0.mp4")
+    # A start image and one section of two latent frames, above the truth.
+    assert frames.shape[0] == 9 and frames.shape[1] == 2 * (32 + 16 * (frames.shape[2] == 32))
     finish(start(place, output))
     close(output, whole)
 
@@ -202,7 +210,8 @@ def test_one_process_begins_and_two_go_on_fsdp_and_tensor(place, whole) -> None:
     """Of four devices each."""
     output = place / "one"
     finish(start(place, output, "--steps", "3", "--no-export"))
-    started = two(place, output, "--mesh", "fsdp=4,tensor=2", "--no-export", devices=4)
+    mesh = ("--mesh", "fsdp=4,tensor=2", "--no-export")
+    started = two(place, output, *mesh, devices=4)
     for code, _, err in ended(started):
         assert code == 0, err[-3000:]
     # The learning rate of a constant schedule does not depend on the number of steps.

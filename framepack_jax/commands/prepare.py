@@ -19,7 +19,7 @@ from framepack_jax import bundle, packing, topology
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.records import path_of
-from framepack_jax.data import dataset, stages, store
+from framepack_jax.data import cluster, dataset, stages, store
 from framepack_jax.data.encode import TILING, Encoder
 from framepack_jax.data.loader import made_by
 from framepack_jax.data.records import INDEX, DatasetError, Index
@@ -63,6 +63,8 @@ class Prepare:
     thresholds: tyro.conf.OmitArgPrefixes[Thresholds] = THRESHOLDS
     workers: int = 2
     """Threads that decode videos, beside the one that encodes."""
+    ray: str | None = None
+    """Decode on a Ray cluster instead of threads (extra ray): its address, auto, or local."""
     keep_clips: bool = True
     """Keep clips/, as large as the dataset; without it new thresholds encode again."""
     coordinator: str | None = None
@@ -267,7 +269,10 @@ def _encode(
             clips += 1
             bar.set_postfix(clips=clips, refresh=False)
 
-        for video, cuts in decoded(videos, settings, flags.workers):
+        source = decoded(videos, settings, flags.workers)
+        if flags.ray is not None:
+            source = cluster.decoded(videos, settings, flags.ray)
+        for video, cuts in source:
             store.add(flags.output, video, cuts, encoder.record, settings, made, advance)
             bar.update()
 

@@ -142,17 +142,17 @@ def train(
     if not there and cfg.init not in ("bundle", "scratch"):
         processes.in_first(checkpoints.parse_run, cfg.init)
     with (
-        jax.set_mesh(mesh),
         sampler.precision(cfg.dtype),
         contextlib.closing(checkpoints.manager(cfg.output, cfg.checkpoints)) as manager,
     ):
-        if there:
-            _check_same_run(cfg, record)
-            begun, frozen = _resumed(setup, bundle_path, manager, there[-1], loader)
-            say(f"{cfg.output}: goes on after step {there[-1]}")
-        else:
-            begun, frozen, origin = first_state(setup, bundle_path)
-            say(f"{cfg.output}: begins from {origin}")
+        with jax.set_mesh(mesh):
+            if there:
+                _check_same_run(cfg, record)
+                begun, frozen = _resumed(setup, bundle_path, manager, there[-1], loader)
+                say(f"{cfg.output}: goes on after step {there[-1]}")
+            else:
+                begun, frozen, origin = first_state(setup, bundle_path)
+                say(f"{cfg.output}: begins from {origin}")
         processes.in_first(checkpoints.write_record, cfg.output, record)
         return Run(setup, bundle_path, loader, manager, frozen, record).go(begun)
 
@@ -315,10 +315,9 @@ class Run:
         vae = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.vae
         )
-        context = jax.sharding.get_mesh()
 
         def one(bucket: tuple[int, int]) -> Any:
-            with jax.set_mesh(context), sampler.precision(self.cfg.dtype):
+            with jax.set_mesh(setup.mesh), sampler.precision(self.cfg.dtype):
                 batch = abstract_batch(setup, self.loader, bucket)
                 lowered = step.lower(setup.abstract, setup.frozen, vae, batch)
                 size = self.loader.latent_size(bucket)
@@ -368,7 +367,8 @@ class Validator:
         cfg = self.setup.cfg.validation
 
         at = functools.partial(self.jitted, params, frozen, self.vae)
-        return validation.losses(at, self.batches, cfg.sigmas, cfg.context)
+        with jax.set_mesh(self.setup.mesh):
+            return validation.losses(at, self.batches, cfg.sigmas, cfg.context)
 
     def videos(self, params: Params, frozen: Params) -> Iterator[np.ndarray]:
         """Sampled videos above what the VAE makes of the truth, (P, H, W, 3) uint8."""

@@ -1,0 +1,73 @@
+"""The CPU stages of preparing on a Ray cluster (extra `ray`): videos are read, cut, judged and
+cropped on its nodes, by the functions of `stages`, and their clips come here to be encoded.
+
+All nodes must see the videos under the same paths.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from framepack_jax.data import stages
+from framepack_jax.data.stages import Cut, Rejected, Settings
+from framepack_jax.data.store import Video
+
+
+def decoded(
+    videos: Sequence[Video], settings: Settings, address: str | None = None
+) -> Iterator[tuple[Video, Iterator[Cut]]]:
+    """(video, its clips) in order, as the threads of `framepack prepare` give them; what is wrong
+    with a video is raised among its clips. Raises ValueError where Ray is not installed, or its
+    cluster at `address` (None: this machine) is not there."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ValueError(
+            'preparing on a cluster needs Ray: pip install "framepack-jax[ray]"'
+        ) from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            raise ValueError(f"Ray cluster {address} cannot be reached ({error})") from error
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    rows = [{"number": n, "path": str(video.path)} for n, video in enumerate(videos)]
+    fields = dataclasses.asdict(settings)
+    # One block a video: they are of very different length.
+    stream = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).flat_map(
+        clip_rows, fn_kwargs={"settings": fields}
+    )
+    by_video = itertools.groupby(stream.iter_rows(), key=lambda row: int(row["number"]))
+    for number, group in by_video:
+        yield videos[number], cuts(group)
+
+
+def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A video -> its clips, or what is wrong with it, and always a row that ends it."""
+    made: list[dict[str, Any]] = []
+    end = {"number": row["number"], "first": -1, "frames": b"", "shape": [], "scores": {}}
+    end |= {"reason": "", "detail": ""}
+    try:
+        for cut in stages.clips(Path(row["path"]), Settings(**settings)):
+            clip = {"first": cut.first, "scores": cut.scores, "shape": list(cut.frames.shape)}
+            made.append(end | clip | {"frames": cut.frames.tobytes()})
+    except Rejected as error:
+        return [end | {"reason": error.reason, "detail": error.detail}]
+    return [*made, end]
+
+
+def cuts(rows: Iterator[dict[str, Any]]) -> Iterator[Cut]:
+    """The clips of one video's rows. Raises Rejected."""
+    for row in rows:
+        if row["reason"]:
+            raise Rejected(row["reason"], row["detail"])
+        if row["first"] < 0:
+            continue
+        frames = np.frombuffer(row["frames"], np.uint8).reshape(tuple(row["shape"]))
+        scores = {name: float(value) for name, value in row["scores"].items()}
+        yield Cut(int(row["first"]), frames, scores)
