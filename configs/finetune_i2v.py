@@ -2,8 +2,8 @@
 
 Command:  python train.py --config configs/finetune_i2v.py --bundle weights/framepack_i2v_hy
               --data.path datasets/mine --output runs/i2v [--mesh fsdp=32] [--coordinator auto]
-Hardware: TPU v5p-64 (32 chips) or 8 x H100; both fit by their compilers (docs/scale.md). On 8 GPUs
-          take --batch 8 and --optimizer.name adam8bit, as the table there says.
+Hardware: TPU v5p-64 (32 chips) or 8 x H100 (--mesh fsdp=8); both fit by their compilers, the GPUs
+          up to --batch 40 (docs/scale.md).
 Expect:   the loss of a released model begins near its floor and moves little: watch the validation
           videos, and context/*_other, which must stay above 0. No full run has been made so far.
 """
@@ -23,6 +23,6 @@ def get_config() -> Config:
         guidance=1.0,
         ema=0.999,
         remat="full",
-        validation=Validation(every=500, clips=32, videos=1),
+        validation=Validation(every=500, samples=32, videos=1),
         checkpoints=Checkpoints(every=500, keep=2, keep_every=2500),
     )

@@ -29,6 +29,6 @@ def get_config() -> Config:
         guidance=1.0,
         ema=0.9999,
         remat="full",
-        validation=Validation(every=1000, clips=64, videos=2),
+        validation=Validation(every=1000, samples=64, videos=2),
         checkpoints=Checkpoints(every=1000, keep=3, keep_every=10_000),
     )

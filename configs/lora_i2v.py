@@ -26,6 +26,6 @@ def get_config() -> Config:
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=100),
         guidance=1.0,
         remat="full",
-        validation=Validation(every=250, clips=16, videos=1),
+        validation=Validation(every=250, samples=16, videos=1),
         checkpoints=Checkpoints(every=250, keep=4),
     )

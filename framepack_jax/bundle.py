@@ -13,9 +13,10 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,11 @@ ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"
 # Bytes of one partial save: each looks through all leaves that are there already.
 WRITE_CHUNK = 1 << 29
 LOAD_CHUNK = 1 << 30
+# Leaves that are made while others are written.
+AHEAD = 4
 # Beyond any network.
 MOST, MOST_LAYERS = 10**9, 1000
+Item = TypeVar("Item")
 
 
 class BundleError(ValueError):
@@ -83,9 +87,10 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
     """Write (leaf path, array) pairs as one checkpoint, a few at a time.
 
     Leaves are made while the ones before are hashed and written; about twice `WRITE_CHUNK` bytes of
-    arrays are held. The checkpoint appears at `path` when all is written, and never half.
+    arrays, and `AHEAD` leaves, are held. The checkpoint appears at `path` when all is written, and
+    never half.
     """
-    path = _absolute(path)
+    path = absolute(path)
     partial = path.parent / f"{path.name}.partial_save"
     for leftover in (path, partial):
         if leftover.exists():
@@ -95,11 +100,11 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
     with _uncompressed():
         writing = None
         try:
-            for name, array in _ahead(leaves):
+            for name, array in ahead(leaves):
                 array = np.ascontiguousarray(array)
                 digest.update(f"{name} {array.dtype} {array.shape} ".encode())
                 digest.update(array.reshape(-1).view(np.uint8))
-                held[tuple(name.split("/"))] = array
+                held[tuple(name.split("/"))] = array.view(_Settled)
                 size += array.nbytes
                 if size >= WRITE_CHUNK:
                     _finish(writing)
@@ -114,14 +119,23 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
     return Written(written + size, digest.hexdigest())
 
 
-def _ahead(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The same pairs, each made in a thread of its own while the one before is dealt with."""
-    iterator = iter(leaves)
+def ahead(items: Iterable[Item], count: int = AHEAD) -> Iterator[Item]:
+    """The same items, made in a thread of its own while those before are dealt with, at most
+    `count` of them at a time."""
+    iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as maker:
-        following = maker.submit(next, iterator, None)
-        while (pair := following.result()) is not None:
-            following = maker.submit(next, iterator, None)
-            yield pair
+        coming = deque(maker.submit(next, iterator, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(maker.submit(next, iterator, end))
+            yield item
+
+
+class _Settled(np.ndarray):
+    """An array that nobody changes any more: orbax need not copy it before it writes, for which
+    numpy would take longer than the disk, bfloat16 being new to it."""
+
+    def __deepcopy__(self, memo: Any) -> "_Settled":
+        return self
 
 
 def _finish(writing: Any) -> None:
@@ -338,7 +352,7 @@ def check_present(root: epath.PathLike, roles: Iterable[str] = ROLES) -> None:
 
 
 def _present(root: epath.PathLike, manifest: Manifest, name: str) -> epath.Path:
-    path = _absolute(epath.Path(root) / manifest.roles[name].path)
+    path = absolute(epath.Path(root) / manifest.roles[name].path)
     if not path.exists():
         elsewhere = (
             "; they stay in another bundle: move both together, or convert again with"
@@ -346,7 +360,7 @@ def _present(root: epath.PathLike, manifest: Manifest, name: str) -> epath.Path:
         )
         raise BundleError(
             f"bundle {root}: the parameters of {name} are missing at {path}"
-            f"{'' if path.parent == _absolute(root) else elsewhere}"
+            f"{'' if path.parent == absolute(root) else elsewhere}"
         )
     _check_reference(root, path, manifest.roles[name])
     return path
@@ -439,7 +453,7 @@ def reference(path: epath.PathLike, root: epath.PathLike) -> str:
 
 def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
     """Raise BundleError where a network of another bundle is not the one that was pointed to."""
-    if path.parent == _absolute(root):
+    if path.parent == absolute(root):
         return
     if not (path.parent / MANIFEST).exists():
         raise BundleError(
@@ -454,7 +468,7 @@ def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None
         )
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
+def absolute(path: epath.PathLike) -> epath.Path:
     """A path as orbax takes it; those of object stores are absolute already."""
     return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 

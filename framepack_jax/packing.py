@@ -121,6 +121,12 @@ class Schedule:
             raise ScheduleError(f"schedule {self} has {len(windows)} items g, expected one")
         return windows[0]
 
+    def with_window(self, window: int) -> "Schedule":
+        """The same with another latent window. Raises ScheduleError where it has not one."""
+        old = Generate(self.window)
+        items = tuple(Generate(window) if item == old else item for item in self.items)
+        return dataclasses.replace(self, items=items)
+
     @property
     def runs(self) -> tuple[Run, ...]:
         """All context runs in time order."""

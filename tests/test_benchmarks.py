@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from benchmarks import conversion, sampling
+from benchmarks import conversion, gpu, sampling
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
 from framepack_jax import packing
@@ -169,3 +169,30 @@ def test_preparing_is_measured_by_stage(tmp_path) -> None:
     stages = {name for name in figures if name.endswith("clips_per_second")}
     assert stages == {"read_clips_per_second", "read_cut_and_score_clips_per_second"}
     assert all(figures[name] > 0 for name in stages)
+
+
+def test_what_a_gpu_does_is_measured(tmp_path) -> None:
+    """By the same way, on this machine."""
+    file = tmp_path / "figures.json"
+    parts = "copy", "conv", "streaming", "step", "train", "peer-step"
+    figures = gpu.main(["--parts", *parts, "--scale", "toy", "--here", "--json", str(file)])
+    assert json.loads(file.read_text()) == figures
+    rows = [row for part in parts for row in figures[part]]
+    assert [row for row in rows if "error" in row] == []
+    assert all(row["ms"] > 0 for row in rows)
+    (step,), (peer,) = figures["step"], figures["peer-step"]
+    flops = gpu.step_flops(gpu.TOY)
+    assert step["tflop_s"] * step["ms"] == pytest.approx(flops / 1e9)
+    assert peer["tflop_s"] * peer["ms"] == pytest.approx(flops / 1e9)
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path, capfd) -> None:
+    file = tmp_path / "figures.json"
+    flags = ["--parts", "copy", "step", "--scale", "toy", "--limit", "0.01", "--json", str(file)]
+    figures = gpu.main(flags)
+    assert json.loads(file.read_text()) == figures
+    for part in ("copy", "step"):
+        assert "timed out" in figures[part][0]["error"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "cpoy"])
+    assert "expected some of matmul, copy" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 
@@ -14,6 +15,7 @@ from framepack_jax import bundle, packing
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import loader, pixels, records
 from framepack_jax.data.loader import Config, DatasetError, open_loader
+from framepack_jax.data.records import Index
 from framepack_jax.packing import Timeline
 
 # Window 2, so that short clips have several sections.
@@ -34,7 +36,7 @@ def dataset(tmp_path_factory):
 def take(folder, count, *, batch=4, share=(0, 1), state=None, schedule=INVERTED, **options):
     """The loader and its next batches."""
     cfg = Config(path=str(folder), **options)
-    opened = open_loader(cfg, schedule, ORDERS[schedule], batch, share)
+    opened = open_loader(cfg, schedule, packing.default_order(schedule), batch, share)
     if state is not None:
         opened.set_state(json.loads(json.dumps(state)))
     return opened, list(itertools.islice(opened, count))
@@ -98,6 +100,31 @@ def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
         assert by_kernel["k1"] == golden_row["clean"]
         assert by_kernel["k2"] == golden_row["clean_2x"]
         assert by_kernel["k4"] == golden_row["clean_4x"]
+
+
+def test_windows_are_drawn_for_each_batch(dataset) -> None:
+    """Evenly, the same however the stream is read; a sample is that of its window's schedule."""
+    folder, clips = dataset
+    opened, batches = take(folder, 60, windows=(2, 1))
+    windows = [batch.target.shape[1] for batch in batches]
+    assert set(windows) == {1, 2} and 18 <= windows.count(1) <= 42
+    _, plain = take(folder, 60, schedule=INVERTED.replace("_g2_", "_g1_"))
+    for batch, alone, window in zip(batches, plain, windows, strict=True):
+        if window == 1:
+            assert bits(batch) == bits(alone)
+        assert batch.sections.tolist() == [
+            (len(clips[c].latents) - 1) // window for c in batch.clip
+        ]
+    _, later = take(
+        folder, 5, windows=(2, 1), state=take(folder, 55, windows=(2, 1))[0].get_state()
+    )
+    assert [bits(b) for b in later] == [bits(b) for b in batches[55:]]
+    held = take(folder, 0, windows=(1,), holdout=2)[0].held_out(2, 4)
+    assert {batch.target.shape[1] for batch, *_ in held} == {2}
+    with pytest.raises(DatasetError, match="a section of 6"):
+        take(folder, 0, windows=(1, 6))
+    with pytest.raises(DatasetError, match="windows: "):
+        loader.check_fingerprint(opened.fingerprint, take(folder, 0)[0].fingerprint)
 
 
 def test_every_clip_of_every_epoch_and_one_bucket_a_batch(dataset) -> None:
@@ -179,24 +206,68 @@ def test_random_lengths_cut_clips(dataset) -> None:
 
 
 def test_held_out_clips_are_not_trained_on(dataset) -> None:
+    """Nor any other of their videos; they are the same in each run."""
     folder, clips = dataset
     opened, batches = take(folder, 40, holdout=3)
-    held = opened.held_out(8)
-    assert len(held) == 2 and all(len(batch.clip) == 4 for batch in held)
     trained = {int(clip) for batch in batches for clip in batch.clip}
-    looked_at = {int(clip) for batch in held for clip in batch.clip}
-    assert not trained & looked_at and len(trained) == len(clips) - 3
-    again, _ = take(folder, 0, holdout=3)
-    assert [bits(batch) for batch in held] == [bits(batch) for batch in again.held_out(8)]
-    assert take(folder, 0, holdout=3, seed=5)[0].held == opened.held
+    assert trained | set(opened.held) == set(range(len(clips))) and len(opened.held) == 4
+    assert not {i // 2 for i in trained} & {i // 2 for i in opened.held}
+    # The first of them are of different videos.
+    assert len({i // 2 for i in opened.held[:2]}) == 2
+    assert take(folder, 0, holdout=4, seed=5)[0].held == opened.held
     assert [r.clip.id for r in opened.held_out_records(2)] == opened.clip_ids(opened.held[:2])
+
+
+def test_held_out_videos_stay_when_a_dataset_grows() -> None:
+    """In whatever order they come: four of 24 videos are new, and only these may be held out in the
+    place of others."""
+    names = [hashlib.sha256(bytes([i])).hexdigest()[:16] for i in range(24)]
+
+    def held(videos: list[str]) -> set[str]:
+        shard = records.Shard("a", 32, 48, (3,) * len(videos), tuple(videos))
+        trained, kept = loader.split(Index("latents", (shard,), {}, 30.0, 4, 8, 16), 10)
+        assert sorted(trained + kept) == list(range(len(videos))) and len(kept) == 10
+        return {videos[number] for number in kept}
+
+    old, new = held(names[4:] * 2), held(names[:2] + names[:3:-1] * 2 + names[:4] + names[2:4])
+    assert len(old) == len(new) == 5
+    assert new - set(names[:4]) <= old
+
+
+@pytest.mark.parametrize("share", [(0, 1), (1, 2)])
+def test_validation_sees_every_held_out_clip(dataset, share) -> None:
+    folder, _ = dataset
+    opened, _ = take(folder, 0, holdout=4)
+    # Two samples of each clip, though fewer are asked for than there are clips; in twos.
+    whole = opened.held_out(8, 4, 2)
+    seen = collections.Counter()
+    for batch, others, size in whole:
+        assert len(batch.clip) == size and size % 2 == 0 and size <= 4
+        unique = dict(zip(batch.element.tolist(), batch.clip.tolist(), strict=True))
+        seen.update(unique.values())
+        assert bits(batch.context.latents) != bits(others.context.latents)
+        assert (batch.clip != others.clip).all() and batch.target.shape == others.target.shape
+    assert seen == dict.fromkeys(opened.held, 2)
+    assert sum(len(set(b.element.tolist())) for b, *_ in opened.held_out(1, 4, 2)) == 4
+    part = take(folder, 0, holdout=4, share=share)[0].held_out(8, 4, 2)
+    for (batch, _, size), (mine, _, _) in zip(whole, part, strict=True):
+        assert mine.element.tolist() == batch.element.tolist()[share[0] :: share[1]]
+        assert len(mine.element) * share[1] == size
+
+
+def test_a_bucket_of_one_clip_has_no_other(tmp_path) -> None:
+    write_dataset(tmp_path, {(32, 48): (3, 3, 3), (48, 32): (3,)})
+    opened, _ = take(tmp_path, 0, holdout=1)
+    opened.held = opened.streams.pop((48, 32))
+    assert opened.held_out(1, 4)[0].others is None
 
 
 def test_abstract_batches_are_the_real_ones(dataset) -> None:
     folder, _ = dataset
-    opened, batches = take(folder, 4, share=(1, 2))
+    opened, batches = take(folder, 8, share=(1, 2), windows=(1, 2))
+    assert {batch.target.shape[1] for batch in batches} == {1, 2}
     for step, batch in enumerate(batches):
-        expected = opened.abstract(opened.bucket_at(step))
+        expected = opened.abstract(opened.bucket_at(step), opened.samples.schedule_of(step))
         real = jax.tree.map(lambda x: ((2 * x.shape[0], *x.shape[1:]), x.dtype), batch)
         there = jax.tree.map(lambda x: (x.shape, x.dtype), expected)
         assert jax.tree.leaves(real) == jax.tree.leaves(there)
@@ -244,8 +315,10 @@ def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
     folder, _ = dataset
     with pytest.raises(DatasetError, match=r"8 of the 8 clips .* shorter than a section of 9"):
         open_loader(Config(path=str(folder)), packing.RELEASED_INVERTED, "inverted", 4)
-    with pytest.raises(DatasetError, match=r"--data\.holdout 8 leaves nothing"):
-        take(folder, 0, holdout=8)
+    with pytest.raises(
+        DatasetError, match=r"--data\.holdout 7 leaves nothing of the 8 .* 4 videos"
+    ):
+        take(folder, 0, holdout=7)
     with pytest.raises(ValueError, match="does not divide over 3 hosts"):
         take(folder, 0, share=(0, 3))
     with pytest.raises(ValueError, match=r"--data.caption-dropout 1.5"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiling import quick_flags
 from torch_reference import relative_error
 
 from framepack_jax.commands import sample
@@ -46,7 +47,7 @@ print("programs", sampler.step._cache_size())
 
 def on_devices(count: int, *flags: str) -> str:
     """Run `sample.py` where there are `count` devices; returns what it printed."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    env = os.environ | {"XLA_FLAGS": quick_flags(count)}
     command = [sys.executable, "-c", PROGRAM, *FLAGS, *flags]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -89,7 +90,7 @@ def test_many_devices_make_the_same_video(alone, tmp_path, mesh: str) -> None:
     ],
 )
 def test_meshes_that_do_not_serve_are_refused(mesh: str, named: str) -> None:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": quick_flags(8)}
     command = [sys.executable, "sample.py", *FLAGS, "--mesh", mesh]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1

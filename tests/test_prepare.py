@@ -1,5 +1,6 @@
 """Videos become a dataset: what gets in, what does not and why, and that a stopped run goes on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,8 +27,18 @@ from framepack_jax import bundle, conditioning, video
 from framepack_jax.__main__ import main as framepack
 from framepack_jax.commands import prepare
 from framepack_jax.commands.records import path_of
-from framepack_jax.data import cluster, encode, loader, pixels, records, stages, store, synthetic
-from framepack_jax.data.records import Record, Source
+from framepack_jax.data import (
+    cluster,
+    dataset,
+    encode,
+    loader,
+    pixels,
+    records,
+    stages,
+    store,
+    synthetic,
+)
+from framepack_jax.data.records import DatasetError, Record, Source
 from framepack_jax.data.stages import Rejected, Settings, Thresholds
 
 ROOT = Path(__file__).parent.parent
@@ -46,15 +58,18 @@ def write_video(path: Path, frames, fps=30, caption: str | None = "waves") -> Pa
 
 
 class FakeEncoder:
-    """Encodes in no time, and counts."""
+    """Encodes in no time, and counts; before clip `stop_at` somebody presses Ctrl-C."""
 
     def __init__(self) -> None:
         self.calls = 0
+        self.stop_at: int | None = None
 
     def prompt(self, caption):
         return np.full((3, 4), len(caption) % 7, np.float32), np.zeros(4, np.float32)
 
     def record(self, clip, frames):
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
         self.calls += 1
         small = np.resize(frames[::4, ::8, ::8, :1], (1 + (len(frames) - 1) // 4, 4, 6, 16))
         return Record(clip, *self.prompt(clip.caption), np.zeros((2, 4)), small / 255)
@@ -288,6 +303,211 @@ def test_a_manifest_names_videos_and_captions(tmp_path, fake, capsys) -> None:
     manifest.write_text('{"video": \n')
     with pytest.raises(SystemExit, match="line 1 is no JSON"):
         run(manifest, tmp_path / "out")
+    manifest.write_bytes('{"video": "a.mp4", "caption": "café"}\n'.encode("latin-1"))
+    with pytest.raises(SystemExit, match="no UTF-8"):
+        run(manifest, tmp_path / "out")
+
+
+def test_a_manifest_has_lines_as_json_has_them(tmp_path) -> None:
+    """Marks that other programs take for ends of lines are part of a caption."""
+    rows = [{"video": "a.mp4", "caption": "waves\u2028bows\x85"}, {"video": "b.mp4"}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "list.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "b.txt").write_text("jumps")
+    found = prepare.list_videos(tmp_path / "list.jsonl")
+    assert {v.caption for v in found} == {"waves\u2028bows\x85", "jumps"}
+
+
+def test_other_settings_that_were_stopped_leave_nothing_that_looks_done(tmp_path, fake) -> None:
+    """Nor do those from before, whose clips were replaced."""
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", scene_frames(0, 4.0))
+    run(tmp_path / "videos", tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    fake.stop_at = fake.calls + 1
+    with pytest.raises(SystemExit, match="interrupted"):
+        run(tmp_path / "videos", tmp_path / "out", "--max-seconds", "1.2")
+    fake.stop_at = None
+    run(tmp_path / "videos", tmp_path / "out")
+    assert hashes(tmp_path / "out") == before
+
+
+def test_of_parquet_only_the_columns_that_are_needed_are_read(tmp_path, monkeypatch) -> None:
+    """Others may hold the videos themselves. With a stand-in for pyarrow."""
+    table = {"video": ["a.mp4", "b.mp4"], "bytes": [b"", b""], "caption": ["waves", None]}
+
+    class ParquetFile:
+        schema_arrow = types.SimpleNamespace(names=list(table))
+
+        def iter_batches(self, columns):
+            assert columns == [name for name in ("video", "caption") if name in table]
+            rows = zip(*(table[name] for name in columns), strict=True)
+            made = [dict(zip(columns, row, strict=True)) for row in rows]
+            yield types.SimpleNamespace(to_pylist=lambda: made)
+
+    opened = types.SimpleNamespace(ParquetFile=lambda _: contextlib.nullcontext(ParquetFile()))
+    arrow = types.SimpleNamespace(ArrowException=ArithmeticError, parquet=opened)
+    monkeypatch.setitem(sys.modules, "pyarrow", arrow)
+    (tmp_path / "list.parquet").write_bytes(b"")
+    (tmp_path / "b.txt").write_text("jumps")
+
+    def captions():
+        found = prepare.list_videos(tmp_path / "list.parquet")
+        return {video.source: video.caption for video in found}
+
+    assert captions() == {"a.mp4": "waves", "b.mp4": "jumps"}
+    del table["caption"]
+    ParquetFile.schema_arrow.names.remove("caption")
+    assert captions() == {"a.mp4": None, "b.mp4": "jumps"}
+    ParquetFile.schema_arrow.names.remove("video")
+    with pytest.raises(DatasetError, match=r"list\.parquet has no column video, only bytes"):
+        captions()
+
+
+@pytest.fixture
+def three(tmp_path, fake) -> Path:
+    """A folder with videos/, and out/, a dataset of two of its three clips."""
+    (tmp_path / "videos").mkdir()
+    for number in range(3):
+        write_video(tmp_path / "videos" / f"{number}.mp4", scene_frames(number, 1.0 + number / 2))
+    run(tmp_path / "videos", tmp_path / "out")
+    assert records.read_index(tmp_path / "out").clips == 2
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", ["full disk", "no record", "interrupt", "index"])
+def test_a_dataset_stays_until_the_next_is_whole(three, fake, monkeypatch, what) -> None:
+    """Whatever the packing with other thresholds fails by."""
+    before = hashes(three / "out")
+
+    def fail(*_):
+        raise KeyboardInterrupt if what == "interrupt" else OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        name = {"full disk": "write_shards", "interrupt": "write_empty", "index": "write_index"}
+        if what in name:
+            patched.setattr(records, name[what], fail)
+        else:
+            patched.setattr(store, "is_done", lambda *_: True)
+            next((three / "out" / store.STORE).glob("*/*.rec")).unlink()
+        with pytest.raises(SystemExit, match=r"No space|No such file|interrupted"):
+            run(three / "videos", three / "out", "--min-seconds", "0.5")
+    assert hashes(three / "out") == before
+    source = Source(three / "out", records.read_index(three / "out").shards)
+    assert len({source[number].clip.id for number in range(2)}) == 2
+    run(three / "videos", three / "out", "--min-seconds", "0.5")
+    assert records.read_index(three / "out").clips == 3
+
+
+def test_killed_at_any_moment_a_dataset_is_the_old_one_the_new_one_or_none(
+    three, monkeypatch
+) -> None:
+    """The new one takes the old one's place by renames; killed before each of them."""
+    old = hashes(three / "out")
+    run(three / "videos", three / "out", "--min-seconds", "0.5")
+    new, kills, rename = hashes(three / "out"), [], Path.rename
+    # Of the shards there is one file: as many are renamed.
+    assert len(old) == 8 and len(new) == 7
+    for moment in itertools.count():
+        run(three / "videos", three / "out")
+        assert hashes(three / "out") == old
+        done = itertools.count()
+        with monkeypatch.context() as patched:
+
+            def killed(path, target, moment=moment, done=done, patched=patched):
+                if next(done) == moment:
+                    # A process that is killed does not tidy up.
+                    patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+                    raise KeyboardInterrupt
+                return rename(path, target)
+
+            patched.setattr(Path, "rename", killed)
+            try:
+                run(three / "videos", three / "out", "--min-seconds", "0.5")
+                break
+            except SystemExit:
+                kills.append(moment)
+        there = {n: h for n, h in hashes(three / "out").items() if not n.startswith(records.NEW)}
+        try:
+            records.read_index(three / "out")
+            assert there in (old, new)
+        except DatasetError as error:
+            assert "is an unfinished dataset" in str(error)
+        run(three / "videos", three / "out", "--min-seconds", "0.5")
+        assert hashes(three / "out") == new
+    assert len(kills) == 8 + 7
+
+
+def test_a_record_that_is_gone_is_encoded_again(three, fake) -> None:
+    before, calls = hashes(three / "out"), fake.calls
+    stored = sorted((three / "out" / store.STORE).glob("*/000.*"))
+    assert len(stored) == 6
+    for number, file in enumerate(stored[1:3], 1):
+        file.unlink()
+        run(three / "videos", three / "out")
+        assert fake.calls == calls + number
+        assert hashes(three / "out") == before and file.exists()
+
+
+def test_a_dataset_of_other_videos_is_not_replaced_unasked(three, fake) -> None:
+    before = hashes(three / "out")
+    (three / "others").mkdir()
+    write_video(three / "others" / "0.mp4", scene_frames(7, 2.0))
+    with pytest.raises(SystemExit, match=r"of the videos of .*/videos, and --videos .*/others has"):
+        run(three / "others", three / "out")
+    assert hashes(three / "out") == before
+    # More videos, fewer, and a manifest of some of them are no others.
+    write_video(three / "videos" / "3.mp4", scene_frames(3, 2.0))
+    run(three / "videos", three / "out")
+    (three / "videos" / "3.mp4").unlink()
+    run(three / "videos", three / "out")
+    manifest = three / "videos" / "list.jsonl"
+    manifest.write_text(json.dumps({"video": str(three / "videos" / "2.mp4")}))
+    calls = fake.calls
+    run(manifest, three / "out")
+    assert fake.calls == calls and records.read_index(three / "out").clips == 1
+    run(three / "others", three / "out", "--replace")
+    assert records.read_index(three / "out").clips == 1
+    with pytest.raises(SystemExit, match=r"of the videos of .*/others, and --videos .*/videos has"):
+        run(three / "videos", three / "out")
+    (three / "out" / dataset.VIDEOS).write_text("{}")
+    with pytest.raises(SystemExit, match=r"videos\.json.* is damaged.*give --replace"):
+        run(three / "videos", three / "out")
+
+
+@pytest.mark.parametrize("mode", ["latents", "pixels"])
+def test_videos_that_were_moved_are_not_encoded_again(three, fake, mode) -> None:
+    (three / "videos" / "4.mp4").write_text("no video")
+    (three / "videos" / "4.txt").write_text("waves")
+    rejected = run(three / "videos", three / "out", "--mode", mode)
+    assert str(three) not in rejected["4.mp4"]["detail"]
+    before, calls = hashes(three / "out"), fake.calls
+    (three / "videos").rename(three / "moved")
+    assert run(three / "moved", three / "out", "--mode", mode).keys() == rejected.keys()
+    assert fake.calls == calls
+    index = records.read_index(three / "out")
+    sources = {Source(three / "out", index.shards)[i].clip.source for i in range(2)}
+    if mode == "pixels":
+        assert sources == {str(three / "moved" / name) for name in ("1.mp4", "2.mp4")}
+    else:
+        assert sources == {"1.mp4", "2.mp4"}
+        now = hashes(three / "out")
+        assert [name for name in now if now[name] != before[name]] == [dataset.VIDEOS]
+    # Another video of the same name is another.
+    write_video(three / "moved" / "2.mp4", scene_frames(9, 2.0))
+    run(three / "moved", three / "out", "--mode", mode)
+    assert fake.calls == calls + 1
+
+
+def test_a_manifest_names_the_same_video_in_many_ways(tmp_path) -> None:
+    names = ["./a.mp4", str(tmp_path / "b.mp4"), "deep//c.mp4", "/elsewhere/d.mp4"]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"video": n}) for n in names))
+    found = prepare.list_videos(tmp_path / "list.jsonl")
+    assert {v.source for v in found} == {"a.mp4", "b.mp4", "deep/c.mp4", "/elsewhere/d.mp4"}
+    assert {v.path for v in found} == {tmp_path / v.source for v in found}
+    (tmp_path / "list.jsonl").write_text('{"video": "a.mp4"}\n{"video": "./a.mp4"}')
+    with pytest.raises(DatasetError, match=r"names a\.mp4 more than once"):
+        prepare.list_videos(tmp_path / "list.jsonl")
 
 
 def test_what_cannot_be_prepared_is_named(tmp_path, fake) -> None:
@@ -385,7 +605,13 @@ def test_two_processes_make_the_same(real, tmp_path) -> None:
     for folder in folders:
         folder.mkdir()
     started = launch(
-        folders, *command(real, "two"), "--coordinator", "localhost:{port}", "--processes", "2"
+        folders,
+        *command(real, "two"),
+        "--coordinator",
+        "localhost:{port}",
+        "--processes",
+        "2",
+        devices=None,
     )
     for code, _, err in ended(started):
         assert code == 0, err[-2000:]
@@ -484,6 +710,24 @@ def test_clips_from_a_cluster_are_those_of_threads(tmp_path) -> None:
         list(cluster.cuts(iter(rows)))
 
 
+def test_a_cluster_sends_clips_as_they_come(tmp_path, monkeypatch) -> None:
+    """Not those of a whole video at once; what is wrong with its end comes after them."""
+    given = []
+
+    def clips(path, settings):
+        for number in range(3):
+            given.append(number)
+            yield stages.Cut(number, np.zeros((5, 2, 2, 3), np.uint8), {})
+        raise Rejected("damaged", "its end is missing")
+
+    monkeypatch.setattr(stages, "clips", clips)
+    rows = cluster.clip_rows({"number": 0, "path": "a.mp4"}, dataclasses.asdict(SETTINGS))
+    assert next(rows)["first"] == 0 and given == [0]
+    assert [cut.first for cut in cluster.cuts(itertools.islice(rows, 2))] == [1, 2]
+    with pytest.raises(Rejected, match="its end is missing"):
+        list(cluster.cuts(rows))
+
+
 def test_synthetic_videos_are_the_same_whatever_their_number(tmp_path, capsys) -> None:
     for count, name in ((2, "a"), (3, "b")):
         framepack(["synthetic", "--output", str(tmp_path / name), "--clips", str(count),
@@ -521,6 +765,8 @@ def test_a_shape_keeps_its_colour_and_moves_as_said() -> None:
 def test_store_names_are_readable_and_differ() -> None:
     names = [store.video_id(source) for source in ("a/b c.mp4", "b c.mp4", "a/b-c.mp4", "ä.mp4")]
     assert len(set(names)) == 4 and names[0].startswith("b_c-")
+    # Of a million sources, two share 64 bits once in 37 million times.
+    assert {len(name.rpartition("-")[2]) for name in names} == {16}
 
 
 def test_probe_raises_only_rejections(tmp_path) -> None:

@@ -21,6 +21,7 @@ from framepack_jax.commands.runs import Run
 from framepack_jax.conversion.lora import write
 from framepack_jax.models import kinds, packed_dit
 from tests import test_sharding
+from tests.compiling import quick_flags
 from tests.torch_reference import relative_error
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +136,7 @@ def test_a_file_of_another_kind_is_named_before_weights_are_read(tmp_path, monke
 def test_on_eight_devices_as_on_one() -> None:
     environment = {
         **os.environ,
-        "XLA_FLAGS": test_sharding.XLA_FLAGS,
+        "XLA_FLAGS": quick_flags(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

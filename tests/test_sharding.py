@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_flags
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, sharding
@@ -46,14 +47,6 @@ SAMPLER = "data=2,context=2,tensor=2"
 TOKENS = 26
 # Names of operations that no gradient made.
 FORWARD = r'(?![^"]*transpose\()[^"]*'
-# The compiler's effort goes into speed that a single step does not need.
-XLA_FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
-)
-if jax.__version_info__ < (0, 11):
-    # Three times as fast to compile; later compilers have no such choice, and refuse the name.
-    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
 def abstract_mesh(**sizes: int) -> AbstractMesh:
@@ -392,7 +385,7 @@ def measure(meshes: tuple[str, ...]) -> dict[str, dict]:
     """What `main` prints."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": XLA_FLAGS,
+        "XLA_FLAGS": quick_flags(8),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "PYTHONPATH": str(ROOT),

@@ -1,15 +1,23 @@
 """One step of training, its optimizers and its state."""
 
+import collections
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import QUICK, quick_flags
 from flax.traverse_util import flatten_dict
 from torch_reference import relative_error
 from training_data import write_dataset
@@ -20,27 +28,17 @@ from framepack_jax.data.loader import Config as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
 from framepack_jax.models import packed_dit, stack
-from framepack_jax.training import loop, optimizer, state, step
-from framepack_jax.training.config import Config, LoRA, Optimizer, Times
+from framepack_jax.training import loop, metrics, optimizer, state, step, validation
+from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Times, Validation
 from framepack_jax.training.feed import local_share, place
 
+ROOT = Path(__file__).parent.parent
 SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
 BASE = Config(
-    bundle="tiny", output="run", schedule=SCHEDULE, init="scratch", batch=4, dtype="float32",
+    bundle="tiny", output="run", schedule=SCHEDULE, init="runs/base", batch=4, dtype="float32",
     network={"double_layers": 2, "single_layers": 3, "refiner_layers": 1}, remat="none",
     optimizer=Optimizer(learning_rate=1e-2, warmup_steps=0), lora=LoRA(rank=3, alpha=6.0),
 )  # fmt: skip
-
-
-# The compiler's effort goes into speed that a few steps do not need.
-FAST = {
-    "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
-}  # fmt: skip
-
-
-if jax.__version_info__ < (0, 11):
-    FAST["xla_cpu_use_fusion_emitters"] = False
 
 
 @functools.cache
@@ -48,7 +46,7 @@ def train_of(cfg: Config):
     """The compiled step of (state, frozen, vae, batch), which uses nothing up."""
     setup = set_up(cfg)
     fixed = cfg, setup.model, setup.tx, setup.encode
-    return jax.jit(functools.partial(step.train_step, *fixed), compiler_options=FAST)
+    return jax.jit(functools.partial(step.train_step, *fixed), compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def network():
     """Random parameters of the whole network, for all tests."""
     setup = set_up(BASE)
     key = jax.random.key(0)
-    init = jax.jit(lambda: setup.model.module.init(setup.model.cfg, key), compiler_options=FAST)
+    init = jax.jit(lambda: setup.model.module.init(setup.model.cfg, key), compiler_options=QUICK)
     return init()
 
 
@@ -91,7 +89,7 @@ def values(cfg: Config, batch, params, frozen) -> float:
     setup = set_up(cfg)
     keys = step.sample_keys(cfg.seed, batch.element)
     compute = functools.partial(step.sample_losses, cfg, setup.model)
-    losses = jax.jit(compute, compiler_options=FAST)(
+    losses = jax.jit(compute, compiler_options=QUICK)(
         params, frozen, batch, keys, jnp.asarray([0.1, 0.4, 0.7, 1.0])
     )
     return float(losses.mean())
@@ -119,7 +117,7 @@ def gradient(cfg: Config, batch, params=None):
         losses = step.sample_losses(cfg, setup.model, params, frozen, batch, keys, sigmas)
         return jnp.mean(losses)
 
-    compute = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)
+    compute = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
     return compute(begun.params if params is None else params)
 
 
@@ -146,9 +144,17 @@ def test_what_is_kept_does_not_change_the_gradient(batches, remat) -> None:
     assert largest_difference(found, expected) < 1e-5
 
 
-def test_an_unknown_remat_is_named() -> None:
-    with pytest.raises(ValueError, match="remat"):
-        changed(remat="some")
+@pytest.mark.parametrize("named, fields", [
+    ("--remat some: expected one of none, dots, full, offload", {"remat": "some"}),
+    ("--trainable LoRA: expected one of all, context, lora", {"trainable": "LoRA"}),
+    ("--optimizer.name adam: expected one of adamw", {"optimizer": Optimizer(name="adam")}),
+    ("--data.sections rand: expected one of", {"data": Data(sections="rand")}),
+    ("--seed -1", {"seed": -1}),
+    ("--validation.sigmas ()", {"validation": Validation(sigmas=())}),
+])  # fmt: skip
+def test_what_a_configuration_cannot_say_is_named(named, fields) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        changed(**fields)
 
 
 def test_parts_of_a_batch_make_the_same_step(batches) -> None:
@@ -171,7 +177,7 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     keys = step.sample_keys(BASE.seed, batch.element)
     sigmas = jnp.asarray([0.1, 0.4, 0.7, 1.0])
     compute = functools.partial(step.sample_losses, BASE, setup.model)
-    compute = jax.jit(compute, compiler_options=FAST)
+    compute = jax.jit(compute, compiler_options=QUICK)
     found = compute(begun.params, frozen, batch, keys, sigmas)
     noise = np.stack(
         [
@@ -184,7 +190,7 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
         batch.text, batch.text_valid, batch.pooled, batch.image, jnp.ones(4)
     )
     denoise = functools.partial(packed_dit.velocity, setup.model.cfg)
-    velocity = jax.jit(denoise, compiler_options=FAST)(
+    velocity = jax.jit(denoise, compiler_options=QUICK)(
         begun.params, (1 - sigma) * x + sigma * noise, sigmas,
         jax.tree.map(jnp.asarray, batch.context), conditions,
     )  # fmt: skip
@@ -470,6 +476,50 @@ def test_the_released_model_shards_with_its_optimizer(name) -> None:
         assert held < bytes_ / 14
 
 
+ON_EIGHT = """
+import json, sys
+sys.path.insert(0, "tests")
+import test_training as t
+from framepack_jax import sharding
+
+def losses(cfg, **sizes):
+    count = 8 if sizes else 1
+    mesh = sharding.make_mesh(**sizes, devices=t.jax.devices()[:count])
+    setup = t.loop.set_up(cfg, t.bundle.read_manifest(t.path_of("tiny")), mesh)
+    loader = t.open_loader(t.Data(path=sys.argv[1]), t.SCHEDULE, "inverted", cfg.batch)
+    found = []
+    with t.jax.set_mesh(mesh):
+        params = t.state.random_params(cfg, setup.model, mesh)
+        now, frozen = t.state.begin(cfg, setup.model, setup.tx, mesh, params)
+        run = t.loop.jitted_step(setup)
+        for batch in t.itertools.islice(loader, 3):
+            batch = t.place(batch, mesh, cfg.batch)
+            now, metrics = run(now, frozen, {}, batch)
+            found.append(float(metrics.loss))
+    return found
+
+for name in ("adamw", "adafactor", "adam8bit"):
+    optimizer = t.Optimizer(name, learning_rate=1e-3, warmup_steps=0)
+    layers = dict.fromkeys(("double_layers", "single_layers", "refiner_layers"), 1)
+    cfg = t.changed(optimizer=optimizer, network=layers)
+    print(json.dumps([name, losses(cfg), losses(cfg, fsdp=4, tensor=2)]))
+"""
+
+
+def test_every_optimizer_does_on_eight_devices_what_it_does_on_one(tmp_path) -> None:
+    write_dataset(tmp_path, {(32, 48): (7, 9, 5, 5, 7)})
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": quick_flags(8)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == ["adamw", "adafactor", "adam8bit"]
+    for _, alone, together in lines:
+        assert len(set(alone)) == 3
+        np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
 def test_state_of_no_parameter_is_named() -> None:
     spec = jax.sharding.PartitionSpec("fsdp", None)
     params = {"head": {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}}
@@ -504,14 +554,73 @@ def test_the_shares_of_one_process_are_whole() -> None:
     assert local_share(mesh, 8) == (0, 1)
 
 
+def losses_of(changed: dict[str, float]):
+    """Of a stand-in network: the number of a clip, more where a kernel's context is changed."""
+
+    def losses_at(batch, others, sigma, blank, other):
+        assert not (other.any() and batch is others)
+        more = changed["blank"] * blank[0] + changed["other"] * other[0]
+        return jnp.asarray(batch.clip * (1.0 + more * batch.element), jnp.float32)
+
+    return losses_at
+
+
+def held_out(elements, clips):
+    Context = collections.namedtuple("Context", "kernels")
+    Held = collections.namedtuple("Held", "element clip context")
+    return Held(jnp.asarray(elements), jnp.asarray(clips), Context(("k1", "k2")))
+
+
+def test_validation_counts_clips_alike() -> None:
+    """Samples that fill up a batch once, clips with many samples like those with one."""
+    first, second = held_out([0, 1, 1, 2], [1, 1, 1, 4]), held_out([3, 3], [7, 7])
+    found = validation.losses(
+        losses_of({"blank": 0.5, "other": 2.0}), [(first, second), (second, None)], (0.5,), True
+    )
+    assert found["validation/loss"] == found["validation/loss_sigma_0.5"] == 4.0
+    # Rises: of clip 1 the mean of 0 and 0.5, of clip 4 4, of clip 7 10.5.
+    rises = np.asarray([0.25, 4.0, 10.5])
+    np.testing.assert_allclose(found["context/k1_blank"], rises.mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["context/k1_blank_error"], rises.std(ddof=1) / 3**0.5, rtol=1e-6
+    )
+    assert found["context/k2_blank"] == 0
+    # There is no other clip in the second bucket: clips 1 and 4 alone.
+    np.testing.assert_allclose(found["context/k1_other"], np.mean([1.0, 16.0]), rtol=1e-6)
+
+
+def test_of_one_clip_there_is_no_error() -> None:
+    found = validation.losses(
+        losses_of({"blank": 1.0, "other": 1.0}), [(held_out([0, 1], [3, 3]), None)], (0.5,), True
+    )
+    assert "context/k1_blank" in found and not any("error" in name for name in found)
+    assert not any("other" in name for name in found)
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path) -> None:
+    log = metrics.Jsonl(tmp_path, 0)
+    log.write(1, {"loss": float("nan"), "grad_norm": 1.0})
+    log.close()
+    (line,) = (tmp_path / metrics.LOG).read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1, "loss": None, "grad_norm": 1.0,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"batch": 0}, "--batch 0"),
+        ({"output": "gs://bucket/run"}, "--output gs://bucket/run: expected a folder on a disk"),
         ({"accumulate": 3}, "--accumulate 3 does not divide --batch 4"),
         ({"ema": 1.0}, "--ema 1.0"),
         ({"optimizer": Optimizer(learning_rate=float("nan"))}, "learning-rate nan"),
         ({"init": "bundle"}, "--init bundle takes a network as it is"),
+        ({"init": "scratch", "trainable": "lora"}, "lora would leave random ones frozen"),
+        ({"validation": Validation(every=-1)}, "--validation.every -1"),
+        ({"validation": Validation(samples=0)}, "--validation.samples 0"),
+        ({"validation": Validation(videos=-2)}, "--validation.videos -2"),
+        ({"checkpoints": Checkpoints(keep_every=-1)}, "--checkpoints.keep-every -1"),
     ],
 )
 def test_impossible_configurations_are_named(fields, message) -> None:

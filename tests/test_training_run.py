@@ -4,25 +4,30 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from compiling import quick_flags
 from test_processes import ended, launch
+from torch_reference import relative_error
 from training_data import write_dataset
 
-from framepack_jax import FramePack, bundle, video
+from framepack_jax import FramePack, bundle, sharding, video
 from framepack_jax.commands import export_run, sample, train
 from framepack_jax.commands.records import path_of
 from framepack_jax.training import checkpoints
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.metrics import Jsonl
+from framepack_jax.training.feed import check_batch
+from framepack_jax.training.metrics import Jsonl, WandB
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -61,14 +66,16 @@ def flags(place, output, *more):
     ]  # fmt: skip
 
 
-def start(place, output, *more) -> subprocess.Popen:
+def start(place, output, *more, limit: int | None = None) -> subprocess.Popen:
+    """`limit`: KiB that a file may have."""
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "XLA_FLAGS": quick_flags(), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
+    limited = ["bash", "-c", 'ulimit -f "$0" && exec "$@"', str(limit)] if limit else []
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags(place, output, *more)],
+        [*limited, sys.executable, str(ROOT / "train.py"), *flags(place, output, *more)],
         env=env, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -108,11 +115,28 @@ def same(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(place):
-    """A run that was never stopped."""
+    """A run that was never stopped, in a folder named as people name it: relative."""
     output = place / "whole"
-    finish(start(place, output))
+    finish(start(place, output.name))
     assert sorted(log_of(output)) == list(range(1, STEPS + 1))
     return output
+
+
+def test_a_disk_that_fills_leaves_what_is_whole(place, whole) -> None:
+    """By a limit on the size of files, which tensorstore meets as it meets a full disk."""
+    output = place / "full"
+    finish(start(place, output, "--steps", "5"))
+    # Of the last checkpoint the run hears when it waits for it, of others when it saves the next.
+    for steps in ("6", str(STEPS)):
+        process = start(place, output, "--steps", steps, limit=200)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 1
+        # What orbax writes of its own accord may come after it.
+        (said,) = (line for line in err.splitlines() if line.startswith("error: "))
+        assert "a checkpoint in" in said and "the newest that is whole is of step 5" in said
+        assert checkpoints.steps_of(output) == [3, 5]
+    finish(start(place, output))
+    same(output, whole)
 
 
 def wait_for(process, output: Path, step: int) -> None:
@@ -139,7 +163,10 @@ def test_killed_three_times_it_is_the_run_that_never_was(place, whole) -> None:
         time.sleep(float(rng.uniform(0, 0.05)))
         process.kill()
         process.communicate()
-    assert "goes on after step" in finish(start(place, output)) or steps[-1] < 3
+    # A checkpoint is on disk some time after its step, or was about to be.
+    kept = checkpoints.steps_of(output)
+    expected = f"goes on after step {kept[-1]}" if kept else "begins from random weights"
+    assert expected in finish(start(place, output))
     same(output, whole)
 
 
@@ -167,14 +194,10 @@ def two(place, output: Path, *more: str, devices: int = 1) -> list[subprocess.Po
     """The command in two processes of so many devices."""
     for i in range(2):
         (place / f"host{i}").mkdir(exist_ok=True)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    try:
-        return launch(
-            [place / "host0", place / "host1"], str(ROOT / "train.py"),
-            *flags(place, output, *more), "--coordinator", "localhost:{port}", "--processes", "2",
-        )  # fmt: skip
-    finally:
-        del os.environ["XLA_FLAGS"]
+    return launch(
+        [place / "host0", place / "host1"], str(ROOT / "train.py"), *flags(place, output, *more),
+        "--coordinator", "localhost:{port}", "--processes", "2", devices=devices,
+    )  # fmt: skip
 
 
 def close(found: Path, expected: Path, steps=range(1, STEPS + 1)) -> None:
@@ -187,7 +210,7 @@ def close(found: Path, expected: Path, steps=range(1, STEPS + 1)) -> None:
 def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
     """Stopped by SIGTERM to one of them: both save the same step and end well."""
     output = place / "two"
-    looking = ("--validation.every", "2", "--validation.clips", "4", "--validation.sections", "1",
+    looking = ("--validation.every", "2", "--validation.samples", "4", "--validation.sections", "1",
                "--validation.steps", "1", "--validation.sigmas", "0.5")  # fmt: skip
     started = two(place, output, "--mesh", "fsdp=2", "--checkpoints.every", "100", *looking)
     wait_for(started[0], output, 4)
@@ -207,13 +230,19 @@ def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
 
 
 def test_one_process_begins_and_two_go_on_fsdp_and_tensor(place, whole) -> None:
-    """Of four devices each."""
+    """Of four devices each; to the end, so that one of them makes the bundle."""
     output = place / "one"
     finish(start(place, output, "--steps", "3", "--no-export"))
-    mesh = ("--mesh", "fsdp=4,tensor=2", "--no-export")
-    started = two(place, output, *mesh, devices=4)
+    started = two(place, output, "--mesh", "fsdp=4,tensor=2", devices=4)
     for code, _, err in ended(started):
         assert code == 0, err[-3000:]
+    manifest = bundle.read_manifest(output / "bundle")
+    name = ["head/out/kernel"]
+    (ours, theirs) = (
+        dict(bundle.read_leaves(run / "bundle", manifest, "transformer", name))[name[0]]
+        for run in (output, whole)
+    )
+    assert relative_error(ours, theirs) < 1e-2  # bfloat16
     # The learning rate of a constant schedule does not depend on the number of steps.
     close(output, whole)
 
@@ -248,9 +277,14 @@ def test_what_cannot_be_gone_on_with_is_refused(place, whole, capsys) -> None:
     cases = {
         ("--batch", "8"): "batch: 4 then, 8 now.*--init RUN@STEP",
         ("--seed", "7"): "seed = 0 then, 7 now",
-        ("--trainable", "context"): "trainable = 'all' then, 'context' now",
         ("--optimizer.name", "adafactor"): "optimizer = .*adamw.* then",
         ("--ema", "0"): "ema = 0.9 then, 0.0 now",
+        (
+            "--init",
+            f"{whole}@9",
+            "--trainable",
+            "lora",
+        ): "init = 'scratch' then.*trainable = 'all' then, 'lora' now",
         ("--resume", "never"): "holds a run up to step 12",
     }
     for more, message in cases.items():
@@ -270,6 +304,11 @@ def test_what_is_missing_is_named(place, tmp_path) -> None:
         (flags(place, tmp_path / "a", "--mesh", "fsdp=3"), "multiply to 3"),
         (flags(place, tmp_path / "a", "--data.holdout", "99"), "leaves nothing of the 6"),
         (flags(place, tmp_path / "a", "--processes", "2"), "need --coordinator"),
+        (flags(place, tmp_path / "a", "--wandb", "project"), r"pip install .*\[wandb\]"),
+        (
+            flags(place, tmp_path / "a", "--bundle", "framepack_i2v", "--validation.every", "2"),
+            "parameters of vae are missing",
+        ),
     ]
     for args, message in cases:
         with pytest.raises(SystemExit) as error:
@@ -291,6 +330,79 @@ def test_a_run_begins_from_another(place, whole, capsys) -> None:
     old = checkpoints.restore_params(whole, 9, leaf, "ema")["single"]["mlp_in"]["kernel"]
     new = checkpoints.restore_params(output, 1, leaf, "params")["single"]["mlp_in"]["kernel"]
     np.testing.assert_array_equal(old, new)
+
+
+def test_what_another_run_does_not_have_is_named(place, whole, tmp_path) -> None:
+    """Before anything is read; and of a record that promises what its checkpoint lacks."""
+    cases = {
+        ("--trainable", "context"): "trainable = 'all' there, 'context' here",
+        ("--trainable", "lora"): "trainable = 'all' there, 'lora' here",
+    }
+    for more, message in cases.items():
+        with pytest.raises(SystemExit, match=message):
+            train.main(flags(place, tmp_path / "a", "--init", str(whole), *more))
+    wanted = {"head": {"out": {"lora_a": jax.ShapeDtypeStruct((1, 2), np.float32)}}}
+    with pytest.raises(RunError, match=r"lacks 1 of 1 arrays, as head/out/lora_a"):
+        checkpoints.restore_params(whole, STEPS, wanted, "params")
+
+
+def test_a_damaged_checkpoint_is_gone_on_without(place, whole, tmp_path) -> None:
+    output = tmp_path / "damaged"
+    shutil.copytree(whole, output)
+    newest = output / "checkpoints" / str(STEPS)
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"")
+    process = start(place, output, "--steps", str(STEPS + 1))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in err, err[-3000:]
+    assert "move it away, and the same command goes on from step 9" in err
+    shutil.rmtree(newest)
+    finish(start(place, output))
+    same(output, whole)
+
+
+def test_interrupted_before_the_first_step_it_says_so(place, tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(SystemExit) as left:
+        train.main(flags(place, tmp_path / "a"))
+    assert left.value.code == train.INTERRUPTED
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_bundle_is_replaced_when_told_to(place, whole, tmp_path) -> None:
+    """The average by default, of a run that keeps one; the bundle says which it has."""
+    target = tmp_path / "made"
+    export_run.main([str(whole), "--output", str(target)])
+    named = bundle.read_manifest(target).roles["transformer"].source["name"]
+    assert named.endswith(f"at step {STEPS}, moving average")
+    with pytest.raises(SystemExit, match="is a bundle already; choose another --output, or"):
+        export_run.main([str(whole), "--output", str(target)])
+    more = ["--weights", "last", "--overwrite"]
+    export_run.main([f"{whole}@9", "--output", str(target), *more])
+    named = bundle.read_manifest(target).roles["transformer"].source["name"]
+    assert named.endswith("at step 9")
+
+
+def test_the_documented_commands_divide_their_batches() -> None:
+    """What docs and configurations tell people to type, on as many devices as they say."""
+    told = []
+    for text in (ROOT / "docs" / "clusters.md", *(ROOT / "configs").glob("*.py")):
+        lines = re.sub(r"\s*\\?\n\s+", " ", text.read_text()).splitlines()
+        told += [line for line in lines if "train.py --config" in line and "--mesh" in line]
+    assert len(told) >= 4
+    for line in told:
+        (file,) = re.findall(r"--config (\S+)", line)
+        (mesh,) = re.findall(r"--mesh ([\w=,]+)", line)
+        given = re.findall(r"--batch (\d+)", line)
+        cfg = train.read_config(ROOT / file)
+        batch = int(given[0]) if given else cfg.batch
+        sizes = sharding.parse_mesh(mesh)
+        shape = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
+        check_batch(batch, cfg.accumulate, SimpleNamespace(shape=shape))
 
 
 def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
@@ -324,7 +436,7 @@ def test_losses_that_stay_not_finite_end_a_run(place, tmp_path) -> None:
                   "2", "--optimizer.warmup-steps", "0", "--optimizer.clip-norm", "0")
         )  # fmt: skip
     message = str(error.value)
-    assert "have not been finite for 2 steps" in message and "clip-00" in message
+    assert "have not been finite for 2 steps" in message and "video_" in message
     assert "last checkpoint" in message
 
 
@@ -335,6 +447,19 @@ def test_a_log_cut_in_a_line_is_mended(tmp_path) -> None:
     log.close()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_keeps_its_place_on_weights_and_biases(tmp_path, monkeypatch) -> None:
+    """With a stand-in that notes how it is called."""
+    begun = []
+    stand_in = SimpleNamespace(init=lambda **options: begun.append(options))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for folder in (tmp_path / "a" / "mine", tmp_path / "a" / "mine", tmp_path / "b" / "mine"):
+        WandB(folder, "project", {"seed": 0})
+    first, again, other = begun
+    assert first == again
+    assert first["name"] == other["name"] == "mine" and first["id"] != other["id"]
+    assert first["resume"] == "allow"
 
 
 def test_configs_are_what_they_say() -> None:

@@ -15,11 +15,12 @@ TEXT, POOLED, IMAGE, TOKENS = 32, 24, 24, 9
 
 
 def random_record(number: int, height: int, width: int, length: int) -> Record:
-    """Clip `number`, the same each time; neighbouring frames are alike."""
+    """Clip `number`, the same each time; neighbouring frames are alike. Two are of one video."""
     rng = np.random.default_rng([number, length])
     shape = length, height // 8, width // 8, 16
     latents = 0.5 * rng.standard_normal((1, *shape[1:])) + 0.5 * rng.standard_normal(shape)
-    clip = Clip(f"clip-{number:03d}", "a.mp4", 0.0, 1 + 4 * (length - 1), height, width, "waves")
+    place = "a.mp4", 0.0, 1 + 4 * (length - 1), height, width
+    clip = Clip(f"video_{number // 2}-{number:03d}", *place, "waves")
     arrays = [
         rng.standard_normal((4 + number % 5, TEXT)), rng.standard_normal(POOLED),
         rng.standard_normal((TOKENS, IMAGE)), latents,

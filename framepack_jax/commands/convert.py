@@ -40,7 +40,7 @@ READ = {
 }
 DEFAULT_IMAGE_DIM = 1152
 # Of malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 # What one network makes has the width that the transformer reads.
 WIDTHS = {
     "text_encoder": ("width", "text_dim"),
@@ -344,13 +344,14 @@ def _paths(flags: Convert) -> dict[str, Path]:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep large buffers that are freed, for the next: pages that come new from
-    the system cost more than what is done with them."""
+    """Let the C library keep large buffers that are freed, for the next, in whichever thread: pages
+    that come new from the system cost more than what is done with them."""
     try:
         allocator = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return  # another C library than glibc
-    allocator(M_MMAP_THRESHOLD, 1 << 30)
+    allocator(M_MMAP_MAX, 0)
+    allocator(M_ARENA_MAX, 1)
     allocator(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

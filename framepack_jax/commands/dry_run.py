@@ -75,6 +75,16 @@ class Program:
             f"{held}; compiled in {self.compile_seconds:.1f} s"
         )
 
+    def traffic(self) -> list[str]:
+        """Lines on its kernels and collectives."""
+        lines = [f"attention        {n} a step by {name}" for name, n in self.kernels.items()]
+        for kind, traffic in self.collectives.items():
+            far = f", {traffic.far / GB:.3f} of it from other nodes" if traffic.far else ""
+            lines.append(
+                f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{far}"
+            )
+        return lines
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -150,14 +160,7 @@ class Report:
             f"floor            {self.floor_seconds:.3f} s a step at the vendor's"
             f" {chip.flops / 1e12:.0f} TFLOP/s a chip",
         ]
-        for name, count in self.step.kernels.items():
-            lines.append(f"attention        {count} a step by {name}")
-        for kind, traffic in self.step.collectives.items():
-            far = f", {traffic.far / GB:.3f} of it from other nodes" if traffic.far else ""
-            lines.append(
-                f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{far}"
-            )
-        return "\n".join(lines + self._modelled())
+        return "\n".join([*lines, *self.step.traffic(), *self._modelled()])
 
     def _modelled(self) -> list[str]:
         if not self.step.collectives:
@@ -180,23 +183,12 @@ class Report:
     def _verdict(self) -> str:
         if self.fits:
             decoding = "" if len(self.programs) > 1 else "; decoding was not compiled"
-            return f"fits{self._large_share()}{decoding}"
+            return f"fits{large_share(self.machine.chip, self.total)}{decoding}"
         over = (self.total - self.machine.chip.memory) / GB
         advice = self.largest.relief
         if self.resident > self.machine.chip.memory:
             advice = f"the weights alone are more; divide them over {self._more_chips()}"
         return f"does not fit, {over:.1f} GB too much; {advice}"
-
-    def _large_share(self) -> str:
-        """What to set where a GPU has the memory, but JAX would not take it."""
-        share = self.total / self.machine.chip.memory
-        if self.machine.chip.platform != "cuda" or share <= GPU_SHARE:
-            return ""
-        needed = max(LARGE_GPU_SHARE, math.ceil(100 * share) / 100)
-        return (
-            f" with XLA_PYTHON_CLIENT_MEM_FRACTION={needed} set, for JAX takes"
-            f" {GPU_SHARE:.0%} of a GPU by default"
-        )
 
     def _more_chips(self) -> str:
         """What would divide the weights enough: chips of this machine that hold the same weights
@@ -264,6 +256,18 @@ def dry_run(
         flops=flops * batch * (1 + (settings.cfg != 1)),
         steps=settings.steps,
         frames=len(layout.plan[-1].targets) * pipe.vae.cfg.time_compression,
+    )
+
+
+def large_share(chip: topology.Chip, needed: int) -> str:
+    """What to set where a GPU has the memory, but JAX would not take it; else nothing."""
+    share = needed / chip.memory
+    if chip.platform != "cuda" or share <= GPU_SHARE:
+        return ""
+    setting = max(LARGE_GPU_SHARE, math.ceil(100 * share) / 100)
+    return (
+        f" with XLA_PYTHON_CLIENT_MEM_FRACTION={setting} set, for JAX takes {GPU_SHARE:.0%} of a"
+        " GPU by default"
     )
 
 

@@ -14,7 +14,14 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing, sharding, topology
-from framepack_jax.commands.dry_run import GB, Program, compiled_program, image_tokens, placed_bytes
+from framepack_jax.commands.dry_run import (
+    GB,
+    Program,
+    compiled_program,
+    image_tokens,
+    large_share,
+    placed_bytes,
+)
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data.batch import Batch
 from framepack_jax.diffusion import sampler
@@ -80,22 +87,11 @@ class TrainingReport:
             f" {chip.flops / 1e12:.0f} TFLOP/s a chip,"
             f" {cfg.batch / self.floor_seconds:.2f} samples/s",
         ]
-        for name, count in self.program.kernels.items():
-            lines.append(f"attention        {count} a step by {name}")
-        for kind, traffic in self.program.collectives.items():
-            far = f", {traffic.far / GB:.3f} of it from other nodes" if traffic.far else ""
-            lines.append(
-                f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{far}"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.program.traffic()])
 
     def _verdict(self) -> str:
         if self.fits:
-            share = self.total / self.machine.chip.memory
-            if self.machine.chip.platform == "cuda" and share > 0.75:
-                needed = max(0.95, math.ceil(100 * share) / 100)
-                return f"fits with XLA_PYTHON_CLIENT_MEM_FRACTION={needed} set"
-            return "fits"
+            return f"fits{large_share(self.machine.chip, self.total)}"
         over = (self.total - self.machine.chip.memory) / GB
         return f"does not fit, {over:.1f} GB too much; {self.program.relief}"
 

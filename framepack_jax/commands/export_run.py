@@ -21,12 +21,15 @@ class ExportRun:
     """Folder of the bundle, or a .safetensors file for adapters; default: RUN/bundle."""
     bundle: str | None = None
     """The bundle that the run was trained from, where it has moved."""
-    ema: bool = False
-    """The moving average of the parameters."""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """Type of the trained weights in the bundle."""
+    weights: Literal["auto", "average", "last"] = "auto"
+    """The moving average of the parameters, or the parameters as they are after the step; auto: the
+    average where the run keeps one."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """Type of the trained weights; default: bfloat16, of adapters float32."""
     copy: bool = False
     """Copy the other networks; by default the bundle points to them where they are."""
+    overwrite: bool = False
+    """Replace a bundle, or a LoRA file, that is there already."""
 
 
 def main(args: list[str] | None = None, prog: str = "framepack export-run") -> None:
@@ -39,7 +42,8 @@ def main(args: list[str] | None = None, prog: str = "framepack export-run") -> N
         print(
             export(
                 flags.run, flags.output, path_of(given),
-                ema=flags.ema, dtype=flags.dtype, copy=flags.copy,
+                weights=flags.weights, dtype=flags.dtype, copy=flags.copy,
+                overwrite=flags.overwrite,
             )
         )  # fmt: skip
     except (ValueError, OSError) as error:

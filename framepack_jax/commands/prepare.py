@@ -36,18 +36,23 @@ class Prepare:
     """Make a dataset of videos: cut them into clips, judge and encode these, pack them by bucket.
 
     The output folder holds shards/ and dataset.json, manifest.jsonl (every clip with its scores),
-    rejected.jsonl (what did not get in, and why), contact sheets of both, and clips/, the encoded
-    clips by video. The same command goes on where it was stopped; with other thresholds, --min-...
-    and --max-..., it packs anew and encodes nothing again.
+    rejected.jsonl (what did not get in, and why), contact sheets of both, videos.json (what videos
+    it is of), and clips/, the encoded clips by video. The same command goes on where it was
+    stopped, and takes in what was added; with other thresholds, --min-... and --max-..., or where
+    the videos were moved, it packs anew and encodes nothing again. A dataset that is there stays
+    until the new one is whole.
     """
 
     videos: Path
     """A folder of videos, searched through, with the caption of NAME.mp4 in NAME.txt; or a .jsonl
-    or .parquet file with a row a video: "video" (a path, relative to the file) and "caption"."""
+    or .parquet file with a row a video: "video" (a path, relative to the file) and "caption", if
+    it is not in NAME.txt."""
     bundle: str
     """The bundle that will be trained, whose encoders are used; or tiny."""
     output: Path
     """Folder of the dataset."""
+    replace: bool = False
+    """Put a dataset of these videos in the place of one of others; without it, that is refused."""
     mode: Literal["latents", "pixels"] = "latents"
     """latents: clips are encoded now. pixels: only captions and first frames are; the videos are
     read in training, from where they are, and encoded by the VAE in the step."""
@@ -105,6 +110,8 @@ def prepare(flags: Prepare) -> dataset.Packed:
     settings = _settings(flags, manifest)
     videos = in_all(list_videos, flags.videos, flags.empty_captions)
     _check_output(flags.output)
+    if not flags.replace:
+        in_first(dataset.check_videos, flags.output, flags.videos, videos)
     made = _made(flags, manifest, settings)
     mine = videos[jax.process_index() :: jax.process_count()]
     todo = [video for video in mine if not store.is_done(flags.output, video, made)]
@@ -112,8 +119,9 @@ def prepare(flags: Prepare) -> dataset.Packed:
     in_all(_encode, flags, todo, encoder, settings, made)
     index = _index(flags, manifest, settings)
     packed = in_first(
-        dataset.pack, flags.output, videos, flags.thresholds, index, encoder.prompt("")
-    )
+        dataset.pack, flags.output, flags.videos, videos, flags.thresholds, index,
+        encoder.prompt(""),
+    )  # fmt: skip
     if not flags.keep_clips:
         in_first(shutil.rmtree, flags.output / store.STORE)
     if not packed.clips:
@@ -128,19 +136,24 @@ def list_videos(source: Path, empty_captions: bool = False) -> list[Video]:
     """The videos of a folder or a manifest, in the order of their names. Raises DatasetError."""
     if not source.exists():
         raise DatasetError(f"--videos {source} does not exist; expected a folder or a manifest")
+    folder = (source if source.is_dir() else source.parent).absolute()
     if source.is_dir():
-        files = [f for f in sorted(source.rglob("*")) if f.suffix.lower() in stages.SUFFIXES]
-        rows = [(str(file.relative_to(source)), file, _caption_of(file)) for file in files]
+        files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in stages.SUFFIXES]
+        rows = [(file, _caption_of(file)) for file in files]
     else:
-        rows = list(_manifest_rows(source))
+        rows = list(_manifest_rows(source, folder))
     if not rows:
         raise DatasetError(
             f"--videos {source} has no videos; expected files with {', '.join(stages.SUFFIXES)}"
         )
     default = "" if empty_captions else None
+    named = [
+        (str(path.relative_to(folder) if path.is_relative_to(folder) else path), path, caption)
+        for path, caption in rows
+    ]
     videos = [
-        Video(store.video_id(name), str(path.resolve()), path, default if text is None else text)
-        for name, path, text in rows
+        Video(store.video_id(name), name, path, default if caption is None else caption)
+        for name, path, caption in named
     ]
     names = [video.id for video in videos]
     if len(set(names)) < len(names):
@@ -154,7 +167,7 @@ def _caption_of(file: Path) -> str | None:
     return text.read_text(errors="replace").strip() if text.exists() else None
 
 
-def _manifest_rows(source: Path) -> Iterator[tuple[str, Path, str | None]]:
+def _manifest_rows(source: Path, folder: Path) -> Iterator[tuple[Path, str | None]]:
     for number, row in enumerate(_rows(source), 1):
         name = row.get("video") if isinstance(row, dict) else None
         caption = row.get("caption") if isinstance(row, dict) else None
@@ -163,27 +176,50 @@ def _manifest_rows(source: Path) -> Iterator[tuple[str, Path, str | None]]:
                 f'{source}, row {number}: {str(row)[:80]}; expected {{"video": "a.mp4", "caption":'
                 ' "..."}'
             )
-        yield name, source.parent / name, caption
+        path = folder / name
+        yield path, _caption_of(path) if caption is None else caption
 
 
 def _rows(source: Path) -> Iterator[Any]:
     if source.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise DatasetError(
-                f"{source} needs pyarrow to be read: pip install pyarrow; or write it as .jsonl"
-            ) from error
-        yield from parquet.read_table(source, columns=["video", "caption"]).to_pylist()
+        yield from _parquet_rows(source)
         return
     if source.suffix not in (".jsonl", ".json"):
         raise DatasetError(f"--videos {source}: expected a folder, or a .jsonl or .parquet file")
-    for number, line in enumerate(source.read_text().splitlines(), 1):
+    try:
+        text = source.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{source} is no UTF-8 text ({error}); write it as such") from error
+    # Lines end with \n alone: a caption may have other marks at which `splitlines` would cut.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise DatasetError(f"{source}, line {number} is no JSON ({error})") from error
+
+
+def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the columns that are asked for: others may hold the videos themselves."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise DatasetError(
+            f"{source} needs pyarrow to be read: pip install pyarrow; or write it as .jsonl"
+        ) from error
+    try:
+        with parquet.ParquetFile(source) as file:
+            names = file.schema_arrow.names
+            if "video" not in names:
+                raise DatasetError(
+                    f"{source} has no column video, only {', '.join(names)}; expected video, and"
+                    " caption where that is not in NAME.txt"
+                )
+            columns = [name for name in ("video", "caption") if name in names]
+            for batch in file.iter_batches(columns=columns):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise DatasetError(f"{source} cannot be read as Parquet ({error})") from error
 
 
 def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:

@@ -1,6 +1,7 @@
 """`framepack synthetic`: make videos with captions to try training with."""
 
 import dataclasses
+import multiprocessing
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -62,7 +63,8 @@ def _run(flags: Synthetic) -> None:
             " numbers above 0"
         )
     flags.output.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(flags.workers) as pool:
+    # Fresh processes: one that has threads, as JAX's, cannot be copied safely.
+    with ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
         made = [
             pool.submit(synthetic.write, flags.output, i, flags.seed, flags.seconds, size)
             for i in range(flags.clips)

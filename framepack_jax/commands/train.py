@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,10 +18,12 @@ from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run_train import dry_run_training
 from framepack_jax.commands.records import path_of
 from framepack_jax.processes import in_first, join
+from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
 from framepack_jax.training.export import export
 from framepack_jax.training.loop import NotFinite, train
 
+INTERRUPTED = 130
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
 
 
@@ -68,6 +72,10 @@ def main(args: list[str] | None = None, prog: str = "train.py") -> None:
         _run(flags)
     except FAILURES as error:
         raise SystemExit(f"error: {_explained(error)}") from error
+    except KeyboardInterrupt:
+        # Before the first step or after the last; in between it is asked for, and saves.
+        print("interrupted; what was saved stays, and the same command goes on", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     print(f"{time.monotonic() - began:.1f} s in all")
 
 
@@ -92,7 +100,20 @@ def _run(flags: Train) -> None:
         return
     in_first(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the figures")
     if flags.export:
-        in_first(print, in_first(export, f"{cfg.output}@{step}", None, path, ema=bool(cfg.ema)))
+        in_first(print, in_first(_export, f"{cfg.output}@{step}", path))
+
+
+def _export(run: str, path: Any) -> str:
+    """The bundle of a finished run, in a process of its own where there are several: to orbax,
+    reading and writing are work for all of them together."""
+    if jax.process_count() == 1:
+        return export(run, None, path, overwrite=True)
+    command = [sys.executable, "-m", "framepack_jax", "export-run", run, "--bundle", str(path)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([*command, "--overwrite"], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"the run is whole, its bundle is not made: {done.stderr[-500:]}")
+    return done.stdout.splitlines()[0]
 
 
 def _dry_run(cfg: Config, flags: Train) -> None:
@@ -164,8 +185,13 @@ def _check(cfg: Config) -> None:
     }
     if absent := [f"{flag} ({what})" for flag, (given, what) in missing.items() if not given]:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")
-    if cfg.init == "bundle":
-        bundle.check_present(path_of(cfg.bundle), ("transformer",))
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f'--wandb {cfg.wandb} needs Weights & Biases: pip install "framepack-jax[wandb]"'
+        )
+    looks = cfg.validation.every and cfg.validation.videos and cfg.data.holdout
+    roles = ["transformer"] if cfg.init == "bundle" else []
+    bundle.check_present(path_of(cfg.bundle), [*roles, *(["vae"] if looks else [])])
 
 
 def _explained(error: Exception) -> str:

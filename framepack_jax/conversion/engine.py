@@ -7,6 +7,7 @@ is wrong - absent layers, missing tensors, wrong shapes, unknown tensors - befor
 
 import ctypes
 import dataclasses
+import functools
 import math
 import mmap
 import re
@@ -16,17 +17,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from framepack_jax import bundle
 from framepack_jax.conversion.readers import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.conversion.transforms import Row, Shape
 from framepack_jax.models import kinds, stack
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHOWN = 4
-# Columns of a matrix that are transposed at once.
-STRIP = 32
+# Bytes from which it pays to have XLA transpose.
+LEAST_TRANSPOSED = 1 << 20
 # Bytes that are read of mapped files before their pages are given back.
 MAPPED = 256 << 20
 # What tracing a network raises where its sizes do not go together.
@@ -127,20 +130,15 @@ class Plan:
     steps: list[Step]
 
     def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, array) of every leaf, holding one row's tensors at a time.
+        """(path, array) of every leaf, holding the tensors of `bundle.AHEAD` rows
+        and one more.
 
         `dtype` None keeps what is stored; "int8" quantizes the kernels that are cast layer by layer
         (see `quantize`), puts their scales behind them, and keeps the rest as it is. Raises
         ConversionError where a tensor cannot be read or quantized, and where `dtype` cannot hold a
         number.
         """
-        mapped = 0
-        for step in self.steps:
-            tensors = [self.source.checkpoint.read(name) for name in step.sources]
-            mapped += sum(tensor.nbytes for tensor in tensors)
-            if mapped >= MAPPED:
-                _release(self.source.checkpoint.files)
-                mapped = 0
+        for step, tensors in bundle.ahead(self._read()):
             # numpy joins no float16 with bfloat16.
             tensors = [tensor.astype(self._dtype(step), copy=False) for tensor in tensors]
             arrays = step.row.transform(tensors, list(step.targets.values()))
@@ -149,6 +147,17 @@ class Plan:
                     yield from zip(_quantized_paths(path), quantize(path, array), strict=True)
                 else:
                     yield path, contiguous(cast(path, array, self._target(step, dtype)))
+
+    def _read(self) -> Iterator[tuple[Step, list[np.ndarray]]]:
+        """Every step with its tensors."""
+        mapped = 0
+        for step in self.steps:
+            tensors = [self.source.checkpoint.read(name) for name in step.sources]
+            yield step, tensors
+            mapped += sum(tensor.nbytes for tensor in tensors)
+            if mapped >= MAPPED:
+                _release(self.source.checkpoint.files)
+                mapped = 0
 
     def paths(self, dtype: str | None = None) -> Iterator[str]:
         """The paths of `leaves`, in its order."""
@@ -304,16 +313,24 @@ def check_space(target: Path, needed: int, freed: int = 0) -> None:
 def contiguous(array: np.ndarray) -> np.ndarray:
     """The same array in row-major order.
 
-    numpy copies a transposed matrix number by number; in strips that fit the cache, as words
-    without a type of their own, it takes a quarter of the time.
+    numpy copies a transposed matrix number by number; XLA's copy to the host as a device goes by
+    blocks, on several cores.
     """
-    if array.ndim < 2 or array.strides[0] != array.itemsize:
+    small = array.ndim < 2 or array.nbytes < LEAST_TRANSPOSED
+    if small or array.itemsize > 4 or array.flags.c_contiguous or not (host := _host()):
         return np.ascontiguousarray(array)
-    bits = array.view(f"u{array.itemsize}").reshape(len(array), -1)
-    out = np.empty(bits.shape, bits.dtype)
-    for strip in range(0, bits.shape[1], STRIP):
-        out[:, strip : strip + STRIP] = bits[:, strip : strip + STRIP]
-    return out.view(array.dtype).reshape(array.shape)
+    # As words without a type of their own, so that none is unknown there.
+    words = jax.device_put(array.view(f"u{array.itemsize}"), host)
+    return np.asarray(words).view(array.dtype)
+
+
+@functools.cache
+def _host() -> jax.Device | None:
+    """The host as a device of JAX, where it is one (JAX_PLATFORMS may leave it out)."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:

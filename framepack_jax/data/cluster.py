@@ -47,22 +47,22 @@ def decoded(
         yield videos[number], cuts(group)
 
 
-def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """A video -> its clips, or what is wrong with it, and always a row that ends it."""
-    made: list[dict[str, Any]] = []
+def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A video -> its clips, one after another, and a row that ends it and says what is wrong with
+    it, if anything is."""
     end = {"number": row["number"], "first": -1, "frames": b"", "shape": [], "scores": {}}
     end |= {"reason": "", "detail": ""}
     try:
         for cut in stages.clips(Path(row["path"]), Settings(**settings)):
             clip = {"first": cut.first, "scores": cut.scores, "shape": list(cut.frames.shape)}
-            made.append(end | clip | {"frames": cut.frames.tobytes()})
+            yield end | clip | {"frames": cut.frames.tobytes()}
     except Rejected as error:
-        return [end | {"reason": error.reason, "detail": error.detail}]
-    return [*made, end]
+        end |= {"reason": error.reason, "detail": error.detail}
+    yield end
 
 
 def cuts(rows: Iterator[dict[str, Any]]) -> Iterator[Cut]:
-    """The clips of one video's rows. Raises Rejected."""
+    """The clips of one video's rows. Raises Rejected, also after clips were given."""
     for row in rows:
         if row["reason"]:
             raise Rejected(row["reason"], row["detail"])

@@ -10,9 +10,10 @@ The section is chosen with the sample, before it is decided which host reads it.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from framepack_jax import packing
-from framepack_jax.bundle import Manifest
+from framepack_jax.bundle import BundleError, Manifest
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import pixels, records
 from framepack_jax.data.batch import Batch
@@ -34,7 +35,8 @@ FORMAT = 1
 SEED_STEP = 1_000_003
 # Numbers of held-out samples, beyond those of any run.
 HELD_OUT = 1 << 30
-HELD_OUT_SEED = 2504
+# Beside the seed of the data, so that windows do not depend on what else is drawn.
+WINDOW_SEED = 2504
 SHOWN = 5
 
 
@@ -47,11 +49,15 @@ class Config:
     seed: int = 0
     """Of the order of clips and of the choice of sections."""
     holdout: int = 0
-    """Clips that are kept for validation."""
+    """Clips that are kept for validation: whole videos, chosen by their names, until there are so
+    many."""
     caption_dropout: float = 0.0
     """Share of samples whose caption is replaced by the empty prompt."""
     sections: Literal["whole", "random"] = "whole"
     """A clip as long as it is, or cut to a random number of sections first."""
+    windows: tuple[int, ...] = ()
+    """Latent windows that the sections of a batch are drawn from, evenly; default: the schedule's,
+    which validation has in any case."""
     threads: int = 4
     """Threads that read; more than 4 gain nothing for latents."""
     buffer: int = 16
@@ -64,6 +70,10 @@ class Config:
             raise ValueError(
                 f"--data.caption-dropout {self.caption_dropout}: expected a share from 0 to 1"
             )
+        if any(window < 1 for window in self.windows):
+            raise ValueError(f"--data.windows {self.windows}: expected latent frames, 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--data.seed {self.seed}: expected a whole number from 0 to 2^32 - 1")
         for name, least in {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--data.{name} {getattr(self, name)}: expected {least} or more")
@@ -87,13 +97,26 @@ def _plan(schedule: str, order: str, sections: int) -> list[Section]:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Number of a record -> a sample, for grain: `read(element, number)`, from any process."""
+    """Number of a record -> a sample, for grain, from any process."""
 
     folder: Path
     index: Index
     schedule: str
     order: str
+    batch: int
     cfg: Config
+
+    @functools.cached_property
+    def schedules(self) -> tuple[str, ...]:
+        """That of the run, or those with the windows that batches are drawn from."""
+        run = packing.parse(self.schedule)
+        windows = sorted(set(self.cfg.windows)) or [run.window]
+        return tuple(str(run.with_window(window)) for window in windows)
+
+    def schedule_of(self, step: int) -> str:
+        """The schedule of a batch."""
+        draw = np.random.default_rng([self.cfg.seed, WINDOW_SEED, step])
+        return self.schedules[draw.integers(len(self.schedules))]
 
     @functools.cached_property
     def source(self) -> Source:
@@ -107,12 +130,16 @@ class Samples:
         # Open files do not travel to other processes.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def read(self, element: int, number: int) -> Batch | PixelBatch:
+    def training(self, element: int, number: int) -> Batch | PixelBatch:
         """The sample that is `element` of the stream, of record `number`; no batch axis."""
+        return self.read(element, number, self.schedule_of(element // self.batch))
+
+    def read(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
+        """A sample of a schedule; all that is random in it comes from `element`."""
         rng = np.random.default_rng([self.cfg.seed, element])
         record = self.source[number]
         section, made, sections = choose_section(
-            rng, self.schedule, self.order, self.length(record), self.cfg.sections == "random"
+            rng, schedule, self.order, self.length(record), self.cfg.sections == "random"
         )
         if rng.random() < self.cfg.caption_dropout:
             text, pooled = self.empty
@@ -121,17 +148,17 @@ class Samples:
         rest = conditions_of(record) | {k: np.asarray(v, np.int32) for k, v in numbers.items()}
         if self.index.mode == "latents":
             return latent_sample(record, section, rest)
-        return self._pixel_sample(record, section, rest)
+        return self._pixel_sample(record, section, packing.span(schedule, self.order), rest)
 
     def length(self, record: Record) -> int:
         """Latent frames of a clip."""
         return 1 + (record.clip.frames - 1) // self.index.time_compression
 
-    def _pixel_sample(self, record: Record, section: Section, rest: dict[str, Any]) -> PixelBatch:
+    def _pixel_sample(
+        self, record: Record, section: Section, span: int, rest: dict[str, Any]
+    ) -> PixelBatch:
         clip = record.clip
-        window = pixels.window_of(
-            section, self.length(record), packing.span(self.schedule, self.order)
-        )
+        window = pixels.window_of(section, self.length(record), span)
         offset = round(clip.start * self.index.fps)
         first, count = window.frames(self.index.time_compression)
         path = self.folder / clip.source  # an absolute path stays itself
@@ -209,6 +236,16 @@ def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, 
     return buckets, numbers
 
 
+class HeldOut(NamedTuple):
+    """This host's share of a batch of held-out samples, and of one of the same shapes whose
+    samples are of other clips; None where the bucket has one clip alone. `size` is that of the
+    whole batch."""
+
+    batch: Batch | PixelBatch
+    others: Batch | PixelBatch | None
+    size: int
+
+
 class Loader:
     """Batches for ever; `share` (index, count) of each is read here. Built by `open_loader`."""
 
@@ -234,7 +271,7 @@ class Loader:
             for number, bucket in enumerate(self.buckets)
         ]
         stream = grain.MapDataset.select_from_datasets(streams, self.schedule)
-        stream = stream.map_with_index(self.samples.read)
+        stream = stream.map_with_index(self.samples.training)
         workers = None
         if self.cfg.workers:
             # grain reads flags of its own, which nobody parses outside of an absl app.
@@ -276,6 +313,7 @@ class Loader:
             "clips": {f"{h}x{w}": len(self.streams[h, w]) for h, w in self.buckets},
             "batch": self.batch,
             "schedule": self.samples.schedule,
+            "windows": list(self.cfg.windows),
             "order": self.samples.order,
             "seed": self.cfg.seed,
             "holdout": self.cfg.holdout,
@@ -290,9 +328,9 @@ class Loader:
         """Rows and columns of a bucket's latents."""
         return tuple(side // self.index.space_compression for side in bucket)
 
-    def abstract(self, bucket: tuple[int, int]) -> Batch | PixelBatch:
-        """A global batch of a bucket as `jax.ShapeDtypeStruct`s."""
-        sample = self.samples.read(0, self.streams[bucket][0])
+    def abstract(self, bucket: tuple[int, int], schedule: str) -> Batch | PixelBatch:
+        """A global batch of a bucket and a schedule as `jax.ShapeDtypeStruct`s."""
+        sample = self.samples.read(0, self.streams[bucket][0], schedule)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), np.asarray(x).dtype), sample
         )
@@ -301,27 +339,39 @@ class Loader:
         """Names of clips by their numbers."""
         return [self.samples.source[int(number)].clip.id for number in numbers]
 
-    def held_out(self, count: int) -> list[Batch | PixelBatch]:
-        """This host's share of batches with at least `count` held-out samples in all, always the
-        same; those of buckets with most clips first."""
+    def held_out(self, count: int, most: int, ways: int = 1) -> list[HeldOut]:
+        """`count` held-out samples and at least one of every held-out clip, always the same; by
+        bucket, in batches of at most `most` samples that divide by `ways`. A batch is filled up
+        with samples that it has already: `element` tells them."""
         places = _places(self.index)
-        by_bucket: dict[tuple[int, int], list[int]] = {}
-        for number in self.held:
-            by_bucket.setdefault(places[number], []).append(number)
-        ordered = sorted(by_bucket.values(), key=len, reverse=True)
+        by_bucket: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for e in range(max(count, len(self.held)) if self.held else 0):
+            number = self.held[e % len(self.held)]
+            by_bucket.setdefault(places[number], []).append((HELD_OUT + e, number))
         batches = []
-        for turn in range(max(1, -(-count // self.batch)) if ordered else 0):
-            clips, first = ordered[turn % len(ordered)], turn * self.batch
-            elements = range(self.batch)[self.share[0] :: self.share[1]]
-            samples = [
-                self.samples.read(HELD_OUT + first + e, clips[(first + e) % len(clips)])
-                for e in elements
-            ]
-            batches.append(jax.tree.map(lambda *x: np.stack(x), *samples))
+        for bucket, samples in sorted(by_bucket.items()):
+            held = list(dict.fromkeys(number for _, number in samples))
+            clips = held if len(held) > 1 else held + self.streams.get(bucket, [])[:1]
+            after = dict(zip(clips, clips[1:] + clips[:1], strict=True))
+            size = min(most, -(-len(samples) // ways) * ways)
+            for first in range(0, len(samples), size):
+                whole = samples[first : first + size]
+                whole += whole[-1:] * (size - len(whole))
+                mine = whole[self.share[0] :: self.share[1]]
+                batch = self._stacked(mine)
+                others = [(element, after[number]) for element, number in mine]
+                other = self._stacked(others) if len(clips) > 1 else None
+                batches.append(HeldOut(batch, other, size))
         return batches
 
+    def _stacked(self, samples: Sequence[tuple[int, int]]) -> Batch | PixelBatch:
+        """(element, number of the record) -> a batch."""
+        schedule = self.samples.schedule
+        read = [self.samples.read(element, number, schedule) for element, number in samples]
+        return jax.tree.map(lambda *x: np.stack(x), *read)
+
     def held_out_records(self, count: int) -> list[Record]:
-        """Held-out clips, the same on every host."""
+        """Held-out clips, the same on every host, of as many videos as there are."""
         return [self.samples.source[number] for number in self.held[:count]]
 
 
@@ -332,21 +382,32 @@ def open_loader(
     host reads its share (index, count). Raises DatasetError, ScheduleError, ValueError."""
     folder = Path(cfg.path)
     index = records.read_index(folder)
-    _check_clips(folder, index, packing.parse(schedule).window)
-    if cfg.holdout >= index.clips:
+    _check_clips(folder, index, max(packing.parse(schedule).window, *cfg.windows, 1))
+    if not split(index, cfg.holdout)[0]:
+        videos = len({video for shard in index.shards for video in shard.videos})
         raise DatasetError(
-            f"--data.holdout {cfg.holdout} leaves nothing of the {index.clips} clips in {folder}"
+            f"--data.holdout {cfg.holdout} leaves nothing of the {index.clips} clips of"
+            f" {videos} videos in {folder}; whole videos are held out"
         )
     packing.plan(schedule, order, 1)
     if batch % share[1]:
         raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")
-    return Loader(Samples(folder, index, schedule, order, cfg), batch, share)
+    return Loader(Samples(folder, index, schedule, order, batch, cfg), batch, share)
 
 
 def split(index: Index, holdout: int) -> tuple[list[int], list[int]]:
-    """Numbers of the records to train on, and of `holdout` others, which are always the same."""
-    order = np.random.default_rng(HELD_OUT_SEED).permutation(index.clips).tolist()
-    return sorted(order[holdout:]), order[:holdout]
+    """Numbers of the records to train on, and of at least `holdout` others: all of some videos,
+    those whose names' digests come first, so that a dataset that grows keeps most of them. They
+    are ordered to begin with one clip of each video."""
+    videos: dict[str, list[int]] = {}
+    for number, video in enumerate(v for shard in index.shards for v in shard.videos):
+        videos.setdefault(video, []).append(number)
+    held: list[tuple[int, str, int]] = []
+    for video in sorted(videos):
+        if len(held) >= holdout:
+            break
+        held += [(turn, video, number) for turn, number in enumerate(videos.pop(video))]
+    return sorted(itertools.chain(*videos.values())), [number for *_, number in sorted(held)]
 
 
 def _places(index: Index) -> list[tuple[int, int]]:
@@ -381,7 +442,8 @@ def check_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def check_bundle(index: Index, manifest: Manifest) -> None:
-    """Raise DatasetError where a dataset was made by other networks than a bundle has."""
+    """Raise DatasetError where a dataset was made by other networks than a bundle has, BundleError
+    where the bundle lacks them."""
     there, here = index.fingerprint, made_by(manifest, index.mode)
     differing = [n for n, value in here.items() if n in there and there[n] != value]
     if differing:
@@ -392,9 +454,15 @@ def check_bundle(index: Index, manifest: Manifest) -> None:
 
 
 def made_by(manifest: Manifest, mode: str) -> dict[str, Any]:
-    """What of a bundle decides the numbers of a dataset."""
+    """What of a bundle decides the numbers of a dataset. Raises BundleError where it lacks some of
+    the networks."""
     roles = ["text_encoder", "text_encoder_2", "image_encoder"]
     roles += ["vae"] if mode == "latents" else []
+    if lacking := [role for role in roles if role not in manifest.roles]:
+        raise BundleError(
+            f"the bundle has no {', '.join(lacking)}, which made the dataset; give the bundle that"
+            " it was prepared with"
+        )
     return {
         **{role: manifest.roles[role].source.get("sha256") for role in roles},
         "prompt_template": manifest.prompt_template,

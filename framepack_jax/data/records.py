@@ -3,6 +3,7 @@
     dataset.json                 the index below, written last: a folder without it is no dataset
     empty.safetensors            the empty prompt's states, for caption dropout
     shards/480x832-00000.arrayrecord   records, "group_size:1,uncompressed"
+    dataset.new/                 the next dataset, until it is whole and takes this one's place
 
 A record is a safetensors blob, so that its arrays are views of the bytes that were read. Sections
 are cut from clips when training: one dataset serves every schedule and latent window.
@@ -25,8 +26,10 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-FORMAT = 1
-INDEX, EMPTY, SHARDS = "dataset.json", "empty.safetensors", "shards"
+from framepack_jax.video.files import whole
+
+FORMAT = 2
+INDEX, EMPTY, SHARDS, NEW = "dataset.json", "empty.safetensors", "shards", "dataset.new"
 OPTIONS = "group_size:1,uncompressed"
 SHARD_BYTES = 1 << 30
 # safetensors keeps them under a type of its own; numpy knows them as two bytes.
@@ -42,8 +45,9 @@ class DatasetError(ValueError):
 class Clip:
     """Where a clip comes from and what it is.
 
-    `source` is the video, `start` seconds into it, `frames` (1 + 4 k) at the dataset's rate, cut to
-    `height` x `width` pixels, the bucket. `scores` are what the clip was judged by.
+    `source` is the video as it was listed, or where it lies if training reads it; `start` seconds
+    into it, `frames` (1 + 4 k) at the dataset's rate, cut to `height` x `width` pixels, the bucket.
+    `scores` are what the clip was judged by.
     """
 
     id: str
@@ -54,6 +58,11 @@ class Clip:
     width: int
     caption: str
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def video(self) -> str:
+        """The video's name in the store, which `id` begins with: wherever the video lies."""
+        return self.id.rpartition("-")[0]
 
 
 class Record(NamedTuple):
@@ -75,12 +84,13 @@ class Record(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """A file of records of one bucket: its name in the folder of shards, the bucket in pixels, and
-    the latent frames of each record."""
+    of each record the latent frames and the digest of its video's name."""
 
     file: str
     height: int
     width: int
     lengths: tuple[int, ...]
+    videos: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,40 +153,40 @@ def write_shards(
     records = iter(records)
     while (first := next(records, None)) is not None:
         file = f"{bucket[0]}x{bucket[1]}-{len(shards):05d}.arrayrecord"
-        lengths = _write_shard(Path(folder) / SHARDS / file, first, records)
-        shards.append(Shard(file, *bucket, lengths))
+        written = _write_shard(Path(folder) / SHARDS / file, first, records)
+        shards.append(Shard(file, *bucket, *written))
     return shards
 
 
 def _write_shard(
     path: Path, first: tuple[bytes, int], rest: Iterator[tuple[bytes, int]]
-) -> tuple[int, ...]:
-    """Write records until the shard is full; returns their lengths."""
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Write records until the shard is full; returns their lengths and their videos' digests."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
-    lengths, size = [], 0
+    lengths, videos, size = [], [], 0
     try:
-        with contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer:
+        with (
+            whole(path) as partial,
+            contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer,
+        ):
             for data, length in itertools.chain([first], rest):
                 writer.write(data)
                 lengths.append(length)
+                videos.append(hashlib.sha256(unpack(data).clip.video.encode()).hexdigest()[:16])
                 size += len(data)
                 if size >= SHARD_BYTES:
                     break
-        partial.replace(path)
     except RuntimeError as error:
-        partial.unlink(missing_ok=True)
         line = str(error).partition("\n")[0]
         raise OSError(f"{path} cannot be written ({line}); is the disk full?") from error
-    return tuple(lengths)
+    return tuple(lengths), tuple(videos)
 
 
 def write_index(folder: Path, index: Index) -> None:
     """Finish a dataset: the index is there whole, or not at all."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(index)}, indent=1)
-    partial = Path(folder) / f"{INDEX}.part"
-    partial.write_text(text + "\n")
-    partial.replace(Path(folder) / INDEX)
+    with whole(Path(folder) / INDEX) as partial:
+        partial.write_text(text + "\n")
 
 
 def read_index(folder: Path) -> Index:
@@ -184,7 +194,8 @@ def read_index(folder: Path) -> Index:
     folder = Path(folder)
     file = folder / INDEX
     if not file.exists():
-        what = "an unfinished dataset" if (folder / SHARDS).exists() else "no dataset"
+        begun = any((folder / name).exists() for name in (SHARDS, NEW))
+        what = "an unfinished dataset" if begun else "no dataset"
         raise DatasetError(
             f"{folder} is {what} (it has no {INDEX}); make one with: framepack prepare --videos"
             f" FOLDER --bundle BUNDLE --output {folder}"
@@ -197,7 +208,10 @@ def read_index(folder: Path) -> Index:
                 f"dataset {folder} has format {version}, this version reads format {FORMAT};"
                 " prepare it again"
             )
-        shards = [Shard(**s | {"lengths": tuple(s["lengths"])}) for s in fields.pop("shards")]
+        shards = [
+            Shard(**s | {"lengths": tuple(s["lengths"]), "videos": tuple(s["videos"])})
+            for s in fields.pop("shards")
+        ]
         index = Index(shards=tuple(shards), **fields)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is damaged ({error}); prepare the dataset again") from error
@@ -212,9 +226,8 @@ def read_index(folder: Path) -> Index:
 def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> None:
     """Keep the states (n, D) and (D,) of the empty prompt."""
     stored = {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
-    partial = Path(folder) / f"{EMPTY}.part"
-    partial.write_bytes(safetensors.numpy.save(stored))
-    partial.replace(Path(folder) / EMPTY)
+    with whole(Path(folder) / EMPTY) as partial:
+        partial.write_bytes(safetensors.numpy.save(stored))
 
 
 def read_empty(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from PIL import Image
 from framepack_jax.data import records, stages
 from framepack_jax.data.records import Clip, DatasetError, Record
 from framepack_jax.data.stages import Rejected, Settings
+from framepack_jax.video.files import whole
 
 STORE = "clips"
 THUMBNAIL = 160
@@ -27,8 +28,8 @@ THUMBNAIL = 160
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video to be prepared: `id` is its name in the store, made of `source`, its path as it is
-    listed, relative to the folder of the dataset's source if it lies there."""
+    """A video to be prepared: `source` is its name in the listing, relative to the listing's folder
+    if it lies there, `id` its name in the store, made of that, `path` where it lies now."""
 
     id: str
     source: str
@@ -39,13 +40,26 @@ class Video:
 def video_id(source: str) -> str:
     """A file name for a source: readable, and different for different ones."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).stem)[:40]
-    return f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    return f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
 
 def is_done(folder: Path, video: Video, made: Mapping[str, Any]) -> bool:
-    """Whether a video is in the store as it is now, and was encoded with these settings."""
+    """Whether a video is in the store as it is now, whole, and was encoded with these settings."""
     marker = _read_marker(folder, video.id)
-    return marker is not None and marker["key"] == _key(video, made)
+    if marker is None or marker["key"] != _key(video, made):
+        return False
+    files = [record_file(folder, Clip(**clip)) for clip in marker["clips"]]
+    return all(file.exists() and file.with_suffix(".png").exists() for file in files)
+
+
+def stamp(video: Video) -> list[int] | None:
+    """Bytes of a video's file and when it was changed, in ns; None where there is none. With its
+    name they tell it from all others, wherever it lies."""
+    try:
+        stat = video.path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def add(
@@ -60,6 +74,8 @@ def add(
     """Encode the clips of a video into the store; what is wrong with a video is kept there too.
     Raises OSError where it cannot be written."""
     root = Path(folder) / STORE / video.id
+    # First what says that these clips are whole: with other settings they are other clips.
+    _marker_file(folder, video.id).unlink(missing_ok=True)
     if root.exists():
         shutil.rmtree(root)
     root.mkdir(parents=True)
@@ -77,7 +93,8 @@ def add(
                 f"{video.id}-{number:03d}", video.source, cut.first / settings.fps, len(frames),
                 *frames.shape[1:3], video.caption, cut.scores,
             )  # fmt: skip
-            _write(root / f"{number:03d}.rec", records.pack(encode(clip, frames)))
+            with whole(record_file(folder, clip)) as partial:
+                partial.write_bytes(records.pack(encode(clip, frames)))
             _thumbnail(root / f"{number:03d}.png", frames[len(frames) // 2])
             clips.append(dataclasses.asdict(clip))
             advance()
@@ -86,10 +103,13 @@ def add(
                 "too_short", f"{video.path} has no scene of {stages.LEAST_FRAMES} frames"
             )
     except Rejected as error:
-        clips, rejected = [], {"reason": error.reason, "detail": error.detail}
+        # By its name too: where it lies may be another place when this is read.
+        detail = error.detail.replace(str(video.path), video.source)
+        clips, rejected = [], {"reason": error.reason, "detail": detail}
     marker = {"key": _key(video, made), "source": video.source, "clips": clips}
     text = json.dumps(marker | {"rejected": rejected}, indent=1, sort_keys=True)
-    _write(Path(folder) / STORE / f"{video.id}.json", text.encode())
+    with whole(_marker_file(folder, video.id)) as partial:
+        partial.write_text(text)
 
 
 def clips_of(folder: Path, video: Video) -> tuple[list[Clip], dict[str, str] | None]:
@@ -102,40 +122,30 @@ def clips_of(folder: Path, video: Video) -> tuple[list[Clip], dict[str, str] | N
 
 def record_file(folder: Path, clip: Clip) -> Path:
     """Where the record of a clip lies; its picture has the suffix .png."""
-    video, _, number = clip.id.rpartition("-")
-    return Path(folder) / STORE / video / f"{number}.rec"
+    number = clip.id.rpartition("-")[2]
+    return Path(folder) / STORE / clip.video / f"{number}.rec"
 
 
 def _key(video: Video, made: Mapping[str, Any]) -> str:
     """All that decides what becomes of a video."""
-    try:
-        stat = video.path.stat()
-        there = [stat.st_size, stat.st_mtime_ns]
-    except OSError:
-        there = None
-    text = json.dumps([video.source, there, video.caption, made], sort_keys=True, default=str)
+    of = [video.source, stamp(video), video.caption, made]
+    text = json.dumps(of, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _marker_file(folder: Path, name: str) -> Path:
+    return Path(folder) / STORE / f"{name}.json"
+
+
 def _read_marker(folder: Path, name: str) -> dict[str, Any] | None:
-    file = Path(folder) / STORE / f"{name}.json"
     try:
-        return json.loads(file.read_text())
+        return json.loads(_marker_file(folder, name).read_text())
     except (OSError, ValueError):
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _thumbnail(path: Path, frame: np.ndarray) -> None:
     picture = Image.fromarray(frame)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(path, format="PNG")
+    with whole(path) as partial:
+        picture.save(partial, format="PNG")

@@ -10,9 +10,12 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from framepack_jax import bundle
 from framepack_jax.training.config import Checkpoints
 from framepack_jax.training.state import State
 
@@ -29,11 +32,11 @@ def manager(run: epath.PathLike, cfg: Checkpoints) -> ocp.CheckpointManager:
         max_to_keep=cfg.keep,
         keep_period=cfg.keep_every or None,
         enable_async_checkpointing=True,
-        # A checkpoint is there when it was committed, on object stores too.
+        # What a killed run left half written.
         cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(
-        epath.Path(run) / FOLDER, options=options, item_names=("state", "data")
+        bundle.absolute(run) / FOLDER, options=options, item_names=("state", "data")
     )
 
 
@@ -49,8 +52,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: State, data: dict[str
             ),
         )
     except ValueError as error:
-        # What tensorstore says of a full disk.
-        raise OSError(f"checkpoint of step {step} could not be written: {_line(error)}") from error
+        raise _not_written(manager, error) from error
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
@@ -58,7 +60,19 @@ def wait(manager: ocp.CheckpointManager) -> None:
     try:
         manager.wait_until_finished()
     except ValueError as error:
-        raise OSError(f"a checkpoint could not be written: {_line(error)}") from error
+        raise _not_written(manager, error) from error
+
+
+def _not_written(manager: ocp.CheckpointManager, error: ValueError) -> OSError:
+    """Of what tensorstore says where a disk is full, or gone."""
+    full = "No space left" in str(error)
+    kept = ocp.path.step.checkpoint_steps(manager.directory)
+    whole = f"the newest that is whole is of step {max(kept)}" if kept else "none is whole so far"
+    return OSError(
+        f"a checkpoint in {manager.directory} could not be written"
+        f" ({'the disk is full' if full else str(error)[-300:]}); {whole}, and the same command"
+        f" goes on from there once {'there is room' if full else 'that is mended'}"
+    )
 
 
 def restore(
@@ -74,29 +88,45 @@ def restore(
         )
     except Exception as error:  # of many kinds, by what is damaged or differs
         raise RunError(
-            f"checkpoint {step} in {manager.directory} cannot be restored ({_line(error)}); is it"
-            " of the same network, trainable part and optimizer? --init-from begins anew from its"
-            " parameters"
+            f"checkpoint {step} in {manager.directory} cannot be restored ({_line(error)}); if it"
+            f" is damaged, move it away, and the same command goes on from"
+            f" {_before(manager, step)}"
         ) from error
     return found["state"], found["data"]
 
 
+def _before(manager: ocp.CheckpointManager, step: int) -> str:
+    older = [s for s in ocp.path.step.checkpoint_steps(manager.directory) if s < step]
+    return f"step {max(older)}" if older else "the beginning, as there is none before it"
+
+
 def restore_params(folder: epath.PathLike, step: int, abstract: Any, part: str) -> Any:
-    """`params` or `ema` of a checkpoint alone, laid out as `abstract` says. Raises RunError."""
-    path = epath.Path(folder) / FOLDER / str(step) / "state"
+    """`params` or `ema` of a checkpoint alone, laid out as `abstract` says, by all processes
+    together; as numpy arrays where that says nothing. Raises RunError."""
+    path = bundle.absolute(folder) / FOLDER / str(step) / "state"
+    wanted = {part: abstract}
+    placed = jax.tree.leaves(abstract)[0].sharding is not None
+    restore_args = (
+        ocp.checkpoint_utils.construct_restore_args(wanted) if placed
+        else jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    )  # fmt: skip
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.restore(
-                path,
-                args=ocp.args.PyTreeRestore(
-                    item={part: abstract},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({part: abstract}),
-                    partial_restore=True,
-                ),
+            args = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=restore_args, partial_restore=True
             )
+            found = reader.restore(path, args=args)[part]
     except Exception as error:  # of many kinds, by what is damaged or differs
         raise RunError(f"{part} of {path} cannot be restored ({_line(error)})") from error
-    return found[part]
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    lacking = [jax.tree_util.keystr(p, simple=True, separator="/") for p, leaf in leaves
+               if isinstance(leaf, jax.ShapeDtypeStruct)]  # fmt: skip
+    if lacking:
+        raise RunError(
+            f"{part} of {path} lacks {len(lacking)} of {len(leaves)} arrays, as {lacking[0]}: it is"
+            " of another network, or of another trainable part"
+        )
+    return found
 
 
 def write_record(run: epath.PathLike, record: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@ line overrides by dotted names (`--optimizer.learning-rate 1e-5`)."""
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import tyro
 
 from framepack_jax.data import loader
-from framepack_jax.models import stack
 
 MOST_STEPS = 10**9
 
@@ -73,8 +73,8 @@ class Validation:
 
     every: int = 500
     """Steps from one validation to the next; 0: none."""
-    clips: int = 16
-    """Held-out samples the loss is taken on."""
+    samples: int = 16
+    """Held-out samples the loss is taken on; at least one of each held-out clip."""
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Noise levels of the loss; its noise is the same each time."""
     context: bool = True
@@ -163,16 +163,33 @@ class Config:
 
 def _check(cfg: Config) -> None:
     """Raise ValueError that names the field, what it is and what was expected."""
+    _check_choices(cfg, "")
+    if not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"--seed {cfg.seed}: expected a whole number from 0 to 2^32 - 1")
     positive = {
         "batch": cfg.batch, "accumulate": cfg.accumulate, "steps": cfg.steps,
         "lora.rank": cfg.lora.rank, "checkpoints.every": cfg.checkpoints.every,
         "checkpoints.keep": cfg.checkpoints.keep, "max-bad-steps": cfg.max_bad_steps,
         "log-every": cfg.log_every, "validation.sections": cfg.validation.sections,
-        "validation.steps": cfg.validation.steps,
+        "validation.steps": cfg.validation.steps, "validation.samples": cfg.validation.samples,
     }  # fmt: skip
     for name, value in positive.items():
         if not 1 <= value <= MOST_STEPS:
             raise ValueError(f"--{name} {value}: expected a whole number of 1 or more")
+    counts = {
+        "validation.every": cfg.validation.every, "validation.videos": cfg.validation.videos,
+        "checkpoints.keep-every": cfg.checkpoints.keep_every,
+    }  # fmt: skip
+    for name, value in counts.items():
+        if not 0 <= value <= MOST_STEPS:
+            raise ValueError(f"--{name} {value}: expected a whole number, or 0 for none")
+    for name, path in (("output", cfg.output), ("data.path", str(cfg.data.path or ""))):
+        if "://" in path:
+            raise ValueError(
+                f"--{name} {path}: expected a folder on a disk; an object store has to be mounted,"
+                " as Cloud Storage FUSE does (a run's log is appended to, records are read in the"
+                " middle of files)"
+            )
     if cfg.batch % cfg.accumulate:
         raise ValueError(
             f"--accumulate {cfg.accumulate} does not divide --batch {cfg.batch}: a batch is taken"
@@ -194,12 +211,28 @@ def _check(cfg: Config) -> None:
     for name, value in numbers.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"--{name} {value}: expected a finite number of 0 or more")
-    if any(not 0 < sigma <= 1 for sigma in cfg.validation.sigmas):
-        raise ValueError(f"--validation.sigmas {cfg.validation.sigmas}: expected numbers in (0, 1]")
-    if cfg.remat not in stack.REMAT:
-        raise ValueError(f"--remat {cfg.remat}: expected one of {', '.join(stack.REMAT)}")
+    sigmas = cfg.validation.sigmas
+    if not sigmas or any(not 0 < sigma <= 1 for sigma in sigmas):
+        raise ValueError(f"--validation.sigmas {sigmas}: expected numbers in (0, 1]")
+    if cfg.init == "scratch" and cfg.trainable != "all":
+        raise ValueError(
+            f"--init scratch trains all parameters, --trainable {cfg.trainable} would leave random"
+            " ones frozen; give --trainable all, or --init bundle"
+        )
     if cfg.network and cfg.init == "bundle":
         raise ValueError(
             f"network sizes {dict(cfg.network)} are given, but --init bundle takes a network as it"
             " is; give --init scratch"
         )
+
+
+def _check_choices(cfg: Any, prefix: str) -> None:
+    """Fields with a list of choices, as a file can give them anything."""
+    hints = typing.get_type_hints(type(cfg))
+    for field in dataclasses.fields(cfg):
+        value, name = getattr(cfg, field.name), f"{prefix}{field.name}".replace("_", "-")
+        choices = typing.get_args(hints[field.name])
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{name}.")
+        elif typing.get_origin(hints[field.name]) is Literal and value not in choices:
+            raise ValueError(f"--{name} {value}: expected one of {', '.join(map(str, choices))}")

@@ -32,15 +32,19 @@ def export(
     output: str | None,
     bundle_path: epath.PathLike,
     *,
-    ema: bool = False,
-    dtype: str = "bfloat16",
+    weights: str = "auto",
+    dtype: str | None = None,
     copy: bool = False,
+    overwrite: bool = False,
 ) -> str:
     """Make a bundle of a run (RUN or RUN@STEP) that was trained from the bundle at `bundle_path`;
     of adapters, a folder with lora.safetensors. Returns what was written, in a line.
 
-    By default it is RUN/bundle. Networks that were not trained stay where they are and are pointed
-    to, unless `copy`. Raises RunError, BundleError, OSError.
+    By default it is RUN/bundle. `weights` are the moving "average", the "last", or "auto": the
+    average where the run keeps one. `dtype` is by default bfloat16 of a bundle, float32 of
+    adapters. Networks that were not trained stay where they are and are pointed to, unless `copy`.
+    Raises RunError (also for a bundle that is there already, without `overwrite`), BundleError,
+    OSError.
     """
     folder, step = checkpoints.parse_run(run)
     record = checkpoints.read_record(folder)
@@ -51,22 +55,27 @@ def export(
             f"{folder} was trained from another transformer than {bundle_path} holds; give the"
             " bundle that it was trained from"
         )
-    if ema and not cfg.ema:
-        raise RunError(f"{folder} keeps no moving average (--ema 0); leave --ema out")
+    if weights == "average" and not cfg.ema:
+        raise RunError(f"{folder} keeps no moving average (--ema 0); leave --weights average out")
     model = state.model_of(cfg, manifest)
     target = epath.Path(output or os.path.join(folder, "bundle"))
-    part = "ema" if ema else "params"
+    part = "ema" if cfg.ema and weights != "last" else "params"
     if cfg.trainable == "lora":
-        return _export_lora(cfg, model, folder, step, part, target)
+        if copy:
+            raise RunError(f"{folder} trained adapters, one file; there is nothing to --copy")
+        return _export_lora(cfg, model, folder, step, part, target, dtype or "float32", overwrite)
+    if (target / bundle.MANIFEST).exists() and not overwrite:
+        raise RunError(f"{target} is a bundle already; choose another --output, or --overwrite")
     if target.exists() and not (target / bundle.MANIFEST).exists() and any(target.iterdir()):
         raise RunError(f"{target} is no bundle and not empty; choose another --output")
     trained, frozen = state.abstract_params(cfg, model)
-    leaves = _leaves(folder, step, part, trained, model, dtype)
+    leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):
         names = list(stack.split(frozen, model.module.STACKS))
         kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
         leaves = itertools.chain(kept, leaves)
-    return _write_bundle(manifest, bundle_path, target, model, cfg, leaves, (folder, step), copy)
+    origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
+    return _write_bundle(manifest, bundle_path, target, model, cfg, leaves, origin, copy)
 
 
 def _write_bundle(
@@ -76,14 +85,13 @@ def _write_bundle(
     model: state.Model,
     cfg: Config,
     leaves: Iterator[tuple[str, np.ndarray]],
-    origin: tuple[str, int],
+    origin: str,
     copy: bool,
 ) -> str:
     """The transformer, then pointers to or copies of the rest, the manifest last."""
     (target / bundle.MANIFEST).unlink(missing_ok=True)
     written = bundle.write_params(target / "transformer", leaves)
-    folder, step = origin
-    source = {"name": f"{folder} at step {step}", "naming": "trained", "format": "orbax"}
+    source = {"name": origin, "naming": "trained", "format": "orbax"}
     roles = {}
     for name, role in manifest.roles.items():
         path = epath.Path(bundle_path) / role.path
@@ -103,7 +111,7 @@ def _write_bundle(
     order = packing.default_order(schedule) if cfg.schedule else manifest.order
     made = dataclasses.replace(manifest, roles=roles, schedule=schedule, order=order)
     bundle.write_manifest(target, made)
-    return f"{target}: step {step}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+    return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
@@ -148,13 +156,23 @@ def _leaves(
 
 
 def _export_lora(
-    cfg: Config, model: state.Model, folder: str, step: int, part: str, target: epath.Path
+    cfg: Config,
+    model: state.Model,
+    folder: str,
+    step: int,
+    part: str,
+    target: epath.Path,
+    dtype: str,
+    overwrite: bool,
 ) -> str:
-    trained, _ = state.abstract_params(cfg, model)
-    factors = checkpoints.restore_params(folder, step, trained, part)
-    adapters: lora.LoRA = state.to_lora(cfg, factors)
     file = Path(target)
     file = file if file.suffix == ".safetensors" else file / "lora.safetensors"
+    if file.exists() and not overwrite:
+        raise RunError(f"{file} exists already; choose another --output, or --overwrite")
+    trained, _ = state.abstract_params(cfg, model)
+    factors = checkpoints.restore_params(folder, step, trained, part)
+    factors = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), factors)
+    adapters: lora.LoRA = state.to_lora(cfg, factors)
     file.parent.mkdir(parents=True, exist_ok=True)
     write(file, adapters, model.cfg)
     return f"{file}: {len(adapters)} adapters of rank {cfg.lora.rank}; sample.py --lora {file}"

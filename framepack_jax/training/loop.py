@@ -9,6 +9,7 @@ anywhere and gone on with is, to the last bit, the run that never was.
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import threading
@@ -38,8 +39,8 @@ from framepack_jax.training.step import Metrics, losses_at, train_step
 
 # Fields of a configuration that a run keeps from its first step to its last.
 FIXED = (
-    "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance", "history_noise",
-    "times",
+    "init", "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance",
+    "history_noise", "times",
 )  # fmt: skip
 
 
@@ -100,11 +101,12 @@ def jitted_step(setup: Setup) -> Any:
     )
 
 
-def abstract_batch(setup: Setup, loader: Any, bucket: tuple[int, int]) -> Any:
-    """A global batch of a bucket, and how it lies on the mesh."""
+def abstract_batch(setup: Setup, loader: Any, bucket: tuple[int, int], schedule: str) -> Any:
+    """A global batch of a bucket and a schedule, and how it lies on the mesh."""
     where = NamedSharding(setup.mesh, PartitionSpec(("data", "fsdp")))
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), loader.abstract(bucket)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        loader.abstract(bucket, schedule),
     )
 
 
@@ -140,7 +142,7 @@ def train(
             " with it: --resume auto"
         )
     if not there and cfg.init not in ("bundle", "scratch"):
-        processes.in_first(checkpoints.parse_run, cfg.init)
+        _check_init(cfg, record, processes.in_first(_record_of, cfg.init))
     with (
         sampler.precision(cfg.dtype),
         contextlib.closing(checkpoints.manager(cfg.output, cfg.checkpoints)) as manager,
@@ -191,13 +193,30 @@ def load_frozen(setup: Setup, bundle_path: epath.PathLike) -> Params:
     """The frozen parameters alone; those that are trained come from elsewhere."""
     if not jax.tree.leaves(setup.frozen):
         return setup.frozen
-    if setup.cfg.init == "scratch":
-        params = state.random_params(setup.cfg, setup.model, setup.mesh)
-    else:
-        params = load_network(setup, bundle_path)
     kept = flatten_dict(setup.frozen)
-    leaves = flatten_dict(params)
+    leaves = flatten_dict(load_network(setup, bundle_path))
     return unflatten_dict({path: leaves[path].astype(kept[path].dtype) for path in kept})
+
+
+def _record_of(run: str) -> dict[str, Any]:
+    return checkpoints.read_record(checkpoints.parse_run(run)[0])
+
+
+def _check_init(cfg: Config, record: dict[str, Any], there: dict[str, Any]) -> None:
+    """Raise RunError where the parameters of another run, of which `there` is the record, are not
+    those that this one trains."""
+    then, now = there["config"], record["config"]
+    names = ["network", "trainable"] + (["lora"] if cfg.trainable == "lora" else [])
+    names = [n for n in names if then.get(n) != now[n]]
+    differing = [f"{n} = {then.get(n)!r} there, {now[n]!r} here" for n in names]
+    # Where all are trained, all come from the run.
+    if cfg.trainable != "all" and there["weights"] != record["weights"]:
+        differing.append("the transformer of the bundle")
+    if differing:
+        raise RunError(
+            f"--init {cfg.init} cannot be begun from ({'; '.join(differing)}); give the same, or"
+            " make a bundle of that run (framepack export-run) and begin from it: --bundle"
+        )
 
 
 def _check_same_run(cfg: Config, record: dict[str, Any]) -> None:
@@ -242,8 +261,6 @@ class Run:
         self.setup, self.cfg, self.path = setup, setup.cfg, bundle_path
         self.loader, self.manager, self.frozen = loader, manager, frozen
         self.record = record
-        self.bad = 0
-        self.rate = optimizer.learning_rate(self.cfg.optimizer, self.cfg.steps)
         self.vae: Params = {}
         if setup.encode is not None:
             self.vae = bundle.load_params(
@@ -256,15 +273,19 @@ class Run:
         cfg, first = self.cfg, int(begun.step)
         if first >= cfg.steps:
             return first
-        programs = self.compile()
-        log = metrics.Log(cfg, processes.in_all(metrics.writers, cfg, first, self.record))
-        batches = feed(self.loader, self.setup.mesh, cfg.batch)
-        bar = tqdm(
-            total=cfg.steps, initial=first, desc="training", unit="step",
-            disable=metrics.is_quiet(), smoothing=0.1,
-        )  # fmt: skip
-        with stop_signal() as asked, contextlib.closing(batches), contextlib.closing(log), bar:
-            log.restart()
+        rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
+        log = metrics.Log(cfg, rate, processes.in_all(metrics.writers, cfg, first, self.record))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(log))
+            programs = self.compile()
+            batches = feed(self.loader, self.setup.mesh, cfg.batch)
+            stack.enter_context(contextlib.closing(batches))
+            asked = stack.enter_context(stop_signal())
+            bar = stack.enter_context(tqdm(
+                total=cfg.steps, initial=first, desc="training", unit="step",
+                disable=metrics.is_quiet(), smoothing=0.1,
+            ))  # fmt: skip
+            log.begin()
             late: tuple[int, Metrics] | None = None
             for step in range(first + 1, cfg.steps + 1):
                 fed = next(batches)
@@ -284,8 +305,8 @@ class Run:
                     if late is not None:
                         self._settle(log, bar, *late)
                         late = None
-                    self.validate(log, step, begun)
-                    log.restart()
+                    with log.paused():
+                        self.validate(log, step, begun)
                 if stop:
                     break
             checkpoints.wait(self.manager)
@@ -295,40 +316,41 @@ class Run:
         """Take the figures of a step that is over, or about to be. Raises NotFinite."""
         figures = log.add(step, figures)
         bar.set_postfix(loss=f"{figures.loss:.4f}", refresh=False)
-        self.bad = self.bad + 1 if figures.skipped else 0
-        if self.bad >= self.cfg.max_bad_steps:
+        if figures.skipped_in_a_row >= self.cfg.max_bad_steps:
             kept = self.manager.latest_step()
             ids = ", ".join(self.loader.clip_ids(sorted(set(figures.clips.tolist())))[:8])
             raise NotFinite(
-                f"step {step}: loss or gradient have not been finite for {self.bad} steps; the last"
+                f"step {step}: loss or gradient have not been finite for"
+                f" {figures.skipped_in_a_row} steps; the last"
                 f" batch has clips {ids}. Those updates were left out; the last checkpoint is"
                 f" {'of step ' + str(kept) if kept is not None else 'not written yet'} in"
                 f" {self.manager.directory}. Lower --optimizer.learning-rate, or look at the data"
             )
         if step % self.cfg.log_every == 0 or step == self.cfg.steps:
-            log.line({"learning_rate": float(self.rate(step - 1))})
+            log.line()
 
     def compile(self) -> dict[Any, tuple[Any, int, int]]:
         """Shape of a batch -> (the compiled step, FLOPs and tokens of a sample), for every bucket
-        there is, before the first step, several at a time."""
+        and window there is, before the first step, several at a time."""
         step, setup = jitted_step(self.setup), self.setup
         vae = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.vae
         )
 
-        def one(bucket: tuple[int, int]) -> Any:
+        def one(kind: tuple[tuple[int, int], str]) -> Any:
+            bucket, schedule = kind
             with jax.set_mesh(setup.mesh), sampler.precision(self.cfg.dtype):
-                batch = abstract_batch(setup, self.loader, bucket)
+                batch = abstract_batch(setup, self.loader, bucket, schedule)
                 lowered = step.lower(setup.abstract, setup.frozen, vae, batch)
                 size = self.loader.latent_size(bucket)
-                flops, tokens = metrics.sample_cost(setup.model.cfg, setup.schedule, batch, size)
+                flops, tokens = metrics.sample_cost(setup.model.cfg, schedule, batch, size)
                 return _bucket(batch), (lowered.compile(), flops, tokens)
 
-        buckets = self.loader.buckets
-        with ThreadPoolExecutor(min(len(buckets), 4)) as pool:
+        kinds = list(itertools.product(self.loader.buckets, self.loader.samples.schedules))
+        with ThreadPoolExecutor(min(len(kinds), 4)) as pool:
             done = tqdm(
-                pool.map(one, buckets), total=len(buckets), desc="compiling", unit="bucket",
-                disable=metrics.is_quiet() or len(buckets) == 1,
+                pool.map(one, kinds), total=len(kinds), desc="compiling", unit="program",
+                disable=metrics.is_quiet() or len(kinds) == 1,
             )  # fmt: skip
             return dict(done)
 
@@ -356,8 +378,11 @@ class Validator:
     def __init__(self, setup: Setup, path: epath.PathLike, loader: Any, vae: Params) -> None:
         self.setup, self.path, self.loader, self.vae = setup, path, loader, vae
         cfg = setup.cfg
+        ways = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+        held = loader.held_out(cfg.validation.samples, cfg.batch // cfg.accumulate, ways)
         self.batches = [
-            place(batch, setup.mesh, cfg.batch) for batch in loader.held_out(cfg.validation.clips)
+            (place(batch, setup.mesh, size), others and place(others, setup.mesh, size))
+            for batch, others, size in held
         ]
         self.jitted = jax.jit(functools.partial(losses_at, cfg, setup.model, setup.encode))
         self.pipe: Any = None

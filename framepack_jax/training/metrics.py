@@ -4,11 +4,15 @@ Figures of a step are fetched when the next one is on its way, so that the devic
 the log.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +62,9 @@ class Jsonl:
         self.file = file.open("a")
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        # What is not finite has no name in JSON.
+        known = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        self.file.write(json.dumps({"step": step, **known}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -85,13 +91,14 @@ class WandB:
     """A run of Weights & Biases, gone on with by its name."""
 
     def __init__(self, folder: Path, project: str, record: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(
-                f'--wandb {project} needs Weights & Biases: pip install "framepack-jax[wandb]"'
-            ) from error
-        self.run = wandb.init(project=project, name=folder.name, config=record, resume="allow")
+        import wandb
+
+        # The same folder goes on with the same run; another of that name is another.
+        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        self.run = wandb.init(
+            project=project, id=f"{folder.name}-{place}", name=folder.name, config=record,
+            resume="allow",
+        )  # fmt: skip
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self.run.log(figures, step=step)
@@ -113,9 +120,11 @@ def writers(cfg: Config, step: int, record: dict[str, Any]) -> list[Writer]:
 
 @dataclasses.dataclass
 class Log:
-    """Gathers the figures of steps and writes a line every `cfg.log_every`."""
+    """Gathers the figures of steps and writes a line every `cfg.log_every`; `rate` is the learning
+    rate of an update, from 0."""
 
     cfg: Config
+    rate: Callable[[int], Any]
     writers: list[Writer]
     began: float = dataclasses.field(default_factory=time.monotonic)
     held: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
@@ -138,10 +147,10 @@ class Log:
         self.held.append((step, metrics))
         return metrics
 
-    def line(self, extra: dict[str, float]) -> dict[str, float] | None:
-        """Write what is held; None where nothing is."""
+    def line(self) -> None:
+        """Write what is held."""
         if not self.held:
-            return None
+            return
         steps, metrics = zip(*self.held, strict=True)
         seconds = max(time.monotonic() - self.began, 1e-9)
         figures = {
@@ -149,7 +158,7 @@ class Log:
             "grad_norm": float(np.mean([m.grad_norm for m in metrics])),
             "skipped": float(sum(bool(m.skipped) for m in metrics)),
             **by_group(metrics),
-            **extra,
+            "learning_rate": float(self.rate(steps[-1] - 1)),
             "samples_per_second": self.steps * self.cfg.batch / seconds,
             "tokens_per_second": self.tokens / seconds,
             "model_flops_per_second": self.work / seconds,
@@ -157,15 +166,20 @@ class Log:
             "data_wait_share": self.waited / seconds,
             **_device(self.work / seconds),
         }
-        for writer in self.writers:
-            writer.write(steps[-1], figures)
-        self.restart()
-        return figures
+        self.write(steps[-1], figures)
+        self.begin()
 
-    def restart(self) -> None:
-        """Begin to count anew, leaving out what came in between."""
+    def begin(self) -> None:
+        """Begin to count anew."""
         self.held, self.waited, self.work, self.tokens, self.steps = [], 0.0, 0.0, 0, 0
         self.began = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile does not count as time of the steps."""
+        paused = time.monotonic()
+        yield
+        self.began += time.monotonic() - paused
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """A line of other figures."""
@@ -173,6 +187,7 @@ class Log:
             writer.write(step, figures)
 
     def close(self) -> None:
+        self.line()
         for writer in self.writers:
             writer.close()
 

@@ -29,12 +29,13 @@ Encode = Callable[[jax.Array], jax.Array]
 
 class Metrics(NamedTuple):
     """Of one step: the mean loss and the norm of the gradient before clipping, whether the update
-    was left out; of each sample its loss, noise level, section (0: made first) and number of the
-    record, (B,)."""
+    was left out, and how many in a row have been; of each sample its loss, noise level, section
+    (0: made first) and number of the record, (B,)."""
 
     loss: jax.Array
     grad_norm: jax.Array
     skipped: jax.Array
+    skipped_in_a_row: jax.Array
     losses: jax.Array
     sigmas: jax.Array
     sections: jax.Array
@@ -82,7 +83,9 @@ def train_step(
         skipped=state.skipped + ~finite,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
-    metrics = Metrics(mean, norm, ~finite, losses, sigmas, batch.section, batch.clip)
+    metrics = Metrics(
+        mean, norm, ~finite, new.skipped_in_a_row, losses, sigmas, batch.section, batch.clip
+    )
     return new, metrics
 
 
@@ -94,6 +97,7 @@ def losses_at(
     frozen: Params,
     vae: Params,
     batch: Any,
+    others: Any,
     sigma: jax.Array,
     blank: jax.Array,
     other: jax.Array,
@@ -101,11 +105,13 @@ def losses_at(
     """Losses (B,) at one noise level, with noise that is the same each time.
 
     `blank` and `other` (groups,) say which context groups are zero, as where history is missing,
-    and which are another sample's.
+    and which are those of `others`, a batch like this one of other clips.
     """
-    batch = _latents(batch, functools.partial(encode, vae) if encode else None)
+    latents = functools.partial(encode, vae) if encode else None
+    batch, others = _latents(batch, latents), _latents(others, latents)
     keys = sample_keys(cfg.seed, batch.element)
-    batch = batch.replace(context=changed_context(batch.context, blank, other))
+    context = changed_context(batch.context, others.context, blank, other)
+    batch = batch.replace(context=context)
     return sample_losses(
         cfg, model, params, frozen, batch, keys, jnp.full(batch.element.shape, sigma)
     )
@@ -188,12 +194,14 @@ def noised_context(context: PackedContext, keys: jax.Array, most: float) -> Pack
     return context.replace(latents=tuple(noised(i, x) for i, x in enumerate(context.latents)))
 
 
-def changed_context(context: PackedContext, blank: jax.Array, other: jax.Array) -> PackedContext:
-    """The context with some groups blanked, and some taken from the sample before in the batch;
+def changed_context(
+    context: PackedContext, others: PackedContext, blank: jax.Array, other: jax.Array
+) -> PackedContext:
+    """The context with some groups blanked, and some taken from another of the same shape;
     `blank` and `other` are (groups,) bool."""
     latents = [
-        jnp.where(blank[i], 0, jnp.where(other[i], jnp.roll(x, 1, axis=0), x)).astype(x.dtype)
-        for i, x in enumerate(context.latents)
+        jnp.where(blank[i], 0, jnp.where(other[i], theirs, own)).astype(own.dtype)
+        for i, (own, theirs) in enumerate(zip(context.latents, others.latents, strict=True))
     ]
     return context.replace(latents=tuple(latents))
 

@@ -24,52 +24,80 @@ from framepack_jax.processes import fetch
 from framepack_jax.splice import to_uint8
 from framepack_jax.training.state import Model
 
-# (batch on the devices, sigma, context groups that are blank, those of another clip) -> losses (B,)
-LossesAt = Callable[[Any, np.float32, np.ndarray, np.ndarray], jax.Array]
+# (batch on the devices, one of other clips, sigma, context groups that are blank, groups of the
+# other clips) -> losses (B,)
+LossesAt = Callable[[Any, Any, np.float32, np.ndarray, np.ndarray], jax.Array]
+
+
+class Losses(NamedTuple):
+    """Of held-out samples: `values` (noise levels, samples), and of each sample the number of its
+    clip (samples,)."""
+
+    values: np.ndarray
+    clips: np.ndarray
 
 
 class Difference(NamedTuple):
-    """A mean difference of paired losses and its standard error."""
+    """A mean difference of paired losses and its standard error, None of one clip."""
 
     mean: float
-    error: float
+    error: float | None
 
 
 def losses(
-    losses_at: LossesAt, batches: Iterable[Any], sigmas: Sequence[float], context: bool
+    losses_at: LossesAt,
+    batches: Iterable[tuple[Any, Any]],
+    sigmas: Sequence[float],
+    context: bool,
 ) -> dict[str, float]:
-    """Mean loss of batches at each noise level and over all. With `context`, also how much higher
-    it is with each kernel's groups blanked or taken from another clip: positive figures, beyond
-    their standard errors, say that the history is used."""
+    """Mean loss of batches, each with one of other clips or None, at each noise level and over all.
+    With `context`, also how much higher it is with each kernel's groups blanked or taken from the
+    other clips: positive figures, beyond their standard errors, say that the history is used. Every
+    clip counts alike."""
     seen = paired(losses_at, batches, sigmas, context)
     whole = seen.pop(())
-    figures = {"validation/loss": float(whole.mean())}
-    for sigma, values in zip(sigmas, whole, strict=True):
-        figures[f"validation/loss_sigma_{sigma:g}"] = float(values.mean())
-    for name, values in seen.items():
-        found = difference(values, whole)
+    levels = by_clip(whole.values, whole.clips).mean(axis=1)
+    figures = {"validation/loss": float(levels.mean())}
+    for sigma, value in zip(sigmas, levels, strict=True):
+        figures[f"validation/loss_sigma_{sigma:g}"] = float(value)
+    for name, changed in seen.items():
+        found = difference(changed, whole)
         figures[f"context/{'_'.join(name)}"] = found.mean
-        figures[f"context/{'_'.join(name)}_error"] = found.error
+        if found.error is not None:
+            figures[f"context/{'_'.join(name)}_error"] = found.error
     return figures
 
 
 def paired(
-    losses_at: LossesAt, batches: Iterable[Any], sigmas: Sequence[float], context: bool
-) -> dict[tuple[str, ...], np.ndarray]:
-    """Losses (noise levels, samples): under () of the batches as they are, under (kernel, "blank")
-    and (kernel, "other") with that kernel's context changed."""
-    found: dict[tuple[str, ...], list[np.ndarray]] = {}
-    for batch in batches:
+    losses_at: LossesAt,
+    batches: Iterable[tuple[Any, Any]],
+    sigmas: Sequence[float],
+    context: bool,
+) -> dict[tuple[str, ...], Losses]:
+    """Losses under () of the batches as they are, under (kernel, "blank") and (kernel, "other")
+    with that kernel's context changed; a sample that fills up a batch counts once."""
+    found: dict[tuple[str, ...], list[Losses]] = {}
+    for batch, others in batches:
         groups = np.asarray(kernels_of(batch))
         none = np.zeros(len(groups), bool)
         variants = {(): (none, none)}
         for kernel in dict.fromkeys(groups.tolist()) if context else ():
             variants[kernel, "blank"] = groups == kernel, none
-            variants[kernel, "other"] = none, groups == kernel
-        for name, (blank, other) in variants.items():
-            each = [losses_at(batch, np.float32(sigma), blank, other) for sigma in sigmas]
-            found.setdefault(name, []).append(np.stack(jax.device_get(fetch(each))))
-    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+            if others is not None:
+                variants[kernel, "other"] = none, groups == kernel
+        elements, clips = jax.device_get(fetch((batch.element, batch.clip)))
+        _, once = np.unique(elements, return_index=True)
+        for name, changes in variants.items():
+            each = [
+                losses_at(batch, batch if others is None else others, np.float32(sigma), *changes)
+                for sigma in sigmas
+            ]
+            values = np.stack(jax.device_get(fetch(each)))
+            found.setdefault(name, []).append(Losses(values[:, once], clips[once]))
+    return {
+        name: Losses(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+        for name, parts in found.items()
+    }
 
 
 def kernels_of(batch: Any) -> tuple[str, ...]:
@@ -77,10 +105,18 @@ def kernels_of(batch: Any) -> tuple[str, ...]:
     return batch.kernels if isinstance(batch, PixelBatch) else batch.context.kernels
 
 
-def difference(changed: np.ndarray, whole: np.ndarray) -> Difference:
-    """Of losses (noise levels, samples), the mean over levels taken sample by sample."""
-    each = (changed - whole).mean(axis=0)
-    return Difference(float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each))))
+def by_clip(values: np.ndarray, clips: np.ndarray) -> np.ndarray:
+    """Mean of the samples (..., samples) of each clip, (..., clips)."""
+    return np.stack([values[..., clips == clip].mean(axis=-1) for clip in np.unique(clips)], -1)
+
+
+def difference(changed: Losses, whole: Losses) -> Difference:
+    """The mean over noise levels and clips, taken sample by sample. Only samples of clips that
+    `changed` has as well are compared."""
+    both = np.isin(whole.clips, changed.clips)
+    each = by_clip((changed.values - whole.values[:, both]).mean(axis=0), changed.clips)
+    spread = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
+    return Difference(float(each.mean()), spread)
 
 
 def sample_video(
