@@ -9,6 +9,7 @@ COMMANDS = {
     "explain": "draw what a packing schedule puts into the context",
     "synthetic": "make videos with captions to try training with",
     "prepare": "videos + captions -> dataset",
+    "train-vae": "videos -> VAE in a bundle",
     "train": "dataset + bundle -> trained model",
     "export-run": "training run -> bundle or LoRA file",
 }

@@ -24,7 +24,6 @@ from PIL import Image
 from test_processes import ended, launch
 
 from framepack_jax import bundle, conditioning, video
-from framepack_jax.__main__ import main as framepack
 from framepack_jax.commands import prepare
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import (
@@ -726,40 +725,6 @@ def test_a_cluster_sends_clips_as_they_come(tmp_path, monkeypatch) -> None:
     assert [cut.first for cut in cluster.cuts(itertools.islice(rows, 2))] == [1, 2]
     with pytest.raises(Rejected, match="its end is missing"):
         list(cluster.cuts(rows))
-
-
-def test_synthetic_videos_are_the_same_whatever_their_number(tmp_path, capsys) -> None:
-    for count, name in ((2, "a"), (3, "b")):
-        framepack(["synthetic", "--output", str(tmp_path / name), "--clips", str(count),
-                   "--seconds", "0.4", "--workers", "1"])  # fmt: skip
-    assert "3 videos of 0.4 s" in capsys.readouterr().out
-    for number in range(2):
-        files = [tmp_path / name / f"{number:05d}.mp4" for name in "ab"]
-        frames = [list(video.read_frames(file)) for file in files]
-        assert len(frames[0]) == 12
-        assert all(np.array_equal(x, y) for x, y in zip(*frames, strict=True))
-        assert files[0].with_suffix(".txt").read_text() == files[1].with_suffix(".txt").read_text()
-    captions = [synthetic.scene(0, i).caption for i in range(50)]
-    assert len(set(captions)) == 50
-    with pytest.raises(SystemExit, match="--size 3x5"):
-        framepack(["synthetic", "--output", str(tmp_path), "--size", "3x5"])
-
-
-def test_a_shape_keeps_its_colour_and_moves_as_said() -> None:
-    """Found by its colour in the pictures, at the place that the scene says."""
-    found = 0
-    for number in range(30):
-        scene = dataclasses.replace(synthetic.scene(4, number, 96, 128), camera="still")
-        sprite = scene.sprites[-1]  # in front of all others
-        frames = list(synthetic.frames(scene, 1.0))
-        for k in (0, 15, 29):
-            x, y = synthetic.position(scene, sprite, k / 30)
-            row, column = int(y * 96), int(x * 96)
-            if sprite.form == "ring" or not (2 < row < 93 and 2 < column < 125):
-                continue
-            assert tuple(frames[k][row, column]) == synthetic.COLOURS[sprite.colour]
-            found += 1
-    assert found > 30
 
 
 def test_store_names_are_readable_and_differ() -> None:

@@ -318,7 +318,7 @@ def test_bad_input_is_refused_by_name(call, says):
         ((3, 2, 2), (1, 1, 1), (1, 1, 1)),
     ],
 )
-def test_convolution_ignores_the_future_and_both_forms_agree(sizes, kernel, stride):
+def test_convolution_ignores_the_future_and_all_forms_agree(sizes, kernel, stride):
     rng = np.random.default_rng(0)
     x, weights, bias = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -334,10 +334,43 @@ def test_convolution_ignores_the_future_and_both_forms_agree(sizes, kernel, stri
         assert jnp.array_equal(out[:, known], changed[:, known])
     pad = [(0, 0), (kernel[0] - 1, 0), *[(k // 2, k // 2) for k in kernel[1:]], (0, 0)]
     padded = jnp.pad(x, pad, mode="edge")
-    for form in (conv.by_volume, conv.by_frames):
+    for form in (conv.by_volume, conv.by_frames, conv.by_pieces):
         np.testing.assert_allclose(
             form(padded, weights, stride), out - bias[None, None, None, None, :], atol=1e-5
         )
+
+
+@pytest.mark.parametrize("channels", [3, conv.FEW_CHANNELS + 1])
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "stride"),
+    [
+        ((5, 4, 6), (3, 3, 3), (1, 1, 1)),
+        ((5, 6, 7), (3, 3, 3), (2, 2, 2)),
+        ((4, 5, 4), (3, 3, 1), (2, 1, 2)),
+        ((1, 3, 4), (3, 3, 3), (1, 2, 2)),
+        ((3, 2, 2), (1, 1, 1), (1, 1, 1)),
+    ],
+)
+def test_gradients_on_a_cpu_are_those_of_one_convolution(
+    sizes, kernel, stride, channels, monkeypatch
+):
+    monkeypatch.setattr(conv, "PIECE_BYTES", 150)  # so that frames are cut into bands
+    rng = np.random.default_rng(0)
+    x, weights = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, *sizes, channels), (*kernel, channels, 5))
+    )
+    pad = [(0, 0), (kernel[0] - 1, 0), *[(k // 2, k // 2) for k in kernel[1:]], (0, 0)]
+
+    def reference(x, weights):
+        return conv.by_volume(jnp.pad(x, pad, mode="edge"), weights, stride)
+
+    expected, back = jax.vjp(reference, x, weights)
+    out, our_back = jax.vjp(lambda x, w: conv.on_cpu(x, w, stride), x, weights)
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    towards = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
+    for ours_, theirs in zip(our_back(towards), back(towards), strict=True):
+        np.testing.assert_allclose(ours_, theirs, atol=2e-4)
 
 
 def test_attention_reads_no_later_frame():

@@ -356,6 +356,17 @@ def shades_of(frames):
     return [round(frame.mean() / 20) for frame in frames]
 
 
+@pytest.mark.parametrize("first", [0, 1, 37, 297])
+def test_a_span_is_what_it_is_in_the_whole_video(tmp_path, first):
+    """Also far from a key frame, of which a coder gives one in 250 frames."""
+    frames, path = moving_gradient(300, 16, 32), tmp_path / "out.mp4"
+    video.write_mp4(path, frames, fps=30)
+    whole, _ = video.read_mp4(path)
+    assert np.array_equal(video.read_span(path, 30, first, 3, (16, 32)), whole[first : first + 3])
+    with pytest.raises(ValueError, match="ends before frame 300"):
+        video.read_span(path, 30, first, 301 - first, (16, 32))
+
+
 @pytest.mark.parametrize(
     "fps,expected",
     [

@@ -15,7 +15,7 @@ from framepack_jax.data import synthetic
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-    """Make videos of coloured shapes that move as their captions say, a .txt file beside each."""
+    """Draw videos of coloured shapes that move as their captions say, a .txt file beside each."""
 
     output: Path
     """Folder of the videos."""
@@ -25,8 +25,10 @@ class Synthetic:
     """The same seed gives the same videos."""
     seconds: float = 5.0
     """Length of each, at 30 frames a second."""
-    size: str | None = None
-    """Height and width in pixels, as 96x128; default: several shapes of about that size."""
+    size: str = "128x128"
+    """Height and width in pixels; or buckets, for several shapes of about that area."""
+    split: synthetic.Split = "train"
+    """Of the held-out split, each video has a shape in a colour that no other video shows."""
     workers: int = 2
     """Processes that draw."""
 
@@ -47,7 +49,7 @@ def main(args: list[str] | None = None, prog: str = "framepack synthetic") -> No
 
 def _run(flags: Synthetic) -> None:
     size = None
-    if flags.size is not None:
+    if flags.size != "buckets":
         match = re.fullmatch(r"(\d+)x(\d+)", flags.size)
         if (
             not match
@@ -55,7 +57,9 @@ def _run(flags: Synthetic) -> None:
             or int(match[2]) % 2
             or min(map(int, match.groups())) < 16
         ):
-            raise ValueError(f"--size {flags.size}: expected HEIGHTxWIDTH, even numbers, as 96x128")
+            raise ValueError(
+                f"--size {flags.size}: expected HEIGHTxWIDTH, even numbers, as 96x128, or buckets"
+            )
         size = int(match[1]), int(match[2])
     if flags.clips < 1 or not flags.seconds > 0 or flags.workers < 1:
         raise ValueError(
@@ -66,7 +70,9 @@ def _run(flags: Synthetic) -> None:
     # Fresh processes: one that has threads, as JAX's, cannot be copied safely.
     with ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
         made = [
-            pool.submit(synthetic.write, flags.output, i, flags.seed, flags.seconds, size)
+            pool.submit(
+                synthetic.write, flags.output, i, flags.seed, flags.seconds, size, flags.split
+            )
             for i in range(flags.clips)
         ]
         for each in tqdm(made, desc="drawing", unit="clip"):

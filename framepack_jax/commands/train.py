@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import tyro
@@ -24,6 +24,7 @@ from framepack_jax.training.export import export
 from framepack_jax.training.loop import NotFinite, train
 
 INTERRUPTED = 130
+T = TypeVar("T")
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
 
 
@@ -68,10 +69,10 @@ def main(args: list[str] | None = None, prog: str = "train.py") -> None:
     args = sys.argv[1:] if args is None else args
     began = time.monotonic()
     try:
-        flags = tyro.cli(Train, prog=prog, args=args, default=_defaults(args))
+        flags = tyro.cli(Train, prog=prog, args=args, default=defaults(Train, Config, args))
         _run(flags)
     except FAILURES as error:
-        raise SystemExit(f"error: {_explained(error)}") from error
+        raise SystemExit(f"error: {explained(error)}") from error
     except KeyboardInterrupt:
         # Before the first step or after the last; in between it is asked for, and saves.
         print("interrupted; what was saved stays, and the same command goes on", file=sys.stderr)
@@ -141,20 +142,22 @@ def in_first_only(work: Any) -> Any:
     return work if jax.process_index() == 0 else lambda *_: None
 
 
-def _defaults(args: list[str]) -> Train:
-    """What the file behind --config says; other flags are read over it."""
+def defaults(flags: type[T], kind: type, args: list[str]) -> T:
+    """Flags as the file behind --config says, a `kind` of configuration; others are read over
+    them. Raises ValueError."""
     file = next(
         (a.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
          for i, a in enumerate(args) if a == "--config" or a.startswith("--config=")),
         None,
     )  # fmt: skip
     if file is None:
-        return Train()
-    cfg = read_config(Path(file))
-    return Train(**{name: getattr(cfg, name) for name in CONFIG_FIELDS}, config=Path(file))
+        return flags()
+    cfg = read_config(Path(file), kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    return flags(**{name: getattr(cfg, name) for name in names}, config=Path(file))
 
 
-def read_config(file: Path) -> Config:
+def read_config(file: Path, kind: type = Config) -> Any:
     """`get_config()` of a Python file. Raises ValueError that names the file and what is wrong."""
     if not file.is_file():
         raise ValueError(f"--config {file} does not exist; configs/ has some, as configs/tiny.py")
@@ -168,10 +171,10 @@ def read_config(file: Path) -> Config:
     except Exception as error:  # of many kinds: it is a program
         line = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"--config {file} cannot be read: {line}") from error
-    if not isinstance(cfg, Config):
+    if not isinstance(cfg, kind):
         raise ValueError(
             f"--config {file}: get_config() gives a {type(cfg).__name__}, expected"
-            " framepack_jax.training.config.Config"
+            f" {kind.__module__}.{kind.__name__}"
         )
     return cfg
 
@@ -194,7 +197,7 @@ def _check(cfg: Config) -> None:
     bundle.check_present(path_of(cfg.bundle), [*roles, *(["vae"] if looks else [])])
 
 
-def _explained(error: Exception) -> str:
+def explained(error: Exception) -> str:
     line = str(error)
     if isinstance(error, NotFinite | ValueError | OSError):
         return line

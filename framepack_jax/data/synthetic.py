@@ -1,54 +1,68 @@
-"""Videos to try training with: coloured shapes over textured backgrounds under a moving camera.
+"""The demo world: captioned videos whose truth is known for any length.
 
-What is shown is known for any time: each shape keeps its colour, form and size, moves as the
-caption says, leaves the picture and comes back, and passes behind others. Clip i of a seed is the
-same however many clips are made, and a longer one begins like a shorter one.
+A few sprites of fixed colour, form and size over a textured background: they move and bounce off
+the picture's edges, circle around one another, stay, or go behind a wall for a stated time and come
+out on its other side. The camera's pans move the background; sprites and walls are stated in the
+picture. What a sprite does cannot be seen in the first frame, only read in the caption, and how it
+does it - speed, sense of turning, when one motion follows another - is always the same, so that
+first frame and caption decide the video.
 
-Shapes of arrays: H W rows and columns; positions are (x, y) in units of the picture's height.
+Scene i of a seed and a split is the same however many are made, and a longer video begins like a
+shorter one. Positions are (x, y) in units of the picture's height, x to the right, y downwards.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from framepack_jax.data import drawing
+from framepack_jax.data.drawing import COLOURS, FORMS
 from framepack_jax.video import write_mp4
 from framepack_jax.video.files import whole
 
-COLOURS = {
-    "red": (214, 48, 49), "green": (46, 160, 67), "blue": (38, 102, 212),
-    "yellow": (240, 200, 40), "purple": (140, 60, 180), "orange": (240, 130, 30),
-    "white": (240, 240, 240),
-}  # fmt: skip
-FORMS = ("circle", "square", "triangle", "ring")
-SIZES = {"small": 0.10, "large": 0.17}
+SIZES = {"small": 0.10, "large": 0.15}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# width / height of the pictures.
-ASPECTS = (4 / 3, 16 / 9, 1.0, 3 / 4, 9 / 16)
-OCTAVES = (2, 5, 11, 23)
+HIDDEN = {0.5: "half a second", 1.0: "1 second", 2.0: "2 seconds", 4.0: "4 seconds"}
+# Colours and forms that occur together in held-out scenes, and in no other.
+HELD_OUT = frozenset({
+    ("red", "ring"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"),
+    ("purple", "triangle"), ("orange", "square"), ("cyan", "ring"), ("white", "circle"),
+})  # fmt: skip
 FPS = 30
-# Shapes come back when they are so far outside, in picture heights.
-MARGIN = 0.25
-SPEED = 0.35, 0.7
-TURN = 1.6, 2.6
-UNIT = 32
+# Picture heights a second, of sprites and of the camera.
+SPEED, PAN = 0.35, 0.12
+# Seconds after which a second motion begins.
+THEN = 1.2
+# What a wall is wider than the sprite that goes behind it.
+WALL_SPARE = 0.08
+# width / height of the pictures, and their area in pixels.
+ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)
+AREA, UNIT = 128 * 128, 16
+TRIES = 1000
+
+Split = Literal["train", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "held-out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """What a shape does from `begin` seconds on: a direction, or circles around another shape."""
+    """What a sprite does from `begin` seconds on: "left", "right", "up", "down", "stay", "orbit"
+    around sprite `around`, or "behind" the wall, out of sight for `hidden` seconds."""
 
-    begin: float
-    direction: str | None
-    speed: float
+    kind: str
+    begin: float = 0.0
+    around: int = -1
+    hidden: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sprite:
-    """A shape; `start` where it is at the beginning, `depth` larger ones lie in front."""
+    """A shape; `start` is where its middle is in the first frame."""
 
     colour: str
     form: str
@@ -60,17 +74,22 @@ class Sprite:
     def name(self) -> str:
         return f"{self.size} {self.colour} {self.form}"
 
+    @property
+    def radius(self) -> float:
+        """In picture heights."""
+        return SIZES[self.size]
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """All of one clip; sprites from back to front, circled around is the first."""
+    """All of one clip; sprites from back to front, then the wall (its middle and width), if any."""
 
     height: int
     width: int
     sprites: tuple[Sprite, ...]
     camera: str
-    camera_speed: float
-    seed: tuple[int, int]
+    texture: tuple[int, ...]
+    wall: tuple[float, float] | None = None
 
     @property
     def aspect(self) -> float:
@@ -79,164 +98,397 @@ class Scene:
     @property
     def caption(self) -> str:
         """What happens, in a sentence."""
-        parts = [f"a {self._said(sprite)}" for sprite in self.sprites]
+        parts = [f"the {sprite.name} {self._said(sprite)}" for sprite in self.sprites]
         view = "stands still" if self.camera == "still" else f"pans {self.camera}"
         return f"{'; '.join(parts)}; the camera {view}."
 
     def _said(self, sprite: Sprite) -> str:
-        said = [
-            f"orbits the {self.sprites[0].name}" if m.direction is None
-            else "stays where it is" if not m.speed
-            else f"moves {m.direction}"
-            for m in sprite.motions
-        ]  # fmt: skip
-        return f"{sprite.name} {', then '.join(said)}"
+        def say(motion: Motion) -> str:
+            match motion.kind:
+                case "stay":
+                    return "stays"
+                case "orbit":
+                    return f"orbits the {self.sprites[motion.around].name}"
+                case "behind":
+                    return f"goes behind the wall for {HIDDEN[motion.hidden]}"
+            return f"moves {motion.kind}"
+
+        return ", then ".join(say(motion) for motion in sprite.motions)
 
 
-def scene(seed: int, number: int, height: int | None = None, width: int | None = None) -> Scene:
-    """Scene `number` of a seed, at a size in pixels, or at one of several shapes of about
-    96 x 128 pixels."""
-    rng = np.random.default_rng([seed, number])
-    if height is None or width is None:
-        height, width = _size(ASPECTS[number % len(ASPECTS)], 96 * 128)
-    count = int(rng.integers(2, 4))
-    names = rng.permutation(len(COLOURS))[:count]
-    sprites = []
-    for i in range(count):
-        start = rng.uniform(0.15, 0.85, 2) * (width / height, 1.0)
-        sprites.append(
-            Sprite(
-                colour=list(COLOURS)[names[i]],
-                form=str(rng.choice(FORMS)),
-                size=str(rng.choice(list(SIZES))),
-                start=(float(start[0]), float(start[1])),
-                motions=_motions(rng, orbits=i > 0),
-            )
+class Truth(NamedTuple):
+    """Of every frame P and sprite S: the middle (x, y) in pixels, (P, S, 2), and the share of its
+    area that is seen, (P, S)."""
+
+    centres: np.ndarray
+    visible: np.ndarray
+
+
+def scene(
+    seed: int, number: int, height: int | None = None, width: int | None = None,
+    split: Split = "train",
+) -> Scene:  # fmt: skip
+    """Scene `number` of a seed and a split, at a size in pixels, or at one of several shapes of
+    about 128 x 128 pixels."""
+    rng = _rng(seed, number, split, 0)
+    if rng.random() < 0.25:
+        return _with_wall(rng, *_size(number, height, width), split, rng.choice(list(HIDDEN)))
+    return _scene(rng, *_size(number, height, width), split)
+
+
+def counterfactual(
+    seed: int, number: int, height: int | None = None, width: int | None = None
+) -> tuple[Scene, Scene]:
+    """Two held-out scenes whose first frames are equal and whose captions differ in what one sprite
+    does: see `differing`."""
+    rng = _rng(seed, number, "held-out", 1)
+    size = _size(number, height, width)
+    made = _scene(rng, *size, "held-out", second=False)
+    actor = next(i for i, s in enumerate(made.sprites) if s.motions[0].kind in DIRECTIONS)
+    others = [kind for kind in DIRECTIONS if kind != made.sprites[actor].motions[0].kind]
+    # From the middle there is room to all sides.
+    start = tuple(rng.uniform(0.42, 0.58, 2) * (made.aspect, 1.0))
+    kinds = made.sprites[actor].motions[0].kind, str(rng.choice(others))
+    first, second = (_replaced(made, actor, start=start, motions=(Motion(kind),)) for kind in kinds)
+    return first, second
+
+
+def differing(first: Scene, second: Scene) -> int:
+    """Number of the sprite that does something else in another scene."""
+    pairs = zip(first.sprites, second.sprites, strict=True)
+    return next(i for i, (a, b) in enumerate(pairs) if a.motions != b.motions)
+
+
+def hiding(
+    seed: int, number: int, hidden: float, height: int | None = None, width: int | None = None
+) -> Scene:
+    """A held-out scene in which a sprite, `hider`, goes behind a wall and is out of sight for one
+    of `HIDDEN` seconds."""
+    rng = _rng(seed, number, "held-out", 2)
+    return _with_wall(rng, *_size(number, height, width), "held-out", hidden)
+
+
+def hider(scene: Scene) -> int:
+    """Number of the sprite that goes behind the wall."""
+    kinds = [sprite.motions[0].kind for sprite in scene.sprites]
+    return kinds.index("behind")
+
+
+def _rng(seed: int, number: int, split: Split, purpose: int) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    return np.random.default_rng([seed, number, SPLITS.index(split), purpose])
+
+
+def _size(number: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width): the given one, or multiples of `UNIT` nearest to an aspect and to `AREA`."""
+    if height is not None and width is not None:
+        return height, width
+    aspect = ASPECTS[number % len(ASPECTS)]
+    height = round(math.sqrt(AREA / aspect) / UNIT) * UNIT
+    return height, round(height * aspect / UNIT) * UNIT
+
+
+def _scene(
+    rng: np.random.Generator, height: int, width: int, split: Split, second: bool = True
+) -> Scene:
+    """One sprite moves, perhaps then does something `second`; the others stay or move. Drawn until
+    nothing lies on anything else in the first frame, and nobody leaves the picture."""
+
+    def draw() -> Scene:
+        count = int(rng.integers(1, 4))
+        sprites = _shapes(rng, count, split)
+        for i in range(count):
+            moves = i == 0 or rng.random() < 0.25
+            motion = Motion(_direction(rng) if moves else "stay")
+            sprites[i] = dataclasses.replace(sprites[i], motions=(motion,))
+        if second:
+            motions = _acted(rng, sprites)
+            sprites[0] = dataclasses.replace(sprites[0], motions=motions)
+        camera = "still" if rng.random() < 0.5 else _direction(rng)
+        made = Scene(height, width, tuple(sprites), camera, _texture(rng))
+        # In front or behind: any place in the order.
+        return _placed(rng, _rotated(made, int(rng.integers(count))))
+
+    return _first_good(draw)
+
+
+def _acted(rng: np.random.Generator, sprites: list[Sprite]) -> tuple[Motion, ...]:
+    """What the first sprite does: its motion, or that and then another, or orbits somewhere."""
+    first = sprites[0].motions[0]
+    still = [i for i, sprite in enumerate(sprites) if sprite.motions[0].kind == "stay"]
+    draw = rng.random()
+    if still and draw < 0.6:
+        around = int(rng.choice(still))
+        if draw < 0.3:
+            return (Motion("orbit", around=around),)
+        return first, Motion("orbit", THEN, around=around)
+    if draw < 0.8:
+        kinds = ["stay", *(kind for kind in DIRECTIONS if kind != first.kind)]
+        return first, Motion(str(rng.choice(kinds)), THEN)
+    return (first,)
+
+
+def _with_wall(
+    rng: np.random.Generator, height: int, width: int, split: Split, hidden: float
+) -> Scene:
+    """A sprite goes behind a wall; at most one other, which stays."""
+
+    def draw() -> Scene:
+        count = int(rng.integers(1, 3))
+        sprites = _shapes(rng, count, split)
+        made = Scene(height, width, tuple(sprites), "still", _texture(rng))
+        wide = 2 * sprites[0].radius + WALL_SPARE
+        wall = float(rng.uniform(0.45, 0.55)) * made.aspect, wide
+        motions = [(Motion("behind", hidden=float(hidden)),), *[(Motion("stay"),)] * (count - 1)]
+        sprites = [dataclasses.replace(s, motions=m) for s, m in zip(sprites, motions, strict=True)]
+        return _placed(rng, dataclasses.replace(made, sprites=tuple(sprites), wall=wall))
+
+    return _first_good(draw)
+
+
+def _first_good(draw: Callable[[], Scene]) -> Scene:
+    for _ in range(TRIES):
+        made = draw()
+        if _apart(made) and _inside(made):
+            return made
+    raise ValueError(f"no scene of {made.height}x{made.width} pixels was found; give another size")
+
+
+def _direction(rng: np.random.Generator) -> str:
+    return str(rng.choice(list(DIRECTIONS)))
+
+
+def _texture(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(x) for x in rng.integers(0, 2**31, 2))
+
+
+def _shapes(rng: np.random.Generator, count: int, split: Split) -> list[Sprite]:
+    """Sprites of different colours, without places; of held-out ones the first is new."""
+    known = [(c, f) for c in COLOURS for f in FORMS if (c, f) not in HELD_OUT]
+    while True:
+        pairs = [known[int(i)] for i in rng.choice(len(known), count, replace=False)]
+        if split == "held-out":
+            pairs[0] = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
+        if len({colour for colour, _ in pairs}) == count:
+            sizes = [str(rng.choice(list(SIZES))) for _ in pairs]
+            return [
+                Sprite(*pair, size, (0.0, 0.0), ()) for pair, size in zip(pairs, sizes, strict=True)
+            ]
+
+
+def _rotated(scene: Scene, by: int) -> Scene:
+    """The sprites in another order, front for back."""
+    count = len(scene.sprites)
+    order = [(i + by) % count for i in range(count)]
+    moved = {old: new for new, old in enumerate(order)}
+    sprites = [
+        dataclasses.replace(
+            scene.sprites[i],
+            motions=tuple(
+                dataclasses.replace(m, around=moved.get(m.around, -1))
+                for m in scene.sprites[i].motions
+            ),
         )
-    camera = str(rng.choice(["still", *DIRECTIONS]))
-    speed = float(rng.uniform(0.05, 0.2))
-    return Scene(height, width, tuple(sprites), camera, speed, (seed, number))
+        for i in order
+    ]
+    return dataclasses.replace(scene, sprites=tuple(sprites))
 
 
-def _size(aspect: float, area: int) -> tuple[int, int]:
-    """(height, width) in multiples of `UNIT` / 2, nearest to an aspect and an area."""
-    step = UNIT // 2
-    height = round(math.sqrt(area / aspect) / step) * step
-    return height, max(step, round(height * aspect / step) * step)
+def _placed(rng: np.random.Generator, scene: Scene) -> Scene:
+    """Places for all: such that what moves does so for a second before it bounces, and what goes
+    behind the wall has half a second to get there."""
+    sprites = []
+    for sprite in scene.sprites:
+        low = np.full(2, sprite.radius + 0.01)
+        high = np.asarray([scene.aspect, 1.0]) - low
+        kind = sprite.motions[0].kind
+        if kind in DIRECTIONS:
+            ahead = np.asarray(DIRECTIONS[kind]) * SPEED
+            low, high = low + np.maximum(-ahead, 0), high - np.maximum(ahead, 0)
+        if scene.wall is not None:
+            middle, wide = scene.wall
+            clear = wide / 2 + sprite.radius + (SPEED / 2 if kind == "behind" else 0.01)
+            if rng.random() < 0.5:
+                high = np.minimum(high, [middle - clear, np.inf])
+            else:
+                low = np.maximum(low, [middle + clear, -np.inf])
+        start = low + rng.random(2) * (high - low)
+        sprites.append(dataclasses.replace(sprite, start=(float(start[0]), float(start[1]))))
+    for i, sprite in enumerate(sprites):
+        *before, last = sprite.motions
+        if last.kind != "orbit":
+            continue
+        # From the middle there is room around; what moves first is sent to where it begins.
+        around = sprites[last.around]
+        middle = np.asarray([scene.aspect, 1.0]) / 2 + rng.uniform(-0.1, 0.1, 2)
+        radius = rng.uniform(0.04, 0.12) + sprite.radius + around.radius
+        angle = rng.uniform(0, 2 * math.pi)
+        start = middle + radius * np.asarray([math.cos(angle), math.sin(angle)])
+        for motion in before:
+            start -= np.asarray(DIRECTIONS[motion.kind]) * SPEED * last.begin
+        sprites[last.around] = dataclasses.replace(around, start=tuple(middle.tolist()))
+        sprites[i] = dataclasses.replace(sprite, start=tuple(start.tolist()))
+    return dataclasses.replace(scene, sprites=tuple(sprites))
 
 
-def _motions(rng: np.random.Generator, orbits: bool) -> tuple[Motion, ...]:
-    """One motion, or one and then another after two seconds or so."""
-    motions, begin = [], 0.0
-    for _ in range(int(rng.integers(1, 3))):
-        kind = rng.random()
-        speed = float(rng.uniform(*SPEED))
-        if orbits and kind < 0.25:
-            motions.append(Motion(begin, None, speed))
-        else:
-            still = not orbits and kind < 0.3
-            motions.append(
-                Motion(begin, str(rng.choice(list(DIRECTIONS))), 0.0 if still else speed)
-            )
-        begin += float(rng.uniform(*TURN))
-    return tuple(motions)
+def _apart(scene: Scene) -> bool:
+    """Whether no sprite lies on another in the first frame."""
+    pairs = [(a, b) for i, a in enumerate(scene.sprites) for b in scene.sprites[:i]]
+    return all(math.dist(a.start, b.start) > a.radius + b.radius + 0.03 for a, b in pairs)
+
+
+def _inside(scene: Scene) -> bool:
+    """Whether all is inside the picture at the beginning, and orbits stay there."""
+    for sprite in scene.sprites:
+        places = [sprite.start]
+        for motion in sprite.motions:
+            if motion.kind == "orbit":
+                around = scene.sprites[motion.around]
+                radius = math.dist(_path(scene, sprite, motion.begin), around.start)
+                if radius < sprite.radius + around.radius + 0.03:
+                    return False
+                places += [(around.start[0] + radius * a, around.start[1] + radius * b)
+                           for a, b in DIRECTIONS.values()]  # fmt: skip
+        if not all(
+            sprite.radius <= x <= scene.aspect - sprite.radius
+            and sprite.radius <= y <= 1 - sprite.radius
+            for x, y in places
+        ):
+            return False
+    return True
+
+
+def _replaced(scene: Scene, number: int, **fields: object) -> Scene:
+    sprites = list(scene.sprites)
+    sprites[number] = dataclasses.replace(sprites[number], **fields)
+    return dataclasses.replace(scene, sprites=tuple(sprites))
+
+
+def motion_at(sprite: Sprite, seconds: float) -> str:
+    """The kind of motion that a sprite has at a time."""
+    return [m.kind for m in sprite.motions if m.begin <= seconds][-1]
 
 
 def position(scene: Scene, sprite: Sprite, seconds: float) -> tuple[float, float]:
-    """Where the middle of a shape is at a time, (x, y) in picture heights; x grows to the right,
-    y downwards. What leaves the picture comes back on the other side."""
+    """Where the middle of a sprite is at a time."""
+    return _path(scene, sprite, seconds)
+
+
+def _path(scene: Scene, sprite: Sprite, seconds: float) -> tuple[float, float]:
+    """The way through one motion after another. Bounces are a straight line folded at the edges."""
     x, y = sprite.start
     for i, motion in enumerate(sprite.motions):
         end = sprite.motions[i + 1].begin if i + 1 < len(sprite.motions) else math.inf
         span = min(seconds, end) - motion.begin
-        if span <= 0:
+        if span < 0:
             break
-        if motion.direction is None:
-            centre = position(scene, scene.sprites[0], motion.begin + span)
-            begun = position(scene, scene.sprites[0], motion.begin)
-            radius = max(0.2, math.hypot(x - begun[0], y - begun[1]))
-            radius = min(radius, 0.35)
-            angle = math.atan2(y - begun[1], x - begun[0]) + 3.0 * motion.speed * span
-            x, y = centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)
-        else:
-            dx, dy = DIRECTIONS[motion.direction]
-            x, y = x + dx * motion.speed * span, y + dy * motion.speed * span
-    x = (x + MARGIN) % (scene.aspect + 2 * MARGIN) - MARGIN
-    y = (y + MARGIN) % (1 + 2 * MARGIN) - MARGIN
+        match motion.kind:
+            case "stay":
+                pass
+            case "orbit":
+                cx, cy = scene.sprites[motion.around].start
+                radius, angle = math.dist((x, y), (cx, cy)), math.atan2(y - cy, x - cx)
+                angle += SPEED / radius * span
+                x, y = cx + radius * math.cos(angle), cy + radius * math.sin(angle)
+            case "behind":
+                x = x + _behind(scene, sprite, motion, span)
+            case kind:
+                dx, dy = DIRECTIONS[kind]
+                x, y = x + dx * SPEED * span, y + dy * SPEED * span
+        x = _fold(x, sprite.radius, scene.aspect - sprite.radius)
+        y = _fold(y, sprite.radius, 1 - sprite.radius)
     return x, y
+
+
+def _behind(scene: Scene, sprite: Sprite, motion: Motion, span: float) -> float:
+    """How far a sprite that goes behind the wall has come along x: up to the middle of the wall,
+    where it waits, and on."""
+    middle, wide = scene.wall
+    way = abs(middle - sprite.start[0])
+    # It is out of sight while its sides are behind those of the wall.
+    wait = motion.hidden - (wide - 2 * drawing.HALF_WIDTHS[sprite.form] * sprite.radius) / SPEED
+    arrival = way / SPEED
+    moved = min(span, arrival) + max(0.0, span - arrival - wait)
+    return math.copysign(SPEED * moved, middle - sprite.start[0])
+
+
+def _fold(x: float, low: float, high: float) -> float:
+    """A straight way folded into [low, high]."""
+    period = 2 * (high - low)
+    along = (x - low) % period
+    return low + min(along, period - along)
 
 
 def frames(scene: Scene, seconds: float) -> Iterator[np.ndarray]:
     """The frames (H, W, 3) uint8, 30 a second."""
-    background = _background(scene)
-    rows = (np.arange(scene.height) + 0.5)[:, None] / scene.height
-    columns = (np.arange(scene.width) + 0.5)[None, :] / scene.height
+    dx, dy = DIRECTIONS.get(scene.camera, (0, 0))
+    texture = drawing.Texture(scene.texture, scene.height, scene.width)
     for number in range(round(seconds * FPS)):
-        time = number / FPS
-        picture = _shifted(scene, background, time)
-        for sprite in scene.sprites:
-            x, y = position(scene, sprite, time)
-            cover = _cover(sprite, columns - x, rows - y, 1.5 / scene.height)[:, :, None]
-            colour = np.asarray(COLOURS[sprite.colour], np.float32)[None, None]
-            picture = picture * (1 - cover) + colour * cover
+        moved = PAN * number / FPS
+        picture = texture.seen(dx * moved, dy * moved)
+        for sprite, (box, cover) in zip(scene.sprites, _covers(scene, number), strict=True):
+            drawing.paint(picture, box, cover, COLOURS[sprite.colour])
+        if scene.wall is not None:
+            drawing.paint_wall(picture, *scene.wall)
         yield picture.round().astype(np.uint8)
 
 
-def _background(scene: Scene) -> np.ndarray:
-    """A texture that continues at its edges, twice the size of the picture."""
-    rng = np.random.default_rng([*scene.seed, 1])
-    height, width = 2 * scene.height, 2 * scene.width
-    total = np.zeros((height, width, 3), np.float32)
-    for octave in OCTAVES:
-        cells = rng.standard_normal((octave, octave * 2, 3)).astype(np.float32)
-        cells = np.pad(cells, ((2, 2), (2, 2), (0, 0)), mode="wrap")
-        scale = height / octave, width / (octave * 2)
-        size = round(cells.shape[1] * scale[1]), round(cells.shape[0] * scale[0])
-        layers = [
-            np.asarray(Image.fromarray(cells[:, :, c]).resize(size, Image.Resampling.BICUBIC))
-            for c in range(3)
-        ]
-        top, left = round(2 * scale[0]), round(2 * scale[1])
-        total += np.stack(layers, axis=-1)[top : top + height, left : left + width] / octave**0.5
-    base = rng.uniform(70, 150, 3).astype(np.float32)
-    return np.clip(base[None, None] + 22 * total, 0, 255)
+def _covers(scene: Scene, number: int) -> list[tuple[drawing.Box, np.ndarray]]:
+    """Where each sprite is in a frame, and how much of each pixel there it covers."""
+    return [
+        drawing.cover(
+            sprite.form, sprite.radius, position(scene, sprite, number / FPS),
+            scene.height, scene.width,
+        )
+        for sprite in scene.sprites
+    ]  # fmt: skip
 
 
-def _shifted(scene: Scene, background: np.ndarray, seconds: float) -> np.ndarray:
-    """What the camera sees of the background, to a fraction of a pixel."""
-    if scene.camera == "still":
-        return background[: scene.height, : scene.width].copy()
-    dx, dy = DIRECTIONS[scene.camera]
-    moved = scene.camera_speed * seconds * scene.height
-    pieces = 0.0
-    for step, share in ((math.floor(moved), 1 - moved % 1), (math.floor(moved) + 1, moved % 1)):
-        rolled = np.roll(background, (-dy * step, -dx * step), (0, 1))
-        pieces = pieces + np.float32(share) * rolled[: scene.height, : scene.width]
-    return pieces
+def masks(scene: Scene, number: int) -> np.ndarray:
+    """How much of each pixel each sprite covers in a frame as it is seen, (S, H, W)."""
+    return _seen(scene, _covers(scene, number))
 
 
-def _cover(sprite: Sprite, x: np.ndarray, y: np.ndarray, edge: float) -> np.ndarray:
-    """How much of each pixel a shape covers (H, W), with soft edges."""
-    radius = SIZES[sprite.size]
-    match sprite.form:
-        case "circle":
-            distance = np.hypot(x, y) - radius
-        case "ring":
-            distance = np.abs(np.hypot(x, y) - 0.75 * radius) - 0.25 * radius
-        case "square":
-            distance = np.maximum(np.abs(x), np.abs(y)) - 0.85 * radius
-        case _:
-            slope = np.abs(x) * 0.866 + y * 0.5
-            distance = np.maximum(slope, -y) - 0.6 * radius
-    return np.clip(0.5 - distance / edge, 0, 1).astype(np.float32)
+def _seen(scene: Scene, covers: list[tuple[drawing.Box, np.ndarray]]) -> np.ndarray:
+    seen = np.zeros((len(covers), scene.height, scene.width), np.float32)
+    left = np.ones((scene.height, scene.width), np.float32)
+    if scene.wall is not None:
+        left -= drawing.wall_cover(*scene.wall, scene.height, scene.width)[None, :]
+    for i in reversed(range(len(covers))):
+        box, cover = covers[i]
+        seen[i][box] = cover * left[box]
+        left[box] *= 1 - cover
+    return seen
+
+
+def truth(scene: Scene, seconds: float) -> Truth:
+    """Where every sprite is in every frame, and how much of it is seen."""
+    centres, visible = [], []
+    for number in range(round(seconds * FPS)):
+        covers = _covers(scene, number)
+        places = [position(scene, sprite, number / FPS) for sprite in scene.sprites]
+        centres.append(np.asarray(places) * scene.height)
+        areas = [full_area(s.form, s.radius * scene.height) for s in scene.sprites]
+        visible.append(_seen(scene, covers).sum(axis=(1, 2)) / areas)
+    return Truth(np.asarray(centres, np.float32), np.minimum(visible, 1).astype(np.float32))
+
+
+@functools.lru_cache(maxsize=64)
+def full_area(form: str, radius: float) -> float:
+    """Pixels that a sprite of a radius in pixels covers where nothing hides it."""
+    side = 4 * math.ceil(radius)
+    _, cover = drawing.cover(form, radius / side, (0.5, 0.5), side, side)
+    return float(cover.sum())
 
 
 def write(
-    folder: Path, number: int, seed: int, seconds: float, size: tuple[int, int] | None = None
-) -> Path:
+    folder: Path, number: int, seed: int, seconds: float, size: tuple[int, int] | None = None,
+    split: Split = "train",
+) -> Path:  # fmt: skip
     """Make clip `number`: an mp4 file, and its caption in a .txt file beside it. Nothing is done
     where both are there."""
-    made = scene(seed, number, *(size or (None, None)))
+    made = scene(seed, number, *(size or (None, None)), split)
     file = Path(folder) / f"{number:05d}.mp4"
     if file.exists() and file.with_suffix(".txt").exists():
         return file

@@ -75,43 +75,47 @@ def export(
         kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
         leaves = itertools.chain(kept, leaves)
     origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
-    return _write_bundle(manifest, bundle_path, target, model, cfg, leaves, origin, copy)
+    if cfg.schedule:
+        order = packing.default_order(cfg.schedule)
+        manifest = dataclasses.replace(manifest, schedule=cfg.schedule, order=order)
+    network = model.kind, dataclasses.asdict(model.cfg)
+    written = write_bundle(
+        manifest, bundle_path, target, "transformer", network, leaves, origin, copy
+    )
+    return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
 
 
-def _write_bundle(
+def write_bundle(
     manifest: bundle.Manifest,
     bundle_path: epath.PathLike,
     target: epath.Path,
-    model: state.Model,
-    cfg: Config,
+    role: str,
+    network: tuple[str, dict[str, Any]],
     leaves: Iterator[tuple[str, np.ndarray]],
     origin: str,
     copy: bool,
-) -> str:
-    """The transformer, then pointers to or copies of the rest, the manifest last."""
+) -> bundle.Written:
+    """A bundle like the one at `bundle_path`, but for its manifest and a trained network, (kind,
+    config), in one role: that, then pointers to or copies of the rest, the manifest last."""
     (target / bundle.MANIFEST).unlink(missing_ok=True)
-    written = bundle.write_params(target / "transformer", leaves)
+    written = bundle.write_params(target / role, leaves)
     source = {"name": origin, "naming": "trained", "format": "orbax"}
     roles = {}
-    for name, role in manifest.roles.items():
-        path = epath.Path(bundle_path) / role.path
-        if name == "transformer":
-            fields = dataclasses.asdict(model.cfg)
-            roles[name] = bundle.Role(model.kind, fields, name, source | written._asdict())
+    for name, other in manifest.roles.items():
+        path = epath.Path(bundle_path) / other.path
+        if name == role:
+            roles[name] = bundle.Role(*network, name, source | written._asdict())
         elif copy:
             _copy(path, target / name)
-            roles[name] = dataclasses.replace(role, path=name)
+            roles[name] = dataclasses.replace(other, path=name)
         else:
-            roles[name] = dataclasses.replace(role, path=bundle.reference(path, target))
+            roles[name] = dataclasses.replace(other, path=bundle.reference(path, target))
     # Tokenizers and the image processor are small.
     for part in epath.Path(bundle_path).iterdir():
         if part.name in ASSETS and part.is_dir():
             _copy(part, target / part.name)
-    schedule = cfg.schedule or manifest.schedule
-    order = packing.default_order(schedule) if cfg.schedule else manifest.order
-    made = dataclasses.replace(manifest, roles=roles, schedule=schedule, order=order)
-    bundle.write_manifest(target, made)
-    return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+    bundle.write_manifest(target, dataclasses.replace(manifest, roles=roles))
+    return written
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:

@@ -5,6 +5,7 @@ state and are in no checkpoint.
 """
 
 import dataclasses
+import functools
 import re
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -38,6 +39,28 @@ class State:
     ema: Params | None
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+
+
+def updated(
+    state: State, grads: Params, loss: jax.Array, tx: optax.GradientTransformation, ema: float
+) -> tuple[State, jax.Array]:
+    """(state after an update, norm of the gradient). Where the loss or the gradient is not finite,
+    the update is left out and counted; `ema` is the decay of the moving average."""
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema and jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.ema, params)
+    kept = functools.partial(jnp.where, finite)
+    new = State(
+        step=state.step + 1,
+        params=jax.tree.map(kept, params, state.params),
+        opt_state=jax.tree.map(kept, opt_state, state.opt_state),
+        ema=jax.tree.map(kept, average, state.ema),
+        skipped=state.skipped + ~finite,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    return new, norm
 
 
 class Model(NamedTuple):

@@ -21,7 +21,7 @@ from framepack_jax.diffusion import flow
 from framepack_jax.packing import PackedContext, group_tokens
 from framepack_jax.sharding import BATCH, constrain
 from framepack_jax.training.config import Config, Times
-from framepack_jax.training.state import Model, Params, State, factor_scale, united
+from framepack_jax.training.state import Model, Params, State, factor_scale, united, updated
 
 # Frames (B, P, H, W, 3) in [-1, 1] -> normalised latents, for batches that hold frames.
 Encode = Callable[[jax.Array], jax.Array]
@@ -67,24 +67,11 @@ def train_step(
         return grads, seen
 
     grads, (losses, sigmas) = _accumulated(gradient, batch, cfg.accumulate)
-    mean, norm = jnp.mean(losses), optax.tree.norm(grads)
-    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema and jax.tree.map(
-        lambda e, p: cfg.ema * e + (1 - cfg.ema) * p, state.ema, params
-    )
-    kept = functools.partial(jnp.where, finite)
-    new = State(
-        step=state.step + 1,
-        params=jax.tree.map(kept, params, state.params),
-        opt_state=jax.tree.map(kept, opt_state, state.opt_state),
-        ema=jax.tree.map(kept, ema, state.ema),
-        skipped=state.skipped + ~finite,
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-    )
+    mean = jnp.mean(losses)
+    new, norm = updated(state, grads, mean, tx, cfg.ema)
+    skipped = new.skipped != state.skipped
     metrics = Metrics(
-        mean, norm, ~finite, new.skipped_in_a_row, losses, sigmas, batch.section, batch.clip
+        mean, norm, skipped, new.skipped_in_a_row, losses, sigmas, batch.section, batch.clip
     )
     return new, metrics
 

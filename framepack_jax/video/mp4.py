@@ -154,7 +154,7 @@ def read_span(
         for frame, shown in _repeats(decoded, stream.average_rate, rate, origin, first):
             if shown:
                 picture = resize_center_crop(_rgb(frame), *size)
-            frames += [picture] * min(shown, count - len(frames))
+                frames += [picture] * min(shown, count - len(frames))
             if len(frames) == count:
                 return np.stack(frames)
         raise ValueError(f"it ends before frame {first + count - 1} at {fps} frames a second")

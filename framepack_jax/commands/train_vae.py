@@ -1,0 +1,65 @@
+"""`framepack train-vae`: a folder of videos becomes a VAE, in a bundle of its own."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+from framepack_jax import sharding, topology
+from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.records import path_of
+from framepack_jax.commands.train import FAILURES, INTERRUPTED, defaults, explained
+from framepack_jax.training import vae
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainVae(vae.Config):
+    """Train the VAE of a bundle, or one of other sizes, on a folder of videos.
+
+    Every field of the configuration is a flag, and replaces what --config FILE says. The run's
+    folder, --output, holds checkpoints, log.jsonl, validation/ and at the end a bundle/. A run that
+    was stopped goes on with the same command. On one host, with all its devices.
+    """
+
+    config: Path | None = None
+    """A Python file with get_config(), as configs/tiny_vae.py."""
+    resume: Literal["auto", "never"] = "auto"
+    """Go on from the last checkpoint in --output, if there is one; or refuse to."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the weights in the bundle."""
+
+
+def main(args: list[str] | None = None, prog: str = "framepack train-vae") -> None:
+    """Parse flags and run; user errors end with a message and exit code 1."""
+    args = sys.argv[1:] if args is None else args
+    began = time.monotonic()
+    try:
+        _run(tyro.cli(TrainVae, prog=prog, args=args, default=defaults(TrainVae, vae.Config, args)))
+    except FAILURES as error:
+        raise SystemExit(f"error: {explained(error)}") from error
+    except KeyboardInterrupt:
+        print("interrupted; what was saved stays, and the same command goes on", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    print(f"{time.monotonic() - began:.1f} s in all")
+
+
+def _run(flags: TrainVae) -> None:
+    names = [field.name for field in dataclasses.fields(vae.Config)]
+    cfg = vae.Config(**{name: getattr(flags, name) for name in names})
+    required = {"--videos": cfg.videos, "--bundle": cfg.bundle, "--output": cfg.output}
+    if absent := [flag for flag, given in required.items() if not given]:
+        raise ValueError(f"give {', '.join(absent)}, or a --config that does")
+    keep_compiled()
+    topology.quiet_libtpu()
+    path = path_of(cfg.bundle)
+    mesh = sharding.make_mesh(data=jax.device_count())
+    step = vae.train(cfg, path, mesh, resume=flags.resume == "auto")
+    if step < cfg.steps:
+        print(f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved; the same"
+              " command goes on")  # fmt: skip
+        return
+    print(vae.export(f"{cfg.output}@{step}", path, f"{cfg.output}/bundle", dtype=flags.dtype))

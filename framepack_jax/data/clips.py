@@ -1,0 +1,127 @@
+"""Short clips cut at random out of a folder of videos, for training a VAE.
+
+Clip e of the endless stream - which video, from when, which part of the picture - is the same
+whatever the number of threads and hosts.
+
+Shapes: B batch, T frames, H W rows and columns.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from framepack_jax.data.stages import SUFFIXES
+from framepack_jax.video import mp4_info, read_span
+
+FPS = 30.0
+# Videos that need less than this are decoded once and kept.
+KEPT_BYTES = 6 << 30
+
+
+class Video(NamedTuple):
+    """A file, how many frames it has at 30 a second, and the size of its picture."""
+
+    path: Path
+    frames: int
+    height: int
+    width: int
+
+
+def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[Video]:
+    """The videos below a folder, by name. Raises ValueError where there are none, or one is shorter
+    than `frames` or smaller than `size` (height, width)."""
+    folder = Path(folder)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"{folder} has no videos ({', '.join(SUFFIXES)}); framepack synthetic makes some"
+        )
+    found = []
+    for file in files:
+        info = mp4_info(file)
+        video = Video(file, int(info.frames * FPS / info.fps), info.height, info.width)
+        if video.frames < frames or video.height < size[0] or video.width < size[1]:
+            raise ValueError(
+                f"{file} has {video.frames} frames of {video.height}x{video.width} at {FPS:g} a"
+                f" second; clips of {frames} frames of {size[0]}x{size[1]} are cut out of it: move"
+                " it away, or ask for less with --frames or --size"
+            )
+        found.append(video)
+    return found
+
+
+def hold_out(videos: Sequence[Video], count: int) -> tuple[list[Video], list[Video]]:
+    """(videos to train on, `count` others), chosen by the digests of their names, so that a folder
+    that grows keeps most of them. Raises ValueError where nothing is left."""
+    if count >= len(videos):
+        raise ValueError(f"--holdout {count} leaves none of {len(videos)} videos to train on")
+    ranked = sorted(videos, key=lambda v: hashlib.sha256(v.path.name.encode()).hexdigest())
+    held = set(ranked[:count])
+    return [video for video in videos if video not in held], ranked[:count]
+
+
+def read_clip(video: Video, first: int, frames: int) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 from `first` on, in the video's own size."""
+    return read_span(video.path, FPS, first, frames, (video.height, video.width))
+
+
+@functools.cache
+def _whole(video: Video) -> np.ndarray:
+    """A video in memory, for as long as the process."""
+    return read_clip(video, 0, video.frames)
+
+
+class Clips:
+    """Batches (B, T, H, W, 3) uint8 for ever, of which this host reads its `share` (index,
+    count)."""
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        frames: int,
+        size: tuple[int, int],
+        batch: int,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.frames, self.size = frames, size
+        self.kept = sum(3 * v.frames * v.height * v.width for v in videos) <= KEPT_BYTES
+        stream = grain.MapDataset.source(list(videos)).seed(seed).shuffle().repeat()
+        index, count = share
+        self._iterator = iter(
+            grain.experimental.ElasticIterator(
+                stream.random_map(self._cut), batch,
+                grain.sharding.ShardOptions(index, count, drop_remainder=True),
+                read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch),
+            )
+        )  # fmt: skip
+
+    def _cut(self, video: Video, rng: np.random.Generator) -> np.ndarray:
+        height, width = self.size
+        first = int(rng.integers(video.frames - self.frames + 1))
+        top = int(rng.integers(video.height - height + 1))
+        left = int(rng.integers(video.width - width + 1))
+        if self.kept:
+            clip = _whole(video)[first : first + self.frames]
+        else:
+            clip = read_clip(video, first, self.frames)
+        return clip[:, top : top + height, left : left + width]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is, the same on every host."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where a stream was."""
+        self._iterator.set_state(state)

@@ -1,0 +1,212 @@
+"""A VAE is trained on videos, stopped and gone on with, and becomes part of a bundle."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import quick_flags
+
+from framepack_jax import bundle, conditioning
+from framepack_jax.commands import train_vae
+from framepack_jax.commands.records import path_of
+from framepack_jax.data import clips, synthetic
+from framepack_jax.models import vae as model
+from framepack_jax.training import checkpoints, vae
+
+CONFIG = """
+from framepack_jax.training.config import Checkpoints, Optimizer
+from framepack_jax.training.vae import Config
+
+def get_config():
+    return Config(
+        bundle="tiny", init="scratch",
+        network={"channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_groups": 2},
+        frames=5, size=(16, 24), holdout=2, batch=2, steps=8, ema=0.5,
+        optimizer=Optimizer(learning_rate=5e-3, warmup_steps=2, weight_decay=0.0),
+        validate_every=8, checkpoints=Checkpoints(every=4, keep=3), log_every=1,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Videos, and a configuration."""
+    folder = tmp_path_factory.mktemp("vae")
+    (folder / "videos").mkdir()
+    for number in range(8):
+        synthetic.write(folder / "videos", number, 0, 0.5, (32, 32))
+    (folder / "config.py").write_text(CONFIG)
+    return folder
+
+
+def flags(place, output, *more: str) -> list[str]:
+    return ["--config", str(place / "config.py"), "--videos", str(place / "videos"),
+            "--output", str(output), *more]  # fmt: skip
+
+
+def run(place, output) -> str:
+    """In a process that compiles quickly; what it printed."""
+    env = os.environ | {
+        "XLA_FLAGS": quick_flags(), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "framepack_jax", "train-vae", *flags(place, output)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run from its first step to its last."""
+    run(place, place / "whole")
+    return place / "whole"
+
+
+def params_of(folder, step: int):
+    return checkpoints.restore_params(folder, step, abstract(), "ema")
+
+
+def abstract():
+    cfg = model.Config(channels=(4, 4, 8, 8), layers_per_block=1, norm_groups=2)
+    return jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+
+
+def test_what_is_given_back_comes_nearer(whole) -> None:
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    ratios = [line["psnr"] for line in lines if "psnr" in line]
+    assert len(ratios) == 8 and ratios[-1] > ratios[0] + 1
+    (held,) = (line for line in lines if "held_out/psnr" in line)
+    assert held["held_out/least_psnr"] <= held["held_out/psnr"]
+    assert (whole / "validation" / "step_0000008.png").exists()
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(whole, place, tmp_path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    # The place of a run is no part of it.
+    assert "goes on after step 4" in run(place, tmp_path / "run")
+    same = jax.tree.map(np.array_equal, params_of(whole, 8), params_of(tmp_path / "run", 8))
+    assert all(jax.tree.leaves(same))
+    changed = jax.tree.map(np.array_equal, params_of(whole, 8), params_of(whole, 4))
+    assert not any(leaf for leaf in jax.tree.leaves(changed))
+    with pytest.raises(SystemExit, match=r"begun otherwise \(kl = 1e-05 then, 0\.1 now\)"):
+        train_vae.main(flags(place, tmp_path / "run", "--kl", "0.1"))
+    with pytest.raises(SystemExit, match="holds a run up to step 8"):
+        train_vae.main(flags(place, tmp_path / "run", "--resume", "never"))
+
+
+def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> None:
+    made = whole / "bundle"
+    manifest = bundle.read_manifest(made)
+    _, cfg = bundle.role_config(manifest, "vae")
+    assert cfg.channels == (4, 4, 8, 8)
+    params = bundle.load_params(made, manifest, "vae", dtype=jnp.float32)
+    trained = params_of(whole, 8)
+    np.testing.assert_allclose(
+        params["encoder"]["conv_in"]["kernel"], trained["encoder"]["conv_in"]["kernel"], rtol=1e-2
+    )
+    found = clips.find_videos(place / "videos", 5, (16, 24))
+    train, held = clips.hold_out(found, 2)
+    latents = np.concatenate([
+        conditioning.clip_latents(
+            cfg, params, clips.read_clip(video, (video.frames - 5) // 2, 5)[None],
+            manifest.latent_mean, manifest.latent_std,
+        )
+        for video in train
+    ])  # fmt: skip
+    np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.05)
+    np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.05)
+    # The other networks are those of the bundle that it began from.
+    tiny = bundle.read_manifest(path_of("tiny"))
+    for role in ("transformer", "text_encoder"):
+        assert manifest.roles[role].source == tiny.roles[role].source
+        bundle.load_params(made, manifest, role)
+    assert len(held) == 2
+
+
+def test_the_stream_of_clips_does_not_depend_on_hosts(place) -> None:
+    videos = clips.find_videos(place / "videos", 5, (16, 24))
+    alone = clips.Clips(videos, 5, (16, 24), 4, seed=3)
+    shares = [clips.Clips(videos, 5, (16, 24), 4, seed=3, share=(i, 2)) for i in range(2)]
+    batches = [next(alone) for _ in range(3)]
+    assert batches[0].shape == (4, 5, 16, 24, 3) and batches[0].dtype == np.uint8
+    for batch in batches:
+        parts = [next(share) for share in shares]
+        # Shares are taken in strides.
+        joined = np.stack(parts, axis=1).reshape(batch.shape)
+        assert np.array_equal(joined, batch)
+    state = alone.get_state()
+    after = next(alone)
+    again = clips.Clips(videos, 5, (16, 24), 4, seed=3)
+    again.set_state(state)
+    assert np.array_equal(next(again), after)
+    assert not np.array_equal(after, batches[0])
+
+
+def test_held_out_videos_stay_when_others_come(place) -> None:
+    videos = clips.find_videos(place / "videos", 5, (16, 24))
+    few, held = clips.hold_out(videos[:6], 2)
+    assert {*few, *held} == set(videos[:6]) and len(held) == 2
+    more, _ = clips.hold_out(videos, 4)
+    assert len(more) == 4 and not set(more) & set(clips.hold_out(videos, 2)[1])
+    with pytest.raises(ValueError, match="--holdout 8 leaves none of 8"):
+        clips.hold_out(videos, 8)
+
+
+def test_noise_ratio_and_divergence() -> None:
+    np.testing.assert_allclose(vae.psnr([4.0, 0.04, 0.004]), [0, 20, 30], atol=1e-6)
+    cfg = model.Config(channels=(4, 4, 8, 8), layers_per_block=1, norm_groups=2)
+    params = model.init(cfg, jax.random.key(0))
+    # Latents of mean m and variance s for every clip: (m^2 + s - 1 - log s) / 2.
+    params["encoder"]["quant"]["kernel"] *= 0
+    bias = np.repeat([0.5, np.log(2.0)], 16)
+    params["encoder"]["quant"]["bias"] = jnp.asarray(bias, jnp.float32)
+    *_, kl = vae.losses(cfg, params, jnp.zeros((1, 5, 8, 8, 3)), jax.random.key(1))
+    np.testing.assert_allclose(kl, (0.25 + 2 - 1 - np.log(2)) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--size", "40", "40"], "has 15 frames of 32x32"),
+        (["--frames", "17"], r"clips of 17 frames"),
+        (["--holdout", "8"], "--holdout 8 leaves none"),
+        (["--init", "bundle"], "--init scratch"),
+        (["--init", "nowhere"], "nowhere has no checkpoint"),
+        (["--bundle", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_named(place, tmp_path, more, message) -> None:
+    with pytest.raises(SystemExit, match=message):
+        train_vae.main(flags(place, tmp_path / "new", *more))
+    assert not (tmp_path / "new" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"frames": 6}, r"--frames 6: expected 1 \+ 4 k"),
+        ({"size": (20, 16)}, r"--size \(20, 16\): expected multiples of 8"),
+        ({"batch": 0}, "--batch 0"),
+        ({"ema": 1.0}, "--ema 1"),
+        ({"kl": -1.0}, "--kl -1"),
+    ],
+)
+def test_impossible_settings_are_named(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        vae.Config(**fields)
+
+
+def test_a_folder_without_videos_is_named(place, tmp_path) -> None:
+    with pytest.raises(SystemExit, match="has no videos"):
+        train_vae.main(flags(place, tmp_path / "new", "--videos", str(tmp_path)))
+    with pytest.raises(SystemExit, match="give --videos, --bundle, --output"):
+        train_vae.main([])
