@@ -1,9 +1,11 @@
-"""The tiny bundle that the package carries: every network of the real kinds, small widths.
+"""Tiny bundles: every network of the real kinds, small widths, random weights.
 
 Command:  python configs/tiny_bundle.py framepack_jax/assets/tiny
+          python configs/tiny_bundle.py outputs/world_bundle --world
 Hardware: a CPU, seconds.
-Result:   the bundle behind `--bundle tiny`, about 1 MB. Its weights are random, so that its videos
-          show that everything runs, and nothing else.
+Result:   the bundle behind `--bundle tiny`, about 1 MB, whose videos show that everything runs, and
+          nothing else; and the one that models of the demo world begin from, whose encoders stay
+          as they are: a random transformer's states still tell which words they have read.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from framepack_jax import packing
 from framepack_jax.bundle import Manifest, Role, write_manifest, write_params
 from framepack_jax.conditioning import PROMPT_TEMPLATE
+from framepack_jax.data import synthetic
 from framepack_jax.models import clip, kinds, llama, packed_dit, siglip, stack, vae
 
 CORPUS = (
@@ -42,8 +45,11 @@ class TinyBundle:
     image_encoder: siglip.Config
     schedule: str = packing.RELEASED_INVERTED
     scaling_factor: float = 0.476986
+    corpus: tuple[str, ...] = CORPUS
     seed: int = 0
     dtype: str = "bfloat16"
+    unit_embeddings: bool = False
+    """Word embeddings of variance 1, so that what is mixed in by attention does not drown them."""
 
 
 def get_config() -> TinyBundle:
@@ -66,6 +72,30 @@ def get_config() -> TinyBundle:
     )  # fmt: skip
 
 
+def get_world_config() -> TinyBundle:
+    """Encoders that read the captions of the demo world, word by word."""
+    captions = tuple(synthetic.scene(0, number).caption for number in range(500))
+    return TinyBundle(
+        transformer=packed_dit.Config(
+            heads=6, head_dim=32, double_layers=2, single_layers=6, refiner_layers=1, text_dim=96,
+            pooled_dim=48, image_dim=32, rope_axes=(8, 12, 12),
+        ),
+        vae=vae.Config(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),
+        text_encoder=llama.Config(
+            vocab_size=400, width=96, layers=4, heads=6, kv_heads=6, head_dim=16, mlp_width=192,
+            rope_theta=100.0,
+        ),
+        text_encoder_2=clip.Config(
+            vocab_size=400, width=48, layers=3, heads=4, mlp_width=96, eos_token_id=1
+        ),
+        image_encoder=siglip.Config(
+            width=32, layers=2, heads=4, mlp_width=64, image_size=42, patch_size=14
+        ),
+        corpus=captions,
+        unit_embeddings=True,
+    )  # fmt: skip
+
+
 def write(config: TinyBundle, output: Path) -> None:
     """Write the bundle with freshly drawn weights."""
     networks = {
@@ -80,13 +110,17 @@ def write(config: TinyBundle, output: Path) -> None:
         model = kinds.KINDS[kind]
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), number)
         params = jax.jit(model.init, static_argnums=0)(cfg, key)
+        if config.unit_embeddings and role == "text_encoder":
+            params["embed"]["embedding"] /= jnp.std(params["embed"]["embedding"])
         leaves = stack.split(stack.cast(params, jnp.dtype(config.dtype)), model.STACKS)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
         source = {"name": "configs/tiny_bundle.py, untrained"}
         source |= write_params(output / role, arrays)._asdict()
         roles[role] = Role(kind, dataclasses.asdict(cfg), role, source)
-    llama_tokenizer(config.text_encoder.vocab_size).save_pretrained(output / "tokenizer")
-    clip_tokenizer(config.text_encoder_2.vocab_size).save_pretrained(output / "tokenizer_2")
+    words = config.text_encoder.vocab_size, config.corpus
+    llama_tokenizer(*words).save_pretrained(output / "tokenizer")
+    words = config.text_encoder_2.vocab_size, config.corpus
+    clip_tokenizer(*words).save_pretrained(output / "tokenizer_2")
     write_image_processor(config.image_encoder, output / "image_processor")
     channels = config.vae.latent_channels
     manifest = Manifest(
@@ -102,11 +136,11 @@ def write(config: TinyBundle, output: Path) -> None:
         message.unlink()  # it names the folder of this machine, and nothing reads it
 
 
-def llama_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def llama_tokenizer(vocabulary: int, corpus: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Llama 3's special tokens."""
     names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
     names += ["<|eot_id|>", "<pad>"]
-    tokenizer = _byte_level_bpe(vocabulary, names, [*CORPUS, PROMPT_TEMPLATE])
+    tokenizer = _byte_level_bpe(vocabulary, names, [*corpus, PROMPT_TEMPLATE])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
     )
@@ -116,10 +150,10 @@ def llama_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def clip_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def clip_tokenizer(vocabulary: int, corpus: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with CLIP's special tokens; padded with the end token."""
     names = ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = _byte_level_bpe(vocabulary, names, CORPUS)
+    tokenizer = _byte_level_bpe(vocabulary, names, corpus)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>",
         special_tokens=[(name, i) for i, name in enumerate(names)],
@@ -155,4 +189,4 @@ def write_image_processor(cfg: siglip.Config, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(get_config(), Path(sys.argv[1]))
+    write(get_world_config() if "--world" in sys.argv else get_config(), Path(sys.argv[1]))

@@ -102,6 +102,19 @@ def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
         assert by_kernel["k4"] == golden_row["clean_4x"]
 
 
+def test_captions_are_filled_up_to_as_many_tokens_as_asked_for(dataset) -> None:
+    folder, _ = dataset
+    (_, (whole,)), (_, (short,)) = take(folder, 1), take(folder, 1, text_tokens=8)
+    assert whole.text.shape[1] == 256 and short.text.shape[1] == short.text_valid.shape[1] == 8
+    np.testing.assert_array_equal(short.text, whole.text[:, :8])
+    assert np.array_equal(short.text_valid, whole.text_valid[:, :8])
+    assert short.text_valid.sum() == whole.text_valid.sum()
+    with pytest.raises(DatasetError, match=r"caption of \d tokens, more than --data.text-tokens 3"):
+        take(folder, 8, text_tokens=3)
+    with pytest.raises(ValueError, match=r"--data\.text-tokens 257"):
+        Config(text_tokens=257)
+
+
 def test_windows_are_drawn_for_each_batch(dataset) -> None:
     """Evenly, the same however the stream is read; a sample is that of its window's schedule."""
     folder, clips = dataset
