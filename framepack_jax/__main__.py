@@ -10,6 +10,7 @@ COMMANDS = {
     "synthetic": "make videos with captions to try training with",
     "prepare": "videos + captions -> dataset",
     "train": "dataset + bundle -> trained model",
+    "evaluate": "drift and forgetting of bundles, or of a video file",
     "export-run": "training run -> bundle or LoRA file",
 }
 
