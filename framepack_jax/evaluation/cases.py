@@ -24,8 +24,8 @@ AFTER = 1.0
 """Seconds after a hidden sprite is out again for which it is looked for."""
 GONE = 0.02
 """Share of a sprite in sight, at most, for it to count as hidden."""
-# Hidden sprites are out again by then, in seconds, beside the time that they are hidden.
-LATEST = 30.0
+LATEST = 12.0
+"""Seconds by which a hidden sprite is out again, beside the time for which it is hidden."""
 Figures = dict[str, np.ndarray]
 
 
@@ -33,8 +33,9 @@ Figures = dict[str, np.ndarray]
 class Case:
     """A video that is asked for: a scene, its first frame and caption, at least so many frames.
 
-    `sprite` is the one that is hidden, or moves as one of two captions says; `other` the scene of
-    the other caption; `shuffled` a caption of another case.
+    `sprite` is the one that is hidden, in the frames `away`, and in sight again in those of `back`;
+    or the one that moves as one of two captions says, `other` being the scene of the other caption
+    and `shuffled` a caption of another case.
     """
 
     part: str
@@ -43,6 +44,8 @@ class Case:
     frames: int
     seed: int
     sprite: int | None = None
+    away: slice | None = None
+    back: slice | None = None
     other: Scene | None = None
     shuffled: str = ""
 
@@ -66,14 +69,16 @@ def hiding_cases(
     seed: int, count: int, hidden: float, size: tuple[int, int], part: str
 ) -> list[Case]:
     """Scenes with a sprite that is hidden for so many seconds, long enough to see it back."""
-    scenes = [synthetic.hiding(seed, i, hidden, *size) for i in range(count)]
-    sprites = [synthetic.hider(scene) for scene in scenes]
-    frames = max(
-        hidden_span(*pair, hidden + LATEST)[1].stop for pair in zip(scenes, sprites, strict=True)
-    )
+    made = []
+    for number in range(count):
+        scene = synthetic.hiding(seed, number, hidden, *size)
+        sprite = synthetic.hider(scene)
+        away, back = hidden_span(scene, sprite, hidden + LATEST)
+        made.append((scene, sprite, away, back))
+    frames = max(back.stop for *_, back in made)
     return [
-        Case(part, f"{i:03d}", scene, frames, seed + i, sprite)
-        for i, (scene, sprite) in enumerate(zip(scenes, sprites, strict=True))
+        Case(part, f"{i:03d}", scene, frames, seed + i, sprite, away, back)
+        for i, (scene, sprite, away, back) in enumerate(made)
     ]
 
 
@@ -90,11 +95,12 @@ def counterfactual_cases(
         for k, (scene, other) in enumerate((pair, pair[::-1])):
             sprite = synthetic.different(*pair)
             name = f"{i:03d}{'ab'[k]}"
-            cases.append(Case(part, name, scene, frames, seed + i, sprite, other, shuffled[k]))
+            cases.append(
+                Case(part, name, scene, frames, seed + i, sprite, other=other, shuffled=shuffled[k])
+            )
     return cases
 
 
-@functools.cache
 def hidden_span(scene: Scene, sprite: int, seconds: float) -> tuple[slice, slice]:
     """Frames in which a sprite is hidden, and those just after, in which all of it is in sight
     again. Raises ValueError where it is never hidden, or does not come back."""
@@ -170,8 +176,7 @@ def forgetting_figures(case: Case, frames: np.ndarray) -> Figures:
     """Of the hidden sprite: `hidden`, the share of frames in which it was gone when it should;
     `identity`, that in which it is itself when it is out again; `place`, its mean distance from
     where it should be then, in picture heights, nan where it is not there."""
-    scene, sprite = case.scene, case.sprite
-    away, back = hidden_span(scene, sprite, (len(frames) + 1) / FPS)
+    scene, sprite, away, back = case.scene, case.sprite, case.away, case.back
     truth = synthetic.truth(scene, len(frames) / FPS)
     cast = cast_of(scene)
     hidden = objects.watch(frames[away], cast, 0 * truth.visible[away]).present[:, sprite]

@@ -20,7 +20,7 @@ NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 @dataclasses.dataclass(frozen=True)
 class Metric:
     """What a figure is called and means. `better` is 1 where more of it is better, -1 where less
-    is, 0 where only its truth's value is."""
+    is, 0 where the truth's value is best: noise makes gradients too, and blur takes noise away."""
 
     title: str
     unit: str
@@ -29,8 +29,8 @@ class Metric:
 
 
 METRICS = {
-    "sharpness": Metric("Sharpness", "levels a pixel", 1, 2),
-    "noise": Metric("Noise", "levels", -1, 2),
+    "sharpness": Metric("Sharpness", "levels a pixel", 0, 2),
+    "noise": Metric("Noise", "levels", 0, 2),
     "brightness": Metric("Brightness", "0 to 1", 0),
     "contrast": Metric("Contrast", "0 to 1", 0),
     "saturation": Metric("Saturation", "0 to 1", 0),

@@ -60,29 +60,54 @@ def watch(
     """Follow sprites through a video. `visible` (P, S) is the share of each that is in sight in
     truth: identity is judged where all of it is, in every frame of `every`."""
     centres, present, identity = [], [], []
+    last = [(math.nan, math.nan)] * len(cast.colours)
     for number, (frame, sight) in enumerate(zip(frames, visible, strict=True)):
-        labels = label(frame, cast.palette)
-        masks = [pieces(labels == colour) for colour in cast.colours]
+        masks = [pieces(labels) for labels in _by_colour(frame, cast)]
         there = [
             mask.sum() >= PRESENT * cast.templates[shape].sum()
             for mask, shape in zip(masks, cast.shapes, strict=True)
         ]
-        centres.append(
-            [centre(m) if t else (math.nan,) * 2 for m, t in zip(masks, there, strict=True)]
-        )
-        present.append(there)
+        places = [
+            centre(mask) if found else (math.nan, math.nan)
+            for mask, found in zip(masks, there, strict=True)
+        ]
+        last = [
+            now if found else then for now, then, found in zip(places, last, there, strict=True)
+        ]
         row = [math.nan] * len(masks)
         for sprite in np.flatnonzero(sight >= CLEAR) if number % every == 0 else ():
-            others = [mask for i, mask in enumerate(masks) if i != sprite]
-            row[sprite] = (
-                is_itself(masks[sprite], others, cast.shapes[sprite], cast.templates)
-                if there[sprite]
-                else 0.0
+            hidden = functools.reduce(
+                np.logical_or,
+                [mask for i, mask in enumerate(masks) if i != sprite],
+                np.zeros_like(masks[0]),
             )
+            shape = cast.shapes[sprite]
+            if there[sprite]:
+                row[sprite] = is_itself(masks[sprite], hidden, shape, cast.templates)
+            else:
+                row[sprite] = _gone(last[sprite], hidden, cast.templates[shape])
+        centres.append(places)
+        present.append(there)
         identity.append(row)
     return Seen(
         np.asarray(centres, np.float32), np.asarray(present, bool), np.asarray(identity, np.float32)
     )
+
+
+def _by_colour(frame: np.ndarray, cast: Cast) -> list[np.ndarray]:
+    labels = label(frame, cast.palette)
+    return [labels == colour for colour in cast.colours]
+
+
+def _gone(last: tuple[float, float], hidden: np.ndarray, template: np.ndarray) -> float:
+    """0 for a sprite that is not there; nan where others may cover it, at the `last` place where it
+    was seen."""
+    if math.isnan(last[0]):
+        return 0.0
+    half = np.asarray(template.shape) // 2
+    corner = int(last[1]) - half[0], int(last[0]) - half[1]
+    covered = _crop(hidden, *corner, template.shape) & template
+    return math.nan if covered.sum() > (1 - OPEN) * template.sum() else 0.0
 
 
 def label(frame: np.ndarray, palette: np.ndarray, within: float = WITHIN) -> np.ndarray:
@@ -110,12 +135,11 @@ def centre(mask: np.ndarray) -> tuple[float, float]:
 
 
 def is_itself(
-    mask: np.ndarray, others: Sequence[np.ndarray], shape: str, templates: Mapping[str, np.ndarray]
+    mask: np.ndarray, hidden: np.ndarray, shape: str, templates: Mapping[str, np.ndarray]
 ) -> float:
     """1 where a mask (H, W) overlaps with its own template better than with any other, and by at
-    least ALIKE; else 0. What lies under `others` or outside of the picture is left out; nan where
-    that is too much."""
-    hidden = functools.reduce(np.logical_or, others, np.zeros_like(mask))
+    least ALIKE; else 0. What lies `hidden` (H, W) under others or outside of the picture is left
+    out; nan where that is too much."""
     found = {name: overlap(mask, ~hidden, template) for name, template in templates.items()}
     if found[shape].open < OPEN:
         return math.nan
@@ -150,7 +174,7 @@ def overlap(mask: np.ndarray, seen: np.ndarray, template: np.ndarray) -> Overlap
     return Overlap(float(iou[best]), float(open_[best] / form.sum()))
 
 
-def _crop(area: np.ndarray, top: int, left: int, size: np.ndarray) -> np.ndarray:
+def _crop(area: np.ndarray, top: int, left: int, size: Sequence[int]) -> np.ndarray:
     """A window of an area (H, W) bool, False outside of it."""
     window = np.zeros(tuple(size), bool)
     rows = slice(max(0, top), max(0, min(area.shape[0], top + size[0])))

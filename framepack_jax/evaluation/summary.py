@@ -59,7 +59,10 @@ def write(
 
 
 def _head(about: Mapping[str, Any]) -> str:
-    lines = [f"- {name}: {value}" for name, value in about.items() if name != "rows"]
+    plain = {name: value for name, value in about.items() if not isinstance(value, dict)}
+    plain["references by"] = about["references"]["bundle"]
+    plain |= {f"schedule of {name}": row["schedule"] for name, row in about["rows"].items()}
+    lines = [f"- {name}: {value}" for name, value in plain.items()]
     return "\n".join(["# Evaluation", "", *lines, ""])
 
 
