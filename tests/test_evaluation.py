@@ -193,6 +193,14 @@ def test_a_sprite_is_itself_and_no_other(shape: str) -> None:
         assert np.isnan(gone.centres).all()
 
 
+def test_what_is_like_no_form_is_no_sprite() -> None:
+    frame = np.full((SIDE, SIDE, 3), GREY, np.uint8)
+    frame[45:49, 5:90] = PALETTE["red"]
+    for shape in TEMPLATES:
+        seen = objects.watch(frame[None], cast(("red", shape)), np.ones((1, 1)))
+        assert seen.present.all() and seen.identity[0, 0] == 0
+
+
 def test_what_is_covered_is_not_held_against_a_sprite() -> None:
     large = RADII["large"]
     red, blue = ((PALETTE[c], "circle", large, x, 48) for c, x in (("red", 40), ("blue", 62)))
@@ -262,7 +270,8 @@ def test_an_orbit_goes_with_its_anchor() -> None:
 
 def test_agreement_counts_windows_of_one_word() -> None:
     tracks = np.concatenate([track("left"), track("up"), track("left")])[:, None]
-    words = [["left"]] * 30 + [["down"]] * 30 + [["left"]] * 10 + [["behind"]] * 20
+    words = [["left"]] * 30 + [["down"]] * 30 + [["left"]] * 10 + [["up"]] * 20 + [["behind"]] * 30
+    tracks = np.concatenate([tracks, tracks[60:]])
     found = motions.agreement(tracks, words, [None], FPS)[:, 0]
     assert (found[:30] == 1).all() and (found[30:60] == 0).all() and np.isnan(found[60:]).all()
 
@@ -331,7 +340,7 @@ def test_reconstruction_has_every_frame_once(tiny, monkeypatch) -> None:
 def test_tables_in_markdown_and_json() -> None:
     columns = {"a": Metric("Smoothness", "share", 1, 2), "b": Metric("Motion", "heights", 0, 1)}
     cells = {
-        parts.TRUTH: (Estimate(0.9, 0.01, 4), Estimate(5.0, 0.5, 4)),
+        parts.TRUTH: (Estimate(0.4, 0.01, 4), Estimate(5.0, 0.5, 4)),
         parts.FROZEN: (Estimate(1.0, None, 1), Estimate(0.0, 0.0, 4)),
         "model": (Estimate(0.5, 0.125, 4), Estimate(7.0, 0.25, 4)),
         "empty": (None, None),
@@ -371,6 +380,7 @@ def test_a_video_file_alone(tmp_path, capsys) -> None:
     assert "rise.mp4: 40 frames" in printed and "| drift |" in printed
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["rows"]["drift"]["brightness"]["mean"] == pytest.approx(2 * 34 / 255, abs=0.01)
+    assert found["rows"]["last 15 %"]["brightness"]["mean"] == pytest.approx(133 / 255, abs=0.01)
     assert found["rows"]["drift"]["dynamics"]["mean"] < 0.05
     with Image.open(tmp_path / "out" / "plots" / "brightness.png") as plot:
         assert min(plot.size) > 300
@@ -392,7 +402,7 @@ def test_a_video_file_alone(tmp_path, capsys) -> None:
         (["--bundle", "tiny", "--output", "out", "--videos", "-1"], "--videos -1"),
         (["--bundle", "tiny", "--output", "out", "--batch", "0"], "--batch 0"),
         (["--bundle", "tiny", "--output", "out", "--steps", "0"], "steps = 0"),
-        (["--bundle", "tiny", "tiny", "--output", "out"], "two are called tiny"),
+        (["--bundle", "tiny", "--bundle", "tiny", "--output", "out"], "two are called tiny"),
         (["--bundle", "tiny", "--output", "out", "--schedule", "g9x"], "g9x"),
     ],
 )

@@ -17,7 +17,7 @@ from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.records import path_of, weights
 from framepack_jax.evaluation import cases, footage, parts, results, rows, summary
 from framepack_jax.evaluation.parts import Part, Row
-from framepack_jax.pipeline import DEFAULT_SETTINGS, FramePack, Settings
+from framepack_jax.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
 
 FPS = cases.FPS
 MOST_SECONDS = 600.0
@@ -33,10 +33,12 @@ class Evaluate:
     report.json, plots/, sheets/ and videos/. The same command goes on where it was stopped.
     """
 
-    bundle: tuple[str, ...] = ()
-    """Bundles under test; tiny is the one in this package."""
-    schedule: tuple[str, ...] = ()
-    """Packing schedules to sample each bundle with; default: its own."""
+    bundle: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A bundle under test; tiny is the one in this package. May be given several times: the first
+    lends its VAE to the references, and makes the repeated short videos."""
+    schedule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A packing schedule to sample each bundle with, instead of its own. May be given several
+    times."""
     video: Path | None = None
     """Measure this video file alone; of the other flags, --output counts."""
     output: Path | None = None
@@ -89,7 +91,7 @@ def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> Non
             print(_evaluate_file(flags))
         else:
             print(f"{evaluate(flags)}: {time.monotonic() - began:.1f} s in all")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotFinite) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
@@ -117,7 +119,7 @@ def evaluate(flags: Evaluate) -> Path:
                 f"--size {flags.size}: expected multiples of {model.pipe.geometry.unit}, which"
                 f" {model.name} divides pictures by"
             )
-    results.begin(flags.output, _settings(flags, models))
+    results.begin(flags.output, _settings(flags, size, models))
     todo = list(_parts(flags, size, models))
     make_all(flags, todo, models, settings)
     made = [
@@ -189,7 +191,7 @@ def open_models(flags: Evaluate) -> list[Model]:
     return models
 
 
-def _settings(flags: Evaluate, models: Sequence[Model]) -> dict[str, Any]:
+def _settings(flags: Evaluate, size: tuple[int, int], models: Sequence[Model]) -> dict[str, Any]:
     """All that decides what is made, so that an evaluation only goes on with its own."""
     first = models[0]
     return {
@@ -200,6 +202,7 @@ def _settings(flags: Evaluate, models: Sequence[Model]) -> dict[str, Any]:
         "cfg": flags.cfg,
         "seed": flags.seed,
         "dtype": first.pipe.dtype,
+        "world": cases.fingerprint(flags.seed, size),
         "references": {"bundle": first.name, "weights": _hashes(first)},
         "rows": {
             model.name: {

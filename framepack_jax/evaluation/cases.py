@@ -9,6 +9,7 @@ Shapes: P frames, S sprites, H W rows and columns. Frames are (P, H, W, 3) uint8
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 
@@ -57,6 +58,13 @@ class Case:
     def truth(self) -> np.ndarray:
         """The frames as they are, (P, H, W, 3)."""
         return np.stack(list(synthetic.frames(self.scene, self.frames / FPS)))
+
+
+def fingerprint(seed: int, size: tuple[int, int]) -> str:
+    """A hash that changes where the scenes of a seed do."""
+    scene = synthetic.scene(seed, 0, *size, split="held-out")
+    frame = next(iter(synthetic.frames(scene, 1 / FPS)))
+    return hashlib.sha256(scene.caption.encode() + frame.tobytes()).hexdigest()[:16]
 
 
 def drift_cases(seed: int, count: int, frames: int, size: tuple[int, int], part: str) -> list[Case]:
