@@ -20,7 +20,7 @@ the RoPE frame indices of both. Positions count latent frames from the start of 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -282,6 +282,17 @@ def span(schedule: str | Schedule, order: str) -> int:
     schedule = parse(schedule) if isinstance(schedule, str) else schedule
     layout = _layout(schedule, order)
     return layout.window + layout.history.frames
+
+
+def blanked(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:
+    """The plan without the context under these kernels, which is missing as it is before a video
+    begins: what a model makes then shows what it takes from there."""
+
+    def blank(group: Group) -> Group:
+        missing = group.kernel in kernels
+        return dataclasses.replace(group, reads=(MISSING,) * len(group.reads)) if missing else group
+
+    return [dataclasses.replace(s, groups=tuple(map(blank, s.groups))) for s in plan]
 
 
 def length(plan: Sequence[Section]) -> int:

@@ -386,38 +386,36 @@ class FramePack:
 
     def known_latents(self, request: Request, layout: Layout) -> dict[int, np.ndarray]:
         """Latents (H, W, C) of a prepared request by position: start image or footage, stills."""
-
-        def latents(frames: np.ndarray) -> np.ndarray:
-            encoded = self._run(
-                conditioning.clip_latents, self.vae.cfg, self.vae.params, frames[None],
-                self.latent_mean, self.latent_std, tiling=self.tiling,
-            )  # fmt: skip
-            return np.asarray(encoded)[0]
-
         known = {}
         if request.footage is None:
-            known[0] = latents(request.image[None])[0]
+            known[0] = self.encode_clip(request.image[None])[0]
         else:
-            known |= self._known_footage(request.footage, layout.before, latents)
+            known |= self._known_footage(request.footage, layout.before)
         pictures = [image for _, image in request.key_frames]
         pictures += [] if request.end_image is None else [request.end_image]
         for position, picture in zip(layout.stills, pictures, strict=True):
             # Only the first latent of a video is one frame; this one stands for several.
             still = np.stack([picture] * (1 + self.vae.cfg.time_compression))
-            known[position] = latents(still)[1]
+            known[position] = self.encode_clip(still)[1]
         return known
 
-    def _known_footage(
-        self, footage: Footage, before: int, latents: Callable[[np.ndarray], np.ndarray]
-    ) -> dict[int, np.ndarray]:
+    def encode_clip(self, frames: np.ndarray) -> np.ndarray:
+        """The normalised latents (F, H, W, C) of a clip (P, height, width, 3) uint8."""
+        encoded = self._run(
+            conditioning.clip_latents, self.vae.cfg, self.vae.params, frames[None],
+            self.latent_mean, self.latent_std, tiling=self.tiling,
+        )  # fmt: skip
+        return np.asarray(encoded)[0]
+
+    def _known_footage(self, footage: Footage, before: int) -> dict[int, np.ndarray]:
         positions = self.geometry.footage_positions(before)
         if footage.latents is not None:
             return {position: footage.latents[position] for position in positions}
         count = min(footage.frames, self.geometry.footage_frames)
-        encoded = latents(footage.last[-count:])
+        encoded = self.encode_clip(footage.last[-count:])
         if count < footage.frames:
             # The first latent of this clip stands for one frame, and would for four in the video.
-            encoded[0] = latents(footage.first[None])[0]
+            encoded[0] = self.encode_clip(footage.first[None])[0]
         return dict(zip(positions, encoded, strict=True))
 
     def timeline(self, plan: Sequence[Section], known: Mapping[int, np.ndarray]) -> Timeline:

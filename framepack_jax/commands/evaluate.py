@@ -1,0 +1,286 @@
+"""`framepack evaluate`: how far videos drift, what they forget, and whether captions lead them."""
+
+import dataclasses
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from framepack_jax import bundle, topology
+from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.records import path_of, weights
+from framepack_jax.evaluation import cases, footage, parts, results, rows, summary
+from framepack_jax.evaluation.parts import Part, Row
+from framepack_jax.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
+
+FPS = cases.FPS
+MOST_SECONDS = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure bundles on held-out scenes of the demo world, or one video file.
+
+    For bundles: long videos (drift), sprites that were hidden (forgetting) and pairs of captions
+    for one image (prompts), each beside four references: the truth, its VAE reconstruction, the
+    frozen first frame, and repeated short image-to-video. The output folder holds report.md,
+    report.json, plots/, sheets/ and videos/. The same command goes on where it was stopped.
+    """
+
+    bundle: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A bundle under test; tiny is the one in this package. May be given several times: the first
+    lends its VAE to the references, and makes the repeated short videos."""
+    schedule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A packing schedule to sample each bundle with, instead of its own. May be given several
+    times."""
+    video: Path | None = None
+    """Measure this video file alone; of the other flags, --output counts."""
+    output: Path | None = None
+    """Folder of the results; of --video alone it may be left out."""
+    videos: int = 8
+    """Held-out starts of long videos; 0 leaves this part out."""
+    seconds: tuple[float, ...] = (10.0,)
+    """Lengths of long videos."""
+    hiding_videos: int = 8
+    """Videos for each time that a sprite is hidden; 0 leaves this part out."""
+    hidden: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Seconds for which it is hidden."""
+    pairs: int = 8
+    """Images that get two captions each; 0 leaves this part out."""
+    pair_seconds: float = 2.4
+    """Lengths of their videos."""
+    size: str = "128x128"
+    """Height and width in pixels, multiples of 16."""
+    steps: int = DEFAULT_SETTINGS.steps
+    """Denoising steps a section."""
+    sampler: Literal["unipc", "unipc-bh2", "euler"] = DEFAULT_SETTINGS.sampler
+    """Solver."""
+    guidance: float = DEFAULT_SETTINGS.guidance
+    """Scale for guidance-distilled networks."""
+    cfg: float = DEFAULT_SETTINGS.cfg
+    """Classifier-free guidance, for twice the time; 1 is off."""
+    seed: int = 0
+    """Of scenes and noise."""
+    batch: int = 4
+    """Videos that are computed side by side."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of weights and computation; default: bfloat16 on GPU and TPU, float32 on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A bundle with a schedule, under the name that tables have."""
+
+    name: str
+    path: str | Path
+    pipe: FramePack
+
+
+def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> None:
+    """Parse flags and run; user errors end with a message and exit code 1."""
+    flags = tyro.cli(Evaluate, prog=prog, args=args)
+    began = time.monotonic()
+    try:
+        if flags.video is not None:
+            print(_evaluate_file(flags))
+        else:
+            print(f"{evaluate(flags)}: {time.monotonic() - began:.1f} s in all")
+    except (ValueError, OSError, NotFinite) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on where it stopped") from None
+
+
+def _evaluate_file(flags: Evaluate) -> str:
+    """Measure a video file. Raises ValueError, OSError."""
+    if flags.bundle:
+        raise ValueError("--video measures a file alone; leave out --bundle")
+    return footage.evaluate(flags.video, flags.output)
+
+
+def evaluate(flags: Evaluate) -> Path:
+    """Sample, measure and report; returns the report. Raises ValueError, OSError."""
+    settings = Settings(
+        steps=flags.steps, sampler=flags.sampler, guidance=flags.guidance, cfg=flags.cfg
+    )
+    size = _check(flags)
+    keep_compiled()
+    topology.quiet_libtpu()
+    models = open_models(flags)
+    for model in models:
+        if any(side % model.pipe.geometry.unit for side in size):
+            raise ValueError(
+                f"--size {flags.size}: expected multiples of {model.pipe.geometry.unit}, which"
+                f" {model.name} divides pictures by"
+            )
+    results.begin(flags.output, _settings(flags, size, models))
+    todo = list(_parts(flags, size, models))
+    make_all(flags, todo, models, settings)
+    made = [
+        (part, {row.name: _figures(flags.output, row, part) for row in part.rows}) for part in todo
+    ]
+    about = json.loads((flags.output / results.SETTINGS).read_text())
+    tables = summary.write(flags.output, made, [model.name for model in models], about)
+    return flags.output / "report.md" if tables else flags.output
+
+
+def _figures(folder: Path, row: Row, part: Part) -> dict[str, cases.Figures]:
+    return {case.name: results.load(folder, row.name, case) for case in part.cases}
+
+
+def _check(flags: Evaluate) -> tuple[int, int]:
+    """The size (height, width). Raises ValueError for flags that cannot be."""
+    if not flags.bundle:
+        raise ValueError("give --bundle, one or more, or --video FILE")
+    if flags.output is None:
+        raise ValueError("give --output, a folder for the results")
+    match = re.fullmatch(r"(\d+)x(\d+)", flags.size)
+    if not match or not all(16 <= int(side) <= 4096 for side in match.groups()):
+        raise ValueError(f"--size {flags.size}: expected HEIGHTxWIDTH in pixels, as 128x128")
+    for name in ("videos", "hiding_videos", "pairs"):
+        if getattr(flags, name) < 0:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(flags, name)}: expected 0 or more"
+            )
+    if not flags.videos + flags.hiding_videos + flags.pairs:
+        raise ValueError("--videos 0 --hiding-videos 0 --pairs 0: there is nothing to do")
+    if flags.batch < 1:
+        raise ValueError(f"--batch {flags.batch}: expected 1 or more")
+    lengths = {
+        "seconds": flags.seconds,
+        "hidden": flags.hidden,
+        "pair-seconds": (flags.pair_seconds,),
+    }
+    for name, values in lengths.items():
+        for value in values:
+            if not 0 < value <= MOST_SECONDS:
+                raise ValueError(f"--{name} {value}: expected above 0, at most {MOST_SECONDS:g} s")
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name}: a number is there twice")
+    if not 0 <= flags.seed < 2**31:
+        raise ValueError(f"--seed {flags.seed}: expected 0 to {2**31 - 1}")
+    return int(match[1]), int(match[2])
+
+
+def open_models(flags: Evaluate) -> list[Model]:
+    """Every bundle with every schedule, without weights. Raises BundleError, ValueError."""
+    models = []
+    for name, schedule in itertools.product(flags.bundle, flags.schedule or (None,)):
+        path = path_of(name)
+        bundle.check_present(path, bundle.ROLES)
+        pipe = FramePack.open(path, dtype=flags.dtype, schedule=schedule)
+        short = Path(str(name)).name
+        models.append(Model(f"{short} {schedule}" if flags.schedule else short, path, pipe))
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"--bundle: two are called {twice}; their folders need different names, which tables"
+            " have"
+        )
+    if taken := set(names) & set(parts.REFERENCES):
+        raise ValueError(
+            f"--bundle {taken.pop()}: a reference row has that name; rename the folder"
+        )
+    return models
+
+
+def _settings(flags: Evaluate, size: tuple[int, int], models: Sequence[Model]) -> dict[str, Any]:
+    """All that decides what is made, so that an evaluation only goes on with its own."""
+    first = models[0]
+    return {
+        "size": flags.size,
+        "steps": flags.steps,
+        "sampler": flags.sampler,
+        "guidance": flags.guidance,
+        "cfg": flags.cfg,
+        "seed": flags.seed,
+        "dtype": first.pipe.dtype,
+        "world": cases.fingerprint(flags.seed, size),
+        "references": {"bundle": first.name, "weights": _hashes(first)},
+        "rows": {
+            model.name: {
+                "schedule": model.pipe.schedule,
+                "order": model.pipe.order,
+                "weights": _hashes(model),
+            }
+            for model in models
+        },
+    }
+
+
+def _hashes(model: Model) -> dict[str, Any]:
+    return {role: source.get("sha256") for role, source in weights(model.path).items()}
+
+
+def _parts(flags: Evaluate, size: tuple[int, int], models: Sequence[Model]) -> Iterator[Part]:
+    """The parts that are asked for, their cases and rows."""
+    pipe = models[0].pipe
+
+    def frames(seconds: float) -> int:
+        return rows.frames_for(pipe, rows.sections_for(pipe, seconds, FPS))
+
+    names = [model.name for model in models]
+    numbered = list(enumerate(names))
+    if flags.videos:
+        for seconds in flags.seconds:
+            name = f"drift_{seconds:g}s"
+            made = cases.drift_cases(flags.seed, flags.videos, frames(seconds), size, name)
+            under_test = [parts.model_row(name, i) for i, name in numbered]
+            yield Part(name, made, [*parts.references(), *under_test], cases.drift_figures)
+    if flags.hiding_videos:
+        for hidden in flags.hidden:
+            name = f"forgetting_{hidden:g}"
+            made = cases.hiding_cases(flags.seed, flags.hiding_videos, hidden, size, name)
+            whole = rows.frames_for(pipe, parts.sections_of(pipe, made[0].frames))
+            made = [dataclasses.replace(case, frames=whole) for case in made]
+            under_test = [
+                row
+                for i, model in enumerate(models)
+                for row in parts.forgetting_rows(model.name, i, model.pipe.schedule)
+            ]
+            yield Part(name, made, [*parts.references(), *under_test], cases.forgetting_figures)
+    if flags.pairs:
+        name, count = "prompts", frames(flags.pair_seconds)
+        made = cases.counterfactual_cases(flags.seed, flags.pairs, count, size, name)
+        under_test = [row for i, name in numbered for row in parts.prompt_rows(name, i)]
+        yield Part(name, made, [*parts.references(), *under_test], cases.prompt_figures)
+
+
+def make_all(
+    flags: Evaluate, todo: Sequence[Part], models: Sequence[Model], settings: Settings
+) -> None:
+    """Make and measure every video that is not there yet, behind a bar. Weights of one model are on
+    the device at a time."""
+    with tqdm(total=sum(len(p.cases) * len(p.rows) for p in todo), unit="video") as bar:
+        for number in (None, *range(len(models))):
+            pipe = None
+            for part in todo:
+                for row in part.rows:
+                    if row.model != number:
+                        continue
+                    bar.set_description(f"{part.name}, {row.name}")
+                    missing = [
+                        c for c in part.cases if results.load(flags.output, row.name, c) is None
+                    ]
+                    bar.update(len(part.cases) - len(missing))
+                    if missing and number is not None and pipe is None:
+                        pipe = models[number].pipe.with_weights(models[number].path)
+                    for batch in _batches(missing, 1 if row.model is None else flags.batch):
+                        for case, frames in zip(
+                            batch, row.make(pipe, batch, settings), strict=True
+                        ):
+                            figures = part.measure(case, frames)
+                            results.save(flags.output, row.name, case, frames, figures, FPS)
+                            bar.update()
+
+
+def _batches(items: Sequence[cases.Case], size: int) -> Iterator[Sequence[cases.Case]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

@@ -1,0 +1,213 @@
+"""Held-out scenes of the demo world, what is asked of each, and what is measured of what is made.
+
+Three parts: `drift`, long videos from their first frames; `forgetting`, a sprite that is hidden for
+a while and comes back; `prompts`, pairs of captions for one first frame that differ in the motion
+of one sprite.
+
+Shapes: P frames, S sprites, H W rows and columns. Frames are (P, H, W, 3) uint8.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+
+import numpy as np
+
+from framepack_jax.data import synthetic
+from framepack_jax.data.synthetic import FPS, Scene
+from framepack_jax.evaluation import metrics, motions, objects
+from framepack_jax.evaluation.drift import mean
+from framepack_jax.evaluation.objects import Cast
+
+AFTER = 1.0
+"""Seconds after a hidden sprite is out again for which it is looked for."""
+GONE = 0.02
+"""Share of a sprite in sight, at most, for it to count as hidden."""
+LATEST = 12.0
+"""Seconds by which a hidden sprite is out again, beside the time for which it is hidden."""
+Figures = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A video that is asked for: a scene, its first frame and caption, at least so many frames.
+
+    `sprite` is the one that is hidden, in the frames `away`, and in sight again in those of `back`;
+    or the one that moves as one of two captions says, `other` being the scene of the other caption
+    and `shuffled` a caption of another case.
+    """
+
+    part: str
+    name: str
+    scene: Scene
+    frames: int
+    seed: int
+    sprite: int | None = None
+    away: slice | None = None
+    back: slice | None = None
+    other: Scene | None = None
+    shuffled: str = ""
+
+    @functools.cached_property
+    def image(self) -> np.ndarray:
+        """The first frame (H, W, 3) uint8."""
+        return next(iter(synthetic.frames(self.scene, 1 / FPS)))
+
+    def truth(self) -> np.ndarray:
+        """The frames as they are, (P, H, W, 3)."""
+        return np.stack(list(synthetic.frames(self.scene, self.frames / FPS)))
+
+
+def fingerprint(seed: int, size: tuple[int, int]) -> str:
+    """A hash that changes where the scenes of a seed do."""
+    scene = synthetic.scene(seed, 0, *size, split="held-out")
+    frame = next(iter(synthetic.frames(scene, 1 / FPS)))
+    return hashlib.sha256(scene.caption.encode() + frame.tobytes()).hexdigest()[:16]
+
+
+def drift_cases(seed: int, count: int, frames: int, size: tuple[int, int], part: str) -> list[Case]:
+    """Held-out scenes as long as wanted."""
+    scenes = [synthetic.scene(seed, i, *size, split="held-out") for i in range(count)]
+    return [Case(part, f"{i:03d}", scene, frames, seed + i) for i, scene in enumerate(scenes)]
+
+
+def hiding_cases(
+    seed: int, count: int, hidden: float, size: tuple[int, int], part: str
+) -> list[Case]:
+    """Scenes with a sprite that is hidden for so many seconds, long enough to see it back."""
+    made = []
+    for number in range(count):
+        scene = synthetic.hiding(seed, number, hidden, *size)
+        sprite = synthetic.hider(scene)
+        away, back = hidden_span(scene, sprite, hidden + LATEST)
+        made.append((scene, sprite, away, back))
+    frames = max(back.stop for *_, back in made)
+    return [
+        Case(part, f"{i:03d}", scene, frames, seed + i, sprite, away, back)
+        for i, (scene, sprite, away, back) in enumerate(made)
+    ]
+
+
+def counterfactual_cases(
+    seed: int, count: int, frames: int, size: tuple[int, int], part: str
+) -> list[Case]:
+    """Two cases for each of `count` first frames, with the same seed of noise."""
+    pairs = [synthetic.counterfactual(seed, i, *size) for i in range(count)]
+    rng = np.random.default_rng([seed, 2])
+    cases = []
+    for i, pair in enumerate(pairs):
+        strange = [scene.caption for scene in pairs[(i + 1) % count]]
+        shuffled = [strange[k] for k in rng.permutation(2)]
+        for k, (scene, other) in enumerate((pair, pair[::-1])):
+            sprite = synthetic.different(*pair)
+            name = f"{i:03d}{'ab'[k]}"
+            cases.append(
+                Case(part, name, scene, frames, seed + i, sprite, other=other, shuffled=shuffled[k])
+            )
+    return cases
+
+
+def hidden_span(scene: Scene, sprite: int, seconds: float) -> tuple[slice, slice]:
+    """Frames in which a sprite is hidden, and those just after, in which all of it is in sight
+    again. Raises ValueError where it is never hidden, or does not come back."""
+    visible = synthetic.truth(scene, seconds).visible[:, sprite]
+    gone = np.flatnonzero(visible <= GONE)
+    if not gone.size:
+        raise ValueError(f"{scene.sprites[sprite].name} of a scene is never hidden")
+    first = int(gone[0])
+    back = np.flatnonzero(visible[first:] > GONE)
+    last = first + int(back[0]) if back.size else len(visible)
+    clear = np.flatnonzero(visible[last:] >= objects.CLEAR)
+    if not clear.size:
+        raise ValueError(f"{scene.sprites[sprite].name} of a scene does not come back")
+    out = last + int(clear[0])
+    return slice(first, last), slice(out, out + round(AFTER * FPS))
+
+
+def cast_of(scene: Scene) -> Cast:
+    """The sprites of a scene as they are looked for."""
+    names = list(synthetic.COLOURS)
+    return Cast(
+        palette=np.asarray([synthetic.COLOURS[name] for name in names], np.float32),
+        colours=tuple(names.index(sprite.colour) for sprite in scene.sprites),
+        shapes=tuple(f"{sprite.size} {sprite.form}" for sprite in scene.sprites),
+        templates=templates(scene.height),
+    )
+
+
+@functools.cache
+def templates(height: int) -> dict[str, np.ndarray]:
+    """Masks of all forms in all sizes, in pictures of so many rows."""
+    made = {}
+    for (size, radius), form in itertools.product(synthetic.SIZES.items(), synthetic.FORMS):
+        half = math.ceil(1.2 * radius * height)
+        at = np.arange(-half, half + 1) / height
+        cover = synthetic.cover(form, size, at[None, :], at[:, None], 1.5 / height)
+        made[f"{size} {form}"] = cover >= 0.5
+    return made
+
+
+def drift_figures(case: Case, frames: np.ndarray) -> Figures:
+    """Of every frame, (P,): all that `metrics.measure` gives, identity and caption agreement."""
+    scene = case.scene
+    truth = synthetic.truth(scene, len(frames) / FPS)
+    seen = objects.watch(frames, cast_of(scene), truth.visible)
+    words = [
+        [synthetic.motion_at(sprite, number / FPS) for sprite in scene.sprites]
+        for number in range(len(frames))
+    ]
+    agreed = motions.agreement(
+        seen.centres / scene.height, words, [anchor_of(scene, s) for s in scene.sprites], FPS
+    )
+    return metrics.measure(frames, FPS) | {
+        "identity": over_sprites(seen.identity),
+        "caption": over_sprites(agreed),
+    }
+
+
+def anchor_of(scene: Scene, sprite) -> int | None:
+    """The sprite that another circles around."""
+    return 0 if scene.sprites.index(sprite) else None
+
+
+def over_sprites(values: np.ndarray) -> np.ndarray:
+    """Mean over those sprites (P, S) that are judged; nan where none is."""
+    judged = ~np.isnan(values)
+    total = np.where(judged, values, 0).sum(axis=1)
+    count = judged.sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), math.nan).astype(np.float32)
+
+
+def forgetting_figures(case: Case, frames: np.ndarray) -> Figures:
+    """Of the hidden sprite: `hidden`, the share of frames in which it was gone when it should;
+    `identity`, that in which it is itself when it is out again; `place`, its mean distance from
+    where it should be then, in picture heights, nan where it is not there."""
+    scene, sprite, away, back = case.scene, case.sprite, case.away, case.back
+    truth = synthetic.truth(scene, len(frames) / FPS)
+    cast = cast_of(scene)
+    hidden = objects.watch(frames[away], cast, 0 * truth.visible[away]).present[:, sprite]
+    seen = objects.watch(frames[back], cast, truth.visible[back], every=1)
+    apart = np.hypot(*(seen.centres - truth.centres[back])[:, sprite].T) / scene.height
+    return {
+        "hidden": np.float32(1 - hidden.mean()),
+        "identity": np.float32(mean(seen.identity[:, sprite])),
+        "place": np.float32(mean(apart)),
+    }
+
+
+def prompt_figures(case: Case, frames: np.ndarray) -> Figures:
+    """`match`, whether the sprite's motion is nearer to what its caption says than to the other
+    caption's; `dynamics` of the video; `psnr` of its first frame to the image."""
+    cast, sprite = cast_of(case.scene), case.sprite
+    truths = [synthetic.truth(scene, len(frames) / FPS) for scene in (case.scene, case.other)]
+    seen = objects.watch(frames, cast, 0 * truths[0].visible)
+    near = motions.nearest(
+        seen.centres[1:, sprite], [truth.centres[1:, sprite] for truth in truths]
+    )
+    return {
+        "match": np.float32(near == 0),
+        "dynamics": np.float32(mean(metrics.measure(frames, FPS)["dynamics"])),
+        "psnr": np.float32(min(99.0, metrics.psnr(frames[0], case.image))),
+    }

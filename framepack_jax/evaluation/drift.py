@@ -1,0 +1,49 @@
+"""Drift of a video, and means over videos with their standard errors.
+
+Source: arXiv 2504.12626, section 4: drift is |M(first 15 %) - M(last 15 %)| of a metric M.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+SHARE = 0.15
+
+
+class Estimate(NamedTuple):
+    """A mean over `count` videos and its standard error, None of a single one."""
+
+    mean: float
+    error: float | None
+    count: int
+
+
+def drift(values: np.ndarray, share: float = SHARE) -> float:
+    """|mean of the first share - mean of the last| of the figures (P,) of a video's frames; nan
+    where one of them has none."""
+    first, last = ends(values, share)
+    return abs(first - last)
+
+
+def ends(values: np.ndarray, share: float = SHARE) -> tuple[float, float]:
+    """Means of the first share of figures (P,) and of the last."""
+    count = max(1, round(share * len(values)))
+    return mean(values[:count]), mean(values[-count:])
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean of the figures that there are; nan of none."""
+    there = np.asarray(values, np.float64)
+    there = there[~np.isnan(there)]
+    return float(there.mean()) if there.size else math.nan
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Mean and standard error over videos, of those that have a figure; None where none has."""
+    there = np.asarray([value for value in values if not math.isnan(value)], np.float64)
+    if not there.size:
+        return None
+    error = float(there.std(ddof=1) / math.sqrt(there.size)) if there.size > 1 else None
+    return Estimate(float(there.mean()), error, int(there.size))

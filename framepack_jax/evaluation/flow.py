@@ -1,0 +1,35 @@
+"""Dense optical flow between frames, and frames moved along it.
+
+The flow is that of "Fast Optical Flow using Dense Inverse Search" (arXiv 1603.03590), OpenCV's.
+
+Shapes: H W rows and columns. Frames are (H, W, 3) uint8; flow is (H, W, 2), x and y in pixels.
+"""
+
+import cv2
+import numpy as np
+
+
+class Flow:
+    """The flow from one frame to another: first(p) is second(p + flow(first, second)(p))."""
+
+    def __init__(self) -> None:
+        self._method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        # Small pictures leave nothing to look at in a coarser scale.
+        self._method.setFinestScale(0)
+
+    def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return self._method.calc(grey(first), grey(second), None)
+
+
+def grey(frame: np.ndarray) -> np.ndarray:
+    """Luma (H, W) uint8 of a frame."""
+    return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+
+
+def warped(frame: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """The picture whose pixel p is the frame's at p + flow(p), float32; edges are continued."""
+    rows, columns = np.mgrid[: frame.shape[0], : frame.shape[1]].astype(np.float32)
+    return cv2.remap(
+        frame.astype(np.float32), columns + flow[..., 0], rows + flow[..., 1],
+        cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE,
+    )  # fmt: skip

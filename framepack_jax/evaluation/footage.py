@@ -1,0 +1,73 @@
+"""A video file measured alone: any footage, whose truth is not known."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from framepack_jax import video
+from framepack_jax.evaluation import metrics, plots, report
+from framepack_jax.evaluation.drift import Estimate, drift, ends, mean
+from framepack_jax.evaluation.metrics import METRICS
+from framepack_jax.evaluation.report import Table
+from framepack_jax.video.files import whole
+
+ROWS = {
+    "first 15 %": lambda values: ends(values)[0],
+    "last 15 %": lambda values: ends(values)[1],
+    "drift": drift,
+    "whole video": mean,
+}
+
+
+def evaluate(file: Path, output: Path | None = None) -> str:
+    """The table of a video file as text; with `output` also report.md, report.json, plots and a
+    contact sheet there. Raises ValueError where it is no video, OSError."""
+    if not file.exists():
+        raise ValueError(f"--video {file} does not exist; expected a video file")
+    info = video.mp4_info(file)
+    figures = metrics.measure(video.read_frames(file), info.fps)
+    table = table_of(f"{file.name}: {info.frames} frames, {info.fps:g} a second", figures)
+    text = report.markdown(table)
+    if output is not None:
+        _write(output, file, table, figures, info.fps)
+    return text
+
+
+def table_of(title: str, figures: Mapping[str, np.ndarray]) -> Table:
+    """One column a metric; of every row one number."""
+    found = {
+        row: {name: _number(of(values)) for name, values in figures.items()}
+        for row, of in ROWS.items()
+    }
+    about = "Drift is |mean of the first 15 % of the frames - mean of the last 15 %|."
+    return Table(title, about, METRICS, found)
+
+
+def _number(value: float) -> Estimate | None:
+    return None if np.isnan(value) else Estimate(value, None, 1)
+
+
+def _write(
+    output: Path, file: Path, table: Table, figures: Mapping[str, np.ndarray], fps: float
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, metric in METRICS.items():
+        names.append(f"plots/{name}.png")
+        plots.over_time(output / names[-1], metric, {file.name: [figures[name]]}, fps)
+    video.save_png(output / "sheet.png", video.contact_sheet_mp4(file))
+    shown = [f"![{Path(name).stem}]({name})" for name in ("sheet.png", *names)]
+    with whole(output / "report.json") as partial:
+        plain = report.plain(table) | {
+            "frames": {
+                name: [None if np.isnan(v) else round(float(v), 6) for v in values]
+                for name, values in figures.items()
+            },
+            "metrics": {name: dataclasses.asdict(metric) for name, metric in METRICS.items()},
+        }
+        partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    with whole(output / "report.md") as partial:
+        partial.write_text(report.markdown(table, shown))

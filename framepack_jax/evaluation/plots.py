@@ -1,0 +1,87 @@
+"""Pictures of figures: over the time of a video, and over the time that something was hidden."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from framepack_jax.evaluation.drift import SHARE, Estimate
+from framepack_jax.evaluation.metrics import Metric
+from framepack_jax.video.files import whole
+
+SIZE = 7.5, 4.0
+POINTS = 150
+"""Points of a curve over time, at most: frames are put together."""
+
+
+def over_time(
+    path: Path, metric: Metric, rows: Mapping[str, Sequence[np.ndarray]], fps: float
+) -> None:
+    """Write a PNG of a figure over time: of each row the mean over its videos, with a band of its
+    standard error; the parts that drift compares are shaded."""
+    figure, axes = _axes(metric, "seconds")
+    last = 0.0
+    for name, videos in rows.items():
+        times, mean, error = curve(videos, fps)
+        if not len(times):
+            continue
+        last = max(last, times[-1])
+        (line,) = axes.plot(times, mean, label=name, linewidth=1.2)
+        axes.fill_between(times, mean - error, mean + error, color=line.get_color(), alpha=0.2)
+    for part in ((0, SHARE * last), ((1 - SHARE) * last, last)):
+        axes.axvspan(*part, color="grey", alpha=0.12, linewidth=0)
+    _save(figure, axes, path)
+
+
+def curve(videos: Sequence[np.ndarray], fps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times, means over videos and their standard errors (0 of one video) where there are any."""
+    count = min(map(len, videos))
+    width = max(1, -(-count // POINTS))
+    times, means, errors = [], [], []
+    for first in range(0, count, width):
+        parts = [video[first : first + width] for video in videos]
+        each = [float(p[~np.isnan(p)].mean()) for p in parts if not np.isnan(p).all()]
+        if each:
+            times.append((first + min(width, count - first) / 2) / fps)
+            means.append(np.mean(each))
+            spread = np.std(each, ddof=1) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+            errors.append(spread)
+    return np.asarray(times), np.asarray(means), np.asarray(errors)
+
+
+def over_hiding(
+    path: Path, metric: Metric, rows: Mapping[str, Mapping[float, Estimate | None]]
+) -> None:
+    """Write a PNG of a figure over the seconds for which a sprite was hidden, with error bars."""
+    figure, axes = _axes(metric, "seconds hidden")
+    seconds = sorted({time for points in rows.values() for time in points})
+    for number, (name, points) in enumerate(rows.items()):
+        # Places by rank, beside each other: equal figures do not hide one another.
+        aside = 0.05 * (number - (len(rows) - 1) / 2)
+        there = {seconds.index(t) + aside: e for t, e in points.items() if e is not None}
+        axes.errorbar(
+            list(there), [e.mean for e in there.values()],
+            yerr=[e.error or 0.0 for e in there.values()], label=name, capsize=3, marker="o",
+        )  # fmt: skip
+    axes.set_xticks(range(len(seconds)), [f"{time:g}" for time in seconds])
+    _save(figure, axes, path)
+
+
+def _axes(metric: Metric, time: str):
+    # Without pyplot: nothing is asked of a screen, nothing global is kept.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(time)
+    axes.set_ylabel(f"{metric.title} ({metric.unit})")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure, axes, path: Path) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

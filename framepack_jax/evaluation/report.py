@@ -1,0 +1,85 @@
+"""Tables of means and standard errors: Markdown for people, JSON for programs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from framepack_jax.evaluation.drift import Estimate
+from framepack_jax.evaluation.metrics import Metric
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Estimates by row and column, and what they are. `columns` are metrics by name; `rows` are
+    estimates by name of the row, then of the column."""
+
+    title: str
+    about: str
+    columns: Mapping[str, Metric]
+    rows: Mapping[str, Mapping[str, Estimate | None]]
+
+
+def markdown(table: Table, notes: Sequence[str] = ()) -> str:
+    """A heading, what the table is, the table, and notes below it."""
+    titles = [f"{metric.title} ({metric.unit})" for metric in table.columns.values()]
+    lines = [f"## {table.title}", "", table.about, ""]
+    lines.append("| |" + "|".join(f" {title} " for title in titles) + "|")
+    lines.append("|---|" + "---:|" * len(titles))
+    for name, estimates in table.rows.items():
+        cells = [text(estimates.get(c), metric.digits) for c, metric in table.columns.items()]
+        lines.append(f"| {name} |" + "|".join(f" {cell} " for cell in cells) + "|")
+    return "\n".join([*lines, *(part for note in notes for part in ("", note)), ""])
+
+
+def text(estimate: Estimate | None, digits: int) -> str:
+    """ "0.52 ± 0.03"; without an error where there is one video only."""
+    if estimate is None:
+        return "-"
+    if estimate.error is None:
+        return f"{estimate.mean:.{digits}f}"
+    return f"{estimate.mean:.{digits}f} ± {estimate.error:.{digits}f}"
+
+
+def plain(table: Table) -> dict[str, Any]:
+    """The table as JSON has it."""
+    return {
+        "title": table.title,
+        "about": table.about,
+        "columns": {name: dataclasses.asdict(metric) for name, metric in table.columns.items()},
+        "rows": {
+            row: {name: None if e is None else _plain(e) for name, e in estimates.items()}
+            for row, estimates in table.rows.items()
+        },
+    }
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    # JSON has no infinity.
+    mean = estimate.mean if math.isfinite(estimate.mean) else None
+    return {"mean": mean, "error": estimate.error, "videos": estimate.count}
+
+
+def against(table: Table, reference: str, frozen: str, models: Sequence[str]) -> list[str]:
+    """What a still picture is better at than each model, and what it is worse at: a sentence a
+    model. Where more or less is no merit, nearer to the `reference` row is better."""
+    notes = []
+    for model in models:
+        better, worse = [], []
+        for name, metric in table.columns.items():
+            values = [table.rows.get(row, {}).get(name) for row in (frozen, model, reference)]
+            if None in values:
+                continue
+            still, made, truth = (estimate.mean for estimate in values)
+            gain = metric.better * (made - still) or abs(still - truth) - abs(made - truth)
+            if gain:
+                (worse if gain > 0 else better).append(metric.title.lower())
+        notes.append(
+            f"Against {model}, the frozen first frame is better in {_listed(better)}; worse in"
+            f" {_listed(worse)}."
+        )
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "nothing"

@@ -1,0 +1,111 @@
+"""The results of an evaluation written out: report.md, report.json, plots and sheets."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from framepack_jax import video
+from framepack_jax.data.synthetic import FPS
+from framepack_jax.evaluation import parts, plots, report, results
+from framepack_jax.evaluation.parts import ByRow, Part
+from framepack_jax.evaluation.report import Table
+from framepack_jax.video.files import whole
+
+SHEETS = 3
+"""Cases of a part that are shown."""
+SHEET_COLUMNS, CELL = 8, 128
+
+
+def write(
+    folder: Path,
+    made: Sequence[tuple[Part, ByRow]],
+    models: Sequence[str],
+    about: Mapping[str, Any],
+) -> list[Table]:
+    """Write everything; the tables come back. A sheet shows the same case in all rows."""
+    tables, text, hiding = [], [_head(about)], {}
+    for part, found in made:
+        kind, _, amount = part.name.partition("_")
+        count = max(case.frames for case in part.cases)
+        lengths = count / FPS
+        if kind == "drift":
+            new = [parts.quality(lengths, found), parts.drifting(lengths, found)]
+            pictures = _over_time(folder, part.name, found)
+        elif kind == "forgetting":
+            new, pictures = [parts.forgetting(float(amount), found)], []
+            hiding[float(amount)] = new[0]
+        else:
+            new, pictures = [parts.prompting(lengths, found)], []
+        tables += new
+        for table in new:
+            notes = report.against(
+                table, parts.TRUTH, parts.FROZEN, [m for m in models if m in found]
+            )
+            text.append(report.markdown(table, notes))
+        pictures += _sheets(folder, part, list(found))
+        text.append(_shown(pictures))
+    if hiding:
+        text.append("## Forgetting over the time hidden\n\n" + _shown(_over_hiding(folder, hiding)))
+    with whole(folder / "report.json") as partial:
+        plain = {"about": about, "tables": [report.plain(table) for table in tables]}
+        partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    with whole(folder / "report.md") as partial:
+        partial.write_text("\n".join(text))
+    return tables
+
+
+def _head(about: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in about.items() if not isinstance(value, dict)}
+    plain["references by"] = about["references"]["bundle"]
+    plain |= {f"schedule of {name}": row["schedule"] for name, row in about["rows"].items()}
+    lines = [f"- {name}: {value}" for name, value in plain.items()]
+    return "\n".join(["# Evaluation", "", *lines, ""])
+
+
+def _shown(pictures: Sequence[str]) -> str:
+    return "\n".join(f"![{Path(name).stem}]({name})\n" for name in pictures)
+
+
+def _over_time(folder: Path, part: str, found: ByRow) -> list[str]:
+    names = []
+    for name, metric in parts.DRIFT_METRICS.items():
+        curves = {row: [figures[name] for figures in by.values()] for row, by in found.items()}
+        names.append(f"plots/{part}_{name}.png")
+        plots.over_time(folder / names[-1], metric, curves, FPS)
+    return names
+
+
+def _over_hiding(folder: Path, tables: Mapping[float, Table]) -> list[str]:
+    names = []
+    rows = list(dict.fromkeys(row for table in tables.values() for row in table.rows))
+    for name, metric in parts.FORGETTING_METRICS.items():
+        points = {
+            row: {hidden: table.rows[row][name] for hidden, table in tables.items()} for row in rows
+        }
+        names.append(f"plots/forgetting_{name}.png")
+        plots.over_hiding(folder / names[-1], metric, points)
+    return names
+
+
+def _sheets(folder: Path, part: Part, rows: Sequence[str]) -> list[str]:
+    names = []
+    for case in part.cases[:SHEETS]:
+        names.append(f"sheets/{part.name}_{case.name}.png")
+        (folder / "sheets").mkdir(exist_ok=True)
+        strips = [_strip(results.video_file(folder, row, case)) for row in rows]
+        video.save_png(folder / names[-1], video.labelled_sheet(strips, rows, columns=1))
+    return names
+
+
+def _strip(file: Path) -> np.ndarray:
+    """Frames of a video side by side, from first to last."""
+    picks = np.linspace(0, video.mp4_info(file).frames - 1, SHEET_COLUMNS).round().astype(int)
+    frames = []
+    for frame in video.read_frames_at(file, picks.tolist()):
+        size = CELL, max(1, round(frame.shape[0] * CELL / frame.shape[1]))
+        frames.append(np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)))
+    return np.concatenate(frames, axis=1)
