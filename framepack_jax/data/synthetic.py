@@ -140,7 +140,7 @@ def counterfactual(
     seed: int, number: int, height: int | None = None, width: int | None = None
 ) -> tuple[Scene, Scene]:
     """Two held-out scenes whose first frames are equal and whose captions differ in what one sprite
-    does: see `differing`."""
+    does: see `different`."""
     rng = _rng(seed, number, "held-out", 1)
     size = _size(number, height, width)
     made = _scene(rng, *size, "held-out", second=False)
@@ -153,7 +153,7 @@ def counterfactual(
     return first, second
 
 
-def differing(first: Scene, second: Scene) -> int:
+def different(first: Scene, second: Scene) -> int:
     """Number of the sprite that does something else in another scene."""
     pairs = zip(first.sprites, second.sprites, strict=True)
     return next(i for i, (a, b) in enumerate(pairs) if a.motions != b.motions)

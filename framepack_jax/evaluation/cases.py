@@ -15,8 +15,8 @@ import math
 
 import numpy as np
 
-from framepack_jax.data import synthetic
-from framepack_jax.data.synthetic import FPS, Scene
+from framepack_jax.data import drawing, synthetic
+from framepack_jax.data.synthetic import FPS, Scene, Sprite
 from framepack_jax.evaluation import metrics, motions, objects
 from framepack_jax.evaluation.drift import mean
 from framepack_jax.evaluation.objects import Cast
@@ -142,9 +142,8 @@ def templates(height: int) -> dict[str, np.ndarray]:
     """Masks of all forms in all sizes, in pictures of so many rows."""
     made = {}
     for (size, radius), form in itertools.product(synthetic.SIZES.items(), synthetic.FORMS):
-        half = math.ceil(1.2 * radius * height)
-        at = np.arange(-half, half + 1) / height
-        cover = synthetic.cover(form, size, at[None, :], at[:, None], 1.5 / height)
+        side = 2 * math.ceil(1.2 * radius * height) + 1
+        _, cover = drawing.cover(form, radius * height / side, (0.5, 0.5), side, side)
         made[f"{size} {form}"] = cover >= 0.5
     return made
 
@@ -159,7 +158,7 @@ def drift_figures(case: Case, frames: np.ndarray) -> Figures:
         for number in range(len(frames))
     ]
     agreed = motions.agreement(
-        seen.centres / scene.height, words, [anchor_of(scene, s) for s in scene.sprites], FPS
+        seen.centres / scene.height, words, [anchor_of(sprite) for sprite in scene.sprites], FPS
     )
     return metrics.measure(frames, FPS) | {
         "identity": over_sprites(seen.identity),
@@ -167,9 +166,9 @@ def drift_figures(case: Case, frames: np.ndarray) -> Figures:
     }
 
 
-def anchor_of(scene: Scene, sprite) -> int | None:
-    """The sprite that another circles around."""
-    return 0 if scene.sprites.index(sprite) else None
+def anchor_of(sprite: Sprite) -> int | None:
+    """Number of the sprite that another circles around, if it does."""
+    return next((motion.around for motion in sprite.motions if motion.kind == "orbit"), None)
 
 
 def over_sprites(values: np.ndarray) -> np.ndarray:

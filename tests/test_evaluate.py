@@ -1,0 +1,76 @@
+"""The evaluation on the demo world: its truth passes, other videos do not; the command as typed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from framepack_jax.__main__ import main as framepack
+from framepack_jax.evaluation import cases
+
+SIZE = 64, 64
+
+
+def mean(figures: list[cases.Figures], name: str) -> float:
+    return float(np.nanmean(np.concatenate([np.ravel(each[name]) for each in figures])))
+
+
+def test_the_truth_is_itself_and_does_what_it_says() -> None:
+    made = cases.drift_cases(0, 8, 120, SIZE, "drift")
+    truth = [cases.drift_figures(case, case.truth()) for case in made]
+    assert mean(truth, "identity") > 0.97 and mean(truth, "caption") > 0.95
+    frozen = [cases.drift_figures(c, np.repeat(c.image[None], c.frames, 0)) for c in made]
+    assert mean(frozen, "caption") < 0.6 and mean(frozen, "dynamics") < 1e-3
+    # Seen in other videos, the sprites are gone or do something else.
+    others = [cases.drift_figures(c, o.truth()) for c, o in zip(made, made[1:] + made[:1])]
+    assert mean(others, "identity") < 0.4 and mean(others, "caption") < 0.4
+
+
+@pytest.mark.parametrize("hidden", [0.5, 2.0])
+def test_a_sprite_that_comes_back_is_told_from_one_that_does_not(hidden) -> None:
+    made = cases.hiding_cases(0, 4, hidden, SIZE, "forgetting")
+    truth = [cases.forgetting_figures(case, case.truth()) for case in made]
+    assert mean(truth, "identity") > 0.95 and mean(truth, "hidden") > 0.95
+    assert mean(truth, "place") < 0.02
+    for case in made:
+        frames = case.truth()
+        frames[case.back] = frames[case.away.start + 2]
+        figures = cases.forgetting_figures(case, frames)
+        assert figures["identity"] == 0 and np.isnan(figures["place"])
+
+
+def test_of_two_motions_the_one_that_was_asked_for_is_found() -> None:
+    made = cases.counterfactual_cases(0, 8, 60, SIZE, "prompts")
+    assert len(made) == 16
+    truth = [cases.prompt_figures(case, case.truth()) for case in made]
+    assert mean(truth, "match") == 1 and mean(truth, "psnr") == 99
+    pairs = [made[i ^ 1] for i in range(16)]
+    swapped = [cases.prompt_figures(c, o.truth()) for c, o in zip(made, pairs, strict=True)]
+    assert mean(swapped, "match") == 0 and mean(swapped, "psnr") == 99
+
+
+def test_the_command_as_typed(tmp_path, capsys) -> None:
+    """Every part, every row, at toy size; the second time nothing is made again."""
+    flags = ["evaluate", "--bundle", "tiny", "--output", str(tmp_path / "out"), "--videos", "1",
+             "--seconds", "1.2", "--hiding-videos", "0", "--pairs", "1", "--pair-seconds", "1.2",
+             "--size", "32x32", "--steps", "1"]  # fmt: skip
+    framepack(flags)
+    report = (tmp_path / "out" / "report.md").read_text()
+    for row in (
+        "ground truth",
+        "VAE reconstruction",
+        "frozen first frame",
+        "repeated short",
+        "tiny",
+    ):
+        assert f"{row}" in report
+    assert json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list((tmp_path / "out" / "plots").glob("*.png"))
+    assert list((tmp_path / "out" / "sheets").glob("*.png"))
+    videos = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npz")}
+    assert len(videos) > 8
+    framepack(flags)
+    again = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npz")}
+    assert again == videos and (tmp_path / "out" / "report.md").read_text() == report
+    with pytest.raises(SystemExit, match="steps"):
+        framepack([*flags[:-1], "2"])
