@@ -154,22 +154,32 @@ def drift_figures(case: Case, frames: np.ndarray) -> Figures:
     scene = case.scene
     truth = synthetic.truth(scene, len(frames) / FPS)
     seen = objects.watch(frames, cast_of(scene), truth.visible)
-    words = [
-        [synthetic.motion_at(sprite, number / FPS) for sprite in scene.sprites]
-        for number in range(len(frames))
-    ]
-    agreed = motions.agreement(
-        seen.centres / scene.height, words, [anchor_of(scene, s) for s in scene.sprites], FPS
-    )
+    words = words_of(scene, len(frames))
+    tracks = seen.centres / scene.height
+    agreed = motions.agreement(tracks, words, anchors_of(scene), FPS)
     return metrics.measure(frames, FPS) | {
         "identity": over_sprites(seen.identity),
         "caption": over_sprites(agreed),
     }
 
 
-def anchor_of(scene: Scene, sprite) -> int | None:
-    """The sprite that another circles around."""
-    return 0 if scene.sprites.index(sprite) else None
+def words_of(scene: Scene, frames: int) -> list[list[str]]:
+    """What the caption says of each sprite in each frame."""
+    return [
+        [synthetic.motion_at(sprite, number / FPS) for sprite in scene.sprites]
+        for number in range(frames)
+    ]
+
+
+def anchors_of(scene: Scene) -> list[int | None]:
+    """Of each sprite the one that it may circle around."""
+    return [None] + [0] * (len(scene.sprites) - 1)
+
+
+def tracks_of(scene: Scene, frames: np.ndarray) -> np.ndarray:
+    """Where the sprites of a scene are seen in frames, (P, S, 2) in picture heights."""
+    everyone = np.zeros((len(frames), len(scene.sprites)))
+    return objects.watch(frames, cast_of(scene), everyone).centres / scene.height
 
 
 def over_sprites(values: np.ndarray) -> np.ndarray:
