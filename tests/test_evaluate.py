@@ -22,7 +22,8 @@ def test_the_truth_is_itself_and_does_what_it_says() -> None:
     frozen = [cases.drift_figures(c, np.repeat(c.image[None], c.frames, 0)) for c in made]
     assert mean(frozen, "caption") < 0.6 and mean(frozen, "dynamics") < 1e-3
     # Seen in other videos, the sprites are gone or do something else.
-    others = [cases.drift_figures(c, o.truth()) for c, o in zip(made, made[1:] + made[:1])]
+    after = made[1:] + made[:1]
+    others = [cases.drift_figures(c, o.truth()) for c, o in zip(made, after, strict=True)]
     assert mean(others, "identity") < 0.4 and mean(others, "caption") < 0.4
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from PIL import Image, ImageDraw
 from framepack_jax import FramePack, packing, video
 from framepack_jax.commands import evaluate
 from framepack_jax.commands.records import EMBEDDED
-from framepack_jax.evaluation import drift, metrics, motions, objects, parts, plots, report, rows
+from framepack_jax.evaluation import (
+    cases,
+    drift,
+    metrics,
+    motions,
+    objects,
+    parts,
+    plots,
+    report,
+    results,
+    rows,
+)
 from framepack_jax.evaluation.drift import Estimate
 from framepack_jax.evaluation.metrics import Metric
 from framepack_jax.evaluation.objects import Cast
@@ -412,3 +424,119 @@ def test_bad_input_is_named(tmp_path, monkeypatch, flags, named) -> None:
         evaluate.main(flags)
     assert str(error.value).startswith("error: ") and named in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+WORLD = 64, 64
+
+
+@pytest.fixture(scope="module")
+def truths() -> list[tuple[cases.Case, np.ndarray]]:
+    return [(case, case.truth()) for case in cases.drift_cases(0, 8, 121, WORLD, "drift")]
+
+
+def test_the_truth_of_the_world_agrees_with_itself(truths) -> None:
+    found = [cases.drift_figures(case, frames) for case, frames in truths]
+    assert np.mean([drift.mean(f["identity"]) for f in found]) > 0.97
+    # Of a sprite behind the wall nothing is said that could be looked for.
+    assert np.nanmean([drift.mean(f["caption"]) for f in found]) > 0.95
+
+
+def test_captions_of_others_agree_by_chance(truths) -> None:
+    agreed = []
+    for (case, frames), (other, _) in zip(truths, truths[1:] + truths[:1], strict=True):
+        tracks = cases.tracks_of(case.scene, frames)
+        words = cases.words_of(other.scene, len(frames))
+        count = min(tracks.shape[1], len(words[0]))
+        anchors = cases.anchors_of(case.scene)[:count]
+        agreed.append(
+            drift.mean(
+                motions.agreement(tracks[:, :count], [w[:count] for w in words], anchors, FPS)
+            )
+        )
+    assert np.nanmean(agreed) < 0.45
+
+
+def test_a_hidden_sprite_is_gone_and_comes_back_in_truth() -> None:
+    for hidden in (0.5, 1.0):
+        for case in cases.hiding_cases(0, 2, hidden, WORLD, "forgetting"):
+            frames = case.truth()
+            found = cases.forgetting_figures(case, frames)
+            assert found["hidden"] > 0.95 and found["identity"] > 0.95 and found["place"] < 0.03
+            assert abs((case.away.stop - case.away.start) / FPS - hidden) < 0.2
+            # Without the sprite, or with the beginning for all of it.
+            still = cases.forgetting_figures(case, np.repeat(frames[:1], len(frames), 0))
+            assert still["hidden"] < 0.05 and still["place"] > 0.1
+            empty = np.full_like(frames, GREY)
+            lost = cases.forgetting_figures(case, empty)
+            assert lost["hidden"] == 1 and lost["identity"] == 0 and np.isnan(lost["place"])
+
+
+def test_counterfactual_truth_matches_its_own_caption() -> None:
+    made = cases.counterfactual_cases(0, 3, 73, WORLD, "prompts")
+    assert len(made) == 6 and {case.name for case in made} >= {"000a", "000b", "002b"}
+    for case, twin in zip(made[::2], made[1::2], strict=True):
+        assert case.scene.caption != twin.scene.caption and case.seed == twin.seed
+        np.testing.assert_array_equal(case.image, twin.image)
+        assert {case.shuffled, twin.shuffled}.isdisjoint((case.scene.caption, twin.scene.caption))
+        mine, others = case.truth(), twin.truth()
+        found = cases.prompt_figures(case, mine)
+        assert found["match"] == 1 and found["psnr"] == 99 and found["dynamics"] > 0
+        assert cases.prompt_figures(case, others)["match"] == 0
+        assert cases.prompt_figures(twin, others)["match"] == 1
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> None:
+    flags = [
+        "--bundle", "tiny", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--size", "32x32",
+        "--steps", "1", "--videos", "2", "--seconds", "0.6", "--hiding-videos", "2",
+        "--hidden", "0.5", "--pairs", "1", "--pair-seconds", "0.3", "--output", str(tmp_path),
+    ]  # fmt: skip
+    # Few shapes to compile: clips of 9 frames, 2 videos side by side.
+    monkeypatch.setattr(rows, "CLIP_LATENTS", 2)
+    stopped, save = [], results.save
+
+    def stop_in_time(*args) -> None:
+        if len(stopped) == 12:
+            raise KeyboardInterrupt
+        stopped.append(args[1])
+        save(*args)
+
+    monkeypatch.setattr(results, "save", stop_in_time)
+    with pytest.raises(SystemExit, match="interrupted"):
+        evaluate.main(flags)
+    assert not (tmp_path / "report.md").exists()
+    monkeypatch.setattr(results, "save", lambda *args: (stopped.append(args[1]), save(*args)))
+    evaluate.main(flags)
+    # Drift: 4 references and the model, twice; forgetting: also without k2, k4, both; prompts: also
+    # the control.
+    assert len(stopped) == 2 * 5 + 2 * 8 + 2 * 6
+    found = json.loads((tmp_path / "report.json").read_text())
+    name = "tiny f1k1_x_f16k4f2k2f1k1_g2"
+    titles = [table["title"] for table in found["tables"]]
+    assert [title.split()[0] for title in titles] == [
+        "Over",
+        "Drift",
+        "Forgetting:",
+        "Counterfactual",
+    ]
+    for table in found["tables"]:
+        assert {*parts.REFERENCES, name} <= set(table["rows"])
+        assert all(set(cells) == set(table["columns"]) for cells in table["rows"].values())
+    assert f"{name}, without k2 and k4" in found["tables"][2]["rows"]
+    frozen = found["tables"][0]["rows"][parts.FROZEN]
+    assert frozen["dynamics"] == {"mean": 0.0, "error": 0.0, "videos": 2}
+    text = (tmp_path / "report.md").read_text()
+    for picture in re.findall(r"\]\((.+?\.png)\)", text):
+        assert (tmp_path / picture).exists()
+    assert f"Against {name}, the frozen first frame is better in" in text
+
+    def refuse(*args):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(results, "save", refuse)
+    evaluate.main(flags)
+    with pytest.raises(SystemExit, match="steps = 1 there, 2 here"):
+        evaluate.main([*flags, "--steps", "2"])
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(SystemExit, match="not empty"):
+        evaluate.main(flags)

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -258,29 +260,20 @@ def make_all(
 ) -> None:
     """Make and measure every video that is not there yet, behind a bar. Weights of one model are on
     the device at a time."""
-    with tqdm(total=sum(len(p.cases) * len(p.rows) for p in todo), unit="video") as bar:
+    total = sum(len(part.cases) * len(part.rows) for part in todo)
+    with tqdm(total=total, unit="video") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in (None, *range(len(models))):
             pipe = None
-            for part in todo:
-                for row in part.rows:
-                    if row.model != number:
-                        continue
-                    bar.set_description(f"{part.name}, {row.name}")
-                    missing = [
-                        c for c in part.cases if results.load(flags.output, row.name, c) is None
-                    ]
-                    bar.update(len(part.cases) - len(missing))
-                    if missing and number is not None and pipe is None:
-                        pipe = models[number].pipe.with_weights(models[number].path)
-                    for batch in _batches(missing, 1 if row.model is None else flags.batch):
-                        for case, frames in zip(
-                            batch, row.make(pipe, batch, settings), strict=True
-                        ):
-                            figures = part.measure(case, frames)
-                            results.save(flags.output, row.name, case, frames, figures, FPS)
-                            bar.update()
-
-
-def _batches(items: Sequence[cases.Case], size: int) -> Iterator[Sequence[cases.Case]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
+            for part, row in ((p, r) for p in todo for r in p.rows if r.model == number):
+                bar.set_description(f"{part.name}, {row.name}")
+                missing = [c for c in part.cases if results.load(flags.output, row.name, c) is None]
+                bar.update(len(part.cases) - len(missing))
+                if missing and number is not None and pipe is None:
+                    pipe = models[number].pipe.with_weights(models[number].path)
+                for first in range(0, len(missing), flags.batch):
+                    batch = missing[first : first + flags.batch]
+                    made = row.make(pipe, batch, settings)
+                    figures = pool.map(part.measure, batch, made)
+                    for case, frames, found in zip(batch, made, figures, strict=True):
+                        results.save(flags.output, row.name, case, frames, found, FPS)
+                        bar.update()

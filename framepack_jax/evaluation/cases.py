@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from framepack_jax.data import drawing, synthetic
-from framepack_jax.data.synthetic import FPS, Scene, Sprite
+from framepack_jax.data.synthetic import DIRECTIONS, FPS, Scene
 from framepack_jax.evaluation import metrics, motions, objects
 from framepack_jax.evaluation.drift import mean
 from framepack_jax.evaluation.objects import Cast
@@ -153,22 +153,43 @@ def drift_figures(case: Case, frames: np.ndarray) -> Figures:
     scene = case.scene
     truth = synthetic.truth(scene, len(frames) / FPS)
     seen = objects.watch(frames, cast_of(scene), truth.visible)
-    words = [
-        [synthetic.motion_at(sprite, number / FPS) for sprite in scene.sprites]
-        for number in range(len(frames))
-    ]
-    agreed = motions.agreement(
-        seen.centres / scene.height, words, [anchor_of(sprite) for sprite in scene.sprites], FPS
-    )
+    words = words_of(scene, len(frames))
+    tracks = seen.centres / scene.height
+    agreed = motions.agreement(tracks, words, anchors_of(scene), FPS)
     return metrics.measure(frames, FPS) | {
         "identity": over_sprites(seen.identity),
         "caption": over_sprites(agreed),
     }
 
 
-def anchor_of(sprite: Sprite) -> int | None:
-    """Number of the sprite that another circles around, if it does."""
-    return next((motion.around for motion in sprite.motions if motion.kind == "orbit"), None)
+def words_of(scene: Scene, frames: int) -> list[list[str]]:
+    """What the caption says of each sprite in each frame. What moves to one side does so until it
+    bounces off an edge, and after that to both: along an axis."""
+    words = [[] for _ in range(frames)]
+    for sprite in scene.sprites:
+        places = [synthetic.position(scene, sprite, n / FPS) for n in range(frames + 1)]
+        before = None
+        for number, step in enumerate(np.diff(places, axis=0)):
+            said = synthetic.motion_at(sprite, number / FPS)
+            if said != before:
+                before, bounced = said, False
+            bounced |= said in DIRECTIONS and np.dot(step, DIRECTIONS[said]) < 0
+            words[number].append(motions.AXES[said] if bounced else said)
+    return words
+
+
+def anchors_of(scene: Scene) -> list[int | None]:
+    """Of each sprite the one that it circles around, if it does."""
+    return [
+        next((motion.around for motion in sprite.motions if motion.kind == "orbit"), None)
+        for sprite in scene.sprites
+    ]
+
+
+def tracks_of(scene: Scene, frames: np.ndarray) -> np.ndarray:
+    """Where the sprites of a scene are seen in frames, (P, S, 2) in picture heights."""
+    everyone = np.zeros((len(frames), len(scene.sprites)))
+    return objects.watch(frames, cast_of(scene), everyone).centres / scene.height
 
 
 def over_sprites(values: np.ndarray) -> np.ndarray:

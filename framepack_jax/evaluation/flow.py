@@ -5,19 +5,24 @@ The flow is that of "Fast Optical Flow using Dense Inverse Search" (arXiv 1603.0
 Shapes: H W rows and columns. Frames are (H, W, 3) uint8; flow is (H, W, 2), x and y in pixels.
 """
 
+import math
+
 import cv2
 import numpy as np
+
+FINE = 128
+"""Pixels of the shorter side that are looked at, at least: of larger pictures, a coarser scale."""
 
 
 class Flow:
     """The flow from one frame to another: first(p) is second(p + flow(first, second)(p))."""
 
     def __init__(self) -> None:
-        self._method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        # Small pictures leave nothing to look at in a coarser scale.
-        self._method.setFinestScale(0)
+        self._method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        scale = max(0, int(math.log2(min(first.shape[:2]) / FINE)))
+        self._method.setFinestScale(scale)
         return self._method.calc(grey(first), grey(second), None)
 
 

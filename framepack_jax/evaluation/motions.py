@@ -18,6 +18,13 @@ TURNED = 0.35
 ENOUGH = 0.6
 """Share of a window in which a shape must be seen."""
 
+AXES = {"left": "sideways", "right": "sideways", "up": "upright", "down": "upright"}
+"""Of a direction, the way there and back."""
+KINDS = {word: {word} for word in (*AXES, "orbit", "stay")} | {
+    axis: {word for word in AXES if AXES[word] == axis} for axis in AXES.values()
+}
+"""Of what may be said, the words that a track may have."""
+
 
 def word(track: np.ndarray, anchor: np.ndarray | None = None) -> str:
     """What a shape does along its track (n, 2): a direction; "orbit" where a circle around the
@@ -77,11 +84,11 @@ def agreement(
         part = slice(first, first + length)
         for sprite in range(sprites):
             said = {at[sprite] for at in words[part]}
-            if len(said) > 1 or not said <= {"left", "right", "up", "down", "orbit", "stay"}:
+            if len(said) > 1 or not said <= set(KINDS):
                 continue
             anchor = anchors[sprite]
             around = None if anchor is None else tracks[part, anchor]
-            found[part, sprite] = word(tracks[part, sprite], around) in said
+            found[part, sprite] = word(tracks[part, sprite], around) in KINDS[said.pop()]
     return found
 
 
