@@ -28,7 +28,7 @@ class Synthetic:
     size: str = "128x128"
     """Height and width in pixels; or buckets, for several shapes of about that area."""
     split: synthetic.Split = "train"
-    """Of the held-out split, each video has a shape in a colour that no other video shows."""
+    """Each held-out video has a form in a colour that no training video shows together."""
     workers: int = 2
     """Processes that draw."""
 
