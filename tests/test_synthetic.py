@@ -137,6 +137,7 @@ def test_two_prompts_from_one_picture() -> None:
         first, second = synthetic.counterfactual(0, number, 64, 64)
         assert first.caption != second.caption
         actor = synthetic.different(first, second)
+        assert (synthetic.truth(first, 1 / 30).visible > 0.95).all()  # but for pixels
         films = [np.stack(list(synthetic.frames(s, 1.0))) for s in (first, second)]
         assert np.array_equal(films[0][0], films[1][0])
         ways = [np.subtract(synthetic.position(s, s.sprites[actor], 0.8), s.sprites[actor].start)

@@ -143,14 +143,25 @@ def counterfactual(
     does: see `different`."""
     rng = _rng(seed, number, "held-out", 1)
     size = _size(number, height, width)
-    made = _scene(rng, *size, "held-out", second=False)
-    actor = next(i for i, s in enumerate(made.sprites) if s.motions[0].kind in DIRECTIONS)
-    others = [kind for kind in DIRECTIONS if kind != made.sprites[actor].motions[0].kind]
-    # From the middle there is room to all sides.
-    start = tuple(rng.uniform(0.42, 0.58, 2) * (made.aspect, 1.0))
-    kinds = made.sprites[actor].motions[0].kind, str(rng.choice(others))
-    first, second = (_replaced(made, actor, start=start, motions=(Motion(kind),)) for kind in kinds)
+
+    def draw() -> Scene:
+        made = _scene(rng, *size, "held-out", second=False)
+        actor = _mover(made)
+        # From the middle there is room to all sides.
+        start = tuple(rng.uniform(0.42, 0.58, 2) * (made.aspect, 1.0))
+        return _replaced(made, actor, start=start)
+
+    first = _first_good(draw)
+    actor = _mover(first)
+    (motion,) = first.sprites[actor].motions
+    others = [kind for kind in DIRECTIONS if kind != motion.kind]
+    second = _replaced(first, actor, motions=(Motion(str(rng.choice(others))),))
     return first, second
+
+
+def _mover(scene: Scene) -> int:
+    """Number of the first sprite that moves to a side."""
+    return next(i for i, s in enumerate(scene.sprites) if s.motions[0].kind in DIRECTIONS)
 
 
 def different(first: Scene, second: Scene) -> int:
