@@ -73,5 +73,8 @@ def test_the_command_as_typed(tmp_path, capsys) -> None:
     framepack(flags)
     again = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npz")}
     assert again == videos and (tmp_path / "out" / "report.md").read_text() == report
+    # Videos of another length are others.
+    framepack([*flags, "--videos", "0", "--pair-seconds", "2.4"])
+    assert list((tmp_path / "out" / "videos" / "prompts_2.4s").rglob("*.npz"))
     with pytest.raises(SystemExit, match="steps"):
         framepack([*flags[:-1], "2"])

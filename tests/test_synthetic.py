@@ -56,6 +56,26 @@ def test_what_is_held_out_is_in_no_training_scene() -> None:
         synthetic.scene(0, 0, split="test")
 
 
+@pytest.mark.parametrize("size", [(128, 128), (112, 144), (144, 112), (96, 176), (176, 96)])
+def test_there_is_room_for_what_is_drawn(size) -> None:
+    """Nothing begins behind anything, motions can be seen before they bounce, nothing is rare."""
+    made = [synthetic.scene(3, number, *size) for number in range(150)]
+    kinds = [sprite.motions[-1].kind for scene in made for sprite in scene.sprites]
+    if size[1] >= size[0]:
+        assert kinds.count("orbit") > 30 and kinds.count("behind") > 20
+        made += [synthetic.hiding(3, number, 1.0, *size) for number in range(30)]
+    else:
+        assert not {"orbit", "behind"} & set(kinds)
+        with pytest.raises(ValueError, match="leave no room"):
+            synthetic.hiding(3, 0, 1.0, *size)
+    for scene in made:
+        assert synthetic.truth(scene, 1 / 30).visible.min() > 0.95
+        for sprite in scene.sprites:
+            if sprite.motions[0].kind in synthetic.DIRECTIONS:
+                way = np.subtract(synthetic.position(scene, sprite, 1.0), sprite.start)
+                np.testing.assert_allclose(np.abs(way).max(), synthetic.SPEED, rtol=1e-6)
+
+
 def test_all_words_and_motions_occur_in_both_splits() -> None:
     kinds, words = [], []
     for split in synthetic.SPLITS:

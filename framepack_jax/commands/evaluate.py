@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -228,31 +228,26 @@ def _parts(flags: Evaluate, size: tuple[int, int], models: Sequence[Model]) -> I
     def frames(seconds: float) -> int:
         return rows.frames_for(pipe, rows.sections_for(pipe, seconds, FPS))
 
-    names = [model.name for model in models]
-    numbered = list(enumerate(names))
+    def under_test(rows_of: Callable[[str, int, str], list[Row]]) -> list[Row]:
+        each = [rows_of(m.name, i, m.pipe.schedule) for i, m in enumerate(models)]
+        return [*parts.references(), *itertools.chain(*each)]
+
     if flags.videos:
         for seconds in flags.seconds:
-            name = f"drift_{seconds:g}s"
-            made = cases.drift_cases(flags.seed, flags.videos, frames(seconds), size, name)
-            under_test = [parts.model_row(name, i) for i, name in numbered]
-            yield Part(name, made, [*parts.references(), *under_test], cases.drift_figures)
+            part, count = f"drift_{seconds:g}s", frames(seconds)
+            made = cases.drift_cases(flags.seed, flags.videos, count, size, part)
+            yield Part(part, made, under_test(parts.drift_rows), cases.drift_figures)
     if flags.hiding_videos:
         for hidden in flags.hidden:
-            name = f"forgetting_{hidden:g}"
-            made = cases.hiding_cases(flags.seed, flags.hiding_videos, hidden, size, name)
+            part = f"forgetting_{hidden:g}s"
+            made = cases.hiding_cases(flags.seed, flags.hiding_videos, hidden, size, part)
             whole = rows.frames_for(pipe, parts.sections_of(pipe, made[0].frames))
             made = [dataclasses.replace(case, frames=whole) for case in made]
-            under_test = [
-                row
-                for i, model in enumerate(models)
-                for row in parts.forgetting_rows(model.name, i, model.pipe.schedule)
-            ]
-            yield Part(name, made, [*parts.references(), *under_test], cases.forgetting_figures)
+            yield Part(part, made, under_test(parts.forgetting_rows), cases.forgetting_figures)
     if flags.pairs:
-        name, count = "prompts", frames(flags.pair_seconds)
-        made = cases.counterfactual_cases(flags.seed, flags.pairs, count, size, name)
-        under_test = [row for i, name in numbered for row in parts.prompt_rows(name, i)]
-        yield Part(name, made, [*parts.references(), *under_test], cases.prompt_figures)
+        part, count = f"prompts_{flags.pair_seconds:g}s", frames(flags.pair_seconds)
+        made = cases.counterfactual_cases(flags.seed, flags.pairs, count, size, part)
+        yield Part(part, made, under_test(parts.prompt_rows), cases.prompt_figures)
 
 
 def make_all(

@@ -1,5 +1,6 @@
 """`framepack train`: a configuration and a dataset become a trained model."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -67,12 +69,18 @@ CONFIG_FIELDS = [field.name for field in dataclasses.fields(Config)]
 def main(args: list[str] | None = None, prog: str = "train.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
+    with told():
+        _run(tyro.cli(Train, prog=prog, args=args, default=defaults(Train, Config, args)))
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """A training command: how long it took, or what was wrong and exit code 1."""
     began = time.monotonic()
     try:
-        flags = tyro.cli(Train, prog=prog, args=args, default=defaults(Train, Config, args))
-        _run(flags)
+        yield
     except FAILURES as error:
-        raise SystemExit(f"error: {explained(error)}") from error
+        raise SystemExit(f"error: {_explained(error)}") from error
     except KeyboardInterrupt:
         # Before the first step or after the last; in between it is asked for, and saves.
         print("interrupted; what was saved stays, and the same command goes on", file=sys.stderr)
@@ -197,7 +205,7 @@ def _check(cfg: Config) -> None:
     bundle.check_present(path_of(cfg.bundle), [*roles, *(["vae"] if looks else [])])
 
 
-def explained(error: Exception) -> str:
+def _explained(error: Exception) -> str:
     line = str(error)
     if isinstance(error, NotFinite | ValueError | OSError):
         return line

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ import tyro
 from framepack_jax import sharding, topology
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.records import path_of
-from framepack_jax.commands.train import FAILURES, INTERRUPTED, defaults, explained
+from framepack_jax.commands.train import defaults, told
 from framepack_jax.training import vae
 
 
@@ -36,15 +35,8 @@ class TrainVae(vae.Config):
 def main(args: list[str] | None = None, prog: str = "framepack train-vae") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
-    began = time.monotonic()
-    try:
+    with told():
         _run(tyro.cli(TrainVae, prog=prog, args=args, default=defaults(TrainVae, vae.Config, args)))
-    except FAILURES as error:
-        raise SystemExit(f"error: {explained(error)}") from error
-    except KeyboardInterrupt:
-        print("interrupted; what was saved stays, and the same command goes on", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    print(f"{time.monotonic() - began:.1f} s in all")
 
 
 def _run(flags: TrainVae) -> None:

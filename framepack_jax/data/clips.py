@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from framepack_jax.data.stages import SUFFIXES
+from framepack_jax.data.stages import SUFFIXES, probe
 from framepack_jax.video import mp4_info, read_span
 
 FPS = 30.0
@@ -24,17 +24,19 @@ KEPT_BYTES = 6 << 30
 
 
 class Video(NamedTuple):
-    """A file, how many frames it has at 30 a second, and the size of its picture."""
+    """A file, its name below the folder, how many frames it has at 30 a second, and the size of its
+    picture as shown."""
 
     path: Path
+    name: str
     frames: int
     height: int
     width: int
 
 
 def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[Video]:
-    """The videos below a folder, by name. Raises ValueError where there are none, or one is shorter
-    than `frames` or smaller than `size` (height, width)."""
+    """The videos below a folder, by name. Raises ValueError where there are none, or one cannot be
+    read, is shorter than `frames` or smaller than `size` (height, width)."""
     folder = Path(folder)
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
@@ -43,8 +45,10 @@ def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[
         )
     found = []
     for file in files:
-        info = mp4_info(file)
-        video = Video(file, int(info.frames * FPS / info.fps), info.height, info.width)
+        shown, info = probe(file), mp4_info(file)
+        frames_there = int(info.frames * FPS / info.fps)
+        name = file.relative_to(folder).as_posix()
+        video = Video(file, name, frames_there, shown.height, shown.width)
         if video.frames < frames or video.height < size[0] or video.width < size[1]:
             raise ValueError(
                 f"{file} has {video.frames} frames of {video.height}x{video.width} at {FPS:g} a"
@@ -60,7 +64,7 @@ def hold_out(videos: Sequence[Video], count: int) -> tuple[list[Video], list[Vid
     that grows keeps most of them. Raises ValueError where nothing is left."""
     if count >= len(videos):
         raise ValueError(f"--holdout {count} leaves none of {len(videos)} videos to train on")
-    ranked = sorted(videos, key=lambda v: hashlib.sha256(v.path.name.encode()).hexdigest())
+    ranked = sorted(videos, key=lambda v: hashlib.sha256(v.name.encode()).hexdigest())
     held = set(ranked[:count])
     return [video for video in videos if video not in held], ranked[:count]
 

@@ -73,8 +73,8 @@ def rows(positions: tuple[int, ...], window: Window) -> np.ndarray:
 def to_batch(batch: PixelBatch, encode: Callable[[jax.Array], jax.Array]) -> Batch:
     """Encode the frames of a batch; `encode` takes (B, P, H, W, 3) in [-1, 1] and gives normalised
     latents (B, 1 + (P - 1) / 4, h, w, C)."""
-    start = encode(_signed(batch.start_frame))
-    window = encode(_signed(batch.frames))[:, 1:]
+    start = encode(signed(batch.start_frame))
+    window = encode(signed(batch.frames))[:, 1:]
     table = jnp.concatenate([jnp.zeros_like(start), start, window], axis=1).astype(jnp.bfloat16)
     # Latents are data here: nothing is learned through them.
     table = jax.lax.stop_gradient(table)
@@ -93,5 +93,6 @@ def to_batch(batch: PixelBatch, encode: Callable[[jax.Array], jax.Array]) -> Bat
     )  # fmt: skip
 
 
-def _signed(frames: jax.Array) -> jax.Array:
+def signed(frames: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1]."""
     return frames.astype(jnp.float32) / 127.5 - 1

@@ -40,6 +40,10 @@ SPEED, PAN = 0.35, 0.12
 THEN = 1.2
 # What a wall is wider than the sprite that goes behind it.
 WALL_SPARE = 0.08
+# What the sprite does that acts, each as often.
+ACTS = ("move", "move then move", "orbit", "move then orbit")
+# Least width / height of a picture in which there are walls and orbits.
+ROOM = 0.95
 # width / height of the pictures, and their area in pixels.
 ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)
 AREA, UNIT = 128 * 128, 16
@@ -131,9 +135,10 @@ def scene(
     """Scene `number` of a seed and a split, at a size in pixels, or at one of several shapes of
     about 128 x 128 pixels."""
     rng = _rng(seed, number, split, 0)
-    if rng.random() < 0.25:
-        return _with_wall(rng, *_size(number, height, width), split, rng.choice(list(HIDDEN)))
-    return _scene(rng, *_size(number, height, width), split)
+    height, width = _size(number, height, width)
+    if rng.random() < 0.25 and width >= ROOM * height:
+        return _with_wall(rng, height, width, split, rng.choice(list(HIDDEN)))
+    return _scene(rng, height, width, split)
 
 
 def counterfactual(
@@ -145,13 +150,13 @@ def counterfactual(
     size = _size(number, height, width)
 
     def draw() -> Scene:
-        made = _scene(rng, *size, "held-out", second=False)
+        made = _scene(rng, *size, "held-out", "move")
         actor = _mover(made)
         # From the middle there is room to all sides.
         start = tuple(rng.uniform(0.42, 0.58, 2) * (made.aspect, 1.0))
         return _replaced(made, actor, start=start)
 
-    first = _first_good(draw)
+    first = _first_good(draw, *size)
     actor = _mover(first)
     (motion,) = first.sprites[actor].motions
     others = [kind for kind in DIRECTIONS if kind != motion.kind]
@@ -200,44 +205,46 @@ def _size(number: int, height: int | None, width: int | None) -> tuple[int, int]
     return height, round(height * aspect / UNIT) * UNIT
 
 
-def _scene(
-    rng: np.random.Generator, height: int, width: int, split: Split, second: bool = True
-) -> Scene:
-    """One sprite moves, perhaps then does something `second`; the others stay or move. Drawn until
-    nothing lies on anything else in the first frame, and nobody leaves the picture."""
+def _scene(rng: np.random.Generator, height: int, width: int, split: Split, act: str = "") -> Scene:
+    """One sprite acts: by default as one of `ACTS`, where there is room for it; the others stay or
+    move. Drawn until nothing lies on anything else in the first frame, and nobody leaves the
+    picture."""
+    # Before all that is drawn again: what is hard to place is no rarer.
+    count, act = int(rng.integers(1, 4)), act or str(rng.choice(ACTS))
+    if "orbit" in act and width < ROOM * height:
+        act = "move"
+    count = max(count, 2 if "orbit" in act else 1)
 
-    def draw() -> Scene:
-        count = int(rng.integers(1, 4))
+    def draw() -> Scene | None:
         sprites = _shapes(rng, count, split)
         for i in range(count):
             moves = i == 0 or rng.random() < 0.25
             motion = Motion(_direction(rng) if moves else "stay")
             sprites[i] = dataclasses.replace(sprites[i], motions=(motion,))
-        if second:
-            motions = _acted(rng, sprites)
-            sprites[0] = dataclasses.replace(sprites[0], motions=motions)
+        if "orbit" in act:
+            sprites[1] = dataclasses.replace(sprites[1], motions=(Motion("stay"),))
+        motions = _acted(rng, act, sprites[0].motions[0])
+        sprites[0] = dataclasses.replace(sprites[0], motions=motions)
         camera = "still" if rng.random() < 0.5 else _direction(rng)
         made = Scene(height, width, tuple(sprites), camera, _texture(rng))
         # In front or behind: any place in the order.
         return _placed(rng, _rotated(made, int(rng.integers(count))))
 
-    return _first_good(draw)
+    return _first_good(draw, height, width)
 
 
-def _acted(rng: np.random.Generator, sprites: list[Sprite]) -> tuple[Motion, ...]:
-    """What the first sprite does: its motion, or that and then another, or orbits somewhere."""
-    first = sprites[0].motions[0]
-    still = [i for i, sprite in enumerate(sprites) if sprite.motions[0].kind == "stay"]
-    draw = rng.random()
-    if still and draw < 0.6:
-        around = int(rng.choice(still))
-        if draw < 0.3:
-            return (Motion("orbit", around=around),)
-        return first, Motion("orbit", THEN, around=around)
-    if draw < 0.8:
-        kinds = ["stay", *(kind for kind in DIRECTIONS if kind != first.kind)]
-        return first, Motion(str(rng.choice(kinds)), THEN)
-    return (first,)
+def _acted(rng: np.random.Generator, act: str, first: Motion) -> tuple[Motion, ...]:
+    """The motions of the sprite that acts, of which `first` is a direction; orbits are around the
+    second sprite."""
+    match act:
+        case "move":
+            return (first,)
+        case "orbit":
+            return (Motion("orbit", around=1),)
+        case "move then orbit":
+            return first, Motion("orbit", THEN, around=1)
+    kinds = ["stay", *(kind for kind in DIRECTIONS if kind != first.kind)]
+    return first, Motion(str(rng.choice(kinds)), THEN)
 
 
 def _with_wall(
@@ -245,25 +252,27 @@ def _with_wall(
 ) -> Scene:
     """A sprite goes behind a wall; at most one other, which stays."""
 
-    def draw() -> Scene:
+    def draw() -> Scene | None:
         count = int(rng.integers(1, 3))
         sprites = _shapes(rng, count, split)
         made = Scene(height, width, tuple(sprites), "still", _texture(rng))
         wide = 2 * sprites[0].radius + WALL_SPARE
-        wall = float(rng.uniform(0.45, 0.55)) * made.aspect, wide
+        wall = float(rng.uniform(0.4, 0.6)) * made.aspect, wide
         motions = [(Motion("behind", hidden=float(hidden)),), *[(Motion("stay"),)] * (count - 1)]
         sprites = [dataclasses.replace(s, motions=m) for s, m in zip(sprites, motions, strict=True)]
         return _placed(rng, dataclasses.replace(made, sprites=tuple(sprites), wall=wall))
 
-    return _first_good(draw)
+    return _first_good(draw, height, width)
 
 
-def _first_good(draw: Callable[[], Scene]) -> Scene:
+def _first_good(draw: Callable[[], Scene | None], height: int, width: int) -> Scene:
     for _ in range(TRIES):
         made = draw()
-        if _apart(made) and _inside(made):
+        if made is not None and _apart(made) and _inside(made):
             return made
-    raise ValueError(f"no scene of {made.height}x{made.width} pixels was found; give another size")
+    raise ValueError(
+        f"{height}x{width} pixels leave no room for such a scene; give another size, as 128x128"
+    )
 
 
 def _direction(rng: np.random.Generator) -> str:
@@ -306,9 +315,10 @@ def _rotated(scene: Scene, by: int) -> Scene:
     return dataclasses.replace(scene, sprites=tuple(sprites))
 
 
-def _placed(rng: np.random.Generator, scene: Scene) -> Scene:
+def _placed(rng: np.random.Generator, scene: Scene) -> Scene | None:
     """Places for all: such that what moves does so for a second before it bounces, and what goes
-    behind the wall has half a second to get there."""
+    behind the wall has a quarter of a second to get there, and room on the other side. None where
+    the picture is too small for that."""
     sprites = []
     for sprite in scene.sprites:
         low = np.full(2, sprite.radius + 0.01)
@@ -319,11 +329,17 @@ def _placed(rng: np.random.Generator, scene: Scene) -> Scene:
             low, high = low + np.maximum(-ahead, 0), high - np.maximum(ahead, 0)
         if scene.wall is not None:
             middle, wide = scene.wall
-            clear = wide / 2 + sprite.radius + (SPEED / 2 if kind == "behind" else 0.01)
-            if rng.random() < 0.5:
+            clear = wide / 2 + sprite.radius + (SPEED / 4 if kind == "behind" else 0.01)
+            sides = middle, scene.aspect - middle
+            left = rng.random() < 0.5
+            if left:
                 high = np.minimum(high, [middle - clear, np.inf])
             else:
                 low = np.maximum(low, [middle + clear, -np.inf])
+            if kind == "behind" and sides[left] < wide / 2 + 2 * sprite.radius + 0.01:
+                return None
+        if (low > high).any():
+            return None
         start = low + rng.random(2) * (high - low)
         sprites.append(dataclasses.replace(sprite, start=(float(start[0]), float(start[1]))))
     for i, sprite in enumerate(sprites):
@@ -356,7 +372,7 @@ def _inside(scene: Scene) -> bool:
         for motion in sprite.motions:
             if motion.kind == "orbit":
                 around = scene.sprites[motion.around]
-                radius = math.dist(_path(scene, sprite, motion.begin), around.start)
+                radius = math.dist(position(scene, sprite, motion.begin), around.start)
                 if radius < sprite.radius + around.radius + 0.03:
                     return False
                 places += [(around.start[0] + radius * a, around.start[1] + radius * b)
@@ -382,12 +398,8 @@ def motion_at(sprite: Sprite, seconds: float) -> str:
 
 
 def position(scene: Scene, sprite: Sprite, seconds: float) -> tuple[float, float]:
-    """Where the middle of a sprite is at a time."""
-    return _path(scene, sprite, seconds)
-
-
-def _path(scene: Scene, sprite: Sprite, seconds: float) -> tuple[float, float]:
-    """The way through one motion after another. Bounces are a straight line folded at the edges."""
+    """Where the middle of a sprite is at a time: one motion after another, bounces being a straight
+    line folded at the edges."""
     x, y = sprite.start
     for i, motion in enumerate(sprite.motions):
         end = sprite.motions[i + 1].begin if i + 1 < len(sprite.motions) else math.inf

@@ -6,5 +6,8 @@ motions.py   what a shape does, in the words of captions
 drift.py     first 15 % against last 15 %; means with standard errors
 cases.py     held-out scenes of the demo world, and what is asked of each
 rows.py      where videos come from: the references, and models under test
-report.py, plots.py   tables, JSON and pictures
+parts.py     which cases and rows make a table, and of which figures
+results.py   what has been made so far, on the disk
+summary.py   all results written out, by `report.py` (tables, JSON) and `plots.py`
+footage.py   a video file alone, whose truth is not known
 """

@@ -94,6 +94,11 @@ def model_row(name: str, number: int, blank: Collection[str] = (), shuffled: boo
     return Row(name, number, functools.partial(_sample, blank=tuple(blank), shuffled=shuffled))
 
 
+def drift_rows(name: str, number: int, schedule: str) -> list[Row]:
+    """A model as it is."""
+    return [model_row(name, number)]
+
+
 def forgetting_rows(name: str, number: int, schedule: str) -> list[Row]:
     """A model with all of its context, and without parts that its schedule has."""
     kernels = {run.kernel for run in packing.parse(schedule).runs}
@@ -104,7 +109,7 @@ def forgetting_rows(name: str, number: int, schedule: str) -> list[Row]:
     return made
 
 
-def prompt_rows(name: str, number: int) -> list[Row]:
+def prompt_rows(name: str, number: int, schedule: str) -> list[Row]:
     """A model with its captions, and with those of others as a control."""
     return [model_row(name, number), model_row(name + SHUFFLED, number, shuffled=True)]
 

@@ -101,8 +101,3 @@ def _through_vae(pipe: FramePack, frames: np.ndarray) -> np.ndarray:
     whole = Section((), (), (), (0, len(latents)))
     clip = pipe.decode_clip(whole, Timeline.of(latents[None]))
     return np.asarray(to_uint8(jnp.asarray(clip), *frames.shape[1:3]))[0]
-
-
-def frozen(frames: np.ndarray) -> np.ndarray:
-    """The first of frames (P, H, W, 3), over and over."""
-    return np.broadcast_to(frames[:1], frames.shape)

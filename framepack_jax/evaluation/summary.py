@@ -36,8 +36,9 @@ def write(
             new = [parts.quality(lengths, found), parts.drifting(lengths, found)]
             pictures = _over_time(folder, part.name, found)
         elif kind == "forgetting":
-            new, pictures = [parts.forgetting(float(amount), found)], []
-            hiding[float(amount)] = new[0]
+            hidden = float(amount.removesuffix("s"))
+            new, pictures = [parts.forgetting(hidden, found)], []
+            hiding[hidden] = new[0]
         else:
             new, pictures = [parts.prompting(lengths, found)], []
         tables += new

@@ -8,6 +8,7 @@ onto any mesh and any number of processes.
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -147,6 +148,18 @@ def read_record(run: epath.PathLike) -> dict[str, Any]:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise RunError(f"{file} is damaged ({error}); restore it, or begin another run") from error
+
+
+def differences(
+    then: dict[str, Any], now: dict[str, Any], names: Iterable[str], words: str = "then now"
+) -> list[str]:
+    """Of fields that two configurations do not share, what each of them says."""
+    first, second = words.split()
+    return [
+        f"{name} = {then.get(name)!r} {first}, {now[name]!r} {second}"
+        for name in names
+        if then.get(name) != now[name]
+    ]
 
 
 def steps_of(run: epath.PathLike) -> list[int]:

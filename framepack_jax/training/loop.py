@@ -207,8 +207,7 @@ def _check_init(cfg: Config, record: dict[str, Any], there: dict[str, Any]) -> N
     those that this one trains."""
     then, now = there["config"], record["config"]
     names = ["network", "trainable"] + (["lora"] if cfg.trainable == "lora" else [])
-    names = [n for n in names if then.get(n) != now[n]]
-    differing = [f"{n} = {then.get(n)!r} there, {now[n]!r} here" for n in names]
+    differing = checkpoints.differences(then, now, names, "there here")
     # Where all are trained, all come from the run.
     if cfg.trainable != "all" and there["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
@@ -224,11 +223,10 @@ def _check_same_run(cfg: Config, record: dict[str, Any]) -> None:
     old = processes.in_first(checkpoints.read_record, cfg.output)
     loading.check_fingerprint(old["fingerprint"], record["fingerprint"])
     then, now = old["config"], record["config"]
-    names = [n for n in FIXED if then.get(n) != now[n]]
-    names += ["ema"] if bool(then["ema"]) != bool(now["ema"]) else []
+    names = [*FIXED, *(["ema"] if bool(then["ema"]) != bool(now["ema"]) else [])]
     if then["optimizer"]["name"] != now["optimizer"]["name"]:
         names.append("optimizer")
-    differing = [f"{n} = {then.get(n)!r} then, {now[n]!r} now" for n in names]
+    differing = checkpoints.differences(then, now, names)
     if old["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
     if differing:

@@ -26,18 +26,19 @@ from tqdm import tqdm
 
 from framepack_jax import bundle, video
 from framepack_jax.data.clips import Clips, Video, find_videos, hold_out, read_clip
+from framepack_jax.data.pixels import signed
 from framepack_jax.models import stack, vae
 from framepack_jax.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, metrics, optimizer
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Checkpoints, Optimizer
 from framepack_jax.training.export import write_bundle
-from framepack_jax.training.feed import feed, local_share
+from framepack_jax.training.feed import check_batch, feed, local_share
 from framepack_jax.training.loop import stop_signal
 from framepack_jax.training.state import State, updated
 
-# Fields that a run keeps from its first step to its last.
-FIXED = ("videos", "init", "network", "frames", "size", "batch", "holdout", "kl", "seed")
+# Fields that a run keeps from its first step to its last. Where the videos lie is none of them.
+FIXED = ("init", "network", "frames", "size", "batch", "holdout", "kl", "seed", "ema")
 SHOWN = 4
 OPTIMIZER = Optimizer(learning_rate=1e-3, schedule="cosine", weight_decay=0.0)
 CHECKPOINTS = Checkpoints(every=250)
@@ -147,11 +148,6 @@ def train_step(
     return state, Figures(*parts, norm, state.skipped_in_a_row)
 
 
-def signed(frames: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]."""
-    return frames.astype(jnp.float32) / 127.5 - 1
-
-
 def psnr(errors: Any) -> np.ndarray:
     """Peak signal-to-noise ratio in dB of mean squared errors of values in [-1, 1]."""
     return 10 * np.log10(4 / np.maximum(np.asarray(errors), 1e-12))
@@ -170,11 +166,12 @@ def train(
     Raises ValueError (with RunError, BundleError), OSError where a checkpoint cannot be written,
     FloatingPointError where losses stay not finite.
     """
+    check_batch(cfg.batch, 1, mesh)
     manifest = bundle.read_manifest(bundle_path)
     network = network_of(cfg, manifest)
     videos, held = hold_out(find_videos(cfg.videos, cfg.frames, cfg.size), cfg.holdout)
     clips = Clips(videos, cfg.frames, cfg.size, cfg.batch, cfg.seed, local_share(mesh, cfg.batch))
-    record = {"config": checkpoints.as_record(cfg), "videos": [v.path.name for v in videos]}
+    record = {"config": checkpoints.as_record(cfg), "videos": [v.name for v in videos]}
     there = checkpoints.steps_of(cfg.output)
     if there and not resume:
         raise RunError(f"{cfg.output} holds a run up to step {there[-1]}; choose another --output")
@@ -249,8 +246,9 @@ def _count(params: stack.Params) -> int:
 def _check_same_run(cfg: Config, record: dict[str, Any]) -> None:
     """Raise RunError where a run was begun otherwise."""
     then, now = checkpoints.read_record(cfg.output), record
-    names = [n for n in FIXED if then["config"].get(n) != now["config"][n]]
-    differing = [f"{n} = {then['config'].get(n)!r} then, {now['config'][n]!r} now" for n in names]
+    differing = checkpoints.differences(then["config"], now["config"], FIXED)
+    if then["config"]["optimizer"]["name"] != now["config"]["optimizer"]["name"]:
+        differing.append("the optimizer")
     if then["videos"] != now["videos"]:
         differing.append("the videos")
     if differing:
@@ -348,7 +346,7 @@ def validate(
             shown.append(np.concatenate([clip[0, -1], made[-1]], axis=0))
     target = folder / "validation"
     target.mkdir(parents=True, exist_ok=True)
-    labels = [each.path.name for each in held[:SHOWN]]
+    labels = [each.name for each in held[:SHOWN]]
     sheet = video.labelled_sheet(shown, labels, columns=SHOWN)
     video.save_png(target / f"step_{step:07d}.png", sheet)
     clips, stills = psnr(clip_errors), psnr(still_errors)
@@ -388,9 +386,9 @@ def export(
     cfg = Config(videos=fields["config"]["videos"], network=fields["config"]["network"])
     network = network_of(cfg, manifest)
     params = jax.tree.map(np.asarray, trained_params(network, folder, step))
-    names = set(fields["videos"])
+    trained_on = set(fields["videos"])
     frames, size = fields["config"]["frames"], tuple(fields["config"]["size"])
-    videos = [v for v in find_videos(cfg.videos, frames, size) if v.path.name in names]
+    videos = [v for v in find_videos(cfg.videos, frames, size) if v.name in trained_on]
     mean, std = latent_statistics(network, params, videos[:256], frames)
     leaves = (
         (name, np.asarray(leaf).astype(jnp.dtype(dtype)))
