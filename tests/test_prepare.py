@@ -46,7 +46,9 @@ SETTINGS = Settings(buckets=BUCKETS)
 
 
 def scene_frames(number: int, seconds: float, height=64, width=96):
-    return list(synthetic.frames(synthetic.scene(0, number, height, width), seconds))
+    """Under a moving camera, so that all of every picture changes, whatever the scene is."""
+    scene = dataclasses.replace(synthetic.scene(0, number, height, width), camera="left")
+    return list(synthetic.frames(scene, seconds))
 
 
 def write_video(path: Path, frames, fps=30, caption: str | None = "waves") -> Path:
