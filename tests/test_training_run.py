@@ -132,9 +132,9 @@ def test_a_disk_that_fills_leaves_what_is_whole(place, whole) -> None:
         process = start(place, output, "--steps", steps, limit=200)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 1
-        # What orbax writes of its own accord may come after it.
-        (said,) = (line for line in err.splitlines() if line.startswith("error: "))
-        assert "a checkpoint in" in said and "the newest that is whole is of step 5" in said
+        # Threads of orbax write at the same time, so that it need not begin a line.
+        (said,) = re.findall("error: a checkpoint in .*", err)
+        assert "the newest that is whole is of step 5" in said
         assert checkpoints.steps_of(output) == [3, 5]
     finish(start(place, output))
     same(output, whole)
