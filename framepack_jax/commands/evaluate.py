@@ -42,7 +42,13 @@ class Evaluate:
     """A packing schedule to sample each bundle with, instead of its own. May be given several
     times."""
     video: Path | None = None
-    """Measure this video file alone; of the other flags, --output counts."""
+    """Measure this video file alone; of the other flags, --output, --clip and --caption count."""
+    clip: Path | None = None
+    """With --video: a folder with a pretrained CLIP model (openai/clip-vit-large-patch14 or another
+    that transformers reads), which says how like its first frame and its caption a video stays.
+    Needs PyTorch."""
+    caption: str = ""
+    """With --clip: what happens in the video."""
     output: Path | None = None
     """Folder of the results; of --video alone it may be left out."""
     videos: int = 8
@@ -103,7 +109,9 @@ def _evaluate_file(flags: Evaluate) -> str:
     """Measure a video file. Raises ValueError, OSError."""
     if flags.bundle:
         raise ValueError("--video measures a file alone; leave out --bundle")
-    return footage.evaluate(flags.video, flags.output)
+    if flags.caption and flags.clip is None:
+        raise ValueError("--caption is compared by a pretrained model: give --clip FOLDER")
+    return footage.evaluate(flags.video, flags.output, flags.clip, flags.caption)
 
 
 def evaluate(flags: Evaluate) -> Path:
@@ -138,6 +146,8 @@ def _figures(folder: Path, row: Row, part: Part) -> dict[str, cases.Figures]:
 
 def _check(flags: Evaluate) -> tuple[int, int]:
     """The size (height, width). Raises ValueError for flags that cannot be."""
+    if flags.clip is not None or flags.caption:
+        raise ValueError("--clip and --caption go with --video; scenes here have a known truth")
     if not flags.bundle:
         raise ValueError("give --bundle, one or more, or --video FILE")
     if flags.output is None:

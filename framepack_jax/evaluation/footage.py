@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from framepack_jax import video
-from framepack_jax.evaluation import metrics, plots, report
+from framepack_jax.evaluation import metrics, plots, pretrained, report
 from framepack_jax.evaluation.drift import Estimate, drift, ends, mean
 from framepack_jax.evaluation.metrics import METRICS
 from framepack_jax.evaluation.report import Table
@@ -22,13 +22,21 @@ ROWS = {
 }
 
 
-def evaluate(file: Path, output: Path | None = None) -> str:
+ALL_METRICS = METRICS | pretrained.METRICS
+
+
+def evaluate(
+    file: Path, output: Path | None = None, clip: Path | None = None, caption: str = ""
+) -> str:
     """The table of a video file as text; with `output` also report.md, report.json, plots and a
-    contact sheet there. Raises ValueError where it is no video, OSError."""
+    contact sheet there. `clip` is a folder of a pretrained CLIP that measures as well, against a
+    caption too if there is one. Raises ValueError where it is no video, OSError."""
     if not file.exists():
         raise ValueError(f"--video {file} does not exist; expected a video file")
     info = video.mp4_info(file)
     figures = metrics.measure(video.read_frames(file), info.fps)
+    if clip is not None:
+        figures |= pretrained.measure(clip, video.read_frames(file), caption)
     table = table_of(f"{file.name}: {info.frames} frames, {info.fps:g} a second", figures)
     text = report.markdown(table)
     if output is not None:
@@ -43,7 +51,7 @@ def table_of(title: str, figures: Mapping[str, np.ndarray]) -> Table:
         for row, of in ROWS.items()
     }
     about = "Drift is |mean of the first 15 % of the frames - mean of the last 15 %|."
-    return Table(title, about, METRICS, found)
+    return Table(title, about, {name: ALL_METRICS[name] for name in figures}, found)
 
 
 def _number(value: float) -> Estimate | None:
@@ -55,7 +63,7 @@ def _write(
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     names = []
-    for name, metric in METRICS.items():
+    for name, metric in table.columns.items():
         names.append(f"plots/{name}.png")
         plots.over_time(output / names[-1], metric, {file.name: [figures[name]]}, fps)
     video.save_png(output / "sheet.png", video.contact_sheet_mp4(file))
@@ -66,7 +74,7 @@ def _write(
                 name: [None if np.isnan(v) else round(float(v), 6) for v in values]
                 for name, values in figures.items()
             },
-            "metrics": {name: dataclasses.asdict(metric) for name, metric in METRICS.items()},
+            "metrics": {name: dataclasses.asdict(metric) for name, metric in table.columns.items()},
         }
         partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
     with whole(output / "report.md") as partial:

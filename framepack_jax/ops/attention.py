@@ -330,9 +330,11 @@ def _chunked(
     if length <= query_chunk:
         return rows(q, jnp.int32(0))
     chunks = -(-length // query_chunk)
-    padded = jnp.pad(q, ((0, 0), (0, chunks * query_chunk - length), (0, 0), (0, 0)))
+    # Equal ones, so that the last is not mostly padding.
+    equal = -(-length // chunks)
+    padded = jnp.pad(q, ((0, 0), (0, chunks * equal - length), (0, 0), (0, 0)))
     padded = rearrange(padded, "b (c l) n d -> c b l n d", c=chunks)
-    first = jnp.arange(chunks) * query_chunk
+    first = jnp.arange(chunks) * equal
     # Without the checkpoint the gradient would keep the weights of every chunk.
     out = jax.lax.map(lambda x: jax.checkpoint(rows)(*x), (padded, first))
     return rearrange(out, "c b l n d -> b (c l) n d")[:, :length]

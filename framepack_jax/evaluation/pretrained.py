@@ -1,0 +1,80 @@
+"""What a pretrained CLIP says of real footage, for users who have its weights.
+
+Two figures of every frame: how like the first frame it is (subject consistency, as in VBench,
+arXiv 2311.17982, but by CLIP), and how like the caption (CLIPScore, arXiv 2104.08718, without its
+factor). The network is transformers' own, which needs torch (the extra `torch`).
+
+Shapes: P frames, H W rows and columns, D width of the embedding.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from framepack_jax.evaluation.metrics import Metric
+
+METRICS = {
+    "likeness": Metric("Likeness to the first frame", "cosine", 1),
+    "agreement": Metric("Likeness to the caption", "cosine", 1),
+}
+AT_ONCE = 32
+
+
+def measure(folder: Path, frames: Iterable[np.ndarray], caption: str) -> dict[str, np.ndarray]:
+    """`METRICS` of frames (H, W, 3) uint8, each (P,); without a caption the first alone.
+
+    `folder` holds a CLIP model as `save_pretrained` writes it, with tokenizer and image processor.
+    Raises ValueError where it does not, or torch is not there.
+    """
+    model, tokenizer, processor = _load(folder)
+    images = np.concatenate(list(_embedded(model, processor, frames)))
+    found = {"likeness": images @ images[0]}
+    if caption:
+        found["agreement"] = images @ _text(model, tokenizer, caption)
+    return found
+
+
+def _load(folder: Path) -> tuple:
+    try:
+        import torch  # noqa: F401
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+    except ImportError as error:
+        raise ValueError(
+            f"--clip needs PyTorch, which is not there ({error}): pip install framepack-jax[torch]"
+        ) from error
+    try:
+        made = CLIPModel, AutoTokenizer, CLIPImageProcessor
+        model, *rest = (kind.from_pretrained(folder, local_files_only=True) for kind in made)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--clip {folder}: expected a folder with a CLIP model, its tokenizer and its image"
+            f" processor, as of openai/clip-vit-large-patch14 ({error})"
+        ) from error
+    return model.eval(), *rest
+
+
+def _embedded(model, processor, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Unit vectors (some frames, D)."""
+    import torch
+
+    frames = iter(frames)
+    while some := list(islice(frames, AT_ONCE)):
+        pixels = processor(some, return_tensors="pt")
+        with torch.inference_mode():
+            yield _unit(model.get_image_features(**pixels))
+
+
+def _text(model, tokenizer, caption: str) -> np.ndarray:
+    """The unit vector (D,) of a caption, cut to what the model can read."""
+    import torch
+
+    ids = tokenizer(caption, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        return _unit(model.get_text_features(**ids))[0]
+
+
+def _unit(features) -> np.ndarray:
+    vectors = features.pooler_output.float().numpy()
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
