@@ -132,6 +132,9 @@ def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> N
         assert manifest.roles[role].source == tiny.roles[role].source
         bundle.load_params(made, manifest, role)
     assert len(held) == 2
+    story = manifest.roles["vae"].source["training"]
+    assert (story["step"], story["videos"], story["config"]["seed"]) == (8, len(train), 0)
+    assert story["metrics"]["held_out/psnr"] > 0
 
 
 def test_the_stream_of_clips_does_not_depend_on_hosts(place) -> None:

@@ -27,6 +27,7 @@ from framepack_jax.commands.records import path_of
 from framepack_jax.training import checkpoints, vae
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
+from framepack_jax.training.export import provenance
 from framepack_jax.training.feed import check_batch
 from framepack_jax.training.metrics import Jsonl, WandB
 
@@ -272,6 +273,15 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
     pipe = FramePack.load(copy)
     assert pipe.transformer.params["head"]["out"]["kernel"].dtype == np.float32
     assert not list(copy.rglob("*.part*"))
+    # How it was trained stands beside the weights, and not in what is said of each video.
+    story = bundle.read_manifest(copy).roles["transformer"].source["training"]
+    assert story == json.loads(json.dumps(provenance(str(whole), STEPS)))
+    assert story["step"] == STEPS and story["config"]["batch"] == 4
+    assert story["config"]["data"]["seed"] == 0 and story["fingerprint"]
+    assert story["metrics"]["loss"] == log_of(whole)[STEPS]["loss"]
+    assert story["code"]["jax"] == jax.__version__
+    assert "training" not in (tmp_path / "video" / "run.json").read_text()
+    assert provenance(str(whole), 9)["metrics"]["loss"] == log_of(whole)[9]["loss"]
 
 
 def test_what_cannot_be_gone_on_with_is_refused(place, whole, capsys) -> None:

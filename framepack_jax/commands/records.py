@@ -86,8 +86,12 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def weights(path: str | Path) -> dict[str, Any]:
-    """Where the networks of a bundle come from, with their hashes, by role."""
-    return {name: role.source for name, role in bundle.read_manifest(path).roles.items()}
+    """Where the networks of a bundle come from, with their hashes, by role. How they were trained
+    stays in the bundle."""
+    return {
+        name: {field: value for field, value in role.source.items() if field != "training"}
+        for name, role in bundle.read_manifest(path).roles.items()
+    }
 
 
 def check_weights(run: Run, roles: Sequence[str] = bundle.ROLES) -> None:

@@ -3,9 +3,13 @@
 Leaves are read from the checkpoint one at a time, so that a host needs memory for one of them.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
+import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,11 @@ from framepack_jax.models import stack
 from framepack_jax.training import checkpoints, state
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
+from framepack_jax.training.metrics import LOG
 
 # Files of the transformers library that lie in a bundle beside the networks.
 ASSETS = ("tokenizer", "tokenizer_2", "image_processor")
+PACKAGES = ("framepack-jax", "jax", "flax", "optax")
 
 
 def export(
@@ -79,10 +85,39 @@ def export(
         order = packing.default_order(cfg.schedule)
         manifest = dataclasses.replace(manifest, schedule=cfg.schedule, order=order)
     network = model.kind, dataclasses.asdict(model.cfg)
+    source = {"name": origin, "training": provenance(folder, step)}
     written = write_bundle(
-        manifest, bundle_path, target, "transformer", network, leaves, origin, copy
+        manifest, bundle_path, target, "transformer", network, leaves, source, copy
     )
     return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+
+
+def provenance(run: str, step: int) -> dict[str, Any]:
+    """How weights of a run came about, for their bundle: its configuration and data, what code it
+    is, and the last of every figure that the log has by that step."""
+    record = checkpoints.read_record(run)
+    names = record.pop("videos", None)
+    if names is not None:
+        record["videos"] = len(names)
+    figures: dict[str, float] = {}
+    log = epath.Path(run) / LOG
+    for line in log.read_text().splitlines() if log.exists() else ():
+        found = json.loads(line)
+        if found.pop("step") <= step:
+            figures |= found
+    return {"step": step, **record, "code": code_version(), "metrics": figures}
+
+
+def code_version() -> dict[str, str]:
+    """Versions of the packages that training rests on, and the commit where this is a clone."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            found = subprocess.run(command, capture_output=True, text=True, check=True)
+            versions["commit"] = found.stdout.strip()
+    return versions
 
 
 def write_bundle(
@@ -92,14 +127,15 @@ def write_bundle(
     role: str,
     network: tuple[str, dict[str, Any]],
     leaves: Iterator[tuple[str, np.ndarray]],
-    origin: str,
+    source: dict[str, Any],
     copy: bool,
 ) -> bundle.Written:
     """A bundle like the one at `bundle_path`, but for its manifest and a trained network, (kind,
-    config), in one role: that, then pointers to or copies of the rest, the manifest last."""
+    config) from `source`, in one role: that, then pointers to or copies of the rest, the manifest
+    last."""
     (target / bundle.MANIFEST).unlink(missing_ok=True)
     written = bundle.write_params(target / role, leaves)
-    source = {"name": origin, "naming": "trained", "format": "orbax"}
+    source = source | {"naming": "trained", "format": "orbax"}
     roles = {}
     for name, other in manifest.roles.items():
         path = epath.Path(bundle_path) / other.path

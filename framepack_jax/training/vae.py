@@ -32,7 +32,7 @@ from framepack_jax.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, metrics, optimizer
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Checkpoints, Optimizer
-from framepack_jax.training.export import write_bundle
+from framepack_jax.training.export import provenance, write_bundle
 from framepack_jax.training.feed import check_batch, feed, local_share
 from framepack_jax.training.loop import stop_signal
 from framepack_jax.training.state import State, updated
@@ -397,7 +397,8 @@ def export(
     manifest = dataclasses.replace(manifest, latent_mean=mean, latent_std=std)
     made = manifest.roles["vae"].kind, dataclasses.asdict(network)
     origin = f"{folder} at step {step}"
+    source = {"name": origin, "training": provenance(folder, step)}
     written = write_bundle(
-        manifest, bundle_path, epath.Path(output), "vae", made, leaves, origin, copy
+        manifest, bundle_path, epath.Path(output), "vae", made, leaves, source, copy
     )
     return f"{output}: VAE of {origin}, {written.bytes / 1e6:,.1f} MB; its latents' mean and spread"
