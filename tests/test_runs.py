@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 from torch_reference import relative_error
 
 from framepack_jax import FramePack, conditioning, packing, pipeline, video
@@ -42,7 +43,7 @@ def whole(tmp_path_factory) -> dict[str, Run]:
     """An uninterrupted run of three sections for each order."""
     folder = tmp_path_factory.mktemp("whole")
     return {
-        schedule: make(folder / schedule, "--sections", 3, schedule=schedule)
+        schedule: make(folder / schedule, "--sections", 3, "--gif", schedule=schedule)
         for schedule in (INVERTED, F1)
     }
 
@@ -54,6 +55,21 @@ def pipe() -> FramePack:
 
 def frames_of(run: Run) -> np.ndarray:
     return video.read_mp4(run.folder / "video.mp4")[0]
+
+
+def gif_of(run: Run) -> list[np.ndarray]:
+    with Image.open(run.folder / "video.gif") as gif:
+        assert gif.info["loop"] == 0 and gif.info["duration"] == 50
+        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+
+
+def test_a_gif_plays_as_long_as_the_video(whole) -> None:
+    """20 frames a second of 25 at 30: 17, each the one that the video shows at its time."""
+    frames, shown = frames_of(whole[F1]), gif_of(whole[F1])
+    assert len(shown) == 17
+    for number, frame in enumerate(shown):
+        apart = [np.abs(frame.astype(int) - other).mean() for other in frames]
+        assert abs(int(np.argmin(apart)) - 1.5 * number) <= 1
 
 
 @pytest.mark.parametrize("schedule", [INVERTED, F1])
@@ -98,11 +114,12 @@ def test_a_finished_run_is_left_alone(whole, capsys) -> None:
 
 
 def test_latents_now_and_frames_later(whole, tmp_path) -> None:
-    run = make(tmp_path / "run", "--sections", 3, "--latents-only")
+    run = make(tmp_path / "run", "--sections", 3, "--latents-only", "--gif")
     assert run.record["status"] == "sampled" and not (run.folder / "video.mp4").exists()
     assert_same_latents(run, whole[INVERTED])
     sample.main(["--decode", str(run.folder)])
     assert len(frames_of(run)) == 25 and Run.open(run.folder).record["status"] == "finished"
+    assert gif_of(run)[0].shape == (HEIGHT, WIDTH, 3)
 
 
 def test_decoding_a_part_gives_what_is_final(whole, tmp_path) -> None:

@@ -193,10 +193,10 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
 
 
 def finish(task: Task, decode: bool) -> None:
-    """The contact sheet, and the last word in the record."""
+    """The contact sheet, a GIF where it is wanted, and the last word in the record."""
     run = task.run
     if decode:
-        in_first(_save_sheet, run.folder)
+        in_first(_save_pictures, run.folder, run.record["flags"].get("gif", False))
     timings = run.record["timings"]
     seconds = sum(sum(times) for times in timings.get("section_seconds", []))
     frames = run.record["frames"] - run.record["beginning"]
@@ -204,8 +204,10 @@ def finish(task: Task, decode: bool) -> None:
     run.write_record(status="finished" if decode else "sampled")
 
 
-def _save_sheet(folder: Path) -> None:
+def _save_pictures(folder: Path, gif: bool) -> None:
     video.save_png(folder / "preview.png", video.contact_sheet_mp4(folder / "video.mp4"))
+    if gif:
+        video.save_gif(folder / "video.gif", folder / "video.mp4")
 
 
 class Decoder:

@@ -26,8 +26,8 @@ EMBEDDED = {name: ASSETS / name for name in ("tiny", "framepack_i2v", "framepack
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Flags that concern the process and yet decide what is made.
 PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile", "mesh", "lora", "merge_lora")
-# In records of runs that knew no LoRA.
-NO_LORA = {"lora": [], "merge_lora": False}
+# In records of runs from before there were these flags.
+EARLIER = {"lora": [], "merge_lora": False, "gif": False}
 
 
 def path_of(name: str) -> str | Path:
@@ -69,7 +69,7 @@ def new_record(flags: Any, shot: Shot, pipe: FramePack, path: str | Path) -> dic
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """In what a run that is there differs from one that is asked for, or "". Files that are gone by
     now do not count."""
-    old, new = NO_LORA | there["flags"], here["flags"]
+    old, new = EARLIER | there["flags"], here["flags"]
     found = [
         f"{name} = {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())

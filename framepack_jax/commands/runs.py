@@ -7,6 +7,7 @@
     segments/frames_00000000.mp4    frames that are final, from that number on, each encoded once
     video.mp4                       the segments from the first that touch each other, copied
     preview.png                     the section being made; at the end, a contact sheet
+    video.gif                       where it is wanted
 
 Every file appears whole or not at all, so that a run can be stopped anywhere. In an .npz file of
 latents are `positions` (F,) and `latents` (F, H, W, C) float32, normalised. Of several processes
@@ -51,7 +52,7 @@ NEEDED = (
 )
 # All that a run writes besides its record; in its folders nothing else is ever removed.
 FILES = {
-    "": ("video.mp4", "preview.png", "*.part"),
+    "": ("video.mp4", "video.gif", "preview.png", "*.part"),
     "inputs": ("image.png", "end_image.png", "key_frame_*.png", "footage.npz", "*.part"),
     "latents": ("known.npz", "section_*.npz", "*.part"),
     "segments": ("frames_*.mp4", "*.part"),
@@ -318,7 +319,7 @@ def _check_folder(folder: Path) -> None:
         raise OSError(f"output folder {folder} cannot be written ({error})") from error
     if (folder / RECORD).exists():
         return
-    for name in (*FILES, "video.mp4", "preview.png"):
+    for name in (*FILES, "video.mp4", "video.gif", "preview.png"):
         path = folder / name
         if name and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise ValueError(

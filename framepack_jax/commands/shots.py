@@ -67,6 +67,8 @@ class Shot:
     """Frames a second of the video; the models are made for 30."""
     crf: int = 16
     """H.264 quality, 1 (largest file) to 51."""
+    gif: bool = False
+    """Also write video.gif at the end."""
 
     def settings(self) -> Settings:
         """Raises ValueError for what cannot be."""

@@ -31,6 +31,7 @@ from framepack_jax.video.sheets import (
     labelled_sheet,
     latent_preview,
     preview_sheet,
+    save_gif,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "read_mp4",
     "read_span",
     "resize_center_crop",
+    "save_gif",
     "save_png",
     "write_mp4",
 ]

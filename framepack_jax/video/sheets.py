@@ -12,7 +12,8 @@ import numpy as np
 from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
 
-from framepack_jax.video.mp4 import mp4_info, read_frames_at
+from framepack_jax.video.files import whole
+from framepack_jax.video.mp4 import mp4_info, read_frames, read_frames_at
 
 PREVIEW_BIAS = np.array([0.0259, -0.0192, -0.0761], np.float32)
 PREVIEW_WEIGHT = np.array(
@@ -42,6 +43,8 @@ PREVIEW_CELLS = 12
 PREVIEW_COLUMNS = 4
 PREVIEW_WIDTH = 160
 """Fewest pixels of a latent frame's width in a preview."""
+GIF_FPS = 20.0
+"""Times in a GIF are hundredths of a second, so that 30 is not possible."""
 GAP, STRIP, FONT_SIZE = 6, 20, 13
 """Pixels between cells, of a line of text, and of its letters."""
 
@@ -67,6 +70,19 @@ def contact_sheet_mp4(
     info = mp4_info(path)
     picks = _picks(info.frames, columns * rows)
     return _frame_sheet(read_frames_at(path, picks), picks, info.fps, columns, cell_width)
+
+
+def save_gif(path: str | os.PathLike, source: str | os.PathLike) -> None:
+    """Write a video file as a GIF that plays for ever, `GIF_FPS` frames a second.
+
+    Raises ValueError where `source` is no video, OSError where `path` cannot be written.
+    """
+    frames = map(Image.fromarray, read_frames(source, GIF_FPS))
+    with whole(path) as partial:
+        next(frames).save(
+            partial, format="GIF", save_all=True, append_images=frames, loop=0,
+            duration=round(1000 / GIF_FPS),
+        )  # fmt: skip
 
 
 def labelled_sheet(
