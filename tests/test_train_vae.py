@@ -1,5 +1,6 @@
 """A VAE is trained on videos, stopped and gone on with, and becomes part of a bundle."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from framepack_jax.commands import train_vae
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import clips, synthetic
 from framepack_jax.models import vae as model
+from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.training import checkpoints, vae
 
 CONFIG = """
@@ -215,3 +217,38 @@ def test_a_folder_without_videos_is_named(place, tmp_path) -> None:
         train_vae.main(flags(place, tmp_path / "new", "--videos", str(tmp_path)))
     with pytest.raises(SystemExit, match="give --videos, --bundle, --output"):
         train_vae.main([])
+
+
+def test_a_vae_of_single_frames_takes_a_clip_frame_by_frame() -> None:
+    """Inflated, a convolution gives of each frame of a clip what it gave of that frame alone."""
+    clip = jax.random.normal(jax.random.key(0), (2, 5, 6, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
+    params = {"conv": {"kernel": kernel, "bias": jnp.ones(4)}, "qkv": {"kernel": jnp.ones((3, 4))}}
+    made = vae.inflated(params)
+    assert jax.tree.structure(made) == jax.tree.structure(params)
+    np.testing.assert_array_equal(made["qkv"]["kernel"], params["qkv"]["kernel"])
+    whole = causal_conv3d(clip, made["conv"]["kernel"], made["conv"]["bias"])
+    for number in range(5):
+        alone = causal_conv3d(clip[:, number : number + 1], kernel, jnp.ones(4))
+        np.testing.assert_allclose(whole[:, number : number + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
+    """A run of clips, taken as it is; and one that says that it was of single frames."""
+    shutil.copytree(whole, tmp_path / "single")
+    record = checkpoints.read_record(whole)
+    record["config"]["frames"] = 1
+    checkpoints.write_record(tmp_path / "single", record)
+    manifest = bundle.read_manifest(path_of("tiny"))
+    trained = params_of(whole, 8)["encoder"]["conv_in"]["kernel"]
+    for folder, changed in ((whole, False), (tmp_path / "single", True)):
+        cfg = vae.Config(network=record["config"]["network"], init=str(folder), frames=5)
+        network = vae.network_of(cfg, manifest)
+        begun = vae.first_params(cfg, network, manifest, path_of("tiny"))
+        kernel = np.asarray(begun["encoder"]["conv_in"]["kernel"])
+        assert (np.abs(kernel[:-1]).max() == 0) == changed
+        np.testing.assert_allclose(kernel.sum(0), trained.sum(0), rtol=1e-5, atol=1e-6)
+        still = vae.first_params(
+            dataclasses.replace(cfg, frames=1), network, manifest, path_of("tiny")
+        )
+        np.testing.assert_array_equal(still["encoder"]["conv_in"]["kernel"], trained)

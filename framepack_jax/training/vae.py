@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -221,7 +222,25 @@ def first_params(
         if cfg.network:
             raise ValueError("a VAE of other sizes has no weights in the bundle: --init scratch")
         return bundle.load_params(bundle_path, manifest, "vae", dtype=jnp.float32)
-    return trained_params(network, *checkpoints.parse_run(cfg.init))
+    run, step = checkpoints.parse_run(cfg.init)
+    params = trained_params(network, run, step)
+    knew_motion = checkpoints.read_record(run)["config"]["frames"] > 1
+    return params if knew_motion or cfg.frames == 1 else inflated(params)
+
+
+def inflated(params: stack.Params) -> stack.Params:
+    """A VAE of single frames that makes of a clip what it made of its frames: of a single frame
+    every tap in time sees the same, so what all weigh is given to the last, which sees the frame
+    itself (inflation as in Carreira & Zisserman, arXiv 1705.07750, made causal)."""
+
+    def last(kernel: jax.Array) -> jax.Array:
+        return jnp.zeros_like(kernel).at[-1].set(kernel.sum(axis=0))
+
+    leaves = flatten_dict(params)
+    convolutions = {
+        path for path, leaf in leaves.items() if path[-1] == "kernel" and leaf.ndim == 5
+    }
+    return unflatten_dict({p: last(x) if p in convolutions else x for p, x in leaves.items()})
 
 
 def trained_params(network: vae.Config, run: str, step: int) -> stack.Params:
