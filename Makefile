@@ -1,4 +1,4 @@
-# make demo       a video from the example image with the tiny bundle, no downloads but packages
+# make demo       a video from the example image with the random bundle, no downloads but packages
 # make test       the test suite
 # make test-all   the test suite with what is marked large
 # make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/scale.md
@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all dry-runs lint clean
 
 demo: .venv/installed
-	$(BIN)/python sample.py --bundle tiny --image examples/astronaut.jpg \
+	$(BIN)/python sample.py --bundle random --image examples/astronaut.jpg \
 	    --prompt "The astronaut smiles and slowly turns her head" \
 	    --seconds 4 --steps 8 --height 256 --width 256 --output outputs/demo --overwrite
 

@@ -4,7 +4,7 @@
 
 Draws synthetic videos, and times each stage of `framepack prepare` alone, on one thread: reading
 and resampling, cutting and cropping with scores, text encoders, the VAE, packing. Encoders and VAE
-are those of the tiny bundle, so that only reading, scores and packing say anything about real
+are those of the random bundle, so that only reading, scores and packing say anything about real
 models; `--bundle` names others.
 """
 
@@ -37,7 +37,7 @@ class Config:
     """full: clips of 5 s at 480 x 832 pixels."""
     clips: int = 4
     """How many are timed, after one that compiles."""
-    bundle: str = "tiny"
+    bundle: str = "random"
     """The bundle whose encoders are used."""
     encode: bool = True
     """Also time the encoders and the VAE."""

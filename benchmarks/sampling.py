@@ -4,7 +4,7 @@
 
 Measures the command as people run it, run folders and all: `sample.run` makes a video of each
 schedule, in a process of its own, and probes stand at the calls that write files. Then the pieces
-of a denoising step, alone. With the tiny bundle the transformer is next to nothing, so that what
+of a denoising step, alone. With the random bundle the transformer is next to nothing, so that what
 shows is everything else.
 """
 
@@ -55,8 +55,8 @@ class Config:
     Times are wall-clock seconds, but for `processor`. A quiet machine is assumed.
     """
 
-    bundle: str = "tiny"
-    """Folder made by convert_weights.py, or "tiny"."""
+    bundle: str = "random"
+    """Folder made by convert_weights.py, or "random"."""
     schedule: tuple[str, ...] = (packing.RELEASED_INVERTED, packing.RELEASED_F1)
     """Packing schedules, one run each."""
     sections: int = 20

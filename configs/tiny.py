@@ -1,7 +1,7 @@
 """A FramePack model of toy size, from random weights: everything that training does, in minutes.
 
 Command:  framepack synthetic --output outputs/videos --clips 256 --seconds 6 --size 64x96
-          framepack prepare --videos outputs/videos --bundle tiny --output outputs/dataset
+          framepack prepare --videos outputs/videos --bundle random --output outputs/dataset
               --buckets 64x96
           python train.py --config configs/tiny.py
 Hardware: two CPU cores; a step takes about 1.2 s there. With --clips 16, --data.holdout 4,
@@ -13,10 +13,10 @@ from framepack_jax.training.config import Checkpoints, Config, Optimizer, Valida
 
 
 def get_config() -> Config:
-    """Latents of the tiny bundle's VAE, whose weights are random: what is learned is how they move,
-    and nothing that is worth watching."""
+    """Latents of a VAE whose weights are random: what is learned is how they move, and nothing that
+    is worth watching."""
     return Config(
-        bundle="tiny",
+        bundle="random",
         output="outputs/tiny",
         init="scratch",
         network={

@@ -1,9 +1,9 @@
 """Tiny bundles: every network of the real kinds, small widths, random weights.
 
-Command:  python configs/tiny_bundle.py framepack_jax/assets/tiny
-          python configs/tiny_bundle.py outputs/world_bundle --world
+Command:  python configs/tiny_bundle.py framepack_jax/assets/random
+          python configs/tiny_bundle.py outputs/tiny/encoders --world
 Hardware: a CPU, seconds.
-Result:   the bundle behind `--bundle tiny`, about 1 MB, whose videos show that everything runs, and
+Result:   the bundle behind `--bundle random`, about 1 MB, whose videos show that everything runs, and
           nothing else; and the one that models of the demo world begin from, whose encoders stay
           as they are: a random transformer's states still tell which words they have read.
 """
@@ -77,7 +77,7 @@ def get_world_config() -> TinyBundle:
     captions = tuple(synthetic.scene(0, number).caption for number in range(500))
     return TinyBundle(
         transformer=packed_dit.Config(
-            heads=6, head_dim=32, double_layers=2, single_layers=6, refiner_layers=1, text_dim=96,
+            heads=4, head_dim=32, double_layers=2, single_layers=4, refiner_layers=1, text_dim=96,
             pooled_dim=48, image_dim=32, rope_axes=(8, 12, 12),
         ),
         vae=vae.Config(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),

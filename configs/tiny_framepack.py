@@ -16,10 +16,6 @@ def get_config() -> Config:
         bundle="outputs/tiny/vae/bundle",
         output="outputs/tiny/f1",
         init="scratch",
-        network={
-            "heads": 4, "head_dim": 32, "double_layers": 2, "single_layers": 4,
-            "refiner_layers": 1, "rope_axes": (8, 12, 12),
-        },
         data=loader.Config(
             path="outputs/tiny/dataset", holdout=64, sections="random", caption_dropout=0.1,
             text_tokens=48,

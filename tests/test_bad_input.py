@@ -21,7 +21,7 @@ from framepack_jax import bundle, pipeline, video
 from framepack_jax.commands import runs, sample
 
 ROOT = Path(__file__).parent.parent
-TINY = sample.EMBEDDED["tiny"]
+RANDOM = sample.EMBEDDED["random"]
 PHOTO = ROOT / "examples" / "astronaut.jpg"
 SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
 # Colours of the quarters of a picture: top left, top right, bottom left, bottom right.
@@ -33,7 +33,7 @@ ORIENTATION = 0x0112
 def command(output: Path, *flags: object, **replaced: object) -> None:
     """`sample.py` with the flags of a small run; `replaced` are others, None leaves one out."""
     values = {
-        "bundle": "tiny", "image": PHOTO, "prompt": "she waves", "height": 64, "width": 80,
+        "bundle": "random", "image": PHOTO, "prompt": "she waves", "height": 64, "width": 80,
         "sections": 2, "steps": 1, "schedule": SCHEDULE, "output": output,
     } | replaced  # fmt: skip
     given = [(f"--{k.replace('_', '-')}", v) for k, v in values.items() if v is not None]
@@ -86,11 +86,11 @@ def cut_short(file: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once() -> Iterator[None]:
-    """The weights of the tiny bundle are read once: that is most of the time of so small a run."""
+    """The weights of the bundle are read once: that is most of the time of so small a run."""
     load, kept = bundle.load_params, {}
 
     def load_params(root: Path, manifest: bundle.Manifest, name: str, **options: object) -> object:
-        if Path(root) != TINY:
+        if Path(root) != RANDOM:
             return load(root, manifest, name, **options)
         key = name, *options.values()
         if key not in kept:
@@ -327,7 +327,7 @@ def manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
 )
 def test_bundles_that_cannot_be_used(tmp_path, change, named) -> None:
     root = tmp_path / "bundle"
-    shutil.copytree(TINY, root)
+    shutil.copytree(RANDOM, root)
     change(root)
     assert named in refused(tmp_path / "run", bundle=root)
     assert not (tmp_path / "run" / "run.json").exists()
@@ -577,7 +577,7 @@ def test_files_that_hold_no_jobs(tmp_path, text, named) -> None:
     ids=["image", "output"],
 )
 def test_an_error_is_one_line_on_stderr(tmp_path, flags, named) -> None:
-    program = [sys.executable, str(ROOT / "sample.py"), "--bundle", "tiny", "--schedule", SCHEDULE]
+    program = [sys.executable, ROOT / "sample.py", "--bundle", "random", "--schedule", SCHEDULE]
     done = subprocess.run(
         [*program, *flags], capture_output=True, text=True, check=False, cwd=tmp_path
     )

@@ -136,7 +136,7 @@ def test_attributes_with_lines_of_their_own_end_no_computation() -> None:
     assert hlo.kernels(text) == {"splash": 1}
 
 
-FLAGS = ("--bundle", "tiny", "--height", "64", "--width", "80")
+FLAGS = ("--bundle", "random", "--height", "64", "--width", "80")
 
 
 @pytest.mark.parametrize("more", [(), ("--step-cache", "tea"), ("--cfg", "3", "--batch", "2")])
@@ -233,7 +233,7 @@ def test_what_jax_would_not_take_of_a_gpu_is_said() -> None:
 @pytest.mark.parametrize(("batch", "more"), [(1, 8), (12, 16)])
 def test_chips_that_would_repeat_work_are_refused(monkeypatch, batch: int, more: int) -> None:
     monkeypatch.setattr(topology, "compile_devices", lambda machine: jax.devices()[:1] * 8)
-    path = path_of("tiny")
+    path = path_of("random")
     pipe = open_pipe(path, "float32", None, None)
     layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
     run = pipe, path, layout, Settings(), topology.parse("h200:8"), {"data": -1}, batch
@@ -287,7 +287,7 @@ def test_a_loop_that_was_unrolled_runs_less_often() -> None:
 
 def test_decoding_is_compiled_for_the_largest_tile() -> None:
     """Of a clip of 10 latents the decoder takes 5 at once, and squares where tiles are given."""
-    path = path_of("tiny")
+    path = path_of("random")
     temporaries = []
     for tile in (None, 32):
         pipe = open_pipe(path, "float32", None, tile)
@@ -367,7 +367,7 @@ def test_the_tpu_compiler_takes_the_released_model(reports, capsys) -> None:
     assert "modelled" in capsys.readouterr().out
 
 
-TRAIN = ("--bundle", "tiny", "--dry-run-size", "64x80", "--batch", "4", "--remat", "full")
+TRAIN = ("--bundle", "random", "--dry-run-size", "64x80", "--batch", "4", "--remat", "full")
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_of_two_motions_the_one_that_was_asked_for_is_found() -> None:
 
 def test_the_command_as_typed(tmp_path, capsys) -> None:
     """Every part, every row, at toy size; the second time nothing is made again."""
-    flags = ["evaluate", "--bundle", "tiny", "--output", str(tmp_path / "out"), "--videos", "1",
+    flags = ["evaluate", "--bundle", "random", "--output", str(tmp_path / "out"), "--videos", "1",
              "--seconds", "1.2", "--hiding-videos", "0", "--pairs", "1", "--pair-seconds", "1.2",
              "--size", "32x32", "--steps", "1"]  # fmt: skip
     framepack(flags)
@@ -62,7 +62,7 @@ def test_the_command_as_typed(tmp_path, capsys) -> None:
         "VAE reconstruction",
         "frozen first frame",
         "repeated short",
-        "tiny",
+        "random",
     ):
         assert f"{row}" in report
     assert json.loads((tmp_path / "out" / "report.json").read_text())

@@ -313,41 +313,41 @@ def test_blanked_context_is_zero_and_nothing_else_is(schedule: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> FramePack:
-    return FramePack.load(EMBEDDED["tiny"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
+def pipe() -> FramePack:
+    return FramePack.load(EMBEDDED["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
 
 
 def asks(count: int) -> list[rows.Ask]:
     return [rows.Ask(texture(i)[:32, :32], "a red circle moves left", i) for i in range(count)]
 
 
-def test_repeated_sections_know_nothing_of_each_other(tiny) -> None:
+def test_repeated_sections_know_nothing_of_each_other(pipe) -> None:
     settings = Settings(steps=1)
-    made = rows.repeated(tiny, asks(2), 2, settings)
+    made = rows.repeated(pipe, asks(2), 2, settings)
     assert made.shape == (2, 17, 32, 32, 3) and made.dtype == np.uint8
-    first = rows.sampled(tiny, asks(2), 1, settings)
+    first = rows.sampled(pipe, asks(2), 1, settings)
     np.testing.assert_array_equal(made[:, :9], first)
     # What follows depends on the last frame alone.
     again = [rows.Ask(made[i, 8], "a red circle moves left", 7919 + i) for i in range(2)]
-    np.testing.assert_array_equal(made[:, 9:], rows.sampled(tiny, again, 1, settings)[:, 1:])
+    np.testing.assert_array_equal(made[:, 9:], rows.sampled(pipe, again, 1, settings)[:, 1:])
 
 
-def test_blanked_context_changes_what_is_made(tiny) -> None:
+def test_blanked_context_changes_what_is_made(pipe) -> None:
     settings = Settings(steps=1)
     made, blank, all_of_it = (
-        rows.sampled(tiny, asks(1), 2, settings, kernels) for kernels in ((), ("k2",), ())
+        rows.sampled(pipe, asks(1), 2, settings, kernels) for kernels in ((), ("k2",), ())
     )
     np.testing.assert_array_equal(made, all_of_it)
     assert not np.array_equal(made, blank)
 
 
-def test_reconstruction_has_every_frame_once(tiny, monkeypatch) -> None:
+def test_reconstruction_has_every_frame_once(pipe, monkeypatch) -> None:
     monkeypatch.setattr(rows, "CLIP_LATENTS", 2)
     frames = np.stack([np.roll(texture()[:32, :32], i, 0) for i in range(17)])
-    made = rows.reconstructed(tiny, frames)
+    made = rows.reconstructed(pipe, frames)
     assert made.shape == frames.shape
-    np.testing.assert_array_equal(made[:9], rows.reconstructed(tiny, frames[:9]))
-    np.testing.assert_array_equal(made[9:], rows.reconstructed(tiny, frames[8:])[1:])
+    np.testing.assert_array_equal(made[:9], rows.reconstructed(pipe, frames[:9]))
+    np.testing.assert_array_equal(made[9:], rows.reconstructed(pipe, frames[8:])[1:])
 
 
 def test_tables_in_markdown_and_json() -> None:
@@ -409,7 +409,7 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 2}  # fmt: skip
-    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["tiny"] / "tokenizer_2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["random"] / "tokenizer_2")
     text = sizes | {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
                     "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
     torch.manual_seed(0)
@@ -464,20 +464,20 @@ def test_a_video_file_by_a_pretrained_clip(clip, tmp_path, capsys) -> None:
     [
         ([], "--bundle"),
         (["--video", "nowhere.mp4"], "nowhere.mp4 does not exist"),
-        (["--video", "x.mp4", "--bundle", "tiny"], "--video"),
+        (["--video", "x.mp4", "--bundle", "random"], "--video"),
         (["--video", "x.mp4", "--caption", "waves"], "give --clip"),
-        (["--bundle", "tiny", "--output", "out", "--clip", "x"], "go with --video"),
-        (["--bundle", "tiny"], "--output"),
+        (["--bundle", "random", "--output", "out", "--clip", "x"], "go with --video"),
+        (["--bundle", "random"], "--output"),
         (["--bundle", "nowhere", "--output", "out"], "nowhere"),
-        (["--bundle", "tiny", "--output", "out", "--size", "64"], "--size 64"),
-        (["--bundle", "tiny", "--output", "out", "--size", "64x72"], "--size 64x72"),
-        (["--bundle", "tiny", "--output", "out", "--seconds", "0"], "--seconds 0"),
-        (["--bundle", "tiny", "--output", "out", "--hidden", "1", "1"], "--hidden"),
-        (["--bundle", "tiny", "--output", "out", "--videos", "-1"], "--videos -1"),
-        (["--bundle", "tiny", "--output", "out", "--batch", "0"], "--batch 0"),
-        (["--bundle", "tiny", "--output", "out", "--steps", "0"], "steps = 0"),
-        (["--bundle", "tiny", "--bundle", "tiny", "--output", "out"], "two are called tiny"),
-        (["--bundle", "tiny", "--output", "out", "--schedule", "g9x"], "g9x"),
+        (["--bundle", "random", "--output", "out", "--size", "64"], "--size 64"),
+        (["--bundle", "random", "--output", "out", "--size", "64x72"], "--size 64x72"),
+        (["--bundle", "random", "--output", "out", "--seconds", "0"], "--seconds 0"),
+        (["--bundle", "random", "--output", "out", "--hidden", "1", "1"], "--hidden"),
+        (["--bundle", "random", "--output", "out", "--videos", "-1"], "--videos -1"),
+        (["--bundle", "random", "--output", "out", "--batch", "0"], "--batch 0"),
+        (["--bundle", "random", "--output", "out", "--steps", "0"], "steps = 0"),
+        (["--bundle", "random", "--bundle", "random", "--output", "out"], "two are called random"),
+        (["--bundle", "random", "--output", "out", "--schedule", "g9x"], "g9x"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, flags, named) -> None:
@@ -551,7 +551,7 @@ def test_counterfactual_truth_matches_its_own_caption() -> None:
 
 def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> None:
     flags = [
-        "--bundle", "tiny", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--size", "32x32",
+        "--bundle", "random", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--size", "32x32",
         "--steps", "1", "--videos", "2", "--seconds", "0.6", "--hiding-videos", "2",
         "--hidden", "0.5", "--pairs", "1", "--pair-seconds", "0.3", "--output", str(tmp_path),
     ]  # fmt: skip
@@ -575,7 +575,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> No
     # the control.
     assert len(stopped) == 2 * 5 + 2 * 8 + 2 * 6
     found = json.loads((tmp_path / "report.json").read_text())
-    name = "tiny f1k1_x_f16k4f2k2f1k1_g2"
+    name = "random f1k1_x_f16k4f2k2f1k1_g2"
     titles = [table["title"] for table in found["tables"]]
     assert [title.split()[0] for title in titles] == [
         "Over",

@@ -65,7 +65,7 @@ def forward(shared, tmp_path_factory) -> Path:
 
 
 def flags_of(schedule: tuple[object, ...], *flags: object) -> tuple[object, ...]:
-    return "--bundle", "tiny", "--image", PHOTO, *SIZE, *SHORT, *schedule, *flags
+    return "--bundle", "random", "--image", PHOTO, *SIZE, *SHORT, *schedule, *flags
 
 
 def finished(shared: Path, folder: Path, *flags: object) -> Path:
@@ -169,7 +169,7 @@ def test_forward_run(shared, forward, tmp_path) -> None:
 
 @pytest.mark.parametrize("schedule", [INVERTED, FORWARD], ids=["inverted", "forward"])
 def test_extended_run(shared, forward, tmp_path, schedule) -> None:
-    flags = "--bundle", "tiny", *schedule, *SIZE, *SHORT, "--extend", forward / "video.mp4"
+    flags = "--bundle", "random", *schedule, *SIZE, *SHORT, "--extend", forward / "video.mp4"
     whole, folder = finished(shared, tmp_path / "whole", *flags), tmp_path / "stopped"
     stop = Stop(SIGKILL, "section_001.npz")
     ended = stopped_run.run(shared, stop, *flags, "--output", folder)

@@ -313,7 +313,7 @@ def test_a_dataset_made_otherwise_is_refused_on_resume(tmp_path) -> None:
 
 def test_a_dataset_of_another_bundle_is_refused(dataset) -> None:
     folder, _ = dataset
-    index, manifest = records.read_index(folder), bundle.read_manifest(path_of("tiny"))
+    index, manifest = records.read_index(folder), bundle.read_manifest(path_of("random"))
     loader.check_bundle(index, manifest)
     role = manifest.roles["vae"]
     other = dataclasses.replace(role, source=role.source | {"sha256": "0"})

@@ -18,7 +18,7 @@ from framepack_jax.commands.runs import Run
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
-    "--bundle", "tiny", "--image", str(ROOT / "examples" / "astronaut.jpg"), "--prompt", "waves",
+    "--bundle", "random", "--image", str(ROOT / "examples" / "astronaut.jpg"), "--prompt", "waves",
     "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--sections", "2", "--steps", "2",
     "--height", "64", "--width", "64", "--latents-only",
 )  # fmt: skip

@@ -86,7 +86,7 @@ def fake(monkeypatch):
 def run(videos: Path, output: Path, *more: str) -> dict:
     """Prepare by command; what rejected.jsonl says, by name of the source."""
     prepare.main(
-        ["--videos", str(videos), "--bundle", "tiny", "--output", str(output),
+        ["--videos", str(videos), "--bundle", "random", "--output", str(output),
          "--buckets", "32x48,48x32", *more]
     )  # fmt: skip
     rows = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
@@ -562,7 +562,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """Videos, and the dataset that the tiny bundle makes of them, uninterrupted."""
+    """Videos, and the dataset that the random bundle makes of them, uninterrupted."""
     folder = tmp_path_factory.mktemp("real")
     (folder / "videos").mkdir()
     for number in range(5):
@@ -575,7 +575,7 @@ def real(tmp_path_factory):
 
 def command(folder: Path, output: str) -> list[str]:
     return [
-        "-m", "framepack_jax", "prepare", "--videos", str(folder / "videos"), "--bundle", "tiny",
+        "-m", "framepack_jax", "prepare", "--videos", str(folder / "videos"), "--bundle", "random",
         "--output", str(folder / output), "--buckets", "32x48,48x32",
     ]  # fmt: skip
 
@@ -624,9 +624,9 @@ def test_records_are_what_sampling_encodes(real) -> None:
     and the VAE itself."""
     index = records.read_index(real / "whole")
     record = Source(real / "whole", index.shards)[0]
-    manifest = bundle.read_manifest(path_of("tiny"))
+    manifest = bundle.read_manifest(path_of("random"))
     loader.check_bundle(index, manifest)
-    encoder = encode.Encoder.load(path_of("tiny"), manifest, pixels=False)
+    encoder = encode.Encoder.load(path_of("random"), manifest, pixels=False)
     file = Path(record.clip.source)
     frames = np.stack(list(video.read_frames(real / "videos" / file, 30)))[: record.clip.frames]
     frames = np.stack([video.resize_center_crop(f, 32, 48) for f in frames])
@@ -660,7 +660,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     assert isinstance(batch, pixels.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
     source = Source(output, opened.index.shards)
     encoder = encode.Encoder.load(
-        path_of("tiny"), bundle.read_manifest(path_of("tiny")), pixels=False
+        path_of("random"), bundle.read_manifest(path_of("random")), pixels=False
     )
     for i in range(4):
         clip = source[batch.clip[i]].clip

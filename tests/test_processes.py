@@ -20,7 +20,7 @@ from framepack_jax.commands.runs import Run
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
-    "--bundle", "tiny", "--prompt", "waves", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2",
+    "--bundle", "random", "--prompt", "waves", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2",
     "--sections", "3", "--steps", "30", "--height", "32", "--width", "48", "--crf", "1",
 )  # fmt: skip
 TALK = """
@@ -171,7 +171,7 @@ def test_what_fails_in_one_ends_both(tmp_path, flags, named) -> None:
         (folder / "image.jpg").symlink_to(ROOT / "examples" / "astronaut.jpg")
         (folder / "jobs.jsonl").write_text(json.dumps({"prompt": "waves", "steps": steps}))
     (folders[0] / "only_here.jpg").symlink_to(ROOT / "examples" / "astronaut.jpg")
-    (folders[0] / "only_here").symlink_to(ROOT / "framepack_jax" / "assets" / "tiny")
+    (folders[0] / "only_here").symlink_to(ROOT / "framepack_jax" / "assets" / "random")
     for code, _, errors in ended(sample_in(folders, *FLAGS, *flags, "--output", "run")):
         assert code == 1
         assert "error: " in errors and named in errors and "Traceback" not in errors
@@ -225,7 +225,7 @@ def _lines(result: tuple[int, str, str]) -> list[str]:
 )
 def test_numbers_that_do_not_go_together(flags, named) -> None:
     with pytest.raises(SystemExit, match=f"error: .*{named}"):
-        sample.main(["--bundle", "tiny", *flags])
+        sample.main(["--bundle", "random", *flags])
 
 
 def test_one_process_talks_to_nobody() -> None:

@@ -1,4 +1,4 @@
-"""Run folders, and what people put on the timeline: from the command line, with the tiny bundle."""
+"""Run folders, and what people put on the timeline: from the command line, with random weights."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ HEIGHT, WIDTH = 64, 48
 
 def command(output: Path, *flags: object, schedule: str = INVERTED, image: bool = True) -> None:
     """Run `sample.py` in this process, so that programs stay compiled."""
-    common = ["--bundle", "tiny", "--schedule", schedule, "--steps", 2, "--output", output]
+    common = ["--bundle", "random", "--schedule", schedule, "--steps", 2, "--output", output]
     if not {"--height", "--extend"} & {flag for flag in flags if isinstance(flag, str)}:
         common += ["--height", HEIGHT, "--width", WIDTH]
     if image:
@@ -50,7 +50,7 @@ def whole(tmp_path_factory) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def pipe() -> FramePack:
-    return FramePack.load(sample.EMBEDDED["tiny"], schedule=INVERTED)
+    return FramePack.load(sample.EMBEDDED["random"], schedule=INVERTED)
 
 
 def frames_of(run: Run) -> np.ndarray:

@@ -90,9 +90,9 @@ def test_first_frame_is_that_of_the_saved_latents(photo_run) -> None:
     assert distance[0] < 0.8 * min(distance[1:])
 
 
-def test_tiny_bundle_makes_the_same_video_again(tmp_path) -> None:
+def test_the_random_bundle_makes_the_same_video_again(tmp_path) -> None:
     """The embedded bundle from Python, twice, and streamed."""
-    pipe = FramePack.load(sample.EMBEDDED["tiny"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
+    pipe = FramePack.load(sample.EMBEDDED["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
     image = video.load_image(PHOTO)
     options = {"sections": 2, "height": 64, "width": 48, "seed": 1}
     options["settings"] = pipeline.Settings(steps=2)
@@ -107,8 +107,8 @@ def test_tiny_bundle_makes_the_same_video_again(tmp_path) -> None:
     assert np.abs(other.latents - made.latents).max() > 0.1
 
 
-def test_tiny_bundle_is_that_of_its_config() -> None:
-    manifest = bundle.read_manifest(sample.EMBEDDED["tiny"])
+def test_the_random_bundle_is_that_of_its_config() -> None:
+    manifest = bundle.read_manifest(sample.EMBEDDED["random"])
     config = tiny_bundle.get_config()
     for role in bundle.ROLES:
         assert bundle.role_config(manifest, role)[1] == getattr(config, role)
@@ -143,7 +143,7 @@ def test_tiny_bundle_is_that_of_its_config() -> None:
     ],
 )
 def test_errors_are_one_line_that_names_the_value(tmp_path, flags, named) -> None:
-    base = {"--bundle": "tiny", "--image": str(PHOTO), "--prompt": "", "--output": "run"}
+    base = {"--bundle": "random", "--image": str(PHOTO), "--prompt": "", "--output": "run"}
     base |= {"--output": str(tmp_path / "run"), "--height": "64", "--width": "64"}
     base |= dict(zip(flags[::2], flags[1::2], strict=True))
     with pytest.raises(SystemExit) as error:
@@ -154,7 +154,7 @@ def test_errors_are_one_line_that_names_the_value(tmp_path, flags, named) -> Non
 
 def test_a_finished_run_is_not_lost(tmp_path) -> None:
     (tmp_path / "run.json").write_text("{}")
-    flags = ["--bundle", "tiny", "--image", str(PHOTO), "--prompt", "", "--output", str(tmp_path)]
+    flags = ["--bundle", "random", "--image", str(PHOTO), "--prompt", "", "--output", str(tmp_path)]
     with pytest.raises(SystemExit, match=r"run.json cannot be read"):
         sample.main(flags)
     with pytest.raises(SystemExit, match="sections = -1"):

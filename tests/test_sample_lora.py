@@ -26,15 +26,15 @@ from tests.torch_reference import relative_error
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
-    "--bundle", "tiny", "--image", str(ROOT / "examples" / "astronaut.jpg"),
+    "--bundle", "random", "--image", str(ROOT / "examples" / "astronaut.jpg"),
     "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--sections", "1", "--steps", "2",
     "--height", "64", "--width", "64", "--latents-only",
 )  # fmt: skip
 
 
 def make_lora(path: Path, seed: int) -> None:
-    """Random factors for some kernels of the tiny transformer."""
-    _, cfg = bundle.role_config(bundle.read_manifest(EMBEDDED["tiny"]), "transformer")
+    """Random factors for some kernels of the random transformer."""
+    _, cfg = bundle.role_config(bundle.read_manifest(EMBEDDED["random"]), "transformer")
     write(path, random_lora(cfg, seed, ("/img_qkv/kernel", "mlp_out/kernel")), cfg, "kohya")
 
 

@@ -27,7 +27,7 @@ from framepack_jax.training.vae import Config
 
 def get_config():
     return Config(
-        bundle="tiny", init="scratch",
+        bundle="random", init="scratch",
         network={"channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_groups": 2},
         frames=5, size=(16, 24), holdout=2, batch=2, steps=8, ema=0.5,
         optimizer=Optimizer(learning_rate=5e-3, warmup_steps=2, weight_decay=0.0),
@@ -129,9 +129,9 @@ def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> N
     np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.05)
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.05)
     # The other networks are those of the bundle that it began from.
-    tiny = bundle.read_manifest(path_of("tiny"))
+    begun = bundle.read_manifest(path_of("random"))
     for role in ("transformer", "text_encoder"):
-        assert manifest.roles[role].source == tiny.roles[role].source
+        assert manifest.roles[role].source == begun.roles[role].source
         bundle.load_params(made, manifest, role)
     assert len(held) == 2
     story = manifest.roles["vae"].source["training"]
@@ -239,16 +239,16 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
     record = checkpoints.read_record(whole)
     record["config"]["frames"] = 1
     checkpoints.write_record(tmp_path / "single", record)
-    manifest = bundle.read_manifest(path_of("tiny"))
+    manifest = bundle.read_manifest(path_of("random"))
     trained = params_of(whole, 8)["encoder"]["conv_in"]["kernel"]
     for folder, changed in ((whole, False), (tmp_path / "single", True)):
         cfg = vae.Config(network=record["config"]["network"], init=str(folder), frames=5)
         network = vae.network_of(cfg, manifest)
-        begun = vae.first_params(cfg, network, manifest, path_of("tiny"))
+        begun = vae.first_params(cfg, network, manifest, path_of("random"))
         kernel = np.asarray(begun["encoder"]["conv_in"]["kernel"])
         assert (np.abs(kernel[:-1]).max() == 0) == changed
         np.testing.assert_allclose(kernel.sum(0), trained.sum(0), rtol=1e-5, atol=1e-6)
         still = vae.first_params(
-            dataclasses.replace(cfg, frames=1), network, manifest, path_of("tiny")
+            dataclasses.replace(cfg, frames=1), network, manifest, path_of("random")
         )
         np.testing.assert_array_equal(still["encoder"]["conv_in"]["kernel"], trained)

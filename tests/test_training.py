@@ -35,7 +35,7 @@ from framepack_jax.training.feed import local_share, place
 ROOT = Path(__file__).parent.parent
 SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
 BASE = Config(
-    bundle="tiny", output="run", schedule=SCHEDULE, init="runs/base", batch=4, dtype="float32",
+    bundle="random", output="run", schedule=SCHEDULE, init="runs/base", batch=4, dtype="float32",
     network={"double_layers": 2, "single_layers": 3, "refiner_layers": 1}, remat="none",
     optimizer=Optimizer(learning_rate=1e-2, warmup_steps=0), lora=LoRA(rank=3, alpha=6.0),
 )  # fmt: skip
@@ -75,7 +75,7 @@ def begun_once(cfg: Config):
 @functools.cache
 def set_up(cfg: Config) -> loop.Setup:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return loop.set_up(cfg, bundle.read_manifest(path_of("tiny")), mesh)
+    return loop.set_up(cfg, bundle.read_manifest(path_of("random")), mesh)
 
 
 def begin(cfg: Config):
@@ -485,7 +485,7 @@ from framepack_jax import sharding
 def losses(cfg, **sizes):
     count = 8 if sizes else 1
     mesh = sharding.make_mesh(**sizes, devices=t.jax.devices()[:count])
-    setup = t.loop.set_up(cfg, t.bundle.read_manifest(t.path_of("tiny")), mesh)
+    setup = t.loop.set_up(cfg, t.bundle.read_manifest(t.path_of("random")), mesh)
     loader = t.open_loader(t.Data(path=sys.argv[1]), t.SCHEDULE, "inverted", cfg.batch)
     found = []
     with t.jax.set_mesh(mesh):

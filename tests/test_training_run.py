@@ -38,7 +38,7 @@ from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, 
 
 def get_config():
     return Config(
-        bundle="tiny", init="scratch",
+        bundle="random", init="scratch",
         network={"double_layers": 1, "single_layers": 1, "refiner_layers": 1},
         schedule="f1k1_x_g2_f1k1f2k2f16k4_td",
         data=loader.Config(holdout=2),
@@ -429,13 +429,13 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
     file = output / "bundle" / "lora.safetensors"
     assert f"sample.py --lora {file}" in capsys.readouterr().out
     sample.main([
-        "--bundle", "tiny", "--prompt", "waves", "--schedule", "f1k1_x_g2_f1k1f2k2f16k4_td",
+        "--bundle", "random", "--prompt", "waves", "--schedule", "f1k1_x_g2_f1k1f2k2f16k4_td",
         "--lora", str(file),
         "--sections", "1", "--steps", "1", "--height", "32", "--width", "48", "--latents-only",
         "--output", str(tmp_path / "video"),
     ])  # fmt: skip
     size = sum(f.stat().st_size for f in (output / "checkpoints").rglob("*") if f.is_file())
-    whole_network = bundle.stored_bytes(path_of("tiny"), bundle.read_manifest(path_of("tiny")),
+    whole_network = bundle.stored_bytes(path_of("random"), bundle.read_manifest(path_of("random")),
                                         "transformer")  # fmt: skip
     assert size < 4 * whole_network  # bfloat16; adapters and two moments in float32
 
@@ -484,4 +484,4 @@ def test_configs_are_what_they_say() -> None:
         assert f"configs/{file.name}" in file.read_text()
         assert dataclasses.asdict(config)["steps"] > 0
         found += 1
-    assert found == 6
+    assert found == 7

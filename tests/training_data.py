@@ -1,4 +1,4 @@
-"""Small datasets for tests: records of random numbers, in the widths of the tiny bundle."""
+"""Small datasets for tests: records of random numbers, in the widths of the random bundle."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +40,6 @@ def write_dataset(
         made += mine
     rng = np.random.default_rng(0)
     records.write_empty(folder, rng.standard_normal((2, TEXT)), rng.standard_normal(POOLED))
-    made_by = loader.made_by(bundle.read_manifest(path_of("tiny")), "latents")
+    made_by = loader.made_by(bundle.read_manifest(path_of("random")), "latents")
     records.write_index(folder, Index("latents", tuple(shards), made_by, 30.0, 4, 8, 16))
     return made
