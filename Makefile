@@ -1,4 +1,6 @@
 # make demo       a video from the example image with the random bundle, no downloads but packages
+# make tiny-bundle  the models of the demo world from nothing, in outputs/tiny: hours on a CPU; the
+#                 same command goes on where it was stopped
 # make test       the test suite
 # make test-all   the test suite with what is marked large
 # make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/scale.md
@@ -6,12 +8,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all dry-runs lint clean
+.PHONY: demo tiny-bundle test test-all dry-runs lint clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle random --image examples/astronaut.jpg \
 	    --prompt "The astronaut smiles and slowly turns her head" \
 	    --seconds 4 --steps 8 --height 256 --width 256 --output outputs/demo --overwrite
+
+TINY := outputs/tiny
+tiny-bundle: .venv/installed
+	$(BIN)/framepack synthetic --output $(TINY)/footage --clips 400 --seconds 8
+	$(BIN)/framepack synthetic --output $(TINY)/videos --clips 1000 --seconds 5 --seed 1
+	test -e $(TINY)/encoders/bundle.json || $(BIN)/python configs/tiny_bundle.py $(TINY)/encoders --world
+	$(BIN)/framepack train-vae --config configs/tiny_vae.py
+	$(BIN)/framepack train-vae --config configs/tiny_vae.py --init $(TINY)/stills --output $(TINY)/vae \
+	    --frames 17 --batch 4 --steps 350 --optimizer.learning-rate 2e-4
+	$(BIN)/framepack prepare --videos $(TINY)/videos --bundle $(TINY)/vae/bundle \
+	    --output $(TINY)/dataset --buckets 128x128 --cut 1 --min-motion 0 --min-sharpness 0 \
+	    --keep-duplicates
+	$(BIN)/python train.py --config configs/tiny_framepack.py
+	$(BIN)/python train.py --config configs/tiny_framepack.py --bundle $(TINY)/f1/bundle --init bundle \
+	    --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output $(TINY)/inverted
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10

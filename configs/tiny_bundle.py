@@ -3,9 +3,9 @@
 Command:  python configs/tiny_bundle.py framepack_jax/assets/random
           python configs/tiny_bundle.py outputs/tiny/encoders --world
 Hardware: a CPU, seconds.
-Result:   the bundle behind `--bundle random`, about 1 MB, whose videos show that everything runs, and
-          nothing else; and the one that models of the demo world begin from, whose encoders stay
-          as they are: a random transformer's states still tell which words they have read.
+Result:   the bundle behind `--bundle random`, about 1 MB, whose videos show that everything runs,
+          and nothing else; and the one that models of the demo world begin from, whose encoders
+          stay as they are: a random transformer's states still tell which words they have read.
 """
 
 import dataclasses
