@@ -1,4 +1,4 @@
-# make demo       a video from the example image with the random bundle, no downloads but packages
+# make demo       a video from an example image with the tiny bundle, and its figures; no downloads
 # make tiny-bundle  the models of the demo world from nothing, in outputs/tiny: hours on a CPU; the
 #                 same command goes on where it was stopped
 # make test       the test suite
@@ -11,9 +11,10 @@ BIN := .venv/bin
 .PHONY: demo tiny-bundle test test-all dry-runs lint clean
 
 demo: .venv/installed
-	$(BIN)/python sample.py --bundle random --image examples/astronaut.jpg \
-	    --prompt "The astronaut smiles and slowly turns her head" \
-	    --seconds 4 --steps 8 --height 256 --width 256 --output outputs/demo --overwrite
+	$(BIN)/python sample.py --bundle tiny --image examples/sprites.png \
+	    --prompt "the small cyan ring orbits the small yellow triangle; the small yellow triangle stays; the camera pans down." \
+	    --seconds 8 --steps 10 --height 128 --width 128 --gif --output outputs/demo --overwrite
+	$(BIN)/framepack evaluate --video outputs/demo/video.mp4
 
 TINY := outputs/tiny
 tiny-bundle: .venv/installed

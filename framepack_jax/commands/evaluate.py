@@ -36,7 +36,7 @@ class Evaluate:
     """
 
     bundle: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A bundle under test; random is the one in this package. May be given several times: the first
+    """A bundle under test; tiny is the one in this package. May be given several times: the first
     lends its VAE to the references, and makes the repeated short videos."""
     schedule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A packing schedule to sample each bundle with, instead of its own. May be given several

@@ -48,7 +48,7 @@ class Prepare:
     or .parquet file with a row a video: "video" (a path, relative to the file) and "caption", if
     it is not in NAME.txt."""
     bundle: str
-    """The bundle that will be trained, whose encoders are used; or random."""
+    """The bundle that will be trained, whose encoders are used; or tiny."""
     output: Path
     """Folder of the dataset."""
     replace: bool = False

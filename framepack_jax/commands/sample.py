@@ -82,7 +82,8 @@ class Sample(Shot):
     """
 
     bundle: str | None = None
-    """Folder made by convert_weights.py; or random, a small bundle of this package, untrained."""
+    """Folder made by convert_weights.py; or a bundle of this package: tiny, for 128x128 pixels of
+    the demo world, or random, which is not trained."""
     prompt: tuple[str, ...] = ("",)
     """What happens in the video. May be empty, and change with time: "0s: she waves 4s: she bows".
     Several prompts give several videos."""
@@ -234,7 +235,7 @@ def _dry_run(flags: Sample) -> list[Path]:
 def _bundle(flags: Sample) -> str:
     if flags.bundle is None:
         raise ValueError(
-            '--bundle is missing: give a folder made by convert_weights.py, or "random"; to go on'
+            '--bundle is missing: give a folder made by convert_weights.py, or "tiny"; to go on'
             " with a run, give --resume FOLDER"
         )
     return flags.bundle

@@ -191,7 +191,7 @@ def _check(cfg: Config) -> None:
     """Raise ValueError where something that has no default is not given."""
     missing = {
         "--output": (cfg.output, "the folder of the run"),
-        "--bundle": (cfg.bundle, "the bundle whose transformer is trained, or random"),
+        "--bundle": (cfg.bundle, "the bundle whose transformer is trained, or tiny"),
         "--data.path": (cfg.data.path, "a dataset, as framepack prepare makes it"),
     }
     if absent := [f"{flag} ({what})" for flag, (given, what) in missing.items() if not given]:

@@ -1,0 +1,51 @@
+"""The trained bundle of the package: where its weights come from, and what they are worth."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from framepack_jax import FramePack, bundle
+from framepack_jax.commands.records import ASSETS, EMBEDDED
+from framepack_jax.evaluation import cases, metrics, rows
+from framepack_jax.evaluation.rows import Ask
+from framepack_jax.pipeline import Settings
+
+SIZE = (128, 128)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FramePack:
+    return FramePack.load(EMBEDDED["tiny"])
+
+
+def test_weights_are_small_and_say_how_they_came_about() -> None:
+    bytes_there = sum(f.stat().st_size for f in Path(ASSETS).rglob("*") if f.is_file())
+    assert bytes_there <= 24e6
+    manifest = bundle.read_manifest(EMBEDDED["tiny"])
+    for role in ("vae", "transformer"):
+        story = manifest.roles[role].source["training"]
+        assert story["step"] == story["config"]["steps"]
+        assert story["config"]["seed"] >= 0 and story["code"]["framepack-jax"]
+        assert all(np.isfinite(v) for v in story["metrics"].values() if v is not None)
+        # No folder of the machine that it was trained on.
+        assert '"/' not in json.dumps(story)
+
+
+def test_the_vae_gives_back_held_out_clips(pipe) -> None:
+    """30 dB on average over scenes with forms in colours that it has not seen together."""
+    found = []
+    for case in cases.drift_cases(1, 8, 17, SIZE, "vae"):
+        truth = case.truth()
+        found.append(metrics.psnr(rows.reconstructed(pipe, truth), truth))
+    assert np.mean(found) >= 30, found
+
+
+def test_a_video_begins_with_its_image(pipe) -> None:
+    """28 dB at least, which is what the VAE can; and the rest is no still picture of it."""
+    (case,) = cases.drift_cases(2, 1, 37, SIZE, "first")
+    ask = Ask(case.image, case.scene.caption, 0)
+    (frames,) = rows.sampled(pipe, [ask], 1, Settings(steps=4))
+    assert frames.shape == (37, *SIZE, 3)
+    assert metrics.psnr(frames[0], case.image) >= 28
