@@ -1,5 +1,5 @@
 # make demo       a video from an example image with the tiny bundle, and its figures; no downloads
-# make tiny-bundle  the models of the demo world from nothing, in outputs/tiny: hours on a CPU; the
+# make tiny-bundle  the models of the demo world from nothing, in outputs/world: hours on a CPU; the
 #                 same command goes on where it was stopped
 # make test       the test suite
 # make test-all   the test suite with what is marked large
@@ -16,20 +16,20 @@ demo: .venv/installed
 	    --seconds 8 --steps 10 --height 128 --width 128 --gif --output outputs/demo --overwrite
 	$(BIN)/framepack evaluate --video outputs/demo/video.mp4
 
-TINY := outputs/tiny
+WORLD := outputs/world
 tiny-bundle: .venv/installed
-	$(BIN)/framepack synthetic --output $(TINY)/footage --clips 400 --seconds 8
-	$(BIN)/framepack synthetic --output $(TINY)/videos --clips 1000 --seconds 5 --seed 1
-	test -e $(TINY)/encoders/bundle.json || $(BIN)/python configs/tiny_bundle.py $(TINY)/encoders --world
+	$(BIN)/framepack synthetic --output $(WORLD)/footage --clips 400 --seconds 8
+	$(BIN)/framepack synthetic --output $(WORLD)/videos --clips 1000 --seconds 5 --seed 1
+	test -e $(WORLD)/encoders/bundle.json || $(BIN)/python configs/tiny_bundle.py $(WORLD)/encoders --world
 	$(BIN)/framepack train-vae --config configs/tiny_vae.py
-	$(BIN)/framepack train-vae --config configs/tiny_vae.py --init $(TINY)/stills --output $(TINY)/vae \
+	$(BIN)/framepack train-vae --config configs/tiny_vae.py --init $(WORLD)/stills --output $(WORLD)/vae \
 	    --frames 17 --batch 4 --steps 350 --optimizer.learning-rate 2e-4
-	$(BIN)/framepack prepare --videos $(TINY)/videos --bundle $(TINY)/vae/bundle \
-	    --output $(TINY)/dataset --buckets 128x128 --cut 1 --min-motion 0 --min-sharpness 0 \
+	$(BIN)/framepack prepare --videos $(WORLD)/videos --bundle $(WORLD)/vae/bundle \
+	    --output $(WORLD)/dataset --buckets 128x128 --cut 1 --min-motion 0 --min-sharpness 0 \
 	    --keep-duplicates
 	$(BIN)/python train.py --config configs/tiny_framepack.py
-	$(BIN)/python train.py --config configs/tiny_framepack.py --bundle $(TINY)/f1/bundle --init bundle \
-	    --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output $(TINY)/inverted
+	$(BIN)/python train.py --config configs/tiny_framepack.py --bundle $(WORLD)/f1/bundle --init bundle \
+	    --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output $(WORLD)/inverted
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10

@@ -1,7 +1,7 @@
 """Tiny bundles: every network of the real kinds, small widths, random weights.
 
 Command:  python configs/tiny_bundle.py framepack_jax/assets/random
-          python configs/tiny_bundle.py outputs/tiny/encoders --world
+          python configs/tiny_bundle.py outputs/world/encoders --world
 Hardware: a CPU, seconds.
 Result:   the bundle behind `--bundle random`, about 1 MB, whose videos show that everything runs,
           and nothing else; and the one that models of the demo world begin from, whose encoders

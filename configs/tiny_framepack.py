@@ -14,11 +14,11 @@ from framepack_jax.training.config import Checkpoints, Config, Optimizer, Valida
 def get_config() -> Config:
     """Forward order. The guidance input has in training what sampling gives it by default."""
     return Config(
-        bundle="outputs/tiny/vae/bundle",
-        output="outputs/tiny/f1",
+        bundle="outputs/world/vae/bundle",
+        output="outputs/world/f1",
         init="scratch",
         data=loader.Config(
-            path="outputs/tiny/dataset", holdout=64, sections="random", caption_dropout=0.1,
+            path="outputs/world/dataset", holdout=64, sections="random", caption_dropout=0.1,
             text_tokens=48,
         ),
         schedule=packing.RELEASED_F1,

@@ -2,8 +2,8 @@
 
 Command:  make tiny-bundle, which has every step; those that this file is for are
           framepack train-vae --config configs/tiny_vae.py
-          framepack train-vae --config configs/tiny_vae.py --output outputs/tiny/vae
-              --init outputs/tiny/stills --frames 17 --batch 4 --steps 350
+          framepack train-vae --config configs/tiny_vae.py --output outputs/world/vae
+              --init outputs/world/stills --frames 17 --batch 4 --steps 350
               --optimizer.learning-rate 2e-4
 Hardware: two CPU cores; a step of the first took 1.8 s there, of the second 2.6 s.
 Result:   700 steps of the first, of single frames, give back the frames of 16 held-out videos at
@@ -20,9 +20,9 @@ from framepack_jax.training.vae import Config
 def get_config() -> Config:
     """8x in space, 4x in time, 16 channels, as the released VAE has them."""
     return Config(
-        videos="outputs/tiny/footage",
-        bundle="outputs/tiny/encoders",
-        output="outputs/tiny/stills",
+        videos="outputs/world/footage",
+        bundle="outputs/world/encoders",
+        output="outputs/world/stills",
         init="scratch",
         network={"channels": (8, 16, 32, 64), "layers_per_block": 1, "norm_groups": 4},
         frames=1,

@@ -43,7 +43,7 @@ def test_the_vae_gives_back_held_out_clips(pipe) -> None:
 
 
 def test_a_video_begins_with_its_image(pipe) -> None:
-    """28 dB at least, which is what the VAE can; and the rest is no still picture of it."""
+    """28 dB at least: it is what the VAE makes of the image."""
     (case,) = cases.drift_cases(2, 1, 37, SIZE, "first")
     ask = Ask(case.image, case.scene.caption, 0)
     (frames,) = rows.sampled(pipe, [ask], 1, Settings(steps=4))

@@ -282,6 +282,9 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
     assert story["code"]["jax"] == jax.__version__
     assert "training" not in (tmp_path / "video" / "run.json").read_text()
     assert provenance(str(whole), 9)["metrics"]["loss"] == log_of(whole)[9]["loss"]
+    shutil.copy(whole / "run.json", tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert provenance(str(tmp_path), 9)["metrics"] == {"loss": 0.5}
 
 
 def test_what_cannot_be_gone_on_with_is_refused(place, whole, capsys) -> None:

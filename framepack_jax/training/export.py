@@ -102,15 +102,21 @@ def provenance(run: str, step: int) -> dict[str, Any]:
     figures: dict[str, float] = {}
     log = epath.Path(run) / LOG
     for line in log.read_text().splitlines() if log.exists() else ():
-        found = json.loads(line)
-        if found.pop("step") <= step:
-            figures |= found
+        # A run that was killed may have left half a line.
+        with contextlib.suppress(json.JSONDecodeError):
+            found = json.loads(line)
+            if found.pop("step") <= step:
+                figures |= found
     return {"step": step, **record, "code": code_version(), "metrics": figures}
 
 
 def code_version() -> dict[str, str]:
     """Versions of the packages that training rests on, and the commit where this is a clone."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {}
+    for name in PACKAGES:
+        # A clone can train without being installed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
