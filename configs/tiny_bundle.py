@@ -77,8 +77,8 @@ def get_world_config() -> TinyBundle:
     captions = tuple(synthetic.scene(0, number).caption for number in range(500))
     return TinyBundle(
         transformer=packed_dit.Config(
-            heads=4, head_dim=32, double_layers=2, single_layers=4, refiner_layers=1, text_dim=96,
-            pooled_dim=48, image_dim=32, rope_axes=(8, 12, 12),
+            heads=2, head_dim=64, double_layers=2, single_layers=4, refiner_layers=1, text_dim=96,
+            pooled_dim=48, image_dim=32, rope_axes=(16, 24, 24),
         ),
         vae=vae.Config(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),
         text_encoder=llama.Config(

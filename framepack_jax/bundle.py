@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
 from framepack_jax import sharding
+from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.models import kinds, stack
 
 FORMAT = 1
@@ -72,7 +73,8 @@ class Manifest:
 
     `latent_mean` and `latent_std` hold one number a latent channel: the transformer sees
     (latent - mean) / std. `prompt_template` has one `{}` for the prompt. `schedule` and `order`
-    are those of `framepack_jax.packing`.
+    are those of `framepack_jax.packing`. `buckets` are the sizes, (height, width) in pixels, that
+    the transformer was trained at.
     """
 
     roles: dict[str, Role]
@@ -81,6 +83,7 @@ class Manifest:
     prompt_template: str
     schedule: str
     order: str
+    buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
 
 
 def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]]) -> Written:
@@ -177,11 +180,23 @@ def read_manifest(root: epath.PathLike) -> Manifest:
         fields["roles"] = {name: Role(**role) for name, role in fields["roles"].items()}
         fields["latent_mean"] = tuple(fields["latent_mean"])
         fields["latent_std"] = tuple(fields["latent_std"])
+        # Bundles of before had none.
+        fields["buckets"] = _buckets(fields.get("buckets", BUCKETS_480P))
         return Manifest(**fields)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except BundleError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleError(
             f"bundle {root}: {MANIFEST} is damaged ({error}); convert again"
         ) from error
+
+
+def _buckets(fields: Any) -> tuple[tuple[int, int], ...]:
+    """Raises TypeError, ValueError where these are no sizes."""
+    sizes = tuple((int(height), int(width)) for height, width in fields)
+    if not sizes or any(min(size) < 1 for size in sizes):
+        raise ValueError(f"buckets {fields}: expected pairs of height and width")
+    return sizes
 
 
 def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:

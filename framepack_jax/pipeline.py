@@ -27,6 +27,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from framepack_jax import bundle, conditioning, packing
+from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
 from framepack_jax.encoders import load_encoders
@@ -145,6 +146,7 @@ class FramePack:
     latent_std: np.ndarray
     schedule: str
     order: str
+    buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
     dtype: str = "float32"
     tiling: Tiling = DEFAULT_TILING
     mesh: Mesh | None = None
@@ -207,6 +209,7 @@ class FramePack:
             latent_std=np.asarray(manifest.latent_std, np.float32),
             schedule=schedule,
             order=order,
+            buckets=manifest.buckets,
             dtype=dtype,
             tiling=tiling,
             mesh=mesh,
@@ -264,8 +267,9 @@ class FramePack:
         patch = packing.kernel_shape(self.transformer.model.PATCH)[1]
         vae = self.vae.cfg
         return Geometry(
-            self.schedule, self.order, vae.time_compression, patch * vae.space_compression
-        )
+            self.schedule, self.order, vae.time_compression, patch * vae.space_compression,
+            self.buckets,
+        )  # fmt: skip
 
     def __call__(self, image: np.ndarray | None, prompt: str, **options: Any) -> Video:
         """Make a whole video; `options` are those of `stream`."""
@@ -297,8 +301,8 @@ class FramePack:
         """Yield a `Span` for every section as it is made, in the order of making.
 
         `image` (height, width, 3) uint8 is the first frame, None for text alone; it is scaled and
-        cropped to the 480p bucket nearest to its shape, or to `height` x `width` pixels, any even
-        numbers. `end_image` is the last frame, `key_frames` are images by seconds, `footage` is a
+        cropped to the bundle's bucket nearest to its shape, or to `height` x `width` pixels, any
+        even numbers. `end_image` is the last frame, `key_frames` are images by seconds, `footage` is a
         video to go on from, whose frames before the first span stay as they are. The length of
         what is made is `sections` latent windows, else the number nearest to `seconds`.
         `prompt_blend` seconds around a change of prompt both count. `on_section(number,

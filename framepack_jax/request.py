@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from framepack_jax import packing
-from framepack_jax.buckets import find_bucket
+from framepack_jax.buckets import BUCKETS_480P, find_bucket
 from framepack_jax.packing import Section
 from framepack_jax.video import resize_center_crop
 
@@ -23,7 +23,7 @@ from framepack_jax.video import resize_center_crop
 START_FRAMES = 1
 # Sides of a video in pixels; H.264 wants them even.
 LEAST_SIDE, LARGEST_SIDE = 16, 4096
-# Without an image: a 480p canvas, and the colour that the video begins with.
+# Without an image: the shape that decides the bucket, and the colour that the video begins with.
 TEXT_CANVAS = (480, 832)
 BLANK = 0
 _TIME = re.compile(r"(?:^|(?<=\s))(\d+(?:\.\d+)?)\s?s:\s*")
@@ -31,13 +31,15 @@ _TIME = re.compile(r"(?:^|(?<=\s))(\d+(?:\.\d+)?)\s?s:\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How a bundle divides time and space: `time_compression` frames become one latent, and
-    `unit` is the least number of pixels that patches and VAE divide."""
+    """How a bundle divides time and space: `time_compression` frames become one latent, `unit` is
+    the least number of pixels that patches and VAE divide, and `buckets` are the sizes, (height,
+    width) in pixels, that it works at."""
 
     schedule: str
     order: str
     time_compression: int
     unit: int
+    buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
 
     @property
     def footage_frames(self) -> int:
@@ -61,13 +63,13 @@ class Geometry:
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """(height, width) in pixels of a video, and of the canvas that is sampled for it.
 
-        `shape` is that of its image, if any: without height and width it decides the 480p bucket.
+        `shape` is that of its image, if any: without height and width it decides the bucket.
         Raises ValueError for sizes that cannot be a video's.
         """
         if height is not None or width is not None:
             size = check_size(height, width)
         else:
-            size = TEXT_CANVAS if shape is None else find_bucket(*shape)
+            size = find_bucket(*(shape or TEXT_CANVAS), self.buckets)
         rows, columns = (-(-side // self.unit) * self.unit for side in size)
         return size, (rows, columns)
 

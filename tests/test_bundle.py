@@ -42,6 +42,14 @@ def root(tmp_path):
 
 def test_round_trip_is_bitwise(root) -> None:
     assert bundle.read_manifest(root) == manifest()
+    small = dataclasses.replace(manifest(), buckets=((64, 96), (96, 64)))
+    bundle.write_manifest(root, small)
+    assert bundle.read_manifest(root) == small
+    # One that was written before bundles had sizes is of the released models.
+    fields = json.loads((root / bundle.MANIFEST).read_text())
+    del fields["buckets"]
+    (root / bundle.MANIFEST).write_text(json.dumps(fields))
+    assert bundle.read_manifest(root) == manifest()
     params = bundle.load_params(root, manifest(), "text_encoder_2")
     stored = leaves()
     kernel = np.asarray(params["layers"]["mlp_in"]["kernel"])
@@ -139,6 +147,8 @@ def test_a_manifest_is_whole_or_not_there(root, monkeypatch) -> None:
         (lambda text: text.replace('"format": 1', '"format": 9'), "format 9"),
         (lambda text: text.replace('"order"', '"ordr"'), "ordr"),
         (lambda text: "[]", "is damaged"),
+        (lambda text: text.replace("416", "-416", 1), "expected pairs of height and width"),
+        (lambda text: text.replace("416", '"wide"', 1), "is damaged"),
     ],
 )
 def test_damaged_manifests(root, damage, named) -> None:

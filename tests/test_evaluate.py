@@ -1,12 +1,17 @@
 """The evaluation on the demo world: its truth passes, other videos do not; the command as typed."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 
 from framepack_jax.__main__ import main as framepack
-from framepack_jax.evaluation import cases
+from framepack_jax.commands.evaluate import Evaluate, make_all
+from framepack_jax.evaluation import cases, results
+from framepack_jax.evaluation.parts import Part, Row
+from framepack_jax.pipeline import Settings
 
 SIZE = 64, 64
 
@@ -78,3 +83,28 @@ def test_the_command_as_typed(tmp_path, capsys) -> None:
     assert list((tmp_path / "out" / "videos" / "prompts_2.4s").rglob("*.npz"))
     with pytest.raises(SystemExit, match="steps"):
         framepack([*flags[:-1], "2"])
+
+
+def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
+    """Where it begins like it; what else is made has its own videos for each length."""
+    calls = []
+
+    def make(name, pipe, asked, settings):
+        calls.append((name, asked[0].frames, len(asked)))
+        return [case.truth() for case in asked]
+
+    rows = [Row(n, None, functools.partial(make, n), n == "onward") for n in ("onward", "back")]
+    short, long = (
+        Part(name, cases.drift_cases(0, 3, frames, SIZE, name), rows, cases.drift_figures)
+        for name, frames in (("drift_1s", 33), ("drift_2s", 65))
+    )  # fmt: skip
+    todo = [short, dataclasses.replace(long, shorter=(short,))]
+    flags = Evaluate(output=tmp_path, batch=2)
+    make_all(flags, todo, [], Settings())
+    both = [("back", 33, 2), ("back", 33, 1), ("back", 65, 2), ("back", 65, 1)]
+    assert sorted(calls) == sorted([("onward", 65, 2), ("onward", 65, 1), *both])
+    for case in short.cases:
+        found = [results.load(tmp_path, name, case) for name in ("onward", "back")]
+        for key in found[1]:
+            np.testing.assert_array_equal(found[0][key], found[1][key])
+        assert found[0]["sharpness"].shape == (33,)

@@ -1,5 +1,7 @@
 """What is asked for and where it lies: sizes, times, prompts by time, footage."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,10 @@ IMAGE = np.zeros((50, 40, 3), np.uint8)
 
 
 def test_sizes() -> None:
-    """The 480p bucket of the image, or any even size, sampled at what the VAE divides."""
+    """The bucket of the image, or any even size, sampled at what the VAE divides."""
+    small = dataclasses.replace(F1, buckets=((64, 96), (96, 64)))
+    assert lay_out(small, Request("", IMAGE)).canvas == (96, 64)
+    assert lay_out(small, Request("")).canvas == (64, 96)
     assert lay_out(F1, Request("", IMAGE)).canvas == (704, 544)
     assert lay_out(F1, Request("")).canvas == (480, 832)
     layout = lay_out(F1, Request("", IMAGE), height=90, width=50)

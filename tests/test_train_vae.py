@@ -20,6 +20,7 @@ from framepack_jax.data import clips, synthetic
 from framepack_jax.models import vae as model
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.training import checkpoints, vae
+from framepack_jax.training.config import Optimizer
 
 CONFIG = """
 from framepack_jax.training.config import Checkpoints, Optimizer
@@ -205,6 +206,7 @@ def test_bad_input_is_named(place, tmp_path, more, message) -> None:
         ({"batch": 0}, "--batch 0"),
         ({"ema": 1.0}, "--ema 1"),
         ({"kl": -1.0}, "--kl -1"),
+        ({"trainable": "encoder"}, "--trainable encoder: expected all or decoder"),
     ],
 )
 def test_impossible_settings_are_named(fields, message) -> None:
@@ -252,3 +254,22 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
             dataclasses.replace(cfg, frames=1), network, manifest, path_of("random")
         )
         np.testing.assert_array_equal(still["encoder"]["conv_in"]["kernel"], trained)
+
+
+def test_a_decoder_alone_leaves_latents_as_they_are(whole, place, tmp_path) -> None:
+    """No update of the encoder, also by weight decay; and the bundle's statistics are kept."""
+    cfg = vae.Config(trainable="decoder", optimizer=Optimizer("muon", weight_decay=0.1))
+    params = model.init(model.Config(channels=(4, 4, 8, 8), layers_per_block=1, norm_groups=2),
+                        jax.random.key(0))  # fmt: skip
+    tx = vae.transformation(cfg)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(updates["encoder"]))
+    assert all(leaf.any() for leaf in jax.tree.leaves(updates["decoder"]))
+
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("bundle"))
+    record = checkpoints.read_record(whole)
+    record["config"] |= {"trainable": "decoder", "init": "bundle"}
+    checkpoints.write_record(tmp_path / "run", record)
+    vae.export(f"{tmp_path / 'run'}@8", whole / "bundle", str(tmp_path / "made"))
+    begun, made = (bundle.read_manifest(path) for path in (whole / "bundle", tmp_path / "made"))
+    assert (made.latent_mean, made.latent_std) == (begun.latent_mean, begun.latent_std)

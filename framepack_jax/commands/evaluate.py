@@ -243,10 +243,14 @@ def _parts(flags: Evaluate, size: tuple[int, int], models: Sequence[Model]) -> I
         return [*parts.references(), *itertools.chain(*each)]
 
     if flags.videos:
-        for seconds in flags.seconds:
+        found: list[Part] = []
+        for seconds in sorted(flags.seconds):
             part, count = f"drift_{seconds:g}s", frames(seconds)
             made = cases.drift_cases(flags.seed, flags.videos, count, size, part)
-            yield Part(part, made, under_test(parts.drift_rows), cases.drift_figures)
+            found.append(
+                Part(part, made, under_test(parts.drift_rows), cases.drift_figures, tuple(found))
+            )
+        yield from found
     if flags.hiding_videos:
         for hidden in flags.hidden:
             part = f"forgetting_{hidden:g}s"
@@ -264,12 +268,13 @@ def make_all(
     flags: Evaluate, todo: Sequence[Part], models: Sequence[Model], settings: Settings
 ) -> None:
     """Make and measure every video that is not there yet, behind a bar. Weights of one model are on
-    the device at a time."""
+    the device at a time. The longest come first, as their videos serve for shorter ones too."""
     total = sum(len(part.cases) * len(part.rows) for part in todo)
     with tqdm(total=total, unit="video") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in (None, *range(len(models))):
             pipe = None
-            for part, row in ((p, r) for p in todo for r in p.rows if r.model == number):
+            order = sorted(todo, key=lambda part: -len(part.shorter))
+            for part, row in ((p, r) for p in order for r in p.rows if r.model == number):
                 bar.set_description(f"{part.name}, {row.name}")
                 missing = [c for c in part.cases if results.load(flags.output, row.name, c) is None]
                 bar.update(len(part.cases) - len(missing))
@@ -278,7 +283,11 @@ def make_all(
                 for first in range(0, len(missing), flags.batch):
                     batch = missing[first : first + flags.batch]
                     made = row.make(pipe, batch, settings)
-                    figures = pool.map(part.measure, batch, made)
-                    for case, frames, found in zip(batch, made, figures, strict=True):
-                        results.save(flags.output, row.name, case, frames, found, FPS)
-                        bar.update()
+                    numbers = [part.cases.index(case) for case in batch]
+                    for each in (part, *(part.shorter if row.onward else ())):
+                        asked = [each.cases[i] for i in numbers]
+                        cut = [frames[: c.frames] for c, frames in zip(asked, made, strict=True)]
+                        figures = pool.map(each.measure, asked, cut)
+                        for case, frames, found in zip(asked, cut, figures, strict=True):
+                            results.save(flags.output, row.name, case, frames, found, FPS)
+                    bar.update(len(batch))

@@ -56,9 +56,9 @@ class Prepare:
     mode: Literal["latents", "pixels"] = "latents"
     """latents: clips are encoded now. pixels: only captions and first frames are; the videos are
     read in training, from where they are, and encoded by the VAE in the step."""
-    buckets: str = "480p"
+    buckets: str | None = None
     """Sizes that clips are scaled and cut to, HEIGHTxWIDTH,HEIGHTxWIDTH,...; 480p are the 14 of the
-    release."""
+    release. Default: those of the bundle."""
     max_seconds: float = 20.0
     """Longer scenes are divided."""
     cut: float = Settings.cut
@@ -227,7 +227,7 @@ def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:
     model, _ = bundle.role_config(manifest, "transformer")
     _, vae = bundle.role_config(manifest, "vae")
     step = vae.space_compression * packing.kernel_shape(model.PATCH)[1]
-    buckets = parse_buckets(flags.buckets, step)
+    buckets = parse_buckets(flags.buckets, step) if flags.buckets else manifest.buckets
     if not 0 < flags.cut <= 1:
         raise ValueError(f"--cut {flags.cut}: expected a number above 0, at most 1")
     if flags.workers < 1:

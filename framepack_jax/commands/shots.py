@@ -60,7 +60,7 @@ class Shot:
     threshold: float | None = None
     """Change at which --step-cache lets the blocks run; default: 0.15 (tea), 0.05 (first-block)."""
     height: int | None = None
-    """Height in pixels, any even number; default: the 480p bucket nearest to the image's shape."""
+    """Height in pixels, any even number; default: of the bundle's sizes the nearest to the image's shape."""
     width: int | None = None
     """Width in pixels; give both or neither."""
     fps: int = 30

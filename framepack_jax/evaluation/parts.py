@@ -48,21 +48,24 @@ ByRow = Mapping[str, Mapping[str, Figures]]
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row of tables and how its videos are made; `model` is the number of the model whose
-    weights it takes, None without."""
+    weights it takes, None without. With `onward` a longer video begins like a shorter one."""
 
     name: str
     model: int | None
     make: Make
+    onward: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Cases of equal length, the rows of their videos, and what is measured of each."""
+    """Cases of equal length, the rows of their videos, and what is measured of each. `shorter` are
+    parts of the same cases at lesser lengths."""
 
     name: str
     cases: Sequence[Case]
     rows: Sequence[Row]
     measure: Callable[[Case, np.ndarray], Figures]
+    shorter: Sequence["Part"] = ()
 
 
 def references() -> list[Row]:
@@ -96,7 +99,8 @@ def model_row(name: str, number: int, blank: Collection[str] = (), shuffled: boo
 
 def drift_rows(name: str, number: int, schedule: str) -> list[Row]:
     """A model as it is."""
-    return [model_row(name, number)]
+    onward = packing.default_order(schedule) == "forward"
+    return [dataclasses.replace(model_row(name, number), onward=onward)]
 
 
 def forgetting_rows(name: str, number: int, schedule: str) -> list[Row]:

@@ -46,7 +46,7 @@ def export(
     """Make a bundle of a run (RUN or RUN@STEP) that was trained from the bundle at `bundle_path`;
     of adapters, a folder with lora.safetensors. Returns what was written, in a line.
 
-    By default it is RUN/bundle. `weights` are the moving "average", the "last", or "auto": the
+    By default it is RUN/bundle. What was trained from nothing has the sizes of its dataset. `weights` are the moving "average", the "last", or "auto": the
     average where the run keeps one. `dtype` is by default bfloat16 of a bundle, float32 of
     adapters. Networks that were not trained stay where they are and are pointed to, unless `copy`.
     Raises RunError (also for a bundle that is there already, without `overwrite`), BundleError,
@@ -84,12 +84,26 @@ def export(
     if cfg.schedule:
         order = packing.default_order(cfg.schedule)
         manifest = dataclasses.replace(manifest, schedule=cfg.schedule, order=order)
+    if _began(cfg.init) == "scratch":
+        sizes = (name.split("x") for name in record["fingerprint"]["clips"])
+        buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))
+        manifest = dataclasses.replace(manifest, buckets=buckets)
     network = model.kind, dataclasses.asdict(model.cfg)
     source = {"name": origin, "training": provenance(folder, step)}
     written = write_bundle(
         manifest, bundle_path, target, "transformer", network, leaves, source, copy
     )
     return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+
+
+def _began(init: str) -> str:
+    """Where the first of the runs began that lead to `init`: scratch, or else from a bundle."""
+    while init not in ("scratch", "bundle"):
+        try:
+            init = checkpoints.read_record(checkpoints.parse_run(init)[0])["config"]["init"]
+        except RunError:
+            return "bundle"
+    return init
 
 
 def provenance(run: str, step: int) -> dict[str, Any]:

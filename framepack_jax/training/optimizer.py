@@ -6,6 +6,7 @@ learning rate. Statistics of one tensor are those of one layer: a stack of layer
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,11 +15,16 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 
 from framepack_jax.models.stack import LORA_A, LORA_B
 from framepack_jax.training.config import Optimizer
 
 MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
+# Where what looks like a matrix is an embedding, a modulation or an end of a network.
+NOT_HIDDEN = re.compile(r"^(embed|head)/|(mod|gate|conv_in|conv_out|quant|post_quant)/\w+$")
+# The root mean square of Adam's updates, as a rule (arXiv 2502.16982, section 2.2).
+ADAM_RMS = 0.2
 COSINE_END = 0.1
 Params = dict[str, Any]
 
@@ -31,6 +37,8 @@ def make(cfg: Optimizer, steps: int, stacks: Iterable[str]) -> optax.GradientTra
             scale = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
         case "adam8bit":
             scale = scale_by_adam_8bit(cfg.b1, cfg.b2, cfg.eps)
+        case "muon":
+            scale = scale_by_muon(cfg.b1, cfg.b2, cfg.eps, stacks)
         case "adafactor":
             scale = per_layer(
                 optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), stacks
@@ -80,6 +88,65 @@ def per_layer(
         return {n: new for n, (new, _) in done.items()}, {n: s for n, (_, s) in done.items()}
 
     return optax.GradientTransformation(init, update)
+
+
+def scale_by_muon(
+    b1: float, b2: float, eps: float, stacks: Iterable[str]
+) -> optax.GradientTransformation:
+    """Muon (arXiv 2502.16982): momentum whose matrices are made orthogonal, their updates as large
+    as Adam's are, so that both take the same learning rates; Adam for what is no matrix between
+    hidden layers: embeddings, modulations, the head, biases and norms."""
+    stacks = frozenset(stacks)
+
+    def axes(params: Params) -> Params:
+        leaves = flatten_dict(params)
+        return unflatten_dict({p: _muon_axes(p, leaf, stacks) for p, leaf in leaves.items()})
+
+    def label(axes: Any) -> str:
+        return "muon" if isinstance(axes, MuonDimensionNumbers) else "adam"
+
+    def is_axes(x: Any) -> bool:
+        return x is None or isinstance(x, MuonDimensionNumbers)
+
+    def labels(params: Params) -> Params:
+        return jax.tree.map(label, axes(params), is_leaf=is_axes)
+
+    def as_adam(updates: Params, params: Params | None) -> Params:
+        del params
+
+        def scaled(x: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
+            sides = (math.prod(x.shape[i] for i in side) for side in axes)
+            return x * (ADAM_RMS * math.sqrt(max(sides)))
+
+        leaves, where = flatten_dict(updates), flatten_dict(axes(updates))
+        return unflatten_dict({
+            path: scaled(leaf, where[path]) if where[path] else leaf
+            for path, leaf in leaves.items()
+        })  # fmt: skip
+
+    orthogonal = optax.contrib.scale_by_muon(beta=b1, weight_dimension_numbers=axes)
+    return optax.partition(
+        {
+            "muon": optax.chain(orthogonal, optax.stateless(as_adam)),
+            "adam": optax.scale_by_adam(b1, b2, eps),
+        },
+        labels,
+    )
+
+
+def _muon_axes(path: tuple[str, ...], leaf: Any, stacks: frozenset[str]) -> Any:
+    """Which axes of a parameter are a matrix's inputs and outputs, the others counting matrices;
+    None where it is none of a hidden layer; what optax has masked stays so."""
+    if isinstance(leaf, optax.MaskedNode):
+        return leaf
+    if path[-1] not in MATRICES or NOT_HIDDEN.search("/".join(path)):
+        return None
+    first, last = int(path[0] in stacks), leaf.ndim - 1
+    if path[-2].endswith("qkv") and path[-1] != LORA_A:
+        # (inputs, 3, heads, width): a matrix for queries, one for keys, one for values.
+        return MuonDimensionNumbers((first,), tuple(range(first + 2, leaf.ndim)))
+    # Of a convolution the taps are inputs too.
+    return MuonDimensionNumbers(tuple(range(first, last)), (last,))
 
 
 class Quantized(NamedTuple):

@@ -14,11 +14,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -39,7 +40,8 @@ from framepack_jax.training.loop import stop_signal
 from framepack_jax.training.state import State, updated
 
 # Fields that a run keeps from its first step to its last. Where the videos lie is none of them.
-FIXED = ("init", "network", "frames", "size", "batch", "holdout", "kl", "seed", "ema")
+FIXED = ("init", "trainable", "network", "frames", "size", "batch", "holdout", "kl", "seed", "ema")
+Trainable = Literal["all", "decoder"]
 SHOWN = 4
 OPTIMIZER = Optimizer(learning_rate=1e-3, schedule="cosine", weight_decay=0.0)
 CHECKPOINTS = Checkpoints(every=250)
@@ -60,6 +62,9 @@ class Config:
     the parameters of another run."""
     network: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Sizes of the VAE that differ from the bundle's, where it begins from scratch."""
+    trainable: Trainable = "all"
+    """decoder: latents stay what they are, so that transformers that know them need no more
+    training."""
     frames: int = 17
     """Length of a clip, 1 + 4 k; sampling decodes clips of 17."""
     size: tuple[int, int] = (128, 128)
@@ -95,6 +100,8 @@ class Config:
         for name, value in whole.items():
             if value < 1:
                 raise ValueError(f"--{name} {value}: expected a whole number of 1 or more")
+        if self.trainable not in get_args(Trainable):
+            raise ValueError(f"--trainable {self.trainable}: expected all or decoder")
         if self.holdout < 0 or not self.kl >= 0:
             raise ValueError(f"--holdout {self.holdout}, --kl {self.kl}: expected 0 or more")
         if not 0 <= self.ema < 1:
@@ -141,6 +148,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
 
     def loss(params: stack.Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        if cfg.trainable == "decoder":
+            params = params | {"encoder": jax.lax.stop_gradient(params["encoder"])}
         error, still, kl = losses(network, params, clips, key)
         return error + still + cfg.kl * kl, (error, still, kl)
 
@@ -176,7 +185,7 @@ def train(
     there = checkpoints.steps_of(cfg.output)
     if there and not resume:
         raise RunError(f"{cfg.output} holds a run up to step {there[-1]}; choose another --output")
-    tx = optimizer.make(cfg.optimizer, cfg.steps, ())
+    tx = transformation(cfg)
     whole = NamedSharding(mesh, PartitionSpec())
     with (
         jax.set_mesh(mesh),
@@ -196,6 +205,15 @@ def train(
             say(f"{cfg.output}: begins from {cfg.init}, {_count(params):,} parameters")
         checkpoints.write_record(cfg.output, record)
         return _run(cfg, network, tx, mesh, manager, clips, held, state)
+
+
+def transformation(cfg: Config) -> optax.GradientTransformation:
+    """Of gradients into updates; none of the encoder where the decoder alone is trained."""
+    tx = optimizer.make(cfg.optimizer, cfg.steps, ())
+    if cfg.trainable == "all":
+        return tx
+    parts = {"encoder": "kept", "decoder": "trained"}
+    return optax.partition({"trained": tx, "kept": optax.set_to_zero()}, parts)
 
 
 def network_of(cfg: Config, manifest: bundle.Manifest) -> vae.Config:
@@ -405,10 +423,12 @@ def export(
     cfg = Config(videos=fields["config"]["videos"], network=fields["config"]["network"])
     network = network_of(cfg, manifest)
     params = jax.tree.map(np.asarray, trained_params(network, folder, step))
-    trained_on = set(fields["videos"])
-    frames, size = fields["config"]["frames"], tuple(fields["config"]["size"])
-    videos = [v for v in find_videos(cfg.videos, frames, size) if v.name in trained_on]
-    mean, std = latent_statistics(network, params, videos[:256], frames)
+    mean, std = manifest.latent_mean, manifest.latent_std
+    if (fields["config"]["trainable"], fields["config"]["init"]) != ("decoder", "bundle"):
+        trained_on = set(fields["videos"])
+        frames, size = fields["config"]["frames"], tuple(fields["config"]["size"])
+        videos = [v for v in find_videos(cfg.videos, frames, size) if v.name in trained_on]
+        mean, std = latent_statistics(network, params, videos[:256], frames)
     leaves = (
         (name, np.asarray(leaf).astype(jnp.dtype(dtype)))
         for name, leaf in stack.split(params, vae.STACKS).items()
