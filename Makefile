@@ -13,22 +13,28 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle tiny --image examples/sprites.png \
 	    --prompt "the small cyan ring orbits the small yellow triangle; the small yellow triangle stays; the camera pans down." \
-	    --seconds 8 --steps 10 --height 128 --width 128 --gif --output outputs/demo --overwrite
+	    --seconds 8 --steps 10 --gif --output outputs/demo --overwrite
 	$(BIN)/framepack evaluate --video outputs/demo/video.mp4
 
 WORLD := outputs/world
+# Sprites stay, and start images are plain: nothing of the demo world is to be left out.
+ALL := --cut 1 --min-motion 0 --min-sharpness 0 --max-still 1 --min-seconds 1 --keep-duplicates
 tiny-bundle: .venv/installed
 	$(BIN)/framepack synthetic --output $(WORLD)/footage --clips 400 --seconds 8
-	$(BIN)/framepack synthetic --output $(WORLD)/videos --clips 1000 --seconds 5 --seed 1
+	$(BIN)/framepack synthetic --output $(WORLD)/videos --clips 700 --seconds 5 --seed 1
+	$(BIN)/framepack synthetic --output $(WORLD)/sketches --clips 3000 --seconds 1.3 --seed 2 --size 64x64
 	test -e $(WORLD)/encoders/bundle.json || $(BIN)/python configs/tiny_bundle.py $(WORLD)/encoders --world
 	$(BIN)/framepack train-vae --config configs/tiny_vae.py
 	$(BIN)/framepack train-vae --config configs/tiny_vae.py --init $(WORLD)/stills --output $(WORLD)/vae \
 	    --frames 17 --batch 4 --steps 350 --optimizer.learning-rate 2e-4
+	$(BIN)/framepack prepare --videos $(WORLD)/sketches --bundle $(WORLD)/vae/bundle \
+	    --output $(WORLD)/sketches_dataset --buckets 64x64 $(ALL)
 	$(BIN)/framepack prepare --videos $(WORLD)/videos --bundle $(WORLD)/vae/bundle \
-	    --output $(WORLD)/dataset --buckets 128x128 --cut 1 --min-motion 0 --min-sharpness 0 \
-	    --keep-duplicates
+	    --output $(WORLD)/dataset --buckets 128x128 $(ALL)
+	$(BIN)/python train.py --config configs/tiny_framepack.py --init scratch --steps 3000 \
+	    --data.path $(WORLD)/sketches_dataset --output $(WORLD)/sketch
 	$(BIN)/python train.py --config configs/tiny_framepack.py
-	$(BIN)/python train.py --config configs/tiny_framepack.py --bundle $(WORLD)/f1/bundle --init bundle \
+	$(BIN)/python train.py --config configs/tiny_framepack.py --init $(WORLD)/f1 \
 	    --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output $(WORLD)/inverted
 
 test: .venv/installed-test

@@ -5,7 +5,7 @@ Command:  python configs/tiny_bundle.py framepack_jax/assets/random
 Hardware: a CPU, seconds.
 Result:   the bundle behind `--bundle random`, about 1 MB, whose videos show that everything runs,
           and nothing else; and the one that models of the demo world begin from, whose encoders
-          stay as they are: a random transformer's states still tell which words they have read.
+          stay as they are: the states of a word tell which it is, and what stood before it.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ class TinyBundle:
     corpus: tuple[str, ...] = CORPUS
     seed: int = 0
     dtype: str = "bfloat16"
-    unit_embeddings: bool = False
-    """Word embeddings of variance 1, so that what is mixed in by attention does not drown them."""
+    looking_back: bool = False
+    """Heads of the text encoder that look back by so many words each, see `look_back`."""
 
 
 def get_config() -> TinyBundle:
@@ -82,8 +82,8 @@ def get_world_config() -> TinyBundle:
         ),
         vae=vae.Config(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),
         text_encoder=llama.Config(
-            vocab_size=400, width=96, layers=4, heads=6, kv_heads=6, head_dim=16, mlp_width=192,
-            rope_theta=100.0,
+            vocab_size=400, width=96, layers=2, heads=6, kv_heads=6, head_dim=16, mlp_width=192,
+            rope_theta=4.0,
         ),
         text_encoder_2=clip.Config(
             vocab_size=400, width=48, layers=3, heads=4, mlp_width=96, eos_token_id=1
@@ -92,7 +92,7 @@ def get_world_config() -> TinyBundle:
             width=32, layers=2, heads=4, mlp_width=64, image_size=42, patch_size=14
         ),
         corpus=captions,
-        unit_embeddings=True,
+        looking_back=True,
     )  # fmt: skip
 
 
@@ -110,8 +110,8 @@ def write(config: TinyBundle, output: Path) -> None:
         model = kinds.KINDS[kind]
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), number)
         params = jax.jit(model.init, static_argnums=0)(cfg, key)
-        if config.unit_embeddings and role == "text_encoder":
-            params["embed"]["embedding"] /= jnp.std(params["embed"]["embedding"])
+        if config.looking_back and role == "text_encoder":
+            params = look_back(cfg, params)
         leaves = stack.split(stack.cast(params, jnp.dtype(config.dtype)), model.STACKS)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
         source = {"name": "configs/tiny_bundle.py, untrained"}
@@ -134,6 +134,33 @@ def write(config: TinyBundle, output: Path) -> None:
     write_manifest(output, manifest)
     for message in output.glob("*/commit_success.txt"):
         message.unlink()  # it names the folder of this machine, and nothing reads it
+
+
+def look_back(cfg: llama.Config, params: Any) -> Any:
+    """The same text encoder with heads 1, 2, ... that read from the words 1, 2, ... before.
+
+    Heads with random queries and keys read from everywhere alike, template and all: "left" then has
+    nearly the same state whoever moves left. Here word embeddings have variance 1 and a first
+    number that is the same for all words. Queries and keys are made of that alone, the queries
+    turned back by as much as RoPE turns them in so many words. Values and feed-forwards stay
+    random, and leave the first number as it is.
+    """
+    same, sharpness, loudness = 6.0, 1.1, 1.2
+    half = cfg.head_dim // 2
+    angles = np.outer(1 + np.arange(cfg.heads), cfg.rope_theta ** -(np.arange(half) / half))
+    layers, table = params["layers"], params["embed"]["embedding"]
+    table /= jnp.sqrt(jnp.mean(table**2, axis=1, keepdims=True))
+    table = table.at[:, 0].set(same)
+    query = sharpness * np.concatenate([np.cos(angles), -np.sin(angles)], axis=1)
+    key = sharpness * np.concatenate([np.ones(half), np.zeros(half)])
+    kernels = {name: part["kernel"] for name, part in layers.items() if "kernel" in part}
+    kernels["q"] = jnp.zeros_like(kernels["q"]).at[:, 0].set(query)
+    kernels["k"] = jnp.zeros_like(kernels["k"]).at[:, 0].set(key)
+    kernels["v"] = kernels["v"].at[:, 0].set(0)
+    kernels["out"] = loudness * kernels["out"].at[..., 0].set(0)
+    kernels["down"] = kernels["down"].at[..., 0].set(0)
+    layers = layers | {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    return params | {"embed": {"embedding": table}, "layers": layers}
 
 
 def llama_tokenizer(vocabulary: int, corpus: tuple[str, ...]) -> PreTrainedTokenizerFast:

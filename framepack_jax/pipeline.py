@@ -302,8 +302,8 @@ class FramePack:
 
         `image` (height, width, 3) uint8 is the first frame, None for text alone; it is scaled and
         cropped to the bundle's bucket nearest to its shape, or to `height` x `width` pixels, any
-        even numbers. `end_image` is the last frame, `key_frames` are images by seconds, `footage` is a
-        video to go on from, whose frames before the first span stay as they are. The length of
+        even numbers. `end_image` is the last frame, `key_frames` are images by seconds, `footage`
+        is a video to go on from, whose frames before the first span stay as they are. The length of
         what is made is `sections` latent windows, else the number nearest to `seconds`.
         `prompt_blend` seconds around a change of prompt both count. `on_section(number,
         positions, latents)` has the latents of a section before they are decoded. Raises

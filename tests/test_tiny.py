@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from framepack_jax import FramePack, bundle
+from framepack_jax import FramePack, bundle, conditioning
 from framepack_jax.commands.records import ASSETS, EMBEDDED
 from framepack_jax.evaluation import cases, metrics, rows
 from framepack_jax.evaluation.rows import Ask
@@ -49,3 +49,16 @@ def test_a_video_begins_with_its_image(pipe) -> None:
     (frames,) = rows.sampled(pipe, [ask], 1, Settings(steps=4))
     assert frames.shape == (37, *SIZE, 3)
     assert metrics.psnr(frames[0], case.image) >= 28
+
+
+def test_the_states_of_a_word_tell_whose_it_is(pipe) -> None:
+    """Also where all else is alike: who moves left is read from what stands before "left"."""
+    who = "red circle", "blue ring"
+    captions = [f"the small {each} moves left; the camera stands still." for each in who]
+    states, valid, _ = conditioning.encode_prompt(pipe.encoders, captions)
+    words = pipe.encoders.tokenizer.tokenize(captions[0])
+    assert valid.sum(1).tolist() == [len(words) + 1] * 2
+    left = words.index("Ġleft")
+    ours, theirs = (np.asarray(states[i], np.float32) for i in range(2))
+    assert np.array_equal(ours[0], theirs[0])
+    assert np.linalg.norm(ours[left] - theirs[left]) > 0.3 * np.linalg.norm(ours[left])

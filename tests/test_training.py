@@ -446,11 +446,15 @@ def test_muon_of_matrices_is_that_of_optax() -> None:
     and of a convolution with its taps among the inputs."""
     rng = np.random.default_rng(0)
     shapes = {
-        ("double", "img_qkv", "kernel"): (2, 8, 3, 2, 6), ("double", "img_out", "kernel"): (2, 8, 6),
-        ("double", "img_out", "bias"): (2, 6), ("double", "img_mod", "kernel"): (2, 8, 48),
-        ("double", "img_qkv", "lora_a"): (2, 8, 4), ("double", "img_qkv", "lora_b"): (2, 4, 3, 2, 6),
-        ("mid", "resnet_0", "conv1", "kernel"): (3, 3, 3, 4, 8), ("head", "out", "kernel"): (8, 8),
-    }  # fmt: skip
+        ("double", "img_qkv", "kernel"): (2, 8, 3, 2, 6),
+        ("double", "img_qkv", "lora_a"): (2, 8, 4),
+        ("double", "img_qkv", "lora_b"): (2, 4, 3, 2, 6),
+        ("double", "img_out", "kernel"): (2, 8, 6),
+        ("double", "img_out", "bias"): (2, 6),
+        ("double", "img_mod", "kernel"): (2, 8, 48),
+        ("mid", "resnet_0", "conv1", "kernel"): (3, 3, 3, 4, 8),
+        ("head", "out", "kernel"): (8, 8),
+    }
     tx = optimizer.scale_by_muon(0.9, 0.99, 1e-8, ("double",))
     draws = [
         {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
@@ -520,8 +524,10 @@ def test_the_released_model_shards_with_its_optimizer(name) -> None:
         bytes_ += leaf.size * leaf.dtype.itemsize
         held += leaf.size * leaf.dtype.itemsize / ways
     per_parameter = bytes_ / 12_874_314_816
-    expected = {"adamw": (8, 8.01), "adam8bit": (2, 2.1), "adafactor": (0, 0.05), "muon": (4, 6)}[name]
-    assert expected[0] < per_parameter < expected[1]
+    expected = {
+        "adamw": (8, 8.01), "adam8bit": (2, 2.1), "adafactor": (0, 0.05), "muon": (4, 6),
+    }  # fmt: skip
+    assert expected[name][0] < per_parameter < expected[name][1]
     if name != "adafactor":
         assert held < bytes_ / 14
 

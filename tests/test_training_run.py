@@ -254,7 +254,7 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
     root = whole / "bundle"
     manifest = bundle.read_manifest(root)
     assert manifest.roles["vae"].path != "vae" and manifest.schedule.startswith("f1k1_x_g2")
-    # It was trained from nothing at this size alone, which is what it samples unless told otherwise.
+    # It was trained from nothing at this size alone, which is what it samples by default.
     assert manifest.buckets == ((32, 48),)
     _, cfg = bundle.role_config(manifest, "transformer")
     assert (cfg.double_layers, cfg.single_layers) == (1, 1)

@@ -60,7 +60,8 @@ class Shot:
     threshold: float | None = None
     """Change at which --step-cache lets the blocks run; default: 0.15 (tea), 0.05 (first-block)."""
     height: int | None = None
-    """Height in pixels, any even number; default: of the bundle's sizes the nearest to the image's shape."""
+    """Height in pixels, any even number; default: of the bundle's sizes the nearest in shape to the
+    image."""
     width: int | None = None
     """Width in pixels; give both or neither."""
     fps: int = 30

@@ -46,11 +46,11 @@ def export(
     """Make a bundle of a run (RUN or RUN@STEP) that was trained from the bundle at `bundle_path`;
     of adapters, a folder with lora.safetensors. Returns what was written, in a line.
 
-    By default it is RUN/bundle. What was trained from nothing has the sizes of its dataset. `weights` are the moving "average", the "last", or "auto": the
-    average where the run keeps one. `dtype` is by default bfloat16 of a bundle, float32 of
-    adapters. Networks that were not trained stay where they are and are pointed to, unless `copy`.
-    Raises RunError (also for a bundle that is there already, without `overwrite`), BundleError,
-    OSError.
+    By default it is RUN/bundle. What was trained from nothing has the sizes of its dataset.
+    `weights` are the moving "average", the "last", or "auto": the average where the run keeps one.
+    `dtype` is by default bfloat16 of a bundle, float32 of adapters. Networks that were not trained
+    stay where they are and are pointed to, unless `copy`. Raises RunError (also for a bundle that
+    is there already, without `overwrite`), BundleError, OSError.
     """
     folder, step = checkpoints.parse_run(run)
     record = checkpoints.read_record(folder)
