@@ -66,10 +66,9 @@ class Geometry:
         `shape` is that of its image, if any: without height and width it decides the bucket.
         Raises ValueError for sizes that cannot be a video's.
         """
-        if height is not None or width is not None:
-            size = check_size(height, width)
-        else:
-            size = find_bucket(*(shape or TEXT_CANVAS), self.buckets)
+        if height is None and width is None:
+            height, width = find_bucket(*(shape or TEXT_CANVAS), self.buckets)
+        size = check_size(height, width)
         rows, columns = (-(-side // self.unit) * self.unit for side in size)
         return size, (rows, columns)
 

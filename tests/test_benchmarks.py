@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from benchmarks import conversion, gpu, sampling
+from benchmarks import captions, conversion, gpu, sampling
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
-from framepack_jax import packing
+from framepack_jax import bundle, packing
+from framepack_jax.commands.records import path_of
+from framepack_jax.data.encode import Encoder
 from framepack_jax.models import kinds, packed_dit
 from framepack_jax.models.flops import forward_flops
 
@@ -196,3 +198,25 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, capfd) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--parts", "cpoy"])
     assert "expected some of matmul, copy" in capfd.readouterr().err
+
+
+def test_what_captions_decide_is_measured(tmp_path) -> None:
+    """Of two videos that begin alike and go on otherwise, and their captions."""
+    file = tmp_path / "figures.json"
+    figures = captions.main([
+        "--bundle", "random", "--size", "32x32", "--pairs", "1", "--sigmas", "0.5",
+        "--json", str(file),
+    ])  # fmt: skip
+    assert json.loads(file.read_text()) == figures
+    (found,) = figures["sigmas"].values()
+    assert found["loss"] > 0 and 0 < abs(found["rise"]) < found["loss"]
+    flags = captions.Config(bundle="random", pairs=1)
+    manifest = bundle.read_manifest(path_of("random"))
+    encoder = Encoder.load(path_of("random"), manifest, pixels=False)
+    batch = captions.batch_of(flags, (32, 32), encoder, manifest)
+    for start in batch.context.latents:
+        np.testing.assert_array_equal(start[0], start[1])
+    assert any(np.any(start) for start in batch.context.latents)
+    difference = batch.target[0].astype(np.float32) - batch.target[1].astype(np.float32)
+    assert figures["no_doubt"] == pytest.approx(np.mean(difference**2)) and difference.any()
+    assert np.any(batch.text[0] != batch.text[1])

@@ -857,11 +857,13 @@ def test_a_transformer_that_stays_keeps_its_schedule(golden, tmp_path, capsys) -
     main(["--transformer", str(pipeline / "transformer"), "--output", str(first),
           "--schedule", f1])  # fmt: skip
     assert "assumed" not in capsys.readouterr().out
+    small = dataclasses.replace(bundle.read_manifest(first), buckets=((64, 96),))
+    bundle.write_manifest(first, small)
     args = ["--vae", str(pipeline / "vae"), "--encoders-from", str(first)]
     main([*args, "--output", str(second)])
     assert "assumed" not in capsys.readouterr().out
     made = bundle.read_manifest(second)
-    assert (made.schedule, made.order) == (f1, "forward")
+    assert (made.schedule, made.order, made.buckets) == (f1, "forward", ((64, 96),))
     main(["--transformer", str(pipeline / "transformer"), "--output", str(tmp_path / "third")])
     assert "(schedule assumed" in capsys.readouterr().out
 

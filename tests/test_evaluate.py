@@ -108,3 +108,10 @@ def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
         for key in found[1]:
             np.testing.assert_array_equal(found[0][key], found[1][key])
         assert found[0]["sharpness"].shape == (33,)
+    # What is there stays, also where a longer one is made later.
+    files = [results.video_file(tmp_path, "onward", part.cases[0]) for part in (short, long)]
+    before = files[0].stat().st_mtime_ns
+    files[1].with_suffix(".npz").unlink()
+    make_all(flags, todo, [], Settings())
+    assert calls[-1] == ("onward", 65, 1) and files[1].with_suffix(".npz").exists()
+    assert files[0].stat().st_mtime_ns == before

@@ -1,15 +1,19 @@
 """The trained bundle of the package: where its weights come from, and what they are worth."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from configs import tiny_bundle
 from framepack_jax import FramePack, bundle, conditioning
 from framepack_jax.commands.records import ASSETS, EMBEDDED
 from framepack_jax.evaluation import cases, metrics, rows
 from framepack_jax.evaluation.rows import Ask
+from framepack_jax.models import llama
 from framepack_jax.pipeline import Settings
 
 SIZE = (128, 128)
@@ -62,3 +66,15 @@ def test_the_states_of_a_word_tell_whose_it_is(pipe) -> None:
     ours, theirs = (np.asarray(states[i], np.float32) for i in range(2))
     assert np.array_equal(ours[0], theirs[0])
     assert np.linalg.norm(ours[left] - theirs[left]) > 0.3 * np.linalg.norm(ours[left])
+
+
+def test_heads_look_back_by_1_to_6_words() -> None:
+    """After one layer a state changes with the words up to 6 before it, and with no other."""
+    cfg = dataclasses.replace(tiny_bundle.get_world_config().text_encoder, layers=1)
+    params = tiny_bundle.look_back(cfg, llama.init(cfg, jax.random.key(0)))
+    ids = np.random.default_rng(0).permutation(cfg.vocab_size)[:40]
+    changed = [np.where(np.arange(40) == 30 - back, 399 - ids, ids) for back in range(1, 10)]
+    states = llama.hidden_states(cfg, params, np.stack([ids, *changed]), np.ones((10, 40), bool))
+    same, others = np.asarray(states[0, 30]), np.asarray(states[1:, 30])
+    moved = np.linalg.norm(others - same, axis=1) / np.linalg.norm(same)
+    assert moved[:6].min() > 0.1 and moved[6:].max() < 1e-3, moved

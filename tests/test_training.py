@@ -453,6 +453,7 @@ def test_muon_of_matrices_is_that_of_optax() -> None:
         ("double", "img_out", "bias"): (2, 6),
         ("double", "img_mod", "kernel"): (2, 8, 48),
         ("mid", "resnet_0", "conv1", "kernel"): (3, 3, 3, 4, 8),
+        ("mid", "attention", "qkv", "kernel"): (8, 3, 1, 6),
         ("head", "out", "kernel"): (8, 8),
     }
     tx = optimizer.scale_by_muon(0.9, 0.99, 1e-8, ("double",))
@@ -491,6 +492,8 @@ def test_muon_of_matrices_is_that_of_optax() -> None:
         check(("double", "img_out", "bias"), layer, None)
         check(("double", "img_mod", "kernel"), layer, None)
     check(("mid", "resnet_0", "conv1", "kernel"), ..., (108, 8))
+    for part in range(3):
+        check(("mid", "attention", "qkv", "kernel"), (slice(None), part), (8, 6))
     check(("head", "out", "kernel"), ..., None)
 
 

@@ -345,6 +345,8 @@ def test_a_run_begins_from_another(place, whole, capsys) -> None:
     old = checkpoints.restore_params(whole, 9, leaf, "ema")["single"]["mlp_in"]["kernel"]
     new = checkpoints.restore_params(output, 1, leaf, "params")["single"]["mlp_in"]["kernel"]
     np.testing.assert_array_equal(old, new)
+    # By way of any number of runs, which may be gone by now.
+    assert [checkpoints.read_record(run)["began"] for run in (whole, output)] == ["scratch"] * 2
 
 
 def test_what_another_run_does_not_have_is_named(place, whole, tmp_path) -> None:

@@ -467,6 +467,8 @@ def _manifest(
     if template.count("{}") != 1:
         raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
     manifest = Manifest(roles, mean, std, template, flags.schedule, order)
+    if shared and "transformer" not in plans:
+        manifest = dataclasses.replace(manifest, buckets=shared.buckets)
     _check_parts(manifest)
     return manifest
 

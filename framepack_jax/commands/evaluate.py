@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -285,9 +286,19 @@ def make_all(
                     made = row.make(pipe, batch, settings)
                     numbers = [part.cases.index(case) for case in batch]
                     for each in (part, *(part.shorter if row.onward else ())):
-                        asked = [each.cases[i] for i in numbers]
-                        cut = [frames[: c.frames] for c, frames in zip(asked, made, strict=True)]
-                        figures = pool.map(each.measure, asked, cut)
-                        for case, frames, found in zip(asked, cut, figures, strict=True):
-                            results.save(flags.output, row.name, case, frames, found, FPS)
+                        _keep(flags.output, row, each, [each.cases[i] for i in numbers], made, pool)
                     bar.update(len(batch))
+
+
+def _keep(
+    folder: Path, row: Row, part: Part, asked: Sequence[cases.Case], made: Sequence[np.ndarray],
+    pool: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    """Measure and save the videos of cases, cut to their length, but for those that are there."""
+    new = [
+        (case, frames[: case.frames])
+        for case, frames in zip(asked, made, strict=True)
+        if results.load(folder, row.name, case) is None
+    ]
+    for (case, frames), found in zip(new, pool.map(lambda p: part.measure(*p), new), strict=True):
+        results.save(folder, row.name, case, frames, found, FPS)

@@ -227,7 +227,8 @@ def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:
     model, _ = bundle.role_config(manifest, "transformer")
     _, vae = bundle.role_config(manifest, "vae")
     step = vae.space_compression * packing.kernel_shape(model.PATCH)[1]
-    buckets = parse_buckets(flags.buckets, step) if flags.buckets else manifest.buckets
+    sizes = flags.buckets or ",".join(f"{height}x{width}" for height, width in manifest.buckets)
+    buckets = parse_buckets(sizes, step)
     if not 0 < flags.cut <= 1:
         raise ValueError(f"--cut {flags.cut}: expected a number above 0, at most 1")
     if flags.workers < 1:

@@ -1,7 +1,8 @@
 """What is kept of a run, by orbax: written in the background, whole or not at all, and restored
 onto any mesh and any number of processes.
 
-    RUN/run.json                 the configuration, and the fingerprint of the data order
+    RUN/run.json                 the configuration, the fingerprint of the data order, and where
+                                 the first of the runs began that led here: scratch or bundle
     RUN/checkpoints/STEP/state   trained parameters, optimizer, moving average
     RUN/checkpoints/STEP/data    where the stream of samples is
 """

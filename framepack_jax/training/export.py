@@ -84,7 +84,7 @@ def export(
     if cfg.schedule:
         order = packing.default_order(cfg.schedule)
         manifest = dataclasses.replace(manifest, schedule=cfg.schedule, order=order)
-    if _began(cfg.init) == "scratch":
+    if record.get("began") == "scratch":
         sizes = (name.split("x") for name in record["fingerprint"]["clips"])
         buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))
         manifest = dataclasses.replace(manifest, buckets=buckets)
@@ -94,16 +94,6 @@ def export(
         manifest, bundle_path, target, "transformer", network, leaves, source, copy
     )
     return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
-
-
-def _began(init: str) -> str:
-    """Where the first of the runs began that lead to `init`: scratch, or else from a bundle."""
-    while init not in ("scratch", "bundle"):
-        try:
-            init = checkpoints.read_record(checkpoints.parse_run(init)[0])["config"]["init"]
-        except RunError:
-            return "bundle"
-    return init
 
 
 def provenance(run: str, step: int) -> dict[str, Any]:

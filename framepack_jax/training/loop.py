@@ -141,15 +141,21 @@ def train(
             f"{cfg.output} holds a run up to step {there[-1]}; choose another --output, or go on"
             " with it: --resume auto"
         )
-    if not there and cfg.init not in ("bundle", "scratch"):
-        _check_init(cfg, record, processes.in_first(_record_of, cfg.init))
+    if there:
+        other = processes.in_first(checkpoints.read_record, cfg.output)
+    elif cfg.init not in ("bundle", "scratch"):
+        other = processes.in_first(_record_of, cfg.init)
+        _check_init(cfg, record, other)
+    else:
+        other = {"began": cfg.init}
+    record["began"] = other.get("began")
     with (
         sampler.precision(cfg.dtype),
         contextlib.closing(checkpoints.manager(cfg.output, cfg.checkpoints)) as manager,
     ):
         with jax.set_mesh(mesh):
             if there:
-                _check_same_run(cfg, record)
+                _check_same_run(cfg, record, other)
                 begun, frozen = _resumed(setup, bundle_path, manager, there[-1], loader)
                 say(f"{cfg.output}: goes on after step {there[-1]}")
             else:
@@ -218,9 +224,9 @@ def _check_init(cfg: Config, record: dict[str, Any], there: dict[str, Any]) -> N
         )
 
 
-def _check_same_run(cfg: Config, record: dict[str, Any]) -> None:
-    """Raise RunError or DatasetError where a run was begun with another configuration or data."""
-    old = processes.in_first(checkpoints.read_record, cfg.output)
+def _check_same_run(cfg: Config, record: dict[str, Any], old: dict[str, Any]) -> None:
+    """Raise RunError or DatasetError where a run, of which `old` is the record, was begun with
+    another configuration or data."""
     loading.check_fingerprint(old["fingerprint"], record["fingerprint"])
     then, now = old["config"], record["config"]
     names = [*FIXED, *(["ema"] if bool(then["ema"]) != bool(now["ema"]) else [])]

@@ -102,14 +102,9 @@ def scale_by_muon(
         leaves = flatten_dict(params)
         return unflatten_dict({p: _muon_axes(p, leaf, stacks) for p, leaf in leaves.items()})
 
-    def label(axes: Any) -> str:
-        return "muon" if isinstance(axes, MuonDimensionNumbers) else "adam"
-
-    def is_axes(x: Any) -> bool:
-        return x is None or isinstance(x, MuonDimensionNumbers)
-
     def labels(params: Params) -> Params:
-        return jax.tree.map(label, axes(params), is_leaf=is_axes)
+        found = flatten_dict(axes(params))
+        return unflatten_dict({p: "muon" if sides else "adam" for p, sides in found.items()})
 
     def as_adam(updates: Params, params: Params | None) -> Params:
         del params
@@ -118,11 +113,7 @@ def scale_by_muon(
             sides = (math.prod(x.shape[i] for i in side) for side in axes)
             return x * (ADAM_RMS * math.sqrt(max(sides)))
 
-        leaves, where = flatten_dict(updates), flatten_dict(axes(updates))
-        return unflatten_dict({
-            path: scaled(leaf, where[path]) if where[path] else leaf
-            for path, leaf in leaves.items()
-        })  # fmt: skip
+        return jax.tree.map(scaled, updates, axes(updates))
 
     orthogonal = optax.contrib.scale_by_muon(beta=b1, weight_dimension_numbers=axes)
     return optax.partition(
