@@ -22,7 +22,7 @@ ALL := --cut 1 --min-motion 0 --min-sharpness 0 --max-still 1 --min-seconds 1 --
 tiny-bundle: .venv/installed
 	$(BIN)/framepack synthetic --output $(WORLD)/footage --clips 400 --seconds 8
 	$(BIN)/framepack synthetic --output $(WORLD)/videos --clips 700 --seconds 5 --seed 1
-	$(BIN)/framepack synthetic --output $(WORLD)/sketches --clips 3000 --seconds 1.3 --seed 2 --size 64x64
+	$(BIN)/framepack synthetic --output $(WORLD)/sketches --clips 6000 --seconds 1.3 --seed 2 --size 64x64
 	test -e $(WORLD)/encoders/bundle.json || $(BIN)/python configs/tiny_bundle.py $(WORLD)/encoders --world
 	$(BIN)/framepack train-vae --config configs/tiny_vae.py
 	$(BIN)/framepack train-vae --config configs/tiny_vae.py --init $(WORLD)/stills --output $(WORLD)/vae \
@@ -31,7 +31,7 @@ tiny-bundle: .venv/installed
 	    --output $(WORLD)/sketches_dataset --buckets 64x64 $(ALL)
 	$(BIN)/framepack prepare --videos $(WORLD)/videos --bundle $(WORLD)/vae/bundle \
 	    --output $(WORLD)/dataset --buckets 128x128 $(ALL)
-	$(BIN)/python train.py --config configs/tiny_framepack.py --init scratch --steps 3000 \
+	$(BIN)/python train.py --config configs/tiny_framepack.py --init scratch --steps 4500 \
 	    --data.path $(WORLD)/sketches_dataset --output $(WORLD)/sketch
 	$(BIN)/python train.py --config configs/tiny_framepack.py
 	$(BIN)/python train.py --config configs/tiny_framepack.py --init $(WORLD)/f1 \

@@ -1,7 +1,7 @@
 """The transformers of the tiny bundles, 3.3 million parameters, on the demo world.
 
 Command:  make tiny-bundle, which has every step; those that this file is for are
-          python train.py --config configs/tiny_framepack.py --init scratch --steps 3000
+          python train.py --config configs/tiny_framepack.py --init scratch --steps 4500
               --data.path outputs/world/sketches_dataset --output outputs/world/sketch
           python train.py --config configs/tiny_framepack.py
           python train.py --config configs/tiny_framepack.py --init outputs/world/f1
@@ -30,12 +30,12 @@ def get_config() -> Config:
         schedule=packing.RELEASED_F1,
         guidance=10.0,
         batch=16,
-        steps=1000,
+        steps=1800,
         optimizer=Optimizer("muon", learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
         times=Times(shift=1.0),
         dtype="float32",
         remat="none",
         ema=0.99,
-        validation=Validation(every=1000, samples=32, sigmas=(0.3, 0.6, 0.9), sections=2, steps=10),
+        validation=Validation(every=1800, samples=32, sigmas=(0.3, 0.6, 0.9), sections=2, steps=10),
         checkpoints=Checkpoints(every=100),
     )  # fmt: skip
