@@ -9,12 +9,13 @@ A role's path may point into another bundle, so that two transformers share thei
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -313,34 +314,153 @@ def load_params(
     The host holds about `LOAD_CHUNK` bytes, or a leaf with all its layers, at a time. Raises
     BundleError, ValueError where the mesh does not divide them.
     """
+    reader = _Reader.open(root, manifest, name, dtype, mesh)
+    return reader.stacked(reader.stored)
+
+
+def load_streamed(
+    root: epath.PathLike,
+    manifest: Manifest,
+    name: str,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    resident: int = 0,
+    on_disk: bool = False,
+) -> stack.Params:
+    """The same with the large stacks of the network (`STREAMED` of its kind) as `stack.Streamed`:
+    their first `resident` layers on the device, the others in host memory, or `on_disk`, where each
+    is read whenever it is needed.
+
+    The host holds one layer beside those that stay there.
+    """
+    reader = _Reader.open(root, manifest, name, dtype, mesh)
     model, cfg = role_config(manifest, name)
-    path, stored = _opened(root, manifest, name)
-    shardings, wanted = None, stored
-    if mesh is not None:
-        shardings = _shardings(model, cfg, mesh, stored)
-        divided = _layer_shardings(stored, shardings, model.STACKS)
-        wanted = {
-            key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=divided[key])
-            for key, leaf in stored.items()
-        }
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for key in stored:
-        groups.setdefault(_stacked(key, model.STACKS), []).append(key)
-    placed = {}
-    for keys in _batches(groups.values(), stored, LOAD_CHUNK):
-        loaded = _load(root, name, path, {key: wanted[key] for key in keys})
-        joined = flatten_dict(stack.join(loaded, model.STACKS, list))
-        loaded.clear()
-        for leaf in list(joined):
-            # Let go of once its layers are stacked: not all layers are there twice.
-            array = joined.pop(leaf)
-            kept = None if leaf[-1] == stack.SCALE else dtype
-            placed[leaf] = (
-                _place(array, kept)
-                if shardings is None
-                else _place_divided(array, kept, shardings[leaf])
-            )
-    return unflatten_dict(placed)
+    whole = [key for key in reader.stored if key.split("/")[0] not in model.STREAMED]
+    params = reader.stacked(whole)
+    for part in model.STREAMED:
+        count, read = getattr(cfg, model.STACKS[part]), functools.partial(reader.layer, part)
+        if on_disk:
+            layers = _OnDisk(read, count)
+        else:
+            keep = [stack.on_device if i < resident else stack.on_host for i in range(count)]
+            layers = [keep[i](read(i)) for i in range(count)]
+        params[part] = stack.Streamed(layers)
+        resident -= count
+    return params
+
+
+class DeviceBytes(NamedTuple):
+    """Bytes of a network on one device: of each layer that can be streamed, and of all else."""
+
+    base: int
+    layers: tuple[int, ...]
+
+
+def device_bytes(
+    root: epath.PathLike, manifest: Manifest, name: str, *, dtype: Any, mesh: Mesh | None = None
+) -> DeviceBytes:
+    """What the parameters of a role take on a device, as `dtype`, divided over a mesh if there is
+    one. Raises BundleError, ValueError where the mesh does not divide them."""
+    reader = _Reader.open(root, manifest, name, dtype, mesh)
+    model, _ = role_config(manifest, name)
+    base, layers = 0, dict[tuple[str, str], int]()
+    for key, leaf in reader.wanted.items():
+        part, number, *_ = path = key.split("/")
+        shape = leaf.shape if mesh is None else leaf.sharding.shard_shape(leaf.shape)
+        size = math.prod(shape) * reader.dtype_of(path, leaf).itemsize
+        if part in model.STREAMED:
+            layers[part, number] = layers.get((part, number), 0) + size
+        else:
+            base += size
+    order = sorted(layers, key=lambda layer: (model.STREAMED.index(layer[0]), layer[1]))
+    return DeviceBytes(base, tuple(layers[layer] for layer in order))
+
+
+class _OnDisk(Sequence[stack.Params]):
+    """Layers that are read when they are asked for."""
+
+    def __init__(self, read: Callable[[int], stack.Params], count: int) -> None:
+        self.read, self.count = read, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> stack.Params:
+        return self.read(i)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Reader:
+    """The parameters of a role on disk: `stored` has shape and dtype of each leaf, `wanted` what it
+    is to be, with a sharding where there is a mesh; `divided` are those of stacked leaves."""
+
+    root: epath.PathLike
+    name: str
+    path: epath.Path
+    stacks: Collection[str]
+    dtype: Any
+    stored: dict[str, Any]
+    wanted: dict[str, Any]
+    divided: dict[tuple[str, ...], NamedSharding] | None
+
+    @classmethod
+    def open(
+        cls, root: epath.PathLike, manifest: Manifest, name: str, dtype: Any, mesh: Mesh | None
+    ) -> "_Reader":
+        """Raises BundleError, ValueError where the mesh does not divide them."""
+        model, cfg = role_config(manifest, name)
+        path, stored = _opened(root, manifest, name)
+        divided, wanted = None, stored
+        if mesh is not None:
+            divided = _shardings(model, cfg, mesh, stored)
+            by_layer = _layer_shardings(stored, divided, model.STACKS)
+            wanted = {
+                key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_layer[key])
+                for key, leaf in stored.items()
+            }
+        return cls(root, name, path, model.STACKS, dtype, stored, wanted, divided)
+
+    def stacked(self, leaves: Iterable[str]) -> stack.Params:
+        """These leaves on the device, layers stacked."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for key in leaves:
+            groups.setdefault(_stacked(key, self.stacks), []).append(key)
+        placed = {}
+        for keys in _batches(groups.values(), self.stored, LOAD_CHUNK):
+            loaded = self._load(keys)
+            joined = flatten_dict(stack.join(loaded, self.stacks, list))
+            loaded.clear()
+            for leaf in list(joined):
+                # Let go of once its layers are stacked: not all layers are there twice.
+                array = joined.pop(leaf)
+                kept = self._dtype(leaf)
+                placed[leaf] = (
+                    _place(array, kept)
+                    if self.divided is None
+                    else _place_divided(array, kept, self.divided[leaf])
+                )
+        return unflatten_dict(placed)
+
+    def layer(self, part: str, number: int) -> stack.Params:
+        """One layer of a stack: arrays of numpy, or of JAX where there is a mesh."""
+        start = f"{part}/{number:02d}/"
+        loaded = self._load([key for key in self.stored if key.startswith(start)])
+        leaves = {tuple(key.removeprefix(start).split("/")): leaf for key, leaf in loaded.items()}
+        return unflatten_dict({path: _as(leaf, self._dtype(path)) for path, leaf in leaves.items()})
+
+    def dtype_of(self, path: Sequence[str], leaf: Any) -> np.dtype:
+        """What a stored leaf becomes."""
+        kept = self._dtype(path)
+        floating = kept is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.dtype(kept if floating else leaf.dtype)
+
+    def _load(self, keys: Iterable[str]) -> dict[str, Any]:
+        return _load(self.root, self.name, self.path, {key: self.wanted[key] for key in keys})
+
+    def _dtype(self, path: Sequence[str]) -> Any:
+        """What a leaf is to be, None as it is stored: scales of int8 kernels stay in float32."""
+        return None if path[-1] == stack.SCALE else self.dtype
 
 
 def _opened(
@@ -403,9 +523,13 @@ def _load(
 def _place(layers: list[np.ndarray] | np.ndarray, dtype: Any) -> jax.Array:
     """A leaf, or its layers stacked, on the device: put together on the host, piece by piece."""
     array = np.stack(layers) if isinstance(layers, list) else layers
-    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(dtype)
-    return jax.device_put(array)
+    return jax.device_put(_as(array, dtype))
+
+
+def _as(array: Any, dtype: Any) -> Any:
+    """An array of floating-point numbers as `dtype`, unless that is None."""
+    floating = dtype is not None and jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(dtype, copy=False) if floating else array
 
 
 def _place_divided(
@@ -414,9 +538,7 @@ def _place_divided(
     """A leaf, or its layers stacked, every device putting together what it has of them."""
 
     def put(*layers: jax.Array) -> jax.Array:
-        array = jnp.stack(layers) if stacked else layers[0]
-        floating = dtype is not None and jnp.issubdtype(array.dtype, jnp.floating)
-        return array.astype(dtype) if floating else array
+        return _as(jnp.stack(layers) if stacked else layers[0], dtype)
 
     stacked = isinstance(layers, list)
     return jax.jit(put, out_shardings=where)(*(layers if stacked else [layers]))

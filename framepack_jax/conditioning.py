@@ -23,7 +23,7 @@ from etils import epath
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from framepack_jax.models import clip, llama, siglip, vae
+from framepack_jax.models import clip, llama, siglip, stack, vae
 from framepack_jax.models.stack import Params
 
 MAX_PROMPT_TOKENS = 256
@@ -174,7 +174,8 @@ def encode_prompt(encoders: Encoders, prompts: Sequence[str]) -> PromptStates:
     cfg, params = encoders.text_encoder
     ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
     _check_ids("tokenizer", ids, cfg.vocab_size)
-    states = _text_states(cfg, params, ids, valid)[:, start:]
+    read = llama.hidden_states if stack.is_streamed(params) else _text_states
+    states = read(cfg, params, ids, valid)[:, start:]
     valid = jnp.asarray(valid[:, start:])
     text = jnp.where(valid[:, :, None], states, jnp.zeros_like(states))
 

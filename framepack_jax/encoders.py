@@ -1,5 +1,6 @@
 """The encoders of a bundle, loaded: what `conditioning` reads prompts and images with."""
 
+import functools
 from typing import Any
 
 from etils import epath
@@ -12,15 +13,23 @@ ROLES = ("text_encoder", "text_encoder_2", "image_encoder")
 
 
 def load_encoders(
-    path: epath.PathLike, manifest: bundle.Manifest, dtype: Any, mesh: Mesh | None = None
+    path: epath.PathLike,
+    manifest: bundle.Manifest,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    streamed: bool = False,
 ) -> Encoders:
     """Tokenizers, image processor, and the networks with parameters of `dtype`, divided over a
-    mesh if there is one. Raises BundleError, ValueError."""
+    mesh if there is one; `streamed`, the layers of large ones are read from the disk as they are
+    needed. Raises BundleError, ValueError."""
     root = epath.Path(path)
+    load = bundle.load_params
+    if streamed:
+        load = functools.partial(bundle.load_streamed, on_disk=True)
     networks = {
         name: (
             bundle.role_config(manifest, name)[1],
-            bundle.load_params(root, manifest, name, dtype=dtype, mesh=mesh),
+            load(root, manifest, name, dtype=dtype, mesh=mesh),
         )
         for name in ROLES
     }

@@ -102,14 +102,15 @@ def attach(
     On a `mesh` they lie by SHARDINGS. Raises ValueError that names what does not fit.
     """
     leaves = flatten_dict(params)
-    _check(leaves, lora)
+    shapes = flatten_dict(stack.shapes(params))
+    _check(shapes, lora)
     groups: dict[tuple[str, ...], dict[int | None, Factors]] = {}
     for path, factors in lora.items():
         kernel, layer = _place(path)
         groups.setdefault(kernel[:-1], {})[layer] = factors
     added = {}
     for module, layers in groups.items():
-        shape = leaves[*module, "kernel"].shape
+        shape = shapes[*module, "kernel"].shape
         for name, array in zip((LORA_A, LORA_B), _stacked(layers, shape), strict=True):
             added[*module, name] = array.astype(dtype)
     placed = unflatten_dict(added)
@@ -118,7 +119,23 @@ def attach(
     else:
         specs = sharding.resolve(SHARDINGS, placed)
         placed = jax.device_put(placed, sharding.shard(placed, specs, mesh))
-    return unflatten_dict(leaves | flatten_dict(placed))
+    streamed = {name for name, leaf in params.items() if isinstance(leaf, stack.Streamed)}
+    beside = {path: leaf for path, leaf in flatten_dict(placed).items() if path[0] not in streamed}
+    return unflatten_dict(leaves | beside) | {
+        name: _beside_layers(params[name], placed[name]) for name in streamed & placed.keys()
+    }
+
+
+def _beside_layers(layers: stack.Streamed, factors: stack.Params) -> stack.Streamed:
+    """Stacked factors beside the kernels of every layer, where those lie."""
+
+    def beside(number: int) -> stack.Params:
+        layer = flatten_dict(layers.layers[number])
+        kind = next(iter(layer.values())).sharding.memory_kind
+        own = stack.put(stack.at(factors, number), kind)
+        return unflatten_dict(layer | flatten_dict(own))
+
+    return stack.Streamed([beside(number) for number in range(len(layers.layers))])
 
 
 def _place(path: str) -> tuple[tuple[str, ...], int | None]:
@@ -204,6 +221,12 @@ def merge(params: stack.Params, *, donate: bool = False) -> stack.Params:
     for *module, name in leaves:
         if name == LORA_A:
             stack.check_foldable(leaves[*module, "kernel"])
+    streamed = {name for name, leaf in params.items() if isinstance(leaf, stack.Streamed)}
+    if streamed:
+        raise ValueError(
+            "a LoRA cannot be merged into layers that are streamed; leave --merge-lora out, or keep"
+            " all on the device: --memory high"
+        )
     return dict(_merged(params, donate))
 
 

@@ -15,6 +15,7 @@ C latent channels, P pixel frames.
 import contextlib
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -26,7 +27,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from framepack_jax import bundle, conditioning, packing
+from framepack_jax import bundle, conditioning, memory, packing
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
@@ -137,11 +138,12 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class FramePack:
-    """A bundle and how to run it. Build it with `FramePack.load`."""
+    """A bundle and how to run it. Build it with `FramePack.load`. Encoders that do not stay on the
+    device are a function that reads them."""
 
     transformer: Network
     vae: Network
-    encoders: Encoders | None
+    encoders: Encoders | Callable[[], Encoders] | None
     latent_mean: np.ndarray
     latent_std: np.ndarray
     schedule: str
@@ -160,6 +162,7 @@ class FramePack:
         schedule: str | None = None,
         tiling: Tiling = DEFAULT_TILING,
         mesh: Mesh | None = None,
+        memory: str = "high",
     ) -> "FramePack":
         """Open a bundle and put its weights onto the device.
 
@@ -167,10 +170,13 @@ class FramePack:
         accelerator, float32 on a CPU); the VAE stays in float32. With float32, matrix products are
         float32 too; otherwise the VAE's are what the device does by default (TF32, bfloat16).
         `schedule` replaces that of the bundle. On a `mesh` (of `sharding.make_mesh`) weights and
-        work are divided. Raises BundleError, ScheduleError, ValueError.
+        work are divided. `memory`, one of `memory.LEVELS`, says how much stays on the device, for
+        one video of the bundle's largest size. Raises BundleError, ScheduleError, ValueError.
         """
         pipe = cls.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=mesh)
-        return pipe.with_weights(path)
+        return pipe.with_weights(
+            path, plan=pipe.plan(path, memory, max(pipe.buckets, key=math.prod))
+        )
 
     @classmethod
     def open(
@@ -216,24 +222,43 @@ class FramePack:
         )
 
     def with_weights(
-        self, path: epath.PathLike, roles: Sequence[str] = bundle.ROLES
+        self,
+        path: epath.PathLike,
+        roles: Sequence[str] = bundle.ROLES,
+        plan: memory.Plan | None = None,
     ) -> "FramePack":
         """The same with the weights of the bundle at `path`, and with the tokenizers where `roles`
-        are all of them; decoding needs `("vae",)` only."""
+        are all of them; decoding needs `("vae",)` only. They lie where the `plan` says, by default
+        on the device."""
         root, manifest = epath.Path(path), bundle.read_manifest(path)
 
-        def network(role: str, dtype: str) -> Network:
-            params = bundle.load_params(
-                root, manifest, role, dtype=jnp.dtype(dtype), mesh=self.mesh
-            )
+        def network(role: str, dtype: str, load: Callable[..., Any]) -> Network:
+            params = load(root, manifest, role, dtype=jnp.dtype(dtype), mesh=self.mesh)
             return Network(*bundle.role_config(manifest, role), params)
 
-        loaded = dataclasses.replace(self, vae=network("vae", "float32"))
+        loaded = dataclasses.replace(self, vae=network("vae", "float32", bundle.load_params))
+        if plan is not None:
+            loaded = dataclasses.replace(loaded, tiling=plan.tiling)
         if set(roles) == {"vae"}:
             return loaded
-        encoders = load_encoders(root, manifest, jnp.dtype(self.dtype), self.mesh)
-        transformer = network("transformer", self.dtype)
-        return dataclasses.replace(loaded, transformer=transformer, encoders=encoders)
+        read = functools.partial(load_encoders, root, manifest, jnp.dtype(self.dtype), self.mesh)
+        stay = plan is None or plan.encoders
+        load = bundle.load_params
+        if plan is not None and plan.layers is not None:
+            load = functools.partial(bundle.load_streamed, resident=plan.layers)
+        return dataclasses.replace(
+            loaded,
+            encoders=read() if stay else functools.partial(read, streamed=True),
+            transformer=network("transformer", self.dtype, load),
+        )
+
+    def plan(
+        self, path: epath.PathLike, level: str, canvas: tuple[int, int], batch: int = 1
+    ) -> memory.Plan:
+        """What stays on the device for a level of `memory.LEVELS`, where videos sampled at canvas
+        (height, width) are made `batch` side by side. Raises ValueError, BundleError."""
+        work = memory.Work(canvas, batch, self.schedule)
+        return memory.plan(path, level, work, dtype=self.dtype, tiling=self.tiling, mesh=self.mesh)
 
     def with_lora(self, lora: LoRA, *, merge: bool = False) -> "FramePack":
         """The same with low-rank adapters beside the transformer's kernels, or in them.
@@ -338,9 +363,10 @@ class FramePack:
     ) -> Inputs:
         """Encode prepared requests of one layout; `known` latents (B, H, W, C) by position, where
         they are there already."""
+        encoders = self.encoders() if callable(self.encoders) else self.encoders
         embedded = jnp.concatenate(
             [
-                self._run(conditioning.encode_image, self.encoders, request.image[None])
+                self._run(conditioning.encode_image, encoders, request.image[None])
                 for request in requests
             ]
         )
@@ -352,7 +378,7 @@ class FramePack:
 
         @functools.cache
         def encoded(text: str) -> PromptStates:
-            return self._run(conditioning.encode_prompt, self.encoders, [text])
+            return self._run(conditioning.encode_prompt, encoders, [text])
 
         # Sections under the same prompts share one set of arrays.
         @functools.cache

@@ -13,7 +13,7 @@ ROWS = [
     {"models", "request"},
     {"lora"},
     {"bundle", "conditioning"},
-    {"encoders"},
+    {"encoders", "memory"},
     {"pipeline", "data", "conversion"},
     {"training", "evaluation"},
     {"commands", "__main__", "__init__"},

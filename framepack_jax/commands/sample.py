@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import itertools
+import math
 import os
 import signal
 import sys
@@ -103,10 +104,10 @@ class Sample(Shot):
     """Replace the results of an earlier run in --output."""
     resume: Path | None = None
     """A run folder to go on with after its last finished section. Beside it there may be --dtype,
-    --attention, --vae-tile, --latents-only, and --bundle where the bundle has moved."""
+    --memory, --attention, --vae-tile, --latents-only, and --bundle where the bundle has moved."""
     decode: Path | None = None
     """A run folder whose saved latents are decoded again, and nothing else is done. Beside it there
-    may be --vae-tile, --attention, and --bundle where the bundle has moved."""
+    may be --memory, --vae-tile, --attention, and --bundle where the bundle has moved."""
     latents_only: bool = False
     """Save latents and decode nothing: do so later with --decode."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -140,6 +141,11 @@ class Sample(Shot):
     """How many processes there are."""
     process: int | None = None
     """The number of this one, from 0."""
+    memory: Literal["auto", "high", "low"] = "auto"
+    """What stays on the device. high: all networks. low: as little as can be; the transformer's
+    blocks wait in host memory, each copied while the one before computes, the encoders on the disk,
+    and the VAE decodes tiles of 256 pixels. auto: as much as fits, and says what. Videos are the
+    same but for rounding, and for seams between tiles."""
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
@@ -265,7 +271,7 @@ def _make_new(flags: Sample) -> list[Path]:
             print(f"{folder}: error: {error}", file=sys.stderr)
     if tasks:
         adapters = in_all(_read_loras, pipe, flags.lora)
-        pipe = pipe.with_weights(path)
+        pipe = _with_weights(pipe, path, flags, tasks)
         pipe = pipe.with_lora(adapters, merge=flags.merge_lora) if adapters else pipe
         failures |= _make(pipe, tasks, flags, began)
     if alone and failures:
@@ -282,6 +288,21 @@ def _check_bundle(path: str | Path, roles: Sequence[str]) -> None:
     """Raise ValueError in all processes where one lacks these networks, or has others."""
     in_all(bundle.check_present, path, roles)
     check_same("the weights of the bundle", [weights(path)[role].get("sha256") for role in roles])
+
+
+def _with_weights(
+    pipe: FramePack,
+    path: str | Path,
+    flags: Sample,
+    tasks: Sequence[Task],
+    roles: Sequence[str] = bundle.ROLES,
+) -> FramePack:
+    """Load what the flags keep on the device, and say what that is."""
+    canvas = max((task.layout.canvas for task in tasks), key=math.prod)
+    plan = in_first(pipe.plan, path, flags.memory, canvas, flags.batch)
+    if plan.why and roles == bundle.ROLES:
+        print(plan.why)
+    return pipe.with_weights(path, roles, plan)
 
 
 def _check_devices(pipe: FramePack, batch: int) -> None:
@@ -350,7 +371,15 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
     """Resume a run after its last finished section."""
     began = time.monotonic()
     _check_alone(
-        flags, "--resume", "dtype", "vae_tile", "bundle", "latents_only", "attention", "mesh"
+        flags,
+        "--resume",
+        "dtype",
+        "vae_tile",
+        "bundle",
+        "latents_only",
+        "attention",
+        "mesh",
+        "memory",
     )
     run = Run.open(folder)
     if run.record["status"] == "finished" and in_first((folder / "video.mp4").exists):
@@ -362,7 +391,7 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
     in_all(check_loras, run)
     saved = run.record["flags"]
     adapters = in_all(_read_loras, pipe, saved.get("lora", ()))
-    pipe = pipe.with_weights(run.record["bundle"])
+    pipe = _with_weights(pipe, run.record["bundle"], flags, [task])
     pipe = pipe.with_lora(adapters, merge=saved["merge_lora"]) if adapters else pipe
     if failures := _make(pipe, [task], flags, began):
         raise failures[folder]
@@ -372,10 +401,10 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
 def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     """Decode the latents of a run folder, whatever sections it has."""
     began = time.monotonic()
-    _check_alone(flags, "--decode", "vae_tile", "bundle", "attention", "mesh")
+    _check_alone(flags, "--decode", "vae_tile", "bundle", "attention", "mesh", "memory")
     run = Run.open(folder)
     pipe, task = _saved(run, flags, roles=("vae",))
-    pipe = pipe.with_weights(run.record["bundle"], roles=("vae",))
+    pipe = _with_weights(pipe, run.record["bundle"], flags, [task], roles=("vae",))
     done = decode_again(pipe, task)
     print(
         f"{folder / 'video.mp4'}: {done} of {len(task.layout.plan)} sections decoded in"

@@ -119,6 +119,7 @@ def run_or_skip(
     """Image tokens (B, L, D) after the blocks: `blocks(img)` where needed, else img + residual.
 
     The blocks are computed only if some sample needs them. Returns the state with the residuals.
+    Outside of a compiled program it waits to know.
     """
 
     def run(img: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +129,10 @@ def run_or_skip(
     def skip(img: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
         return img + residual, residual
 
-    out, residual = jax.lax.cond(need.any(), run, skip, img, state.residual)
+    if isinstance(need, jax.core.Tracer):
+        out, residual = jax.lax.cond(need.any(), run, skip, img, state.residual)
+    else:
+        out, residual = (run if need.any() else skip)(img, state.residual)
     return out, state._replace(residual=residual)
 
 

@@ -12,6 +12,9 @@ and, for a step cache, the parts of it: `embed` (same arguments) -> tokens with 
 (B, L, D) and `vec`; `block_input(cfg, params, tokens)` and the polynomial `TEACACHE` ("tea") or
 `first_block(cfg, params, tokens)` -> tokens ("first-block"); `blocks(cfg, params, tokens, first)`
 -> image tokens after the blocks from `first` on; `head(cfg, params, img, vec, shape)` -> velocity.
+Parameters that are no arrays are layers that the network brings to the device by itself
+(`models.stack.Streamed`): its functions are called from Python then, and only what is around them
+is compiled here.
 
 Shapes: B batch, w latent window, H W latent rows and columns, C channels.
 """
@@ -126,12 +129,13 @@ def denoise(
     # Once: what stays on the host is copied at every step.
     inputs = place(inputs)
     fixed = model, cfg, dtype, None if cache is None else cache.kind
+    advance = step if _is_compiled(params) else _step
     state = place(solver.start(noise))
     cached = place(start_caches(*fixed, params, inputs, state.x))
     finite, ran = [], []
     for i, at in enumerate(_steps(sigmas, table, cache)):
         late = state.history[0]
-        state, cached, ok, blocks = step(*fixed, params, inputs, at, state, cached)
+        state, cached, ok, blocks = advance(*fixed, params, inputs, at, state, cached)
         finite.append(ok)
         ran.append(blocks)
         if on_step is not None and i > 0:
@@ -166,10 +170,7 @@ def _steps(sigmas: np.ndarray, table: np.ndarray, cache: step_cache.Config | Non
     return [At(*at) for at in zip(sigmas[:-1], table, forced, strict=True)]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "cfg", "dtype", "kind"), donate_argnames="cached"
-)
-def step(
+def _step(
     model: ModuleType,
     cfg: Any,
     dtype: str,
@@ -190,7 +191,21 @@ def step(
             _predict(model, cfg, dtype, kind, params, inputs, at, state.x, conditions, before)
             for conditions, before in zip(_passes(inputs), cached, strict=True)
         ]
-    velocities, cached, ran = zip(*done, strict=True)
+        velocities, cached, ran = zip(*done, strict=True)
+        # Whole on every device, as they came, so that the next step finds the same program.
+        state, finite = _advance(velocities, inputs, at, state)
+    cached = jax.tree.map(_whole, cached)
+    return state, cached, finite, None if kind is None else jnp.stack(ran)
+
+
+step = jax.jit(_step, static_argnames=("model", "cfg", "dtype", "kind"), donate_argnames="cached")
+
+
+@jax.jit
+def _advance(
+    velocities: tuple[jax.Array, ...], inputs: SectionInputs, at: At, state: solver.State
+) -> tuple[solver.State, jax.Array]:
+    """What the predicted velocities make of a state, and whether they are finite (B,)."""
     v = velocities[0]
     if inputs.negative is not None:
         v = guidance.guide(*velocities, inputs.cfg_scale, inputs.cfg_rescale)
@@ -199,9 +214,16 @@ def step(
     # network expects a frame that is to become the target.
     x0 = jnp.where(inputs.known[:, :, None, None, None], inputs.target, x0)
     finite = jnp.isfinite(x0).all(axis=tuple(range(1, x0.ndim)))
-    # Whole on every device, as they came, so that the next step finds the same program.
-    state, cached = jax.tree.map(_whole, (solver.step(state, x0, at.row), cached))
-    return state, cached, finite, None if kind is None else jnp.stack(ran)
+    return jax.tree.map(_whole, solver.step(state, x0, at.row)), finite
+
+
+def _is_compiled(params: Any) -> bool:
+    """Whether a step is one program."""
+    return not any(map(_is_streamed, jax.tree.leaves(params)))
+
+
+def _is_streamed(leaf: Any) -> bool:
+    return hasattr(leaf, "layers")
 
 
 def _whole(x: jax.Array) -> jax.Array:
@@ -260,8 +282,9 @@ def start_caches(
     if kind is None:
         return (None,) * len(_passes(inputs))
     sigma = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+    here = jax.tree.map(lambda leaf: None if _is_streamed(leaf) else leaf, params)
     img = [
-        _embed.eval_shape(model, cfg, dtype, params, x, sigma, inputs.context, conditions).img
+        _embed.eval_shape(model, cfg, dtype, here, x, sigma, inputs.context, conditions).img
         for conditions in _passes(inputs)
     ]
     return tuple(step_cache.start(tokens.shape, tokens.dtype) for tokens in img)

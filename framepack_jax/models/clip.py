@@ -16,6 +16,7 @@ from framepack_jax.models import stack
 from framepack_jax.models.encoder_block import EncoderBlock, layer_norm
 
 STACKS = {"layers": "layers"}
+STREAMED: tuple[str, ...] = ()
 # Attention is not divided over `tensor`: 12 heads would forbid tensor=8 to all other networks.
 SHARDINGS = (
     (r"token_embedding/embedding", (None, "fsdp")),

@@ -19,6 +19,7 @@ from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend
 
 STACKS = {"layers": "layers"}
+STREAMED = ("layers",)
 # Megatron's pairs, and `fsdp` on the dimension that is left. The table of embeddings is cut by
 # width, so that a token is looked up on every device.
 SHARDINGS = (

@@ -34,6 +34,7 @@ from framepack_jax.packing import PackedContext, kernel_shape, parse
 from framepack_jax.sharding import BATCH, TOKENS, constrain
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
+STREAMED = ("double", "single")
 # Megatron's pairs (columns over `tensor`, then rows), and `fsdp` on the dimension that is left. A
 # modulation is taken by rows: what it gives is a few vectors a sample, needed whole. Embeddings of
 # patches and text have no second half to pair with; the layers of the embedding's MLPs have inputs
@@ -127,8 +128,8 @@ def velocity(
     """The denoiser: noisy section x (B, T, H, W, C) at noise level sigma (B,) -> velocity, float32.
 
     H and W are even. Blocks compute in `dtype`; `remat` is what their gradient keeps
-    (`stack.REMAT`). Raises ValueError where the context uses a kernel that the network has no
-    embedding for, or sizes are odd.
+    (`stack.REMAT`). Where blocks are streamed, it is called outside of `jax.jit`. Raises ValueError
+    where the context uses a kernel that the network has no embedding for, or sizes are odd.
     """
     tokens = embed(cfg, params, x, sigma, context, conditions, dtype)
     return head(cfg, params, blocks(cfg, params, tokens, remat=remat), tokens.vec, x.shape)
@@ -145,6 +146,20 @@ def embed(
 ) -> Tokens:
     """Patchify target and context, embed conditions, refine the text."""
     _check(cfg, x, context, conditions)
+    needed = {name: params[name] for name in ("embed", "refiner")}
+    return _embed(cfg, dtype, needed, x, sigma, context, conditions)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _embed(
+    cfg: Config,
+    dtype: Any,
+    params: stack.Params,
+    x: jax.Array,
+    sigma: jax.Array,
+    context: PackedContext,
+    conditions: Conditions,
+) -> Tokens:
     cast = stack.cast({"x": x, "context": context, "conditions": conditions}, dtype)
     # The embedding of context is no Dense layer, so low-rank factors go into its kernel.
     embedders = {
@@ -168,10 +183,17 @@ def embed(
 
 def block_input(cfg: Config, params: stack.Params, tokens: Tokens) -> jax.Array:
     """What the first double block projects of the image: its modulated norm (B, L_img, D)."""
-    modulation = stack.at({"img_mod": params["double"]["img_mod"]}, 0)
-    modulation = stack.cast(modulation, tokens.img.dtype)
+    modulation = stack.at(params["double"], 0, parts=["img_mod"])
+    return _block_input(cfg, modulation, tokens.img, tokens.vec)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _block_input(
+    cfg: Config, modulation: stack.Params, img: jax.Array, vec: jax.Array
+) -> jax.Array:
+    modulation = stack.cast(modulation, img.dtype)
     with stack.factors_beside_kernels():
-        return BlockInput(cfg).apply({"params": modulation}, tokens.img, tokens.vec)
+        return BlockInput(cfg).apply({"params": modulation}, img, vec)
 
 
 def first_block(cfg: Config, params: stack.Params, tokens: Tokens) -> Tokens:
@@ -194,18 +216,30 @@ def blocks(
     layers = slice(first, None) if first else slice(None)
     run = functools.partial(stack.run, remat=remat)
     img, txt = run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=layers)
-    both = _divided(jnp.concatenate([img, txt], axis=1))
-    return run(SingleBlock(cfg), params["single"], both, *inputs)[:, : img.shape[1]]
+    both = run(SingleBlock(cfg), params["single"], _joined(img, txt), *inputs)
+    return both[:, : img.shape[1]]
+
+
+@jax.jit
+def _joined(img: jax.Array, txt: jax.Array) -> jax.Array:
+    return _divided(jnp.concatenate([img, txt], axis=1))
 
 
 def head(
     cfg: Config, params: stack.Params, img: jax.Array, vec: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
     """Velocity (B, T, H, W, C) of the target, whose tokens are the last of `img`; float32."""
+    return _head(cfg, shape, params["head"], img, vec)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "shape"))
+def _head(
+    cfg: Config, shape: tuple[int, ...], params: stack.Params, img: jax.Array, vec: jax.Array
+) -> jax.Array:
     _, t, h, w, _ = shape
     tokens = img[:, -t * (h // 2) * (w // 2) :]
     with stack.factors_beside_kernels():
-        out = Head(cfg).apply({"params": params["head"]}, tokens, vec)
+        out = Head(cfg).apply({"params": params}, tokens, vec)
     return rearrange(
         out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
     )

@@ -17,6 +17,7 @@ from framepack_jax.models import stack
 from framepack_jax.models.encoder_block import EncoderBlock, layer_norm
 
 STACKS = {"layers": "layers"}
+STREAMED: tuple[str, ...] = ()
 # Megatron's pairs, and `fsdp` on the dimension that is left.
 SHARDINGS = (
     (r"patch/kernel", (None, "fsdp")),

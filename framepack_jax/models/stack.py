@@ -7,11 +7,17 @@ every layer stands by itself, as `double/07/img_qkv/kernel`; `split` and `join` 
 Beside the kernel of a linear layer may lie low-rank factors (LoRA, arXiv 2106.09685), `lora_a`
 (in, r) and `lora_b` (r, ...out): the layer then gives x W + (x a) b. They are parameters like
 others, with a layer axis in a stack; `framepack_jax.lora` puts them there.
+
+Where a device is too small for all layers, they stand in a `Streamed`: each is brought to the
+device while the one before computes, and runs as a program of its own. (Inside one program XLA
+overlaps no copies from the host with products on GPUs: docs/performance.md.)
 """
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +36,36 @@ REMAT = ("none", "dots", "full", "offload")
 INPUT = "block_input"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Streamed:
+    """The layers of a stack, wherever they lie: in host memory, on a disk, some on the device.
+
+    `layers[i]` gives the parameters of one, arrays of numpy or JAX; what those of JAX say of
+    devices other than their kind of memory is where they are computed.
+    """
+
+    layers: Sequence[Params]
+
+
+def is_streamed(params: Params) -> bool:
+    """Whether some stack of a network is a `Streamed`: it is then called outside of `jax.jit`."""
+    return any(isinstance(leaf, Streamed) for leaf in params.values())
+
+
+def shapes(params: Params) -> Params:
+    """Shape and dtype of every parameter, layers stacked also where they are streamed."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Streamed):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        count = len(leaf.layers)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), leaf.layers[0]
+        )
+
+    return jax.tree.map(of, params)
+
+
 def init(block: nn.Module, key: jax.Array, layers: int, *args: Any) -> Params:
     """Parameters of `layers` blocks, each leaf (layers, ...); `args` are the block's inputs."""
     return jax.vmap(lambda k: block.init(k, *args)["params"])(jax.random.split(key, layers))
@@ -37,7 +73,7 @@ def init(block: nn.Module, key: jax.Array, layers: int, *args: Any) -> Params:
 
 def run(
     block: nn.Module,
-    params: Params,
+    params: Params | Streamed,
     x: Any,
     *args: Any,
     layers: slice = slice(None),
@@ -47,8 +83,10 @@ def run(
 
     `layers` takes some of the layers only. Parameters are cast to the dtype of x one layer at a
     time, so that float32 masters can serve a bfloat16 computation without a second copy of the
-    whole network. `remat`, one of REMAT, says what a gradient keeps.
+    whole network. `remat`, one of REMAT, says what a gradient keeps; a `Streamed` has none.
     """
+    if isinstance(params, Streamed):
+        return _run_streamed(block, params, x, *args, layers=layers)
     dtype = jax.tree.leaves(x)[0].dtype
 
     @functools.partial(_rematerialized, remat=remat)
@@ -67,6 +105,27 @@ def run(
 
     count = jax.tree.leaves(params)[0].shape[0]
     return jax.lax.scan(numbered, x, jnp.arange(count)[layers])[0]
+
+
+def _run_streamed(block: nn.Module, params: Streamed, x: Any, *args: Any, layers: slice) -> Any:
+    """A program a layer. The next one is asked for when the layer before this one is done, so that
+    the device has two of them at most, and always something to compute."""
+    numbers = range(len(params.layers))[layers]
+    if not numbers:
+        return x
+    here = at(params, numbers[0])
+    for following in itertools.chain(numbers[1:], [None]):
+        before, x = x, _layer(block, here, x, *args)
+        if following is not None:
+            jax.block_until_ready(before)
+            here = at(params, following)
+    return x
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def _layer(block: nn.Module, params: Params, x: Any, *args: Any) -> Any:
+    with factors_beside_kernels():
+        return block.apply({"params": cast(params, jax.tree.leaves(x)[0].dtype)}, x, *args)
 
 
 def _rematerialized(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
@@ -90,9 +149,36 @@ def _rematerialized(layer: Callable[..., Any], remat: str) -> Callable[..., Any]
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def at(params: Params, layer: int | jax.Array) -> Params:
-    """The parameters of one layer."""
+def at(
+    params: Params | Streamed, layer: int | jax.Array, parts: Sequence[str] | None = None
+) -> Params:
+    """The parameters of one layer, on the device; of its `parts` only, where they are named."""
+
+    def wanted(params: Params) -> Params:
+        return params if parts is None else {name: params[name] for name in parts}
+
+    if isinstance(params, Streamed):
+        return on_device(wanted(params.layers[layer]))
+    params = wanted(params)
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), params)
+
+
+def on_device(params: Params) -> Params:
+    """Arrays of numpy or JAX in the device's own memory; copies are begun, and not waited for."""
+    return put(params, "device")
+
+
+def on_host(params: Params) -> Params:
+    """The same in the host's memory, where a device can fetch them from."""
+    return jax.block_until_ready(put(params, "pinned_host"))
+
+
+def put(params: Params, kind: str) -> Params:
+    """Arrays of numpy or JAX in this kind of memory, by one call for all."""
+    leaves, tree = jax.tree.flatten(params)
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = [leaf.sharding if isinstance(leaf, jax.Array) else alone for leaf in leaves]
+    return tree.unflatten(jax.device_put(leaves, [w.with_memory_kind(kind) for w in where]))
 
 
 def cast(params: Params, dtype: Any) -> Params:

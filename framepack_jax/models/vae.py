@@ -26,6 +26,7 @@ from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.sharding import BATCH, constrain
 
 STACKS: dict[str, str] = {}
+STREAMED: tuple[str, ...] = ()
 # Small weights, large activations: every device has all weights and takes some rows of the picture.
 # What is asked of the input holds for all that is computed from it.
 SHARDINGS = ((r".*", ()),)

@@ -1,0 +1,162 @@
+"""What of a bundle lies on the device, where it is too small for all of it.
+
+Weights that are not needed at once can wait elsewhere: the blocks of the transformer in host
+memory, each brought while the one before computes (`models.stack.Streamed`); the encoders on the
+disk, as they read a prompt once and are let go of. What programs need beside their weights is
+estimated, by what compilers and an H100 said of the released model (docs/scale.md,
+docs/performance.md).
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from framepack_jax import bundle, packing
+from framepack_jax.models import vae
+
+LEVELS = ("auto", "high", "low")
+GB = 1e9
+# Of what JAX may take: buffers leave gaps.
+USABLE = 0.95
+# A step needs so many times its tokens (B, L, D) beside weights, and decoding so many times its
+# widest frames: 1.6 GB on an H100, and 17.8 GB by the compiler for an H200.
+STEP_UNITS, DECODE_UNITS = 16, 5.5
+# Sides of the VAE's tiles where whole frames are too much.
+TILES = vae.Tiling(size=256, stride=192)
+# Frames that are decoded at once, and the tokens of text and image.
+DECODE_FRAMES, OTHER_TOKENS = 17, 1024
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
+
+
+class Plan(NamedTuple):
+    """Where weights lie. Encoders stay on the device if `encoders`; of the transformer's blocks so
+    many `layers` do, None being all of them as one. The VAE takes videos apart by `tiling`. `why`
+    is a line for people, or empty."""
+
+    encoders: bool
+    layers: int | None
+    tiling: vae.Tiling
+    why: str
+
+
+class Work(NamedTuple):
+    """What is made: sampled (height, width) in pixels, videos side by side, by a schedule."""
+
+    canvas: tuple[int, int]
+    batch: int
+    schedule: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes on a device: of the `encoders`, and what of them is there at once while they are read
+    layer by layer (`reading`); of the `vae`; of the transformer's `blocks`, and of the rest of it
+    (`base`); and beside all weights, of a `step` and of a `pixel` of a tile that is decoded."""
+
+    encoders: int
+    reading: int
+    vae: int
+    base: int
+    blocks: tuple[int, ...]
+    step: int
+    pixel: float
+    canvas: tuple[int, int]
+
+    def decode(self, tiling: vae.Tiling) -> int:
+        """Decoding, beside weights."""
+        sides = [side if tiling.size is None else min(side, tiling.size) for side in self.canvas]
+        return int(self.pixel * math.prod(sides))
+
+    def everything(self, tiling: vae.Tiling) -> int:
+        """All networks stay."""
+        weights = self.encoders + self.vae + self.base + sum(self.blocks)
+        return weights + max(self.step, self.decode(tiling))
+
+    def streamed(self, layers: int, tiling: vae.Tiling) -> int:
+        """So many blocks stay, no encoder does; of the other blocks a step has two at a time."""
+        two = sum(sorted(self.blocks[layers:])[-2:])
+        stay = self.vae + self.base + sum(self.blocks[:layers])
+        return stay + max(self.step + two, self.decode(tiling), self.reading)
+
+
+def plan(
+    path: epath.PathLike,
+    level: str,
+    work: Work,
+    *,
+    dtype: str,
+    tiling: vae.Tiling,
+    mesh: Mesh | None = None,
+    limit: float | None = None,
+) -> Plan:
+    """What stays on the device for a `level`, one of LEVELS.
+
+    "high": everything. "low": as little as can be. "auto": what fits into `limit` bytes, by default
+    those that JAX may take of the device; where it does not count them, as on a CPU, everything.
+    Frames are taken apart where nothing else helps, as seams may be seen. Raises ValueError for
+    another level, BundleError.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"memory {level!r}: expected one of {', '.join(LEVELS)}")
+    if level == "high":
+        return Plan(True, None, tiling, "memory high: all networks stay on the device")
+    if limit is None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if level == "auto" and limit is None:
+        return Plan(True, None, tiling, "")
+    needed = need(path, work, dtype=dtype, mesh=mesh)
+    small = TILES if tiling.size is None else tiling
+    if level == "low":
+        return _streamed(needed, 0, small, "memory low")
+    has = f"{needed.everything(tiling) / GB:.1f} of {limit / GB:.1f} GB"
+    if needed.everything(tiling) <= USABLE * limit:
+        return Plan(True, None, tiling, f"memory high (auto): {has}")
+    choices = [(n, t) for t in (tiling, small) for n in range(len(needed.blocks), -1, -1)]
+    fitting = (c for c in choices if needed.streamed(*c) <= USABLE * limit)
+    return _streamed(needed, *next(fitting, choices[-1]), f"memory low (auto), all would be {has}")
+
+
+def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
+    count = len(needed.blocks)
+    parts = [f"{layers} of {count} blocks stay on the device, encoders do not"]
+    if tiling.size is not None and tiling.size < max(needed.canvas):
+        parts.append(f"the VAE takes frames apart into tiles of {tiling.size}")
+    parts.append(f"{needed.streamed(layers, tiling) / GB:.1f} GB are needed")
+    return Plan(False, None if layers == count else layers, tiling, f"{why}: {'; '.join(parts)}")
+
+
+def need(path: epath.PathLike, work: Work, *, dtype: str, mesh: Mesh | None = None) -> Need:
+    """What a bundle needs for some work. Raises BundleError, ValueError where a mesh does not
+    divide it."""
+    manifest = bundle.read_manifest(path)
+    sizes = {
+        role: bundle.device_bytes(
+            path, manifest, role, dtype=jnp.dtype("float32" if role == "vae" else dtype), mesh=mesh
+        )
+        for role in bundle.ROLES
+    }
+    configs = {role: bundle.role_config(manifest, role)[1] for role in bundle.ROLES}
+    transformer, encoders = configs["transformer"], [sizes[role] for role in ENCODERS]
+    decoder = configs["vae"]
+    rows, columns = (side // decoder.space_compression for side in work.canvas)
+    groups = packing.context_tokens(work.schedule, rows, columns)
+    tokens = sum(n for _, n in groups) + packing.target_tokens(work.schedule, rows, columns)
+    tokens = work.batch * (tokens + OTHER_TOKENS)
+    devices = 1 if mesh is None else mesh.size
+    return Need(
+        encoders=sum(size.base + sum(size.layers) for size in encoders),
+        reading=sum(s.base for s in encoders) + max(sum(sorted(s.layers)[-2:]) for s in encoders),
+        vae=sizes["vae"].base,
+        base=sizes["transformer"].base,
+        blocks=sizes["transformer"].layers,
+        step=math.ceil(
+            STEP_UNITS * tokens * transformer.width * jnp.dtype(dtype).itemsize / devices
+        ),
+        pixel=DECODE_UNITS * DECODE_FRAMES * decoder.channels[0] * 4 / devices,
+        canvas=work.canvas,
+    )

@@ -1,0 +1,270 @@
+"""Networks that are not all on the device: the same videos, and no more there than is said."""
+
+import dataclasses
+import re
+import weakref
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sample_lora import random_lora
+
+from framepack_jax import bundle, conditioning, memory
+from framepack_jax.commands import sample
+from framepack_jax.commands.records import EMBEDDED
+from framepack_jax.commands.runs import Run
+from framepack_jax.diffusion import cache
+from framepack_jax.encoders import load_encoders
+from framepack_jax.memory import GB, Need, Plan, Work
+from framepack_jax.models import packed_dit, stack
+from framepack_jax.models.vae import Tiling
+from framepack_jax.pipeline import FramePack, Settings
+
+RANDOM = EMBEDDED["random"]
+WHOLE = Tiling()
+LOW = Plan(encoders=False, layers=0, tiling=WHOLE, why="")
+IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+FLAGS = (
+    "--bundle", "random", "--image", str(Path(__file__).parent.parent / "examples/sprites.png"),
+    "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--sections", "2", "--steps", "2",
+    "--height", "64", "--width", "64",
+)  # fmt: skip
+
+
+def load(plan: Plan | None, path: Path = RANDOM) -> FramePack:
+    schedule = "f1k1_x_f16k4f2k2f1k1_g2"
+    return FramePack.open(path, dtype="float32", schedule=schedule).with_weights(path, plan=plan)
+
+
+def video(pipe: FramePack, **options) -> tuple[np.ndarray, np.ndarray]:
+    settings = Settings(steps=3, **options)
+    return pipe(IMAGE, "she waves", sections=2, height=64, width=64, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def high() -> FramePack:
+    return load(None)
+
+
+@pytest.fixture(scope="module")
+def low() -> FramePack:
+    return load(LOW)
+
+
+TEA, FIRST_BLOCK = cache.Config("tea"), cache.Config("first-block")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cfg": 2.0}, {"step_cache": TEA}, {"step_cache": FIRST_BLOCK}], ids=str
+)
+def test_the_same_video_bit_for_bit(high, low, options) -> None:
+    assert stack.is_streamed(low.transformer.params)
+    assert not stack.is_streamed(high.transformer.params)
+    theirs, ours = video(high, **options), video(low, **options)
+    np.testing.assert_array_equal(ours.latents, theirs.latents)
+    np.testing.assert_array_equal(ours.frames, theirs.frames)
+
+
+def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:
+    ran = []
+    layer = stack._layer
+    monkeypatch.setattr(stack, "_layer", lambda *args: ran.append(args[0]) or layer(*args))
+
+    def count(**options) -> int:
+        ran.clear()
+        video(low, **options)
+        return sum(isinstance(b, packed_dit.DoubleBlock | packed_dit.SingleBlock) for b in ran)
+
+    # Of two sections three steps; with the cache only the first and the last.
+    assert count() == 2 * 3 * 4
+    assert count(step_cache=cache.Config("tea", threshold=1e9)) == 2 * 2 * 4
+
+
+@pytest.mark.parametrize("resident", [0, 1, 3, 4])
+def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
+    pipe = load(LOW._replace(layers=resident))
+    params = pipe.transformer.params
+    kinds = [
+        {leaf.sharding.memory_kind for leaf in jax.tree.leaves(layer)}
+        for part in packed_dit.STREAMED
+        for layer in params[part].layers
+    ]
+    assert kinds == [{"device"}] * resident + [{"pinned_host"}] * (4 - resident)
+    if resident == 3:
+        np.testing.assert_array_equal(video(pipe).latents, video(high).latents)
+
+
+def test_two_blocks_are_on_the_device_at_most(low, monkeypatch) -> None:
+    """The one that runs, and the next."""
+    placed, alive = [], []
+    put = stack.on_device
+
+    def watched(params):
+        here = put(params)
+        placed.append(weakref.ref(jax.tree.leaves(here)[0]))
+        alive.append(sum(ref() is not None for ref in placed))
+        return here
+
+    monkeypatch.setattr(stack, "on_device", watched)
+    video(low)
+    assert len(alive) > 2 * 3 * 4
+    assert max(alive) == 2
+
+
+def test_encoders_are_let_go_of(low, monkeypatch) -> None:
+    """And the layers of the text encoder are read from the disk, one after the other."""
+    kept = []
+    read = low.encoders
+
+    def watched():
+        encoders = read()
+        kept.append(weakref.ref(encoders.text_encoder[1]["embed"]["embedding"]))
+        return encoders
+
+    spans = dataclasses.replace(low, encoders=watched).stream(
+        IMAGE, "she waves", sections=1, height=64, width=64, settings=Settings(steps=1)
+    )
+    next(spans)
+    assert [ref() for ref in kept] == [None]
+
+
+def test_text_is_read_the_same_from_the_disk() -> None:
+    manifest = bundle.read_manifest(RANDOM)
+    whole = load_encoders(RANDOM, manifest, jnp.float32)
+    streamed = load_encoders(RANDOM, manifest, jnp.float32, streamed=True)
+    assert stack.is_streamed(streamed.text_encoder[1])
+    for prompt in ("", "the red circle moves left"):
+        ours = conditioning.encode_prompt(streamed, [prompt])
+        for mine, theirs in zip(ours, conditioning.encode_prompt(whole, [prompt]), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_int8_weights_stay_int8_in_host_memory(tmp_path) -> None:
+    path = quantized(tmp_path)
+    ours, theirs = load(LOW, path), load(None, path)
+    layer = ours.transformer.params["single"].layers[1]
+    assert layer["qkv"]["kernel"].dtype == jnp.int8
+    assert layer["qkv"]["kernel_scale"].dtype == jnp.float32
+    np.testing.assert_array_equal(video(ours).latents, video(theirs).latents)
+
+
+def quantized(folder: Path) -> Path:
+    """The random bundle with the kernels of its blocks in int8."""
+    manifest = bundle.read_manifest(RANDOM)
+    names = bundle.stored_dtypes(RANDOM, manifest, "transformer")
+    leaves = {}
+    for name, leaf in bundle.read_leaves(RANDOM, manifest, "transformer", names):
+        leaves[name] = leaf
+        if name.startswith(packed_dit.STREAMED) and name.endswith("/kernel"):
+            kernel = np.asarray(leaf, np.float32)
+            scale = np.abs(kernel).max(axis=0) / 127
+            leaves[name] = np.rint(kernel / scale[None]).astype(np.int8)
+            leaves[name.replace("/kernel", "/kernel_scale")] = scale
+    bundle.write_params(folder / "transformer", leaves.items())
+    roles = {
+        role: dataclasses.replace(there, path=f"{RANDOM}/{there.path}")
+        for role, there in manifest.roles.items()
+    } | {"transformer": manifest.roles["transformer"]}
+    for name in ("tokenizer", "tokenizer_2", "image_processor"):
+        (folder / name).symlink_to(RANDOM / name)
+    bundle.write_manifest(folder, dataclasses.replace(manifest, roles=roles))
+    return folder
+
+
+def test_adapters_go_along(high, low) -> None:
+    adapter = random_lora(high.transformer.cfg, 0, ("/img_qkv/kernel", "mlp_out/kernel"))
+    ours, theirs = low.with_lora(adapter), high.with_lora(adapter)
+    layer = ours.transformer.params["double"].layers[0]["img_qkv"]
+    assert layer["lora_a"].sharding.memory_kind == layer["kernel"].sharding.memory_kind
+    np.testing.assert_array_equal(video(ours).latents, video(theirs).latents)
+    assert np.abs(video(ours).latents - video(low).latents).max() > 1e-3
+    with pytest.raises(ValueError, match="leave --merge-lora out"):
+        low.with_lora(adapter, merge=True)
+
+
+def test_bytes_are_those_that_are_loaded(high, low) -> None:
+    manifest = bundle.read_manifest(RANDOM)
+    sizes = bundle.device_bytes(RANDOM, manifest, "transformer", dtype=jnp.float32)
+    assert sum(x.nbytes for x in jax.tree.leaves(high.transformer.params)) == (
+        sizes.base + sum(sizes.layers)
+    )
+    for part, first in (("double", 0), ("single", 2)):
+        for i, layer in enumerate(low.transformer.params[part].layers):
+            assert sum(x.nbytes for x in jax.tree.leaves(layer)) == sizes.layers[first + i]
+    half = bundle.device_bytes(RANDOM, manifest, "transformer", dtype=jnp.bfloat16)
+    assert 2 * half.base == sizes.base
+
+
+# The released model in bfloat16 at 608 x 640: parameters by hand, 20 blocks of 36 and 40 of 15 D^2.
+RELEASED = Need(
+    encoders=int(15.9 * GB), reading=int(3 * GB), vae=int(0.98 * GB), base=int(0.7 * GB),
+    blocks=(int(0.68 * GB),) * 20 + (int(0.283 * GB),) * 40, step=int(1.9 * GB),
+    pixel=17.8 * GB / (608 * 640), canvas=(608, 640),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "encoders", "whole", "tiled", "least", "most"),
+    [
+        # GB of the device; whether encoders stay, all blocks do as one, frames are cut; blocks.
+        (140, True, True, False, 60, 60),
+        (79, True, True, False, 60, 60),
+        (60, False, True, False, 60, 60),
+        (40, False, False, False, 20, 45),
+        (24, False, False, False, 1, 6),
+        (12, False, False, True, 5, 15),
+        (6, False, False, True, 0, 1),
+        # Too small in any case: it is tried.
+        (3, False, False, True, 0, 0),
+    ],
+)
+def test_what_stays_is_what_fits(monkeypatch, limit, encoders, whole, tiled, least, most) -> None:
+    monkeypatch.setattr(memory, "need", lambda *args, **options: RELEASED)
+    work = Work((608, 640), 1, "g9")
+    made = memory.plan("", "auto", work, dtype="bfloat16", tiling=WHOLE, limit=limit * GB)
+    assert made.encoders == encoders
+    assert (made.layers is None) == whole
+    assert (made.tiling.size is not None) == tiled
+    assert least <= (60 if made.layers is None else made.layers) <= most
+    if limit > 3 and not made.encoders:
+        layers = 60 if made.layers is None else made.layers
+        assert RELEASED.streamed(layers, made.tiling) <= memory.USABLE * limit * GB
+        assert f"{limit:.1f} GB" in made.why
+
+
+def test_levels(monkeypatch) -> None:
+    work = Work((64, 64), 1, "f1k1_x_f16k4f2k2f1k1_g2")
+    options = {"dtype": "float32", "tiling": WHOLE}
+    assert memory.plan(RANDOM, "high", work, **options)[:3] == (True, None, WHOLE)
+    # A CPU does not count its memory, and everything is there.
+    assert memory.plan(RANDOM, "auto", work, **options)[:3] == (True, None, WHOLE)
+    made = memory.plan(RANDOM, "low", work, **options)
+    assert made.layers == 0 and not made.encoders and made.tiling == memory.TILES
+    own = Tiling(size=128, stride=96)
+    assert memory.plan(RANDOM, "low", work, dtype="float32", tiling=own).tiling == own
+    with pytest.raises(ValueError, match="memory 'medium': expected one of auto, high, low"):
+        memory.plan(RANDOM, "medium", work, **options)
+
+
+def test_from_the_command_line(tmp_path, capsys) -> None:
+    sample.main([*FLAGS, "--output", str(tmp_path / "high"), "--memory", "high"])
+    assert "memory high: all networks stay on the device" in capsys.readouterr().out
+    sample.main([*FLAGS, "--output", str(tmp_path / "low"), "--memory", "low"])
+    assert re.search(r"memory low: 0 of 4 blocks stay on the device", capsys.readouterr().out)
+    high, low = (Run.open(tmp_path / name).latents() for name in ("high", "low"))
+    for position, z in low.items():
+        np.testing.assert_array_equal(z, high[position])
+
+
+def test_a_run_goes_on_with_less_memory(tmp_path) -> None:
+    sample.main([*FLAGS, "--output", str(tmp_path / "whole"), "--latents-only"])
+    folder = tmp_path / "stopped"
+    sample.main([*FLAGS, "--output", str(folder), "--latents-only"])
+    whole = Run.open(tmp_path / "whole").latents()
+    last = sorted((folder / "latents").glob("section_*"))[-1]
+    last.unlink()
+    sample.main(["--resume", str(folder), "--memory", "low"])
+    for position, z in Run.open(folder).latents().items():
+        np.testing.assert_array_equal(z, whole[position])
