@@ -200,7 +200,7 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     if mesh.empty or not isinstance(x, jax.core.Tracer):
         return x
     _check_mesh(mesh)
-    return jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, fitting(axes, x.shape, mesh))
 
 
 def dividing(names: Iterable[str], length: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ def dividing(names: Iterable[str], length: int, sizes: Mapping[str, int]) -> tup
     return taken
 
 
-def _fitting(axes: Iterable[Axis], shape: tuple[int, ...], mesh: AbstractMesh) -> PartitionSpec:
+def fitting(axes: Iterable[Axis], shape: tuple[int, ...], mesh: AbstractMesh) -> PartitionSpec:
     """For each dimension the axes that are not taken yet: of a batch those that divide it, as
     attention needs them; else as many as leave no device empty."""
     taken: list[str] = []

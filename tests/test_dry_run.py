@@ -139,6 +139,42 @@ def test_attributes_with_lines_of_their_own_end_no_computation() -> None:
 FLAGS = ("--bundle", "random", "--height", "64", "--width", "80")
 
 
+def test_a_step_of_streamed_blocks_is_the_programs_that_it_runs(this_cpu, reports, capsys) -> None:
+    flags = (*FLAGS, "--dtype", "float32", "--dry-run", "h200:1")
+    sample.main([*flags, "--memory", "low", "--cfg", "3"])
+    sample.main(flags)
+    low, high = reports
+    runs = {program.name: program.runs for program in low.programs}
+    assert runs == {"double block": 4, "single block": 4, "embedding": 2, "head": 2}
+    # On the chip there are two of the larger blocks, and what is no block.
+    double, single, *rest = (program.weights for program in low.programs)
+    assert low.networks["transformer"].bytes == 2 * double + sum(rest)
+    assert low.hosted == 2 * double + 2 * single
+    assert low.hosted + sum(rest) == high.networks["transformer"].bytes
+    assert set(low.networks) == {"transformer", "vae"}
+    assert low.total < high.total and low.flops == 2 * high.flops
+    assert "GB of blocks a chip and step" in capsys.readouterr().out
+
+
+@pytest.mark.large
+def test_a_small_slice_takes_the_released_model_block_by_block(reports) -> None:
+    sample.main(
+        ["--bundle", "framepack_i2v", "--height", "608", "--width", "640", "--memory", "low",
+         "--dry-run", "v5e:2x2"]
+    )  # fmt: skip
+    (made,) = reports
+    for program in made.programs:
+        assert program.arguments <= 0.3e9 and program.temporaries <= 1.5e9
+    assert made.fits and made.hosted == pytest.approx(2 * 12.45e9 / 4, rel=0.01)
+
+
+def test_exchanges_count_as_often_as_their_program_runs() -> None:
+    block = dataclasses.replace(PROGRAM_OF_STEP, name="block", runs=20, kernels={"flash": 1})
+    made = report(programs=(block, PROGRAM_OF_STEP, DECODING))
+    assert made.collectives == {"all-gather": hlo.Traffic(63, 21 * 900 * 10**9, 0)}
+    assert made.kernels == {"flash": 20}
+
+
 @pytest.mark.parametrize("more", [(), ("--step-cache", "tea"), ("--cfg", "3", "--batch", "2")])
 def test_the_real_step_is_compiled(this_cpu, capsys, more) -> None:
     sample.main([*FLAGS, "--dtype", "float32", "--dry-run", "h200:1", *more])
@@ -152,8 +188,9 @@ PROGRAM_OF_STEP = dry_run.Program(
     collectives={"all-gather": hlo.Traffic(3, 900 * 10**9, 0)}, kernels={}, compile_seconds=1.0,
 )  # fmt: skip
 DECODING = dataclasses.replace(
-    PROGRAM_OF_STEP, name="decoding", relief="--vae-tile 256", weights=10, arguments=12, held=30
-)
+    PROGRAM_OF_STEP, name="decoding", relief="--vae-tile 256", weights=10, arguments=12, held=30,
+    runs=0,
+)  # fmt: skip
 
 
 def report(machine: str = "h100:16", **fields) -> dry_run.Report:

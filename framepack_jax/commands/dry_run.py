@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,12 @@ GB = 1e9
 # The share of a GPU that JAX takes, unless told otherwise by an environment variable, and what
 # leaves enough to the driver.
 GPU_SHARE, LARGE_GPU_SHARE = 0.75, 0.95
+
+
+STEP_RELIEF = (
+    "more chips help (weights and tokens are divided over them), or a smaller --batch, --height and"
+    " --width"
+)
 
 
 class Weights(NamedTuple):
@@ -61,6 +68,8 @@ class Program:
     """How often hand-written kernels run, by name."""
     compile_seconds: float
     held: int = 0
+    runs: int = 1
+    """How often a denoising step runs it."""
 
     def total(self, resident: int) -> int:
         """With all networks, `resident` bytes."""
@@ -75,22 +84,14 @@ class Program:
             f"{held}; compiled in {self.compile_seconds:.1f} s"
         )
 
-    def traffic(self) -> list[str]:
-        """Lines on its kernels and collectives."""
-        lines = [f"attention        {n} a step by {name}" for name, n in self.kernels.items()]
-        for kind, traffic in self.collectives.items():
-            far = f", {traffic.far / GB:.3f} of it from other nodes" if traffic.far else ""
-            lines.append(
-                f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{far}"
-            )
-        return lines
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What a run needs on each chip of a machine; bytes, FLOPs of all chips together.
 
-    `programs` begin with the denoising step. A section has `steps` of them and gives `frames`.
+    `programs` begin with the denoising step, or with those that it consists of. A section has
+    `steps` of them and gives `frames`. `hosted` are the bytes of weights in host memory that a chip
+    gets in every step.
     """
 
     machine: Machine
@@ -100,10 +101,30 @@ class Report:
     flops: int
     steps: int
     frames: int
+    hosted: int = 0
 
     @property
     def step(self) -> Program:
+        """A step, where it is one program."""
         return self.programs[0]
+
+    @property
+    def collectives(self) -> dict[str, Traffic]:
+        """Of a step."""
+        total: dict[str, Traffic] = {}
+        for program in self.programs:
+            for kind, traffic in program.collectives.items():
+                more = (program.runs * n for n in traffic)
+                total[kind] = Traffic(*map(sum, zip(total.get(kind, Traffic()), more, strict=True)))
+        return {kind: traffic for kind, traffic in total.items() if traffic.count}
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How often hand-written kernels run in a step, by name."""
+        total = Counter[str]()
+        for program in self.programs:
+            total.update({name: program.runs * n for name, n in program.kernels.items()})
+        return dict(+total)
 
     @property
     def resident(self) -> int:
@@ -132,8 +153,8 @@ class Report:
         """Modelled: the bytes of a step's collectives over the links of one chip, and those from
         other nodes over its share of the network, none overlapped. None where there is no figure.
         """
-        far = sum(traffic.far for traffic in self.step.collectives.values())
-        near = sum(traffic.bytes for traffic in self.step.collectives.values()) - far
+        far = sum(traffic.far for traffic in self.collectives.values())
+        near = sum(traffic.bytes for traffic in self.collectives.values()) - far
         if far and self.machine.chip.network is None:
             return None
         seconds = near / self.machine.links if near else 0.0
@@ -160,17 +181,19 @@ class Report:
             f"floor            {self.floor_seconds:.3f} s a step at the vendor's"
             f" {chip.flops / 1e12:.0f} TFLOP/s a chip",
         ]
-        return "\n".join([*lines, *self.step.traffic(), *self._modelled()])
+        if self.hosted:
+            lines.append(f"host memory      {self.hosted / GB:.2f} GB of blocks a chip and step")
+        return "\n".join([*lines, *traffic_lines(self), *self._modelled()])
 
     def _modelled(self) -> list[str]:
-        if not self.step.collectives:
+        if not self.collectives:
             return []
         if self.link_seconds is None:
             return [
                 f"links            not modelled: no vendor joins nodes of {self.machine.chip.name}"
             ]
         chip, step = self.machine.chip, self.step_seconds
-        far = any(traffic.far for traffic in self.step.collectives.values())
+        far = any(traffic.far for traffic in self.collectives.values())
         network = f", {chip.network / GB:.0f} GB/s between nodes" if far else ""
         return [
             f"links            {self.link_seconds:.3f} s a step, modelled: those bytes at"
@@ -182,7 +205,8 @@ class Report:
 
     def _verdict(self) -> str:
         if self.fits:
-            decoding = "" if len(self.programs) > 1 else "; decoding was not compiled"
+            decoded = any(not program.runs for program in self.programs)
+            decoding = "" if decoded else "; decoding was not compiled"
             return f"fits{large_share(self.machine.chip, self.total)}{decoding}"
         over = (self.total - self.machine.chip.memory) / GB
         advice = self.largest.relief
@@ -205,6 +229,15 @@ class Report:
         return f"a machine of more chips, as {topology.parse(f'{chip.name}-{chips * chip.cores}')}"
 
 
+def traffic_lines(made: Program | Report) -> list[str]:
+    """Lines on the kernels and collectives of a step."""
+    lines = [f"attention        {n} a step by {name}" for name, n in made.kernels.items()]
+    for kind, traffic in made.collectives.items():
+        far = f", {traffic.far / GB:.3f} of it from other nodes" if traffic.far else ""
+        lines.append(f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{far}")
+    return lines
+
+
 def dry_run(
     pipe: FramePack,
     path: epath.PathLike,
@@ -214,9 +247,11 @@ def dry_run(
     mesh: dict[str, int] | None = None,
     batch: int = 1,
     decode: bool = False,
+    streamed: bool = False,
 ) -> Report:
     """Compile a denoising step of a layout for a machine, and the VAE's decoder if asked to, which
-    takes minutes at full size.
+    takes minutes at full size. `streamed`, no block of the transformer stays on the chips, and no
+    encoder.
 
     `path` is that of the pipe's bundle; `mesh` says how chips are divided, by default as
     `sharding.default_sizes` does. Raises ValueError where the compiler is missing, where the mesh
@@ -235,7 +270,8 @@ def dry_run(
         for role in bundle.ROLES
     }
     weights = params["transformer"]
-    programs = [_step(pipe, weights, configs, layout, settings, batch, devices)]
+    lower = _streamed_step if streamed else _step
+    programs = lower(pipe, weights, configs, layout, settings, batch, devices)
     if decode:
         programs.append(_decode(pipe, params["vae"], layout, batch, devices))
     rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
@@ -243,15 +279,23 @@ def dry_run(
     flops = forward_flops(
         pipe.transformer.cfg, pipe.schedule, rows, columns, MAX_PROMPT_TOKENS, tokens
     )
+    networks = {
+        role: Weights(sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), placed_bytes(tree))
+        for role, tree in params.items()
+    }
+    hosted = 0
+    if streamed:
+        # Of the blocks there are two, the one that runs and the next.
+        hosted = placed_bytes([weights[part] for part in model.STREAMED])
+        two = 2 * max(block.weights for block in programs[: len(model.STREAMED)])
+        networks = {role: networks[role] for role in ("transformer", "vae")}
+        there = networks["transformer"].bytes - hosted + two
+        networks["transformer"] = networks["transformer"]._replace(bytes=there)
     return Report(
         machine=machine,
         mesh=dict(devices.shape),
-        networks={
-            role: Weights(
-                sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), placed_bytes(tree)
-            )
-            for role, tree in params.items()
-        },
+        networks=networks,
+        hosted=hosted,
         programs=tuple(programs),
         flops=flops * batch * (1 + (settings.cfg != 1)),
         steps=settings.steps,
@@ -309,7 +353,7 @@ def _step(
     settings: Settings,
     batch: int,
     devices: Mesh,
-) -> Program:
+) -> list[Program]:
     """The denoising step."""
     model, cfg, _ = pipe.transformer
     whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
@@ -322,11 +366,38 @@ def _step(
     def lower() -> jax.stages.Lowered:
         return sampler.step.lower(*fixed, weights, inputs, at, state, cached)
 
-    relief = (
-        "more chips help (weights and tokens are divided over them), or a smaller --batch,"
-        " --height and --width"
-    )
-    return compiled_program("step", relief, weights, lower, devices)
+    return [compiled_program("step", STEP_RELIEF, weights, lower, devices)]
+
+
+def _streamed_step(
+    pipe: FramePack,
+    weights: Any,
+    configs: dict[str, Any],
+    layout: Layout,
+    settings: Settings,
+    batch: int,
+    devices: Mesh,
+) -> list[Program]:
+    """The programs that a step consists of where blocks are streamed."""
+    model, cfg, _ = pipe.transformer
+    whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
+    inputs, _, state = jax.tree.map(whole, _inputs(pipe, configs, layout, settings, batch))
+    sigma = whole(jax.ShapeDtypeStruct((batch,), jnp.float32))
+    with jax.set_mesh(devices):
+        parts = model.programs(
+            cfg, weights, state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
+        )
+    passes = 1 + (settings.cfg != 1)
+
+    def compiled(part: Any) -> Program:
+        def lower() -> jax.stages.Lowered:
+            with sampler.precision(pipe.dtype):
+                return part.lower()
+
+        program = compiled_program(part.name, STEP_RELIEF, part.weights, lower, devices)
+        return dataclasses.replace(program, runs=passes * part.runs)
+
+    return [compiled(part) for part in parts]
 
 
 def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:
@@ -366,7 +437,7 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
         for shape in (clip, tile)
     ]
     done = program.outputs * sizes[0] // sizes[1]
-    return dataclasses.replace(program, held=done + sizes[0])
+    return dataclasses.replace(program, held=done + sizes[0], runs=0)
 
 
 def compiled_program(

@@ -21,6 +21,7 @@ from framepack_jax.commands.dry_run import (
     image_tokens,
     large_share,
     placed_bytes,
+    traffic_lines,
 )
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data.batch import Batch
@@ -87,7 +88,7 @@ class TrainingReport:
             f" {chip.flops / 1e12:.0f} TFLOP/s a chip,"
             f" {cfg.batch / self.floor_seconds:.2f} samples/s",
         ]
-        return "\n".join([*lines, *self.program.traffic()])
+        return "\n".join([*lines, *traffic_lines(self.program)])
 
     def _verdict(self) -> str:
         if self.fits:

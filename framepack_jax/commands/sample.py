@@ -124,7 +124,8 @@ class Sample(Shot):
     and runs everywhere."""
     dry_run: str | None = None
     """Make nothing; compile a step for this machine and say whether it fits: v5e:4x4, v5p-64,
-    h100:8, rtx4090:1. Exit code 0 where it does, else 1. Bundles "framepack_i2v" and
+    h100:8, rtx4090:1, with all weights on its chips unless --memory low is given. Exit code 0 where
+    it does, else 1. Bundles "framepack_i2v" and
     "framepack_f1" are the released models for this, without weights."""
     dry_run_decode: bool = False
     """Compile the VAE's decoder too in a --dry-run: seconds for a GPU, minutes for a TPU."""
@@ -229,8 +230,9 @@ def _dry_run(flags: Sample) -> list[Path]:
     request = Request("", None if flags.image is None else video.load_image(flags.image))
     layout = lay_out(pipe.geometry, request, sections=1, height=flags.height, width=flags.width)
     report = dry_run(
-        pipe, path, layout, flags.settings(), machine, mesh, flags.batch, flags.dry_run_decode
-    )
+        pipe, path, layout, flags.settings(), machine, mesh, flags.batch, flags.dry_run_decode,
+        streamed=flags.memory == "low",
+    )  # fmt: skip
     print(f"{layout.height} x {layout.width} pixels, schedule {pipe.schedule}, {pipe.dtype}")
     print(report)
     if not report.fits:

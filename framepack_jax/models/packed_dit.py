@@ -16,7 +16,7 @@ D width = N heads x head width.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from flax import struct
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend, to_heads, to_tokens
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
 from framepack_jax.packing import PackedContext, kernel_shape, parse
-from framepack_jax.sharding import BATCH, TOKENS, constrain
+from framepack_jax.sharding import BATCH, TOKENS, constrain, dividing, fitting
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
 STREAMED = ("double", "single")
@@ -243,6 +243,70 @@ def _head(
     return rearrange(
         out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
     )
+
+
+class Program(NamedTuple):
+    """What a step runs as a whole where blocks are streamed: how often, with which weights, and how
+    it is lowered."""
+
+    name: str
+    runs: int
+    weights: stack.Params
+    lower: Callable[[], jax.stages.Lowered]
+
+
+def programs(
+    cfg: Config,
+    params: stack.Params,
+    x: jax.ShapeDtypeStruct,
+    sigma: jax.ShapeDtypeStruct,
+    context: PackedContext,
+    conditions: Conditions,
+    dtype: Any,
+) -> list[Program]:
+    """The programs of `velocity` where blocks are streamed, those of the blocks first, for shapes
+    that say where they lie on the mesh in use (`jax.set_mesh`); layers of `params` are stacked."""
+    mesh = jax.sharding.get_mesh()
+
+    def placed(x: jax.ShapeDtypeStruct, *axes: Any) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, fitting(axes or (None,) * len(x.shape), x.shape, mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def layer(part: str) -> stack.Params:
+        def first(p: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            where = NamedSharding(mesh, PartitionSpec(*p.sharding.spec[1:]))
+            return jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=where)
+
+        return jax.tree.map(first, params[part])
+
+    small = {name: params[name] for name in ("embed", "refiner")}
+    embedded = small, x, sigma, context, conditions
+    img, txt, *inputs = jax.eval_shape(functools.partial(_embed, cfg, dtype), *embedded)
+    both = jax.eval_shape(_joined, img, txt)
+
+    # What a program gives is divided as far as that goes evenly.
+    def divided(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return placed(x, BATCH, dividing(TOKENS, x.shape[1], mesh.shape), None)
+
+    img, txt, both = map(divided, (img, txt, both))
+    inputs = jax.tree.map(placed, inputs)
+    double, single = layer("double"), layer("single")
+    lower = functools.partial
+    return [
+        Program(
+            "double block", cfg.double_layers, double,
+            lower(stack.lower, DoubleBlock(cfg), double, (img, txt), *inputs),
+        ),
+        Program(
+            "single block", cfg.single_layers, single,
+            lower(stack.lower, SingleBlock(cfg), single, both, *inputs),
+        ),
+        Program("embedding", 1, small, lower(_embed.lower, cfg, dtype, *embedded)),
+        Program(
+            "head", 1, params["head"],
+            lower(_head.lower, cfg, x.shape, params["head"], img, inputs[0]),
+        ),
+    ]  # fmt: skip
 
 
 def context_kernels(schedule: str) -> tuple[str, ...]:

@@ -128,6 +128,11 @@ def _layer(block: nn.Module, params: Params, x: Any, *args: Any) -> Any:
         return block.apply({"params": cast(params, jax.tree.leaves(x)[0].dtype)}, x, *args)
 
 
+def lower(block: nn.Module, params: Params, x: Any, *args: Any) -> jax.stages.Lowered:
+    """The program of one layer of a `Streamed`, for arrays or their shapes."""
+    return _layer.lower(block, params, x, *args)
+
+
 def _rematerialized(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """A layer whose gradient computes again what `remat` does not keep."""
     policies = jax.checkpoint_policies
