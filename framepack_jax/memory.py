@@ -115,10 +115,11 @@ def plan(
         return _streamed(needed, 0, small, "memory low")
     has = f"{needed.everything(tiling) / GB:.1f} of {limit / GB:.1f} GB"
     if needed.everything(tiling) <= USABLE * limit:
-        return Plan(True, None, tiling, f"memory high (auto): {has}")
+        why = f"memory auto: all networks stay on the device, {has}"
+        return Plan(True, None, tiling, why)
     choices = [(n, t) for t in (tiling, small) for n in range(len(needed.blocks), -1, -1)]
     fitting = (c for c in choices if needed.streamed(*c) <= USABLE * limit)
-    return _streamed(needed, *next(fitting, choices[-1]), f"memory low (auto), all would be {has}")
+    return _streamed(needed, *next(fitting, choices[-1]), f"memory auto, as all would be {has}")
 
 
 def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
