@@ -113,12 +113,13 @@ def stopping() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
-def place(tree: Any) -> Any:
+def place(tree: Any, bound: bool = False) -> Any:
     """Arrays, the same in all processes, whole on every device of the mesh in use
-    (`jax.set_mesh`); on the default device where there is none."""
+    (`jax.set_mesh`); on the default device where there is none, to which they may be `bound`."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        return jax.device_put(tree)
+        tree = jax.device_put(tree)
+        return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, tree)) if bound else tree
     whole = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         return jax.device_put(tree, whole)

@@ -113,6 +113,15 @@ def test_two_blocks_are_on_the_device_at_most(low, monkeypatch) -> None:
     assert max(alive) == 2
 
 
+def test_every_kind_of_block_is_one_program(low) -> None:
+    stack._layer.clear_cache()
+    packed_dit._embed.clear_cache()
+    video(low)
+    # Of the text encoder, and of double and single blocks.
+    assert stack._layer._cache_size() == 3
+    assert packed_dit._embed._cache_size() == 1
+
+
 def test_encoders_are_let_go_of(low, monkeypatch) -> None:
     """And the layers of the text encoder are read from the disk, one after the other."""
     kept = []

@@ -126,12 +126,15 @@ def denoise(
         np.float32(cfg_rescale),
         None if cache is None else np.float32(cache.threshold),
     )
-    # Once: what stays on the host is copied at every step.
-    inputs = place(inputs)
+    # Once: what stays on the host is copied at every step. Between programs of streamed layers
+    # arrays are bound to their device, and so are those of the first step.
+    compiled = _is_compiled(params)
+    put = functools.partial(place, bound=not compiled)
+    inputs = put(inputs)
     fixed = model, cfg, dtype, None if cache is None else cache.kind
-    advance = step if _is_compiled(params) else _step
-    state = place(solver.start(noise))
-    cached = place(start_caches(*fixed, params, inputs, state.x))
+    advance = step if compiled else _step
+    state = put(solver.start(noise))
+    cached = put(start_caches(*fixed, params, inputs, state.x))
     finite, ran = [], []
     for i, at in enumerate(_steps(sigmas, table, cache)):
         late = state.history[0]

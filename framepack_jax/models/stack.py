@@ -113,6 +113,8 @@ def _run_streamed(block: nn.Module, params: Streamed, x: Any, *args: Any, layers
     numbers = range(len(params.layers))[layers]
     if not numbers:
         return x
+    # Bound to its device, as what layers give is: else the first would be another program.
+    x = jax.device_put(x, jax.tree.map(lambda stream: stream.sharding, x))
     here = at(params, numbers[0])
     for following in itertools.chain(numbers[1:], [None]):
         before, x = x, _layer(block, here, x, *args)
