@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -351,10 +351,14 @@ def load_streamed(
 
 
 class DeviceBytes(NamedTuple):
-    """Bytes of a network on one device: of each layer that can be streamed, and of all else."""
+    """Bytes of a network on one device: of each layer that can be streamed, and of all else;
+    `largest` is the number of parameters in the largest of those layers, `quantized` whether some
+    are int8."""
 
     base: int
     layers: tuple[int, ...]
+    largest: int
+    quantized: bool = False
 
 
 def device_bytes(
@@ -364,17 +368,20 @@ def device_bytes(
     one. Raises BundleError, ValueError where the mesh does not divide them."""
     reader = _Reader.open(root, manifest, name, dtype, mesh)
     model, _ = role_config(manifest, name)
-    base, layers = 0, dict[tuple[str, str], int]()
+    base, layers, counts = 0, Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for key, leaf in reader.wanted.items():
         part, number, *_ = path = key.split("/")
         shape = leaf.shape if mesh is None else leaf.sharding.shard_shape(leaf.shape)
         size = math.prod(shape) * reader.dtype_of(path, leaf).itemsize
         if part in model.STREAMED:
-            layers[part, number] = layers.get((part, number), 0) + size
+            layers[part, number] += size
+            counts[part, number] += math.prod(leaf.shape)
         else:
             base += size
     order = sorted(layers, key=lambda layer: (model.STREAMED.index(layer[0]), layer[1]))
-    return DeviceBytes(base, tuple(layers[layer] for layer in order))
+    quantized = any(leaf.dtype == np.int8 for leaf in reader.wanted.values())
+    largest = max(counts.values(), default=0)
+    return DeviceBytes(base, tuple(layers[layer] for layer in order), largest, quantized)
 
 
 class _OnDisk(Sequence[stack.Params]):

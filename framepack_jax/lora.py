@@ -113,27 +113,32 @@ def attach(
         shape = shapes[*module, "kernel"].shape
         for name, array in zip((LORA_A, LORA_B), _stacked(layers, shape), strict=True):
             added[*module, name] = array.astype(dtype)
-    placed = unflatten_dict(added)
-    if mesh is None:
-        placed = jax.device_put(placed)
-    else:
-        specs = sharding.resolve(SHARDINGS, placed)
-        placed = jax.device_put(placed, sharding.shard(placed, specs, mesh))
     streamed = {name for name, leaf in params.items() if isinstance(leaf, stack.Streamed)}
-    beside = {path: leaf for path, leaf in flatten_dict(placed).items() if path[0] not in streamed}
-    return unflatten_dict(leaves | beside) | {
-        name: _beside_layers(params[name], placed[name]) for name in streamed & placed.keys()
-    }
+    beside = {path: leaf for path, leaf in added.items() if path[0] not in streamed}
+    made = unflatten_dict(leaves | flatten_dict(_on_devices(unflatten_dict(beside), mesh)))
+    for name in streamed:
+        factors = {path[1:]: leaf for path, leaf in added.items() if path[0] == name}
+        made[name] = _beside_layers(params[name], factors, mesh)
+    return made
 
 
-def _beside_layers(layers: stack.Streamed, factors: stack.Params) -> stack.Streamed:
+def _on_devices(factors: stack.Params, mesh: Mesh | None) -> stack.Params:
+    if mesh is None:
+        return jax.device_put(factors)
+    specs = sharding.resolve(SHARDINGS, factors)
+    return jax.device_put(factors, sharding.shard(factors, specs, mesh))
+
+
+def _beside_layers(
+    layers: stack.Streamed, factors: Mapping[tuple[str, ...], np.ndarray], mesh: Mesh | None
+) -> stack.Streamed:
     """Stacked factors beside the kernels of every layer, where those lie."""
 
     def beside(number: int) -> stack.Params:
         layer = flatten_dict(layers.layers[number])
         kind = next(iter(layer.values())).sharding.memory_kind
-        own = stack.put(stack.at(factors, number), kind)
-        return unflatten_dict(layer | flatten_dict(own))
+        own = unflatten_dict({path: leaf[number] for path, leaf in factors.items()})
+        return unflatten_dict(layer | flatten_dict(stack.put(_on_devices(own, mesh), kind)))
 
     return stack.Streamed([beside(number) for number in range(len(layers.layers))])
 
@@ -217,22 +222,20 @@ def merge(params: stack.Params, *, donate: bool = False) -> stack.Params:
     up, which a network that fills most of a device needs. Raises ValueError where a kernel is not
     floating, before any is changed.
     """
-    leaves = flatten_dict(params)
-    for *module, name in leaves:
-        if name == LORA_A:
-            stack.check_foldable(leaves[*module, "kernel"])
-    streamed = {name for name, leaf in params.items() if isinstance(leaf, stack.Streamed)}
-    if streamed:
-        raise ValueError(
-            "a LoRA cannot be merged into layers that are streamed; leave --merge-lora out, or keep"
-            " all on the device: --memory high"
-        )
+    streamed = [leaf for leaf in params.values() if isinstance(leaf, stack.Streamed)]
+    for part in (params, *(leaf.layers[0] for leaf in streamed)):
+        leaves = flatten_dict(part)
+        for *module, name in leaves:
+            if name == LORA_A:
+                stack.check_foldable(leaves[*module, "kernel"])
     return dict(_merged(params, donate))
 
 
 def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]]:
     for name, leaf in params.items():
-        if not isinstance(leaf, dict):
+        if isinstance(leaf, stack.Streamed):
+            yield name, stack.Streamed([_merged_layer(layer, donate) for layer in leaf.layers])
+        elif not isinstance(leaf, dict):
             yield name, leaf
         elif LORA_A not in leaf:
             yield name, dict(_merged(leaf, donate))
@@ -243,6 +246,13 @@ def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]
             summed = _add_layers(own, leaf[LORA_A], leaf[LORA_B])
             rest = {k: v for k, v in leaf.items() if k not in (LORA_A, LORA_B)}
             yield name, rest | {"kernel": jax.device_put(summed, kernel.sharding)}
+
+
+def _merged_layer(layer: stack.Params, donate: bool) -> stack.Params:
+    """A layer of its own, added up on the device and brought back to where it lies."""
+    kind = jax.tree.leaves(layer)[0].sharding.memory_kind
+    donate &= kind == "device"
+    return jax.block_until_ready(stack.put(dict(_merged(stack.on_device(layer), donate)), kind))
 
 
 @functools.partial(jax.jit, donate_argnames="kernel")

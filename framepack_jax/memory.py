@@ -9,6 +9,7 @@ docs/performance.md).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,20 +24,19 @@ LEVELS = ("auto", "high", "low")
 GB = 1e9
 # Of what JAX may take: buffers leave gaps.
 USABLE = 0.95
-# A step needs so many times its tokens (B, L, D) beside weights, and decoding so many times its
-# widest frames: 1.6 GB on an H100, and 17.8 GB by the compiler for an H200.
-STEP_UNITS, DECODE_UNITS = 16, 5.5
+# A step needs so many times its tokens (B, L, D) beside weights: 14 on an H100, more with a cache
+# and between programs. Decoding so many times its widest frames: 5.3 by the compiler for an H200.
+STEP_UNITS, DECODE_UNITS = 20, 5.5
 # Sides of the VAE's tiles where whole frames are too much.
 TILES = vae.Tiling(size=256, stride=192)
 # Frames that are decoded at once, and the tokens of text and image.
 DECODE_FRAMES, OTHER_TOKENS = 17, 1024
-ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 
 
 class Plan(NamedTuple):
     """Where weights lie. Encoders stay on the device if `encoders`; of the transformer's blocks so
-    many `layers` do, None being all of them as one. The VAE takes videos apart by `tiling`. `why`
-    is a line for people, or empty."""
+    many `layers` do, None being all of them as one. The VAE decodes by `tiling`. `why` is a line
+    for people, or empty."""
 
     encoders: bool
     layers: int | None
@@ -56,7 +56,8 @@ class Work(NamedTuple):
 class Need:
     """Bytes on a device: of the `encoders`, and what of them is there at once while they are read
     layer by layer (`reading`); of the `vae`; of the transformer's `blocks`, and of the rest of it
-    (`base`); and beside all weights, of a `step` and of a `pixel` of a tile that is decoded."""
+    (`base`); and beside all weights, of a `step` and of a `pixel` of a tile that is decoded. Blocks
+    that wait are in the memory of a host of so many `devices`."""
 
     encoders: int
     reading: int
@@ -66,6 +67,7 @@ class Need:
     step: int
     pixel: float
     canvas: tuple[int, int]
+    devices: int = 1
 
     def decode(self, tiling: vae.Tiling) -> int:
         """Decoding, beside weights."""
@@ -93,23 +95,23 @@ def plan(
     tiling: vae.Tiling,
     mesh: Mesh | None = None,
     limit: float | None = None,
+    roles: Sequence[str] = bundle.ROLES,
 ) -> Plan:
     """What stays on the device for a `level`, one of LEVELS.
 
     "high": everything. "low": as little as can be. "auto": what fits into `limit` bytes, by default
     those that JAX may take of the device; where it does not count them, as on a CPU, everything.
-    Frames are taken apart where nothing else helps, as seams may be seen. Raises ValueError for
-    another level, BundleError.
+    Frames are taken apart where nothing else helps, as seams may be seen. Of networks other than
+    the `roles` nothing is needed. Raises ValueError for another level, BundleError.
     """
     if level not in LEVELS:
         raise ValueError(f"memory {level!r}: expected one of {', '.join(LEVELS)}")
     if level == "high":
         return Plan(True, None, tiling, "memory high: all networks stay on the device")
-    if limit is None:
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = limit_of_device() if limit is None else limit
     if level == "auto" and limit is None:
         return Plan(True, None, tiling, "")
-    needed = need(path, work, dtype=dtype, mesh=mesh)
+    needed = need(path, work, dtype=dtype, mesh=mesh, roles=roles)
     small = TILES if tiling.size is None else tiling
     if level == "low":
         return _streamed(needed, 0, small, "memory low")
@@ -118,46 +120,77 @@ def plan(
         why = f"memory auto: all networks stay on the device, {has}"
         return Plan(True, None, tiling, why)
     choices = [(n, t) for t in (tiling, small) for n in range(len(needed.blocks), -1, -1)]
-    fitting = (c for c in choices if needed.streamed(*c) <= USABLE * limit)
-    return _streamed(needed, *next(fitting, choices[-1]), f"memory auto, as all would be {has}")
+    fitting = [choice for choice in choices if needed.streamed(*choice) <= USABLE * limit]
+    why = f"memory auto, as all would be {has}"
+    if not fitting:
+        why += ", and the least is more than there is"
+    return _streamed(needed, *(fitting or choices[-1:])[0], why)
+
+
+def limit_of_device() -> int | None:
+    """Bytes that JAX may take of the device; None where it does not count them."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
     count = len(needed.blocks)
-    parts = [f"{layers} of {count} blocks stay on the device, encoders do not"]
+    parts = []
+    if count:
+        parts.append(f"{layers} of {count} blocks stay on the device, encoders do not")
+    if layers < count:
+        hosted = needed.devices * sum(needed.blocks[layers:])
+        parts.append(f"the others take {hosted / GB:.3g} GB of the host's memory")
     if tiling.size is not None and tiling.size < max(needed.canvas):
-        parts.append(f"the VAE takes frames apart into tiles of {tiling.size}")
-    parts.append(f"{needed.streamed(layers, tiling) / GB:.1f} GB are needed")
+        parts.append(f"the VAE decodes tiles of {tiling.size} pixels")
+    parts.append(f"{needed.streamed(layers, tiling) / GB:.3g} GB are needed")
     return Plan(False, None if layers == count else layers, tiling, f"{why}: {'; '.join(parts)}")
 
 
-def need(path: epath.PathLike, work: Work, *, dtype: str, mesh: Mesh | None = None) -> Need:
-    """What a bundle needs for some work. Raises BundleError, ValueError where a mesh does not
-    divide it."""
+def need(
+    path: epath.PathLike,
+    work: Work,
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+    roles: Sequence[str] = bundle.ROLES,
+) -> Need:
+    """What these networks of a bundle need for some work. Raises BundleError, ValueError where a
+    mesh does not divide them."""
     manifest = bundle.read_manifest(path)
-    sizes = {
-        role: bundle.device_bytes(
-            path, manifest, role, dtype=jnp.dtype("float32" if role == "vae" else dtype), mesh=mesh
-        )
-        for role in bundle.ROLES
-    }
-    configs = {role: bundle.role_config(manifest, role)[1] for role in bundle.ROLES}
-    transformer, encoders = configs["transformer"], [sizes[role] for role in ENCODERS]
-    decoder = configs["vae"]
-    rows, columns = (side // decoder.space_compression for side in work.canvas)
+    computed = jnp.dtype(dtype)
+
+    def size(role: str, mesh: Mesh | None = mesh) -> bundle.DeviceBytes:
+        if role not in roles:
+            return bundle.DeviceBytes(0, (), 0)
+        kept = jnp.dtype("float32") if role == "vae" else computed
+        return bundle.device_bytes(path, manifest, role, dtype=kept, mesh=mesh)
+
+    network, decoder = size("transformer"), bundle.role_config(manifest, "vae")[1]
+    encoders = [size(role) for role in bundle.ROLES if role not in ("transformer", "vae")]
+    devices = 1 if mesh is None else mesh.size
+    # Blocks that are divided are put together, and int8 ones multiplied out, as they run.
+    whole = size("transformer", None)
+    opened = whole.largest * computed.itemsize if mesh or whole.quantized else 0
+    return Need(
+        encoders=sum(each.base + sum(each.layers) for each in encoders),
+        reading=sum(each.base for each in encoders)
+        + max(sum(sorted(each.layers)[-2:]) for each in encoders),
+        vae=size("vae").base,
+        base=network.base,
+        blocks=network.layers,
+        step=math.ceil(_step_bytes(manifest, work, computed) / devices) + opened,
+        pixel=DECODE_UNITS * DECODE_FRAMES * decoder.channels[0] * 4 / devices,
+        canvas=work.canvas,
+        devices=jax.local_device_count() if mesh else 1,
+    )
+
+
+def _step_bytes(manifest: bundle.Manifest, work: Work, dtype: jnp.dtype) -> int:
+    """What a denoising step needs beside weights, on one device."""
+    _, cfg = bundle.role_config(manifest, "transformer")
+    compression = bundle.role_config(manifest, "vae")[1].space_compression
+    rows, columns = (side // compression for side in work.canvas)
     groups = packing.context_tokens(work.schedule, rows, columns)
     tokens = sum(n for _, n in groups) + packing.target_tokens(work.schedule, rows, columns)
     tokens = work.batch * (tokens + OTHER_TOKENS)
-    devices = 1 if mesh is None else mesh.size
-    return Need(
-        encoders=sum(size.base + sum(size.layers) for size in encoders),
-        reading=sum(s.base for s in encoders) + max(sum(sorted(s.layers)[-2:]) for s in encoders),
-        vae=sizes["vae"].base,
-        base=sizes["transformer"].base,
-        blocks=sizes["transformer"].layers,
-        step=math.ceil(
-            STEP_UNITS * tokens * transformer.width * jnp.dtype(dtype).itemsize / devices
-        ),
-        pixel=DECODE_UNITS * DECODE_FRAMES * decoder.channels[0] * 4 / devices,
-        canvas=work.canvas,
-    )
+    return STEP_UNITS * tokens * cfg.width * dtype.itemsize

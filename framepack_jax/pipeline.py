@@ -36,7 +36,7 @@ from framepack_jax.lora import LoRA, attach
 from framepack_jax.lora import merge as merge_lora
 from framepack_jax.models.vae import Tiling, check_tiling
 from framepack_jax.packing import Section, Timeline
-from framepack_jax.processes import fetch
+from framepack_jax.processes import fetch, in_first
 from framepack_jax.request import (
     START_FRAMES,
     Footage,
@@ -139,7 +139,8 @@ class Inputs:
 @dataclasses.dataclass(frozen=True)
 class FramePack:
     """A bundle and how to run it. Build it with `FramePack.load`. Encoders that do not stay on the
-    device are a function that reads them."""
+    device are a function that reads them; `decode_tiling`, where given, is how the VAE takes apart
+    what it decodes, beside `tiling` for what it encodes."""
 
     transformer: Network
     vae: Network
@@ -152,6 +153,7 @@ class FramePack:
     dtype: str = "float32"
     tiling: Tiling = DEFAULT_TILING
     mesh: Mesh | None = None
+    decode_tiling: Tiling | None = None
 
     @classmethod
     def load(
@@ -238,7 +240,7 @@ class FramePack:
 
         loaded = dataclasses.replace(self, vae=network("vae", "float32", bundle.load_params))
         if plan is not None:
-            loaded = dataclasses.replace(loaded, tiling=plan.tiling)
+            loaded = dataclasses.replace(loaded, decode_tiling=plan.tiling)
         if set(roles) == {"vae"}:
             return loaded
         read = functools.partial(load_encoders, root, manifest, jnp.dtype(self.dtype), self.mesh)
@@ -253,12 +255,20 @@ class FramePack:
         )
 
     def plan(
-        self, path: epath.PathLike, level: str, canvas: tuple[int, int], batch: int = 1
+        self,
+        path: epath.PathLike,
+        level: str,
+        canvas: tuple[int, int],
+        batch: int = 1,
+        roles: Sequence[str] = bundle.ROLES,
     ) -> memory.Plan:
-        """What stays on the device for a level of `memory.LEVELS`, where videos sampled at canvas
-        (height, width) are made `batch` side by side. Raises ValueError, BundleError."""
-        work = memory.Work(canvas, batch, self.schedule)
-        return memory.plan(path, level, work, dtype=self.dtype, tiling=self.tiling, mesh=self.mesh)
+        """What of these networks stays on the device for a level of `memory.LEVELS`, where videos
+        sampled at canvas (height, width) are made `batch` side by side; the same in all processes.
+        Raises ValueError, BundleError."""
+        return in_first(
+            memory.plan, path, level, memory.Work(canvas, batch, self.schedule),
+            dtype=self.dtype, tiling=self.tiling, mesh=self.mesh, roles=roles,
+        )  # fmt: skip
 
     def with_lora(self, lora: LoRA, *, merge: bool = False) -> "FramePack":
         """The same with low-rank adapters beside the transformer's kernels, or in them.
@@ -554,7 +564,7 @@ class FramePack:
         model, cfg, params = self.vae
         latents = timeline.read(range(*section.decode))[samples]
         latents = latents * self.latent_std + self.latent_mean
-        clip = self._run(model.decode, cfg, params, latents, self.tiling)
+        clip = self._run(model.decode, cfg, params, latents, self.decode_tiling or self.tiling)
         finite = np.asarray(jnp.isfinite(clip).all(axis=(1, 2, 3, 4)))
         if not finite.all():
             first, last = section.decode

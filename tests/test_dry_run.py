@@ -227,7 +227,7 @@ def test_the_verdict_says_what_helps(monkeypatch) -> None:
         small = dataclasses.replace(both, machine=dataclasses.replace(both.machine, chip=chip))
         assert not small.fits
         assert f"does not fit, 0.0 GB too much; {advice}" in str(small).replace(
-            "the weights alone are more; ", ""
+            "the weights alone are more; give --memory low, or ", ""
         )
 
 
@@ -256,7 +256,7 @@ def of_memory(total: float, resident: float, machine: str, **mesh: int) -> str:
 )
 def test_advice_for_too_many_weights_can_be_followed(machine, mesh, advice) -> None:
     verdict = of_memory(1.6, 1.5, machine, **mesh)
-    assert f"the weights alone are more; divide them over {advice}\n" in verdict
+    assert f"more; give --memory low, or divide them over {advice}\n" in verdict
 
 
 def test_what_jax_would_not_take_of_a_gpu_is_said() -> None:

@@ -119,7 +119,8 @@ def stopped(hosts) -> list[tuple[int, str, str]]:
 
 @pytest.fixture(scope="module")
 def resumed(hosts, stopped) -> list[tuple[int, str, str]]:
-    return ended(sample_in(hosts, "--resume", "run"))
+    """And gone on with, the blocks in the memory of two hosts."""
+    return ended(sample_in(hosts, "--resume", "run", "--memory", "low"))
 
 
 @pytest.fixture(scope="module")

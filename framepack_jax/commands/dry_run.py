@@ -37,8 +37,8 @@ GPU_SHARE, LARGE_GPU_SHARE = 0.75, 0.95
 
 
 STEP_RELIEF = (
-    "more chips help (weights and tokens are divided over them), or a smaller --batch, --height and"
-    " --width"
+    "--memory low or more chips help (weights and tokens are divided over them), or a smaller"
+    " --batch, --height and --width"
 )
 
 
@@ -176,7 +176,7 @@ class Report:
             f"weights a chip   {self.resident / GB:.2f} GB: {networks}",
             *map(str, self.programs),
             f"in all           {self.total / GB:.2f} of {chip.memory / GB:.1f} GB a chip, in"
-            f" {self.largest.name} with all weights: {self._verdict()}",
+            f" {self.largest.name} with {self._there()}: {self._verdict()}",
             f"FLOPs a step     {self.flops:.3e}, counted from the config",
             f"floor            {self.floor_seconds:.3f} s a step at the vendor's"
             f" {chip.flops / 1e12:.0f} TFLOP/s a chip",
@@ -203,6 +203,9 @@ class Report:
             " and links",
         ]
 
+    def _there(self) -> str:
+        return "the weights that stay and two blocks" if self.hosted else "all weights"
+
     def _verdict(self) -> str:
         if self.fits:
             decoded = any(not program.runs for program in self.programs)
@@ -211,7 +214,10 @@ class Report:
         over = (self.total - self.machine.chip.memory) / GB
         advice = self.largest.relief
         if self.resident > self.machine.chip.memory:
-            advice = f"the weights alone are more; divide them over {self._more_chips()}"
+            advice = (
+                f"the weights alone are more; give --memory low, or divide them over"
+                f" {self._more_chips()}"
+            )
         return f"does not fit, {over:.1f} GB too much; {advice}"
 
     def _more_chips(self) -> str:

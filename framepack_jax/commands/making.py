@@ -128,7 +128,10 @@ def explained(error: Exception) -> Exception:
     full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line
     if not full and "out of memory" not in line.lower():
         return OSError(line)
-    return OSError(f"out of memory ({line}); --vae-tile 256 helps while decoding")
+    return OSError(
+        f"out of memory ({line}); --memory low helps on the device, --vae-tile 256 while decoding;"
+        " for memory of the host see docs/performance.md, Little memory"
+    )
 
 
 def _begin(pipe: FramePack, task: Task) -> None:

@@ -51,8 +51,10 @@ from framepack_jax.commands.shots import (
     read_jobs,
     read_request,
     saved_shot,
+    tiling_of,
 )
 from framepack_jax.conversion.lora import read as read_lora
+from framepack_jax.memory import TILES
 from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.pipeline import FramePack
@@ -142,11 +144,11 @@ class Sample(Shot):
     """How many processes there are."""
     process: int | None = None
     """The number of this one, from 0."""
-    memory: Literal["auto", "high", "low"] = "auto"
+    memory: Literal["auto", "high", "low"] | None = None
     """What stays on the device. high: all networks. low: as little as can be; the transformer's
-    blocks wait in host memory, each copied while the one before computes, the encoders on the disk,
-    and the VAE decodes tiles of 256 pixels. auto: as much as fits, and says what. Videos are the
-    same but for rounding, and for seams between tiles."""
+    blocks wait in host memory, each copied while the one before computes, encoders on the disk, and
+    the VAE decodes tiles of 256 pixels. auto, the default: as much as fits, and says what. Latents
+    are the same but for rounding."""
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
@@ -226,12 +228,14 @@ def _dry_run(flags: Sample) -> list[Path]:
     _check_kernel(flags.attention, "gpu" if machine.chip.platform == "cuda" else "tpu")
     mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
     path = path_of(_bundle(flags))
-    pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, flags.vae_tile)
+    low = flags.memory == "low"
+    tile = flags.vae_tile or (TILES.size if low else None)
+    pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, tile)
     request = Request("", None if flags.image is None else video.load_image(flags.image))
     layout = lay_out(pipe.geometry, request, sections=1, height=flags.height, width=flags.width)
     report = dry_run(
         pipe, path, layout, flags.settings(), machine, mesh, flags.batch, flags.dry_run_decode,
-        streamed=flags.memory == "low",
+        streamed=low,
     )  # fmt: skip
     print(f"{layout.height} x {layout.width} pixels, schedule {pipe.schedule}, {pipe.dtype}")
     print(report)
@@ -301,9 +305,16 @@ def _with_weights(
 ) -> FramePack:
     """Load what the flags keep on the device, and say what that is."""
     canvas = max((task.layout.canvas for task in tasks), key=math.prod)
-    plan = in_first(pipe.plan, path, flags.memory, canvas, flags.batch)
-    if plan.why and roles == bundle.ROLES:
+    level = flags.memory or tasks[0].run.record.get("memory", "auto")
+    plan = pipe.plan(path, level, canvas, flags.batch, roles)
+    # What a video began with it goes on with, unless told otherwise.
+    began = tasks[0].run.record.get("decode_tile")
+    if began and flags.resume and not (flags.memory or flags.vae_tile):
+        plan = plan._replace(tiling=tiling_of(began))
+    if plan.why:
         print(plan.why)
+    for task in tasks:
+        task.run.record |= {"memory": level, "decode_tile": plan.tiling.size}
     return pipe.with_weights(path, roles, plan)
 
 

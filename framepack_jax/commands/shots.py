@@ -180,6 +180,11 @@ def lay_out_shot(pipe: FramePack, shot: Shot, request: Request) -> Layout:
     )  # fmt: skip
 
 
+def tiling_of(tile: int | None) -> Tiling:
+    """Squares of so many pixels that overlap by a quarter; whole frames without."""
+    return Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
+
+
 def open_pipe(
     path: str | Path,
     dtype: str | None,
@@ -188,7 +193,7 @@ def open_pipe(
     mesh: str | None = None,
 ) -> FramePack:
     """`FramePack.open` with flags for tiles and mesh; several processes have a mesh in any case."""
-    tiling = Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
+    tiling = tiling_of(tile)
     sizes = {} if mesh is None else sharding.parse_mesh(mesh)
     if mesh is None and jax.process_count() > 1:
         _, cfg = bundle.role_config(bundle.read_manifest(path), "transformer")

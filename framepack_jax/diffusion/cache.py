@@ -12,12 +12,13 @@ residual that the blocks added when they last ran is added again, and the head d
   which they ran by more than the threshold, relatively.
 
 Samples of a batch decide for themselves: one that does not need the blocks keeps its residual also
-where they run for another. Everything is made for use inside one compiled program.
+where they run for another.
 
 Shapes: B batch, L image tokens, D width.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -74,6 +75,7 @@ def forced(kind: str, steps: int) -> np.ndarray:
     return (step == 0) | (step == steps - 1) if kind == "tea" else step == 0
 
 
+@functools.partial(jax.jit, static_argnames="polynomial")
 def tea(
     state: State,
     signal: jax.Array,
@@ -96,6 +98,7 @@ def tea(
     return need, State(signal, state.residual, jnp.where(need, 0.0, total))
 
 
+@jax.jit
 def first_block(
     state: State, signal: jax.Array, forced: jax.Array, threshold: jax.Array
 ) -> tuple[jax.Array, State]:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import SingleDeviceSharding
 
 Params = dict[str, Any]
 LORA_A, LORA_B = "lora_a", "lora_b"
@@ -108,8 +109,9 @@ def run(
 
 
 def _run_streamed(block: nn.Module, params: Streamed, x: Any, *args: Any, layers: slice) -> Any:
-    """A program a layer. The next one is asked for when the layer before this one is done, so that
-    the device has two of them at most, and always something to compute."""
+    """A program a layer. When the layer before is done, the next copy is asked for and then this
+    layer is started, in this order: GPUs begin a copy to fresh memory when what was started before
+    has ended. So the device has two layers at most."""
     numbers = range(len(params.layers))[layers]
     if not numbers:
         return x
@@ -117,10 +119,9 @@ def _run_streamed(block: nn.Module, params: Streamed, x: Any, *args: Any, layers
     x = jax.device_put(x, jax.tree.map(lambda stream: stream.sharding, x))
     here = at(params, numbers[0])
     for following in itertools.chain(numbers[1:], [None]):
-        before, x = x, _layer(block, here, x, *args)
-        if following is not None:
-            jax.block_until_ready(before)
-            here = at(params, following)
+        jax.block_until_ready(x)
+        coming = None if following is None else at(params, following)
+        x, here = _layer(block, here, x, *args), coming
     return x
 
 
@@ -181,11 +182,31 @@ def on_host(params: Params) -> Params:
 
 
 def put(params: Params, kind: str) -> Params:
-    """Arrays of numpy or JAX in this kind of memory, by one call for all."""
+    """Arrays of numpy or JAX in this kind of memory, by one call for all. What other processes have
+    of an array they move themselves."""
     leaves, tree = jax.tree.flatten(params)
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    where = [leaf.sharding if isinstance(leaf, jax.Array) else alone for leaf in leaves]
-    return tree.unflatten(jax.device_put(leaves, [w.with_memory_kind(kind) for w in where]))
+    alone = jax.config.jax_default_device
+    if not isinstance(alone, jax.Device):
+        alone = jax.local_devices()[0]
+    pieces, where, counts = [], [], []
+    for leaf in leaves:
+        shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        parts = [shard.data for shard in leaf.addressable_shards] if shared else [leaf]
+        known = isinstance(leaf, jax.Array)
+        pieces += parts
+        where += [p.sharding if known else SingleDeviceSharding(alone) for p in parts]
+        counts.append(len(parts) if shared else 0)
+    moved = iter(jax.device_put(pieces, [w.with_memory_kind(kind) for w in where]))
+
+    def joined(leaf: Any, count: int) -> jax.Array:
+        if not count:
+            return next(moved)
+        shards = [next(moved) for _ in range(count)]
+        return jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding.with_memory_kind(kind), shards
+        )
+
+    return tree.unflatten([joined(*each) for each in zip(leaves, counts, strict=True)])
 
 
 def cast(params: Params, dtype: Any) -> Params:
