@@ -9,7 +9,7 @@ Command:  make tiny-bundle, which has every step; those that this file is for ar
 Hardware: two CPU cores; a step takes 0.42 s at 64x64 and 1.6 s at 128x128, beside no other work.
 Result:   docs/training.md, "The tiny bundle": the first learns from many small first sections what
           captions ask for, of which a step is four times cheaper there; the second, sizes, details
-          and what comes after. The third has not been run yet.
+          and what comes after. The third has not been run with these weights.
 """
 
 from framepack_jax import packing
