@@ -284,7 +284,9 @@ def test_the_head_multiplies_factors_as_it_does_kernels(model) -> None:
     attached = lora.attach(params, random_lora(cfg, 2))
     tokens, vec = jnp.zeros((1, 6, cfg.width), jnp.bfloat16), jnp.zeros((1, cfg.width))
     trace = jax.make_jaxpr(lambda p: packed_dit.head(cfg, p, tokens, vec, (1, 1, 4, 6, 16)))
-    products = [e for e in trace(attached).eqns if e.primitive.name == "dot_general"]
+    (program,) = trace(attached).eqns
+    inner = program.params["jaxpr"].eqns
+    products = [e for e in inner if e.primitive.name == "dot_general"]
     assert len(products) == 6
     for product in products:
         assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
