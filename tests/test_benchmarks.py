@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from benchmarks import captions, conversion, gpu, sampling
+from benchmarks import captions, conversion, gpu, lengths, sampling
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
 from framepack_jax import bundle, packing
@@ -220,3 +220,28 @@ def test_what_captions_decide_is_measured(tmp_path) -> None:
     difference = batch.target[0].astype(np.float32) - batch.target[1].astype(np.float32)
     assert figures["no_doubt"] == pytest.approx(np.mean(difference**2)) and difference.any()
     assert np.any(batch.text[0] != batch.text[1])
+
+
+def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
+    # Sections of 8 frames.
+    small = ("--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--height", "32", "--width", "32")
+    config = lengths.Config(bundle="random", steps=1, flags=small)
+    made = lengths.measure(config, 1.1)
+    assert made["sections"] == 4 and made["memory"] > 1e8
+    assert made["section"] == pytest.approx(made["denoising"] + made["decoding"])
+    head, _, row = lengths.table([made]).splitlines()
+    assert head.count("|") == row.count("|") and row.startswith("| 1.1 s | 4 |")
+    with pytest.raises(SystemExit, match=r"error: sample.py ended with 1: .*nowhere is no bundle"):
+        lengths.main(["--bundle", "nowhere", "--seconds", "1"])
+
+
+def test_sections_at_the_ends_of_a_video_are_left_out() -> None:
+    # Compilation, six sections of which the last two take half as long again, the last section.
+    sections = [[9, 9], [5, 5], *[[0.25, 0.75]] * 4, *[[0.5, 1.0]] * 2, [7, 7]]
+    found = lengths.figures({"section_seconds": sections, "peak_memory_bytes": 12})
+    assert found == {
+        "sections": 9, "section": 1.0, "denoising": 0.25, "decoding": 0.75, "growth": 1.5,
+        "memory": 12,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="a video of 3 sections: expected 4 at least"):
+        lengths.figures({"section_seconds": sections[:3], "peak_memory_bytes": 12})

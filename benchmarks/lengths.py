@@ -1,0 +1,113 @@
+"""Whether a section of a long video costs more than one of a short video.
+
+    python benchmarks/lengths.py [--bundle tiny] [--seconds 5 20 60] [--json FILE]
+
+Makes a video of each length by `sample.py`, in a process of its own, and reads what the runs have
+noted: seconds of every section, denoising and decoding with files, and the peak memory of the
+process, or of the device where it counts its memory.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+# At the beginning programs are compiled or read, and the last section decodes more.
+SETTLED = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure videos of some lengths, one after the other."""
+
+    bundle: str = "tiny"
+    """The bundle."""
+    seconds: tuple[float, ...] = (5.0, 20.0, 60.0)
+    """Lengths; the shortest needs four sections."""
+    steps: int = 10
+    """Denoising steps a section."""
+    flags: tuple[str, ...] = ()
+    """More flags of sample.py, as "--height=64"."""
+    image: Path = ROOT / "examples" / "sprites.png"
+    """First frame."""
+    json: Path | None = None
+    """Keep the figures here."""
+
+
+def main(args: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print and return the figures of every length."""
+    config = tyro.cli(Config, prog="benchmarks/lengths.py", args=args)
+    try:
+        made = [measure(config, seconds) for seconds in config.seconds]
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(table(made))
+    if config.json is not None:
+        config.json.write_text(json.dumps(made, indent=1))
+    return made
+
+
+def measure(config: Config, seconds: float) -> dict[str, Any]:
+    """Figures of one length. Raises RuntimeError where sampling fails, ValueError for a video too
+    short to tell its sections apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, str(ROOT / "sample.py"), "--bundle", config.bundle,
+            "--image", str(config.image), "--prompt", "the shapes move", "--overwrite",
+            "--seconds", str(seconds), "--steps", str(config.steps), "--output", folder,
+            *config.flags,
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"sample.py ended with {done.returncode}: {done.stderr[-500:]}")
+        record = json.loads((Path(folder) / "run.json").read_text())
+    return {"seconds": seconds} | figures(record["timings"])
+
+
+def figures(timings: dict[str, Any]) -> dict[str, Any]:
+    """What the timings of a run say: medians of settled sections, in seconds; those of the last
+    third over those of the first; bytes of memory. Raises ValueError for too few sections."""
+    sections = timings["section_seconds"]
+    settled = sections[SETTLED:-1]
+    if not settled:
+        raise ValueError(
+            f"a video of {len(sections)} sections: expected {SETTLED + 2} at least, give more"
+            " seconds"
+        )
+    totals = [sum(parts) for parts in settled]
+    third = max(1, len(totals) // 3)
+    return {
+        "sections": len(sections),
+        "section": statistics.median(totals),
+        "denoising": statistics.median(parts[0] for parts in settled),
+        "decoding": statistics.median(parts[1] for parts in settled),
+        "growth": statistics.median(totals[-third:]) / statistics.median(totals[:third]),
+        "memory": timings["peak_memory_bytes"],
+    }
+
+
+def table(made: list[dict[str, Any]]) -> str:
+    """A Markdown table, a row a length."""
+    lines = [
+        "| length | sections | a section | denoising | decoding, files | last third / first"
+        " | peak memory |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in made:
+        lines.append(
+            f"| {row['seconds']:g} s | {row['sections']} | {row['section']:.2f} s"
+            f" | {row['denoising']:.2f} s | {row['decoding']:.2f} s | {row['growth']:.2f}"
+            f" | {row['memory'] / 2**20:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
