@@ -192,6 +192,11 @@ def test_int8_weights_stay_int8_in_host_memory(tmp_path) -> None:
     layer = ours.transformer.params["single"].layers[1]
     assert layer["qkv"]["kernel"].dtype == jnp.int8
     assert layer["qkv"]["kernel_scale"].dtype == jnp.float32
+    # A block is multiplied out as it runs.
+    work = Work((64, 64), 1, FLAGS[5])
+    steps = [memory.need(where, work, dtype="float32").step for where in (path, RANDOM)]
+    sizes = bundle.device_bytes(path, bundle.read_manifest(path), "transformer", dtype=jnp.float32)
+    assert steps[0] - steps[1] == 4 * sizes.largest > 0
     np.testing.assert_array_equal(latents(ours), latents(theirs))
 
 
@@ -242,6 +247,20 @@ def test_bytes_are_those_that_are_loaded(high, low) -> None:
             assert sum(x.nbytes for x in jax.tree.leaves(layer)) == sizes.layers[first + i]
     half = bundle.device_bytes(RANDOM, manifest, "transformer", dtype=jnp.bfloat16)
     assert 2 * half.base == sizes.base
+
+
+def test_what_is_there_at_the_same_time_is_added_up() -> None:
+    made = Need(
+        encoders=100, reading=30, vae=10, base=5, blocks=(8, 8, 3, 3), step=20, pixel=2.0,
+        canvas=(4, 4),
+    )  # fmt: skip
+    # Beside VAE and base: a step and two blocks of 8, or decoding 32, or reading text 30.
+    assert made.streamed(0, WHOLE) == 15 + 36
+    # Two blocks stay: a step and two of 3, or decoding, or a tile and reading.
+    assert made.streamed(2, WHOLE) == 15 + 16 + 32
+    assert made.streamed(2, Tiling(size=2, stride=1)) == 15 + 16 + 30
+    assert made.streamed(4, WHOLE) == 15 + 22 + 32
+    assert made.everything(WHOLE) == 100 + 15 + 22 + 32
 
 
 # The released model in bfloat16 at 608 x 640: parameters by hand, 20 blocks of 36 and 40 of 15 D^2.

@@ -215,7 +215,7 @@ class Report:
         advice = self.largest.relief
         if self.resident > self.machine.chip.memory:
             advice = (
-                f"the weights alone are more; give --memory low, or divide them over"
+                "the weights alone are more; give --memory low, or divide them over"
                 f" {self._more_chips()}"
             )
         return f"does not fit, {over:.1f} GB too much; {advice}"
@@ -276,8 +276,7 @@ def dry_run(
         for role in bundle.ROLES
     }
     weights = params["transformer"]
-    lower = _streamed_step if streamed else _step
-    programs = lower(pipe, weights, configs, layout, settings, batch, devices)
+    programs = _step(pipe, weights, configs, layout, settings, batch, devices, streamed)
     if decode:
         programs.append(_decode(pipe, params["vae"], layout, batch, devices))
     rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
@@ -359,11 +358,19 @@ def _step(
     settings: Settings,
     batch: int,
     devices: Mesh,
+    streamed: bool,
 ) -> list[Program]:
-    """The denoising step."""
+    """The denoising step; where blocks are streamed, the programs that it consists of."""
     model, cfg, _ = pipe.transformer
     whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
     inputs, at, state = jax.tree.map(whole, _inputs(pipe, configs, layout, settings, batch))
+    if streamed:
+        sigma = whole(jax.ShapeDtypeStruct((batch,), jnp.float32))
+        given = state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
+        with jax.set_mesh(devices):
+            parts = model.programs(cfg, weights, *given)
+        passes = 1 + (settings.cfg != 1)
+        return [_part(pipe, part, passes, devices) for part in parts]
     kind = settings.step_cache and settings.step_cache.kind
     fixed = model, cfg, pipe.dtype, kind
     # Zeros, on this machine: outside of the mesh, whose devices hold nothing.
@@ -375,35 +382,15 @@ def _step(
     return [compiled_program("step", STEP_RELIEF, weights, lower, devices)]
 
 
-def _streamed_step(
-    pipe: FramePack,
-    weights: Any,
-    configs: dict[str, Any],
-    layout: Layout,
-    settings: Settings,
-    batch: int,
-    devices: Mesh,
-) -> list[Program]:
-    """The programs that a step consists of where blocks are streamed."""
-    model, cfg, _ = pipe.transformer
-    whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
-    inputs, _, state = jax.tree.map(whole, _inputs(pipe, configs, layout, settings, batch))
-    sigma = whole(jax.ShapeDtypeStruct((batch,), jnp.float32))
-    with jax.set_mesh(devices):
-        parts = model.programs(
-            cfg, weights, state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
-        )
-    passes = 1 + (settings.cfg != 1)
+def _part(pipe: FramePack, part: Any, passes: int, devices: Mesh) -> Program:
+    """A program of a step that passes the network so often."""
 
-    def compiled(part: Any) -> Program:
-        def lower() -> jax.stages.Lowered:
-            with sampler.precision(pipe.dtype):
-                return part.lower()
+    def lower() -> jax.stages.Lowered:
+        with sampler.precision(pipe.dtype):
+            return part.lower()
 
-        program = compiled_program(part.name, STEP_RELIEF, part.weights, lower, devices)
-        return dataclasses.replace(program, runs=passes * part.runs)
-
-    return [compiled(part) for part in parts]
+    program = compiled_program(part.name, STEP_RELIEF, part.weights, lower, devices)
+    return dataclasses.replace(program, runs=passes * part.runs)
 
 
 def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:

@@ -67,6 +67,8 @@ KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 INTERRUPTED, TERMINATED = 130, 143
 # Flags that say how processes find each other.
 CLUSTER = ("coordinator", "processes", "process")
+# Flags that may be others when a run is gone on with: where, and how, it is computed.
+ON_THIS_MACHINE = ("bundle", "mesh", "memory", "attention", "vae_tile")
 # Flags that a dry run would ignore.
 NOT_COMPILED = (
     "resume", "decode", "jobs", "output", "overwrite", "latents_only", "extend", "end_image",
@@ -127,8 +129,8 @@ class Sample(Shot):
     dry_run: str | None = None
     """Make nothing; compile a step for this machine and say whether it fits: v5e:4x4, v5p-64,
     h100:8, rtx4090:1, with all weights on its chips unless --memory low is given. Exit code 0 where
-    it does, else 1. Bundles "framepack_i2v" and
-    "framepack_f1" are the released models for this, without weights."""
+    it does, else 1. Bundles "framepack_i2v" and "framepack_f1" are the released models for this,
+    without weights."""
     dry_run_decode: bool = False
     """Compile the VAE's decoder too in a --dry-run: seconds for a GPU, minutes for a TPU."""
     mesh: str | None = None
@@ -383,17 +385,7 @@ def _report(run: Run) -> None:
 def _go_on(folder: Path, flags: Sample) -> list[Path]:
     """Resume a run after its last finished section."""
     began = time.monotonic()
-    _check_alone(
-        flags,
-        "--resume",
-        "dtype",
-        "vae_tile",
-        "bundle",
-        "latents_only",
-        "attention",
-        "mesh",
-        "memory",
-    )
+    _check_alone(flags, "--resume", "dtype", "latents_only", *ON_THIS_MACHINE)
     run = Run.open(folder)
     if run.record["status"] == "finished" and in_first((folder / "video.mp4").exists):
         print(f"{folder} is finished already: {folder / 'video.mp4'}")
@@ -414,7 +406,7 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
 def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     """Decode the latents of a run folder, whatever sections it has."""
     began = time.monotonic()
-    _check_alone(flags, "--decode", "vae_tile", "bundle", "attention", "mesh", "memory")
+    _check_alone(flags, "--decode", *ON_THIS_MACHINE)
     run = Run.open(folder)
     pipe, task = _saved(run, flags, roles=("vae",))
     pipe = _with_weights(pipe, run.record["bundle"], flags, [task], roles=("vae",))

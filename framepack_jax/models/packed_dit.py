@@ -291,20 +291,19 @@ def programs(
     img, txt, both = map(divided, (img, txt, both))
     inputs = jax.tree.map(placed, inputs)
     double, single = layer("double"), layer("single")
-    lower = functools.partial
     return [
         Program(
             "double block", cfg.double_layers, double,
-            lower(stack.lower, DoubleBlock(cfg), double, (img, txt), *inputs),
+            functools.partial(stack.lower, DoubleBlock(cfg), double, (img, txt), *inputs),
         ),
         Program(
             "single block", cfg.single_layers, single,
-            lower(stack.lower, SingleBlock(cfg), single, both, *inputs),
+            functools.partial(stack.lower, SingleBlock(cfg), single, both, *inputs),
         ),
-        Program("embedding", 1, small, lower(_embed.lower, cfg, dtype, *embedded)),
+        Program("embedding", 1, small, functools.partial(_embed.lower, cfg, dtype, *embedded)),
         Program(
             "head", 1, params["head"],
-            lower(_head.lower, cfg, x.shape, params["head"], img, inputs[0]),
+            functools.partial(_head.lower, cfg, x.shape, params["head"], img, inputs[0]),
         ),
     ]  # fmt: skip
 

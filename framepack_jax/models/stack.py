@@ -182,31 +182,34 @@ def on_host(params: Params) -> Params:
 
 
 def put(params: Params, kind: str) -> Params:
-    """Arrays of numpy or JAX in this kind of memory, by one call for all. What other processes have
-    of an array they move themselves."""
+    """Arrays of numpy or JAX in this kind of memory, by one call for all. Of an array that several
+    processes share, each moves its own shards."""
     leaves, tree = jax.tree.flatten(params)
-    alone = jax.config.jax_default_device
-    if not isinstance(alone, jax.Device):
-        alone = jax.local_devices()[0]
-    pieces, where, counts = [], [], []
-    for leaf in leaves:
-        shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        parts = [shard.data for shard in leaf.addressable_shards] if shared else [leaf]
-        known = isinstance(leaf, jax.Array)
-        pieces += parts
-        where += [p.sharding if known else SingleDeviceSharding(alone) for p in parts]
-        counts.append(len(parts) if shared else 0)
-    moved = iter(jax.device_put(pieces, [w.with_memory_kind(kind) for w in where]))
+    parts = [
+        [shard.data for shard in leaf.addressable_shards] if _is_shared(leaf) else [leaf]
+        for leaf in leaves
+    ]
+    default = jax.config.jax_default_device
+    if not isinstance(default, jax.Device):
+        default = jax.local_devices()[0]
+    alone = SingleDeviceSharding(default)
 
-    def joined(leaf: Any, count: int) -> jax.Array:
-        if not count:
-            return next(moved)
-        shards = [next(moved) for _ in range(count)]
-        return jax.make_array_from_single_device_arrays(
-            leaf.shape, leaf.sharding.with_memory_kind(kind), shards
-        )
+    def there(part: Any) -> jax.sharding.Sharding:
+        where = part.sharding if isinstance(part, jax.Array) else alone
+        return where.with_memory_kind(kind)
 
-    return tree.unflatten([joined(*each) for each in zip(leaves, counts, strict=True)])
+    def whole(leaf: Any, parts: list[jax.Array]) -> jax.Array:
+        if not _is_shared(leaf):
+            return parts[0]
+        where = leaf.sharding.with_memory_kind(kind)
+        return jax.make_array_from_single_device_arrays(leaf.shape, where, parts)
+
+    moved = jax.device_put(parts, jax.tree.map(there, parts))
+    return tree.unflatten(map(whole, leaves, moved))
+
+
+def _is_shared(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
 def cast(params: Params, dtype: Any) -> Params:
