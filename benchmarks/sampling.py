@@ -3,8 +3,9 @@
     python benchmarks/sampling.py [--sections 20] [--steps 8] [--json FILE]
 
 Measures the command as people run it, run folders and all: `sample.run` makes a video of each
-schedule, in a process of its own, and probes stand at the calls that write files. Then the pieces
-of a denoising step, alone. With the random bundle the transformer is next to nothing, so that what
+schedule, in a process of its own, and probes stand at the calls that write files. The same latents
+without frames, and then their frames, say what the two parts take where neither waits for the
+other. Then the pieces of a denoising step, alone. With the random bundle the transformer is next to nothing, so that what
 shows is everything else.
 """
 
@@ -39,7 +40,7 @@ from framepack_jax.request import Layout, Request, lay_out, prepare
 
 ROOT = Path(__file__).parent.parent
 COMPILED = "/jax/core/compile/backend_compile_duration"
-PARTS = ("denoising", "decoding", "files")
+PARTS = ("denoising", "decoding")
 # Sections at the beginning and at the end of a run whose medians are compared.
 ENDS = 5
 # The first sections differ from all others in what they decode and join; so does the last.
@@ -141,18 +142,22 @@ def measure(config: Config, schedule: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         long = _flags(config, schedule, config.sections, Path(folder) / "long")
         again = _flags(config, schedule, SETTLED, Path(folder) / "again")
+        alone = dataclasses.replace(long, output=Path(folder) / "alone", latents_only=True)
         first = _watch(long)
         programs = sampler.step._cache_size()
         second = _watch(again)
+        denoised = _watch(alone)
+        decoded = _watch(sample.Sample(decode=alone.output))
         record = Run.open(long.output).record
         memory = _memory(long.output)
-    seconds = _seconds(first)
+    seconds = _seconds(first, denoised, decoded)
     in_run = 1e3 * statistics.median(seconds["denoising"]) / config.steps
     return {
         "schedule": schedule,
         "order": record["order"],
         "seconds": seconds,
         "growth": {name: _growth(values) for name, values in seconds.items()},
+        "parts": sum(sum(seconds[name]) for name in PARTS) / sum(seconds["all"]),
         "compilations": {"step": programs, **_compilations(first)},
         "first_frames": {
             "section": first.first_frames[0],
@@ -232,24 +237,30 @@ def _watch(flags: sample.Sample) -> Log:
     return log
 
 
-def _seconds(log: Log) -> dict[str, list[float]]:
-    """Seconds of sections 2, 3, ... by part. `joining` is in files; `preview` is in denoising,
-    beside the device's work. `processor` is that of all threads, which other work on the machine
-    changes little."""
-    saves, spans = log.calls["save_section"], log.calls["add_span"]
-    seconds: dict[str, list[float]] = {n: [] for n in ("all", *PARTS, "joining", "preview")}
-    for number in range(1, len(spans)):
-        begin, end = spans[number - 1][1], spans[number][1]
-        files = sum(stop - start for start, stop in (saves[number], spans[number]))
-        denoising = saves[number][0] - begin
-        parts = denoising, end - begin - denoising - files, files
-        for name, value in zip(("all", *PARTS), (end - begin, *parts), strict=True):
-            seconds[name].append(value)
-        for name, calls in (("joining", log.calls["join"]), ("preview", log.calls["step"])):
-            inside = (stop - start for start, stop in calls if begin <= start and stop <= end)
-            seconds[name].append(sum(inside))
+def _seconds(log: Log, denoised: Log, decoded: Log) -> dict[str, list[float]]:
+    """Seconds of sections 2, 3, ... of a run, of one that only denoises the same, and of one that
+    only decodes the same. `files`, `joining` among them, and `preview` are in the run itself, where
+    the device has other work meanwhile. `processor` is that of all threads, which other work on the
+    machine changes little."""
+
+    def between(ends: Sequence[tuple[float, float]]) -> list[float]:
+        return [later - earlier for (_, earlier), (_, later) in itertools.pairwise(ends)]
+
+    calls = log.calls
+    spans = calls["add_span"]
+    seconds = {
+        "all": between(spans),
+        "denoising": between(denoised.calls["save_section"]),
+        "decoding": between(decoded.calls["add_span"]),
+    }
+    kinds = {"files": ("save_section", "add_span"), "joining": ("join",), "preview": ("step",)}
+    for name, of in kinds.items():
+        seconds[name] = [
+            sum(b - a for call in of for a, b in calls[call] if begin <= a and b <= end)
+            for (_, begin), (_, end) in itertools.pairwise(spans)
+        ]
     processor = [end - begin for begin, end in itertools.pairwise(log.processor)]
-    return {**seconds, "processor": processor}
+    return seconds | {"processor": processor}
 
 
 def _growth(values: Sequence[float]) -> float:
@@ -381,14 +392,18 @@ def table(result: dict[str, Any]) -> str:
         f"  {f'seconds a section, 2..{last}':<34}median   least    most   last / first {ENDS}",
     ]
     labels = {
+        "denoising": "latents without frames",
+        "decoding": "their frames, afterwards",
+        "files": "of all: files",
         "joining": "  of files: joining video.mp4",
-        "preview": "  of denoising: bars, preview",
+        "preview": "of all: bars, preview",
         "processor": "processor time, all threads",
     }
     for name, values in seconds.items():
         times = (statistics.median(values), min(values), max(values))
         numbers = "".join(f"{value:8.3f}" for value in times)
         lines.append(f"    {labels.get(name, name):<30}{numbers}{result['growth'][name]:10.2f}")
+    lines.append(f"  both parts one after the other take {result['parts']:.2f} times as long as all")
     return "\n".join([*lines, *_counts(result), *_step_lines(result["step"])])
 
 

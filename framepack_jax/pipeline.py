@@ -561,19 +561,32 @@ class FramePack:
     ) -> jax.Array:
         """The clip (B, P, height, width, 3) in about [-1, 1] that a section lets us decode, of
         these samples of the batch. Raises NotFinite."""
+        clip, check = self.start_clip(section, timeline, samples)
+        check()
+        return clip
+
+    def start_clip(
+        self, section: Section, timeline: Timeline, samples: slice = slice(None)
+    ) -> tuple[jax.Array, Callable[[], None]]:
+        """The clip of `decode_clip`, which the device may still be at work on, and a function that
+        waits for it and raises NotFinite where it is not finite."""
         model, cfg, params = self.vae
         latents = timeline.read(range(*section.decode))[samples]
         latents = latents * self.latent_std + self.latent_mean
         clip = self._run(model.decode, cfg, params, latents, self.decode_tiling or self.tiling)
-        finite = np.asarray(jnp.isfinite(clip).all(axis=(1, 2, 3, 4)))
-        if not finite.all():
-            first, last = section.decode
-            raise NotFinite(
-                f"frames decoded from latents {first} to {last - 1} are not finite in"
-                f" {latents.dtype}; check the weights of the VAE",
-                np.arange(timeline.latents.shape[0])[samples][~finite].tolist(),
-            )
-        return clip
+        finite = jnp.isfinite(clip).all(axis=(1, 2, 3, 4))
+        numbers = np.arange(timeline.latents.shape[0])[samples]
+        first, last = section.decode
+
+        def check() -> None:
+            if not np.asarray(finite).all():
+                raise NotFinite(
+                    f"frames decoded from latents {first} to {last - 1} are not finite in"
+                    f" {latents.dtype}; check the weights of the VAE",
+                    numbers[~np.asarray(finite)].tolist(),
+                )
+
+        return clip, check
 
 
 def _warn_of_unused(

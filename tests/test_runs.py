@@ -14,6 +14,7 @@ from torch_reference import relative_error
 from framepack_jax import FramePack, conditioning, packing, pipeline, video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
+from framepack_jax.diffusion import sampler
 from framepack_jax.models import vae
 from framepack_jax.request import Footage, footage_of
 
@@ -120,6 +121,29 @@ def test_latents_now_and_frames_later(whole, tmp_path) -> None:
     sample.main(["--decode", str(run.folder)])
     assert len(frames_of(run)) == 25 and Run.open(run.folder).record["status"] == "finished"
     assert gif_of(run)[0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_frames_are_written_while_the_next_section_is_made(tmp_path, monkeypatch) -> None:
+    """Two steps a section: the second is under way when the first calls back."""
+    seen = []
+
+    def noted(place: object, name: str) -> None:
+        original = getattr(place, name)
+
+        def call(*args):
+            seen.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(place, name, call)
+
+    noted(sampler, "step")
+    noted(FramePack, "start_clip")
+    noted(Run, "save_section")
+    noted(Run, "add_span")
+    make(tmp_path / "run", "--sections", 3, schedule=F1)
+    section = ["save_section", "start_clip"]
+    following = ["step", "step", "add_span", *section]
+    assert seen == ["step", "step", *section, *following, *following, "add_span"]
 
 
 def test_decoding_a_part_gives_what_is_final(whole, tmp_path) -> None:
@@ -445,15 +469,15 @@ def test_a_run_is_not_extended_into_itself(whole, tmp_path) -> None:
 
 
 def test_a_failed_decoding_does_not_pass_for_a_finished_run(whole, tmp_path, monkeypatch) -> None:
-    run, decode = copy(whole[F1], tmp_path / "run"), FramePack.decode_clip
+    run, start = copy(whole[F1], tmp_path / "run"), FramePack.start_clip
     calls = itertools.count()
 
     def full(*args, **options):
         if next(calls) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat length")
-        return decode(*args, **options)
+        return start(*args, **options)
 
-    monkeypatch.setattr(FramePack, "decode_clip", full)
+    monkeypatch.setattr(FramePack, "start_clip", full)
     with pytest.raises(SystemExit, match=r"error: out of memory \(RESOURCE.*--vae-tile"):
         sample.main(["--decode", str(run.folder)])
     assert Run.open(run.folder).record["status"] == "sampled"

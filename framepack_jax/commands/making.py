@@ -174,23 +174,34 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     seeds = [task.request.seed for task in tasks]
     encoded = time.monotonic()
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
+    frames = Later()
     with Progress(tasks, done) as progress:
+
+        def on_step(*step: Any) -> None:
+            # The device has the next step at hand: time for the frames of the section before.
+            frames.finish()
+            progress.step(*step)
+
         made = pipe.sample(
             layout.plan, inputs, settings,
-            seeds=seeds, timeline=timeline, done=done, on_step=progress.step,
+            seeds=seeds, timeline=timeline, done=done, on_step=on_step,
         )  # fmt: skip
-        sampled_from = time.monotonic()
+        section_from = time.monotonic()
         for number, (section, _) in enumerate(made, start=done):
-            sampled = time.monotonic()
             # All latents first: no decoding can lose them.
             for task, latents in zip(tasks, timeline.read(section.targets), strict=True):
                 task.run.save_section(number, section, latents)
             _stop_if_asked()
             for decoder in decoders:
-                decoder.add(number)
-            times = sampled - sampled_from, time.monotonic() - sampled
-            _add_timing(tasks, "section_seconds", [[round(t, 3) for t in times]])
-            sampled_from = time.monotonic()
+                frames.add(decoder.start, number)
+            if number + 1 == len(layout.plan):
+                frames.finish()
+            seconds = time.monotonic() - section_from
+            of_frames, frames.seconds = frames.seconds, 0.0
+            _add_timing(
+                tasks, "section_seconds", [[round(seconds - of_frames, 3), round(of_frames, 3)]]
+            )
+            section_from = time.monotonic()
     for task in tasks:
         finish(task, decode)
 
@@ -213,6 +224,33 @@ def _save_pictures(folder: Path, gif: bool) -> None:
         video.save_gif(folder / "video.gif", folder / "video.mp4")
 
 
+class Later:
+    """The host's part of decoding, put off until the device has other work: at most one clip is on
+    its way. `seconds` counts the time that the host has spent on clips."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._rest: Callable[[], None] | None = None
+
+    def add(self, start: Callable[..., Callable[[], None]], *args: Any) -> None:
+        """Start a clip on the device, and then do the host's part of the one before."""
+        began = time.monotonic()
+        try:
+            rest = start(*args)
+        finally:
+            self.seconds += time.monotonic() - began
+            self.finish()
+        self._rest = rest
+
+    def finish(self) -> None:
+        """Do what was put off."""
+        began = time.monotonic()
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            rest()
+        self.seconds += time.monotonic() - began
+
+
 class Decoder:
     """Decodes the sections of one run of a group and adds what becomes final to its video."""
 
@@ -230,7 +268,9 @@ class Decoder:
         footage = [len(self.task.layout.plan)] if self.task.request.footage else []
         for number in self.splicer.waiting([*range(ready), *footage]):
             if number < ready:
-                self.splicer.add(number, self._clip(number))
+                clip, check = self._clip(number)
+                check()
+                self.splicer.add(number, clip)
         for number in range(ready, done):
             self.add(number)
         # An earlier run may have stopped between its last frames and this.
@@ -238,14 +278,25 @@ class Decoder:
 
     def add(self, number: int) -> None:
         """Decode section `number` and write the frames that are final with it."""
-        layout = self.task.layout
-        start, frames = self.splicer.add(number, self._clip(number))
-        pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
-        self.task.run.add_span(number, start, pixels)
+        self.start(number)()
 
-    def _clip(self, number: int) -> jax.Array:
+    def start(self, number: int) -> Callable[[], None]:
+        """Set the device to work on section `number`; what this gives waits for it and writes the
+        frames that are final with it."""
+        layout = self.task.layout
+        clip, check = self._clip(number)
+        start, frames = self.splicer.add(number, clip)
+        pixels = to_uint8(frames, layout.height, layout.width)
+
+        def write() -> None:
+            check()
+            self.task.run.add_span(number, start, np.asarray(pixels)[0])
+
+        return write
+
+    def _clip(self, number: int) -> tuple[jax.Array, Callable[[], None]]:
         section = self.task.layout.plan[number]
-        return self.pipe.decode_clip(section, self.timeline, slice(self.sample, self.sample + 1))
+        return self.pipe.start_clip(section, self.timeline, slice(self.sample, self.sample + 1))
 
 
 def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int, np.ndarray], int]:
@@ -290,9 +341,11 @@ def _decode_again(pipe: FramePack, task: Task) -> int:
     run.write_record(spans=[], status="sampled" if whole else "interrupted")
     decoder = Decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
+    frames = Later()
     for number in tqdm(range(done), desc="decoding", unit="section", disable=not is_first()):
-        decoder.add(number)
+        frames.add(decoder.start, number)
         _stop_if_asked()
+    frames.finish()
     if whole:
         finish(task, decode=True)
     return done
