@@ -472,38 +472,49 @@ def measure_vae(bench: Bench) -> None:
 
 def measure_train(bench: Bench) -> None:
     """A step of LoRA training at window 9."""
-    manifest = bundle.read_manifest(path_of("framepack_i2v"))
-    role = manifest.roles["transformer"]
-    role = dataclasses.replace(role, config=dataclasses.asdict(bench.scale.dit))
-    manifest = dataclasses.replace(manifest, roles=manifest.roles | {"transformer": role})
     devices = sharding.make_mesh(devices=jax.local_devices()[:1])
     for remat in bench.scale.remats:
         for batch in bench.scale.batches:
-            cfg = Training(
-                bundle="framepack_i2v", trainable="lora", lora=LoRA(rank=32), batch=batch,
-                remat=remat,
-            )  # fmt: skip
             name = f"LoRA step, batch {batch}, remat {remat}"
             try:
-                _time_training(bench, name, cfg, manifest, devices)
+                _time_training(bench, name, *lora_training(bench.scale, batch, remat), devices)
             except Exception as error:
                 bench.fail(name, error)
 
 
+def lora_training(scale: Scale, batch: int, remat: str) -> tuple[Training, Any]:
+    """The config of a LoRA training, and the manifest of a bundle with a transformer this large."""
+    manifest = bundle.read_manifest(path_of("framepack_i2v"))
+    role = manifest.roles["transformer"]
+    role = dataclasses.replace(role, config=dataclasses.asdict(scale.dit))
+    manifest = dataclasses.replace(manifest, roles=manifest.roles | {"transformer": role})
+    cfg = Training(
+        bundle="framepack_i2v", trainable="lora", lora=LoRA(rank=32), batch=batch, remat=remat
+    )
+    return cfg, manifest
+
+
+def training_program(
+    scale: Scale, cfg: Training, manifest: Any, devices: Any
+) -> tuple[Any, list[Any], float]:
+    """(the compiled step, its arguments, seconds of compiling) of a training, on a mesh in use."""
+    setup = set_up(cfg, manifest, devices)
+    abstract = abstract_samples(setup, scale.pixels)
+    began = time.monotonic()
+    step = jitted_step(setup).lower(setup.abstract, setup.frozen, {}, abstract).compile()
+    compiling = time.monotonic() - began
+    now = state.with_params(cfg, setup.model, setup.tx, devices, filled(setup.abstract.params))
+    return step, [now, filled(setup.frozen), {}, filled(abstract, 1.0)], compiling
+
+
 def _time_training(bench: Bench, name: str, cfg: Training, manifest: Any, devices: Any) -> None:
     with jax.set_mesh(devices):
-        setup = set_up(cfg, manifest, devices)
-        abstract = abstract_samples(setup, bench.scale.pixels)
-        began = time.monotonic()
-        step = jitted_step(setup).lower(setup.abstract, setup.frozen, {}, abstract).compile()
-        compiling = time.monotonic() - began
+        step, (now, *rest), compiling = training_program(bench.scale, cfg, manifest, devices)
         print(f"{name}: compiled in {compiling:.1f} s, {step.memory_analysis()}", flush=True)
-        now = state.with_params(cfg, setup.model, setup.tx, devices, filled(setup.abstract.params))
-        frozen, batch = filled(setup.frozen), filled(abstract, 1.0)
         seconds = []
         for _ in range(ROUNDS + 1):
             began = time.monotonic()
-            now, metrics = step(now, frozen, {}, batch)
+            now, metrics = step(now, *rest)
             jax.block_until_ready(metrics)
             seconds.append(time.monotonic() - began)
         flops = COST["lora"] * cfg.batch * step_flops(bench.scale)

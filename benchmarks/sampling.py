@@ -5,8 +5,8 @@
 Measures the command as people run it, run folders and all: `sample.run` makes a video of each
 schedule, in a process of its own, and probes stand at the calls that write files. The same latents
 without frames, and then their frames, say what the two parts take where neither waits for the
-other. Then the pieces of a denoising step, alone. With the random bundle the transformer is next to nothing, so that what
-shows is everything else.
+other. Then the pieces of a denoising step, alone. With the random bundle the transformer is next to
+nothing, so that what shows is everything else.
 """
 
 import contextlib
@@ -403,7 +403,9 @@ def table(result: dict[str, Any]) -> str:
         times = (statistics.median(values), min(values), max(values))
         numbers = "".join(f"{value:8.3f}" for value in times)
         lines.append(f"    {labels.get(name, name):<30}{numbers}{result['growth'][name]:10.2f}")
-    lines.append(f"  both parts one after the other take {result['parts']:.2f} times as long as all")
+    lines.append(
+        f"  both parts one after the other take {result['parts']:.2f} times as long as all"
+    )
     return "\n".join([*lines, *_counts(result), *_step_lines(result["step"])])
 
 

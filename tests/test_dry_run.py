@@ -136,6 +136,36 @@ def test_attributes_with_lines_of_their_own_end_no_computation() -> None:
     assert hlo.kernels(text) == {"splash": 1}
 
 
+def named(path: str) -> str:
+    return f'metadata={{op_name="jit(step)/while/body/closed_call/{path}"}}'
+
+
+def test_what_instructions_do_and_for_whom() -> None:
+    fused = "%fused (p: f32[4]) -> f32[4] {\n  %p.1 = f32[4]{0} parameter(0)\n"
+    fused += f"  ROOT %t.1 = f32[4]{{0}} tanh(%p.1), {named('Block/gate/dot_general')}\n}}\n\n"
+    call = '%{} = f32[4] custom-call(%x), custom_call_target="{}", {}'
+    text = fused + hlo_of(
+        call.format("c.1", "__cublas$gemm", named("B/qkv/dot")),
+        call.format("c.2", "__cudnn$fmhaSoftmax", named("B/a/f")),
+        "%f.1 = f32[4] fusion(%x), kind=kLoop, calls=%fused",
+        f"%t.2 = f32[4] transpose(%x), {named('transpose(jvp(jit(embed)))/dot_general/transpose')}",
+        f"%g.1 = f32[4] all-gather-start(%x), {named('transpose(jvp(Block))/mlp/add')}",
+        f"%r.1 = f32[4] reduce(%x), to_apply=%sum, {named('cond/branch_0_fun/checkpoint/max')}",
+        "%w.1 = f32[4] while(%x), body=%b, condition=%c",
+    )
+    assert hlo.operations(text) == {
+        "p.1": (hlo.MOVES, ()),
+        "t.1": ("arithmetic", ("Block", "gate")),
+        "c.1": ("matrix product", ("B", "qkv")),
+        "c.2": ("attention", ("B", "a")),
+        "f.1": ("arithmetic", ("Block", "gate")),
+        "t.2": (hlo.MOVES, ("backward", "dot_general")),
+        "g.1": ("exchange", ("backward", "Block", "mlp")),
+        "r.1": ("reduction", ()),
+        "w.1": None,
+    }
+
+
 FLAGS = ("--bundle", "random", "--height", "64", "--width", "80")
 
 

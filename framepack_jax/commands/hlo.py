@@ -1,4 +1,5 @@
-"""What the text of a compiled program (XLA's HLO) says of the exchange between its devices."""
+"""What the text of a compiled program (XLA's HLO) says of its work, and of the exchange between its
+devices."""
 
 import math
 import re
@@ -9,6 +10,33 @@ from typing import NamedTuple
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+# What an instruction is taken for, by the operations in it: the first that matches.
+KINDS = {
+    "exchange": rf"\b(?:{'|'.join(COLLECTIVES)})",
+    "attention": r"fmha|splash|flash",
+    "convolution": r" convolution\(|cudnn\$conv",
+    "matrix product": r" dot\(|__cublas|gemm|matmul",
+    "reduction": r" reduce\(| reduce-window\(| sort\(",
+    "arithmetic": r" (?:multiply|add|subtract|divide|exponential|rsqrt|tanh|power|convert|select|"
+    r"maximum|minimum|logistic|compare|and|or)\(",
+}
+MOVES = "copies and transposes"
+CONTAINERS = re.compile(r" (?:while|conditional|call)\(")
+# What stands in the name of an operation beside the names of modules.
+WRAPPERS = re.compile(
+    r"(?:jit|pjit|vmap|remat)\(.*\)|while|body|cond|branch_\d+_fun|closed_call|checkpoint|scan"
+    r"|rematted_computation|shard_map|custom_[jv]+p_call|\[.*\]|"
+)
+
+
+class Operation(NamedTuple):
+    """What an instruction does: its kind (of KINDS, or MOVES), and the path of the module that it
+    is for; of a fusion, that of what it gives."""
+
+    kind: str
+    path: tuple[str, ...]
 
 
 class Traffic(NamedTuple):
@@ -44,6 +72,53 @@ def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
             before.count + often, before.bytes + size, before.far + round(size * far)
         )
     return found
+
+
+def operations(text: str) -> dict[str, Operation | None]:
+    """What the instructions of a compiled program do, by name; None for loops and other calls,
+    whose time is that of what they run."""
+    bodies = dict(_computations(text))
+    found = {}
+    for lines in bodies.values():
+        for line in lines:
+            if name := re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line):
+                found[name[1]] = _operation(line, bodies)
+    return found
+
+
+def _operation(line: str, bodies: Mapping[str, list[str]]) -> Operation | None:
+    if CONTAINERS.search(_work(line)):
+        return None
+    # Of a fusion the last line is what it gives.
+    lines = [line, *reversed([part for name in _fused(line) for part in bodies.get(name, [])])]
+    work = "\n".join(map(_work, lines))
+    kind = next((kind for kind, sign in KINDS.items() if re.search(sign, work)), MOVES)
+    names = (re.search(r'op_name="([^"]*)"', part) for part in lines)
+    return Operation(kind, next((_path(name[1]) for name in names if name), ()))
+
+
+def _work(line: str) -> str:
+    """An instruction without what is known of its source."""
+    return line.partition(" metadata=")[0]
+
+
+def _fused(line: str) -> list[str]:
+    """The computations that are part of an instruction."""
+    return re.findall(r"calls=%?([\w.\-]+)", line)
+
+
+def _path(name: str) -> tuple[str, ...]:
+    """The modules in the name of an operation, `jit(step)/while/body/DoubleBlock/img_qkv/dot` ->
+    (DoubleBlock, img_qkv); what belongs to a gradient is in "backward"."""
+    path = []
+    for part in name.split("/")[:-1]:
+        while inner := re.fullmatch(r"(?:transpose|jvp)\((.*)\)", part):
+            if part.startswith("transpose"):
+                path = ["backward"]
+            part = inner[1]
+        if not WRAPPERS.fullmatch(part):
+            path.append(part)
+    return tuple(path)
 
 
 def _received(kind: str, devices: int) -> float:

@@ -84,6 +84,7 @@ def use(kernel: Kernel) -> Iterator[None]:
         yield
 
 
+@jax.named_scope("attention")
 def attend(
     q: jax.Array,
     k: jax.Array,

@@ -55,6 +55,7 @@ def _axis_table(positions: jax.Array, dim: int, theta: float, pool: int) -> jax.
     return reduce(table, "cs b (p pool) d -> cs b p d", "mean", pool=pool)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: jax.Array, table: Table) -> jax.Array:
     """Rotate the leading tokens of x (B, L', N, D) by a table of L <= L' tokens; the rest stays.
 
