@@ -34,7 +34,7 @@ class Config:
     steps: int = 10
     """Denoising steps a section."""
     flags: tuple[str, ...] = ()
-    """More flags of sample.py, as "--height=64"."""
+    """More flags of sample.py, without their dashes: height=64 width=80."""
     image: Path = ROOT / "examples" / "sprites.png"
     """First frame."""
     json: Path | None = None
@@ -62,7 +62,7 @@ def measure(config: Config, seconds: float) -> dict[str, Any]:
             sys.executable, str(ROOT / "sample.py"), "--bundle", config.bundle,
             "--image", str(config.image), "--prompt", "the shapes move", "--overwrite",
             "--seconds", str(seconds), "--steps", str(config.steps), "--output", folder,
-            *config.flags,
+            *(f"--{flag}" for flag in config.flags),
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:

@@ -1,12 +1,13 @@
 """Where the time of a program goes: a trace, and a table of what the device was at.
 
-    python benchmarks/step_profile.py [--program denoise] [--scale toy] [--trace FOLDER]
+    python -m benchmarks.step_profile [--program denoise] [--scale toy] [--trace FOLDER]
 
 Runs one of the programs of `benchmarks/gpu.py`, at the released model's shapes with random weights,
 under JAX's profiler, and adds up the time of its instructions by the module that asked for them and
 by the kind of work. The trace itself opens in Perfetto or XProf.
 
-(Not `profile.py`: python puts a script's folder first, and torch imports the standard `profile`.)
+(Not `profile.py`: Python searches the folder of a script first, and torch imports the standard
+module of that name.)
 """
 
 import collections
@@ -24,7 +25,7 @@ import jax
 import tyro
 from jax.profiler import ProfileData
 
-from benchmarks import gpu
+from benchmarks import bench, gpu
 from framepack_jax import sharding
 from framepack_jax.commands import hlo
 from framepack_jax.models import packed_dit, vae
@@ -72,10 +73,10 @@ class Config:
 def main(args: list[str] | None = None) -> Profile:
     """Parse flags, trace, print."""
     try:
-        config = tyro.cli(Config, prog="benchmarks/step_profile.py", args=args)
+        config = tyro.cli(Config, prog="benchmarks.step_profile", args=args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    scale = {"full": gpu.FULL, "toy": gpu.TOY}[config.scale]
+    scale = {"full": bench.FULL, "toy": bench.TOY}[config.scale]
     with contextlib.ExitStack() as stack:
         program = PROGRAMS[config.program](scale, stack)
         folder = config.trace or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -85,30 +86,30 @@ def main(args: list[str] | None = None) -> Profile:
     return found
 
 
-def denoise(scale: gpu.Scale, _: contextlib.ExitStack) -> Program:
+def denoise(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
     """A forward pass of the transformer in bfloat16."""
-    args = gpu.denoiser_inputs(scale)
-    return _program(functools.partial(packed_dit.velocity, scale.dit, dtype=gpu.BF16), *args)
+    args = bench.denoiser_inputs(scale)
+    return _program(functools.partial(packed_dit.velocity, scale.dit, dtype=bench.BF16), *args)
 
 
-def decode(scale: gpu.Scale, _: contextlib.ExitStack) -> Program:
+def decode(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
     """5 latents through the VAE's decoder in bfloat16."""
     rows, columns = (side // 8 for side in scale.pixels)
-    latents = gpu.normal(1, 1, 5, rows, columns, scale.vae.latent_channels)
+    latents = bench.normal(1, 1, 5, rows, columns, scale.vae.latent_channels)
     return _program(functools.partial(vae.decode, scale.vae), _vae(scale), latents)
 
 
-def encode(scale: gpu.Scale, _: contextlib.ExitStack) -> Program:
+def encode(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
     """17 frames through the VAE's encoder in bfloat16."""
-    frames = gpu.normal(1, 1, 17, *scale.pixels, 3)
+    frames = bench.normal(1, 1, 17, *scale.pixels, 3)
     return _program(functools.partial(vae.encode, scale.vae), _vae(scale), frames)
 
 
-def train(scale: gpu.Scale, stack: contextlib.ExitStack) -> Program:
+def train(scale: bench.Scale, stack: contextlib.ExitStack) -> Program:
     """A step of LoRA training."""
     devices = sharding.make_mesh(devices=jax.local_devices()[:1])
     stack.enter_context(jax.set_mesh(devices))
-    training = gpu.lora_training(scale, scale.batches[0], scale.remats[0])
+    training = gpu.lora_training(scale, 1, scale.remats[-1])
     step, args, _ = gpu.training_program(scale, *training, devices)
 
     def run() -> None:
@@ -122,7 +123,7 @@ def train(scale: gpu.Scale, stack: contextlib.ExitStack) -> Program:
 PROGRAMS = {"denoise": denoise, "decode": decode, "encode": encode, "train": train}
 
 
-def _vae(scale: gpu.Scale) -> Any:
+def _vae(scale: bench.Scale) -> Any:
     return jax.tree.map(jax.numpy.asarray, vae.init(scale.vae, jax.random.key(0)))
 
 

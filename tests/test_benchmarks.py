@@ -1,5 +1,6 @@
 """The benchmarks run and count right; what they time is asserted nowhere."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from benchmarks import captions, conversion, gpu, lengths, sampling, step_profile
+from benchmarks import bench, capped, captions, conversion, gpu, lengths, sampling, step_profile
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
 from framepack_jax import bundle, packing
@@ -178,16 +179,22 @@ def test_preparing_is_measured_by_stage(tmp_path) -> None:
 def test_what_a_gpu_does_is_measured(tmp_path) -> None:
     """By the same way, on this machine."""
     file = tmp_path / "figures.json"
-    parts = "copy", "conv", "streaming", "step", "train", "peer-step"
+    parts = "copy", "conv", "streaming", "step", "section", "train", "peer-step", "peer-error"
     figures = gpu.main(["--parts", *parts, "--scale", "toy", "--here", "--json", str(file)])
     assert json.loads(file.read_text()) == figures
     rows = [row for part in parts for row in figures[part]]
     assert [row for row in rows if "error" in row] == []
-    assert all(row["ms"] > 0 for row in rows)
-    (step,), (peer,) = figures["step"], figures["peer-step"]
-    flops = gpu.step_flops(gpu.TOY)
+    assert all(row["ms"] > 0 for row in rows if row not in figures["peer-error"])
+    (step, small), (peer,) = figures["step"], figures["peer-step"]
+    flops = bench.step_flops(bench.TOY)
     assert step["tflop_s"] * step["ms"] == pytest.approx(flops / 1e9)
     assert peer["tflop_s"] * peer["ms"] == pytest.approx(flops / 1e9)
+    assert small["weights"] < step["weights"] and 0 < small["relative_error"] < 0.05
+    plain, tea, _ = figures["section"]
+    assert plain["blocks_run"] == 1 and tea["blocks_run"] < 1 and tea["relative_error"] > 0
+    assert plain["seconds_a_frame"] == pytest.approx(plain["ms"] / 36e3)
+    (errors,) = figures["peer-error"]
+    assert 0 < errors["ours_bfloat16"] < 0.03 and 0 < errors["diffusers_bfloat16"] < 0.03
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path, capfd) -> None:
@@ -226,7 +233,7 @@ def test_what_captions_decide_is_measured(tmp_path) -> None:
 
 def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
     # Sections of 8 frames.
-    small = ("--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--height", "32", "--width", "32")
+    small = ("schedule=f1k1_x_f16k4f2k2f1k1_g2", "height=32", "width=32")
     config = lengths.Config(bundle="random", steps=1, flags=small)
     made = lengths.measure(config, 1.1)
     assert made["sections"] == 4 and made["memory"] > 1e8
@@ -311,3 +318,35 @@ def test_instructions_are_those_of_one_device() -> None:
     tpu = plane("/device:TPU:0", XLA_Ops=[("%fusion.3 = bf16[8]{0} fusion(...)", {})], Steps=[])
     found = list(step_profile.instructions(SimpleNamespace(planes=[host, tpu])))
     assert found == [("fusion.3", 1e-6)]
+
+
+def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
+    """On a CPU, which has no caps, with as little memory as can be."""
+    folder = tmp_path / "bundle"
+    capped.make_bundle(folder, "toy", "int8")
+    params = bundle.load_params(folder, bundle.read_manifest(folder), "transformer")
+    kernel = params["single"]["qkv"]["kernel"]
+    assert kernel.dtype == jnp.int8 and len(np.unique(kernel)) > 100
+    small = ("schedule=f1k1_x_f16k4f2k2f1k1_g2", "height=32", "width=32")
+    config = capped.Config(folder, steps=1, flags=small)
+    made = capped.measure(config, 6.0, total=0)
+    assert made["plan"].startswith("memory low: 0 of 4 blocks stay")
+    assert made["section"] > 0 and made["host_bytes"] > 1e8
+    failed = capped.measure(dataclasses.replace(config, folder=tmp_path / "nowhere"), None, total=0)
+    assert "nowhere is no bundle" in failed["error"]
+    head, _, first, last = capped.table([made, failed]).splitlines()
+    assert head.count("|") == first.count("|") and first.startswith("| 6 GB |")
+    assert "failed: error: " in last
+
+
+def test_sections_of_a_capped_run_are_read() -> None:
+    """The first, which compiles, and the last are left out."""
+    timings = {
+        "section_seconds": [[9, 9], [1, 2], [2, 3], [1.5, 2], [7, 7]], "load_seconds": 3.0,
+        "encode_seconds": 4.0, "peak_memory_bytes": 5,
+    }  # fmt: skip
+    found = capped.figures(timings)
+    assert found == {"section": 3.5, "loading": 3.0, "encoding": 4.0, "device_bytes": 5}
+    row = found | {"cap": None, "host_bytes": 1}
+    *_, last = capped.table([row, row | {"cap": 12.0, "section": 7.0}]).splitlines()
+    assert last.startswith("| 12 GB | 7.00 s | 2.00 |")

@@ -1,0 +1,201 @@
+"""What the benchmarks of one GPU share: sizes, inputs, and rows of figures.
+
+Source of the sizes: the released model, at 608 x 640 pixels with window 9.
+"""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from framepack_jax import packing
+from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+from framepack_jax.models import packed_dit, vae
+from framepack_jax.models.flops import forward_flops
+
+ROUNDS, LEAST_SECONDS = 3, 0.25
+IMAGE_TOKENS = 729
+SCHEDULE = packing.RELEASED_INVERTED
+BF16 = jnp.bfloat16
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Sizes of what is measured; `convs` are (frames, height, width, channels in and out)."""
+
+    dit: packed_dit.Config
+    vae: vae.Config
+    pixels: tuple[int, int]
+    square: int
+    tokens: int
+    convs: tuple[tuple[int, int, int, int, int], ...]
+    streamed_layers: int
+    largest_batch: int
+    remats: tuple[str, ...]
+
+
+FULL = Scale(
+    dit=packed_dit.Config(),
+    vae=vae.Config(),
+    pixels=(608, 640),
+    square=8192,
+    tokens=18752,
+    convs=(
+        (17, 608, 640, 128, 128), (17, 304, 320, 256, 256), (17, 608, 640, 256, 128),
+        (9, 152, 160, 512, 512), (5, 76, 80, 512, 512), (17, 608, 640, 128, 3),
+    ),
+    streamed_layers=16,
+    largest_batch=16,
+    remats=("dots", "full"),
+)  # fmt: skip
+TOY = Scale(
+    dit=packed_dit.Config(
+        heads=2, head_dim=32, double_layers=1, single_layers=2, refiner_layers=1,
+        rope_axes=(8, 12, 12),
+    ),
+    vae=vae.Config(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
+    pixels=(64, 80),
+    square=64,
+    tokens=128,
+    convs=((5, 16, 16, 8, 8),),
+    streamed_layers=2,
+    largest_batch=1,
+    remats=("full",),
+)  # fmt: skip
+
+
+class Bench:
+    """Rows of figures, printed and kept as they come."""
+
+    def __init__(self, scale: Scale, rows: list[Row], keep: Callable[[], Any]) -> None:
+        self.scale, self.rows, self.keep = scale, rows, keep
+
+    def add(self, name: str, *, seconds: float, flops: float = 0, moved: float = 0, **more) -> None:
+        """A row: `flops` and `moved` bytes become rates."""
+        row: Row = {"name": name, "ms": 1e3 * seconds}
+        if flops:
+            row["tflop_s"] = flops / seconds / 1e12
+        if moved:
+            row["gb_s"] = moved / seconds / 1e9
+        self._keep(row | more)
+
+    def say(self, name: str, **figures: Any) -> None:
+        """A row that times nothing."""
+        self._keep({"name": name, **figures})
+
+    def _keep(self, row: Row) -> None:
+        self.rows.append(row)
+        self.keep()
+        print(", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
+
+    def fail(self, name: str, error: Exception) -> None:
+        """A row that says why there are no figures."""
+        print(traceback.format_exc(limit=3), flush=True)
+        self.rows.append({"name": name, "error": f"{type(error).__name__}: {error}"[:400]})
+        self.keep()
+
+    def time(self, name: str, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """Compile and time a function of arrays; what fails is a row too."""
+        try:
+            began = time.monotonic()
+            compiled = jax.jit(function).lower(*args).compile()
+            compiling = time.monotonic() - began
+            seconds, out = timed(compiled, *args)
+        except Exception as error:
+            self.fail(name, error)
+            return None
+        self.add(name, seconds=seconds, **more, compile_s=compiling)
+        return out
+
+
+def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """(median seconds of a call, its result), many calls in a row at a time."""
+    out = jax.block_until_ready(function(*args))
+    began = time.monotonic()
+    jax.block_until_ready(function(*args))
+    calls = max(1, math.ceil(LEAST_SECONDS / max(1e-6, time.monotonic() - began)))
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.monotonic()
+        for _ in range(calls):
+            out = function(*args)
+        jax.block_until_ready(out)
+        seconds.append((time.monotonic() - began) / calls)
+    return statistics.median(seconds), out
+
+
+def normal(seed: int, *shape: int, dtype: Any = BF16) -> jax.Array:
+    """Random numbers: zeros would be faster than what people compute with."""
+    return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, dtype))()
+
+
+def filled(tree: Any, scale: float = 0.02) -> Any:
+    """Arrays for abstract ones: random numbers, one block of them again and again, True and 0."""
+    block = normal(0, 2**20 + 3, dtype=jnp.float32) * scale
+
+    def leaf(block: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.full(x.shape, x.dtype == bool, x.dtype)
+        return jnp.resize(block.astype(x.dtype), x.shape)
+
+    where = jax.tree.map(lambda x: getattr(x, "sharding", None), tree)
+    make = jax.jit(
+        lambda block: jax.tree.map(functools.partial(leaf, block), tree), out_shardings=where
+    )
+    return make(block)
+
+
+def relative_error(x: Any, reference: Any) -> float:
+    """|x - reference| / |reference| in float32; NaN where either has one."""
+    x, reference = (np.asarray(jax.device_get(a), np.float32) for a in (x, reference))
+    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
+
+
+def peak_memory() -> int:
+    """Most bytes that the device's allocator has handed out; 0 where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def denoiser_inputs(scale: Scale, batch: int = 1, weights: bool = True) -> tuple[Any, ...]:
+    """(params, x, sigma, context, conditions), bfloat16; None for params without `weights`."""
+    dit = scale.dit
+    frame = (*(side // 8 for side in scale.pixels), dit.in_channels)
+    section = packing.plan(SCHEDULE, packing.default_order(SCHEDULE), 1)[0]
+    timeline = packing.Timeline(packing.length([section]), frame)
+    timeline.known[:] = True
+    context = jax.tree.map(jnp.asarray, packing.read_context(section, timeline))
+    context = context.replace(
+        latents=tuple(normal(i, batch, *x.shape[1:]) for i, x in enumerate(context.latents))
+    )
+    params = None
+    if weights:
+        params = jax.eval_shape(lambda: packed_dit.init(dit, jax.random.key(0)))
+        params = filled(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, BF16), params))
+    valid = jnp.broadcast_to(jnp.arange(MAX_PROMPT_TOKENS) < 100, (batch, MAX_PROMPT_TOKENS))
+    conditions = packed_dit.Conditions(
+        normal(5, batch, MAX_PROMPT_TOKENS, dit.text_dim), valid,
+        normal(6, batch, dit.pooled_dim), normal(7, batch, IMAGE_TOKENS, dit.image_dim),
+        jnp.full(batch, 10.0),
+    )  # fmt: skip
+    x = normal(8, batch, len(section.targets), *frame, dtype=jnp.float32)
+    return params, x, jnp.full(batch, 0.7), context, conditions
+
+
+def step_flops(scale: Scale) -> int:
+    """FLOPs of a forward pass."""
+    rows, columns = (side // 8 for side in scale.pixels)
+    return forward_flops(scale.dit, SCHEDULE, rows, columns, MAX_PROMPT_TOKENS, IMAGE_TOKENS)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

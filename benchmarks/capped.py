@@ -1,0 +1,222 @@
+"""Whole videos - encoders, sampling, VAE - on a GPU of which JAX may take a part only.
+
+    python -m benchmarks.capped --folder DIR [--caps 24 12 6] [--weights int8] [--json FILE]
+
+Writes a bundle of random weights with the released model's shapes (42 GB; with int8 30 GB), unless
+DIR has it already. Makes the same video with all of the device and then under each cap, by
+`sample.py` with `--memory auto` in a process of its own, and reads what the run has noted and what
+the system counted of the process. `--scale toy` takes the same way with the random bundle; on a
+CPU, which has no cap, with `--memory low` for the caps.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from configs import tiny_bundle
+from framepack_jax import bundle
+from framepack_jax.commands.records import path_of
+from framepack_jax.models import kinds, stack
+
+ROOT = Path(__file__).parent.parent
+GB = 1e9
+# Numbers that are drawn; every array repeats them.
+DRAWN = 2**20 + 3
+# What a process of its own says of the device: all bytes of it, or 0 where they are not counted.
+DEVICE = """
+import jax
+stats = jax.local_devices()[0].memory_stats() or {}
+print(2 * stats.get("bytes_limit", 0))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure videos under caps. Times are wall-clock seconds."""
+
+    folder: Path
+    """Where the bundle is, or is made."""
+    caps: tuple[float, ...] = (24.0, 12.0, 6.0)
+    """GB that JAX may take, one run each, after one with all of the device."""
+    weights: Literal["bfloat16", "int8"] = "bfloat16"
+    """How the bundle keeps the kernels of blocks; another folder for each."""
+    scale: Literal["full", "toy"] = "full"
+    """Shapes of the released model, or small ones for a try."""
+    sections: int = 3
+    """Of a video; the first compiles, the last decodes more."""
+    steps: int = 10
+    """Denoising steps a section."""
+    flags: tuple[str, ...] = ()
+    """More flags of sample.py, without their dashes: height=64 width=80."""
+    image: Path = ROOT / "examples" / "astronaut.jpg"
+    """First frame."""
+    json: Path | None = None
+    """Keep the figures here."""
+
+    def __post_init__(self) -> None:
+        if self.sections < 3:
+            raise ValueError(f"--sections {self.sections}: expected at least 3")
+
+
+def main(args: list[str] | None = None) -> list[dict[str, Any]]:
+    """Make the bundle, measure, print and return the figures of every run."""
+    try:
+        config = tyro.cli(Config, prog="benchmarks.capped", args=args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    if not (config.folder / "bundle.json").exists():
+        make_bundle(config.folder, config.scale, config.weights)
+    total = device_bytes()
+    made: list[dict[str, Any]] = []
+    for cap in (None, *config.caps):
+        made.append(measure(config, cap, total))
+        print(json.dumps(made[-1]), flush=True)
+        if config.json is not None:
+            config.json.write_text(json.dumps(made, indent=1))
+    print(table(made))
+    return made
+
+
+def make_bundle(folder: Path, scale: str, weights: str) -> None:
+    """Write a bundle of random weights: of the released model's shapes, or of the random bundle's.
+
+    Kernels are scaled by their inputs, so that all numbers stay finite; the tokenizers are those of
+    the random bundle, with their end token.
+    """
+    known = bundle.read_manifest(path_of("random"))
+    manifest = bundle.read_manifest(path_of("framepack_i2v")) if scale == "full" else known
+    roles = {}
+    for name, role in manifest.roles.items():
+        model, cfg = bundle.role_config(manifest, name)
+        if name == "text_encoder_2":
+            end = bundle.role_config(known, name)[1].eos_token_id
+            cfg = dataclasses.replace(cfg, eos_token_id=end)
+        leaves = kinds.abstract_leaves(role.kind, cfg)
+        quantized = model.STACKS if weights == "int8" and name == "transformer" else ()
+        arrays = itertools.chain.from_iterable(
+            random_leaf(path, leaf.shape, path.partition("/")[0] in quantized)
+            for path, leaf in leaves.items()
+        )
+        written = bundle.write_params(folder / name, arrays)
+        print(f"{name}: {written.bytes / GB:.1f} GB of random weights", flush=True)
+        source = {"name": "benchmarks/capped.py, random", **written._asdict()}
+        roles[name] = bundle.Role(role.kind, dataclasses.asdict(cfg), name, source)
+    words = bundle.role_config(known, "text_encoder")[1].vocab_size, tiny_bundle.CORPUS
+    tiny_bundle.llama_tokenizer(*words).save_pretrained(folder / "tokenizer")
+    tiny_bundle.clip_tokenizer(*words).save_pretrained(folder / "tokenizer_2")
+    _, seeing = bundle.role_config(manifest, "image_encoder")
+    tiny_bundle.write_image_processor(seeing, folder / "image_processor")
+    bundle.write_manifest(folder, dataclasses.replace(manifest, roles=roles))
+
+
+def random_leaf(
+    path: str, shape: tuple[int, ...], quantized: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, bfloat16 array) of a leaf; of a quantized kernel, int8 and its scales."""
+    kind = path.rpartition("/")[2]
+    if kind in ("bias", "scale"):
+        yield path, np.full(shape, kind == "scale", "bfloat16")
+        return
+    inputs = math.prod(shape[:-1]) if len(shape) == 5 else shape[0]
+    spread = inputs**-0.5 if kind == "kernel" else 0.02
+    numbers = np.random.default_rng(zlib.crc32(path.encode())).normal(0, spread, DRAWN)
+    if quantized and kind == "kernel":
+        scale = 4 * spread / 127
+        yield path, np.resize(np.clip(np.rint(numbers / scale), -127, 127).astype(np.int8), shape)
+        yield path.removesuffix("kernel") + stack.SCALE, np.full(shape[1:], scale, np.float32)
+    else:
+        yield path, np.resize(numbers.astype("bfloat16"), shape)
+
+
+def device_bytes() -> int:
+    """Bytes of the device's memory; 0 where JAX does not count them."""
+    half = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    said = subprocess.run(
+        [sys.executable, "-c", DEVICE], env=os.environ | half, check=True, text=True,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    return int(said.stdout.split()[-1])
+
+
+def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
+    """Figures of a video under a cap in GB, or with all of the device. A run that fails is told by
+    its last words."""
+    with tempfile.TemporaryDirectory() as folder:
+        level = "high" if cap is None else "auto" if total else "low"
+        command = [
+            sys.executable, str(ROOT / "sample.py"), "--bundle", str(config.folder.absolute()),
+            "--image", str(config.image), "--prompt", "the man smiles", "--overwrite",
+            "--sections", str(config.sections), "--steps", str(config.steps),
+            "--memory", level, "--output", folder,
+            *(f"--{flag}" for flag in config.flags),
+        ]  # fmt: skip
+        environment = dict(os.environ)
+        if cap is not None and total:
+            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{cap * GB / total:.4f}"
+        with tempfile.TemporaryFile("w+") as told:
+            process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            told.seek(0)
+            lines = told.read().replace("\r", "\n").splitlines()
+        # Linux counts kilobytes.
+        host = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        row = {"cap": cap, "memory": level, "host_bytes": host}
+        if process.returncode:
+            return row | {"error": " ".join(lines[-3:])[-400:]}
+        row["plan"] = next((line for line in lines if line.startswith("memory ")), "")
+        timings = json.loads((Path(folder) / "run.json").read_text())["timings"]
+    return row | figures(timings)
+
+
+def figures(timings: dict[str, Any]) -> dict[str, Any]:
+    """What a run has noted: median seconds of its sections without the first and the last; seconds
+    of loading and encoding; bytes of the device at the most."""
+    settled = [sum(parts) for parts in timings["section_seconds"][1:-1]]
+    return {
+        "section": statistics.median(settled),
+        "loading": timings["load_seconds"],
+        "encoding": timings["encode_seconds"],
+        "device_bytes": timings["peak_memory_bytes"],
+    }
+
+
+def table(made: list[dict[str, Any]]) -> str:
+    """A Markdown table, a row a run; times are compared with the run that has all."""
+    lines = [
+        "| JAX may take | a section | times resident | loading | encoding | device, at most"
+        " | host, at most |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    resident = made[0].get("section")
+    for row in made:
+        cap = "all" if row["cap"] is None else f"{row['cap']:g} GB"
+        if "error" in row:
+            lines.append(
+                f"| {cap} | failed: {row['error']} ||||| {row['host_bytes'] / GB:.1f} GB |"
+            )
+            continue
+        times = f"{row['section'] / resident:.2f}" if resident else ""
+        lines.append(
+            f"| {cap} | {row['section']:.2f} s | {times} | {row['loading']:.1f} s"
+            f" | {row['encoding']:.1f} s | {row['device_bytes'] / GB:.1f} GB"
+            f" | {row['host_bytes'] / GB:.1f} GB |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
