@@ -146,7 +146,7 @@ def tokenize_prompt(
                 f" which {MAX_PROMPT_TOKENS} are read. The last words read are:"
                 f' "... {" ".join(words[-KEPT_WORDS:])}". Shorten the prompt, or move what matters'
                 " to its beginning",
-                stacklevel=3,
+                stacklevel=4,
             )
     ids, mask = _pad_and_cut(tokenizer, texts, start + MAX_PROMPT_TOKENS)
     return ids, mask.astype(bool), start
@@ -171,18 +171,31 @@ def encode_prompt(encoders: Encoders, prompts: Sequence[str]) -> PromptStates:
     Warns where a prompt is cut. Raises ValueError where the template has not exactly one `{}`, or
     a tokenizer makes ids that its network does not know.
     """
-    cfg, params = encoders.text_encoder
-    ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
-    _check_ids("tokenizer", ids, cfg.vocab_size)
-    read = llama.hidden_states if stack.is_streamed(params) else _text_states
-    states = read(cfg, params, ids, valid)[:, start:]
-    valid = jnp.asarray(valid[:, start:])
-    text = jnp.where(valid[:, :, None], states, jnp.zeros_like(states))
+    return encode_each(encoders, [prompts])[0]
 
+
+def encode_each(encoders: Encoders, batches: Sequence[Sequence[str]]) -> list[PromptStates]:
+    """`encode_prompt` for several batches, each as if it were alone; a text encoder that is not on
+    the device is read once for all. Warns and raises as that does."""
+    cfg, params = encoders.text_encoder
+    tokens = []
+    for prompts in batches:
+        ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
+        _check_ids("tokenizer", ids, cfg.vocab_size)
+        tokens.append((ids, valid))
+    if stack.is_streamed(params):
+        read = llama.hidden_states_of_each(cfg, params, tokens)
+    else:
+        read = [_text_states(cfg, params, *each) for each in tokens]
+    given = []
     cfg, params = encoders.text_encoder_2
-    ids = tokenize_summary(encoders.tokenizer_2, prompts, cfg.max_tokens)
-    _check_ids("tokenizer_2", ids, cfg.vocab_size)
-    return text, valid, _pooled(cfg, params, ids)
+    for prompts, (_, valid), states in zip(batches, tokens, read, strict=True):
+        states, valid = states[:, start:], jnp.asarray(valid[:, start:])
+        text = jnp.where(valid[:, :, None], states, jnp.zeros_like(states))
+        ids = tokenize_summary(encoders.tokenizer_2, prompts, cfg.max_tokens)
+        _check_ids("tokenizer_2", ids, cfg.vocab_size)
+        given.append((text, valid, _pooled(cfg, params, ids)))
+    return given
 
 
 def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:

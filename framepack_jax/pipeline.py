@@ -386,16 +386,12 @@ class FramePack:
             states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
             return self.transformer.model.Conditions(*states, embedded, guidance)
 
-        @functools.cache
-        def encoded(text: str) -> PromptStates:
-            return self._run(conditioning.encode_prompt, encoders, [text])
-
         # Sections under the same prompts share one set of arrays.
         @functools.cache
         def at(*shares: tuple[tuple[str, float], ...]) -> Any:
             return conditions(
                 [
-                    conditioning.blend_prompts([(encoded(t), share) for t, share in prompts])
+                    conditioning.blend_prompts([(encoded[t], share) for t, share in prompts])
                     for prompts in shares
                 ]
             )
@@ -405,10 +401,13 @@ class FramePack:
             for section in layout.plan
         ]
         _warn_of_unused(requests, shares)
+        refused = [r.negative_prompt for r in requests] if settings.cfg != 1 else []
+        wanted = [t for each in shares for prompts in each for t, _ in prompts]
+        texts = list(dict.fromkeys([*wanted, *refused]))
+        read = self._run(conditioning.encode_each, encoders, [[text] for text in texts])
+        encoded = dict(zip(texts, read, strict=True))
         by_section = [at(*each) for each in shares]
-        negative = None
-        if settings.cfg != 1:
-            negative = conditions([encoded(r.negative_prompt) for r in requests])
+        negative = conditions([encoded[text] for text in refused]) if refused else None
         if known is None:
             each = [self.known_latents(request, layout) for request in requests]
             known = {p: np.stack([latents[p] for latents in each]) for p in each[0]}

@@ -175,14 +175,24 @@ def test_encoders_are_let_go_of(low, monkeypatch) -> None:
     assert [ref() for ref in kept] == [None]
 
 
-def test_text_is_read_the_same_from_the_disk() -> None:
+def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
+    """And every layer once, for all prompts."""
+    read, get = [], bundle._OnDisk.__getitem__
+
+    def noted(self, layer):
+        read.append(layer)
+        return get(self, layer)
+
+    monkeypatch.setattr(bundle._OnDisk, "__getitem__", noted)
     manifest = bundle.read_manifest(RANDOM)
     whole = load_encoders(RANDOM, manifest, jnp.float32)
     streamed = load_encoders(RANDOM, manifest, jnp.float32, streamed=True)
     assert stack.is_streamed(streamed.text_encoder[1])
-    for prompt in ("", "the red circle moves left"):
-        ours = conditioning.encode_prompt(streamed, [prompt])
-        for mine, theirs in zip(ours, conditioning.encode_prompt(whole, [prompt]), strict=True):
+    prompts = ["", "the red circle moves left"]
+    ours = conditioning.encode_each(streamed, [[prompt] for prompt in prompts])
+    assert read == list(range(manifest.roles["text_encoder"].config["layers"]))
+    for prompt, given in zip(prompts, ours, strict=True):
+        for mine, theirs in zip(given, conditioning.encode_prompt(whole, [prompt]), strict=True):
             np.testing.assert_array_equal(mine, theirs)
 
 

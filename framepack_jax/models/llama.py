@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, N heads, M key/value heads, d head width, D width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -52,8 +53,17 @@ def hidden_states(cfg: Config, params: stack.Params, ids: jax.Array, valid: jax.
     `valid` (B, L) is True where a token counts, a prefix; rows behind it are meaningless. Computes
     in the dtype of the embedding table.
     """
-    x = params["embed"]["embedding"][ids]
-    return stack.run(Block(cfg), params["layers"], x, _angles(cfg, ids.shape[1]), valid)
+    return hidden_states_of_each(cfg, params, [(ids, valid)])[0]
+
+
+def hidden_states_of_each(
+    cfg: Config, params: stack.Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
+) -> list[jax.Array]:
+    """`hidden_states` for several (ids, valid), each as if it were alone; of layers that are not on
+    the device, each is brought once."""
+    embedding = params["embed"]["embedding"]
+    each = [(embedding[ids], _angles(cfg, ids.shape[1]), valid) for ids, valid in inputs]
+    return stack.run_each(Block(cfg), params["layers"], each)
 
 
 def init(cfg: Config, key: jax.Array) -> stack.Params:

@@ -87,7 +87,7 @@ def run(
     whole network. `remat`, one of REMAT, says what a gradient keeps; a `Streamed` has none.
     """
     if isinstance(params, Streamed):
-        return _run_streamed(block, params, x, *args, layers=layers)
+        return _run_streamed(block, params, [(x, *args)], layers)[0]
     dtype = jax.tree.leaves(x)[0].dtype
 
     @functools.partial(_rematerialized, remat=remat)
@@ -108,21 +108,38 @@ def run(
     return jax.lax.scan(numbered, x, jnp.arange(count)[layers])[0]
 
 
-def _run_streamed(block: nn.Module, params: Streamed, x: Any, *args: Any, layers: slice) -> Any:
-    """A program a layer. When the layer before is done, the next copy is asked for and then this
-    layer is started, in this order: GPUs begin a copy to fresh memory when what was started before
-    has ended. So the device has two layers at most."""
+def run_each(
+    block: nn.Module, params: Params | Streamed, inputs: Sequence[tuple[Any, ...]]
+) -> list[Any]:
+    """`run` for several inputs (x, *args), one by one, each as if it were alone; every layer of a
+    `Streamed` is brought once for all."""
+    if isinstance(params, Streamed):
+        return _run_streamed(block, params, inputs)
+    return [run(block, params, *each) for each in inputs]
+
+
+def _run_streamed(
+    block: nn.Module,
+    params: Streamed,
+    inputs: Sequence[tuple[Any, ...]],
+    layers: slice = slice(None),
+) -> list[Any]:
+    """A program a layer and input. When the layer before is done, the next copy is asked for and
+    then this layer is started, in this order: GPUs begin a copy to fresh memory when what was
+    started before has ended. So the device has two layers at most."""
+    xs, others = [x for x, *_ in inputs], [args for _, *args in inputs]
     numbers = range(len(params.layers))[layers]
     if not numbers:
-        return x
+        return xs
     # Bound to its device, as what layers give is: else the first would be another program.
-    x = jax.device_put(x, jax.tree.map(lambda stream: stream.sharding, x))
+    xs = jax.device_put(xs, jax.tree.map(lambda stream: stream.sharding, xs))
     here = at(params, numbers[0])
     for following in itertools.chain(numbers[1:], [None]):
-        jax.block_until_ready(x)
+        jax.block_until_ready(xs)
         coming = None if following is None else at(params, following)
-        x, here = _layer(block, here, x, *args), coming
-    return x
+        xs = [_layer(block, here, x, *args) for x, args in zip(xs, others, strict=True)]
+        here = coming
+    return xs
 
 
 @functools.partial(jax.jit, static_argnames="block")
