@@ -34,7 +34,9 @@ tiny-bundle: .venv/installed
 	$(BIN)/python train.py --config configs/tiny_framepack.py --init scratch --steps 4500 \
 	    --data.path $(WORLD)/sketches_dataset --output $(WORLD)/sketch
 	$(BIN)/python train.py --config configs/tiny_framepack.py
-	$(BIN)/python train.py --config configs/tiny_framepack.py --init $(WORLD)/f1 \
+	$(BIN)/python train.py --config configs/tiny_framepack.py --init $(WORLD)/f1 --steps 3000 \
+	    --output $(WORLD)/f1_more
+	$(BIN)/python train.py --config configs/tiny_framepack.py --init $(WORLD)/f1_more --steps 600 \
 	    --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output $(WORLD)/inverted
 
 test: .venv/installed-test

@@ -4,12 +4,14 @@ Command:  make tiny-bundle, which has every step; those that this file is for ar
           python train.py --config configs/tiny_framepack.py --init scratch --steps 4500
               --data.path outputs/world/sketches_dataset --output outputs/world/sketch
           python train.py --config configs/tiny_framepack.py
-          python train.py --config configs/tiny_framepack.py --init outputs/world/f1
-              --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output outputs/world/inverted
+          python train.py --config configs/tiny_framepack.py --init outputs/world/f1 --steps 3000
+              --output outputs/world/f1_more
+          python train.py --config configs/tiny_framepack.py --init outputs/world/f1_more
+              --steps 600 --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output outputs/world/inverted
 Hardware: two CPU cores; a step takes 0.42 s at 64x64 and 1.6 s at 128x128, beside no other work.
 Result:   docs/training.md, "The tiny bundle": the first learns from many small first sections what
           captions ask for, of which a step is four times cheaper there; the second, sizes, details
-          and what comes after. The third has not been run with these weights.
+          and what comes after, for which the third has time; the last, the other order.
 """
 
 from framepack_jax import packing
