@@ -79,6 +79,7 @@ class Bench:
 
     def __init__(self, scale: Scale, rows: list[Row], keep: Callable[[], Any]) -> None:
         self.scale, self.rows, self.keep = scale, rows, keep
+        self._peak = 0
 
     def add(self, name: str, *, seconds: float, flops: float = 0, moved: float = 0, **more) -> None:
         """A row: `flops` and `moved` bytes become rates."""
@@ -94,6 +95,9 @@ class Bench:
         self._keep({"name": name, **figures})
 
     def _keep(self, row: Row) -> None:
+        # What the allocator has counted is of all rows before.
+        if (peak := peak_memory()) > self._peak:
+            self._peak = row["peak_bytes"] = peak
         self.rows.append(row)
         self.keep()
         print(", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
@@ -101,6 +105,7 @@ class Bench:
     def fail(self, name: str, error: Exception) -> None:
         """A row that says why there are no figures."""
         print(traceback.format_exc(limit=3), flush=True)
+        self._peak = peak_memory()
         self.rows.append({"name": name, "error": f"{type(error).__name__}: {error}"[:400]})
         self.keep()
 
@@ -110,12 +115,20 @@ class Bench:
             began = time.monotonic()
             compiled = jax.jit(function).lower(*args).compile()
             compiling = time.monotonic() - began
+            more |= {"program_bytes": program_bytes(compiled)}
             seconds, out = timed(compiled, *args)
         except Exception as error:
             self.fail(name, error)
             return None
         self.add(name, seconds=seconds, **more, compile_s=compiling)
         return out
+
+
+def program_bytes(compiled: Any) -> int:
+    """What a compiled program needs of the device: arguments, results, temporaries."""
+    size = compiled.memory_analysis()
+    parts = size.argument_size_in_bytes, size.output_size_in_bytes, size.temp_size_in_bytes
+    return sum(parts) - size.alias_size_in_bytes
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from benchmarks import lengths
 from configs import tiny_bundle
 from framepack_jax import bundle
 from framepack_jax.commands.records import path_of
@@ -33,6 +33,8 @@ from framepack_jax.models import kinds, stack
 
 ROOT = Path(__file__).parent.parent
 GB = 1e9
+# Of the device's memory, what JAX may take without a cap.
+MOST = 0.95
 # Numbers that are drawn; every array repeats them.
 DRAWN = 2**20 + 3
 # What a process of its own says of the device: all bytes of it, or 0 where they are not counted.
@@ -55,8 +57,8 @@ class Config:
     """How the bundle keeps the kernels of blocks; another folder for each."""
     scale: Literal["full", "toy"] = "full"
     """Shapes of the released model, or small ones for a try."""
-    sections: int = 3
-    """Of a video; the first compiles, the last decodes more."""
+    sections: int = 5
+    """Of a video; those at both ends are not like the others."""
     steps: int = 10
     """Denoising steps a section."""
     flags: tuple[str, ...] = ()
@@ -67,8 +69,9 @@ class Config:
     """Keep the figures here."""
 
     def __post_init__(self) -> None:
-        if self.sections < 3:
-            raise ValueError(f"--sections {self.sections}: expected at least 3")
+        least = lengths.SETTLED + 2
+        if self.sections < least:
+            raise ValueError(f"--sections {self.sections}: expected at least {least}")
 
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
@@ -77,15 +80,22 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
         config = tyro.cli(Config, prog="benchmarks.capped", args=args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    if not (config.folder / "bundle.json").exists():
+    if not (config.folder / bundle.MANIFEST).exists():
         make_bundle(config.folder, config.scale, config.weights)
+    kept = bundle.read_manifest(config.folder).roles["transformer"].source["name"]
+    if kept != _source(config.scale, config.weights):
+        raise SystemExit(
+            f"error: --folder {config.folder} has another bundle ({kept}); give each --weights and"
+            " --scale a folder of its own"
+        )
     total = device_bytes()
     made: list[dict[str, Any]] = []
     for cap in (None, *config.caps):
         made.append(measure(config, cap, total))
         print(json.dumps(made[-1]), flush=True)
         if config.json is not None:
-            config.json.write_text(json.dumps(made, indent=1))
+            flags = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+            config.json.write_text(json.dumps({"config": flags, "runs": made}, indent=1))
     print(table(made))
     return made
 
@@ -112,7 +122,7 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
         )
         written = bundle.write_params(folder / name, arrays)
         print(f"{name}: {written.bytes / GB:.1f} GB of random weights", flush=True)
-        source = {"name": "benchmarks/capped.py, random", **written._asdict()}
+        source = {"name": _source(scale, weights), **written._asdict()}
         roles[name] = bundle.Role(role.kind, dataclasses.asdict(cfg), name, source)
     words = bundle.role_config(known, "text_encoder")[1].vocab_size, tiny_bundle.CORPUS
     tiny_bundle.llama_tokenizer(*words).save_pretrained(folder / "tokenizer")
@@ -120,6 +130,10 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
     _, seeing = bundle.role_config(manifest, "image_encoder")
     tiny_bundle.write_image_processor(seeing, folder / "image_processor")
     bundle.write_manifest(folder, dataclasses.replace(manifest, roles=roles))
+
+
+def _source(scale: str, weights: str) -> str:
+    return f"benchmarks/capped.py, random, {scale}, {weights}"
 
 
 def random_leaf(
@@ -163,13 +177,19 @@ def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
             "--memory", level, "--output", folder,
             *(f"--{flag}" for flag in config.flags),
         ]  # fmt: skip
-        environment = dict(os.environ)
-        if cap is not None and total:
-            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{cap * GB / total:.4f}"
+        # Every run compiles for itself, as the first.
+        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+        if total:
+            share = MOST if cap is None else min(MOST, cap * GB / total)
+            environment |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}"}
         with tempfile.TemporaryFile("w+") as told:
             process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            try:
+                _, status, used = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            finally:
+                if process.returncode is None:
+                    process.kill()
             told.seek(0)
             lines = told.read().replace("\r", "\n").splitlines()
         # Linux counts kilobytes.
@@ -183,14 +203,14 @@ def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
 
 
 def figures(timings: dict[str, Any]) -> dict[str, Any]:
-    """What a run has noted: median seconds of its sections without the first and the last; seconds
-    of loading and encoding; bytes of the device at the most."""
-    settled = [sum(parts) for parts in timings["section_seconds"][1:-1]]
+    """What a run has noted: median seconds of its settled sections; seconds of loading and
+    encoding; bytes of the device at the most."""
+    found = lengths.figures(timings)
     return {
-        "section": statistics.median(settled),
+        "section": found["section"],
         "loading": timings["load_seconds"],
         "encoding": timings["encode_seconds"],
-        "device_bytes": timings["peak_memory_bytes"],
+        "device_bytes": found["memory"],
     }
 
 

@@ -1,5 +1,5 @@
 """What a device can do at all: matrix products, copies, attention, convolutions, weights from the
-host. Parts of `benchmarks/gpu.py`."""
+host. Parts of `benchmarks.gpu`."""
 
 import functools
 from collections.abc import Callable

@@ -3,8 +3,8 @@
     python benchmarks/lengths.py [--bundle tiny] [--seconds 5 20 60] [--json FILE]
 
 Makes a video of each length by `sample.py`, in a process of its own, and reads what the runs have
-noted: seconds of every section, denoising and decoding with files, and the peak memory of the
-process, or of the device where it counts its memory.
+noted: seconds of every section, and the peak memory of the process, or of the device where it
+counts its memory.
 """
 
 import dataclasses
@@ -81,14 +81,11 @@ def figures(timings: dict[str, Any]) -> dict[str, Any]:
             f"a video of {len(sections)} sections: expected {SETTLED + 2} at least, give more"
             " seconds"
         )
-    totals = [sum(parts) for parts in settled]
-    third = max(1, len(totals) // 3)
+    third = max(1, len(settled) // 3)
     return {
         "sections": len(sections),
-        "section": statistics.median(totals),
-        "denoising": statistics.median(parts[0] for parts in settled),
-        "decoding": statistics.median(parts[1] for parts in settled),
-        "growth": statistics.median(totals[-third:]) / statistics.median(totals[:third]),
+        "section": statistics.median(settled),
+        "growth": statistics.median(settled[-third:]) / statistics.median(settled[:third]),
         "memory": timings["peak_memory_bytes"],
     }
 
@@ -96,15 +93,13 @@ def figures(timings: dict[str, Any]) -> dict[str, Any]:
 def table(made: list[dict[str, Any]]) -> str:
     """A Markdown table, a row a length."""
     lines = [
-        "| length | sections | a section | denoising | decoding, files | last third / first"
-        " | peak memory |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
+        "| length | sections | a section | last third / first | peak memory |",
+        "|--:|--:|--:|--:|--:|",
     ]
     for row in made:
         lines.append(
             f"| {row['seconds']:g} s | {row['sections']} | {row['section']:.2f} s"
-            f" | {row['denoising']:.2f} s | {row['decoding']:.2f} s | {row['growth']:.2f}"
-            f" | {row['memory'] / 2**20:.0f} MiB |"
+            f" | {row['growth']:.2f} | {row['memory'] / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)
 

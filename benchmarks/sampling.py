@@ -4,9 +4,9 @@
 
 Measures the command as people run it, run folders and all: `sample.run` makes a video of each
 schedule, in a process of its own, and probes stand at the calls that write files. The same latents
-without frames, and then their frames, say what the two parts take where neither waits for the
-other. Then the pieces of a denoising step, alone. With the random bundle the transformer is next to
-nothing, so that what shows is everything else.
+without frames, and then their frames (each written while the next are decoded), say what the two
+parts take alone. Then the pieces of a denoising step, alone. With the random bundle the transformer
+is next to nothing, so that what shows is everything else.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ def measure(config: Config, schedule: str) -> dict[str, Any]:
         "order": record["order"],
         "seconds": seconds,
         "growth": {name: _growth(values) for name, values in seconds.items()},
-        "parts": sum(sum(seconds[name]) for name in PARTS) / sum(seconds["all"]),
+        "parts": sum(_settled(seconds[name]) for name in PARTS) / _settled(seconds["all"]),
         "compilations": {"step": programs, **_compilations(first)},
         "first_frames": {
             "section": first.first_frames[0],
@@ -190,8 +190,8 @@ def _memory(folder: Path) -> dict[str, dict[str, int]]:
 class Log:
     """What was seen of a run: (begin, end) of its calls by name, in seconds since it began; the
     section and time at which the first frames were there; the section and name of all programs
-    that were compiled; after each section, bytes of all arrays on devices and the processor time of
-    all threads. Sections count from 1."""
+    that were compiled; when the latents of each section are saved, bytes of all arrays on devices
+    and the processor time of all threads. Sections count from 1."""
 
     calls: dict[str, list[tuple[float, float]]]
     first_frames: tuple[int, float] | None = None
@@ -214,11 +214,11 @@ def _watch(flags: sample.Sample) -> Log:
             start = time.perf_counter() - began
             method(*args)
             log.calls[name].append((start, time.perf_counter() - began))
-            if name == "add_span":
+            if name == "save_section":
                 log.processor.append(time.process_time())
                 log.device_bytes.append(sum(array.nbytes for array in jax.live_arrays()))
-                if log.first_frames is None and len(args[-1]):
-                    log.first_frames = len(log.calls[name]), log.calls[name][-1][1]
+            elif name == "add_span" and log.first_frames is None and len(args[-1]):
+                log.first_frames = len(log.calls[name]), log.calls[name][-1][1]
 
         return probe
 
@@ -261,6 +261,11 @@ def _seconds(log: Log, denoised: Log, decoded: Log) -> dict[str, list[float]]:
         ]
     processor = [end - begin for begin, end in itertools.pairwise(log.processor)]
     return seconds | {"processor": processor}
+
+
+def _settled(values: Sequence[float]) -> float:
+    """The sum of sections in which nothing is compiled; the values begin with section 2."""
+    return sum(values[SETTLED - 1 : -1])
 
 
 def _growth(values: Sequence[float]) -> float:
@@ -403,9 +408,7 @@ def table(result: dict[str, Any]) -> str:
         times = (statistics.median(values), min(values), max(values))
         numbers = "".join(f"{value:8.3f}" for value in times)
         lines.append(f"    {labels.get(name, name):<30}{numbers}{result['growth'][name]:10.2f}")
-    lines.append(
-        f"  both parts one after the other take {result['parts']:.2f} times as long as all"
-    )
+    lines.append(f"  settled sections: the parts alone take {result['parts']:.2f} of all")
     return "\n".join([*lines, *_counts(result), *_step_lines(result["step"])])
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_profile [--program denoise] [--scale toy] [--trace FOLDER]
 
-Runs one of the programs of `benchmarks/gpu.py`, at the released model's shapes with random weights,
+Runs one of the programs of `benchmarks.gpu`, at the released model's shapes with random weights,
 under JAX's profiler, and adds up the time of its instructions by the module that asked for them and
 by the kind of work. The trace itself opens in Perfetto or XProf.
 

@@ -575,13 +575,13 @@ class FramePack:
         clip = self._run(model.decode, cfg, params, latents, self.decode_tiling or self.tiling)
         finite = jnp.isfinite(clip).all(axis=(1, 2, 3, 4))
         numbers = np.arange(timeline.latents.shape[0])[samples]
-        first, last = section.decode
+        (first, last), dtype = section.decode, latents.dtype
 
         def check() -> None:
             if not np.asarray(finite).all():
                 raise NotFinite(
                     f"frames decoded from latents {first} to {last - 1} are not finite in"
-                    f" {latents.dtype}; check the weights of the VAE",
+                    f" {dtype}; check the weights of the VAE",
                     numbers[~np.asarray(finite)].tolist(),
                 )
 

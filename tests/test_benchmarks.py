@@ -49,8 +49,9 @@ def test_the_parts_of_a_section(measured) -> None:
     seconds = {name: np.asarray(values) for name, values in measured["seconds"].items()}
     assert all(values.shape == (SECTIONS - 1,) for values in seconds.values())
     assert all((values > 0).all() for values in seconds.values())
-    parts = sum(seconds[name].sum() for name in sampling.PARTS)
-    assert measured["parts"] == pytest.approx(parts / seconds["all"].sum())
+    # Sections 2 to 5, of which 4 is neither among the first three nor the last.
+    parts = sum(seconds[name][2] for name in sampling.PARTS)
+    assert measured["parts"] == pytest.approx(parts / seconds["all"][2])
     assert (seconds["joining"] < seconds["files"]).all()
     assert (seconds["files"] + seconds["preview"] < seconds["all"]).all()
     assert measured["growth"].keys() == seconds.keys()
@@ -195,7 +196,7 @@ def test_sections_and_training_on_a_gpu_are_measured(tmp_path) -> None:
     """The parts that compile most."""
     figures = measured_parts(tmp_path / "figures.json", "section", "vae", "train")
     plain, tea, _ = figures["section"]
-    assert plain["blocks_run"] == 1 and tea["blocks_run"] < 1 and tea["relative_error"] > 0
+    assert 0 < tea["blocks_run"] < 1
     assert plain["seconds_a_frame"] == pytest.approx(plain["ms"] / 36e3)
 
 
@@ -249,7 +250,7 @@ def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
     config = lengths.Config(bundle="random", steps=1, flags=small)
     made = lengths.measure(config, 1.1)
     assert made["sections"] == 4 and made["memory"] > 1e8
-    assert made["section"] == pytest.approx(made["denoising"] + made["decoding"])
+    assert made["section"] > 0
     head, _, row = lengths.table([made]).splitlines()
     assert head.count("|") == row.count("|") and row.startswith("| 1.1 s | 4 |")
     with pytest.raises(SystemExit, match=r"error: sample.py ended with 1: .*nowhere is no bundle"):
@@ -258,11 +259,10 @@ def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
 
 def test_sections_at_the_ends_of_a_video_are_left_out() -> None:
     # Compilation, six sections of which the last two take half as long again, the last section.
-    sections = [[9, 9], [5, 5], *[[0.25, 0.75]] * 4, *[[0.5, 1.0]] * 2, [7, 7]]
+    sections = [18, 10, *[1.0] * 4, *[1.5] * 2, 14]
     found = lengths.figures({"section_seconds": sections, "peak_memory_bytes": 12})
     assert found == {
-        "sections": 9, "section": 1.0, "denoising": 0.25, "decoding": 0.75, "growth": 1.5,
-        "memory": 12,
+        "sections": 9, "section": 1.0, "growth": 1.5, "memory": 12,
     }  # fmt: skip
     with pytest.raises(ValueError, match="a video of 3 sections: expected 4 at least"):
         lengths.figures({"section_seconds": sections[:3], "peak_memory_bytes": 12})
@@ -359,10 +359,9 @@ def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
 
 
 def test_sections_of_a_capped_run_are_read() -> None:
-    """The first, which compiles, and the last are left out."""
     timings = {
-        "section_seconds": [[9, 9], [1, 2], [2, 3], [1.5, 2], [7, 7]], "load_seconds": 3.0,
-        "encode_seconds": 4.0, "peak_memory_bytes": 5,
+        "section_seconds": [18, 8, 3, 4, 14], "load_seconds": 3.0, "encode_seconds": 4.0,
+        "peak_memory_bytes": 5,
     }  # fmt: skip
     found = capped.figures(timings)
     assert found == {"section": 3.5, "loading": 3.0, "encoding": 4.0, "device_bytes": 5}

@@ -27,14 +27,26 @@ def pipe() -> FramePack:
 def test_weights_are_small_and_say_how_they_came_about() -> None:
     bytes_there = sum(f.stat().st_size for f in Path(ASSETS).rglob("*") if f.is_file())
     assert bytes_there <= 24e6
-    manifest = bundle.read_manifest(EMBEDDED["tiny"])
-    for role in ("vae", "transformer"):
-        story = manifest.roles[role].source["training"]
+    manifests = {name: bundle.read_manifest(EMBEDDED[name]) for name in ("tiny", "tiny_inverted")}
+    for name, role in (("tiny", "vae"), ("tiny", "transformer"), ("tiny_inverted", "transformer")):
+        story = manifests[name].roles[role].source["training"]
         assert story["step"] == story["config"]["steps"]
         assert story["config"]["seed"] >= 0 and story["code"]["framepack-jax"]
         assert all(np.isfinite(v) for v in story["metrics"].values() if v is not None)
         # No folder of the machine that it was trained on.
         assert '"/' not in json.dumps(story)
+
+
+def test_both_orders_share_all_but_the_transformer(pipe) -> None:
+    other = FramePack.load(EMBEDDED["tiny_inverted"])
+    assert (pipe.order, other.order) == ("forward", "inverted")
+    assert pipe.buckets == other.buckets == (SIZE,)
+    shared = bundle.read_manifest(EMBEDDED["tiny_inverted"]).roles
+    assert {role.path for role in shared.values()} == {
+        "transformer", "../tiny/vae", "../tiny/text_encoder", "../tiny/text_encoder_2",
+        "../tiny/image_encoder",
+    }  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, pipe.vae.params, other.vae.params)
 
 
 def test_the_vae_gives_back_held_out_clips(pipe) -> None:

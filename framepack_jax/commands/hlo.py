@@ -12,18 +12,24 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-# What an instruction is taken for, by the operations in it: the first that matches.
+# What an instruction is taken for, by the opcodes in it (of a kernel by its names): the first kind
+# of which there is one.
 KINDS = {
-    "exchange": rf"\b(?:{'|'.join(COLLECTIVES)})",
-    "attention": r"fmha|splash|flash",
-    "convolution": r" convolution\(|cudnn\$conv",
-    "matrix product": r" dot\(|__cublas|gemm|matmul",
-    "reduction": r" reduce\(| reduce-window\(| sort\(",
-    "arithmetic": r" (?:multiply|add|subtract|divide|exponential|rsqrt|tanh|power|convert|select|"
-    r"maximum|minimum|logistic|compare|and|or)\(",
+    "exchange": rf"(?:{'|'.join(COLLECTIVES)}).*",
+    "attention": r"custom-call.*(?:fmha|splash|flash).*",
+    "convolution": r"convolution|custom-call.*cudnn\$conv.*",
+    "matrix product": r"dot|custom-call.*(?:cublas|gemm|matmul).*",
+    "reduction": r"reduce|reduce-window|sort",
+    "other kernels": r"custom-call.*",
 }
-MOVES = "copies and transposes"
-CONTAINERS = re.compile(r" (?:while|conditional|call)\(")
+ARITHMETIC, MOVES = "arithmetic", "copies, casts and transposes"
+MOVING = frozenset({
+    "async-done", "async-start", "bitcast", "bitcast-convert", "broadcast", "concatenate",
+    "constant", "convert", "copy", "copy-done", "copy-start", "dynamic-slice",
+    "dynamic-update-slice", "fusion", "gather", "get-tuple-element", "iota", "opt-barrier", "pad",
+    "parameter", "reshape", "reverse", "scatter", "slice", "transpose", "tuple",
+})  # fmt: skip
+CONTAINERS = ("while", "conditional", "call")
 # What stands in the name of an operation beside the names of modules.
 WRAPPERS = re.compile(
     r"(?:jit|pjit|vmap|remat)\(.*\)|while|body|cond|branch_\d+_fun|closed_call|checkpoint|scan"
@@ -32,8 +38,8 @@ WRAPPERS = re.compile(
 
 
 class Operation(NamedTuple):
-    """What an instruction does: its kind (of KINDS, or MOVES), and the path of the module that it
-    is for; of a fusion, that of what it gives."""
+    """What an instruction does: its kind (of KINDS, ARITHMETIC or MOVES), and the path of the
+    module that it is for; of a fusion, that of what it gives."""
 
     kind: str
     path: tuple[str, ...]
@@ -87,19 +93,31 @@ def operations(text: str) -> dict[str, Operation | None]:
 
 
 def _operation(line: str, bodies: Mapping[str, list[str]]) -> Operation | None:
-    if CONTAINERS.search(_work(line)):
+    if _opcode(line) in CONTAINERS:
         return None
     # Of a fusion the last line is what it gives.
     lines = [line, *reversed([part for name in _fused(line) for part in bodies.get(name, [])])]
-    work = "\n".join(map(_work, lines))
-    kind = next((kind for kind, sign in KINDS.items() if re.search(sign, work)), MOVES)
     names = (re.search(r'op_name="([^"]*)"', part) for part in lines)
-    return Operation(kind, next((_path(name[1]) for name in names if name), ()))
+    path = next((_path(name[1]) for name in names if name), ())
+    # Numbers by themselves say where to read.
+    work = {_opcode(part) for part in lines if not re.search(r"= (?:[su]\d+|pred)\[\]", part)}
+    for kind, sign in KINDS.items():
+        if any(re.fullmatch(sign, opcode) for opcode in work):
+            return Operation(kind, path)
+    return Operation(MOVES if work <= MOVING else ARITHMETIC, path)
 
 
-def _work(line: str) -> str:
-    """An instruction without what is known of its source."""
-    return line.partition(" metadata=")[0]
+def _opcode(line: str) -> str:
+    """What an instruction is: its opcode; of a kernel also its name and target. TPUs write matrix
+    products as convolutions of no spatial dimension."""
+    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    found = re.search(r"(?:^|\s)([a-z][\w\-]*)\(", rest)
+    opcode = found[1] if found else ""
+    if opcode == "custom-call":
+        target = re.search(r'custom_call_target="([^"]*)"', rest)
+        return f"{opcode} {name} {target[1] if target else ''}"
+    labels = re.search(r"dim_labels=([^\s,]*)", rest)
+    return "dot" if labels and not re.search(r"\d", labels[1]) else opcode
 
 
 def _fused(line: str) -> list[str]:

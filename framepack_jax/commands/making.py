@@ -1,5 +1,6 @@
 """Sample and decode the videos of run folders, side by side where they are alike."""
 
+import contextlib
 import dataclasses
 import resource
 import sys
@@ -100,7 +101,7 @@ def _make_group(
                 return
             except NotFinite as error:
                 # The others go on without them, from their last finished section.
-                failed, reason = [begun[i] for i in error.samples], error
+                failed, reason = [begun[i] for i in error.samples], error.with_traceback(None)
             except (ValueError, *FAILURES) as error:
                 if not is_shared(error):
                     raise
@@ -174,11 +175,11 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     seeds = [task.request.seed for task in tasks]
     encoded = time.monotonic()
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
-    frames = Later()
-    with Progress(tasks, done) as progress:
+    with Progress(tasks, done) as progress, Later() as frames:
 
         def on_step(*step: Any) -> None:
-            # The device has the next step at hand: time for the frames of the section before.
+            # The device has the next step at hand (unless blocks are streamed): time for the frames
+            # of the section before.
             frames.finish()
             progress.step(*step)
 
@@ -196,12 +197,9 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
                 frames.add(decoder.start, number)
             if number + 1 == len(layout.plan):
                 frames.finish()
-            seconds = time.monotonic() - section_from
-            of_frames, frames.seconds = frames.seconds, 0.0
-            _add_timing(
-                tasks, "section_seconds", [[round(seconds - of_frames, 3), round(of_frames, 3)]]
-            )
-            section_from = time.monotonic()
+            now = time.monotonic()
+            _add_timing(tasks, "section_seconds", [round(now - section_from, 3)])
+            section_from = now
     for task in tasks:
         finish(task, decode)
 
@@ -212,7 +210,8 @@ def finish(task: Task, decode: bool) -> None:
     if decode:
         in_first(_save_pictures, run.folder, run.record["flags"].get("gif", False))
     timings = run.record["timings"]
-    seconds = sum(sum(times) for times in timings.get("section_seconds", []))
+    # Earlier versions noted two parts of a section.
+    seconds = float(sum(map(np.sum, timings.get("section_seconds", []))))
     frames = run.record["frames"] - run.record["beginning"]
     timings |= {"seconds_per_frame": seconds / frames, "peak_memory_bytes": peak_memory()}
     run.write_record(status="finished" if decode else "sampled")
@@ -225,30 +224,35 @@ def _save_pictures(folder: Path, gif: bool) -> None:
 
 
 class Later:
-    """The host's part of decoding, put off until the device has other work: at most one clip is on
-    its way. `seconds` counts the time that the host has spent on clips."""
+    """The host's part of decoding, put off until the device has other work. At most one clip waits
+    for it; what still does at the end is done there, and so it is where work is stopped."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
         self._rest: Callable[[], None] | None = None
+
+    def __enter__(self) -> "Later":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is None:
+            self.finish()
+        # After an error of its own a process would wait here for the others.
+        elif jax.process_count() == 1 or isinstance(error, Terminated):
+            # That error is what people are told of; frames that are not written are made again.
+            with contextlib.suppress(Exception):
+                self.finish()
 
     def add(self, start: Callable[..., Callable[[], None]], *args: Any) -> None:
         """Start a clip on the device, and then do the host's part of the one before."""
-        began = time.monotonic()
-        try:
-            rest = start(*args)
-        finally:
-            self.seconds += time.monotonic() - began
-            self.finish()
+        rest = start(*args)
+        self.finish()
         self._rest = rest
 
     def finish(self) -> None:
         """Do what was put off."""
-        began = time.monotonic()
         rest, self._rest = self._rest, None
         if rest is not None:
             rest()
-        self.seconds += time.monotonic() - began
 
 
 class Decoder:
@@ -341,11 +345,10 @@ def _decode_again(pipe: FramePack, task: Task) -> int:
     run.write_record(spans=[], status="sampled" if whole else "interrupted")
     decoder = Decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
-    frames = Later()
-    for number in tqdm(range(done), desc="decoding", unit="section", disable=not is_first()):
-        frames.add(decoder.start, number)
-        _stop_if_asked()
-    frames.finish()
+    with Later() as frames:
+        for number in tqdm(range(done), desc="decoding", unit="section", disable=not is_first()):
+            frames.add(decoder.start, number)
+            _stop_if_asked()
     if whole:
         finish(task, decode=True)
     return done

@@ -22,7 +22,8 @@ from framepack_jax.pipeline import FramePack
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # The last two have no weights: see configs/full.py.
-EMBEDDED = {name: ASSETS / name for name in ("tiny", "random", "framepack_i2v", "framepack_f1")}
+NAMES = ("tiny", "tiny_inverted", "random", "framepack_i2v", "framepack_f1")
+EMBEDDED = {name: ASSETS / name for name in NAMES}
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Flags that concern the process and yet decide what is made.
 PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile", "mesh", "lora", "merge_lora")
