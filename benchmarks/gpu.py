@@ -64,14 +64,18 @@ def measure_step(bench: Bench) -> None:
     """A forward pass of the transformer in bfloat16, and with the blocks' kernels kept in int8."""
     params, *args = denoiser_inputs(bench.scale)
     run = functools.partial(packed_dit.velocity, bench.scale.dit, dtype=BF16)
-    flops, exact = step_flops(bench.scale), None
-    for title, kept in (("", lambda p: p), (", int8 weights", quantized)):
-        params = kept(params)
+
+    def step(name: str, params: stack.Params) -> jax.Array | None:
         size = sum(p.nbytes for p in jax.tree.leaves(params))
-        got = bench.time(f"denoising step{title}", run, params, *args, flops=flops, weights=size)
-        if got is not None and exact is not None:
-            bench.rows[-1]["relative_error"] = relative_error(got, exact)
-        exact = got
+        return bench.time(
+            name, run, params, *args, flops=step_flops(bench.scale), weights=size
+        )  # fmt: skip
+
+    exact = step("denoising step", params)
+    params = quantized(params)
+    got = step("denoising step, int8 weights", params)
+    if got is not None and exact is not None:
+        bench.rows[-1]["relative_error"] = relative_error(got, exact)
 
 
 def quantized(params: stack.Params) -> stack.Params:

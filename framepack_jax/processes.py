@@ -113,6 +113,17 @@ def stopping() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: leave as after Ctrl-C."""
+
+
+def stop_if_asked() -> None:
+    """Stop here all of several processes of which one was sent SIGTERM (`stopping`). Raises
+    Terminated."""
+    if stopping():
+        raise Terminated
+
+
 def place(tree: Any, bound: bool = False) -> Any:
     """Arrays, the same in all processes, whole on every device of the mesh in use
     (`jax.set_mesh`); on the default device where there is none, to which they may be `bound`."""

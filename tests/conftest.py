@@ -9,6 +9,10 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
 import pytest
+from compiling import quick_flags
+
+# Half of the suite's time would be compilation; `XLA_FLAGS= make test` compiles as users do.
+os.environ.setdefault("XLA_FLAGS", quick_flags())
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -146,6 +146,28 @@ def test_frames_are_written_while_the_next_section_is_made(tmp_path, monkeypatch
     assert seen == ["step", "step", *section, *following, *following, "add_span"]
 
 
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_frames_on_their_way_are_written_before_a_stop(whole, tmp_path, monkeypatch, stop) -> None:
+    """In the first step of the second section, those of the first."""
+    calls, step = itertools.count(), sampler.step
+
+    def stopped(*args):
+        if next(calls) == 2:
+            raise stop
+        return step(*args)
+
+    monkeypatch.setattr(sampler, "step", stopped)
+    with pytest.raises(SystemExit):
+        command(tmp_path / "run", "--sections", 3, schedule=F1)
+    run = Run.open(tmp_path / "run")
+    assert run.record["spans"] == whole[F1].record["spans"][:1] and len(frames_of(run)) == 4
+    monkeypatch.setattr(sampler, "step", step)
+    sample.main(["--resume", str(run.folder)])
+    assert_same_latents(Run.open(run.folder), whole[F1])
+
+
 def test_decoding_a_part_gives_what_is_final(whole, tmp_path) -> None:
     run = copy(whole[F1], tmp_path / "run")
     (run.folder / "latents" / "section_002.npz").unlink()

@@ -1,6 +1,5 @@
 """Sample and decode the videos of run folders, side by side where they are alike."""
 
-import contextlib
 import dataclasses
 import resource
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from framepack_jax import video
+from framepack_jax.commands.decoding import Decoder, Later
 from framepack_jax.commands.runs import DamagedFile, Run
 from framepack_jax.packing import Timeline
 from framepack_jax.pipeline import FramePack, NotFinite, Settings
@@ -23,20 +23,15 @@ from framepack_jax.processes import (
     in_first,
     is_first,
     is_shared,
-    stopping,
+    stop_if_asked,
 )
 from framepack_jax.request import Layout, Request, prepare
-from framepack_jax.splice import Splicer, to_uint8
 
 # What a disk, a device or a full memory does.
 FAILURES = (OSError, MemoryError, jax.errors.JaxRuntimeError)
 PREVIEWS_PER_SECTION = 4
 # The channels of latents that the cheap preview knows.
 PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: leave as after Ctrl-C."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -169,7 +164,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     timeline, known, done = _restore(pipe, tasks)
     requests = [task.request for task in tasks]
     inputs = pipe.encode(requests, layout, settings, prompt_blend, known)
-    decoders = [Decoder(pipe, task, timeline, i) for i, task in enumerate(tasks)] if decode else []
+    decoders = [_decoder(pipe, task, timeline, i) for i, task in enumerate(tasks)] if decode else []
     for decoder in decoders:
         decoder.catch_up(done)
     seeds = [task.request.seed for task in tasks]
@@ -192,7 +187,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
             # All latents first: no decoding can lose them.
             for task, latents in zip(tasks, timeline.read(section.targets), strict=True):
                 task.run.save_section(number, section, latents)
-            _stop_if_asked()
+            stop_if_asked()
             for decoder in decoders:
                 frames.add(decoder.start, number)
             if number + 1 == len(layout.plan):
@@ -202,6 +197,10 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
             section_from = now
     for task in tasks:
         finish(task, decode)
+
+
+def _decoder(pipe: FramePack, task: Task, timeline: Timeline, sample: int) -> Decoder:
+    return Decoder(pipe, task.run, task.layout, task.request.footage, timeline, sample)
 
 
 def finish(task: Task, decode: bool) -> None:
@@ -221,86 +220,6 @@ def _save_pictures(folder: Path, gif: bool) -> None:
     video.save_png(folder / "preview.png", video.contact_sheet_mp4(folder / "video.mp4"))
     if gif:
         video.save_gif(folder / "video.gif", folder / "video.mp4")
-
-
-class Later:
-    """The host's part of decoding, put off until the device has other work. At most one clip waits
-    for it; what still does at the end is done there, and so it is where work is stopped."""
-
-    def __init__(self) -> None:
-        self._rest: Callable[[], None] | None = None
-
-    def __enter__(self) -> "Later":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if error is None:
-            self.finish()
-        # After an error of its own a process would wait here for the others.
-        elif jax.process_count() == 1 or isinstance(error, Terminated):
-            # That error is what people are told of; frames that are not written are made again.
-            with contextlib.suppress(Exception):
-                self.finish()
-
-    def add(self, start: Callable[..., Callable[[], None]], *args: Any) -> None:
-        """Start a clip on the device, and then do the host's part of the one before."""
-        rest = start(*args)
-        self.finish()
-        self._rest = rest
-
-    def finish(self) -> None:
-        """Do what was put off."""
-        rest, self._rest = self._rest, None
-        if rest is not None:
-            rest()
-
-
-class Decoder:
-    """Decodes the sections of one run of a group and adds what becomes final to its video."""
-
-    def __init__(self, pipe: FramePack, task: Task, timeline: Timeline, sample: int) -> None:
-        self.pipe, self.task, self.timeline, self.sample = pipe, task, timeline, sample
-        layout, footage = task.layout, task.request.footage
-        self.splicer: Splicer = pipe.splicer(layout.plan, layout.before)
-        if footage is not None:
-            self.splicer.add(len(layout.plan), pipe.overlap(layout, footage))
-
-    def catch_up(self, done: int) -> None:
-        """Decode again what the `done` sections of an earlier run have left to their neighbours,
-        and all that has no frames yet."""
-        ready = min(self.task.run.spans(), done)
-        footage = [len(self.task.layout.plan)] if self.task.request.footage else []
-        for number in self.splicer.waiting([*range(ready), *footage]):
-            if number < ready:
-                clip, check = self._clip(number)
-                check()
-                self.splicer.add(number, clip)
-        for number in range(ready, done):
-            self.add(number)
-        # An earlier run may have stopped between its last frames and this.
-        self.task.run.join()
-
-    def add(self, number: int) -> None:
-        """Decode section `number` and write the frames that are final with it."""
-        self.start(number)()
-
-    def start(self, number: int) -> Callable[[], None]:
-        """Set the device to work on section `number`; what this gives waits for it and writes the
-        frames that are final with it."""
-        layout = self.task.layout
-        clip, check = self._clip(number)
-        start, frames = self.splicer.add(number, clip)
-        pixels = to_uint8(frames, layout.height, layout.width)
-
-        def write() -> None:
-            check()
-            self.task.run.add_span(number, start, np.asarray(pixels)[0])
-
-        return write
-
-    def _clip(self, number: int) -> tuple[jax.Array, Callable[[], None]]:
-        section = self.task.layout.plan[number]
-        return self.pipe.start_clip(section, self.timeline, slice(self.sample, self.sample + 1))
 
 
 def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int, np.ndarray], int]:
@@ -343,21 +262,15 @@ def _decode_again(pipe: FramePack, task: Task) -> int:
     # Until all is decoded again, this is a run whose latents alone are there.
     whole = done == len(plan)
     run.write_record(spans=[], status="sampled" if whole else "interrupted")
-    decoder = Decoder(pipe, task, timeline, 0)
+    decoder = _decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
     with Later() as frames:
         for number in tqdm(range(done), desc="decoding", unit="section", disable=not is_first()):
             frames.add(decoder.start, number)
-            _stop_if_asked()
+            stop_if_asked()
     if whole:
         finish(task, decode=True)
     return done
-
-
-def _stop_if_asked() -> None:
-    """SIGTERM to one of several processes stops all of them here. Raises Terminated."""
-    if stopping():
-        raise Terminated
 
 
 def _add_timing(tasks: Sequence[Task], name: str, value: Any) -> None:
@@ -405,7 +318,7 @@ class Progress:
         steps.update()
         if step + 1 == self.steps:
             sections.update()
-        _stop_if_asked()
+        stop_if_asked()
         if step + 1 in self.shown and x0.shape[-1] == PREVIEW_CHANNELS:
             caption = f"section {section + 1} of {self.sections}, step {step + 1} of {self.steps}"
             in_first(self._show, np.asarray(x0), caption)

@@ -23,7 +23,6 @@ from framepack_jax.commands.dry_run import dry_run
 from framepack_jax.commands.making import (
     FAILURES,
     Task,
-    Terminated,
     decode_again,
     explained,
     make_all,
@@ -58,7 +57,7 @@ from framepack_jax.memory import TILES
 from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.pipeline import FramePack
-from framepack_jax.processes import check_same, in_all, in_first, is_first, join
+from framepack_jax.processes import Terminated, check_same, in_all, in_first, is_first, join
 from framepack_jax.request import Request, lay_out
 
 # The backends that attention kernels are made for; the others run on any.
