@@ -57,7 +57,7 @@ class Config:
     """How the bundle keeps the kernels of blocks; another folder for each."""
     scale: Literal["full", "toy"] = "full"
     """Shapes of the released model, or small ones for a try."""
-    sections: int = 5
+    sections: int = 6
     """Of a video; those at both ends are not like the others."""
     steps: int = 10
     """Denoising steps a section."""

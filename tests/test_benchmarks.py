@@ -248,24 +248,24 @@ def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
     # Sections of 8 frames.
     small = ("schedule=f1k1_x_f16k4f2k2f1k1_g2", "height=32", "width=32")
     config = lengths.Config(bundle="random", steps=1, flags=small)
-    made = lengths.measure(config, 1.1)
-    assert made["sections"] == 4 and made["memory"] > 1e8
+    made = lengths.measure(config, 1.4)
+    assert made["sections"] == 5 and made["memory"] > 1e8
     assert made["section"] > 0
     head, _, row = lengths.table([made]).splitlines()
-    assert head.count("|") == row.count("|") and row.startswith("| 1.1 s | 4 |")
+    assert head.count("|") == row.count("|") and row.startswith("| 1.4 s | 5 |")
     with pytest.raises(SystemExit, match=r"error: sample.py ended with 1: .*nowhere is no bundle"):
         lengths.main(["--bundle", "nowhere", "--seconds", "1"])
 
 
 def test_sections_at_the_ends_of_a_video_are_left_out() -> None:
     # Compilation, six sections of which the last two take half as long again, the last section.
-    sections = [18, 10, *[1.0] * 4, *[1.5] * 2, 14]
+    sections = [18, 10, 0.5, *[1.0] * 4, *[1.5] * 2, 14]
     found = lengths.figures({"section_seconds": sections, "peak_memory_bytes": 12})
     assert found == {
-        "sections": 9, "section": 1.0, "growth": 1.5, "memory": 12,
+        "sections": 10, "section": 1.0, "growth": 1.5, "memory": 12,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="a video of 3 sections: expected 4 at least"):
-        lengths.figures({"section_seconds": sections[:3], "peak_memory_bytes": 12})
+    with pytest.raises(ValueError, match="a video of 4 sections: expected 5 at least"):
+        lengths.figures({"section_seconds": sections[:4], "peak_memory_bytes": 12})
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
 
 def test_sections_of_a_capped_run_are_read() -> None:
     timings = {
-        "section_seconds": [18, 8, 3, 4, 14], "load_seconds": 3.0, "encode_seconds": 4.0,
+        "section_seconds": [18, 8, 1, 3, 4, 14], "load_seconds": 3.0, "encode_seconds": 4.0,
         "peak_memory_bytes": 5,
     }  # fmt: skip
     found = capped.figures(timings)
