@@ -56,7 +56,7 @@ FULL = Scale(
     ),
     streamed_layers=16,
     largest_batch=16,
-    remats=("dots", "full"),
+    remats=("dots", "attention", "full"),
 )  # fmt: skip
 TOY = Scale(
     dit=packed_dit.Config(
@@ -70,7 +70,7 @@ TOY = Scale(
     convs=((5, 16, 16, 8, 8),),
     streamed_layers=2,
     largest_batch=1,
-    remats=("full",),
+    remats=("attention",),
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def get_config() -> Config:
         steps=3000,
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=100),
         guidance=1.0,
-        remat="full",
+        remat="attention",
         validation=Validation(every=250, samples=16, videos=1),
         checkpoints=Checkpoints(every=250, keep=4),
     )

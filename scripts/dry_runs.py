@@ -39,13 +39,17 @@ CURVE = (
 )  # fmt: skip
 # For a TPU the decoder takes minutes to compile.
 DECODE = ("v5e:2x2", "v5e:4x4", "h100:8", "h200:1", "rtx4090:1")
-# Configuration, schedule or that of the bundle, machine, and a batch, or None for the largest.
+# Configuration, schedule or that of the bundle, machine, a batch, or None for the largest, and what
+# the gradient keeps where it is not what the configuration says.
 LATENT_2, LATENT_3 = "f1k1_x_g2_f1k1f2k2f16k4_td", "f1k1_x_g3_f1k1f2k2f16k4_td"
 TRAINING = {
     "lora w=2 a100-80g:8": ("lora_i2v", LATENT_2, "a100-80g:8", 64),
     "lora w=3 a100-80g:8": ("lora_i2v", LATENT_3, "a100-80g:8", 64),
     "lora a100-80g:8": ("lora_i2v", None, "a100-80g:8", None),
     "lora h100:8": ("lora_i2v", None, "h100:8", None),
+    "lora h100:8, full": ("lora_i2v", None, "h100:8", None, "full"),
+    "lora h100:1": ("lora_i2v", None, "h100:1", None),
+    "lora h200:1, dots": ("lora_i2v", None, "h200:1", 1, "dots"),
     "finetune h100:8": ("finetune_i2v", None, "h100:8", None),
     "finetune h100:64": ("finetune_i2v", None, "h100:64", None),
     "finetune a100-80g:8": ("finetune_i2v", None, "a100-80g:8", None),
@@ -94,9 +98,11 @@ def training(rows: list[str]) -> None:
     os.environ.setdefault("LIBTPU_INIT_ARGS", WHOLE_GATHERS)
     problems = []
     for row in rows:
-        name, schedule, machine, batch = TRAINING[row]
+        name, schedule, machine, batch, *remat = TRAINING[row]
         cfg = read_config(CONFIGS / f"{name}.py")
-        cfg = dataclasses.replace(cfg, schedule=schedule or cfg.schedule)
+        cfg = dataclasses.replace(
+            cfg, schedule=schedule or cfg.schedule, remat=(remat or [cfg.remat])[0]
+        )
         try:
             report = (
                 largest(cfg, machine) if batch is None else training_report(cfg, machine, batch)

@@ -216,6 +216,30 @@ def test_kernels_of_other_platforms_leave_nothing_to_keep(cudnn_installed) -> No
     assert memory["auto"] <= memory["xla"] * 1.01
 
 
+@pytest.mark.parametrize("platform", MARKS)
+def test_a_gradient_that_keeps_results_runs_no_kernel_twice(platform, cudnn_installed) -> None:
+    weights, (q, *_, valid) = jax.ShapeDtypeStruct((2, 64, 64), jnp.bfloat16), abstract(1100)
+
+    def products(policy) -> list[str]:
+        def layer(x, w):
+            q = x @ w
+            return attend(q, q, q, valid_keys) @ w, None
+
+        valid_keys = jnp.ones(valid.shape, bool)
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+        def loss(w, x):
+            return jnp.sum(jax.lax.scan(layer, x, w)[0].astype(jnp.float32))
+
+        if platform != "cpu":
+            return lowered(jax.grad(loss), platform, weights, q)
+        text = jax.jit(jax.grad(loss)).lower(weights, q).compile().as_text()
+        return re.findall(r" exponential\(", text)
+
+    once, twice = map(products, (attention.KEEP_RESULTS, None))
+    assert len(twice) == len(once) + 1
+
+
 @pytest.mark.parametrize("run", [attend, partial(splash.attend, causal=False, interpret=True)])
 def test_bfloat16_stays_bfloat16(run) -> None:
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in draw(12, 12))

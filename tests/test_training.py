@@ -146,7 +146,7 @@ def test_what_is_kept_does_not_change_the_gradient(batches, remat) -> None:
 
 
 @pytest.mark.parametrize("named, fields", [
-    ("--remat some: expected one of none, dots, full, offload", {"remat": "some"}),
+    ("--remat some: expected one of none, dots, attention, full, offload", {"remat": "some"}),
     ("--trainable LoRA: expected one of all, context, lora", {"trainable": "LoRA"}),
     ("--optimizer.name adam: expected one of adamw", {"optimizer": Optimizer(name="adam")}),
     ("--data.sections rand: expected one of", {"data": Data(sections="rand")}),

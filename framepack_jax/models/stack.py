@@ -27,14 +27,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import SingleDeviceSharding
 
+from framepack_jax.ops import attention
+
 Params = dict[str, Any]
 LORA_A, LORA_B = "lora_a", "lora_b"
 # Beside a kernel that is kept in int8.
 SCALE = "kernel_scale"
-# What of a block's forward pass is kept for the backward pass: all; the results of its matrix
-# products; its input; its input, in host memory.
-REMAT = ("none", "dots", "full", "offload")
-INPUT = "block_input"
+# What of a block's forward pass is kept for the backward pass: all; its input and the results of
+# linear layers and attention; its input and those of attention; its input; its input, in host
+# memory.
+REMAT = ("none", "dots", "attention", "full", "offload")
+INPUT, LINEAR = "block_input", "linear_result"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +163,10 @@ def _rematerialized(layer: Callable[..., Any], remat: str) -> Callable[..., Any]
         case "none":
             return layer
         case "dots":
-            policy = policies.dots_with_no_batch_dims_saveable
+            linear = policies.save_only_these_names(LINEAR)
+            policy = policies.save_from_both_policies(linear, attention.KEEP_RESULTS)
+        case "attention":
+            policy = attention.KEEP_RESULTS
         case "full":
             policy = policies.nothing_saveable
         case "offload":
@@ -252,11 +258,12 @@ def factors_beside_kernels() -> contextlib.AbstractContextManager[None]:
 
     A layer without factors computes what it computes outside, operation by operation. The product
     a b, as large as the kernel, is never formed, so that nothing of that size is differentiated.
+    The sum has a name, so that of a layer's two products a gradient keeps one array.
     """
-    return nn.intercept_methods(_add_low_rank)
+    return nn.intercept_methods(_linear)
 
 
-def _add_low_rank(
+def _linear(
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -266,12 +273,12 @@ def _add_low_rank(
     module = context.module
     if not isinstance(module, nn.Dense | nn.DenseGeneral) or context.method_name != "__call__":
         return y
-    if not module.has_variable("params", LORA_A):
-        return y
-    factors = (module.get_variable("params", name) for name in (LORA_A, LORA_B))
-    x, a, b = nn.dtypes.promote_dtype(args[0], *factors, dtype=module.dtype)
-    product = functools.partial(jnp.tensordot, axes=1, precision=module.precision)
-    return y + product(product(x, a), b).astype(y.dtype)
+    if module.has_variable("params", LORA_A):
+        factors = (module.get_variable("params", name) for name in (LORA_A, LORA_B))
+        x, a, b = nn.dtypes.promote_dtype(args[0], *factors, dtype=module.dtype)
+        product = functools.partial(jnp.tensordot, axes=1, precision=module.precision)
+        y += product(product(x, a), b).astype(y.dtype)
+    return checkpoint_name(y, LINEAR)
 
 
 def folded(params: Params) -> Params:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from framepack_jax.ops import cudnn, splash
@@ -27,6 +28,12 @@ from framepack_jax.sharding import BATCH, TOKENS, constrain, dividing
 QUERY_CHUNK = 256
 # Below this many queries or keys the chunks are few and small: no kernel is tried, none is missed.
 LEAST_LENGTH = 1024
+
+# A policy of `jax.checkpoint`: keep what any of the kernels leaves for its backward pass, little more
+# than its result, so that none runs a second time.
+KEEP_RESULTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(splash.RESULT), cudnn.is_kernel
+)
 
 # The token axes as dimensions, for einops.
 _GRID = " ".join(TOKENS)
@@ -338,4 +345,4 @@ def _chunked(
     first = jnp.arange(chunks) * equal
     # Without the checkpoint the gradient would keep the weights of every chunk.
     out = jax.lax.map(lambda x: jax.checkpoint(rows)(*x), (padded, first))
-    return rearrange(out, "c b l n d -> b (c l) n d")[:, :length]
+    return checkpoint_name(rearrange(out, "c b l n d -> b (c l) n d")[:, :length], splash.RESULT)

@@ -8,6 +8,7 @@ Shapes: B batch, L query tokens, S key tokens, N heads, M key/value heads, D hea
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,12 @@ def installed() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: keep what the forward kernel leaves for the backward one, its
+    result and a sum for each row. JAX gives them no names (`jax.ad_checkpoint.checkpoint_name`)."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def attend(

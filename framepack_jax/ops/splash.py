@@ -19,6 +19,8 @@ TILES = {"TPU v4": (512, 512), "TPU v6 lite": (2048, 1024), "TPU7x": (2048, 1024
 TILE = (1024, 1024)
 # Wider heads have not been compiled.
 WIDEST_HEAD = 512
+# The name of what the kernel leaves for its backward pass (`jax.ad_checkpoint.checkpoint_name`).
+RESULT = "attention_result"
 
 
 def refusal(q: jax.Array, k: jax.Array) -> str | None:
@@ -107,4 +109,6 @@ def _kernel(
         block_q_dq=tile_q, block_kv_dq=tile_k,
     )  # fmt: skip
     masks = kernel.MultiHeadMask([mask((length, keys))] * heads)
-    return kernel.make_splash_mha_single_device(masks, block_sizes=sizes, interpret=interpret)
+    return kernel.make_splash_mha_single_device(
+        masks, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=RESULT
+    )

@@ -143,9 +143,10 @@ class Config:
     """Decay of the moving average of the parameters; 0: none."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What blocks compute in. Trained parameters are float32, frozen ones of this type."""
-    remat: Literal["none", "dots", "full", "offload"] = "full"
-    """What of the forward pass is kept for the backward pass: everything, matrix products, the
-    blocks' inputs, or those in host memory."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
+    """What of the forward pass is kept for the backward pass: everything, the results of matrix
+    products and attention, those of attention and the blocks' inputs, the inputs alone, or those in
+    host memory."""
     max_bad_steps: int = 10
     """So many steps in a row whose loss or gradient is not finite stop the run; such updates are
     left out."""
