@@ -61,7 +61,7 @@ SECTION_STEPS = 25
 
 
 def measure_step(bench: Bench) -> None:
-    """A forward pass of the transformer in bfloat16, and with the blocks' kernels kept in int8."""
+    """A forward pass of the transformer in bfloat16, and with the blocks' kernels in 8 bits."""
     params, *args = denoiser_inputs(bench.scale)
     run = functools.partial(packed_dit.velocity, bench.scale.dit, dtype=BF16)
 
@@ -72,22 +72,25 @@ def measure_step(bench: Bench) -> None:
         )  # fmt: skip
 
     exact = step("denoising step", params)
-    params = quantized(params)
-    got = step("denoising step, int8 weights", params)
-    if got is not None and exact is not None:
-        bench.rows[-1]["relative_error"] = relative_error(got, exact)
+    for dtype in stack.QUANTIZED:
+        got = step(f"denoising step, {dtype} weights", quantized(params, dtype))
+        if got is not None and exact is not None:
+            bench.rows[-1]["relative_error"] = relative_error(got, exact)
 
 
-def quantized(params: stack.Params) -> stack.Params:
-    """The same network with the kernels of its blocks in int8, a scale for each output channel, as
-    `convert_weights.py --dtype int8` keeps them."""
+def quantized(params: stack.Params, dtype: str) -> stack.Params:
+    """The same network with the kernels of its blocks in 8 bits, a scale for each output channel.
+    Scales are the best, where `convert_weights.py --dtype fp8` takes powers of two."""
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    largest = float((jnp.iinfo if whole else jnp.finfo)(dtype).max)
 
     @jax.jit
     def eighth(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         def layer(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
             kernel = kernel.astype(jnp.float32)
-            scale = jnp.abs(kernel).max(0) / 127
-            return jnp.rint(kernel / jnp.where(scale > 0, scale, 1)[None]).astype(jnp.int8), scale
+            scale = jnp.abs(kernel).max(0) / largest
+            kernel /= jnp.where(scale > 0, scale, 1)[None]
+            return (jnp.rint(kernel) if whole else kernel).astype(dtype), scale
 
         return jax.lax.map(layer, kernel)
 

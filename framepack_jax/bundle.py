@@ -353,7 +353,7 @@ def load_streamed(
 class DeviceBytes(NamedTuple):
     """Bytes of a network on one device: of each layer that can be streamed, and of all else;
     `largest` is the number of parameters in the largest of those layers, `quantized` whether some
-    are int8."""
+    are quantized."""
 
     base: int
     layers: tuple[int, ...]
@@ -379,7 +379,7 @@ def device_bytes(
         else:
             base += size
     order = sorted(layers, key=lambda layer: (model.STREAMED.index(layer[0]), layer[1]))
-    quantized = any(leaf.dtype == np.int8 for leaf in reader.wanted.values())
+    quantized = any(map(_is_quantized, reader.wanted.values()))
     largest = max(counts.values(), default=0)
     return DeviceBytes(base, tuple(layers[layer] for layer in order), largest, quantized)
 
@@ -459,14 +459,13 @@ class _Reader:
     def dtype_of(self, path: Sequence[str], leaf: Any) -> np.dtype:
         """What a stored leaf becomes."""
         kept = self._dtype(path)
-        floating = kept is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.dtype(kept if floating else leaf.dtype)
+        return jnp.dtype(leaf.dtype if kept is None or not _is_cast(leaf) else kept)
 
     def _load(self, keys: Iterable[str]) -> dict[str, Any]:
         return _load(self.root, self.name, self.path, {key: self.wanted[key] for key in keys})
 
     def _dtype(self, path: Sequence[str]) -> Any:
-        """What a leaf is to be, None as it is stored: scales of int8 kernels stay in float32."""
+        """What a leaf is to be, None as it is stored: scales of kernels stay in float32."""
         return None if path[-1] == stack.SCALE else self.dtype
 
 
@@ -535,8 +534,7 @@ def _place(layers: list[np.ndarray] | np.ndarray, dtype: Any) -> jax.Array:
 
 def _as(array: Any, dtype: Any) -> Any:
     """An array of floating-point numbers as `dtype`, unless that is None."""
-    floating = dtype is not None and jnp.issubdtype(array.dtype, jnp.floating)
-    return array.astype(dtype, copy=False) if floating else array
+    return array if dtype is None or not _is_cast(array) else array.astype(dtype, copy=False)
 
 
 def _place_divided(
@@ -612,16 +610,25 @@ def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None
         )
 
 
+def _is_quantized(leaf: Any) -> bool:
+    return jnp.dtype(leaf.dtype).name in stack.QUANTIZED
+
+
+def _is_cast(leaf: Any) -> bool:
+    """Whether a leaf's type may be another on the device."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_quantized(leaf)
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """A path as orbax takes it; those of object stores are absolute already."""
     return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """What is missing, unexpected or misshapen; an int8 kernel comes with its scale."""
+    """What is missing, unexpected or misshapen; a quantized kernel comes with its scale."""
     expected = {path: leaf.shape for path, leaf in expected.items()}
     for path, leaf in stored.items():
-        if leaf.dtype == np.int8 and path.endswith("/kernel") and path in expected:
+        if _is_quantized(leaf) and path.endswith("/kernel") and path in expected:
             expected[path.removesuffix("kernel") + stack.SCALE] = expected[path][1:]
     parts = []
     if missing := sorted(expected.keys() - stored.keys()):

@@ -168,7 +168,7 @@ def need(
     network, decoder = size("transformer"), bundle.role_config(manifest, "vae")[1]
     encoders = [size(role) for role in bundle.ROLES if role not in ("transformer", "vae")]
     devices = 1 if mesh is None else mesh.size
-    # Blocks that are divided are put together, and int8 ones multiplied out, as they run.
+    # Blocks that are divided are put together, and quantized ones multiplied out, as they run.
     whole = size("transformer", None)
     opened = whole.largest * computed.itemsize if mesh or whole.quantized else 0
     return Need(

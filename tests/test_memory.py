@@ -15,6 +15,7 @@ from framepack_jax import bundle, conditioning, memory
 from framepack_jax.commands import sample
 from framepack_jax.commands.records import EMBEDDED
 from framepack_jax.commands.runs import Run
+from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
 from framepack_jax.encoders import load_encoders
 from framepack_jax.memory import GB, Need, Plan, Work
@@ -196,11 +197,12 @@ def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
             np.testing.assert_array_equal(mine, theirs)
 
 
-def test_int8_weights_stay_int8_in_host_memory(tmp_path) -> None:
-    path = quantized(tmp_path)
+@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+def test_eight_bits_stay_so_in_host_memory(dtype, tmp_path) -> None:
+    path = quantized(tmp_path, dtype)
     ours, theirs = load(LOW, path), load(None, path)
     layer = ours.transformer.params["single"].layers[1]
-    assert layer["qkv"]["kernel"].dtype == jnp.int8
+    assert layer["qkv"]["kernel"].dtype == jnp.dtype(dtype)
     assert layer["qkv"]["kernel_scale"].dtype == jnp.float32
     # A block is multiplied out as it runs.
     work = Work((64, 64), 1, FLAGS[5])
@@ -210,17 +212,15 @@ def test_int8_weights_stay_int8_in_host_memory(tmp_path) -> None:
     np.testing.assert_array_equal(latents(ours), latents(theirs))
 
 
-def quantized(folder: Path) -> Path:
-    """The random bundle with the kernels of its blocks in int8."""
+def quantized(folder: Path, dtype: str) -> Path:
+    """The random bundle with the kernels of its transformer's blocks in 8 bits."""
     manifest = bundle.read_manifest(RANDOM)
     names = bundle.stored_dtypes(RANDOM, manifest, "transformer")
     leaves = {}
     for name, leaf in bundle.read_leaves(RANDOM, manifest, "transformer", names):
         leaves[name] = leaf
         if name.startswith(packed_dit.STREAMED) and name.endswith("/kernel"):
-            kernel = np.asarray(leaf, np.float32)
-            scale = np.abs(kernel).max(axis=0) / 127
-            leaves[name] = np.rint(kernel / scale[None]).astype(np.int8)
+            leaves[name], scale = engine.quantize(name, leaf, dtype)
             leaves[name.replace("/kernel", "/kernel_scale")] = scale
     bundle.write_params(folder / "transformer", leaves.items())
     roles = {

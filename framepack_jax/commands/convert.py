@@ -28,10 +28,11 @@ from framepack_jax.conversion import (
     verify,
 )
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import kinds
+from framepack_jax.models import kinds, stack
 from framepack_jax.models.packed_dit import context_kernels
 
 SHORT_DTYPES = {short: name for name, short in inspect.DTYPE_NAMES.items()}
+SHORT_DTYPES["fp8"] = "float8_e4m3fn"
 # The flags that each thing to do reads; --output reads all that are not of another.
 READ = {
     "inspect": set(),
@@ -88,9 +89,13 @@ class Convert:
     `feature_extractor` next to it."""
     encoders_from: str | None = None
     """A bundle whose networks serve for all that are not given; they are pointed to, not copied."""
-    dtype: Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"] | None = None
-    """Type in which all weights are stored; default: as they come. int8 quantizes the kernels in
-    the blocks of transformer and encoders, by output channel, and keeps the rest as it comes."""
+    dtype: (
+        Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"]
+        | None
+    ) = None
+    """Type in which all weights are stored; default: as they come. int8 and float8_e4m3fn (fp8)
+    quantize the kernels in the blocks of transformer and encoders, by output channel, and keep the
+    rest as it comes."""
     schedule: str | None = None
     """Packing schedule that the transformer is made for (FramePack-F1: f1k1_x_f16k4f2k2f1k1_g9);
     default: that of the released model, or of the bundle that the transformer stays in; else
@@ -280,7 +285,7 @@ def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
     remote = {name: there for name, there in given.items() if there}
     if len(remote) > 1:
         output = None if "://" in flags.output else Path(flags.output)
-        hub.check_space(remote, output, 0.5 if flags.dtype == "int8" else 1.0)
+        hub.check_space(remote, output, 0.5 if flags.dtype in stack.QUANTIZED else 1.0)
     paths = {n: hub.fetch(*there, pipeline=n == "pipeline") for n, there in remote.items()}
     origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
     return dataclasses.replace(flags, **paths), origins

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from framepack_jax import bundle
 from framepack_jax.conversion import export, hub, lora, verify
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import packed_dit
+from framepack_jax.models import packed_dit, stack
 
 
 def compare(source: Path, root: str) -> list[verify.Comparison]:
@@ -33,9 +33,9 @@ def export_role(
     ConversionError, BundleError."""
     if root is None:
         raise ConversionError("--export needs --bundle, the bundle to take the network from")
-    if dtype == "int8":
+    if dtype in stack.QUANTIZED:
         raise ConversionError(
-            "--export --dtype int8: PyTorch files have no such form; leave it out"
+            f"--export --dtype {dtype}: PyTorch files have no such form; leave it out"
         )
     manifest, target = bundle.read_manifest(root), _here(target)
     single = target.suffix == ".safetensors"

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from framepack_jax import bundle
@@ -133,8 +134,8 @@ class Plan:
         """(path, array) of every leaf, holding the tensors of `bundle.AHEAD` rows
         and one more.
 
-        `dtype` None keeps what is stored; "int8" quantizes the kernels that are cast layer by layer
-        (see `quantize`), puts their scales behind them, and keeps the rest as it is. Raises
+        `dtype` None keeps what is stored; one of `stack.QUANTIZED` is for the kernels that are cast
+        layer by layer (see `quantize`), puts their scales behind them, and keeps the rest. Raises
         ConversionError where a tensor cannot be read or quantized, and where `dtype` cannot hold a
         number.
         """
@@ -143,8 +144,9 @@ class Plan:
             tensors = [tensor.astype(self._dtype(step), copy=False) for tensor in tensors]
             arrays = step.row.transform(tensors, list(step.targets.values()))
             for path, array in zip(step.targets, arrays, strict=True):
-                if dtype == "int8" and self._is_quantized(path):
-                    yield from zip(_quantized_paths(path), quantize(path, array), strict=True)
+                if self._is_quantized(path, dtype):
+                    arrays = quantize(path, array, dtype)
+                    yield from zip(_quantized_paths(path), arrays, strict=True)
                 else:
                     yield path, contiguous(cast(path, array, self._target(step, dtype)))
 
@@ -162,7 +164,7 @@ class Plan:
     def paths(self, dtype: str | None = None) -> Iterator[str]:
         """The paths of `leaves`, in its order."""
         for path in (path for step in self.steps for path in step.targets):
-            if dtype == "int8" and self._is_quantized(path):
+            if self._is_quantized(path, dtype):
                 yield from _quantized_paths(path)
             else:
                 yield path
@@ -171,18 +173,19 @@ class Plan:
         """Bytes of all leaves."""
         return sum(
             math.prod(shape) + 4 * math.prod(shape[1:])
-            if dtype == "int8" and self._is_quantized(path)
+            if self._is_quantized(path, dtype)
             else math.prod(shape) * jnp.dtype(self._target(step, dtype)).itemsize
             for step in self.steps
             for path, shape in step.targets.items()
         )
 
-    def _is_quantized(self, path: str) -> bool:
+    def _is_quantized(self, path: str, dtype: str | None) -> bool:
         stacks = kinds.KINDS[self.source.table.kind].STACKS
-        return path.endswith("/kernel") and path.partition("/")[0] in stacks
+        in_a_stack = path.endswith("/kernel") and path.partition("/")[0] in stacks
+        return dtype in stack.QUANTIZED and in_a_stack
 
     def _target(self, step: Step, dtype: str | None) -> str:
-        return self._dtype(step) if dtype in (None, "int8") else dtype
+        return self._dtype(step) if dtype in (None, *stack.QUANTIZED) else dtype
 
     def _dtype(self, step: Step) -> str:
         """The narrowest that holds all of a step's tensors; leaves without a tensor take the one
@@ -260,20 +263,27 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     return narrow
 
 
-def quantize(path: str, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(in, ...out) -> int8 of the same shape and a float32 scale (...out) for each output channel.
+def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """(in, ...out) -> the same shape in one of `stack.QUANTIZED`, and a float32 scale (...out) for
+    each output channel; `stack.cast` multiplies again.
 
-    Symmetric: a channel's largest magnitude becomes 127, so that no number moves by more than half
-    a scale, 1/254 of that. `stack.cast` multiplies again. Raises ConversionError where a number is
-    not finite.
+    "int8": a channel's largest magnitude becomes 127, so that no number moves by more than half a
+    scale, 1/254 of that. "float8_e4m3fn": scales are powers of two, as small as lets the largest
+    fit, so that a kernel that had this type before stays as it was; another number moves by 1/16
+    of itself at most, or 2^-10 of its scale. Raises ConversionError where a number is not finite.
     """
     kernel = contiguous(kernel).astype(np.float32)
     peak = np.maximum(kernel.max(axis=0), -kernel.min(axis=0))
     if not np.isfinite(peak).all():
-        raise ConversionError(f"{path} has numbers that are not finite; int8 cannot hold them")
-    scale = peak / np.float32(127)
-    kernel /= np.where(scale > 0, scale, 1)[None]
-    return np.rint(kernel, out=kernel).astype(np.int8), scale
+        raise ConversionError(f"{path} has numbers that are not finite; {dtype} cannot hold them")
+    if dtype == "int8":
+        scale = peak / np.float32(127)
+        kernel /= np.where(scale > 0, scale, 1)[None]
+        return np.rint(kernel, out=kernel).astype(np.int8), scale
+    part, exponent = np.frexp(peak / np.float32(ml_dtypes.finfo(dtype).max))
+    scale = np.ldexp(np.float32(1), exponent - (part == 0.5))
+    kernel /= scale[None]
+    return kernel.astype(dtype), scale
 
 
 def _quantized_paths(path: str) -> tuple[str, str]:

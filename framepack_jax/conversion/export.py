@@ -28,7 +28,7 @@ from framepack_jax.conversion import encoders, engine, transformer, vae
 from framepack_jax.conversion.engine import Advance, Step, Table
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape, Swapped, Transform
-from framepack_jax.models import clip, packed_dit, siglip
+from framepack_jax.models import clip, packed_dit, siglip, stack
 from framepack_jax.models import vae as vae_model
 
 SHARD = 5_000_000_000
@@ -81,9 +81,9 @@ class Export:
         self.root, self.manifest, self.role = root, manifest, role
         _, self.cfg = bundle.role_config(manifest, role)
         stored = bundle.stored_dtypes(root, manifest, role)
-        if "int8" in stored.values():
+        if kept := set(stack.QUANTIZED).intersection(stored.values()):
             raise ConversionError(
-                f"bundle {root}: {role} is kept in int8, which no longer has the numbers that it"
+                f"bundle {root}: {role} is kept in {kept.pop()}, which no longer has the numbers that it"
                 " was made of; export the bundle that it was converted from"
             )
         steps = _steps(role, naming, self.cfg)

@@ -31,7 +31,8 @@ from framepack_jax.ops import attention
 
 Params = dict[str, Any]
 LORA_A, LORA_B = "lora_a", "lora_b"
-# Beside a kernel that is kept in int8.
+# Types that a kernel may be kept in, with a scale for each output channel beside it.
+QUANTIZED = ("int8", "float8_e4m3fn")
 SCALE = "kernel_scale"
 # What of a block's forward pass is kept for the backward pass: all; its input and the results of
 # linear layers and attention; its input and those of attention; its input; its input, in host
@@ -236,7 +237,7 @@ def _is_shared(leaf: Any) -> bool:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Floating-point leaves, and int8 kernels times their scales, as `dtype`."""
+    """Floating-point leaves, and quantized kernels times their scales, as `dtype`."""
     return jax.tree.map(
         lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p,
         _dequantized(params),
@@ -244,7 +245,7 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def _dequantized(params: Any) -> Any:
-    """Without scales: an int8 kernel (in, ...out) multiplied by its own (...out), in float32."""
+    """Without scales: a quantized kernel (in, ...out) times its own (...out), in float32."""
     if not isinstance(params, dict):
         return params
     params = {name: _dequantized(leaf) for name, leaf in params.items()}
@@ -283,7 +284,7 @@ def _linear(
 
 def folded(params: Params) -> Params:
     """Parameters of one linear layer with its factors, where it has any, in its kernel: W + a b,
-    computed in float32, as W's dtype. Raises ValueError where the kernel is not floating."""
+    computed in float32, as W's dtype. Raises ValueError where the kernel is quantized."""
     if LORA_A not in params:
         return params
     rest = {name: leaf for name, leaf in params.items() if name not in (LORA_A, LORA_B)}
@@ -296,10 +297,11 @@ def folded(params: Params) -> Params:
 
 def check_foldable(kernel: jax.Array) -> None:
     """Raise ValueError where factors cannot be added to a kernel."""
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+    if kernel.dtype.name in QUANTIZED:
         raise ValueError(
             f"a LoRA cannot be merged into a kernel of {kernel.dtype}, whose steps are coarser than"
-            " the change; take a bundle converted without --dtype int8, or leave --merge-lora out"
+            f" the change; take a bundle converted without --dtype {kernel.dtype}, or leave"
+            " --merge-lora out"
         )
 
 
