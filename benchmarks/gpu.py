@@ -1,6 +1,6 @@
 """What one GPU does at the shapes of the released model.
 
-    python -m benchmarks.gpu [--parts matmul step ...] [--scale toy] [--json FILE]
+    python -m benchmarks.gpu [--parts matmul step ...] [--scale toy] [--json FILE] [--document FILE]
 
 Random weights of the true shapes: 608 x 640 pixels, window 9, bfloat16. First what the device can
 do at all - matrix products, copies, attention, convolutions, weights streamed from the host - then
@@ -9,6 +9,7 @@ diffusers needs for the same (`peer-*`). Each part runs in a process of its own,
 is that part's. `--scale toy` takes the same way at sizes for a CPU; its figures mean nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ import jax.numpy as jnp
 import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks import device, peers
+from benchmarks import device, peers, summary
 from benchmarks.bench import (
     BF16,
     FULL,
@@ -43,6 +45,7 @@ from benchmarks.bench import (
     program_bytes,
     relative_error,
     step_flops,
+    step_work,
     timed,
 )
 from framepack_jax import bundle, packing, sharding
@@ -58,6 +61,9 @@ from framepack_jax.training.metrics import COST
 
 ROOT = Path(__file__).parent.parent
 SECTION_STEPS = 25
+# Of attention with its gradient, in forward passes: the backward kernel has two products for each
+# of the forward one, and computes the scores again.
+ATTENTION_COST = 3.5
 
 
 def measure_step(bench: Bench) -> None:
@@ -68,7 +74,8 @@ def measure_step(bench: Bench) -> None:
     def step(name: str, params: stack.Params) -> jax.Array | None:
         size = sum(p.nbytes for p in jax.tree.leaves(params))
         return bench.time(
-            name, run, params, *args, flops=step_flops(bench.scale), weights=size
+            name, run, params, *args, flops=step_flops(bench.scale), weights=size,
+            work=step_work(bench.scale),
         )  # fmt: skip
 
     exact = step("denoising step", params)
@@ -101,7 +108,7 @@ def quantized(params: stack.Params, dtype: str) -> stack.Params:
 
 
 def measure_section(bench: Bench) -> None:
-    """A section of 25 steps with UniPC: as it is, and with either step cache.
+    """A section of 25 steps with UniPC: as it is, with either step cache, with weights in 8 bits.
 
     How often a cache leaves the blocks out depends on the weights, and these are random.
     """
@@ -111,10 +118,10 @@ def measure_section(bench: Bench) -> None:
     sigmas = flow.sigmas(SECTION_STEPS, flow.shift_mu(tokens))
     table = solver_table("unipc", sigmas)
     frames = scale.vae.time_compression * len(noise[0])
-    caches = {f", step cache {kind}": cache.Config(kind) for kind in cache.THRESHOLDS}
-    for name, config in {"": None, **caches}.items():
+    work = {kind: SECTION_STEPS * flops for kind, flops in step_work(scale).items()}
 
-        def run(config: cache.Config | None = config) -> sampler.Denoised:
+    def measure(name: str, params: stack.Params, config: cache.Config | None = None) -> None:
+        def run() -> sampler.Denoised:
             return sampler.denoise(
                 packed_dit, scale.dit, params, noise, sigmas, table, context, conditions,
                 dtype="bfloat16", cache=config,
@@ -123,13 +130,16 @@ def measure_section(bench: Bench) -> None:
         try:
             seconds, made = timed(run)
         except Exception as error:
-            bench.fail(f"section{name}", error)
-            continue
-        if config is None:
-            more = {"seconds_a_frame": seconds / frames}
-        else:
-            more = {"blocks_run": float(made.blocks_run.mean())}
-        bench.add(f"section{name}", seconds=seconds, **more)
+            bench.fail(name, error)
+            return
+        more = {"work": work} if config is None else {"blocks_run": float(made.blocks_run.mean())}
+        bench.add(name, seconds=seconds, seconds_a_frame=seconds / frames, **more)
+
+    measure("section", params)
+    for kind in cache.THRESHOLDS:
+        measure(f"section, step cache {kind}", params, cache.Config(kind))
+    for dtype in stack.QUANTIZED:
+        measure(f"section, {dtype} weights", quantized(params, dtype))
 
 
 def measure_vae(bench: Bench) -> None:
@@ -196,13 +206,19 @@ def _time_training(bench: Bench, name: str, cfg: Training, manifest: Any, device
             now, metrics = step(now, *rest)
             jax.block_until_ready(metrics)
             seconds.append(time.monotonic() - began)
-        flops = COST["lora"] * cfg.batch * step_flops(bench.scale)
+        one = step_work(bench.scale)
+        work = {
+            "attention both ways": ATTENTION_COST * cfg.batch * one["attention"],
+            "products": COST["lora"] * cfg.batch * one["products"],
+        }
         bench.add(
-            name, seconds=statistics.median(seconds[1:]), flops=flops, compile_s=compiling,
+            name, seconds=statistics.median(seconds[1:]), compile_s=compiling,
+            flops=COST["lora"] * cfg.batch * step_flops(bench.scale), work=work,
             program_bytes=program_bytes(step), loss=float(metrics.loss),
         )  # fmt: skip
 
 
+VERSIONS = ("jax", "flax", "torch", "diffusers")
 MEASURES = {
     "matmul": device.measure_matmul,
     "copy": device.measure_copy,
@@ -229,6 +245,8 @@ class Config:
     """Shapes of the released model, or small ones for a try on a CPU."""
     json: Path | None = None
     """File for all figures; those that are done stand in it at any time."""
+    document: Path | None = None
+    """Markdown file that gets the tables of this device, in place of older ones of the same."""
     limit: float = 900.0
     """Seconds that a part may take; then it is stopped, and the next begins."""
     here: bool = False
@@ -260,6 +278,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         else:
             results |= in_a_process(config, part)
         keep()
+    if config.document is not None and "device" in results:
+        summary.put(config.document, results)
     return results
 
 
@@ -287,12 +307,15 @@ def in_a_process(config: Config, part: str) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """The device and the versions."""
     device = jax.local_devices()[0]
-    return {
+    names = {
         "device": device.device_kind,
-        "jax": jax.__version__,
-        "python": sys.version.split()[0],
         "date": time.strftime("%Y-%m-%d"),
+        "python": sys.version.split()[0],
     }
+    for package in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            names[package] = metadata.version(package)
+    return names
 
 
 if __name__ == "__main__":

@@ -15,7 +15,15 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from benchmarks.bench import BF16, ROUNDS, Bench, denoiser_inputs, relative_error, step_flops
+from benchmarks.bench import (
+    BF16,
+    ROUNDS,
+    Bench,
+    denoiser_inputs,
+    relative_error,
+    step_flops,
+    step_work,
+)
 from framepack_jax.conversion import engine, readers, tables
 from framepack_jax.models import packed_dit, stack
 
@@ -116,12 +124,12 @@ def measure_step(bench: Bench) -> None:
     inputs = _inputs(torch.bfloat16, device, *args)
     with _torch_makes(torch.bfloat16, device):
         model = _model(bench.scale.dit)
-    flops = step_flops(bench.scale)
-    _torch_timed(bench, "diffusers, eager", lambda: model(**inputs), flops=flops)
+    more = {"flops": step_flops(bench.scale), "work": step_work(bench.scale)}
+    _torch_timed(bench, "diffusers, eager", lambda: model(**inputs), **more)
     if device == "cuda":
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.compile()
-        _torch_timed(bench, "diffusers, torch.compile", lambda: model(**inputs), flops=flops)
+        _torch_timed(bench, "diffusers, torch.compile", lambda: model(**inputs), **more)
 
 
 def measure_error(bench: Bench) -> None:

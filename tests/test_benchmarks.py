@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from benchmarks import bench, capped, captions, conversion, gpu, lengths, sampling, step_profile
+from benchmarks import (
+    bench,
+    capped,
+    captions,
+    conversion,
+    gpu,
+    lengths,
+    sampling,
+    step_profile,
+    summary,
+)
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
 from framepack_jax import bundle, packing
@@ -195,8 +205,8 @@ def test_what_a_gpu_does_is_measured(tmp_path) -> None:
 def test_sections_and_training_on_a_gpu_are_measured(tmp_path) -> None:
     """The parts that compile most."""
     figures = measured_parts(tmp_path / "figures.json", "section", "vae", "train")
-    plain, tea, _ = figures["section"]
-    assert 0 < tea["blocks_run"] < 1
+    plain, tea, _, *small = figures["section"]
+    assert 0 < tea["blocks_run"] < 1 and len(small) == 2
     assert plain["seconds_a_frame"] == pytest.approx(plain["ms"] / 36e3)
 
 
@@ -220,6 +230,46 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, capfd) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--parts", "cpoy"])
     assert "expected some of matmul, copy" in capfd.readouterr().err
+
+
+def test_the_tables_of_a_gpu(tmp_path) -> None:
+    """Floors by the best rates, failures by name, and a document in which other devices stay."""
+    work = {"attention": 4e12, "products": 6e12}
+    results = {
+        "device": "Card A", "date": "2026-01-01", "jax": "1.2.3",
+        "matmul": [
+            {"name": "square bf16", "ms": 1.0, "tflop_s": 100.0},
+            {"name": "mlp_in bf16", "ms": 1.0, "tflop_s": 200.0},
+            {"name": "mlp_in int8", "ms": 1.0, "tflop_s": 400.0},
+        ],
+        "attention": [
+            {"name": "attend, 9 tokens", "ms": 1.0, "tflop_s": 50.0},
+            {"name": "attend with gradient, 9 tokens", "ms": 1.0, "tflop_s": 80.0},
+            {"name": "gradient, attend, 2 of 3 tokens", "ms": 1.0},
+        ],
+        "step": [{"name": "denoising step", "ms": 220.0, "work": work, "program_bytes": 27e9}],
+        "train": [{"name": "LoRA step, batch 4", "error": "XlaRuntimeError: a|b\nmore"}],
+    }  # fmt: skip
+    rates = summary.best_rates(results)
+    assert rates == {"products": 200.0, "attention": 50.0, "attention both ways": 80.0}
+    # 4 / 50 + 6 / 200 seconds.
+    assert summary.floor_seconds(work, rates) == pytest.approx(0.11)
+    assert summary.floor_seconds(work, {"products": 1.0}) is None
+    document = tmp_path / "document.md"
+    document.write_text("# Title\n")
+    summary.put(document, results)
+    summary.put(document, results | {"device": "Card B"})
+    results["step"][0]["ms"] = 330.0
+    summary.put(document, results)
+    first, second = document.read_text().split("<!-- end of Card A -->\n")
+    assert first.startswith("# Title\n\n<!-- Card A -->\nCard A, 2026-01-01; jax 1.2.3.")
+    assert "| denoising step | 330 ms |  | 3.00 | 27.0 GB |  |" in first
+    assert "| LoRA step, batch 4 |  |  |  |  | XlaRuntimeError: a/b |" in first
+    assert "| denoising step | 220 ms |  | 2.00 | 27.0 GB |  |" in second
+    document.write_text("<!-- Card A -->\n")
+    with pytest.raises(ValueError, match="no <!-- end of Card A -->"):
+        summary.put(document, results)
+    assert document.read_text() == "<!-- Card A -->\n"
 
 
 def test_what_captions_decide_is_measured(tmp_path) -> None:

@@ -31,6 +31,9 @@ from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import kinds, stack
 from framepack_jax.models.packed_dit import context_kernels
 
+Dtype = Literal[
+    "float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"
+]  # fmt: skip
 SHORT_DTYPES = {short: name for name, short in inspect.DTYPE_NAMES.items()}
 SHORT_DTYPES["fp8"] = "float8_e4m3fn"
 # The flags that each thing to do reads; --output reads all that are not of another.
@@ -89,10 +92,7 @@ class Convert:
     `feature_extractor` next to it."""
     encoders_from: str | None = None
     """A bundle whose networks serve for all that are not given; they are pointed to, not copied."""
-    dtype: (
-        Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"]
-        | None
-    ) = None
+    dtype: Dtype | None = None
     """Type in which all weights are stored; default: as they come. int8 and float8_e4m3fn (fp8)
     quantize the kernels in the blocks of transformer and encoders, by output channel, and keep the
     rest as it comes."""

@@ -20,11 +20,7 @@ def forward_flops(
     width = cfg.width
     context = packing.context_tokens(schedule, rows, columns)
     target = packing.target_tokens(schedule, rows, columns)
-    packed = sum(tokens for _, tokens in context) + target
-    length = packed + image + text
-
-    def attention(tokens: int) -> int:
-        return 4 * tokens**2 * width
+    length = _packed_tokens(schedule, rows, columns) + image + text
 
     def products(tokens: int, *shapes: tuple[int, int]) -> int:
         return 2 * tokens * sum(a * b for a, b in shapes)
@@ -32,9 +28,9 @@ def forward_flops(
     mlp = int(cfg.mlp_ratio * width)
     wide = (width, 3 * width), (width, width), (width, mlp), (mlp, width)
     refiner_shapes = (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
-    refiner = products(text, *refiner_shapes) + attention(text) + products(1, (width, 2 * width))
-    double = products(length, *wide) + attention(length) + 2 * products(1, (width, 6 * width))
-    single = products(length, *wide) + attention(length) + products(1, (width, 3 * width))
+    refiner = products(text, *refiner_shapes) + products(1, (width, 2 * width))
+    double = products(length, *wide) + 2 * products(1, (width, 6 * width))
+    single = products(length, *wide) + products(1, (width, 3 * width))
 
     kernels = [(POOLED_KERNELS.get(run.kernel, run.kernel), n) for run, n in context]
     embed = sum(
@@ -48,4 +44,20 @@ def forward_flops(
         embed += products(image, (cfg.image_dim, 3 * width), (3 * width, width))
     head = products(1, (width, 2 * width)) + products(target, (width, 4 * cfg.out_channels))
     layers = (cfg.refiner_layers, refiner), (cfg.double_layers, double), (cfg.single_layers, single)
-    return embed + sum(count * layer for count, layer in layers) + head
+    attention = attention_flops(cfg, schedule, rows, columns, text, image)
+    return embed + sum(count * layer for count, layer in layers) + attention + head
+
+
+def attention_flops(
+    cfg: Config, schedule: str, rows: int, columns: int, text: int, image: int
+) -> int:
+    """Those of `forward_flops` that attention has."""
+    length = _packed_tokens(schedule, rows, columns) + image + text
+    layers = cfg.double_layers + cfg.single_layers
+    return 4 * cfg.width * (layers * length**2 + cfg.refiner_layers * text**2)
+
+
+def _packed_tokens(schedule: str, rows: int, columns: int) -> int:
+    """Of context and target."""
+    context = packing.context_tokens(schedule, rows, columns)
+    return sum(tokens for _, tokens in context) + packing.target_tokens(schedule, rows, columns)

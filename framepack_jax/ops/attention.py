@@ -29,8 +29,8 @@ QUERY_CHUNK = 256
 # Below this many queries or keys the chunks are few and small: no kernel is tried, none is missed.
 LEAST_LENGTH = 1024
 
-# A policy of `jax.checkpoint`: keep what any of the kernels leaves for its backward pass, little more
-# than its result, so that none runs a second time.
+# A policy of `jax.checkpoint`: keep what any of the kernels leaves for its backward pass, little
+# more than its result, so that none runs a second time.
 KEEP_RESULTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(splash.RESULT), cudnn.is_kernel
 )

@@ -1,0 +1,118 @@
+"""Figures of `benchmarks.gpu` as Markdown, and what follows from them: the least time that a step
+could take by the rates that the device was seen to reach, and how far from it a step is."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import Row
+from framepack_jax.video.files import whole
+
+# The parts whose rows are what the device can do, and those that are measured against it.
+DEVICE = ("matmul", "copy", "attention", "conv", "streaming")
+WORK = ("step", "section", "vae", "train", "peer-step", "peer-error", "peer-vae")
+# Figures of a row that stand in columns, or are of no interest to readers.
+COLUMNS = ("name", "ms", "tflop_s", "gb_s", "peak_bytes", "program_bytes", "work", "error", "loss")
+
+
+def put(document: Path, results: dict[str, Any]) -> None:
+    """Write the tables into a Markdown file, in place of those of the same device, else at its end.
+
+    Raises ValueError where the file has the mark of their beginning and not of their end.
+    """
+    device = results["device"]
+    begin, end = f"<!-- {device} -->\n", f"<!-- end of {device} -->\n"
+    text = document.read_text() if document.exists() else ""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if found and not closed:
+        raise ValueError(f"{document} has {begin.strip()} and no {end.strip()} after it; put it in")
+    if not found and before and not before.endswith("\n\n"):
+        before = before.rstrip("\n") + "\n\n"
+    with whole(document) as partial:
+        partial.write_text(before + begin + markdown(results) + end + after)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Both tables: what was made of the device, and what it can do at all."""
+    rates = best_rates(results)
+    versions = ", ".join(
+        f"{name} {results[name]}"
+        for name in ("python", "jax", "flax", "torch", "diffusers")
+        if name in results
+    )
+    said = ", ".join(f"{what} at {rate:.4g} TFLOP/s" for what, rate in rates.items())
+    lines = [f"{results['device']}, {results['date']}; {versions}.", ""]
+    if said:
+        lines += [f"Floors take {said}, the best of what was measured below.", ""]
+    lines += ["| | time | TFLOP/s | times its floor | memory | |", "|---|--:|--:|--:|--:|---|"]
+    lines += [_work_row(row, rates) for row in _rows(results, WORK)]
+    lines += ["", "| | time | TFLOP/s | GB/s | |", "|---|--:|--:|--:|---|"]
+    lines += [_device_row(row) for row in _rows(results, DEVICE)]
+    return "\n".join(lines) + "\n"
+
+
+def best_rates(results: dict[str, Any]) -> dict[str, float]:
+    """TFLOP/s of each kind of work (`bench.work`), as far as it was measured."""
+    kinds = {
+        "products": [r for r in results.get("matmul", ()) if r["name"].endswith(" bf16")],
+        "attention": [r for r in results.get("attention", ()) if "gradient" not in r["name"]],
+        "attention both ways": [
+            r for r in results.get("attention", ()) if "with gradient" in r["name"]
+        ],
+    }
+    measured = {kind: [row.get("tflop_s", 0) for row in rows] for kind, rows in kinds.items()}
+    return {kind: max(found) for kind, found in measured.items() if any(found)}
+
+
+def floor_seconds(work: dict[str, float], rates: dict[str, float]) -> float | None:
+    """The time of FLOPs by kind, one kind after the other; None where a rate is unknown."""
+    if not work or not work.keys() <= rates.keys():
+        return None
+    return sum(flops / (rates[kind] * 1e12) for kind, flops in work.items())
+
+
+def _rows(results: dict[str, Any], parts: Iterable[str]) -> list[Row]:
+    return [row for part in parts for row in results.get(part, ())]
+
+
+def _work_row(row: Row, rates: dict[str, float]) -> str:
+    floor = floor_seconds(row.get("work", {}), rates)
+    over = f"{row['ms'] / (1e3 * floor):.2f}" if floor and "ms" in row else ""
+    memory = row.get("peak_bytes") or row.get("program_bytes")
+    size = f"{memory / 1e9:.1f} GB" if memory else ""
+    return _line(row["name"], _time(row), _number(row, "tflop_s"), over, size, _others(row))
+
+
+def _device_row(row: Row) -> str:
+    rates = _number(row, "tflop_s"), _number(row, "gb_s")
+    return _line(row["name"], _time(row), *rates, _others(row))
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _time(row: Row) -> str:
+    return f"{row['ms']:.4g} ms" if "ms" in row else ""
+
+
+def _number(row: Row, name: str) -> str:
+    return f"{row[name]:.4g}" if name in row else ""
+
+
+def _others(row: Row) -> str:
+    """What has no column, or why there are no figures."""
+    if "error" in row:
+        return row["error"].partition("\n")[0].replace("|", "/")
+    return ", ".join(
+        f"{name.replace('_', ' ')} {_short(value)}"
+        for name, value in row.items()
+        if name not in COLUMNS
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
