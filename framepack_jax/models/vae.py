@@ -1,8 +1,8 @@
 """HunyuanVideo's causal 3-D variational autoencoder: video <-> latents.
 
-Source: HunyuanVideo (arXiv 2412.03603, section 4.1); the tiles are those of diffusers'
-`AutoencoderKLHunyuanVideo`. The first latent frame stands for one frame of video, every other for
-`time_compression` frames. Convolutions and attention look back in time only, but group norms
+Source: HunyuanVideo (arXiv 2412.03603, section 4.1); tiles in time are those of diffusers'
+`AutoencoderKLHunyuanVideo`, those in space have one shape wherever they lie. The first latent frame
+stands for one frame of video, every other for `time_compression` frames. Convolutions and attention look back in time only, but group norms
 average over the whole clip: a clip taken in tiles differs from one taken at once.
 
 Shapes: B batch, T frames, H W rows and columns, C channels, L = H W tokens of a frame.
@@ -10,6 +10,7 @@ Shapes: B batch, T frames, H W rows and columns, C channels, L = H W tokens of a
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,9 +81,10 @@ class Config:
 class Tiling:
     """How a long or large video is taken apart, in pixels and frames of the video.
 
-    Clips of `frames` + 1 frames every `frame_stride`, and squares of side `size` every `stride`;
-    neighbours are cross-faded where they overlap. None takes the whole length or area at once.
-    The default is diffusers' own; `Tiling(size=256, stride=192)` is that after `enable_tiling()`.
+    Clips of `frames` + 1 frames every `frame_stride`, and squares of side `size` every `stride`, the
+    last of them as far in as lets it be whole; neighbours are cross-faded where they overlap. None
+    takes the whole length or area at once. The default is diffusers' own; after `enable_tiling()`
+    it has squares of 256 every 192, and narrower ones at the border.
     """
 
     frames: int | None = 16
@@ -167,8 +169,8 @@ def _check(cfg: Config, name: str, x: jax.Array, channels: int, multiple: int) -
 
 
 class Axis(NamedTuple):
-    """Tiles along time or space: length and distance in the input, and in the output the distance
-    and the overlap over which neighbours are cross-faded."""
+    """Tiles along time or space: length and distance, in the input and in the output; neighbours
+    are cross-faded where they overlap."""
 
     size: int
     stride: int
@@ -178,6 +180,20 @@ class Axis(NamedTuple):
     @property
     def out_overlap(self) -> int:
         return self.out_size - self.out_stride
+
+    def out(self, length: int) -> int:
+        """A length in the input as one in the output."""
+        return length * self.out_size // self.size
+
+    def starts(self, length: int) -> list[int]:
+        """Where tiles begin: a stride apart, but that the last ends where the input does. So all
+        have one shape, and none is a sliver whose norms see little."""
+        last = max(0, length - self.size)
+        return sorted({min(start, last) for start in range(0, length, self.stride)})
+
+    def overlap(self, starts: list[int], number: int) -> int:
+        """Of a tile in the output with the one before it."""
+        return self.out(starts[number - 1] + self.size - starts[number])
 
     def swapped(self) -> "Axis":
         return Axis(self.out_size, self.out_stride, self.size, self.stride)
@@ -230,20 +246,30 @@ def _tiled_time(network: Network, x: jax.Array, axis: Axis) -> jax.Array:
 
 def _tiled_space(network: Network, x: jax.Array, axis: Axis) -> jax.Array:
     """Squares in reading order, each faded over the finished ones above and to the left."""
+    tops, lefts = axis.starts(x.shape[2]), axis.starts(x.shape[3])
     rows: list[list[jax.Array]] = []
-    for top in range(0, x.shape[2], axis.stride):
+    for top in tops:
         row: list[jax.Array] = []
-        for left in range(0, x.shape[3], axis.stride):
+        for left in lefts:
             tile = network(x[:, :, top : top + axis.size, left : left + axis.size])
             if rows:
-                tile = _blend(rows[-1][len(row)], tile, axis.out_overlap, 2)
+                tile = _blend(rows[-1][len(row)], tile, axis.overlap(tops, len(rows)), 2)
             if row:
-                tile = _blend(row[-1], tile, axis.out_overlap, 3)
+                tile = _blend(row[-1], tile, axis.overlap(lefts, len(row)), 3)
             row.append(tile)
         rows.append(row)
-    keep = axis.out_stride
-    bands = [jnp.concatenate([tile[:, :, :keep, :keep] for tile in row], axis=3) for row in rows]
-    return jnp.concatenate(bands, axis=2)
+    bands = [_joined(row, lefts, axis, 3) for row in rows]
+    return _joined(bands, tops, axis, 2)
+
+
+def _joined(tiles: list[jax.Array], starts: list[int], axis: Axis, dimension: int) -> jax.Array:
+    """Each tile up to where the next begins."""
+    *others, last = tiles
+    kept = [
+        jax.lax.slice_in_dim(tile, 0, axis.out(after - start), axis=dimension)
+        for tile, (start, after) in zip(others, itertools.pairwise(starts), strict=True)
+    ]
+    return jnp.concatenate([*kept, last], axis=dimension)
 
 
 @functools.partial(jax.jit, static_argnames=("overlap", "axis"))
