@@ -2,8 +2,9 @@
 
 Command:  python train.py --config configs/lora_i2v.py --bundle weights/framepack_i2v_hy
               --data.path datasets/mine --output runs/lora
-Hardware: 8 x A100-80G: batch 64 at windows 2 and 3, less at 9 (docs/scale.md). On one GPU of 80 GB
-          take --batch 1 --accumulate 1; the frozen weights are 26 GB of it.
+Hardware: 8 x A100-80G or H100: batch 64 at windows 2 and 3; at 9 --batch 32, or 64 as
+          --accumulate 2 (docs/scale.md). On one GPU of 80 GB take --batch 1; the frozen weights are
+          26 GB of it.
 Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora and for diffusers;
           `convert_weights.py --export ... --lora ... --names kohya` for others. Some hundred clips
           and some thousand steps are usual for LoRA of this base model; nothing has been trained

@@ -219,8 +219,8 @@ def merge(params: stack.Params, *, donate: bool = False) -> stack.Params:
 
     Computed in float32, one layer at a time, and rounded to the kernel's dtype. Other leaves are
     handed through. With `donate` the kernels are changed in place and those of `params` are used
-    up, which a network that fills most of a device needs. Raises ValueError where a kernel is not
-    floating, before any is changed.
+    up, which a network that fills most of a device needs. Raises ValueError where a kernel is
+    quantized, before any is changed.
     """
     streamed = [leaf for leaf in params.values() if isinstance(leaf, stack.Streamed)]
     for part in (params, *(leaf.layers[0] for leaf in streamed)):

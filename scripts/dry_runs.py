@@ -49,7 +49,10 @@ TRAINING = {
     "lora h100:8": ("lora_i2v", None, "h100:8", None),
     "lora h100:8, full": ("lora_i2v", None, "h100:8", None, "full"),
     "lora h100:1": ("lora_i2v", None, "h100:1", None),
-    "lora h200:1, dots": ("lora_i2v", None, "h200:1", 1, "dots"),
+    **{
+        f"lora h200:1, {r}": ("lora_i2v", None, "h200:1", 1, r)
+        for r in ("full", "attention", "dots")
+    },
     "finetune h100:8": ("finetune_i2v", None, "h100:8", None),
     "finetune h100:64": ("finetune_i2v", None, "h100:64", None),
     "finetune a100-80g:8": ("finetune_i2v", None, "a100-80g:8", None),

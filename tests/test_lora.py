@@ -283,13 +283,16 @@ def test_factors_take_the_dtype_of_their_block() -> None:
     assert len(products) == 6 and all(":bf16[" in line for line in products)
 
 
-def test_beside_kernels_of_int8() -> None:
+@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+def test_beside_kernels_of_eight_bits(dtype) -> None:
     """What is added does not pass through the eight bits."""
     random = np.random.default_rng(1)
-    kernel = random.integers(-127, 128, (2, 6, 6), np.int8)
+    kernel = random.integers(-127, 128, (2, 6, 6)).astype(dtype)
     scale = random.random((2, 6), np.float32)
     factors = Factors(*random.standard_normal((2, 6, 6), np.float32), np.ones(6))
-    exact = kernel * scale[:, None, :] + np.float32([np.zeros((6, 6)), factors.a @ factors.b])
+    exact = kernel.astype(np.float32) * scale[:, None, :] + np.float32(
+        [np.zeros((6, 6)), factors.a @ factors.b]
+    )
     params = {"kernel": jnp.asarray(kernel), stack.SCALE: jnp.asarray(scale)}
     attached = lora.attach({"s": {"out": params}}, {"s/01/out/kernel": factors})["s"]
     x = random.standard_normal((4, 6), np.float32)
@@ -303,7 +306,7 @@ def test_beside_kernels_of_int8() -> None:
     assert relative_error(y, x @ exact[0] @ exact[1]) < 1e-5
     # A kernel that could be merged comes first, and is kept.
     floating = lora.attach({"a": {"kernel": jnp.ones((6, 6))}}, {"a/kernel": factors})
-    with pytest.raises(ValueError, match=r"int8.*without --dtype int8, or leave --merge-lora out"):
+    with pytest.raises(ValueError, match=f"without --dtype {dtype}, or leave --merge-lora out"):
         lora.merge(floating | {"s": attached}, donate=True)
     assert not floating["a"]["kernel"].is_deleted()
 

@@ -545,7 +545,8 @@ jax, np = t.jax, t.np
 def setup_of(name, mesh):
     optimizer = t.Optimizer(name, learning_rate=1e-3, warmup_steps=0)
     layers = dict.fromkeys(("double_layers", "single_layers", "refiner_layers"), 1)
-    cfg = t.changed(optimizer=optimizer, network=layers)
+    remat = "none" if mesh.size == 1 else "attention"
+    cfg = t.changed(optimizer=optimizer, network=layers, remat=remat)
     setup = t.loop.set_up(cfg, t.bundle.read_manifest(t.path_of("random")), mesh)
     params = params_of(mesh, t.functools.partial(t.state.random_params, cfg, setup.model, mesh))
     return setup, *t.state.begin(cfg, setup.model, setup.tx, mesh, params)
@@ -615,6 +616,13 @@ def test_every_optimizer_does_on_eight_devices_what_it_does_on_one(tmp_path) -> 
     most = {"adamw": 1e-6, "adafactor": 1e-5, "adam8bit": 1e-3, "muon": 1e-4}
     for name, error in errors:
         assert error < most[name], (name, error)
+
+
+@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+def test_quantized_weights_are_not_trained(monkeypatch, dtype) -> None:
+    monkeypatch.setattr(bundle, "stored_dtypes", lambda *_: {"a": "bfloat16", "b": dtype})
+    with pytest.raises(ValueError, match=f"bundle made keeps its transformer in {dtype}"):
+        loop.load_network(set_up(BASE), "made")
 
 
 def test_state_of_no_parameter_is_named() -> None:

@@ -191,7 +191,7 @@ def test_numbers_move_by_half_a_step_at_most(small) -> None:
             most = np.maximum(np.abs(exact[path]) / 16, scale[None] * 2.0**-10)
         error = np.abs(numbers * scale[None] - exact[path])
         assert (error <= most * (1 + 1e-5)).all(), path
-        assert error.max() > most.min() / 2, "the bound is near"
+        assert (error / most).max() > 0.5, "the bound is near"
     for path in exact.keys() - kernels:
         assert types[path] == "bfloat16"
     assert manifest.roles["transformer"].source["bytes"] == sum(x.nbytes for x in stored.values())
@@ -204,10 +204,14 @@ def test_an_empty_channel_and_numbers_that_are_not_finite() -> None:
     kernel = np.array([[0.0, 1.0], [0.0, -2.0]], np.float32)
     quantized, scale = engine.quantize("x/kernel", kernel, "int8")
     np.testing.assert_array_equal(quantized, [[0, 64], [0, -127]])
-    np.testing.assert_allclose(scale, [0, 2 / 127])
+    np.testing.assert_allclose(scale, [2.0**-126, 2 / 127])
     quantized, scale = engine.quantize("x/kernel", kernel, "float8_e4m3fn")
     np.testing.assert_array_equal(quantized.astype(np.float32), [[0, 128], [0, -256]])
     np.testing.assert_array_equal(scale, [1, 2**-7])
+    for least, dtype in itertools.product((1e-45, 9e-43, 1e-40), stack.QUANTIZED):
+        kernel = np.array([[0.0, least]], np.float32)
+        quantized, scale = engine.quantize("x/kernel", kernel, dtype)
+        np.testing.assert_allclose(quantized.astype(np.float32) * scale, kernel, atol=2.0**-127)
     for bad, dtype in itertools.product((np.nan, np.inf, -np.inf), stack.QUANTIZED):
         with pytest.raises(ConversionError, match=f"numbers that are not finite; {dtype} cannot"):
             engine.quantize("x/kernel", np.array([[0.0, bad]], np.float32), dtype)

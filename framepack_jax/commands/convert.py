@@ -35,7 +35,6 @@ Dtype = Literal[
     "float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"
 ]  # fmt: skip
 SHORT_DTYPES = {short: name for name, short in inspect.DTYPE_NAMES.items()}
-SHORT_DTYPES["fp8"] = "float8_e4m3fn"
 # The flags that each thing to do reads; --output reads all that are not of another.
 READ = {
     "inspect": set(),

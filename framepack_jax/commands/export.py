@@ -35,7 +35,7 @@ def export_role(
         raise ConversionError("--export needs --bundle, the bundle to take the network from")
     if dtype in stack.QUANTIZED:
         raise ConversionError(
-            f"--export --dtype {dtype}: PyTorch files have no such form; leave it out"
+            f"--export --dtype {dtype}: weights are exported in 16 or 32 bits; leave it out"
         )
     manifest, target = bundle.read_manifest(root), _here(target)
     single = target.suffix == ".safetensors"

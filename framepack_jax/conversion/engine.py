@@ -276,12 +276,14 @@ def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.
     peak = np.maximum(kernel.max(axis=0), -kernel.min(axis=0))
     if not np.isfinite(peak).all():
         raise ConversionError(f"{path} has numbers that are not finite; {dtype} cannot hold them")
+    # Devices take smaller scales for zero.
+    least = np.finfo(np.float32).tiny
     if dtype == "int8":
-        scale = peak / np.float32(127)
-        kernel /= np.where(scale > 0, scale, 1)[None]
+        scale = np.maximum(peak / np.float32(127), least)
+        kernel /= scale[None]
         return np.rint(kernel, out=kernel).astype(np.int8), scale
     part, exponent = np.frexp(peak / np.float32(ml_dtypes.finfo(dtype).max))
-    scale = np.ldexp(np.float32(1), exponent - (part == 0.5))
+    scale = np.maximum(np.ldexp(np.float32(1), exponent - (part == 0.5)), least)
     kernel /= scale[None]
     return kernel.astype(dtype), scale
 

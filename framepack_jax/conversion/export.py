@@ -83,8 +83,8 @@ class Export:
         stored = bundle.stored_dtypes(root, manifest, role)
         if kept := set(stack.QUANTIZED).intersection(stored.values()):
             raise ConversionError(
-                f"bundle {root}: {role} is kept in {kept.pop()}, which no longer has the numbers"
-                " that it was made of; export the bundle that it was converted from"
+                f"bundle {root}: {role} is kept in {kept.pop()}, and need not have the numbers"
+                " that it was made of any more; export the bundle that it was converted from"
             )
         steps = _steps(role, naming, self.cfg)
         types = [dtype or str(jnp.result_type(*map(stored.get, step.targets))) for step in steps]

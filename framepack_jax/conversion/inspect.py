@@ -27,7 +27,9 @@ BLOCKS = {
     "Tencent's": re.compile(r"(double|single)_blocks[._]\d"),
     "diffusers'": re.compile(r"transformer_blocks[._]\d"),
 }
-DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+DTYPE_NAMES = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8",
+}  # fmt: skip
 
 
 def describe(path: Path) -> str:

@@ -2,8 +2,9 @@
 
 Source: HunyuanVideo (arXiv 2412.03603, section 4.1); tiles in time are those of diffusers'
 `AutoencoderKLHunyuanVideo`, those in space have one shape wherever they lie. The first latent frame
-stands for one frame of video, every other for `time_compression` frames. Convolutions and attention look back in time only, but group norms
-average over the whole clip: a clip taken in tiles differs from one taken at once.
+stands for one frame of video, every other for `time_compression` frames. Convolutions and attention
+look back in time only, but group norms average over the whole clip: a clip taken in tiles differs
+from one taken at once.
 
 Shapes: B batch, T frames, H W rows and columns, C channels, L = H W tokens of a frame.
 """
@@ -81,8 +82,8 @@ class Config:
 class Tiling:
     """How a long or large video is taken apart, in pixels and frames of the video.
 
-    Clips of `frames` + 1 frames every `frame_stride`, and squares of side `size` every `stride`, the
-    last of them as far in as lets it be whole; neighbours are cross-faded where they overlap. None
+    Clips of `frames` + 1 frames every `frame_stride`, and squares of side `size` every `stride`,
+    the last as far in as lets it be whole; neighbours are cross-faded where they overlap. None
     takes the whole length or area at once. The default is diffusers' own; after `enable_tiling()`
     it has squares of 256 every 192, and narrower ones at the border.
     """

@@ -336,7 +336,7 @@ def _chunked(
         return jnp.einsum("bnls,bsnd->blnd", weights, v)
 
     if length <= query_chunk:
-        return rows(q, jnp.int32(0))
+        return checkpoint_name(rows(q, jnp.int32(0)), splash.RESULT)
     chunks = -(-length // query_chunk)
     # Equal ones, so that the last is not mostly padding.
     equal = -(-length // chunks)

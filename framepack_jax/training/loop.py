@@ -30,6 +30,7 @@ from tqdm import tqdm
 from framepack_jax import bundle, packing, processes, video
 from framepack_jax.data import loader as loading
 from framepack_jax.diffusion import sampler
+from framepack_jax.models import stack
 from framepack_jax.training import checkpoints, metrics, optimizer, state, validation
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
@@ -182,7 +183,14 @@ def first_state(setup: Setup, bundle_path: epath.PathLike) -> tuple[State, Param
 
 
 def load_network(setup: Setup, bundle_path: epath.PathLike) -> Params:
-    """All parameters of the bundle's transformer, trained ones in float32."""
+    """All parameters of the bundle's transformer, trained ones in float32. Raises RunError where
+    they are quantized."""
+    stored = bundle.stored_dtypes(bundle_path, setup.manifest, "transformer").values()
+    if kept := set(stack.QUANTIZED).intersection(stored):
+        raise RunError(
+            f"bundle {bundle_path} keeps its transformer in {kept.pop()}, which gradients do not go"
+            " through; train from one that was converted without that --dtype, and sample with this"
+        )
     dtype = {"all": "float32", "lora": setup.cfg.dtype, "context": None}[setup.cfg.trainable]
     params = bundle.load_params(
         bundle_path, setup.manifest, "transformer",
@@ -279,13 +287,13 @@ class Run:
             return first
         rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
         log = metrics.Log(cfg, rate, processes.in_all(metrics.writers, cfg, first, self.record))
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(log))
+        with contextlib.ExitStack() as exits:
+            exits.enter_context(contextlib.closing(log))
             programs = self.compile()
             batches = feed(self.loader, self.setup.mesh, cfg.batch)
-            stack.enter_context(contextlib.closing(batches))
-            asked = stack.enter_context(stop_signal())
-            bar = stack.enter_context(tqdm(
+            exits.enter_context(contextlib.closing(batches))
+            asked = exits.enter_context(stop_signal())
+            bar = exits.enter_context(tqdm(
                 total=cfg.steps, initial=first, desc="training", unit="step",
                 disable=metrics.is_quiet(), smoothing=0.1,
             ))  # fmt: skip
