@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -326,11 +326,11 @@ def load_streamed(
     dtype: Any = None,
     mesh: Mesh | None = None,
     resident: int = 0,
-    on_disk: bool = False,
+    hosted: int | None = None,
 ) -> stack.Params:
     """The same with the large stacks of the network (`STREAMED` of its kind) as `stack.Streamed`:
-    their first `resident` layers on the device, the others in host memory, or `on_disk`, where each
-    is read whenever it is needed.
+    their first `resident` layers on the device, the next `hosted`, by default all, in host memory.
+    Others stay on the disk, and are read whenever they are needed.
 
     The host holds one layer beside those that stay there.
     """
@@ -340,13 +340,13 @@ def load_streamed(
     params = reader.stacked(whole)
     for part in model.STREAMED:
         count, read = getattr(cfg, model.STACKS[part]), functools.partial(reader.layer, part)
-        if on_disk:
-            layers = _OnDisk(read, count)
-        else:
-            keep = [stack.on_device if i < resident else stack.on_host for i in range(count)]
-            layers = [keep[i](read(i)) for i in range(count)]
-        params[part] = stack.Streamed(layers)
-        resident -= count
+        here = min(resident, count)
+        there = count - here if hosted is None else min(hosted, count - here)
+        layers = [stack.on_device(read(i)) for i in range(here)]
+        layers += [stack.on_host(read(i)) for i in range(here, here + there)]
+        params[part] = stack.Streamed(stack.Layers(layers, read, count))
+        resident -= here
+        hosted = None if hosted is None else hosted - there
     return params
 
 
@@ -382,19 +382,6 @@ def device_bytes(
     quantized = any(map(_is_quantized, reader.wanted.values()))
     largest = max(counts.values(), default=0)
     return DeviceBytes(base, tuple(layers[layer] for layer in order), largest, quantized)
-
-
-class _OnDisk(Sequence[stack.Params]):
-    """Layers that are read when they are asked for."""
-
-    def __init__(self, read: Callable[[int], stack.Params], count: int) -> None:
-        self.read, self.count = read, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> stack.Params:
-        return self.read(i)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

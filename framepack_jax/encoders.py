@@ -25,7 +25,7 @@ def load_encoders(
     root = epath.Path(path)
     load = bundle.load_params
     if streamed:
-        load = functools.partial(bundle.load_streamed, on_disk=True)
+        load = functools.partial(bundle.load_streamed, hosted=0)
     networks = {
         name: (
             bundle.role_config(manifest, name)[1],

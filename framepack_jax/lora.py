@@ -134,13 +134,18 @@ def _beside_layers(
 ) -> stack.Streamed:
     """Stacked factors beside the kernels of every layer, where those lie."""
 
-    def beside(number: int) -> stack.Params:
-        layer = flatten_dict(layers.layers[number])
-        kind = next(iter(layer.values())).sharding.memory_kind
+    def beside(number: int, layer: stack.Params) -> stack.Params:
         own = unflatten_dict({path: leaf[number] for path, leaf in factors.items()})
-        return unflatten_dict(layer | flatten_dict(stack.put(_on_devices(own, mesh), kind)))
+        own = stack.put(_on_devices(own, mesh), _memory_kind(layer))
+        return unflatten_dict(flatten_dict(layer) | flatten_dict(own))
 
-    return stack.Streamed([beside(number) for number in range(len(layers.layers))])
+    return layers.map(beside)
+
+
+def _memory_kind(layer: stack.Params) -> str:
+    """Where a layer lies; the device for one that was just read, for that is where it goes."""
+    leaf = jax.tree.leaves(layer)[0]
+    return leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "device"
 
 
 def _place(path: str) -> tuple[tuple[str, ...], int | None]:
@@ -234,7 +239,7 @@ def merge(params: stack.Params, *, donate: bool = False) -> stack.Params:
 def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]]:
     for name, leaf in params.items():
         if isinstance(leaf, stack.Streamed):
-            yield name, stack.Streamed([_merged_layer(layer, donate) for layer in leaf.layers])
+            yield name, leaf.map(lambda _, layer: _merged_layer(layer, donate))
         elif not isinstance(leaf, dict):
             yield name, leaf
         elif LORA_A not in leaf:
@@ -250,7 +255,7 @@ def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]
 
 def _merged_layer(layer: stack.Params, donate: bool) -> stack.Params:
     """A layer of its own, added up on the device and brought back to where it lies."""
-    kind = jax.tree.leaves(layer)[0].sharding.memory_kind
+    kind = _memory_kind(layer)
     donate &= kind == "device"
     return jax.block_until_ready(stack.put(dict(_merged(stack.on_device(layer), donate)), kind))
 

@@ -8,8 +8,11 @@ docs/performance.md).
 """
 
 import dataclasses
+import itertools
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,6 +27,8 @@ LEVELS = ("auto", "high", "low")
 GB = 1e9
 # Of what JAX may take: buffers leave gaps.
 USABLE = 0.95
+# Of what the host can give: the rest is for what reads, decodes and writes.
+HOSTED = 0.85
 # A step needs so many times its tokens (B, L, D) beside weights: 14 on an H100, more with a cache
 # and between programs. Decoding so many times its widest frames: 5.3 by the compiler for an H200.
 STEP_UNITS, DECODE_UNITS = 20, 5.5
@@ -35,13 +40,15 @@ DECODE_FRAMES, OTHER_TOKENS = 17, 1024
 
 class Plan(NamedTuple):
     """Where weights lie. Encoders stay on the device if `encoders`; of the transformer's blocks so
-    many `layers` do, None being all of them as one. The VAE decodes by `tiling`. `why` is a line
-    for people, or empty."""
+    many `layers` do, None being all of them as one, and the next `hosted` wait in host memory, None
+    being all others; what is left is read from the disk at every step. The VAE decodes by `tiling`.
+    `why` is a line for people, or empty."""
 
     encoders: bool
     layers: int | None
     tiling: vae.Tiling
     why: str
+    hosted: int | None = None
 
 
 class Work(NamedTuple):
@@ -132,18 +139,46 @@ def limit_of_device() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+def limit_of_host() -> int | None:
+    """Bytes of memory that this host can still give to a process; None where it does not say."""
+    free = re.search(r"MemAvailable: +(\d+) kB", _read("/proc/meminfo"))
+    group = re.fullmatch(r"(\d+)\n", _read("/sys/fs/cgroup/memory.max"))
+    limits = [1024 * int(free[1])] if free else []
+    return min(limits + ([int(group[1])] if group else []), default=None)
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""
+
+
 def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
     count = len(needed.blocks)
     parts = []
     if count:
         parts.append(f"{layers} of {count} blocks stay on the device, encoders do not")
+    hosted = None
     if layers < count:
-        hosted = needed.devices * sum(needed.blocks[layers:])
-        parts.append(f"the others take {hosted / GB:.3g} GB of the host's memory")
+        sizes = [needed.devices * size for size in needed.blocks[layers:]]
+        limit = limit_of_host()
+        sums = list(itertools.accumulate(sizes))
+        fitting = len(sizes) if limit is None else sum(s <= HOSTED * limit for s in sums)
+        taken = sums[fitting - 1] if fitting else 0
+        if fitting:
+            parts.append(f"{fitting} wait in {taken / GB:.3g} GB of the host's memory")
+        if fitting < len(sizes):
+            hosted = fitting
+            parts.append(
+                f"{len(sizes) - fitting} are read from the disk at every step, as the host has"
+                f" {limit / GB:.3g} GB (a bundle converted with --dtype int8 needs half of that)"
+            )
     if tiling.size is not None and tiling.size < max(needed.canvas):
         parts.append(f"the VAE decodes tiles of {tiling.size} pixels")
     parts.append(f"{needed.streamed(layers, tiling) / GB:.3g} GB are needed")
-    return Plan(False, None if layers == count else layers, tiling, f"{why}: {'; '.join(parts)}")
+    why = f"{why}: {'; '.join(parts)}"
+    return Plan(False, None if layers == count else layers, tiling, why, hosted)
 
 
 def need(

@@ -247,7 +247,7 @@ class FramePack:
         stay = plan is None or plan.encoders
         load = bundle.load_params
         if plan is not None and plan.layers is not None:
-            load = functools.partial(bundle.load_streamed, resident=plan.layers)
+            load = functools.partial(bundle.load_streamed, resident=plan.layers, hosted=plan.hosted)
         return dataclasses.replace(
             loaded,
             encoders=read() if stay else functools.partial(read, streamed=True),

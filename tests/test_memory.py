@@ -112,6 +112,44 @@ def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
         np.testing.assert_array_equal(latents(pipe), latents(high))
 
 
+def test_blocks_that_the_host_has_no_room_for_are_read_from_the_disk(high) -> None:
+    pipe = load(LOW._replace(layers=1, hosted=2))
+    layers = [pipe.transformer.params[part].layers for part in packed_dit.STREAMED]
+    kinds = [
+        leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "disk"
+        for part in layers
+        for leaf in (jax.tree.leaves(layer)[0] for layer in part)
+    ]
+    assert kinds == ["device", "pinned_host", "pinned_host", "disk"]
+    np.testing.assert_array_equal(latents(pipe), latents(high))
+
+
+def test_what_the_host_has_room_for(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "need", lambda *args, **options: RELEASED)
+    block, work = RELEASED.blocks[-1], Work((608, 640), 1, "g9")
+
+    def plan(limit: float | None) -> memory.Plan:
+        monkeypatch.setattr(memory, "limit_of_host", lambda: limit)
+        return memory.plan("", "low", work, dtype="bfloat16", tiling=WHOLE)
+
+    assert plan(None).hosted is None and "60 wait in" in plan(None).why
+    doubles = sum(RELEASED.blocks[:20])
+    few = plan((doubles + 3.5 * block) / memory.HOSTED)
+    assert few.hosted == 23 and "37 are read from the disk at every step" in few.why
+    assert plan(0).hosted == 0 and "wait in" not in plan(0).why
+
+
+def test_the_memory_of_the_host(monkeypatch) -> None:
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5 kB\n"}
+    monkeypatch.setattr(memory, "_read", lambda file: files.get(file, ""))
+    assert memory.limit_of_host() == 5120
+    for said, limit in (("max\n", 5120), ("4096\n", 4096), ("8192\n", 5120)):
+        files["/sys/fs/cgroup/memory.max"] = said
+        assert memory.limit_of_host() == limit
+    files.clear()
+    assert memory.limit_of_host() is None
+
+
 def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) -> None:
     """So that two blocks are on the device at most. And it is asked for before this one starts, as
     GPUs copy to fresh memory when all that was started has ended."""
@@ -178,13 +216,13 @@ def test_encoders_are_let_go_of(low, monkeypatch) -> None:
 
 def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
     """And every layer once, for all prompts."""
-    read, get = [], bundle._OnDisk.__getitem__
+    read, get = [], stack.Layers.__getitem__
 
     def noted(self, layer):
         read.append(layer)
         return get(self, layer)
 
-    monkeypatch.setattr(bundle._OnDisk, "__getitem__", noted)
+    monkeypatch.setattr(stack.Layers, "__getitem__", noted)
     manifest = bundle.read_manifest(RANDOM)
     whole = load_encoders(RANDOM, manifest, jnp.float32)
     streamed = load_encoders(RANDOM, manifest, jnp.float32, streamed=True)
@@ -240,10 +278,14 @@ def test_adapters_go_along(high, low) -> None:
     assert layer["lora_a"].sharding.memory_kind == layer["kernel"].sharding.memory_kind
     np.testing.assert_array_equal(latents(ours), latents(theirs))
     assert np.abs(latents(ours) - latents(low)).max() > 1e-3
+    some = load(LOW._replace(layers=1, hosted=1)).with_lora(adapter)
+    np.testing.assert_array_equal(latents(some), latents(theirs))
     merged = low.with_lora(adapter, merge=True)
     assert set(merged.transformer.params["double"].layers[0]["img_qkv"]) == {"kernel", "bias"}
     theirs = load(None).with_lora(adapter, merge=True)
     np.testing.assert_array_equal(latents(merged), latents(theirs))
+    some = load(LOW._replace(layers=1, hosted=1)).with_lora(adapter, merge=True)
+    np.testing.assert_array_equal(latents(some), latents(theirs))
 
 
 def test_bytes_are_those_that_are_loaded(high, low) -> None:

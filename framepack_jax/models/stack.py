@@ -42,6 +42,22 @@ INPUT, LINEAR = "block_input", "linear_result"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Layers(Sequence[Params]):
+    """Some layers that are there, and others that `read` gives whenever they are asked for."""
+
+    there: Sequence[Params]
+    read: Callable[[int], Params]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Params:
+        number = range(self.count)[i]  # or IndexError
+        return self.there[number] if number < len(self.there) else self.read(number)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Streamed:
     """The layers of a stack, wherever they lie: in host memory, on a disk, some on the device.
 
@@ -50,6 +66,14 @@ class Streamed:
     """
 
     layers: Sequence[Params]
+
+    def map(self, change: Callable[[int, Params], Params]) -> "Streamed":
+        """With `change(i, layer)` for each layer, those on a disk whenever they are read."""
+        if not isinstance(self.layers, Layers):
+            return Streamed([change(i, layer) for i, layer in enumerate(self.layers)])
+        there, read, count = self.layers.there, self.layers.read, self.layers.count
+        changed = [change(i, layer) for i, layer in enumerate(there)]
+        return Streamed(Layers(changed, lambda i: change(i, read(i)), count))
 
 
 def is_streamed(params: Params) -> bool:
