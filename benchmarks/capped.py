@@ -2,7 +2,7 @@
 
     python -m benchmarks.capped --folder DIR [--caps 24 12 6] [--weights int8] [--json FILE]
 
-Writes a bundle of random weights with the released model's shapes (42 GB; with int8 30 GB), unless
+Writes a bundle of random weights with the released model's shapes (42 GB; in 8 bits 30 GB), unless
 DIR has it already. Makes the same video with all of the device and then under each cap, by
 `sample.py` with `--memory auto` in a process of its own, and reads what the run has noted and what
 the system counted of the process. `--scale toy` takes the same way with the random bundle; on a
@@ -29,6 +29,7 @@ from benchmarks import lengths
 from configs import tiny_bundle
 from framepack_jax import bundle
 from framepack_jax.commands.records import path_of
+from framepack_jax.conversion import engine
 from framepack_jax.models import kinds, stack
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ class Config:
     """Where the bundle is, or is made."""
     caps: tuple[float, ...] = (24.0, 12.0, 6.0)
     """GB that JAX may take, one run each, after one with all of the device."""
-    weights: Literal["bfloat16", "int8"] = "bfloat16"
+    weights: Literal["bfloat16", "int8", "float8_e4m3fn"] = "bfloat16"
     """How the bundle keeps the kernels of blocks; another folder for each."""
     scale: Literal["full", "toy"] = "full"
     """Shapes of the released model, or small ones for a try."""
@@ -115,9 +116,11 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
             end = bundle.role_config(known, name)[1].eos_token_id
             cfg = dataclasses.replace(cfg, eos_token_id=end)
         leaves = kinds.abstract_leaves(role.kind, cfg)
-        quantized = model.STACKS if weights == "int8" and name == "transformer" else ()
+        stacks = model.STACKS if name == "transformer" else ()
         arrays = itertools.chain.from_iterable(
-            random_leaf(path, leaf.shape, path.partition("/")[0] in quantized)
+            random_leaf(
+                path, leaf.shape, weights if path.partition("/")[0] in stacks else "bfloat16"
+            )
             for path, leaf in leaves.items()
         )
         written = bundle.write_params(folder / name, arrays)
@@ -136,10 +139,8 @@ def _source(scale: str, weights: str) -> str:
     return f"benchmarks/capped.py, random, {scale}, {weights}"
 
 
-def random_leaf(
-    path: str, shape: tuple[int, ...], quantized: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, bfloat16 array) of a leaf; of a quantized kernel, int8 and its scales."""
+def random_leaf(path: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, bfloat16 array) of a leaf; of a kernel, in `dtype`, with scales where that has any."""
     kind = path.rpartition("/")[2]
     if kind in ("bias", "scale"):
         yield path, np.full(shape, kind == "scale", "bfloat16")
@@ -147,12 +148,12 @@ def random_leaf(
     inputs = math.prod(shape[:-1]) if len(shape) == 5 else shape[0]
     spread = inputs**-0.5 if kind == "kernel" else 0.02
     numbers = np.random.default_rng(zlib.crc32(path.encode())).normal(0, spread, DRAWN)
-    if quantized and kind == "kernel":
-        scale = 4 * spread / 127
-        yield path, np.resize(np.clip(np.rint(numbers / scale), -127, 127).astype(np.int8), shape)
-        yield path.removesuffix("kernel") + stack.SCALE, np.full(shape[1:], scale, np.float32)
-    else:
-        yield path, np.resize(numbers.astype("bfloat16"), shape)
+    numbers = numbers.astype("bfloat16")
+    if kind == "kernel" and dtype in stack.QUANTIZED:
+        # As one channel; all have its scale.
+        numbers, scale = engine.quantize(path, numbers[:, None], dtype)
+        yield path.removesuffix("kernel") + stack.SCALE, np.resize(scale, shape[1:])
+    yield path, np.resize(numbers, shape)
 
 
 def device_bytes() -> int:
