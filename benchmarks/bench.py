@@ -20,24 +20,30 @@ from framepack_jax import packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.models import packed_dit, vae
 from framepack_jax.models.flops import attention_flops, forward_flops
+from framepack_jax.topology import chip_of
 
 ROUNDS, LEAST_SECONDS = 3, 0.25
 IMAGE_TOKENS = 729
 SCHEDULE = packing.RELEASED_INVERTED
 BF16 = jnp.bfloat16
+# Of attention with its gradient, in forward passes: the backward kernel has two products for each
+# of the forward one, and computes the scores again.
+ATTENTION_COST = 3.5
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Sizes of what is measured; `convs` are (frames, height, width, channels in and out)."""
+    """Sizes of what is measured; `convs` are (frames, height, width, channels in and out), and
+    `lengths` (tokens, valid ones of them) those that kernels of attention are known to fail at."""
 
     dit: packed_dit.Config
     vae: vae.Config
     pixels: tuple[int, int]
     square: int
     tokens: int
+    lengths: tuple[tuple[int, int], ...]
     convs: tuple[tuple[int, int, int, int, int], ...]
     streamed_layers: int
     largest_batch: int
@@ -50,6 +56,7 @@ FULL = Scale(
     pixels=(608, 640),
     square=8192,
     tokens=18752,
+    lengths=((1101, 2), (1101, 1101), (1216, 1087), (1345, 1200), (2048, 2047)),
     convs=(
         (17, 608, 640, 128, 128), (17, 304, 320, 256, 256), (17, 608, 640, 256, 128),
         (9, 152, 160, 512, 512), (5, 76, 80, 512, 512), (17, 608, 640, 128, 3),
@@ -67,6 +74,7 @@ TOY = Scale(
     pixels=(64, 80),
     square=64,
     tokens=128,
+    lengths=((77, 2),),
     convs=((5, 16, 16, 8, 8),),
     streamed_layers=2,
     largest_batch=1,
@@ -82,10 +90,13 @@ class Bench:
         self._peak = 0
 
     def add(self, name: str, *, seconds: float, flops: float = 0, moved: float = 0, **more) -> None:
-        """A row: `flops` and `moved` bytes become rates."""
+        """A row: `flops` and `moved` bytes become rates; those of a network, whose `work` is told
+        by kind, also a share of what the vendor says of the chip."""
         row: Row = {"name": name, "ms": 1e3 * seconds}
         if flops:
             row["tflop_s"] = flops / seconds / 1e12
+            if "work" in more and (chip := chip_of(jax.local_devices()[0])):
+                row["mfu"] = flops / seconds / chip.flops
         if moved:
             row["gb_s"] = moved / seconds / 1e9
         self._keep(row | more)
@@ -95,9 +106,10 @@ class Bench:
         self._keep({"name": name, **figures})
 
     def _keep(self, row: Row) -> None:
-        # What the allocator has counted is of all rows before.
+        # What the allocator has counted is of all rows before. (torch's rows have their own.)
         if (peak := peak_memory()) > self._peak:
-            self._peak = row["peak_bytes"] = peak
+            self._peak = peak
+            row.setdefault("peak_bytes", peak)
         self.rows.append(row)
         self.keep()
         print(", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
@@ -114,13 +126,21 @@ class Bench:
         try:
             began = time.monotonic()
             compiled = jax.jit(function).lower(*args).compile()
-            compiling = time.monotonic() - began
-            more |= {"program_bytes": program_bytes(compiled)}
-            seconds, out = timed(compiled, *args)
+            more["compile_s"] = time.monotonic() - began
+            more["program_bytes"] = program_bytes(compiled)
         except Exception as error:
             self.fail(name, error)
             return None
-        self.add(name, seconds=seconds, **more, compile_s=compiling)
+        return self.clock(name, compiled, *args, **more)
+
+    def clock(self, name: str, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """Time a function as it is; what fails is a row too."""
+        try:
+            seconds, out = timed(function, *args)
+        except Exception as error:
+            self.fail(name, error)
+            return None
+        self.add(name, seconds=seconds, **more)
         return out
 
 

@@ -5,10 +5,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.bench import BF16, Bench, normal, relative_error, timed
+from benchmarks.bench import ATTENTION_COST, BF16, Bench, normal, relative_error
+from framepack_jax.models import stack
 from framepack_jax.ops import attention, conv
 
 
@@ -54,8 +56,7 @@ def measure_matmul(bench: Bench) -> None:
             )  # fmt: skip
             if got is not None and exact is not None:
                 bench.rows[-1]["relative_error"] = relative_error(got, exact)
-            if kind == jnp.int8:
-                add(f"{name} {title} weights alone", weights_alone, x, small, w_scale)
+            add(f"{name} {title} weights alone", weights_alone, x, small, w_scale)
 
 
 def measure_copy(bench: Bench) -> None:
@@ -97,7 +98,7 @@ def measure_attention(bench: Bench) -> None:
         bench.time(f"attend, {tokens} tokens", attend, q, k, v, valid, flops=flops)
         bench.time(
             f"attend with gradient, {tokens} tokens", gradient(attend), q, k, v, valid,
-            flops=3.5 * flops,
+            flops=ATTENTION_COST * flops,
         )  # fmt: skip
     padded = -(-length // 128) * 128
     q, k, v = inputs(padded, dit.heads)
@@ -108,10 +109,10 @@ def measure_attention(bench: Bench) -> None:
     for name, f, args in (("alone", plain, ()), ("lengths", by_length, (count,))):
         bench.time(
             f"kernel {name} with gradient, {padded} tokens", gradient(f), q, k, v, *args,
-            flops=3.5 * flops,
+            flops=ATTENTION_COST * flops,
         )  # fmt: skip
-    # Lengths that kernels are known to fail at: ours against the chunks, and the kernel as it is.
-    for tokens, valid_tokens in ((1101, 2), (1101, 1101), (1216, 1087), (1345, 1200), (2048, 2047)):
+    # Ours against the chunks, and the kernel as it is.
+    for tokens, valid_tokens in bench.scale.lengths:
         q, k, v = inputs(tokens, 2)
         valid = (jnp.arange(tokens) < valid_tokens)[None]
         count = jnp.full(1, valid_tokens, jnp.int32)
@@ -164,6 +165,16 @@ def measure_conv(bench: Bench) -> None:
             for name, form in forms.items():
                 title = f"{t}x{h}x{w} {channels}->{out} {jnp.dtype(dtype).name}, {name}"
                 bench.time(title, form, x, kernel, flops=flops)
+
+
+class Products(nn.Module):
+    """The products of a single block."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        inner = nn.Dense(6 * width, use_bias=False, name="a")(x)
+        return x + nn.Dense(width, use_bias=False, name="b")(inner)
 
 
 def measure_streaming(bench: Bench) -> None:
@@ -220,8 +231,7 @@ def measure_streaming(bench: Bench) -> None:
     def copied() -> Any:
         return [jax.device_put(several[i % 2], here) for i in range(layers)]
 
-    seconds, _ = timed(copied)
-    bench.add("layers copied alone, device_put", seconds=seconds, moved=size)
+    bench.clock("layers copied alone, device_put", copied, moved=size)
     for name, form in (
         ("copied where used", in_place),
         ("one ahead", ahead),
@@ -241,5 +251,9 @@ def measure_streaming(bench: Bench) -> None:
             now = following
         return x
 
-    seconds, _ = timed(from_python, x)
-    bench.add("layers from the host, a program each", seconds=seconds, flops=flops, moved=size)
+    title = "layers from the host, a program each"
+    bench.clock(title, from_python, x, flops=flops, moved=size)
+    kernels = [stack.on_host({name: {"kernel": w[name]} for name in w}) for w in several]
+    streamed = stack.Streamed([kernels[i % 2] for i in range(layers)])
+    run = functools.partial(stack.run, Products(), streamed)
+    bench.clock("layers from the host, stack.run", run, x, flops=flops, moved=size)

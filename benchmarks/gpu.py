@@ -6,13 +6,13 @@ Random weights of the true shapes: 608 x 640 pixels, window 9, bfloat16. First w
 do at all - matrix products, copies, attention, convolutions, weights streamed from the host - then
 what is made of it: a denoising step, a section, the VAE, a training step of a LoRA, and what
 diffusers needs for the same (`peer-*`). Each part runs in a process of its own, so that peak memory
-is that part's. `--scale toy` takes the same way at sizes for a CPU; its figures mean nothing.
+is that part's; with `--json` they can be measured in several runs. `--scale toy` takes the same way
+at sizes for a CPU; its figures mean nothing.
 """
 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import statistics
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks import device, peers, summary
 from benchmarks.bench import (
+    ATTENTION_COST,
     BF16,
     FULL,
     ROUNDS,
@@ -58,53 +59,73 @@ from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA
 from framepack_jax.training.loop import jitted_step, set_up
 from framepack_jax.training.metrics import COST
+from framepack_jax.video.files import whole
 
 ROOT = Path(__file__).parent.parent
 SECTION_STEPS = 25
-# Of attention with its gradient, in forward passes: the backward kernel has two products for each
-# of the forward one, and computes the scores again.
-ATTENTION_COST = 3.5
+# Seconds of a training step's rounds after which no other begins: large batches take long.
+LONG = 10.0
+# Seconds in which a device must say what it is.
+ASKED = 300.0
 
 
 def measure_step(bench: Bench) -> None:
     """A forward pass of the transformer in bfloat16, and with the blocks' kernels in 8 bits."""
-    params, *args = denoiser_inputs(bench.scale)
     run = functools.partial(packed_dit.velocity, bench.scale.dit, dtype=BF16)
 
-    def step(name: str, params: stack.Params) -> jax.Array | None:
+    def step(name: str, dtype: str | None = None) -> jax.Array | None:
+        params, *args = denoiser_inputs(bench.scale)
+        if dtype is not None:
+            params = quantized(params, dtype)
         size = sum(p.nbytes for p in jax.tree.leaves(params))
         return bench.time(
             name, run, params, *args, flops=step_flops(bench.scale), weights=size,
             work=step_work(bench.scale),
         )  # fmt: skip
 
-    exact = step("denoising step", params)
+    exact = step("denoising step")
     for dtype in stack.QUANTIZED:
-        got = step(f"denoising step, {dtype} weights", quantized(params, dtype))
+        got = step(f"denoising step, {dtype} weights", dtype)
         if got is not None and exact is not None:
             bench.rows[-1]["relative_error"] = relative_error(got, exact)
 
 
 def quantized(params: stack.Params, dtype: str) -> stack.Params:
-    """The same network with the kernels of its blocks in 8 bits, a scale for each output channel.
-    Scales are the best, where `convert_weights.py --dtype fp8` takes powers of two."""
-    whole = jnp.issubdtype(dtype, jnp.integer)
-    largest = float((jnp.iinfo if whole else jnp.finfo)(dtype).max)
+    """The same network with the kernels of its blocks in 8 bits, each layer as
+    `conversion.engine.quantize` makes it. The kernels in `params` are deleted, each when its own
+    is made, so that a device never has them all twice."""
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    largest = float((jnp.iinfo if integer else jnp.finfo)(dtype).max)
 
     @jax.jit
     def eighth(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         def layer(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
             kernel = kernel.astype(jnp.float32)
-            scale = jnp.abs(kernel).max(0) / largest
-            kernel /= jnp.where(scale > 0, scale, 1)[None]
-            return (jnp.rint(kernel) if whole else kernel).astype(dtype), scale
+            peak = jnp.abs(kernel).max(0)
+            if integer:
+                scale = peak / largest
+            else:
+                least = power_of_two(peak) / power_of_two(jnp.float32(largest))
+                scale = jnp.where(peak > largest * least, 2 * least, least)
+            scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+            kernel /= scale[None]
+            return (jnp.rint(kernel) if integer else kernel).astype(dtype), scale
 
         return jax.lax.map(layer, kernel)
 
     leaves = flatten_dict(params)
     for path in [path for path in leaves if path[-1] == "kernel" and path[0] in packed_dit.STACKS]:
-        leaves[path], leaves[(*path[:-1], stack.SCALE)] = eighth(leaves[path])
+        kernel = leaves[path]
+        leaves[path], leaves[(*path[:-1], stack.SCALE)] = jax.block_until_ready(eighth(kernel))
+        kernel.delete()
     return unflatten_dict(leaves)
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+    """The largest that is not above x > 0, in float32: without its mantissa. (`ldexp` is inexact on
+    GPUs.)"""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
 
 
 def measure_section(bench: Bench) -> None:
@@ -138,8 +159,9 @@ def measure_section(bench: Bench) -> None:
     measure("section", params)
     for kind in cache.THRESHOLDS:
         measure(f"section, step cache {kind}", params, cache.Config(kind))
+    del params
     for dtype in stack.QUANTIZED:
-        measure(f"section, {dtype} weights", quantized(params, dtype))
+        measure(f"section, {dtype} weights", quantized(denoiser_inputs(scale)[0], dtype))
 
 
 def measure_vae(bench: Bench) -> None:
@@ -156,20 +178,33 @@ def measure_vae(bench: Bench) -> None:
 
 
 def measure_train(bench: Bench) -> None:
-    """A step of LoRA training at window 9, for batches until one is too large."""
+    """A step of LoRA training at window 9, up to the largest batch."""
     devices = sharding.make_mesh(devices=jax.local_devices()[:1])
     for remat in bench.scale.remats:
-        for batch in _doubling(bench.scale.largest_batch):
+
+        def fits(batch: int, remat: str = remat) -> bool:
             name = f"LoRA step, batch {batch}, remat {remat}"
             try:
                 _time_training(bench, name, *lora_training(bench.scale, batch, remat), devices)
             except Exception as error:
                 bench.fail(name, error)
-                break
+                return False
+            return True
+
+        largest(fits, bench.scale.largest_batch)
 
 
-def _doubling(most: int) -> Iterator[int]:
-    return itertools.takewhile(lambda batch: batch <= most, (2**i for i in itertools.count()))
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, 0 where none does: doubled until one does not,
+    then by halves between."""
+    good, bad = 0, most + 1
+    while bad - good > 1:
+        tried = min(max(1, 2 * good), most) if bad > most else (good + bad) // 2
+        if fits(tried):
+            good = tried
+        else:
+            bad = tried
+    return good
 
 
 def lora_training(scale: Scale, batch: int, remat: str) -> tuple[Training, Any]:
@@ -200,8 +235,8 @@ def training_program(
 def _time_training(bench: Bench, name: str, cfg: Training, manifest: Any, devices: Any) -> None:
     with jax.set_mesh(devices):
         step, (now, *rest), compiling = training_program(bench.scale, cfg, manifest, devices)
-        seconds = []
-        for _ in range(ROUNDS + 1):
+        seconds: list[float] = []
+        while len(seconds) <= ROUNDS and (len(seconds) < 2 or sum(seconds) < LONG):
             began = time.monotonic()
             now, metrics = step(now, *rest)
             jax.block_until_ready(metrics)
@@ -244,9 +279,11 @@ class Config:
     scale: Literal["full", "toy"] = "full"
     """Shapes of the released model, or small ones for a try on a CPU."""
     json: Path | None = None
-    """File for all figures; those that are done stand in it at any time."""
+    """File for all figures; those that are done stand in it at any time. Where it is there already,
+    figures of other parts stay."""
     document: Path | None = None
-    """Markdown file that gets the tables of this device, in place of older ones of the same."""
+    """Markdown file that gets the tables of this device, in place of older ones of the same: of all
+    figures in --json, where that is given."""
     limit: float = 900.0
     """Seconds that a part may take; then it is stopped, and the next begins."""
     here: bool = False
@@ -262,53 +299,89 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Parse flags, measure, print."""
     try:
         config = tyro.cli(Config, prog="benchmarks.gpu", args=args)
-    except ValueError as error:
+        results = begin(config)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    results = machine() if config.here else {}
 
     def keep() -> None:
         if config.json is not None:
-            config.json.write_text(json.dumps(results, indent=1))
+            with whole(config.json) as partial:
+                partial.write_text(json.dumps(results, indent=1))
 
+    keep()
     for part in config.parts:
         print(f"\n{part}: {(MEASURES[part].__doc__ or '').splitlines()[0]}", flush=True)
         if config.here:
             rows = results[part] = []
             MEASURES[part](Bench({"full": FULL, "toy": TOY}[config.scale], rows, keep))
         else:
-            results |= in_a_process(config, part)
+            results |= in_a_process(config, [part], config.limit)
         keep()
-    if config.document is not None and "device" in results:
-        summary.put(config.document, results)
+    if all("error" in row for part in config.parts for row in results[part]) and not config.here:
+        raise SystemExit("error: nothing could be measured; what went wrong stands above")
+    if config.document is not None:
+        try:
+            summary.put(config.document, results)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
     return results
 
 
-def in_a_process(config: Config, part: str) -> dict[str, Any]:
-    """The figures of a part, and why there are no more."""
+def begin(config: Config) -> dict[str, Any]:
+    """The device, and what the file has of it already. Raises ValueError where figures could not
+    be kept in the end, and where the file has those of another device."""
+    for flag, file in (("json", config.json), ("document", config.document)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"--{flag} {file}: there is no folder {file.parent}; make it")
+    now = machine(config.scale) if config.here else in_a_process(config, [], ASKED)
+    if "device" not in now:
+        raise ValueError("JAX found no device; what it said stands above")
+    if config.document is not None:
+        summary.around(config.document, now["device"])
+    if config.json is None or not config.json.exists():
+        return now
+    try:
+        before = json.loads(config.json.read_text())
+        known, new = ((of["device"], of["scale"]) for of in (before, now))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"--json {config.json} is there and has no figures of this benchmark; give another file"
+        ) from error
+    if known != new:
+        raise ValueError(
+            f"--json {config.json} has figures of {' at scale '.join(known)}, and this is"
+            f" {' at scale '.join(new)}; give another file"
+        )
+    return before | now
+
+
+def in_a_process(config: Config, parts: Sequence[str], limit: float) -> dict[str, Any]:
+    """The device, the figures of parts, and why there are no more."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "benchmarks.gpu", "--parts", part, "--here"]
+        command = [sys.executable, "-m", "benchmarks.gpu", "--here", "--parts", *parts]
         command += ["--scale", config.scale, "--json", str(file)]
         # What is not needed stays free: for a large step, and for torch beside JAX.
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
         problem = None
         try:
-            subprocess.run(
-                command, cwd=ROOT, check=True, timeout=config.limit, env=memory | os.environ
-            )
+            subprocess.run(command, cwd=ROOT, check=True, timeout=limit, env=memory | os.environ)
         except (subprocess.SubprocessError, OSError) as error:
             print(error, flush=True)
-            problem = {"name": part, "error": str(error)}
-        figures = json.loads(file.read_text()) if file.exists() else {part: []}
-        figures[part] += [problem] if problem else []
+            problem = str(error)
+        figures = json.loads(file.read_text()) if file.exists() else {}
+        for part in parts:
+            rows = figures.setdefault(part, [])
+            rows += [{"name": part, "error": problem}] if problem else []
         return figures
 
 
-def machine() -> dict[str, Any]:
-    """The device and the versions."""
+def machine(scale: str) -> dict[str, Any]:
+    """The device, the versions, and the scale of what is measured."""
     device = jax.local_devices()[0]
     names = {
         "device": device.device_kind,
+        "scale": scale,
         "date": time.strftime("%Y-%m-%d"),
         "python": sys.version.split()[0],
     }

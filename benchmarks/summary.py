@@ -14,23 +14,40 @@ WORK = ("step", "section", "vae", "train", "peer-step", "peer-error", "peer-vae"
 # Figures of a row that stand in columns, or are of no interest to readers.
 COLUMNS = ("name", "ms", "tflop_s", "gb_s", "peak_bytes", "program_bytes", "work", "error", "loss")
 
+MEMORY = (
+    "Memory is what the compiler counts for that program: its arguments, results and temporaries."
+    " Of sections it is the most that the process had used by then, where that rose; of diffusers"
+    " the most that torch had at once."
+)
+
 
 def put(document: Path, results: dict[str, Any]) -> None:
     """Write the tables into a Markdown file, in place of those of the same device, else at its end.
+    Raises ValueError as `around`."""
+    before, after = around(document, results["device"])
+    with whole(document) as partial:
+        partial.write_text(before + markdown(results) + after)
 
-    Raises ValueError where the file has the mark of their beginning and not of their end.
+
+def around(document: Path, device: str) -> tuple[str, str]:
+    """(text before, text after) a device's tables, with the marks of their beginning and end.
+
+    Raises ValueError where the file has one mark without the other, or one of them twice.
     """
-    device = results["device"]
     begin, end = f"<!-- {device} -->\n", f"<!-- end of {device} -->\n"
     text = document.read_text() if document.exists() else ""
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if found and not closed:
         raise ValueError(f"{document} has {begin.strip()} and no {end.strip()} after it; put it in")
+    if end in before or begin in rest or end in after:
+        raise ValueError(
+            f"{document} has {begin.strip()} or {end.strip()} more than once, or the second alone;"
+            " leave one of each"
+        )
     if not found and before and not before.endswith("\n\n"):
         before = before.rstrip("\n") + "\n\n"
-    with whole(document) as partial:
-        partial.write_text(before + begin + markdown(results) + end + after)
+    return before + begin, end + after
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -42,9 +59,11 @@ def markdown(results: dict[str, Any]) -> str:
         if name in results
     )
     said = ", ".join(f"{what} at {rate:.4g} TFLOP/s" for what, rate in rates.items())
-    lines = [f"{results['device']}, {results['date']}; {versions}.", ""]
+    toy = ", toy sizes" if results.get("scale") == "toy" else ""
+    lines = [f"{results['device']}, {results['date']}{toy}; {versions}.", ""]
     if said:
         lines += [f"Floors take {said}, the best of what was measured below.", ""]
+    lines += [MEMORY, ""]
     lines += ["| | time | TFLOP/s | times its floor | memory | |", "|---|--:|--:|--:|--:|---|"]
     lines += [_work_row(row, rates) for row in _rows(results, WORK)]
     lines += ["", "| | time | TFLOP/s | GB/s | |", "|---|--:|--:|--:|---|"]
@@ -79,7 +98,7 @@ def _rows(results: dict[str, Any], parts: Iterable[str]) -> list[Row]:
 def _work_row(row: Row, rates: dict[str, float]) -> str:
     floor = floor_seconds(row.get("work", {}), rates)
     over = f"{row['ms'] / (1e3 * floor):.2f}" if floor and "ms" in row else ""
-    memory = row.get("peak_bytes") or row.get("program_bytes")
+    memory = row.get("program_bytes") or row.get("peak_bytes")
     size = f"{memory / 1e9:.1f} GB" if memory else ""
     return _line(row["name"], _time(row), _number(row, "tflop_s"), over, size, _others(row))
 
@@ -106,7 +125,9 @@ def _others(row: Row) -> str:
     if "error" in row:
         return row["error"].partition("\n")[0].replace("|", "/")
     return ", ".join(
-        f"{name.replace('_', ' ')} {_short(value)}"
+        f"weights {value / 1e9:.3g} GB"
+        if name == "weights"
+        else f"{name.replace('_', ' ')} {_short(value)}"
         for name, value in row.items()
         if name not in COLUMNS
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks import (
@@ -20,16 +22,18 @@ from benchmarks import (
     conversion,
     gpu,
     lengths,
+    peers,
     sampling,
     step_profile,
     summary,
 )
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
-from framepack_jax import bundle, packing
+from framepack_jax import bundle, packing, topology
 from framepack_jax.commands.records import path_of
+from framepack_jax.conversion import engine
 from framepack_jax.data.encode import Encoder
-from framepack_jax.models import kinds, packed_dit
+from framepack_jax.models import kinds, packed_dit, stack
 from framepack_jax.models.flops import forward_flops
 
 SECTIONS, STEPS, SIDE = 5, 2, 32
@@ -188,31 +192,122 @@ def test_preparing_is_measured_by_stage(tmp_path) -> None:
     assert all(figures[name] > 0 for name in stages)
 
 
-def test_what_a_gpu_does_is_measured(tmp_path) -> None:
+@pytest.fixture
+def briefly(monkeypatch) -> Iterator[None]:
+    """A call a round; one thread, as torch's wait for each other where a core has other work; and
+    rates as shares of an H100's."""
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(peers, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "chip_of", lambda device: topology.CHIPS["h100"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_what_a_gpu_does_is_measured(tmp_path, briefly) -> None:
     """By the same way, on this machine."""
-    figures = measured_parts(tmp_path / "figures.json", "copy", "conv", "streaming", "step",
-                             "peer-step", "peer-error")  # fmt: skip
-    (step, small), (peer,) = figures["step"], figures["peer-step"]
-    flops = bench.step_flops(bench.TOY)
-    assert step["tflop_s"] * step["ms"] == pytest.approx(flops / 1e9)
-    assert peer["tflop_s"] * peer["ms"] == pytest.approx(flops / 1e9)
-    assert small["weights"] < step["weights"] and 0 < small["relative_error"] < 0.05
+    document = tmp_path / "document.md"
+    figures = measured_parts(tmp_path / "figures.json", "matmul", "copy", "attention", "conv",
+                             "streaming", "step", "peer-error", document=document)  # fmt: skip
+    step, *small = figures["step"]
+    assert step["tflop_s"] * step["ms"] == pytest.approx(bench.step_flops(bench.TOY) / 1e9)
+    assert step["mfu"] == pytest.approx(step["tflop_s"] / 989)
+    assert len(small) == len(stack.QUANTIZED)
+    for row in small:
+        assert row["weights"] < step["weights"] and 0 < row["relative_error"] < 0.05
     (errors,) = figures["peer-error"]
     assert 0 < errors["ours_bfloat16"] < 0.03 and 0 < errors["diffusers_bfloat16"] < 0.03
+    for row in figures["attention"]:
+        assert max(row.get("relative_errors_qkv", [0])) < 0.02
+    text = document.read_text()
+    assert "cpu, " in text and ", toy sizes; python " in text
+    for row in (row for part in figures.values() if isinstance(part, list) for row in part):
+        assert f"| {row['name']} | " in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| denoising step |"))
+    assert f"weights {step['weights'] / 1e9:.3g} GB, " in line
+    assert float(line.split(" | ")[3]) > 0, "there are floors"
+
+
+def test_kernels_that_diffusers_cannot_take_are_rows(tmp_path, monkeypatch, briefly) -> None:
+    monkeypatch.setitem(peers.BACKENDS, "cpu", ("CUDNN_ATTENTION", "MATH"))
+    figures = gpu.main(["--parts", "peer-step", "--scale", "toy", "--here"])
+    refused, ran = figures["peer-step"]
+    assert refused["name"] == "diffusers, eager, cudnn attention"
+    assert "No viable backend" in refused["error"]
+    assert ran["name"] == "diffusers, eager, math"
+    assert ran["tflop_s"] * ran["ms"] == pytest.approx(bench.step_flops(bench.TOY) / 1e9)
+
+
+def test_the_vae_of_diffusers_is_measured(briefly) -> None:
+    scale = dataclasses.replace(bench.TOY, pixels=(16, 16))
+    rows: list[bench.Row] = []
+    peers.measure_vae(bench.Bench(scale, rows, lambda: None))
+    assert len(rows) == 6 and all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+def test_weights_in_8_bits_are_those_of_a_converted_bundle(dtype: str) -> None:
+    kernel = np.random.default_rng(0).normal(size=(3, 16, 4, 6)).astype("bfloat16")
+    # Channels of zeros, of what the type itself holds, and whose largest is its largest.
+    kernel[:, :, 0, 0], kernel[:, :, 0, 1], kernel[0, 0, 0, 2] = 0, 2, 448
+    params = {
+        "single": {"qkv": {"kernel": jnp.asarray(kernel), "bias": jnp.ones((3, 4, 6))}},
+        "head": {"kernel": jnp.ones((4, 4))},
+    }
+    got = gpu.quantized(params, dtype)
+    for i, layer in enumerate(kernel):
+        numbers, scale = engine.quantize("kernel", layer, dtype)
+        found = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), got["single"]["qkv"])
+        assert found["kernel"].dtype == numbers.dtype
+        np.testing.assert_array_equal(found["kernel"], numbers)
+        used = numbers.any(axis=0)
+        tolerance = 1e-6 if dtype == "int8" else 0
+        np.testing.assert_allclose(found[stack.SCALE][used], scale[used], rtol=tolerance)
+        assert found[stack.SCALE].all() and np.count_nonzero(~used) == 1
+    assert params["single"]["qkv"]["kernel"].is_deleted()
+    assert got["head"]["kernel"].dtype == jnp.float32 and set(got["single"]["qkv"]) == {
+        "kernel", "bias", stack.SCALE
+    }  # fmt: skip
+
+
+def test_rows_say_what_memory_they_took(monkeypatch) -> None:
+    """Where the peak of the process rose; those that know their own keep it."""
+    rows: list[bench.Row] = []
+    made = bench.Bench(bench.TOY, rows, lambda: None)
+    for name, peak, more in (("a", 5, {}), ("b", 5, {}), ("c", 6, {"peak_bytes": 9}), ("d", 7, {})):
+        monkeypatch.setattr(bench, "peak_memory", lambda peak=peak: peak)
+        made.add(name, seconds=1.0, **more)
+    assert [row.get("peak_bytes") for row in rows] == [5, None, 9, 7]
+
+
+def test_the_largest_batch_is_found() -> None:
+    def tried(wanted: int, most: int) -> list[int]:
+        numbers: list[int] = []
+        assert gpu.largest(lambda n: numbers.append(n) or n <= wanted, most) == wanted
+        assert len(set(numbers)) == len(numbers)
+        return numbers
+
+    for most in (1, 6, 16):
+        assert all(set(tried(n, most)) <= set(range(1, most + 1)) for n in range(most + 1))
+    assert tried(5, 16) == [1, 2, 4, 8, 6, 5] and tried(16, 16) == [1, 2, 4, 8, 16]
 
 
 @pytest.mark.large
-def test_sections_and_training_on_a_gpu_are_measured(tmp_path) -> None:
+def test_sections_and_training_on_a_gpu_are_measured(tmp_path, briefly) -> None:
     """The parts that compile most."""
     figures = measured_parts(tmp_path / "figures.json", "section", "vae", "train")
     plain, tea, _, *small = figures["section"]
     assert 0 < tea["blocks_run"] < 1 and len(small) == 2
     assert plain["seconds_a_frame"] == pytest.approx(plain["ms"] / 36e3)
+    (step,) = figures["train"]
+    assert step["mfu"] == pytest.approx(step["tflop_s"] / 989)
 
 
-def measured_parts(file: Path, *parts: str) -> dict[str, Any]:
+def measured_parts(file: Path, *parts: str, document: Path | None = None) -> dict[str, Any]:
     """Figures of parts of the benchmark of a GPU, none of which failed."""
-    figures = gpu.main(["--parts", *parts, "--scale", "toy", "--here", "--json", str(file)])
+    flags = ["--parts", *parts, "--scale", "toy", "--here", "--json", str(file)]
+    figures = gpu.main([*flags, *(["--document", str(document)] if document else [])])
     assert json.loads(file.read_text()) == figures
     rows = [row for part in parts for row in figures[part]]
     assert [row for row in rows if "error" in row] == []
@@ -223,13 +318,47 @@ def measured_parts(file: Path, *parts: str) -> dict[str, Any]:
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path, capfd) -> None:
     file = tmp_path / "figures.json"
     flags = ["--parts", "copy", "step", "--scale", "toy", "--limit", "0.01", "--json", str(file)]
-    figures = gpu.main(flags)
-    assert json.loads(file.read_text()) == figures
+    with pytest.raises(SystemExit, match="error: nothing could be measured"):
+        gpu.main(flags)
+    figures = json.loads(file.read_text())
     for part in ("copy", "step"):
         assert "timed out" in figures[part][0]["error"]
     with pytest.raises(SystemExit):
         gpu.main(["--parts", "cpoy"])
     assert "expected some of matmul, copy" in capfd.readouterr().err
+
+
+def test_figures_are_of_one_device_and_have_a_place(tmp_path, briefly) -> None:
+    """Those of parts that are not measured again stay; what cannot be kept is told at once."""
+    file, document = tmp_path / "figures.json", tmp_path / "document.md"
+
+    def run(part: str, **files: Path) -> dict[str, Any]:
+        flags = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+        return gpu.main(["--parts", part, "--scale", "toy", "--here", *flags])
+
+    first = run("copy", json=file)
+    second = run("conv", json=file, document=document)
+    assert second["copy"] == first["copy"] and second == json.loads(file.read_text())
+    assert "| x + 1 |" in document.read_text()
+
+    def refused(match: str, **files: Path) -> None:
+        before = {path: path.read_text() for path in tmp_path.iterdir()}
+        with pytest.raises(SystemExit, match=match):
+            run("copy", **files)
+        assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+    file.write_text(json.dumps(second | {"device": "Card A"}))
+    refused("^error: .* has figures of Card A at scale toy, and this is cpu at", json=file)
+    file.write_text(json.dumps(second | {"scale": "full"}))
+    refused("of cpu at scale full, and this is cpu at scale toy", json=file)
+    file.write_text("[]")
+    refused("^error: .* has no figures of this benchmark", json=file)
+    refused("there is no folder .*nowhere", json=tmp_path / "nowhere" / "figures.json")
+    refused("there is no folder .*nowhere", document=tmp_path / "nowhere" / "document.md")
+    document.write_text("<!-- cpu -->\n")
+    refused("^error: .* no <!-- end of cpu --> after it", document=document)
+    document.write_text("<!-- end of cpu -->\n<!-- cpu -->\n<!-- end of cpu -->\n")
+    refused("more than once, or the second alone", document=document)
 
 
 def test_the_tables_of_a_gpu(tmp_path) -> None:
@@ -247,7 +376,13 @@ def test_the_tables_of_a_gpu(tmp_path) -> None:
             {"name": "attend with gradient, 9 tokens", "ms": 1.0, "tflop_s": 80.0},
             {"name": "gradient, attend, 2 of 3 tokens", "ms": 1.0},
         ],
-        "step": [{"name": "denoising step", "ms": 220.0, "work": work, "program_bytes": 27e9}],
+        "step": [
+            {
+                "name": "denoising step", "ms": 220.0, "work": work, "program_bytes": 27e9,
+                "peak_bytes": 54e9, "weights": 25749000000,
+            }
+        ],
+        "section": [{"name": "section", "peak_bytes": 29e9}],
         "train": [{"name": "LoRA step, batch 4", "error": "XlaRuntimeError: a|b\nmore"}],
     }  # fmt: skip
     rates = summary.best_rates(results)
@@ -263,9 +398,10 @@ def test_the_tables_of_a_gpu(tmp_path) -> None:
     summary.put(document, results)
     first, second = document.read_text().split("<!-- end of Card A -->\n")
     assert first.startswith("# Title\n\n<!-- Card A -->\nCard A, 2026-01-01; jax 1.2.3.")
-    assert "| denoising step | 330 ms |  | 3.00 | 27.0 GB |  |" in first
+    assert "| denoising step | 330 ms |  | 3.00 | 27.0 GB | weights 25.7 GB |" in first
+    assert "| section |  |  |  | 29.0 GB |  |" in first
     assert "| LoRA step, batch 4 |  |  |  |  | XlaRuntimeError: a/b |" in first
-    assert "| denoising step | 220 ms |  | 2.00 | 27.0 GB |  |" in second
+    assert "| denoising step | 220 ms |  | 2.00 | 27.0 GB | weights 25.7 GB |" in second
     document.write_text("<!-- Card A -->\n")
     with pytest.raises(ValueError, match="no <!-- end of Card A -->"):
         summary.put(document, results)
@@ -343,6 +479,16 @@ def test_a_profile_knows_what_the_device_was_at(profile) -> None:
     assert {("layer",), ("backward", "layer")} <= paths
 
 
+def test_a_step_is_traced(tmp_path, capsys) -> None:
+    flags = ["--program", "denoise", "--scale", "toy", "--runs", "1", "--trace", str(tmp_path)]
+    found = step_profile.main(flags)
+    assert found.wall > 0 and list(tmp_path.rglob("*.xplane.pb"))
+    text = capsys.readouterr().out
+    assert text.startswith("denoise on cpu, ") and step_profile.table(found) in text
+    for words in ("| matrix product |", "| SingleBlock/attention |", "DoubleBlock"):
+        assert words in text
+
+
 def test_the_table_of_a_profile() -> None:
     operation = step_profile.hlo.Operation
     product, add = operation("matrix product", ("Block", "qkv")), operation("arithmetic", ())
@@ -382,12 +528,26 @@ def test_instructions_are_those_of_one_device() -> None:
     assert found == [("fusion.3", 1e-6)]
 
 
-def test_a_bundle_for_videos_under_caps(tmp_path) -> None:
-    capped.make_bundle(tmp_path, "toy", "int8")
-    params = bundle.load_params(tmp_path, bundle.read_manifest(tmp_path), "transformer")
-    kernel, scale = (params["single"]["qkv"][name] for name in ("kernel", "kernel_scale"))
-    assert kernel.dtype == jnp.int8 and len(np.unique(kernel)) > 100
-    assert float(scale.mean()) * float(np.std(kernel)) == pytest.approx(32**-0.5, rel=0.05)
+@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+def test_a_bundle_for_videos_under_caps(tmp_path, monkeypatch, capsys, dtype: str) -> None:
+    """Which takes no other's place; and the order of the runs, which are stood in for."""
+    row = {"cap": None, "host_bytes": 1, "error": "none"}
+    monkeypatch.setattr(capped, "measure", lambda config, cap, total: row | {"cap": cap})
+    monkeypatch.setattr(capped, "device_bytes", lambda: 0)
+    file = tmp_path / "figures.json"
+    flags = ["--folder", str(tmp_path / "bundle"), "--scale", "toy", "--json", str(file)]
+    made = capped.main([*flags, "--weights", dtype, "--caps", "24", "6"])
+    assert [row["cap"] for row in made] == [None, 24, 6] == [
+        row["cap"] for row in json.loads(file.read_text())["runs"]
+    ]  # fmt: skip
+    assert capped.table(made) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"has another bundle .*{dtype}.; give each --weights"):
+        capped.main(flags)
+    manifest = bundle.read_manifest(tmp_path / "bundle")
+    params = bundle.load_params(tmp_path / "bundle", manifest, "transformer")
+    qkv = stack.at(params["single"]["qkv"], 0)
+    assert qkv["kernel"].dtype == dtype and len(np.unique(qkv["kernel"])) > 100
+    assert float(np.std(stack.cast(qkv, "float32")["kernel"])) == pytest.approx(32**-0.5, rel=0.05)
     assert params["single"]["q_norm"]["scale"].dtype == jnp.bfloat16
 
 
@@ -395,10 +555,11 @@ def test_a_bundle_for_videos_under_caps(tmp_path) -> None:
 def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
     """On a CPU, which has no caps, with as little memory as can be."""
     folder = tmp_path / "bundle"
-    capped.make_bundle(folder, "toy", "bfloat16")
     small = ("schedule=f1k1_x_f16k4f2k2f1k1_g2", "height=32", "width=32")
+    flags = ["--folder", str(folder), "--scale", "toy", "--caps", "6", "--steps", "1"]
+    whole, made = capped.main([*flags, "--flags", *small])
+    assert whole["memory"] == "high" and whole["section"] > 0
     config = capped.Config(folder, steps=1, flags=small)
-    made = capped.measure(config, 6.0, total=0)
     assert made["plan"].startswith("memory low: 0 of 4 blocks stay")
     assert made["section"] > 0 and made["host_bytes"] > 1e8
     failed = capped.measure(dataclasses.replace(config, folder=tmp_path / "nowhere"), None, total=0)
