@@ -221,6 +221,9 @@ def test_what_a_gpu_does_is_measured(tmp_path, briefly) -> None:
     for row in figures["attention"]:
         assert max(row.get("relative_errors_qkv", [0])) < 0.02
     text = document.read_text()
+    names = {row["name"] for part in ("matmul", "streaming") for row in figures[part]}
+    assert {f"mlp_in {kind} weights alone" for kind in ("fp8", "int8")} <= names
+    assert "layers from the host, stack.run" in names
     assert "cpu, " in text and ", toy sizes; python " in text
     for row in (row for part in figures.values() if isinstance(part, list) for row in part):
         assert f"| {row['name']} | " in text
