@@ -233,12 +233,20 @@ def test_what_a_gpu_does_is_measured(tmp_path, briefly) -> None:
 
 
 def test_kernels_that_diffusers_cannot_take_are_rows(tmp_path, monkeypatch, briefly) -> None:
-    monkeypatch.setitem(peers.BACKENDS, "cpu", ("CUDNN_ATTENTION", "MATH"))
+    """The others are measured; masks, which some cannot take, are not their matter."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def maskless(*args: Any, attn_mask: Any = None, **kwargs: Any) -> torch.Tensor:
+        assert attn_mask is None or torch.backends.cuda.math_sdp_enabled()
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", maskless)
+    monkeypatch.setitem(peers.BACKENDS, "cpu", ("CUDNN_ATTENTION", "FLASH_ATTENTION"))
     figures = gpu.main(["--parts", "peer-step", "--scale", "toy", "--here"])
     refused, ran = figures["peer-step"]
     assert refused["name"] == "diffusers, eager, cudnn attention"
     assert "No viable backend" in refused["error"]
-    assert ran["name"] == "diffusers, eager, math"
+    assert ran["name"] == "diffusers, eager, flash attention"
     assert ran["tflop_s"] * ran["ms"] == pytest.approx(bench.step_flops(bench.TOY) / 1e9)
 
 
@@ -331,7 +339,7 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, capfd) -> None:
     assert "expected some of matmul, copy" in capfd.readouterr().err
 
 
-def test_figures_are_of_one_device_and_have_a_place(tmp_path, briefly) -> None:
+def test_figures_are_of_one_device_and_have_a_place(tmp_path, monkeypatch, briefly) -> None:
     """Those of parts that are not measured again stay; what cannot be kept is told at once."""
     file, document = tmp_path / "figures.json", tmp_path / "document.md"
 
@@ -343,6 +351,12 @@ def test_figures_are_of_one_device_and_have_a_place(tmp_path, briefly) -> None:
     second = run("conv", json=file, document=document)
     assert second["copy"] == first["copy"] and second == json.loads(file.read_text())
     assert "| x + 1 |" in document.read_text()
+
+    def too_late(_: bench.Bench) -> None:
+        """Is not reached."""
+        raise AssertionError("measured")
+
+    monkeypatch.setitem(gpu.MEASURES, "copy", too_late)
 
     def refused(match: str, **files: Path) -> None:
         before = {path: path.read_text() for path in tmp_path.iterdir()}
