@@ -157,7 +157,7 @@ def measure(config: Config, schedule: str) -> dict[str, Any]:
         "order": record["order"],
         "seconds": seconds,
         "growth": {name: _growth(values) for name, values in seconds.items()},
-        "parts": sum(_settled(seconds[name]) for name in PARTS) / _settled(seconds["all"]),
+        "settled": {name: _settled(seconds[name]) for name in ("all", *PARTS)},
         "compilations": {"step": programs, **_compilations(first)},
         "first_frames": {
             "section": first.first_frames[0],
@@ -408,7 +408,13 @@ def table(result: dict[str, Any]) -> str:
         times = (statistics.median(values), min(values), max(values))
         numbers = "".join(f"{value:8.3f}" for value in times)
         lines.append(f"    {labels.get(name, name):<30}{numbers}{result['growth'][name]:10.2f}")
-    lines.append(f"  settled sections: the parts alone take {result['parts']:.2f} of all")
+    settled = result["settled"]
+    parts = sum(settled[name] for name in PARTS)
+    lines.append(
+        f"  sections in which nothing is compiled: {settled['all']:.2f} s; latents without frames"
+        f" {settled['denoising']:.2f} s and their frames afterwards {settled['decoding']:.2f} s,"
+        f" together {parts / settled['all']:.2f} of it"
+    )
     return "\n".join([*lines, *_counts(result), *_step_lines(result["step"])])
 
 

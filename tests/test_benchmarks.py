@@ -64,8 +64,8 @@ def test_the_parts_of_a_section(measured) -> None:
     assert all(values.shape == (SECTIONS - 1,) for values in seconds.values())
     assert all((values > 0).all() for values in seconds.values())
     # Sections 2 to 5, of which 4 is neither among the first three nor the last.
-    parts = sum(seconds[name][2] for name in sampling.PARTS)
-    assert measured["parts"] == pytest.approx(parts / seconds["all"][2])
+    expected = {name: seconds[name][2] for name in ("all", *sampling.PARTS)}
+    assert measured["settled"] == pytest.approx(expected)
     assert (seconds["joining"] < seconds["files"]).all()
     assert (seconds["files"] + seconds["preview"] < seconds["all"]).all()
     assert measured["growth"].keys() == seconds.keys()
