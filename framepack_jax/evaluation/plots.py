@@ -62,7 +62,9 @@ def over_hiding(
         there = {seconds.index(t) + aside: e for t, e in points.items() if e is not None}
         axes.errorbar(
             list(there), [e.mean for e in there.values()],
-            yerr=[e.error or 0.0 for e in there.values()], label=name, capsize=3, marker="o",
+            yerr=[e.error or 0.0 for e in there.values()], label=name, capsize=3,
+            # After ten rows colours begin anew.
+            marker="os"[number // 10 % 2], linestyle=("-", "--")[number // 10 % 2],
         )  # fmt: skip
     axes.set_xticks(range(len(seconds)), [f"{time:g}" for time in seconds])
     _save(figure, axes, path)
