@@ -122,8 +122,8 @@ def quantized(params: stack.Params, dtype: str) -> stack.Params:
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
-    """The largest that is not above x > 0, in float32: without its mantissa. (`ldexp` is inexact on
-    GPUs.)"""
+    """The largest that is not above x > 0, in float32: without its mantissa. (`jnp.ldexp`
+    computes a power, which need not be exact.)"""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jax.lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
 

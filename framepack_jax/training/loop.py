@@ -188,8 +188,8 @@ def load_network(setup: Setup, bundle_path: epath.PathLike) -> Params:
     stored = bundle.stored_dtypes(bundle_path, setup.manifest, "transformer").values()
     if kept := set(stack.QUANTIZED).intersection(stored):
         raise RunError(
-            f"bundle {bundle_path} keeps its transformer in {kept.pop()}, which gradients do not go"
-            " through; train from one that was converted without that --dtype, and sample with this"
+            f"bundle {bundle_path} keeps its transformer in {kept.pop()}, and training takes"
+            " weights of 16 or 32 bits; train from one that was converted without that --dtype"
         )
     dtype = {"all": "float32", "lora": setup.cfg.dtype, "context": None}[setup.cfg.trainable]
     params = bundle.load_params(
