@@ -4,6 +4,15 @@ Files appear whole or not at all: they are written under another name in the sam
 renamed at the end. Frames on the host are uint8 RGB.
 """
 
+from framepack_jax.video.decode import (
+    Info,
+    count_frames,
+    mp4_info,
+    read_frames,
+    read_frames_at,
+    read_mp4,
+    read_span,
+)
 from framepack_jax.video.images import (
     MAX_ASPECT,
     MIN_SIDE,
@@ -11,18 +20,7 @@ from framepack_jax.video.images import (
     resize_center_crop,
     save_png,
 )
-from framepack_jax.video.mp4 import (
-    DEFAULT_CRF,
-    Info,
-    check_encoding,
-    join_mp4,
-    mp4_info,
-    read_frames,
-    read_frames_at,
-    read_mp4,
-    read_span,
-    write_mp4,
-)
+from framepack_jax.video.mp4 import DEFAULT_CRF, check_encoding, join_mp4, write_mp4
 from framepack_jax.video.sheets import (
     PREVIEW_BIAS,
     PREVIEW_WEIGHT,
@@ -44,6 +42,7 @@ __all__ = [
     "check_encoding",
     "contact_sheet",
     "contact_sheet_mp4",
+    "count_frames",
     "join_mp4",
     "labelled_sheet",
     "latent_preview",

@@ -1,0 +1,396 @@
+"""Decode any video file to frames as a good player shows them.
+
+A player chooses the stream, orders frames by their times, stretches pixels that are not square,
+turns and mirrors by the display matrix, deinterlaces, and converts colours for a screen; so does
+this module. Frames are (H, W, 3) uint8 sRGB.
+"""
+
+import collections
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.filter import Graph
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from framepack_jax.video.colour import ColourConverter
+from framepack_jax.video.images import resize_center_crop
+from framepack_jax.video.mp4 import check_rate, coded_packets, frame_rate, named_video
+
+# Times in files are often rounded to milliseconds: a frame that is late by less is on time.
+TIME_ROUNDING = Fraction(1, 1000)
+# Seconds before the end of a file at which the search for its last frame begins.
+TAIL = 2
+# Formats of libavformat in which times after a seek are guessed: they are read from the start.
+SEQUENTIAL = ("avi", "mpeg")
+# Seconds by which a video may end before its header says.
+MISSING = Fraction(1, 2)
+
+
+class Info(NamedTuple):
+    """Number of frames, frames per second (the mean where it varies), size in pixels as shown."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+
+def mp4_info(path: str | os.PathLike) -> Info:
+    """Count the frames of a video file by its packets, decoding only the first.
+
+    Raises ValueError if the file is no video that can be decoded.
+    """
+    return _scan(path)[0]
+
+
+def count_frames(path: str | os.PathLike, fps: float) -> int:
+    """Return how many frames `read_frames(path, fps)` yields, decoding only the end of the file.
+
+    Raises ValueError if the file is no video that can be decoded, and for fps out of 0.1..1000.
+    """
+    check_rate(fps)
+    with _opened(path) as source:
+        tail = collections.deque(source.frames_from(source.end - TAIL), maxlen=1)
+        if not tail:
+            raise ValueError("its last frame cannot be decoded")
+        return _times_before(_end(tail[0], source.rate) - source.origin, frame_rate(fps))
+
+
+def read_frames(path: str | os.PathLike, fps: float | None = None) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) uint8 RGB of a video file, one in memory at a time.
+
+    With `fps`, the video is brought to that constant rate: at each time k / fps the last frame that
+    began by then is taken, so frames are repeated or dropped, and duration and pace stay. A frame
+    that is repeated is the same array again. Raises ValueError if the file is no video that can be
+    decoded, or ends before its header says (when that shows), and for fps out of 0.1..1000.
+    """
+    if fps is not None:
+        check_rate(fps)
+    return _read(path, fps)
+
+
+def read_span(
+    path: str | os.PathLike, fps: float, first: int, count: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Return frames `first` .. `first + count - 1` of a video brought to a constant rate as by
+    `read_frames`, scaled and cut to `size` (height, width): (count, height, width, 3) uint8 RGB.
+
+    Decodes from the last key frame before them. Raises ValueError if the file is no video that can
+    be decoded, or ends before.
+    """
+    rate, frames = frame_rate(fps), []
+    with _opened(path) as source:
+        decoded = source.frames_from(source.origin + first / rate)
+        for frame, shown in _repeats(decoded, source.rate, rate, source.origin, first):
+            if shown:
+                picture = resize_center_crop(source.rgb(frame), *size)
+                frames += [picture] * min(shown, count - len(frames))
+            if len(frames) == count:
+                return np.stack(frames)
+        raise ValueError(f"it ends before frame {first + count - 1} at {fps} frames a second")
+
+
+def read_frames_at(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) uint8 RGB of these numbers, counted from 0: fast if they are few.
+
+    Raises ValueError if the file is no video that can be decoded, or has no such frame.
+    """
+    info, times = _scan(path)
+    with _opened(path) as source:
+        for number in numbers:
+            if not 0 <= number < info.frames:
+                raise ValueError(f"frame {number} of {info.frames} does not exist")
+            time = times[number]
+            frame = next((f for f in source.frames_from(time) if _time(f) >= time), None)
+            if frame is None:
+                raise ValueError(f"frame {number} of {info.frames} cannot be decoded")
+            yield source.rgb(frame)
+
+
+def read_mp4(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+    """Return the frames (T, H, W, 3) uint8 RGB of a video file, and its frames per second.
+
+    Raises ValueError if the file is no video that can be decoded.
+    """
+    return np.stack(list(read_frames(path))), mp4_info(path).fps
+
+
+def video_stream(container: InputContainer) -> VideoStream:
+    """Return the stream that a player shows. Raises ValueError if there is none; the cover picture
+    of a piece of music is no video."""
+    best = container.streams.best("video")
+    if best is None or best.disposition & Disposition.attached_pic:
+        held = ["sound"] * bool(container.streams.audio) + ["a cover picture"] * (best is not None)
+        raise ValueError(f"it has {' and '.join(held) or 'neither sound'} but no video")
+    return best
+
+
+def shown_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """Return the (height, width) in pixels at which a player shows a frame."""
+    height, width = _square_size(frame, stream)
+    return (width, height) if _Orientation.of(frame).transpose else (height, width)
+
+
+class _Source:
+    """An open video, whose frames can be had from the start or from any time on, in order.
+
+    Times are in seconds, those of the file; `rate` is frames per second.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path, self.container = path, None
+        self.reopen()
+
+    def reopen(self) -> None:
+        self.close()
+        self.container = av.open(os.fspath(self.path))
+        self.stream = video_stream(self.container)
+        self.rate = self.stream.average_rate or Fraction(30)
+        self._to_rgb = ColourConverter()
+
+    def close(self) -> None:
+        if self.container is not None:
+            self.container.close()
+
+    @functools.cached_property
+    def first(self) -> av.VideoFrame:
+        """The first frame; reading goes on from the start afterwards."""
+        frame = next(self._decoded(), None)
+        if frame is None:
+            raise ValueError("it has no frames")
+        self.reopen()
+        return frame
+
+    @property
+    def origin(self) -> Fraction:
+        """When the first frame is shown."""
+        return _time(self.first)
+
+    @property
+    def end(self) -> Fraction:
+        """When the file ends by its header; the origin if it does not say."""
+        return self.origin + Fraction(self.container.duration or 0, av.time_base)
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """All frames; the file is read from its start. Raises ValueError at a premature end."""
+        frame, count = None, 0
+        for count, frame in enumerate(self._decoded(), 1):  # noqa: B007
+            yield frame
+        expected = self._said_end()
+        if frame is not None and expected and _end(frame, self.rate) < expected - MISSING:
+            total = count + round((expected - _end(frame, self.rate)) * self.rate)
+            raise ValueError(f"it is cut short: {count} of about {total} frames")
+
+    def frames_from(self, start: Fraction) -> Iterator[av.VideoFrame]:
+        """Frames from the last key frame at or before `start` on."""
+        if self.first.interlaced_frame:
+            start -= 1 / self.rate  # deinterlacing needs the frame before
+        if start > self.origin and self.container.format.name not in SEQUENTIAL:
+            self.container.seek(math.floor(start / self.stream.time_base), stream=self.stream)
+            decoded = self._decoded()
+            landed = next(decoded, None)
+            if landed is not None and landed.key_frame and _time(landed) <= start:
+                yield landed
+                yield from decoded
+                return
+        self.reopen()
+        yield from self._decoded()
+
+    def rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """A decoded frame as shown: (H, W, 3) uint8."""
+        picture = self._to_rgb(frame, *_square_size(frame, self.stream))
+        return np.ascontiguousarray(_Orientation.of(frame).apply(picture))
+
+    def _decoded(self) -> Iterator[av.VideoFrame]:
+        frames = self.container.decode(self.stream)
+        if _is_avi(self.container):
+            frames = _timed_by_packets(self.container, self.stream)
+        return _deinterlaced(frames, self.stream)
+
+    def _said_end(self) -> Fraction | None:
+        """When the stream ends by its header, if it has one that the frames do not depend on."""
+        if self.container.format.name.startswith("mov,"):
+            return None  # a damaged mp4 shows when its frames are read
+        if self.stream.duration:
+            start = self.stream.start_time or 0
+            return (start + self.stream.duration) * self.stream.time_base
+        said = _clock_seconds(self.stream.metadata.get("DURATION", ""))
+        if said is None and len(self.container.streams) == 1 and self.container.duration:
+            said = Fraction(self.container.duration, av.time_base)
+        return said
+
+
+class _Orientation(NamedTuple):
+    """What brings a stored picture to its place on the screen: transposing, then mirroring."""
+
+    transpose: bool = False
+    mirror_rows: bool = False
+    mirror_columns: bool = False
+
+    @classmethod
+    def of(cls, frame: av.VideoFrame) -> "_Orientation":
+        """By the display matrix: a pixel (x, y) is shown at (a x + c y, b x + d y)."""
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        if matrix is None:
+            return cls()
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            return cls(True, b < 0, c < 0)
+        return cls(False, d < 0, a < 0)
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        if self.transpose:
+            picture = picture.swapaxes(0, 1)
+        rows, columns = (-1 if mirror else 1 for mirror in self[1:])
+        return picture[::rows, ::columns]
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[_Source]:
+    with named_video(path), contextlib.closing(_Source(path)) as source:
+        yield source
+
+
+def _scan(path: str | os.PathLike) -> tuple[Info, list[Fraction]]:
+    """The times in seconds of all frames, by the packets, and what they say of the video."""
+    with _opened(path) as source:
+        first, timed = source.first, "dts" if _is_avi(source.container) else "pts"
+        packets = coded_packets(source.container, source.stream)
+        ticks = [getattr(p, timed) for p in packets if p.size and not p.is_discard]
+        if None in ticks:
+            raise ValueError("its frames have no times")
+        # What comes before the first frame cannot be decoded: the file begins within it.
+        times = sorted(t for tick in ticks if (t := tick * source.stream.time_base) >= _time(first))
+        size = shown_size(first, source.stream)
+        return Info(len(times), float(source.rate), *size), times
+
+
+def _read(path: str | os.PathLike, fps: float | None) -> Iterator[np.ndarray]:
+    with _opened(path) as source:
+        repeated: Iterable = ((frame, 1) for frame in source.frames())
+        if fps is not None:
+            repeated = _repeats(source.frames(), source.rate, frame_rate(fps))
+        count = 0
+        for frame, times in repeated:
+            picture = source.rgb(frame) if times else None
+            for _ in range(times):
+                count += 1
+                yield picture
+        if not count:
+            raise ValueError("it has no frames")
+
+
+def _is_avi(container: InputContainer) -> bool:
+    """AVI says when a frame is decoded, not when it is shown: libavformat's guesses go back in time
+    if there are B-frames."""
+    return container.format.name == "avi"
+
+
+def _timed_by_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """Decoded frames with the times of the packets in order, since one packet is one frame."""
+    times: collections.deque[int] = collections.deque()
+    for packet in container.demux(stream):
+        if packet.size:
+            times.append(packet.dts)
+        for frame in packet.decode():
+            frame.pts = times.popleft()
+            yield frame
+
+
+def _deinterlaced(frames: Iterable[av.VideoFrame], stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """Make frames whose rows are of two times whole by those around them; leave others alone."""
+    graph = None
+    for frame in frames:
+        if graph is None and frame.interlaced_frame:
+            graph = filters(stream, ("bwdif", "mode=send_frame:deint=interlaced"))
+        if graph is None:
+            yield frame
+        else:
+            graph.push(frame)
+            yield from _pulled(graph)
+    if graph is not None:
+        graph.push(None)
+        yield from _pulled(graph)
+
+
+def filters(stream: VideoStream, *chain: tuple[str, str]) -> Graph:
+    """A chain of libavfilter's filters for frames of a stream."""
+    graph = Graph()
+    nodes = [graph.add_buffer(template=stream), *(graph.add(*step) for step in chain)]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def _pulled(graph: Graph) -> Iterator[av.VideoFrame]:
+    """The frames that a graph has ready."""
+    with contextlib.suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.vpull()
+
+
+def _repeats(
+    frames: Iterable[av.VideoFrame],
+    rate: Fraction,
+    fps: Fraction,
+    origin: Fraction | None = None,
+    k: int = 0,
+) -> Iterator[tuple[av.VideoFrame, int]]:
+    """Each frame with how many of the times k / fps, `k` and on, it is shown at; counted from
+    `origin`, by default the time of the first of `frames`."""
+    shown = None
+    for frame in frames:
+        if origin is None:
+            origin = _time(frame)
+        if shown is not None:
+            stop = _times_before(_time(frame) - origin, fps)
+            yield shown, max(0, stop - k)
+            k = max(k, stop)
+        shown = frame
+    if shown is not None:
+        stop = _times_before(_end(shown, rate) - origin, fps)
+        yield shown, max(0, stop - k)
+
+
+def _time(frame: av.VideoFrame) -> Fraction:
+    """When a frame is shown, in seconds."""
+    if frame.pts is None:
+        raise ValueError("its frames have no times")
+    return frame.pts * frame.time_base
+
+
+def _end(frame: av.VideoFrame, rate: Fraction) -> Fraction:
+    """When a frame ends: by its own duration, else as is usual in a video of `rate`."""
+    return _time(frame) + (frame.duration * frame.time_base if frame.duration else 1 / rate)
+
+
+def _times_before(end: Fraction, fps: Fraction) -> int:
+    """How many of the times 0, 1 / fps, .. come before `end`, but for rounding."""
+    rounding = min(TIME_ROUNDING, 1 / (4 * fps))
+    return math.floor((end - rounding) * fps) + 1
+
+
+def _square_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """(height, width) of a stored picture in square pixels, none of them lost."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    if aspect >= 1:
+        return frame.height, round(frame.width * aspect)
+    return round(frame.height / aspect), frame.width
+
+
+def _clock_seconds(text: str) -> Fraction | None:
+    """Seconds of a time such as 00:00:03.200000000, None for anything else."""
+    try:
+        hours, minutes, seconds = text.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + Fraction(seconds)
+    except ValueError:
+        return None
