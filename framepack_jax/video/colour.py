@@ -1,21 +1,246 @@
-"""Colours of files as those of a screen: matrices, primaries, transfer functions, tone mapping.
+"""Convert colours of files to sRGB: matrices, primaries, transfer functions, tone mapping.
 
-Codes of matrices, primaries and transfer functions are those of ITU-T H.273.
+Codes of matrices, primaries and transfer functions are those of ITU-T H.273. Light is linear, and 1
+is white paper, the brightest that sRGB has; HDR goes beyond. White paper has 203 cd/m2 in HDR
+(ITU-R BT.2408), and brighter light is compressed by the curve of ITU-R BT.2390, annex 5, up to the
+peak of the material: the highest level that its metadata name, else 1000 cd/m2.
+
+Shapes: H W rows and columns; colours are (..., 3), red, green and blue.
 """
+
+import functools
+import os
+import tempfile
+from typing import NamedTuple
 
 import av
 import numpy as np
+from av.filter import Graph
+from av.sidedata.sidedata import Type
 from av.video.reformatter import Colorspace, Interpolation
 
 UNSPECIFIED = 2
+# Matrices that libswscale knows; 0 is RGB.
+MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
+# Videos without a matrix are read by BT.709 from so many rows on, by BT.601 below.
 HD_ROWS = 720
+LINEAR, SRGB, PQ, HLG = 8, 13, 16, 18
+# SDR video is made on screens of this exponent (ITU-R BT.1886) and sent to sRGB screens as it is:
+# its primaries change, its transfer function does not.
+VIDEO, VIDEO_GAMMA = (1, 6, 14, 15), 2.4
+BT709, BT2020 = 1, 9
+D65 = 0.3127, 0.3290
+PRIMARIES = {
+    BT709: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060), D65),
+    BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), D65),
+    11: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),  # DCI-P3
+    12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), D65),  # Display P3
+}
+"""Chromaticities (x, y) of red, green, blue and white by code; of videos, others look alike."""
+WHITE_NITS, NOMINAL_PEAK = 203.0, 1000.0
+"""Luminance in cd/m2 of white paper in HDR, and of the brightest light of usual material."""
+GRID = 65
+"""Points on an edge of the table of colours that HDR videos are converted by."""
+
+
+class Encoding(NamedTuple):
+    """How a file writes colours.
+
+    `primaries` are chromaticities as in PRIMARIES; `transfer` is a code, or the exponent that gives
+    linear light where it is a float; `peak` is the brightest light in cd/m2, which matters for PQ.
+    """
+
+    primaries: tuple[tuple[float, float], ...]
+    transfer: int | float
+    peak: float = NOMINAL_PEAK
+
+    @classmethod
+    def of_codes(cls, primaries: int, transfer: int, peak: float | None = None) -> "Encoding":
+        """By codes of H.273. HDR without primaries is BT.2020; others that are unknown, BT.709."""
+        hdr = transfer in (PQ, HLG)
+        known = PRIMARIES.get(primaries, PRIMARIES[BT2020 if hdr else BT709])
+        return cls(known, transfer, peak or NOMINAL_PEAK)
+
+
+def to_srgb(colours: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """Convert colours (..., 3) as written, 0 to 1, to sRGB, float32 from 0 to 1.
+
+    Light that sRGB has not is tone-mapped; colours outside of its gamut are cut to it.
+    """
+    light = _linear(np.asarray(colours, np.float32), encoding.transfer)
+    light = light @ _matrix(encoding.primaries).T
+    if encoding.transfer in (PQ, HLG):
+        light = _tone_mapped(light, encoding.peak if encoding.transfer == PQ else NOMINAL_PEAK)
+    light = np.clip(light, 0, 1)
+    if encoding.transfer in VIDEO:
+        return light ** (1 / VIDEO_GAMMA)
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
 class ColourConverter:
+    """Convert decoded frames of one video to RGB. `first` is its first frame, whose metadata say
+    how bright its brightest light is."""
+
+    def __init__(self, first: av.VideoFrame) -> None:
+        self._peak = _peak(first)
+        self._tables: dict[tuple[Encoding, int, int], Graph] = {}
+
     def __call__(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-        matrix = None
-        if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
-            matrix = Colorspace.ITU709 if frame.height >= HD_ROWS else Colorspace.ITU601
-        return frame.reformat(
-            width, height, "rgb24", src_colorspace=matrix, interpolation=Interpolation.BICUBIC
-        ).to_ndarray()
+        """(height, width, 3) uint8 sRGB. Transparent pixels are laid on white.
+
+        Raises ValueError if the frame's colours are of a kind that is not known.
+        """
+        _check_known(frame)
+        wide = frame.color_primaries in (BT2020, 11, 12) or frame.color_trc in (PQ, HLG)
+        if wide:
+            frame = _scaled(frame, height, width, "gbrp16le")
+            transfer = VIDEO[0] if frame.color_trc == UNSPECIFIED else frame.color_trc
+            encoding = Encoding.of_codes(frame.color_primaries, transfer, self._peak)
+            frame = self._by_table(frame, encoding)
+        if any(component.is_alpha for component in frame.format.components):
+            picture = _scaled(frame, height, width, "rgba").to_ndarray().astype(np.uint16)
+            alpha = picture[:, :, 3:]
+            return ((picture[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return _scaled(frame, height, width, "rgb24").to_ndarray()
+
+    def _by_table(self, frame: av.VideoFrame, encoding: Encoding) -> av.VideoFrame:
+        key = encoding, frame.height, frame.width
+        if key not in self._tables:
+            self._tables[key] = _table_filter(frame, encoding)
+        graph = self._tables[key]
+        graph.push(frame)
+        return graph.vpull()
+
+
+def _check_known(frame: av.VideoFrame) -> None:
+    """Raise ValueError for colours that would come out wrong."""
+    kinds = {data.type for data in frame.side_data}
+    dolby = kinds & {Type.DOVI_METADATA, Type.DOVI_RPU_BUFFER}
+    if dolby and frame.color_trc == UNSPECIFIED:
+        kind = "Dolby Vision without a compatible base layer (profile 5)"
+    elif frame.colorspace not in MATRICES:
+        kind = f"in a form other than RGB or YCbCr (matrix {frame.colorspace} of ITU-T H.273)"
+    else:
+        return
+    raise ValueError(
+        f"its colours are {kind}, which cannot be tone-mapped to BT.709; convert it with a player"
+        " or an editor first"
+    )
+
+
+def _scaled(frame: av.VideoFrame, height: int, width: int, form: str) -> av.VideoFrame:
+    """A frame as RGB of `form` in that size, by the matrix and range it is tagged with."""
+    matrix = None
+    if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
+        matrix = Colorspace.ITU709 if frame.height >= HD_ROWS else Colorspace.ITU601
+    return frame.reformat(
+        width, height, form, src_colorspace=matrix, interpolation=Interpolation.BICUBIC
+    )
+
+
+def _peak(frame: av.VideoFrame) -> float | None:
+    """The brightest light in cd/m2 by a frame's metadata, None if they do not say."""
+    level = frame.side_data.get(Type.CONTENT_LIGHT_LEVEL)
+    brightest = 0 if level is None else int(np.frombuffer(level, np.uint32)[0])
+    return float(np.clip(brightest, WHITE_NITS, 10_000)) if brightest else None
+
+
+def _table_filter(frame: av.VideoFrame, encoding: Encoding) -> Graph:
+    """libavfilter's conversion by a table of colours, for frames like this one."""
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "table.cube")
+        with open(path, "w") as file:
+            file.write(_cube(encoding))
+        table = graph.add("lut3d", file=path)
+    graph.link_nodes(source, table, graph.add("buffersink")).configure()
+    return graph
+
+
+@functools.lru_cache(maxsize=4)
+def _cube(encoding: Encoding) -> str:
+    """The conversion of an encoding to sRGB as a .cube file: red changes fastest."""
+    axis = np.linspace(0, 1, GRID, dtype=np.float32)
+    blue, green, red = np.meshgrid(axis, axis, axis, indexing="ij")
+    rows = to_srgb(np.stack([red, green, blue], -1), encoding).reshape(-1, 3)
+    return f"LUT_3D_SIZE {GRID}\n" + "\n".join(map("%.6f %.6f %.6f".__mod__, map(tuple, rows)))
+
+
+def _linear(signal: np.ndarray, transfer: int | float) -> np.ndarray:
+    """Light of a signal from 0 to 1; of unknown transfer functions, that of an sRGB screen."""
+    if isinstance(transfer, float):
+        return signal**transfer
+    if transfer == PQ:
+        return _pq_nits(signal) / WHITE_NITS
+    if transfer == HLG:
+        return _hlg_nits(signal) / WHITE_NITS
+    if transfer == LINEAR:
+        return signal
+    if transfer in VIDEO:
+        return signal**VIDEO_GAMMA
+    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+
+
+# SMPTE ST 2084.
+_M1, _M2 = 2610 / 16384, 2523 / 4096 * 128
+_C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
+
+
+def _pq_nits(signal: np.ndarray) -> np.ndarray:
+    power = signal ** (1 / _M2)
+    return 10_000 * (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1)
+
+
+def _pq_signal(nits: np.ndarray) -> np.ndarray:
+    power = (np.maximum(nits, 0) / 10_000) ** _M1
+    return ((_C1 + _C2 * power) / (1 + _C3 * power)) ** _M2
+
+
+def _hlg_nits(signal: np.ndarray) -> np.ndarray:
+    """ITU-R BT.2100: light of a screen of 1000 cd/m2, whose system gamma is 1.2."""
+    a = 0.17883277
+    b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
+    scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+    luminance = scene @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+    return NOMINAL_PEAK * scene * luminance[..., None] ** 0.2
+
+
+def _tone_mapped(light: np.ndarray, peak: float) -> np.ndarray:
+    """ITU-R BT.2390-11, 5.4.1: the curve on the largest of the three, which keeps hues."""
+    top = float(_pq_signal(np.float32(peak)))
+    target = float(_pq_signal(np.float32(WHITE_NITS))) / top
+    if target >= 1:
+        return light
+    largest = np.maximum(light.max(-1, keepdims=True), 1e-6)
+    level = np.minimum(_pq_signal(largest * WHITE_NITS) / top, 1)
+    knee = 1.5 * target - 0.5
+    t = np.clip((level - knee) / (1 - knee), 0, 1)
+    curve = (
+        (2 * t**3 - 3 * t**2 + 1) * knee
+        + (t**3 - 2 * t**2 + t) * (1 - knee)
+        + (3 * t**2 - 2 * t**3) * target
+    )
+    mapped = _pq_nits(np.where(level < knee, level, curve) * top) / WHITE_NITS
+    return light * (mapped / largest)
+
+
+def _matrix(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """Linear light of these primaries -> that of BT.709, (3, 3) float32."""
+    to_xyz, to_709 = (_to_xyz(p) for p in (primaries, PRIMARIES[BT709]))
+    return (np.linalg.inv(to_709) @ to_xyz).astype(np.float32)
+
+
+def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """Linear RGB -> CIE XYZ under D65; another white is adapted by Bradford's transform."""
+    *corners, white = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in primaries)
+    columns = np.stack(corners, axis=1)
+    matrix = columns * np.linalg.solve(columns, white)
+    bradford = np.array(
+        [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+    )
+    x, y = D65
+    ratio = (bradford @ np.array([x / y, 1, (1 - x - y) / y])) / (bradford @ white)
+    return np.linalg.inv(bradford) @ (ratio[:, None] * bradford) @ matrix

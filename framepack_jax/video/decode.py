@@ -7,7 +7,7 @@ this module. Frames are (H, W, 3) uint8 sRGB.
 
 import collections
 import contextlib
-import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -150,26 +150,22 @@ class _Source:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path, self.container = path, None
         self.reopen()
+        self._rest = self._decoded()
+        first = next(self._rest, None)
+        if first is None:
+            raise ValueError("it has no frames")
+        self.first, self._to_rgb = first, ColourConverter(first)
 
     def reopen(self) -> None:
+        """Go back to the start of the file."""
         self.close()
         self.container = av.open(os.fspath(self.path))
         self.stream = video_stream(self.container)
         self.rate = self.stream.average_rate or Fraction(30)
-        self._to_rgb = ColourConverter()
 
     def close(self) -> None:
         if self.container is not None:
             self.container.close()
-
-    @functools.cached_property
-    def first(self) -> av.VideoFrame:
-        """The first frame; reading goes on from the start afterwards."""
-        frame = next(self._decoded(), None)
-        if frame is None:
-            raise ValueError("it has no frames")
-        self.reopen()
-        return frame
 
     @property
     def origin(self) -> Fraction:
@@ -182,13 +178,14 @@ class _Source:
         return self.origin + Fraction(self.container.duration or 0, av.time_base)
 
     def frames(self) -> Iterator[av.VideoFrame]:
-        """All frames; the file is read from its start. Raises ValueError at a premature end."""
-        frame, count = None, 0
-        for count, frame in enumerate(self._decoded(), 1):  # noqa: B007
+        """All frames, once. Raises ValueError if the file ends before its header says."""
+        count = 0
+        for frame in itertools.chain([self.first], self._rest):
+            count += 1
             yield frame
-        expected = self._said_end()
-        if frame is not None and expected and _end(frame, self.rate) < expected - MISSING:
-            total = count + round((expected - _end(frame, self.rate)) * self.rate)
+        missing = (self._said_end() or 0) - _end(frame, self.rate)
+        if missing > MISSING:
+            total = count + round(missing * self.rate)
             raise ValueError(f"it is cut short: {count} of about {total} frames")
 
     def frames_from(self, start: Fraction) -> Iterator[av.VideoFrame]:
@@ -215,7 +212,16 @@ class _Source:
         frames = self.container.decode(self.stream)
         if _is_avi(self.container):
             frames = _timed_by_packets(self.container, self.stream)
-        return _deinterlaced(frames, self.stream)
+        return _deinterlaced(map(self._sound, frames), self.stream)
+
+    def _sound(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """The frame itself. Raises ValueError if it is damaged."""
+        if not frame.is_corrupt:
+            return frame
+        start = Fraction(self.container.start_time or 0, av.time_base)
+        number = round((_time(frame) - start) * self.rate)
+        total = round(Fraction(self.container.duration or 0, av.time_base) * self.rate)
+        raise ValueError(f"it is damaged or cut short at frame {number} of about {total}")
 
     def _said_end(self) -> Fraction | None:
         """When the stream ends by its header, if it has one that the frames do not depend on."""
@@ -264,14 +270,16 @@ def _opened(path: str | os.PathLike) -> Iterator[_Source]:
 def _scan(path: str | os.PathLike) -> tuple[Info, list[Fraction]]:
     """The times in seconds of all frames, by the packets, and what they say of the video."""
     with _opened(path) as source:
-        first, timed = source.first, "dts" if _is_avi(source.container) else "pts"
+        source.reopen()
+        timed = "dts" if _is_avi(source.container) else "pts"
         packets = coded_packets(source.container, source.stream)
         ticks = [getattr(p, timed) for p in packets if p.size and not p.is_discard]
         if None in ticks:
             raise ValueError("its frames have no times")
         # What comes before the first frame cannot be decoded: the file begins within it.
-        times = sorted(t for tick in ticks if (t := tick * source.stream.time_base) >= _time(first))
-        size = shown_size(first, source.stream)
+        every = sorted(tick * source.stream.time_base for tick in ticks)
+        times = [time for time in every if time >= source.origin]
+        size = shown_size(source.first, source.stream)
         return Info(len(times), float(source.rate), *size), times
 
 
