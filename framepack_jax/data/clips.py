@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from framepack_jax.data.stages import SUFFIXES, probe
-from framepack_jax.video import mp4_info, read_span
+from framepack_jax.video import count_frames, read_span
 
 FPS = 30.0
 # Videos that need less than this are decoded once and kept.
@@ -45,10 +45,8 @@ def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[
         )
     found = []
     for file in files:
-        shown, info = probe(file), mp4_info(file)
-        frames_there = int(info.frames * FPS / info.fps)
-        name = file.relative_to(folder).as_posix()
-        video = Video(file, name, frames_there, shown.height, shown.width)
+        shown, name = probe(file), file.relative_to(folder).as_posix()
+        video = Video(file, name, count_frames(file, FPS), shown.height, shown.width)
         if video.frames < frames or video.height < size[0] or video.width < size[1]:
             raise ValueError(
                 f"{file} has {video.frames} frames of {video.height}x{video.width} at {FPS:g} a"

@@ -9,16 +9,19 @@ Shapes: P frames, H W rows and columns.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from PIL import Image
 
 from framepack_jax.buckets import find_bucket
-from framepack_jax.video import read_frames, resize_center_crop
+from framepack_jax.video import read_frames, resize_center_crop, shown_size, video_stream
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 # What cuts and scores are taken on: (height, width) of small pictures.
@@ -76,21 +79,24 @@ def probe(path: Path) -> Probe:
         raise Rejected("empty_file", f"{path} has no bytes")
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise Rejected("no_video", f"{path} has no video stream")
-            stream = container.streams.video[0]
+            stream = _video_stream(path, container)
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise Rejected("unreadable", f"{path} has no frame that can be decoded")
-            height, width = frame.height, frame.width
-            if round(frame.rotation / 90) % 2:
-                height, width = width, height
+            height, width = shown_size(frame, stream)
             length = container.duration
             return Probe(height, width, None if length is None else length / av.time_base)
     except (av.FFmpegError, IndexError, ValueError, OSError) as error:
         if isinstance(error, Rejected):
             raise
         raise Rejected("unreadable", f"{path} cannot be read ({error})") from error
+
+
+def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+    try:
+        return video_stream(container)
+    except ValueError as error:
+        raise Rejected("no_video", f"{path}: {error}") from error
 
 
 def clips(path: Path, settings: Settings) -> Iterator[Cut]:
@@ -104,16 +110,20 @@ def clips(path: Path, settings: Settings) -> Iterator[Cut]:
             f"{path} is {found.height} x {found.width} pixels, less than a quarter of {bucket}",
         )
     held: list[np.ndarray] = []
-    first, total, before = 0, 0, None
+    first, total, before, shown = 0, 0, None, None
     try:
         for number, frame in enumerate(read_frames(path, settings.fps)):
-            small = _small(frame)
+            if frame is shown and 0 < len(held) < settings.max_frames:
+                held.append(held[-1])  # repeated to reach the rate
+                total += 1
+                continue
+            shown, small = frame, _small(frame)
             ends = before is not None and is_cut(before, small, settings.cut)
             if held and (ends or len(held) == settings.max_frames):
                 yield from _clip(first, held, settings)
                 held, first = [], number
             held.append(resize_center_crop(frame, *bucket))
-            before, total = small, number + 1
+            before, total = small, total + 1
         yield from _clip(first, held, settings)
     except ValueError as error:
         if isinstance(error, Rejected):
@@ -131,7 +141,8 @@ def _clip(first: int, held: list[np.ndarray], settings: Settings) -> Iterator[Cu
     count = len(held) - (len(held) - 1) % settings.time_compression if held else 0
     if count >= LEAST_FRAMES:
         frames = np.stack(held[:count])
-        yield Cut(first, frames, scores(frames))
+        repeated = [a is b for a, b in itertools.pairwise(held[:count])]
+        yield Cut(first, frames, scores(frames, np.array(repeated)))
 
 
 def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
@@ -147,16 +158,18 @@ def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
     return bool(np.abs(counts[0] - counts[1]).sum() > 3 * threshold)
 
 
-def scores(frames: np.ndarray) -> dict[str, float]:
-    """What a clip (P, H, W, 3) is judged by.
+def scores(frames: np.ndarray, repeated: np.ndarray | None = None) -> dict[str, float]:
+    """Measure what a clip (P, H, W, 3) is judged by; `repeated` (P - 1,) says which frames after
+    the first were repeated to bring the video to a higher rate.
 
     motion: mean change of levels from frame to frame; sharpness: variance of the Laplacian;
     brightness: mean level; all of levels 0 to 255. black_bars: share of the picture in black
-    lines at its borders; still: share of frames equal to the one before; hash: 64 bits of the
-    middle frame that alike pictures share, as a number.
+    lines at its borders; still: share of frames, but for `repeated`, equal to the one before; hash:
+    64 bits of the middle frame that alike pictures share, as a number.
     """
     small = np.stack([_small(frame) for frame in frames])
     steps = np.abs(np.diff(small, axis=0))
+    own = steps if repeated is None or repeated.all() else steps[~repeated]
     middle = np.asarray(Image.fromarray(frames[len(frames) // 2]).convert("L"), np.float32)
     laplacian = (
         middle[:-2, 1:-1] + middle[2:, 1:-1] + middle[1:-1, :-2] + middle[1:-1, 2:]
@@ -168,7 +181,9 @@ def scores(frames: np.ndarray) -> dict[str, float]:
         "sharpness": round(float(laplacian.var()), 3),
         "brightness": round(float(small.mean()), 3),
         "black_bars": round(_black_share(brightest), 4),
-        "still": round(float((steps.reshape(len(steps), -1).max(axis=1) == 0).mean()), 4),
+        "still": round(
+            float((own.max(axis=(1, 2, 3), initial=0) == 0).mean()) if len(own) else 1.0, 4
+        ),
         "hash": float(_hash(middle) >> 11),
     }
 

@@ -12,6 +12,8 @@ from framepack_jax.video.decode import (
     read_frames_at,
     read_mp4,
     read_span,
+    shown_size,
+    video_stream,
 )
 from framepack_jax.video.images import (
     MAX_ASPECT,
@@ -56,5 +58,7 @@ __all__ = [
     "resize_center_crop",
     "save_gif",
     "save_png",
+    "shown_size",
+    "video_stream",
     "write_mp4",
 ]

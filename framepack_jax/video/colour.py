@@ -46,20 +46,28 @@ GRID = 65
 class Encoding(NamedTuple):
     """How a file writes colours.
 
-    `primaries` are chromaticities as in PRIMARIES; `transfer` is a code, or the exponent that gives
-    linear light where it is a float; `peak` is the brightest light in cd/m2, which matters for PQ.
+    `primaries` are chromaticities as in PRIMARIES; `transfer` is a code; `gamma`, if given, is the
+    exponent that gives linear light instead; `peak` is the brightest light of PQ in cd/m2.
     """
 
     primaries: tuple[tuple[float, float], ...]
-    transfer: int | float
+    transfer: int = SRGB
+    gamma: float | None = None
     peak: float = NOMINAL_PEAK
 
     @classmethod
-    def of_codes(cls, primaries: int, transfer: int, peak: float | None = None) -> "Encoding":
-        """By codes of H.273. HDR without primaries is BT.2020; others that are unknown, BT.709."""
-        hdr = transfer in (PQ, HLG)
-        known = PRIMARIES.get(primaries, PRIMARIES[BT2020 if hdr else BT709])
-        return cls(known, transfer, peak or NOMINAL_PEAK)
+    def of_codes(
+        cls, primaries: int, transfer: int, peak: float = NOMINAL_PEAK
+    ) -> "Encoding | None":
+        """By codes of H.273, None for what screens show as it is. HDR without primaries is BT.2020;
+        primaries that are not in PRIMARIES look like BT.709's."""
+        if transfer in (PQ, HLG):
+            return cls(PRIMARIES.get(primaries, PRIMARIES[BT2020]), transfer, peak=peak)
+        if primaries not in PRIMARIES:
+            primaries = BT709
+        if primaries == BT709 and transfer != LINEAR:
+            return None
+        return cls(PRIMARIES[primaries], transfer)
 
 
 def to_srgb(colours: np.ndarray, encoding: Encoding) -> np.ndarray:
@@ -67,10 +75,11 @@ def to_srgb(colours: np.ndarray, encoding: Encoding) -> np.ndarray:
 
     Light that sRGB has not is tone-mapped; colours outside of its gamut are cut to it.
     """
-    light = _linear(np.asarray(colours, np.float32), encoding.transfer)
-    light = light @ _matrix(encoding.primaries).T
-    if encoding.transfer in (PQ, HLG):
-        light = _tone_mapped(light, encoding.peak if encoding.transfer == PQ else NOMINAL_PEAK)
+    light = _linear(np.asarray(colours, np.float32), encoding) @ _matrix(encoding.primaries).T
+    if encoding.transfer == PQ:
+        light = _tone_mapped(light, encoding.peak)
+    elif encoding.transfer == HLG:
+        light = _tone_mapped(light, NOMINAL_PEAK)
     light = np.clip(light, 0, 1)
     if encoding.transfer in VIDEO:
         return light ** (1 / VIDEO_GAMMA)
@@ -91,12 +100,10 @@ class ColourConverter:
         Raises ValueError if the frame's colours are of a kind that is not known.
         """
         _check_known(frame)
-        wide = frame.color_primaries in (BT2020, 11, 12) or frame.color_trc in (PQ, HLG)
-        if wide:
-            frame = _scaled(frame, height, width, "gbrp16le")
-            transfer = VIDEO[0] if frame.color_trc == UNSPECIFIED else frame.color_trc
-            encoding = Encoding.of_codes(frame.color_primaries, transfer, self._peak)
-            frame = self._by_table(frame, encoding)
+        transfer = VIDEO[0] if frame.color_trc == UNSPECIFIED else frame.color_trc
+        encoding = Encoding.of_codes(frame.color_primaries, transfer, self._peak)
+        if encoding is not None:
+            frame = self._by_table(_scaled(frame, height, width, "gbrp16le"), encoding)
         if any(component.is_alpha for component in frame.format.components):
             picture = _scaled(frame, height, width, "rgba").to_ndarray().astype(np.uint16)
             alpha = picture[:, :, 3:]
@@ -138,11 +145,11 @@ def _scaled(frame: av.VideoFrame, height: int, width: int, form: str) -> av.Vide
     )
 
 
-def _peak(frame: av.VideoFrame) -> float | None:
-    """The brightest light in cd/m2 by a frame's metadata, None if they do not say."""
+def _peak(frame: av.VideoFrame) -> float:
+    """The brightest light in cd/m2 by a frame's metadata, that of usual material by default."""
     level = frame.side_data.get(Type.CONTENT_LIGHT_LEVEL)
     brightest = 0 if level is None else int(np.frombuffer(level, np.uint32)[0])
-    return float(np.clip(brightest, WHITE_NITS, 10_000)) if brightest else None
+    return float(np.clip(brightest, WHITE_NITS, 10_000)) if brightest else NOMINAL_PEAK
 
 
 def _table_filter(frame: av.VideoFrame, encoding: Encoding) -> Graph:
@@ -169,17 +176,17 @@ def _cube(encoding: Encoding) -> str:
     return f"LUT_3D_SIZE {GRID}\n" + "\n".join(map("%.6f %.6f %.6f".__mod__, map(tuple, rows)))
 
 
-def _linear(signal: np.ndarray, transfer: int | float) -> np.ndarray:
+def _linear(signal: np.ndarray, encoding: Encoding) -> np.ndarray:
     """Light of a signal from 0 to 1; of unknown transfer functions, that of an sRGB screen."""
-    if isinstance(transfer, float):
-        return signal**transfer
-    if transfer == PQ:
+    if encoding.gamma is not None:
+        return signal**encoding.gamma
+    if encoding.transfer == PQ:
         return _pq_nits(signal) / WHITE_NITS
-    if transfer == HLG:
+    if encoding.transfer == HLG:
         return _hlg_nits(signal) / WHITE_NITS
-    if transfer == LINEAR:
+    if encoding.transfer == LINEAR:
         return signal
-    if transfer in VIDEO:
+    if encoding.transfer in VIDEO:
         return signal**VIDEO_GAMMA
     return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
 

@@ -66,17 +66,22 @@ def count_frames(path: str | os.PathLike, fps: float) -> int:
         return _times_before(_end(tail[0], source.rate) - source.origin, frame_rate(fps))
 
 
-def read_frames(path: str | os.PathLike, fps: float | None = None) -> Iterator[np.ndarray]:
+def read_frames(
+    path: str | os.PathLike, fps: float | None = None, first: int = 0
+) -> Iterator[np.ndarray]:
     """Yield the frames (H, W, 3) uint8 RGB of a video file, one in memory at a time.
 
     With `fps`, the video is brought to that constant rate: at each time k / fps the last frame that
     began by then is taken, so frames are repeated or dropped, and duration and pace stay. A frame
-    that is repeated is the same array again. Raises ValueError if the file is no video that can be
-    decoded, or ends before its header says (when that shows), and for fps out of 0.1..1000.
+    that is repeated is the same array again. With `first`, which needs `fps`, reading begins at
+    that frame, and decoding at the last key frame before it.
+
+    Raises ValueError if the file is no video that can be decoded, or ends before its header says
+    (when that shows), and for fps out of 0.1..1000.
     """
     if fps is not None:
         check_rate(fps)
-    return _read(path, fps)
+    return _read(path, fps, first)
 
 
 def read_span(
@@ -88,10 +93,9 @@ def read_span(
     Decodes from the last key frame before them. Raises ValueError if the file is no video that can
     be decoded, or ends before.
     """
-    rate, frames = frame_rate(fps), []
+    frames: list[np.ndarray] = []
     with _opened(path) as source:
-        decoded = source.frames_from(source.origin + first / rate)
-        for frame, shown in _repeats(decoded, source.rate, rate, source.origin, first):
+        for frame, shown in source.at_rate(frame_rate(fps), first):
             if shown:
                 picture = resize_center_crop(source.rgb(frame), *size)
                 frames += [picture] * min(shown, count - len(frames))
@@ -203,6 +207,16 @@ class _Source:
         self.reopen()
         yield from self._decoded()
 
+    def at_rate(self, fps: Fraction, first: int = 0) -> Iterator[tuple[av.VideoFrame, int]]:
+        """Each frame with how many of the times k / fps, from k = `first` on, it is shown at."""
+        frames = self.frames_from(self.origin + first / fps) if first else self.frames()
+        shown = next(frames)
+        for frame in itertools.chain(frames, [None]):
+            end = _end(shown, self.rate) if frame is None else _time(frame)
+            stop = max(first, _times_before(end - self.origin, fps))
+            yield shown, stop - first
+            shown, first = frame, stop
+
     def rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """A decoded frame as shown: (H, W, 3) uint8."""
         picture = self._to_rgb(frame, *_square_size(frame, self.stream))
@@ -283,19 +297,14 @@ def _scan(path: str | os.PathLike) -> tuple[Info, list[Fraction]]:
         return Info(len(times), float(source.rate), *size), times
 
 
-def _read(path: str | os.PathLike, fps: float | None) -> Iterator[np.ndarray]:
+def _read(path: str | os.PathLike, fps: float | None, first: int) -> Iterator[np.ndarray]:
     with _opened(path) as source:
         repeated: Iterable = ((frame, 1) for frame in source.frames())
         if fps is not None:
-            repeated = _repeats(source.frames(), source.rate, frame_rate(fps))
-        count = 0
+            repeated = source.at_rate(frame_rate(fps), first)
         for frame, times in repeated:
             picture = source.rgb(frame) if times else None
-            for _ in range(times):
-                count += 1
-                yield picture
-        if not count:
-            raise ValueError("it has no frames")
+            yield from itertools.repeat(picture, times)
 
 
 def _is_avi(container: InputContainer) -> bool:
@@ -344,29 +353,6 @@ def _pulled(graph: Graph) -> Iterator[av.VideoFrame]:
     with contextlib.suppress(av.BlockingIOError, av.EOFError):
         while True:
             yield graph.vpull()
-
-
-def _repeats(
-    frames: Iterable[av.VideoFrame],
-    rate: Fraction,
-    fps: Fraction,
-    origin: Fraction | None = None,
-    k: int = 0,
-) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Each frame with how many of the times k / fps, `k` and on, it is shown at; counted from
-    `origin`, by default the time of the first of `frames`."""
-    shown = None
-    for frame in frames:
-        if origin is None:
-            origin = _time(frame)
-        if shown is not None:
-            stop = _times_before(_time(frame) - origin, fps)
-            yield shown, max(0, stop - k)
-            k = max(k, stop)
-        shown = frame
-    if shown is not None:
-        stop = _times_before(_end(shown, rate) - origin, fps)
-        yield shown, max(0, stop - k)
 
 
 def _time(frame: av.VideoFrame) -> Fraction:

@@ -1,15 +1,20 @@
-"""Still images in and out: any photograph as RGB, resize and crop, PNG.
+"""Read any photograph as RGB, resize and crop it, write PNG.
 
-Shapes: H W rows and columns. Images are (H, W, 3) uint8 RGB.
+Shapes: H W rows and columns. Images are (H, W, 3) uint8 sRGB.
 """
 
 import contextlib
+import importlib.util
+import io
 import os
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
+from framepack_jax.video import colour
 from framepack_jax.video.files import whole
 
 MIN_SIDE = 16
@@ -17,6 +22,8 @@ MIN_SIDE = 16
 MAX_ASPECT = 32
 """Longer over shorter side, at most: of more, cropping to a video's shape leaves next to nothing.
 """
+MAX_PIXELS = 2**28
+"""Most pixels of an image, 268 million: 0.8 GB. Telephones make 200 million."""
 # Pillow's decoders of damaged files raise all of these (TypeError TIFF, RuntimeError AVIF).
 PILLOW_ERRORS = (
     OSError,
@@ -26,22 +33,31 @@ PILLOW_ERRORS = (
     RuntimeError,
     Image.DecompressionBombError,
 )
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+BITS_PER_SAMPLE = 258  # TIFF's tag
+# PNG's gAMA and cHRM (white, red, green, blue) of what was made for sRGB screens.
+SRGB_GAMMA = 0.45455
+SRGB_CHROMATICITIES = 0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """The image file at `path` as (H, W, 3) uint8 RGB, turned upright as its EXIF data say.
+    """Return the image file at `path` as (H, W, 3) uint8 sRGB, turned upright as its EXIF data say.
 
-    Transparent images are laid on white: the colours stored under transparent pixels are arbitrary
-    and often black. 16 bits keep their upper byte. Of an animation, the first frame is taken.
+    Colours are converted by the file's ICC profile, or by PNG's cICP, gAMA and cHRM; a profile that
+    is damaged, or of other colours than the image has, warns and is ignored. Transparent images are
+    laid on white: the colours stored under transparent pixels are arbitrary and often black. Of
+    more than 8 bits the upper eight are kept. Of an animation, the first frame is taken.
+
     Raises ValueError for what is no image, and for images with a side below MIN_SIDE pixels, of an
-    aspect above MAX_ASPECT, or of more pixels than Pillow opens; their pixels are not read.
+    aspect above MAX_ASPECT, or of more pixels than MAX_PIXELS; their pixels are not read.
     """
+    _register_heif()
     with contextlib.ExitStack() as stack:
-        with _named(path):
+        with _named(path), _unlimited():
             image = stack.enter_context(Image.open(path))
         _check_size(path, *image.size)
         with _named(path):
-            return _upright_rgb(image)
+            return _upright_rgb(path, image)
 
 
 def resize_center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -70,13 +86,36 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _named(path: str | os.PathLike) -> Iterator[None]:
-    """What Pillow raises for files that it cannot read, as ValueError with the file's name."""
+    """Turn what Pillow raises for unreadable files into ValueError with the file's name."""
     try:
         yield
     except PILLOW_ERRORS as error:
-        raise ValueError(
-            f"image {os.fspath(path)} cannot be read ({error}); give a PNG, JPEG or WebP file"
-        ) from error
+        remedy = "give a PNG, JPEG or WebP file"
+        if Path(path).suffix.lower() in HEIF_SUFFIXES and not _has_heif():
+            remedy = "reading HEIC needs pip install pillow-heif (the extra heif)"
+        raise ValueError(f"image {os.fspath(path)} cannot be read ({error}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def _unlimited() -> Iterator[None]:
+    """Let Pillow open images of any size; `_check_size` has a limit of its own."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _has_heif() -> bool:
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def _register_heif() -> None:
+    """Let Pillow read HEIC, the format of iPhones, if the package for it is installed."""
+    if _has_heif():
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
@@ -88,6 +127,8 @@ def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
             f"the longer side may be at most {MAX_ASPECT} times the shorter, since a video shows"
             " only the middle; crop it to the part that matters"
         )
+    elif width * height > MAX_PIXELS:
+        problem = f"at most {MAX_PIXELS // 10**6} million are read; scale it down"
     else:
         return
     raise ValueError(
@@ -95,14 +136,108 @@ def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
     )
 
 
-def _upright_rgb(image: Image.Image) -> np.ndarray:
+def _upright_rgb(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
     # In place, and no conversion without need: large photographs are copied often enough.
+    encoding = None if "icc_profile" in image.info else _encoding(path, image)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("its floating-point pixels have no known range")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        image = _eight_bits(image)
+    image = _by_profile(path, image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return pixels if encoding is None else _by_encoding(pixels, encoding)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 12, 16 or 32 bits as grey of 8: TIFF says how many, others are scaled to 16."""
+    tags = getattr(image, "tag_v2", {})
+    (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
+    levels = np.asarray(image)
+    levels = levels.view(np.uint32) if bits > 16 else levels.clip(0, 2**bits - 1)
+    grey = Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
+    grey.info = image.info
+    return grey
+
+
+def _by_profile(path: str | os.PathLike, image: Image.Image) -> Image.Image:
+    """An image in the colours that its ICC profile says, its transparency kept."""
+    data = image.info.get("icc_profile")
+    if not data or image.mode == "1":
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        return _to_srgb(image, profile)
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        warnings.warn(
+            f"image {os.fspath(path)}: its colour profile is ignored ({error}), so its colours may"
+            " be wrong; save the image as sRGB",
+            stacklevel=2,
+        )
+        return image
+
+
+def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    space = profile.profile.xcolor_space.strip()
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if space == "RGB" and image.mode != "CMYK":
+        image = image.convert("RGB")
+    elif space == "GRAY" and image.mode in ("L", "LA"):
+        image = image.convert("L")
+    elif space != image.mode:
+        raise ValueError(f"it is a profile of {space} colours, the image has {image.mode}")
+    srgb = ImageCms.createProfile("sRGB")
+    image = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
+
+
+def _encoding(path: str | os.PathLike, image: Image.Image) -> colour.Encoding | None:
+    """What an image without a profile says of its colours, None for sRGB: HEIC by nclx, PNG by
+    cICP, else by sRGB, else by gAMA and cHRM."""
+    if nclx := image.info.get("nclx_profile"):
+        codes = nclx["color_primaries"], nclx["transfer_characteristics"]
+        return colour.Encoding.of_codes(*codes)
+    if image.format != "PNG":
+        return None
+    if (codes := _cicp(path)) is not None:
+        return colour.Encoding.of_codes(*codes)
+    gamma = image.info.get("gamma")
+    if "srgb" in image.info or gamma is None or not 0.1 < gamma < 10:
+        return None
+    white, *corners = _pairs(image.info.get("chromaticity", SRGB_CHROMATICITIES))
+    if abs(gamma - SRGB_GAMMA) > 0.001:
+        return colour.Encoding((*corners, white), gamma=1 / gamma)
+    if np.allclose([white, *corners], _pairs(SRGB_CHROMATICITIES), rtol=0, atol=0.002):
+        return None
+    return colour.Encoding((*corners, white), colour.SRGB)
+
+
+def _pairs(numbers: tuple[float, ...]) -> list[tuple[float, float]]:
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _cicp(path: str | os.PathLike) -> tuple[int, int] | None:
+    """(primaries, transfer function) of a PNG's cICP chunk, which Pillow does not read."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"cICP" and len(codes := file.read(2)) == 2:
+                return codes[0], codes[1]
+            file.seek(length + 4, os.SEEK_CUR)
+    return None
+
+
+def _by_encoding(pixels: np.ndarray, encoding: colour.Encoding) -> np.ndarray:
+    """uint8 pixels as sRGB, some rows at a time, since light takes four bytes a number."""
+    result = np.empty_like(pixels)
+    rows = max(1, 2**20 // pixels.shape[1])
+    for top in range(0, len(pixels), rows):
+        band = colour.to_srgb(pixels[top : top + rows] / np.float32(255), encoding)
+        result[top : top + rows] = np.round(band * 255)
+    return result
