@@ -152,7 +152,7 @@ class _Source:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path, self.container = path, None
+        self.path, self.container, self.interlaced = path, None, False
         self.reopen()
         self._rest = self._decoded()
         first = next(self._rest, None)
@@ -194,7 +194,7 @@ class _Source:
 
     def frames_from(self, start: Fraction) -> Iterator[av.VideoFrame]:
         """Frames from the last key frame at or before `start` on."""
-        if self.first.interlaced_frame:
+        if self.interlaced:
             start -= 1 / self.rate  # deinterlacing needs the frame before
         if start > self.origin and self.container.format.name not in SEQUENTIAL:
             self.container.seek(math.floor(start / self.stream.time_base), stream=self.stream)
@@ -230,6 +230,7 @@ class _Source:
 
     def _sound(self, frame: av.VideoFrame) -> av.VideoFrame:
         """The frame itself. Raises ValueError if it is damaged."""
+        self.interlaced |= frame.interlaced_frame
         if not frame.is_corrupt:
             return frame
         start = Fraction(self.container.start_time or 0, av.time_base)

@@ -4,7 +4,6 @@ Shapes: H W rows and columns. Images are (H, W, 3) uint8 sRGB.
 """
 
 import contextlib
-import importlib.util
 import io
 import os
 import warnings
@@ -91,7 +90,7 @@ def _named(path: str | os.PathLike) -> Iterator[None]:
         yield
     except PILLOW_ERRORS as error:
         remedy = "give a PNG, JPEG or WebP file"
-        if Path(path).suffix.lower() in HEIF_SUFFIXES and not _has_heif():
+        if Path(path).suffix.lower() in HEIF_SUFFIXES and not _register_heif():
             remedy = "reading HEIC needs pip install pillow-heif (the extra heif)"
         raise ValueError(f"image {os.fspath(path)} cannot be read ({error}); {remedy}") from error
 
@@ -106,16 +105,14 @@ def _unlimited() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _has_heif() -> bool:
-    return importlib.util.find_spec("pillow_heif") is not None
-
-
-def _register_heif() -> None:
+def _register_heif() -> bool:
     """Let Pillow read HEIC, the format of iPhones, if the package for it is installed."""
-    if _has_heif():
+    try:
         import pillow_heif
-
-        pillow_heif.register_heif_opener()
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
