@@ -210,17 +210,10 @@ def rgb_profile(primaries, gamma):
 def test_colours_are_those_of_the_icc_profile(tmp_path, suffix, mode):
     """As of iPhones: Display P3."""
     picture = swatches(as_written(P3, 2.2))
-    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(
-        suffix, {}
-    )
+    lossless = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}
+    options = lossless.get(suffix, {}) | {"icc_profile": rgb_profile(P3, 2.2)}
     picture = picture.quantize(8) if mode == "P" else picture.convert(mode)
-    loaded = saved(
-        tmp_path,
-        picture,
-        f"a.{suffix}",
-        icc_profile=rgb_profile(P3, 2.2),
-        **lossless.get(suffix, {}),
-    )
+    loaded = saved(tmp_path, picture, f"a.{suffix}", **options)
     assert np.abs(seen(loaded) - COLOURS).max() <= 3
 
 

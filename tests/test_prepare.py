@@ -155,6 +155,17 @@ def test_scores_say_what_they_mean() -> None:
     assert dark["brightness"] < 8 < found["moving"]["brightness"]
 
 
+@pytest.mark.parametrize("fps", [8, 10, 12, 15])
+def test_frames_that_are_repeated_for_the_rate_are_not_still(tmp_path, fps) -> None:
+    """Of an animation every frame differs from the one before; at 30 a second most do not."""
+    frames = [np.roll(scene_frames(0, 0.1)[0], 3 * k, axis=1) for k in range(3 * fps)]
+    (cut,) = stages.clips(write_video(tmp_path / "a.mp4", frames, fps), SETTINGS)
+    assert len(cut.frames) == 89 and cut.scores["still"] == 0
+    repeated = [frames[k - k % 3] for k in range(3 * fps)]
+    (cut,) = stages.clips(write_video(tmp_path / "b.mp4", repeated, fps), SETTINGS)
+    assert cut.scores["still"] > 0.5, "those of the video itself are"
+
+
 def test_thresholds_name_the_first_that_is_not_met() -> None:
     good = {"motion": 3.0, "sharpness": 90.0, "brightness": 90.0, "black_bars": 0.0, "still": 0.0,
             "hash": 5.0}  # fmt: skip
