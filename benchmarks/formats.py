@@ -14,7 +14,7 @@ import argparse
 import io
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from framepack_jax import video
 
-HEIGHT, WIDTH, SECONDS = 288, 512, 2
+HEIGHT, WIDTH, SECONDS = 288, 512, 4
 COLOURS = np.array(
     [
         (200, 30, 40), (30, 180, 60), (30, 50, 200), (128, 128, 128), (235, 235, 235), (60,) * 3,
@@ -32,7 +32,7 @@ COLOURS = np.array(
 )  # fmt: skip
 BITS = 10
 # Pixels a second of the bar, and its width.
-SPEED, BAR = 200, 12
+SPEED, BAR = 100, 12
 
 
 def scene(time: float, number: int) -> np.ndarray:
@@ -85,7 +85,8 @@ def read(picture: np.ndarray) -> Reading:
 
 class Kind(NamedTuple):
     """A kind of file: its suffix, its rate, ffmpeg's flags to write it, filters to read it as a
-    player shows it, and the height and width at which it is shown."""
+    player shows it, the height and width at which it is shown, whether it has fields or a mirror in
+    its display matrix, and the curve of HDR."""
 
     suffix: str
     rate: float
@@ -94,15 +95,37 @@ class Kind(NamedTuple):
     size: tuple[int, int] = (HEIGHT, WIDTH)
     fields: bool = False
     mirrored: bool = False
+    curve: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-# By zscale and ffmpeg's tone mapping: from sRGB to HDR with white paper of 203 cd/m2, and back.
-TO_HDR = (
-    "-vf format=gbrp16,"
-    "setparams=colorspace=gbr:color_primaries=bt709:color_trc=iec61966-2-1:range=pc,"
-    "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=2020,"
-    "zscale=t={0}:m=2020_ncl:r=limited:npl=203,format=yuv420p10 -c:v libx265 -crf 6"
-    " -x265-params log-level=0 -colorspace bt2020nc -color_primaries bt2020 -color_trc {0}"
+def pq(nits: np.ndarray) -> np.ndarray:
+    """Light in cd/m2 as a signal from 0 to 1 (SMPTE ST 2084)."""
+    y = (nits / 10_000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+def hlg(nits: np.ndarray) -> np.ndarray:
+    """Light of a screen of 1000 cd/m2 as a signal from 0 to 1 (ITU-R BT.2100)."""
+    luminance = np.maximum(nits @ [0.2627, 0.6780, 0.0593], 1e-6)[..., None]
+    e = nits / 1000 * (luminance / 1000) ** (1 / 1.2 - 1)
+    upper = 0.17883277 * np.log(np.maximum(12 * e - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(e <= 1 / 12, np.sqrt(3 * e), upper)
+
+
+# ITU-R BT.2087: linear light of BT.709 in the primaries of BT.2020.
+TO_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+
+
+def hdr(picture: np.ndarray, curve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """sRGB (H, W, 3) uint8 as uint16 of BT.2020, white paper of 203 cd/m2."""
+    level = picture / 255
+    light = np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    return np.round(65535 * curve(203 * light @ TO_2020.T)).astype(np.uint16)
+
+
+HEVC = (
+    "-vf scale=out_color_matrix=bt2020:out_range=tv -pix_fmt yuv420p10le -c:v libx265 -crf 6"
+    " -x265-params log-level=0 -colorspace bt2020nc -color_primaries bt2020 -color_trc "
 )
 FROM_HDR = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=709,tonemap=mobius:desat=0:peak=4.93,"
@@ -123,8 +146,8 @@ WEBM = (
     f" {BT709}"
 )
 KINDS = {
-    "HLG": Kind("mp4", 30, TO_HDR.format("arib-std-b67"), FROM_HDR),
-    "PQ": Kind("mp4", 30, TO_HDR.format("smpte2084"), FROM_HDR),
+    "HLG": Kind("mp4", 30, HEVC + "arib-std-b67", FROM_HDR, curve=hlg),
+    "PQ": Kind("mp4", 30, HEVC + "smpte2084", FROM_HDR, curve=pq),
     "anamorphic DVD": Kind("vob", 25, DVD, "scale=1024:576,setsar=1", (576, 1024)),
     "mirrored telephone": Kind("mov", 30, TO_709, "hflip", mirrored=True),
     "interlaced broadcast": Kind("ts", 25, INTERLACED, "bwdif=mode=send_frame", fields=True),
@@ -140,16 +163,19 @@ def write(path: Path, kind: Kind) -> None:
     """Write the scene by the program ffmpeg; of fields, twice as many pictures."""
     rate = kind.rate * (2 if kind.fields else 1)
     count = round(SECONDS * rate)
-    frames = b"".join(
-        scene(k / rate, k // 2 if kind.fields else k)[:, :: -1 if kind.mirrored else 1].tobytes()
-        for k in range(count)
-    )
-    subprocess.run(
+    with subprocess.Popen(
         ["ffmpeg", "-hide_banner", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt",
-         "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", f"{rate}", "-i", "-", *kind.flags.split(),
-         str(path)],
-        input=frames, check=True,
-    )  # fmt: skip
+         "rgb48le" if kind.curve else "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", f"{rate}", "-i",
+         "-", *kind.flags.split(), str(path)],
+        stdin=subprocess.PIPE,
+    ) as program:  # fmt: skip
+        for k in range(count):
+            picture = scene(k / rate, k // 2 if kind.fields else k)
+            picture = picture[:, :: -1 if kind.mirrored else 1]
+            program.stdin.write((hdr(picture, kind.curve) if kind.curve else picture).tobytes())
+        program.stdin.close()
+    if program.returncode:
+        raise SystemExit(f"ffmpeg cannot write {path}")
     if kind.mirrored:
         _mirror(path)
 
