@@ -1,7 +1,10 @@
-"""Files as people have them: ComfyUI's and Kijai's names, 8-bit floats, repackaged encoders; and
-what `--inspect` says of them."""
+"""Files as people have them: ComfyUI's and Kijai's names, wrappers' prefixes, several networks or
+sets of weights in one file, 8-bit floats, repackaged encoders; and what `--inspect` says of them.
+"""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -9,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import HunyuanVideoFramepackTransformer3DModel
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
 from safetensors.torch import save_file
 
-from framepack_jax.commands.convert import Convert, convert
-from framepack_jax.conversion import engine, float8, inspect, readers, tables
+from framepack_jax import bundle
+from framepack_jax.commands.convert import Convert, convert, main
+from framepack_jax.commands.export import compare
+from framepack_jax.commands.records import path_of
+from framepack_jax.conversion import encoders, engine, export, float8, inspect, readers, tables
 from framepack_jax.conversion.readers import ConversionError, Entry
 from tests.test_conversion import LLAMA, RELEASED, SIZES, assert_same, plan_of
 from tests.torch_reference import randomize
@@ -182,6 +188,251 @@ def test_rope_axes_are_even_and_above_0(axes, framepack, tmp_path) -> None:
     )
     with pytest.raises(ConversionError, match="RoPE axes 16 do not add up"):
         plan_of(file)
+
+
+# ComfyUI's VAE
+
+
+def comfyui_vae_name(name: str, blocks: int = 4) -> str:
+    """Name in ComfyUI's VAE of a tensor of diffusers'. ComfyUI counts the decoder's blocks from the
+    finest."""
+    substitutions = (
+        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"mid_block\.attentions\.0\.to_", "mid.attn_1."),
+        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{blocks - 1 - int(m[1])}.block"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample"),
+        ("conv_shortcut", "nin_shortcut"),
+        ("conv_norm_out", "norm_out"),
+    )
+    for pattern, replacement in substitutions:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def comfyui_vae(state: State, blocks: int = 4) -> State:
+    """The tensors of diffusers' VAE as ComfyUI keeps them: attention in 1x1x1 convolutions."""
+    return {
+        comfyui_vae_name(name, blocks): tensor[..., None, None, None]
+        if "attentions" in name and tensor.ndim == 2
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def test_comfyuis_vae_holds_what_diffusers_does(tmp_path) -> None:
+    model = AutoencoderKLHunyuanVideo(
+        block_out_channels=(4, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=5,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3, spatial_compression_ratio=4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+    )  # fmt: skip
+    randomize(model, 3).save_pretrained(tmp_path / "diffusers")
+    renamed = comfyui_vae(model.state_dict(), blocks=3)
+    shapes = {name: tuple(tensor.shape) for name, tensor in renamed.items()}
+    for name, shape in {
+        "encoder.down.0.downsample.conv.conv.weight": (4, 4, 3, 3, 3),
+        "encoder.down.1.block.0.nin_shortcut.conv.weight": (8, 4, 1, 1, 1),
+        "encoder.mid.attn_1.q.weight": (8, 8, 1, 1, 1),
+        "decoder.mid.block_2.conv1.conv.bias": (8,),
+        "decoder.up.0.block.0.nin_shortcut.conv.weight": (4, 8, 1, 1, 1),
+        "decoder.up.2.upsample.conv.conv.weight": (8, 8, 3, 3, 3),
+        "decoder.norm_out.weight": (4,),
+    }.items():
+        assert shapes[name] == shape
+    file = write(renamed, tmp_path / "comfyui" / "vae.safetensors", "first_stage_model.")
+    with pytest.raises(ConversionError, match=r"a VAE of widths 4, 8, 8 is not the released one"):
+        plan_of(file, "vae")
+    model.save_config(file.parent)
+    plan, expected = plan_of(file, "vae"), plan_of(tmp_path / "diffusers", "vae")
+    assert plan.cfg == expected.cfg
+    assert plan.source.table.what == "HunyuanVideo VAE in ComfyUI's naming"
+    assert_same(dict(plan.leaves()), dict(expected.leaves()))
+
+
+# Prefixes
+
+
+WRAPPED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module._orig_mod.{name}",
+    "unknown": lambda name: f"student.net_2.{name}",
+    "FSDP": lambda name: re.sub(
+        r"(blocks\.\d\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", f"model.{name}"
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_what_wrappers_add_to_names_is_taken_off(wrapper: str, framepack, tmp_path, capsys) -> None:
+    """Off weights in bfloat16 and in scaled 8-bit floats, in one file or several."""
+    stored, meant = scaled(framepack, "()")
+    expected = leaves_of(write(meant, tmp_path / "bare.safetensors"), **AXES)
+    renamed = {WRAPPED[wrapper](name): tensor for name, tensor in stored.items()}
+    file = write(renamed, tmp_path / "wrapped.safetensors")
+    assert_same(leaves_of(file, **AXES), expected)
+    names = sorted(renamed)
+    places = {name: f"{i % 2}.safetensors" for i, name in enumerate(names)}
+    for part in set(places.values()):
+        write({n: renamed[n] for n in names if places[n] == part}, tmp_path / "shards" / part)
+    index = json.dumps({"weight_map": places})
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(index)
+    assert_same(leaves_of(tmp_path / "shards", **AXES), expected)
+    main(["--transformer", str(file), "--output", str(tmp_path / "out"), "--rope-axes", "4,6,6"])
+    said = capsys.readouterr().out
+    assert {
+        "compiled": "_orig_mod. taken out of names",
+        "DDP": "prefix module. taken off",
+        "unknown": "prefix student.net_2. taken off",
+        "FSDP": "_checkpoint_wrapped_module., _fsdp_wrapped_module. taken out of names",
+    }[wrapper] in said
+
+
+def test_averaged_weights_are_never_guessed(framepack, tmp_path, capsys) -> None:
+    """A trainer's file with plain weights, averaged ones, and what else it keeps."""
+    averaged = {name: tensor + 1 for name, tensor in framepack.items()}
+    trainer = {
+        "model": dict(framepack), "ema": {"module": averaged}, "step": 7,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "groups": [1]},
+    }  # fmt: skip
+    file = tmp_path / "trainer.pt"
+    torch.save(trainer, file)
+    with pytest.raises(ConversionError, match=r"with --prefix ema\.module\. or --prefix model\.$"):
+        plan_of(file)
+    flags = ["--transformer", str(file), "--rope-axes", "4,6,6", "--output"]
+    with pytest.raises(SystemExit, match=r"choose one with --prefix ema\.module\. or"):
+        main([*flags, str(tmp_path / "out"), "--prefix", "student"])
+    main([*flags, str(tmp_path / "out"), "--prefix", "ema.module"])
+    said = capsys.readouterr().out
+    assert "prefix ema.module. taken off; 1 tensors of no known network left out" in said
+    plain = write(framepack, tmp_path / "plain.safetensors")
+    ema = write(averaged, tmp_path / "ema.safetensors")
+    assert [bool(compare(f, str(tmp_path / "out"))[0].differing) for f in (plain, ema)] == [1, 0]
+    # Averaged weights alone are what there is.
+    torch.save({"ema": averaged}, file)
+    assert_same(leaves_of(file, **AXES), leaves_of(ema, **AXES))
+    with pytest.raises(SystemExit, match=r"--prefix model\.: no network .* are behind 'ema\.'"):
+        main([*flags, str(tmp_path / "other"), "--prefix", "model."])
+
+
+def test_plain_weights_beside_averaged_ones(framepack, tmp_path) -> None:
+    """The plain ones behind no prefix: those averaged are no strange tensors of theirs."""
+    both = framepack | {f"ema.{name}": tensor + 1 for name, tensor in framepack.items()}
+    file = write(both, tmp_path / "both.safetensors")
+    with pytest.raises(ConversionError, match=r"choose one with --prefix '' or --prefix ema\.$"):
+        plan_of(file)
+    assert inspect.describe(file).count("transformer in diffusers' naming") == 2
+    source = tables.recognise(readers.open_checkpoint(file), "transformer", "")
+    leaves = dict(engine.plan(dataclasses.replace(source, given=AXES)).leaves())
+    assert_same(leaves, leaves_of(write(framepack, tmp_path / "plain.safetensors"), **AXES))
+
+
+# Whole checkpoints
+
+
+def llama_state(root: Path, manifest: bundle.Manifest) -> State:
+    """The text encoder of a bundle as its checkpoint was, but for the last layers, which a bundle
+    does not keep."""
+    _, cfg = bundle.role_config(manifest, "text_encoder")
+    state = {}
+    for step in engine.steps_of(encoders.LLAMA, cfg):
+        held = bundle.read_leaves(root, manifest, "text_encoder", step.targets)
+        leaves = [leaf for _, leaf in held]
+        arrays = export.invert(step.row.transform, leaves, step.source_shapes())
+        state |= dict(zip(step.sources, map(as_torch, arrays), strict=True))
+    for name in [name for name in state if name.startswith("layers.0.")]:
+        for unread in range(cfg.layers, cfg.layers + encoders.UNUSED_LAYERS):
+            state[name.replace("layers.0.", f"layers.{unread}.")] = torch.zeros(state[name].shape)
+    return state | {"norm.weight": torch.zeros(cfg.width)}
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    if array.dtype != ml_dtypes.bfloat16:
+        return torch.from_numpy(array.copy())
+    return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The networks of the bundle `random`, but for the image encoder, in one file as ComfyUI saves
+    them."""
+    root = path_of("random")
+    manifest = bundle.read_manifest(root)
+
+    def exported(role: str) -> State:
+        network = export.Export(root, manifest, role)
+        names = [tensor.name for tensor in network.tensors]
+        return dict(zip(names, map(as_torch, network.arrays()), strict=True))
+
+    networks = {
+        "model.diffusion_model.": exported("transformer"),
+        "vae.": comfyui_vae(exported("vae")),
+        "text_encoders.llama.transformer.model.": llama_state(root, manifest),
+        "text_encoders.clip_l.transformer.": exported("text_encoder_2"),
+        "text_encoders.clip_l.": {"logit_scale": torch.tensor(4.6)},
+        "": {"text_encoders.llama.transformer.scaled_fp8": torch.zeros(2, dtype=FP8)},
+    }
+    state = {p + name: tensor for p, held in networks.items() for name, tensor in held.items()}
+    return write(state, tmp_path_factory.mktemp("whole") / "all_in_one.safetensors")
+
+
+ENCODERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+def test_a_whole_checkpoint_is_taken_apart(whole, tmp_path, capsys) -> None:
+    flags = ["--pipeline", str(whole), "--encoders-from", "random"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--output", str(tmp_path / "out")])
+    assert "--tokenizer;" in stopped.value.code and "--tokenizer-2;" in stopped.value.code
+    for name in ("tokenizer", "tokenizer_2"):
+        flags += [f"--{name.replace('_', '-')}", str(path_of("random") / name)]
+    main([*flags, "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    for prefix in (
+        "model.diffusion_model.",
+        "vae.",
+        "text_encoders.clip_l.transformer.text_model.",
+    ):
+        assert f"prefix {prefix} taken off" in said
+    manifest = bundle.read_manifest(tmp_path / "out")
+    assert [r for r in bundle.ROLES if manifest.roles[r].path == r] == list(ENCODERS)
+    for root in (tmp_path / "out", path_of("random")):
+        results = compare(whole, str(root))
+        assert [(r.role, r.differing) for r in results] == [(role, []) for role in ENCODERS]
+    main(["--vae", str(whole), "--encoders-from", "random", "--output", str(tmp_path / "vae")])
+    said = capsys.readouterr().out
+    assert "also holds transformer, text_encoder, text_encoder_2; to take all of it, give" in said
+    # Without a bundle the toy encoders' sizes are not known; a real one's are.
+    said = inspect.describe(whole)
+    assert said.count("  prefix ") == 4 and f"convert with --pipeline {whole}" in said
+
+
+def test_a_whole_checkpoint_of_released_sizes_fits_without_a_config(framepack, tmp_path) -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo().state_dict()
+    entries = {f"vae.{n}": entry(tuple(t.shape)) for n, t in comfyui_vae(vae).items()}
+    for role, place in (("text_encoder", "llama"), ("text_encoder_2", "clip_l")):
+        prefix = f"text_encoders.{place}.transformer."
+        entries |= {prefix + name: held for name, held in repackaged(role).items()}
+    entries |= {
+        f"model.model.{name}": entry(tuple(tensor.shape)) for name, tensor in framepack.items()
+    }
+    entries["model.model.transformer_blocks.0.ff.net.2.weight"] = entry((32, 64), "float8_e4m3fn")
+    path = tmp_path / "whole.safetensors"
+    # The weights of Llama alone are marked as scaled.
+    entries, _ = float8.unpack(path, [], entries)
+    # Belongs to none of them.
+    (tmp_path / "config.json").write_text("{}")
+    found = tables.networks(readers.Checkpoint(path, [], entries))
+    assert list(found) == list(ENCODERS)
+    for role in ENCODERS[1:]:
+        (source,) = found[role]
+        engine.plan(source)
+    (source,) = found["transformer"]
+    plan = engine.plan(dataclasses.replace(source, given=AXES))
+    assert plan.cfg.context_kernels == ("k1", "k2", "k4")
 
 
 # 8-bit floats

@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from etils import epath
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.commands.export import byte_bar, compare, export_lora, export_role
+from framepack_jax.commands.records import path_of
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import (
     assets,
@@ -38,7 +39,7 @@ SHORT_DTYPES = {short: name for name, short in inspect.DTYPE_NAMES.items()}
 # The flags that each thing to do reads; --output reads all that are not of another.
 READ = {
     "inspect": set(),
-    "verify": set(),
+    "verify": {"prefix"},
     "export": {"bundle", "role", "names", "lora", "dtype"},
 }
 DEFAULT_IMAGE_DIM = 1152
@@ -70,12 +71,13 @@ class Convert:
     --encoders-from a bundle of the other one, its transformer alone. What is named below replaces
     its part."""
     pipeline: Path | None = None
-    """A diffusers pipeline folder (with model_index.json); networks named below replace its own."""
+    """A diffusers pipeline folder (with model_index.json), or a single file with several networks,
+    as ComfyUI's checkpoints are; networks named below replace its own."""
     transformer: Path | None = None
     """FramePack or HunyuanVideo transformer: a file (.safetensors, .pt) or a folder with one, whole
     or sharded; in diffusers', Tencent's or ComfyUI's naming, fp8 weights too."""
     vae: Path | None = None
-    """HunyuanVideo VAE, file or folder; diffusers' or Tencent's."""
+    """HunyuanVideo VAE, file or folder; in diffusers', Tencent's or ComfyUI's naming."""
     text_encoder: Path | None = None
     """Llama, bare or inside LLaVA, file or folder."""
     text_encoder_2: Path | None = None
@@ -89,6 +91,9 @@ class Convert:
     image_processor: Path | None = None
     """Folder with preprocessor_config.json; default: with the image encoder, or
     `feature_extractor` next to it."""
+    prefix: str | None = None
+    """Prefix of the tensors to take if a file holds several sets of weights of one network, such as
+    plain and averaged ones (EMA); all other prefixes are found and taken off."""
     encoders_from: str | None = None
     """A bundle whose networks serve for all that are not given; they are pointed to, not copied."""
     dtype: Dtype | None = None
@@ -113,7 +118,7 @@ class Convert:
     verify: tuple[Path, str] | None = None
     """SOURCE BUNDLE: compare the networks that a pipeline folder or checkpoint and a bundle both
     have, tensor by tensor, bit for bit; exit code 1 where any differs."""
-    inspect: Path | None = None
+    inspect: str | None = None
     """Say what a checkpoint, LoRA file, pipeline folder or bundle is, without converting it."""
     export: Path | None = None
     """Write a network of --bundle for PyTorch: to a .safetensors file, else to a folder as
@@ -134,7 +139,7 @@ class Convert:
 def main(args: list[str] | None = None, prog: str = "convert_weights.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     flags = tyro.cli(Convert, prog=prog, args=args)
-    flags = dataclasses.replace(flags, dtype=SHORT_DTYPES.get(flags.dtype, flags.dtype))
+    flags = _spelt_out(flags)
     began = time.monotonic()
     try:
         same = _run(flags)
@@ -143,6 +148,21 @@ def main(args: list[str] | None = None, prog: str = "convert_weights.py") -> Non
     print(f"{time.monotonic() - began:.1f} s in all")
     if not same:
         raise SystemExit(1)
+
+
+def _spelt_out(flags: Convert) -> Convert:
+    """Return the flags with full names of types, the dot that ends a prefix, and folders for
+    bundles of this package."""
+    prefix = flags.prefix and f"{flags.prefix.removesuffix('.')}."
+    bundles = {
+        name: str(path_of(given))
+        for name in ("encoders_from", "bundle", "inspect")
+        if (given := getattr(flags, name))
+    }
+    if flags.verify:
+        bundles["verify"] = (flags.verify[0], str(path_of(flags.verify[1])))
+    dtype = SHORT_DTYPES.get(flags.dtype, flags.dtype)
+    return dataclasses.replace(flags, dtype=dtype, prefix=prefix, **bundles)
 
 
 def _run(flags: Convert) -> bool:
@@ -155,10 +175,10 @@ def _run(flags: Convert) -> bool:
         )
     _check_read(flags, asked[0])
     if flags.inspect:
-        print(inspect.describe(flags.inspect))
+        print(inspect.describe(Path(flags.inspect)))
         return True
     if flags.verify:
-        results = compare(*flags.verify)
+        results = compare(*flags.verify, flags.prefix)
         print(verify.table(results))
         return not any(result.differing for result in results)
     if flags.export:
@@ -185,7 +205,7 @@ def _check_read(flags: Convert, asked: str) -> None:
     given = {f.name for f in fields if getattr(flags, f.name) != f.default} - {asked}
     ignored = given - READ[asked] if asked in READ else given & (READ["export"] - {"dtype"})
     if ignored:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+        names = ", ".join(map(_flag, sorted(ignored)))
         raise ConversionError(f"--{asked} does not read {names}; leave out one or the other")
     if flags.framepack and flags.pipeline:
         raise ConversionError(
@@ -210,11 +230,7 @@ def convert(flags: Convert) -> Manifest:
     _check_apart(flags, output, paths, shared)
     flags, order = _scheduled(flags, origins.get("transformer"), paths, shared)
     plans = _plans(flags, paths, shared)
-    files = {
-        name: _files(role, paths.get(role), getattr(flags, name))
-        for role, name in assets.FOLDERS.items()
-        if role in plans or getattr(flags, name)
-    }
+    files = _files(flags, paths, plans)
     manifest = _manifest(flags, order, plans, shared, origins)
     _check_space(flags, plans)
 
@@ -249,9 +265,15 @@ def summary(output: epath.PathLike, manifest: Manifest, *, assumed: bool = False
         )
     if absent := [name for name in bundle.ROLES if name not in manifest.roles]:
         lines.append(
-            f"still without {', '.join(absent)}: to sample, convert with these too, or with"
-            " --encoders-from a bundle that has them"
+            f"still without {', '.join(absent)}: to sample, convert with"
+            f" {', '.join(map(_flag, absent))} too, or with --encoders-from a bundle that has them"
         )
+    for name, role in manifest.roles.items():
+        if role.path == name and (also := role.source.get("also_holds")):
+            lines.append(
+                f"note: {role.source['name']} also holds {', '.join(also)}; to take all of it, give"
+                " it as --pipeline"
+            )
     cfg = manifest.roles["transformer"].config if "transformer" in manifest.roles else None
     if cfg and not cfg["context_kernels"]:
         lines.append(
@@ -261,15 +283,21 @@ def summary(output: epath.PathLike, manifest: Manifest, *, assumed: bool = False
     return "\n".join(lines)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _where(name: str, role: Role) -> str:
     """What a network was made of, or the bundle that it stays in."""
     if role.path != name:
         return f"stays in {role.path}"
     source = role.source
-    return (
-        f"{source['bytes'] / 1e6:,.1f} MB from {source['name']}"
-        f" ({source['naming']}; {source['format']})"
-    )
+    how = [source["naming"], source["format"]]
+    if prefix := source.get("prefix"):
+        how.append(f"prefix {prefix} taken off")
+    if count := source.get("left_out"):
+        how.append(f"{count:,} tensors of no known network left out")
+    return f"{source['bytes'] / 1e6:,.1f} MB from {source['name']} ({'; '.join(how)})"
 
 
 def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
@@ -317,27 +345,27 @@ def _is_assumed(flags: Convert, manifest: Manifest) -> bool:
     return _released(flags.framepack, role.source["name"]) is None
 
 
-def _files(role: str, model: Path | None, given: Path | None) -> Path:
-    """The folder of a network's tokenizer or image processor. Raises ConversionError."""
-    try:
-        return assets.find(role, model, given)
-    except ConversionError as error:
-        released = "/".join(filter(None, hub.SHARED[assets.FOLDERS[role]]))
-        raise ConversionError(f"{error}; that of the released models is {released}") from error
+def _files(flags: Convert, paths: dict[str, Path], plans: Iterable[str]) -> dict[str, Path]:
+    """Return the folders of the tokenizers and the image processor that the bundle takes, by name.
+    Raises one ConversionError for all that are missing."""
+    files, problems = {}, []
+    for role, name in assets.FOLDERS.items():
+        given = getattr(flags, name)
+        if role not in plans and not given:
+            continue
+        try:
+            files[name] = assets.find(role, paths.get(role), given)
+        except ConversionError as error:
+            released = "/".join(filter(None, hub.SHARED[name]))
+            problems.append(f"{error}; that of the released models is {released}")
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return files
 
 
 def _paths(flags: Convert) -> dict[str, Path]:
     """Where each role comes from: its own flag, else the pipeline."""
-    paths = {}
-    if flags.pipeline:
-        index = flags.pipeline / "model_index.json"
-        if not index.exists():
-            raise ConversionError(
-                f"{flags.pipeline} is no diffusers pipeline (it has no {index.name}); give single"
-                " networks with --transformer, --vae and so on"
-            )
-        held = readers.read_json(index)
-        paths = {r: flags.pipeline / r for r in bundle.ROLES if any(held.get(r) or ())}
+    paths = _pipeline_paths(flags.pipeline) if flags.pipeline else {}
     paths |= {role: path for role in bundle.ROLES if (path := getattr(flags, role))}
     if not paths:
         raise ConversionError(
@@ -345,6 +373,25 @@ def _paths(flags: Convert) -> dict[str, Path]:
             " --text-encoder, --text-encoder-2 or --image-encoder"
         )
     return {role: paths[role] for role in bundle.ROLES if role in paths}
+
+
+def _pipeline_paths(pipeline: Path) -> dict[str, Path]:
+    """Return where each role of a pipeline is: a folder of it, or the file that holds them all."""
+    if pipeline.is_file():
+        if held := tables.networks(readers.open_checkpoint(pipeline)):
+            return dict.fromkeys(held, pipeline)
+        raise ConversionError(
+            f"{pipeline} holds no network that is known by its tensors; see what it is with"
+            f" --inspect {pipeline}"
+        )
+    index = pipeline / "model_index.json"
+    if not index.exists():
+        raise ConversionError(
+            f"{pipeline} is no diffusers pipeline (it has no {index.name}); give single networks"
+            " with --transformer, --vae and so on"
+        )
+    held = readers.read_json(index)
+    return {role: pipeline / role for role in bundle.ROLES if any(held.get(role) or ())}
 
 
 def _keep_freed_memory() -> None:
@@ -421,10 +468,13 @@ def _plans(
     the image encoder."""
     plans = {}
     for role in sorted(paths, key=lambda role: role == "transformer"):
-        source = tables.recognise(readers.open_checkpoint(paths[role]), role)
+        source = tables.recognise(readers.open_checkpoint(paths[role]), role, flags.prefix)
+        if shared and role in shared.roles:
+            source = dataclasses.replace(source, like=bundle.role_config(shared, role)[1])
         if role == "transformer":
             source = _transformer_source(flags, source, plans, shared)
         plans[role] = engine.plan(source)
+    tables.check_prefix(flags.prefix, [plan.source for plan in plans.values()])
     return {role: plans[role] for role in paths}
 
 
@@ -459,14 +509,14 @@ def _manifest(
     origins: dict[str, str],
 ) -> Manifest:
     """The manifest of the bundle to be. Raises ConversionError where its parts do not fit."""
-    roles = {name: _role(name, plan, origins.get(name)) for name, plan in plans.items()}
+    roles = {name: _role(name, plans, origins.get(name)) for name in plans}
     for name, role in (shared.roles if shared else {}).items():
         path = bundle.reference(epath.Path(flags.encoders_from) / role.path, flags.output)
         roles.setdefault(name, dataclasses.replace(role, path=path))
     roles = {name: roles[name] for name in bundle.ROLES if name in roles}
     mean, std = (shared.latent_mean, shared.latent_std) if shared else _statistics(None, roles)
     if "vae" in plans:
-        mean, std = _statistics(plans["vae"].source.checkpoint.config(), roles)
+        mean, std = _statistics(plans["vae"].source.config_json(), roles)
     template = flags.prompt_template or (shared.prompt_template if shared else PROMPT_TEMPLATE)
     if template.count("{}") != 1:
         raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
@@ -477,11 +527,24 @@ def _manifest(
     return manifest
 
 
-def _role(name: str, plan: engine.Plan, origin: str | None) -> Role:
+def _role(name: str, plans: dict[str, engine.Plan], origin: str | None) -> Role:
+    plan = plans[name]
     source = {**plan.source.checkpoint.source(), "naming": plan.source.table.what}
+    more = {
+        "prefix": plan.source.prefix,
+        "left_out": plan.source.left_out(),
+        "also_holds": _not_taken(plan.source.checkpoint, plans),
+    }
+    source |= {field: value for field, value in more.items() if value}
     # A folder in the hub's cache is named by its commit.
     source["name"] = origin or source["name"]
     return Role(plan.source.table.kind, dataclasses.asdict(plan.cfg), name, source)
+
+
+def _not_taken(checkpoint: readers.Checkpoint, plans: dict[str, engine.Plan]) -> list[str]:
+    """Return the roles of the networks in a checkpoint that are not taken from it."""
+    taken = {role for role, plan in plans.items() if plan.source.checkpoint.path == checkpoint.path}
+    return [role for role in tables.networks(checkpoint) if role not in taken]
 
 
 def _statistics(fields: dict[str, Any] | None, roles: dict[str, Role]) -> tuple[Any, Any]:

@@ -6,20 +6,24 @@ from pathlib import Path
 from tqdm import tqdm
 
 from framepack_jax import bundle
-from framepack_jax.conversion import export, hub, lora, verify
+from framepack_jax.conversion import export, hub, lora, tables, verify
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import packed_dit, stack
 
 
-def compare(source: Path, root: str) -> list[verify.Comparison]:
-    """Every network that the checkpoint or pipeline at `source` and a bundle both have, compared.
-    Raises ConversionError, BundleError."""
+def compare(source: Path, root: str, prefix: str | None = None) -> list[verify.Comparison]:
+    """Every network that the checkpoint or pipeline at `source` and a bundle both have, compared;
+    `prefix` as for `tables.recognise`. Raises ConversionError, BundleError."""
     manifest = bundle.read_manifest(root)
     if there := hub.split(str(source)):
         source = hub.fetch(*there, pipeline=None)
+    plans = {
+        role: verify.plan(path, manifest, role, prefix)
+        for role, path in verify.sources(source, manifest).items()
+    }
+    tables.check_prefix(prefix, [plan.source for plan in plans.values()])
     results = []
-    for role, path in verify.sources(source, manifest).items():
-        plan = verify.plan(path, manifest, role)
+    for role, plan in plans.items():
         size = bundle.stored_bytes(root, manifest, role)
         with byte_bar(role, size) as bar:
             results.append(verify.compare(plan, root, manifest, role, bar.update))

@@ -58,13 +58,13 @@ def _llama_config(source: Source) -> llama.Config:
         with reading_shapes(source.checkpoint.path):
             vocabulary, width = source.shape("embed_tokens.weight")
             keys = source.shape("layers.{i}.self_attn.k_proj.weight")[0]
-            return _released(
+            known = _known(source, llama.Config(), width)
+            return _sized(
                 source,
-                llama.Config(),
-                width=width,
+                known,
                 vocab_size=vocabulary,
                 layers=source.count("layers.{i}.input_layernorm.weight") - UNUSED_LAYERS,
-                kv_heads=keys // llama.Config().head_dim,
+                kv_heads=keys // known.head_dim,
                 mlp_width=source.shape("layers.{i}.mlp.gate_proj.weight")[0],
             )
     rope = config.rope_parameters
@@ -91,11 +91,9 @@ def _llama_config(source: Source) -> llama.Config:
 def _llama_leftovers(cfg: llama.Config) -> tuple[str, ...]:
     unused = "|".join(str(cfg.layers + i) for i in range(UNUSED_LAYERS))
     return (
-        rf"(^|\.)layers\.({unused})\.",
-        r"^((language_model\.)?model\.(language_model\.)?)?norm\.weight$",
-        r"(^|\.)lm_head\.",
+        rf"^layers\.({unused})\.",
+        r"^norm\.weight$",
         r"rotary_emb\.inv_freq$",
-        r"^(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)\b",
     )
 
 
@@ -125,10 +123,9 @@ def _clip_config(source: Source) -> clip.Config:
     if config is None:
         with reading_shapes(source.checkpoint.path):
             vocabulary, width = source.shape("embeddings.token_embedding.weight")
-            return _released(
+            return _sized(
                 source,
-                clip.Config(),
-                width=width,
+                _known(source, clip.Config(), width),
                 vocab_size=vocabulary,
                 max_tokens=source.shape("embeddings.position_embedding.weight")[0],
                 layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
@@ -145,9 +142,7 @@ def _clip_config(source: Source) -> clip.Config:
 
 
 def _clip_leftovers(cfg: clip.Config) -> tuple[str, ...]:
-    return (
-        r"^vision_model\.", r"^(text|visual)_projection\.", r"^logit_scale$", r"position_ids$",
-    )  # fmt: skip
+    return (r"position_ids$",)
 
 
 def _siglip_rows(cfg: siglip.Config) -> list[Row]:
@@ -165,10 +160,9 @@ def _siglip_config(source: Source) -> siglip.Config:
     if config is None:
         with reading_shapes(source.checkpoint.path):
             width, _, patch_size, _ = source.shape("embeddings.patch_embedding.weight")
-            return _released(
+            return _sized(
                 source,
-                siglip.Config(),
-                width=width,
+                _known(source, siglip.Config(), width),
                 patch_size=patch_size,
                 layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
                 mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
@@ -184,12 +178,7 @@ def _siglip_config(source: Source) -> siglip.Config:
 
 
 def _siglip_leftovers(cfg: siglip.Config) -> tuple[str, ...]:
-    return (
-        r"^(vision_model\.)?head\.",
-        r"^text_model\.",
-        r"^logit_(scale|bias)$",
-        r"position_ids$",
-    )
+    return (r"^head\.", r"position_ids$")
 
 
 def _block_sizes(source: Source, config: Any) -> dict[str, Any]:
@@ -211,7 +200,7 @@ def _block_sizes(source: Source, config: Any) -> dict[str, Any]:
 def _transformers_config(source: Source, part: str, model_type: str) -> Any | None:
     """The config beside a checkpoint, or its `part` where it is that of a larger model."""
     folder = source.checkpoint.folder
-    if source.checkpoint.config() is None:
+    if source.config_json() is None:
         return None
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -233,15 +222,20 @@ def _config(source: Source, config_class: type, **values: Any) -> Any:
     return make_config(source.checkpoint.folder / "config.json", config_class, **values)
 
 
-def _released(source: Source, cfg: Any, *, width: int, **sizes: int) -> Any:
-    """The released model's config with the sizes that shapes tell, if its width says that this is
-    it."""
-    if width != cfg.width:
+def _known(source: Source, released: Any, width: int) -> Any:
+    """Return the config of the released model, or of the network that this one replaces, whichever
+    has this width. Raises ConversionError."""
+    if (known := source.known_config(released, width=width)) is None:
         raise ConversionError(
             f"{source.checkpoint.path}: a {source.table.what} of width {width} needs its"
-            f" config.json beside it; only that of width {cfg.width} is known without"
+            f" config.json beside it; only that of width {released.width} is known without"
         )
-    return make_config(source.checkpoint.path, type(cfg), **dataclasses.asdict(cfg) | sizes)
+    return known
+
+
+def _sized(source: Source, known: Any, **sizes: int) -> Any:
+    """Return a known config with the sizes that shapes tell."""
+    return make_config(source.checkpoint.path, type(known), **dataclasses.asdict(known) | sizes)
 
 
 LLAMA = Table(
@@ -250,24 +244,24 @@ LLAMA = Table(
     landmark="embed_tokens.weight",
     rows=_llama_rows,
     config=_llama_config,
-    prefixes=("", "model.", "language_model.model.", "model.language_model."),
     leftovers=_llama_leftovers,
 )
 CLIP = Table(
     kind="clip_text",
     what="CLIP text model",
     landmark="embeddings.token_embedding.weight",
+    # SigLIP's text model.
+    stranger="head.weight",
     rows=_clip_rows,
     config=_clip_config,
-    prefixes=("", "text_model."),
     leftovers=_clip_leftovers,
 )
 SIGLIP = Table(
     kind="siglip_vision",
     what="SigLIP vision model",
-    landmark="embeddings.patch_embedding.weight",
+    # CLIP's vision model has no such bias.
+    landmark="embeddings.patch_embedding.bias",
     rows=_siglip_rows,
     config=_siglip_config,
-    prefixes=("", "vision_model."),
     leftovers=_siglip_leftovers,
 )

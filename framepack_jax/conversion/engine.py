@@ -51,9 +51,10 @@ def _no_leftovers(cfg: Any) -> tuple[str, ...]:
 class Table:
     """One naming of one kind of network.
 
-    A checkpoint that holds the tensor `landmark`, behind one of `prefixes`, is in this naming.
-    `config` reads the model's Config off a `Source`, `rows` are those for a config, and `leftovers`
-    are regular expressions of names that may stay unused.
+    A checkpoint that holds the tensor `landmark`, behind any prefix, is in this naming, unless it
+    holds `stranger` there too. `config` reads the model's Config off a `Source`, `rows` are those
+    for a config, and `leftovers` are regular expressions of names, without prefix, that may stay
+    unused.
     """
 
     kind: str
@@ -61,23 +62,58 @@ class Table:
     landmark: str
     rows: Callable[[Any], list[Row]]
     config: Callable[["Source"], Any]
-    prefixes: tuple[str, ...] = ("",)
+    stranger: str | None = None
     leftovers: Callable[[Any], tuple[str, ...]] = _no_leftovers
 
-    def prefix_in(self, checkpoint: Checkpoint) -> str | None:
-        """The prefix of this naming in a checkpoint, None where it is in another naming."""
-        return next((p for p in self.prefixes if p + self.landmark in checkpoint), None)
+    def prefixes_in(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the prefixes, "" or with a dot at the end, behind which a checkpoint holds
+        networks in this naming."""
+        found = (
+            name.removesuffix(self.landmark)
+            for name in checkpoint.names()
+            if f".{name}".endswith(f".{self.landmark}")
+        )
+        return sorted(p for p in found if not self.stranger or p + self.stranger not in checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint read by a table; names are without prefix. `given` holds Config fields that a
-    person supplies because the checkpoint may not tell them."""
+    """A network of a checkpoint, read by a table; names are without prefix.
+
+    `given` holds Config fields that a person supplies because the checkpoint may not tell them.
+    `like` is the Config of the network that this one replaces: it tells what neither shapes nor a
+    `config.json` tell. `others` are the prefixes of all networks in the checkpoint; `has_config`
+    says whether the `config.json` beside it can be this network's.
+    """
 
     checkpoint: Checkpoint
     table: Table
     prefix: str = ""
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    like: Any = None
+    others: tuple[str, ...] = ()
+    has_config: bool = True
+
+    def config_json(self) -> dict[str, Any] | None:
+        """Return the fields of the `config.json` of this network, None if there is none."""
+        return self.checkpoint.config() if self.has_config else None
+
+    def names(self) -> Iterator[str]:
+        """Yield the names, with prefix, that are this network's and no other's."""
+        inner = tuple(p for p in self.others if p.startswith(self.prefix) and p != self.prefix)
+        names = self.checkpoint.names()
+        return (n for n in names if n.startswith(self.prefix) and not n.startswith(inner))
+
+    def left_out(self) -> int:
+        """Return the number of tensors that are no network's."""
+        return sum(not name.startswith(self.others) for name in self.checkpoint.names())
+
+    def known_config(self, released: Any, **sizes: Any) -> Any | None:
+        """Return the released model's Config or `like`, the first that has these sizes, or None."""
+        candidates = (cfg for cfg in (released, self.like) if cfg is not None)
+        return next(
+            (cfg for cfg in candidates if all(getattr(cfg, n) == v for n, v in sizes.items())), None
+        )
 
     def has(self, name: str) -> bool:
         return self.prefix + name in self.checkpoint
@@ -364,7 +400,11 @@ def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:
             (gaps if absent else missing)[layer if absent else name] = None
     allowed = re.compile("|".join(source.table.leftovers(cfg)) or "(?!)")
     used = {name for step in steps for name in step.sources}
-    unknown = [n for n in checkpoint.names() if n not in used and not allowed.search(n)]
+    unknown = [
+        name
+        for name in source.names()
+        if name not in used and not allowed.search(name.removeprefix(source.prefix))
+    ]
     return [
         *_listed("layers absent", gaps),
         *_listed("tensors missing", missing),

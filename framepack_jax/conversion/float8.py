@@ -9,7 +9,7 @@ activations is left out.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import ml_dtypes
@@ -42,7 +42,7 @@ def unpack(path: Path, files: list[Path], entries: Entries) -> tuple[Entries, st
     row, and where ComfyUI names another quantization. In a file without marker, map and notes
     8-bit weights without a scale are plain ones.
     """
-    marked = any(map(_is_marker, entries))
+    marked = tuple(name.removesuffix(MARKER) for name in entries if _is_marker(name))
     packed = {n for n, entry in entries.items() if entry.dtype in FLOAT8 and not _is_marker(n)}
     if not packed and not marked:
         return entries, ""
@@ -54,7 +54,9 @@ def unpack(path: Path, files: list[Path], entries: Entries) -> tuple[Entries, st
         for suffix in SCALES
         if name.endswith(suffix)
     }
-    scalable = packed if marked or mapped else noted
+    # A file with several networks has a marker in each that is scaled.
+    in_marked = {name for name in packed if marked and name.startswith(marked)}
+    scalable = packed if mapped else in_marked | noted
     unscaled = sorted(name for name in scalable if name.endswith(WEIGHT) and name not in scales)
     if unscaled:
         raise ConversionError(
@@ -152,12 +154,19 @@ def _mapped_scales(files: list[Path], packed: Iterable[str]) -> Entries:
         raise ConversionError(
             f"{beside} holds no scales by name ({error}); download it again"
         ) from error
-    names = {name: name.removesuffix(WEIGHT).removeprefix("module.") for name in packed}
+    names = {name: _end_among(arrays, name.removesuffix(WEIGHT)) for name in packed}
     return {
         name: Entry(arrays[module].shape, "float32", lambda array=arrays[module]: array)
         for name, module in names.items()
-        if module in arrays
+        if module is not None
     }
+
+
+def _end_among(names: Collection[str], name: str) -> str | None:
+    """Return the longest end of a dotted name that is one of `names`."""
+    parts = name.split(".")
+    ends = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((end for end in ends if end in names), None)
 
 
 def _is_marker(name: str) -> bool:

@@ -8,7 +8,7 @@ places and the checksums of all that is not weights are checked here, for torch 
 import json
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ import safetensors
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# Keys under which training code wraps a state dict.
-WRAPPERS = ("module", "state_dict")
+# Dicts in dicts that are looked into for tensors.
+MAX_DEPTH = 8
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -51,15 +51,13 @@ class Entry(NamedTuple):
 
 
 def entries_of(file: Path) -> dict[str, Entry]:
-    """The tensors of one file by name. Raises ConversionError."""
+    """Return the tensors of one file by name; those of nested dicts have names with dots. Raises
+    ConversionError."""
     if file.suffix in SAFETENSORS_SUFFIXES:
         return _safetensors_entries(file)
     if file.suffix in TORCH_SUFFIXES:
         return _torch_entries(file)
-    raise ConversionError(
-        f"{file} is no checkpoint; expected"
-        f" {' or '.join(SAFETENSORS_SUFFIXES)}, or {', '.join(TORCH_SUFFIXES)}"
-    )
+    raise ConversionError(f"{file} is no checkpoint; expected {SAFETENSORS_SUFFIXES + TORCH_SUFFIXES}")
 
 
 def load_torch(file: Path) -> Any:
@@ -80,7 +78,7 @@ def load_torch(file: Path) -> Any:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"{file} is no complete PyTorch checkpoint of plain tensors ({first_line});"
-            " download it again"
+            " download it again, or, if it is whole and holds more, save its state dict alone"
         ) from error
 
 
@@ -116,22 +114,26 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
     stored = load_torch(file)
     import torch
 
-    for key in WRAPPERS:
-        if isinstance(stored, dict) and isinstance(stored.get(key), dict):
-            stored = stored[key]
-    if not isinstance(stored, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in stored.items()
-    ):
-        raise ConversionError(
-            f"{file} holds no state dict; expected named tensors, bare or under"
-            f" {' or '.join(map(repr, WRAPPERS))}"
-        )
-
     def entry(tensor: Any) -> Entry:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return Entry(tuple(tensor.shape), dtype, lambda: to_numpy(tensor))
 
-    return {name: entry(tensor) for name, tensor in stored.items()}
+    entries = {name: entry(leaf) for name, leaf in _leaves(stored) if torch.is_tensor(leaf)}
+    if not entries:
+        raise ConversionError(
+            f"{file} holds no state dict; expected a dict of tensors by name, bare or in other"
+            " dicts, as torch.save(model.state_dict(), ...) writes it"
+        )
+    return entries
+
+
+def _leaves(stored: Any, depth: int = MAX_DEPTH) -> Iterator[tuple[str, Any]]:
+    """Yield what dicts in dicts hold, with the keys on the way joined by dots."""
+    if not isinstance(stored, dict) or not depth:
+        return
+    for key, value in stored.items():
+        inner = [(f"{key}.{name}", leaf) for name, leaf in _leaves(value, depth - 1)]
+        yield from inner or [(str(key), value)]
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

@@ -1,5 +1,5 @@
 """What a file or folder of weights is, told without converting it: bundles, diffusers pipelines,
-checkpoints of one network, LoRA files. Told by keys, never by file names; no weights are read."""
+checkpoints of networks, LoRA files. Told by keys, never by file names; no weights are read."""
 
 import math
 import re
@@ -96,8 +96,8 @@ def _pipeline(path: Path) -> list[tuple[str, str]]:
             continue
         try:
             checkpoint = open_checkpoint(path / role)
-            what = dict(_network(checkpoint))
-            rows.append((role, f"{what['model']}, {what['parameters']}"))
+            what = tables.recognise(checkpoint, role).table.what
+            rows.append((role, f"{what}, {_parameters(checkpoint)}"))
         except ConversionError as error:
             rows.append((role, f"cannot be read: {error}"))
     return rows
@@ -105,28 +105,37 @@ def _pipeline(path: Path) -> list[tuple[str, str]]:
 
 def _network(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     rows = [("format", checkpoint.format), ("parameters", _parameters(checkpoint))]
-    found = _recognised(checkpoint)
-    if found is None:
+    found = tables.networks(checkpoint)
+    if not found:
         begins = ", ".join(checkpoint.names()[:3])
         return [*rows[:1], ("model", f"unknown; its tensors begin with {begins}"), *rows[1:]]
-    role, source = found
-    rows.insert(1, ("model", source.table.what))
-    if source.prefix:
-        rows.append(("prefix", source.prefix))
-    try:
-        rows += _sizes(engine.plan(source).cfg)
-        rows.append(("fits", f"all; convert with --{role.replace('_', '-')} {checkpoint.path}"))
-    except ConversionError as error:
-        rows.append(("fits", f"not as it is: {error}"))
+    described = [
+        [("model", source.table.what), *_fit(role, source, choice=len(sources) > 1)]
+        for role, sources in found.items()
+        for source in sources
+    ]
+    if len(described) == 1:
+        ((model, *fit),) = described
+        return [rows[0], model, rows[1], *fit]
+    rows += [row for network in described for row in network]
+    if len(found) > 1:
+        rows.append(("together", f"convert with --pipeline {checkpoint.path}"))
     return rows
 
 
-def _recognised(checkpoint: Checkpoint) -> tuple[str, Source] | None:
-    """The role that a checkpoint can have, and its tensors as that role's table reads them."""
-    for role, candidates in tables.TABLES.items():
-        if any(table.prefix_in(checkpoint) is not None for table in candidates):
-            return role, tables.recognise(checkpoint, role)
-    return None
+def _fit(role: str, source: Source, *, choice: bool) -> list[tuple[str, str]]:
+    """Return the prefix of a network in its checkpoint, its sizes, and whether it can be converted;
+    with `choice` there are others for its role."""
+    rows = [("prefix", source.prefix)] if source.prefix else []
+    flags = f"--{role.replace('_', '-')} {source.checkpoint.path}"
+    if choice:
+        flags += f" --prefix {source.prefix or repr('')}"
+    try:
+        rows += _sizes(engine.plan(source).cfg)
+        rows.append(("fits", f"all; convert with {flags}"))
+    except ConversionError as error:
+        rows.append(("fits", f"not as it is: {error}"))
+    return rows
 
 
 def _sizes(cfg: Any) -> list[tuple[str, str]]:

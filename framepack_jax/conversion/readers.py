@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +36,10 @@ EXPONENTS = {
 # Numbers looked at in one piece: small enough for the processor's cache.
 PIECE = 1 << 18
 SHOWN = 3
+# Parts of names that wrappers of modules add: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\."
+)
 INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 # Beyond any network: a token id is the largest number in a config, RoPE's theta the largest float.
 MOST, MOST_LAYERS = 10**9, 1000
@@ -45,12 +50,12 @@ class Checkpoint:
     """The named tensors of a file or folder. Open one with `open_checkpoint`."""
 
     def __init__(
-        self, path: Path, files: list[Path], entries: dict[str, Entry], unpacked: str = ""
+        self, path: Path, files: list[Path], entries: dict[str, Entry], notes: Sequence[str] = ()
     ) -> None:
         self.path = path
         self.files = files
         self._entries = entries
-        self._unpacked = unpacked
+        self._notes = notes
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -108,11 +113,11 @@ class Checkpoint:
 
     @property
     def format(self) -> str:
-        """The sort and number of files, and what was done to 8-bit weights."""
+        """The sort and number of files, and what was done to names and 8-bit weights."""
         torch = any(file.suffix in formats.TORCH_SUFFIXES for file in self.files)
         sort = "PyTorch" if torch else "safetensors"
         files = f", {len(self.files)} files" if len(self.files) > 1 else ""
-        return f"{sort}{files}{f'; {self._unpacked}' if self._unpacked else ''}"
+        return "; ".join([f"{sort}{files}", *self._notes])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -134,8 +139,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_index(path, entries)
     if not entries:
         raise ConversionError(f"{path} holds no tensors; expected the weights of one model")
+    entries, unwrapped = _unwrap(entries)
     entries, unpacked = float8.unpack(path, files, entries)
-    return Checkpoint(path, files, entries, unpacked)
+    return Checkpoint(path, files, entries, [note for note in (unwrapped, unpacked) if note])
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -220,6 +226,17 @@ def _files_of(folder: Path) -> list[Path]:
         f"{folder} has no checkpoint; expected *.safetensors, with *.safetensors.index.json where"
         f" it is sharded, or one of {', '.join('*' + suffix for suffix in formats.TORCH_SUFFIXES)}"
     )
+
+
+def _unwrap(entries: dict[str, Entry]) -> tuple[dict[str, Entry], str]:
+    """Return the tensors without the parts of their names that wrappers add, and a few words on
+    what was taken off ("" if nothing was)."""
+    found = {part.group() for name in entries for part in WRAPPERS.finditer(name)}
+    unwrapped: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        inner = WRAPPERS.sub("", name)
+        unwrapped[f"{inner} (again, as {name})" if inner in unwrapped else inner] = entry
+    return unwrapped, f"{', '.join(sorted(found))} taken out of names" if found else ""
 
 
 def _index_of(folder: Path) -> Path | None:

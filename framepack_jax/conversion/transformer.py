@@ -28,8 +28,6 @@ from framepack_jax.packing import kernel_shape
 
 KIND = "hunyuan_packed_dit"
 CONTEXT_NAMES = {"k1": "proj", "k2": "proj_2x", "k4": "proj_4x"}
-# What single files put before every name: ComfyUI's checkpoints and diffusion models.
-PREFIXES = ("", "model.diffusion_model.", "model.model.", "diffusion_model.")
 # Tencent's name -> ComfyUI's, one substitution after another.
 COMFYUI_NAMES = (
     ("_embedder.mlp.0.", "_embedder.in_layer."),
@@ -206,7 +204,7 @@ def _single_out(source: str) -> list[Row]:
 
 def _config(source: Source) -> Config:
     """From `config.json`, else from shapes."""
-    fields = source.checkpoint.config()
+    fields = source.config_json()
     return _config_from_shapes(source) if fields is None else _config_from_json(source, fields)
 
 
@@ -272,10 +270,16 @@ def _config_from_shapes(source: Source) -> Config:
             pooled_dim=shape("embed/pooled_in/kernel")[1],
             image_dim=shape("embed/image_up/kernel")[1] if has("embed/image_up/kernel") else None,
             guidance=has("embed/guidance_in/kernel"),
-            rope_axes=source.given.get("rope_axes") or RELEASED.rope_axes,
+            rope_axes=source.given.get("rope_axes") or _known_axes(source, head_dim),
             context_kernels=tuple(k for k in CONTEXT_NAMES if has(f"embed/context_{k}/kernel")),
         )
     return _with_checked_axes(source, cfg)
+
+
+def _known_axes(source: Source, head_dim: int) -> tuple[int, ...]:
+    """Return the RoPE axes of the released model, or of the one that this one replaces if only its
+    heads are as wide."""
+    return (source.known_config(RELEASED, head_dim=head_dim) or RELEASED).rope_axes
 
 
 def _with_checked_axes(source: Source, cfg: Config) -> Config:
@@ -299,7 +303,6 @@ DIFFUSERS = Table(
     landmark="x_embedder.proj.weight",
     rows=_diffusers_rows,
     config=_config,
-    prefixes=PREFIXES,
 )
 TENCENT = Table(
     kind=KIND,
@@ -308,7 +311,6 @@ TENCENT = Table(
     rows=_tencent_rows,
     # The config.json that lies beside Tencent's files is another model's.
     config=_config_from_shapes,
-    prefixes=PREFIXES,
 )
 # What trainers that keep to Tencent's code make of FramePack.
 TENCENT_FRAMEPACK = dataclasses.replace(
@@ -323,7 +325,6 @@ COMFYUI = Table(
     landmark="txt_in.t_embedder.in_layer.weight",
     rows=_comfyui_rows,
     config=_config_from_shapes,
-    prefixes=PREFIXES,
 )
 # ComfyUI has no names for what FramePack adds: those of the release.
 COMFYUI_FRAMEPACK = dataclasses.replace(

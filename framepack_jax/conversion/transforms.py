@@ -91,6 +91,19 @@ class Swapped:
         return self.inner(swapped, targets)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pointwise:
+    """A linear layer that torch keeps as a convolution: matrices (out, in, 1, 1, 1)."""
+
+    inner: Linear
+
+    def source_shapes(self, targets: list[Shape], count: int) -> list[Shape]:
+        return [(*shape, 1, 1, 1) for shape in self.inner.source_shapes(targets, count)]
+
+    def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
+        return self.inner([source[..., 0, 0, 0] for source in sources], targets)
+
+
 class Conv:
     """A convolution: torch (out, in, *kernel) -> (*kernel, in, out)."""
 

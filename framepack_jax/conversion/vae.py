@@ -1,15 +1,18 @@
-"""Table of the causal 3-D VAE, in diffusers' naming, which Tencent's original shares behind `vae.`.
+"""Tables of the causal 3-D VAE: diffusers' naming, which is Tencent's, and ComfyUI's.
 
 Source: the state dict of diffusers' `AutoencoderKLHunyuanVideo` and of Tencent's
-`pytorch_model.pt`; the two differ in the names of their `config.json` alone.
+`pytorch_model.pt` (behind `vae.`), which differ in the names of their `config.json` alone; and of
+ComfyUI's `AutoencoderKL` (`comfy/ldm/modules/diffusionmodules/model.py` with `conv3d`), which
+numbers the blocks of the decoder from the finest, and keeps attention in 1x1x1 convolutions.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.readers import ConversionError, make_config, reading_shapes
-from framepack_jax.conversion.transforms import Conv, Row, each, kernel, linear, norm
+from framepack_jax.conversion.transforms import Conv, Pointwise, Row, each, kernel, linear, norm
 from framepack_jax.models.vae import Config
 
 SCALING_FACTOR = 0.476986
@@ -18,25 +21,84 @@ BLOCK_TYPES = {
     "HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D",
 }  # fmt: skip
 RELEASED = Config()
-Numbers = tuple[float, ...]
 
 
-def _rows(cfg: Config) -> list[Row]:
+def _diffusers_rows(cfg: Config) -> list[Row]:
+    return [
+        *_outer_rows("encoder.conv_norm_out", "decoder.conv_norm_out"),
+        *_resnet("encoder/down_{i}/resnet_{j}", "encoder.down_blocks.{i}.resnets.{j}"),
+        *_conv("encoder/down_{i}/downsample", "encoder.down_blocks.{i}.downsamplers.0.conv.conv"),
+        *_diffusers_middle("encoder"),
+        *_diffusers_middle("decoder"),
+        *_resnet("decoder/up_{i}/resnet_{j}", "decoder.up_blocks.{i}.resnets.{j}"),
+        *_conv("decoder/up_{i}/upsample", "decoder.up_blocks.{i}.upsamplers.0.conv.conv"),
+    ]
+
+
+def _diffusers_middle(half: str) -> list[Row]:
+    attention, mid = f"{half}/mid/attention", f"{half}.mid_block"
+    return [
+        *_resnet(f"{half}/mid/resnet_{{j}}", f"{mid}.resnets.{{j}}"),
+        *norm(f"{attention}/norm", f"{mid}.attentions.0.group_norm"),
+        *linear(f"{attention}/qkv", each(f"{mid}.attentions.0.to_*")),
+        *linear(f"{attention}/out", f"{mid}.attentions.0.to_out.0"),
+    ]
+
+
+def _comfyui_rows(cfg: Config) -> list[Row]:
+    return [
+        *_outer_rows("encoder.norm_out", "decoder.norm_out"),
+        *_comfyui_resnet("encoder/down_{i}/resnet_{j}", "encoder.down.{i}.block.{j}"),
+        *_conv("encoder/down_{i}/downsample", "encoder.down.{i}.downsample.conv.conv"),
+        *_comfyui_middle("encoder"),
+        *_comfyui_middle("decoder"),
+        *[row for i in range(len(cfg.channels)) for row in _comfyui_up(cfg, i)],
+    ]
+
+
+def _comfyui_up(cfg: Config, block: int) -> list[Row]:
+    up = f"decoder.up.{len(cfg.channels) - 1 - block}"
+    return [
+        *_comfyui_resnet(f"decoder/up_{block}/resnet_{{j}}", f"{up}.block.{{j}}"),
+        *_conv(f"decoder/up_{block}/upsample", f"{up}.upsample.conv.conv"),
+    ]
+
+
+def _comfyui_middle(half: str) -> list[Row]:
+    attention, mid = f"{half}/mid/attention", f"{half}.mid"
+    return [
+        *_comfyui_resnet(f"{half}/mid/resnet_0", f"{mid}.block_1"),
+        *_comfyui_resnet(f"{half}/mid/resnet_1", f"{mid}.block_2"),
+        *norm(f"{attention}/norm", f"{mid}.attn_1.norm"),
+        *_pointwise(f"{attention}/qkv", each(f"{mid}.attn_1.*")),
+        *_pointwise(f"{attention}/out", f"{mid}.attn_1.proj_out"),
+    ]
+
+
+def _comfyui_resnet(target: str, source: str) -> list[Row]:
+    return _resnet(target, source, shortcut="nin_shortcut")
+
+
+def _outer_rows(encoder_norm: str, decoder_norm: str) -> list[Row]:
     return [
         *_conv("encoder/conv_in", "encoder.conv_in.conv"),
-        *_resnets("encoder/down_{i}/resnet_{j}", "encoder.down_blocks.{i}.resnets.{j}"),
-        *_conv("encoder/down_{i}/downsample", "encoder.down_blocks.{i}.downsamplers.0.conv.conv"),
-        *_middle("encoder"),
-        *norm("encoder/norm_out", "encoder.conv_norm_out"),
+        *norm("encoder/norm_out", encoder_norm),
         *_conv("encoder/conv_out", "encoder.conv_out.conv"),
         *_conv("encoder/quant", "quant_conv"),
         *_conv("decoder/post_quant", "post_quant_conv"),
         *_conv("decoder/conv_in", "decoder.conv_in.conv"),
-        *_middle("decoder"),
-        *_resnets("decoder/up_{i}/resnet_{j}", "decoder.up_blocks.{i}.resnets.{j}"),
-        *_conv("decoder/up_{i}/upsample", "decoder.up_blocks.{i}.upsamplers.0.conv.conv"),
-        *norm("decoder/norm_out", "decoder.conv_norm_out"),
+        *norm("decoder/norm_out", decoder_norm),
         *_conv("decoder/conv_out", "decoder.conv_out.conv"),
+    ]
+
+
+def _resnet(target: str, source: str, shortcut: str = "conv_shortcut") -> list[Row]:
+    return [
+        *norm(f"{target}/norm1", f"{source}.norm1"),
+        *_conv(f"{target}/conv1", f"{source}.conv1.conv"),
+        *norm(f"{target}/norm2", f"{source}.norm2"),
+        *_conv(f"{target}/conv2", f"{source}.conv2.conv"),
+        *_conv(f"{target}/shortcut", f"{source}.{shortcut}.conv"),
     ]
 
 
@@ -44,28 +106,13 @@ def _conv(target: str, source: str) -> list[Row]:
     return kernel(target, source, Conv())
 
 
-def _resnets(target: str, source: str) -> list[Row]:
-    return [
-        *norm(f"{target}/norm1", f"{source}.norm1"),
-        *_conv(f"{target}/conv1", f"{source}.conv1.conv"),
-        *norm(f"{target}/norm2", f"{source}.norm2"),
-        *_conv(f"{target}/conv2", f"{source}.conv2.conv"),
-        *_conv(f"{target}/shortcut", f"{source}.conv_shortcut.conv"),
-    ]
-
-
-def _middle(half: str) -> list[Row]:
-    attention, mid = f"{half}/mid/attention", f"{half}.mid_block"
-    return [
-        *_resnets(f"{half}/mid/resnet_{{j}}", f"{mid}.resnets.{{j}}"),
-        *norm(f"{attention}/norm", f"{mid}.attentions.0.group_norm"),
-        *linear(f"{attention}/qkv", each(f"{mid}.attentions.0.to_*")),
-        *linear(f"{attention}/out", f"{mid}.attentions.0.to_out.0"),
-    ]
+def _pointwise(target: str, sources: str | tuple[str, ...]) -> list[Row]:
+    weight, bias = linear(target, sources)
+    return [dataclasses.replace(weight, transform=Pointwise(weight.transform)), bias]
 
 
 def _config(source: Source) -> Config:
-    fields = source.checkpoint.config()
+    fields = source.config_json()
     return _config_from_shapes(source) if fields is None else _config_from_json(source, fields)
 
 
@@ -104,23 +151,38 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
 
 
 def _config_from_shapes(source: Source) -> Config:
-    block = "encoder.down_blocks.{i}.resnets.0.conv2.conv.bias"
+    rows = source.table.rows(RELEASED)
+    tensor = {target: row.sources[0] for row in rows for target in row.targets}
+    block = tensor["encoder/down_{i}/resnet_{j}/conv2/bias"].replace("{j}", "0")
+    resnet = tensor["encoder/down_{i}/resnet_{j}/norm1/bias"].replace("{i}", "0")
     with reading_shapes(source.checkpoint.path):
         blocks = range(source.count(block))
         channels = tuple(source.shape(block.replace("{i}", str(i)))[0] for i in blocks)
-        if channels != RELEASED.channels:
-            raise ConversionError(
-                f"{source.checkpoint.path}: a VAE of widths {channels} needs its config.json beside"
-                " it, for shapes do not tell its norm groups and compression"
-            )
         return make_config(
             source.checkpoint.path,
             Config,
-            in_channels=source.shape("encoder.conv_in.conv.weight")[1],
-            out_channels=source.shape("decoder.conv_out.conv.bias")[0],
-            latent_channels=source.shape("post_quant_conv.bias")[0],
-            layers_per_block=source.count("encoder.down_blocks.0.resnets.{i}.norm1.bias"),
+            **dataclasses.asdict(_known(source, channels))
+            | {
+                "in_channels": source.shape("encoder.conv_in.conv.weight")[1],
+                "out_channels": source.shape("decoder.conv_out.conv.bias")[0],
+                "latent_channels": source.shape("post_quant_conv.bias")[0],
+                "layers_per_block": source.count(resnet.replace("{j}", "{i}")),
+            },
         )
+
+
+def _known(source: Source, channels: tuple[int, ...]) -> Config:
+    """Return the config of the released VAE, or of the one that this one replaces, whichever has
+    these widths. Raises ConversionError."""
+    if (known := source.known_config(RELEASED, channels=channels)) is None:
+        widths = ", ".join(map(str, channels))
+        raise ConversionError(
+            f"{source.checkpoint.path}: a VAE of widths {widths} is not the released one"
+            f" ({', '.join(map(str, RELEASED.channels))}); put its config.json beside it, for"
+            " shapes do not tell its norm groups and compression, or convert with --encoders-from a"
+            " bundle that has a VAE of these widths"
+        )
+    return known
 
 
 def latent_statistics(
@@ -149,9 +211,14 @@ def _leftovers(cfg: Config) -> tuple[str, ...]:
 TABLE = Table(
     kind="hunyuan_vae",
     what="HunyuanVideo VAE",
-    landmark="encoder.conv_in.conv.weight",
-    rows=_rows,
+    landmark="encoder.mid_block.resnets.0.conv1.conv.weight",
+    rows=_diffusers_rows,
     config=_config,
-    prefixes=("", "vae."),
     leftovers=_leftovers,
+)
+COMFYUI = dataclasses.replace(
+    TABLE,
+    what="HunyuanVideo VAE in ComfyUI's naming",
+    landmark="encoder.mid.block_1.conv1.conv.weight",
+    rows=_comfyui_rows,
 )

@@ -31,18 +31,15 @@ class Comparison:
 
 
 def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
-    """Role -> checkpoint of what both the bundle and `path` have: a diffusers pipeline, or the
-    checkpoint of one network. Raises ConversionError where there is nothing to compare."""
+    """Role -> checkpoint of what both the bundle and `path` have: a diffusers pipeline, or a
+    checkpoint of one network or several. Raises ConversionError where there is nothing to compare.
+    """
     if (path / "model_index.json").exists():
         held = readers.read_json(path / "model_index.json")
         found = {role: path / role for role in manifest.roles if any(held.get(role) or ())}
     else:
-        checkpoint = readers.open_checkpoint(path)
-        found = {
-            role: path
-            for role in manifest.roles
-            if any(t.prefix_in(checkpoint) is not None for t in tables.TABLES[role])
-        }
+        held = tables.networks(readers.open_checkpoint(path))
+        found = {role: path for role in manifest.roles if role in held}
     if not found:
         raise ConversionError(
             f"{path} holds none of the bundle's networks: {', '.join(manifest.roles)}"
@@ -50,11 +47,13 @@ def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
     return found
 
 
-def plan(path: Path, manifest: Manifest, role: str) -> Plan:
-    """The conversion that should have made a role of this checkpoint. Raises ConversionError, also
-    where it would have made a network of another config."""
+def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -> Plan:
+    """The conversion that should have made a role of this checkpoint; `prefix` as for
+    `tables.recognise`. Raises ConversionError, also where it would have made a network of another
+    config."""
     _, cfg = bundle.role_config(manifest, role)
-    source = tables.recognise(readers.open_checkpoint(path), role)
+    source = tables.recognise(readers.open_checkpoint(path), role, prefix)
+    source = dataclasses.replace(source, like=cfg)
     if role == "transformer":
         source = dataclasses.replace(source, given={"rope_axes": cfg.rope_axes})
         found = source.table.config(source)
