@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import jax
@@ -552,6 +554,21 @@ def damaged(tmp_path: Path, model) -> dict[str, tuple[Path, str]]:
     page.write_text("<html>not found</html>")
     pickled = tmp_path / "pickled.pt"
     torch.save({"x": Path("code")}, pickled)
+    misnamed = {}
+    for suffix, held in {
+        ".safetensors": b"", ".pt": b"", ".bin": b"Entry not found",
+        ".sft": b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>",
+        ".ckpt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 25750000000\n",
+        ".gguf": b"GGUF" + bytes(40), ".pth": whole.read_bytes(),
+    }.items():  # fmt: skip
+        misnamed[suffix] = tmp_path / f"misnamed{suffix}"
+        misnamed[suffix].write_bytes(held)
+    for name, zipped in (("new", True), ("old", False)):
+        misnamed[name] = tmp_path / f"{name}.safetensors"
+        torch.save(model.state_dict(), misnamed[name], _use_new_zipfile_serialization=zipped)
+    misnamed["zip"] = tmp_path / "zip.safetensors"
+    with zipfile.ZipFile(misnamed["zip"], "w") as archive:
+        archive.writestr("model.safetensors", b"")
     numbers = tmp_path / "numbers.pt"
     torch.save({"loss": 3.0}, numbers)
     cut_pt = tmp_path / "cut.pt"
@@ -567,10 +584,12 @@ def damaged(tmp_path: Path, model) -> dict[str, tuple[Path, str]]:
     several = write_folder(model, tmp_path / "several")
     (several / "other.safetensors").write_bytes(whole.read_bytes())
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / "__0_0.distcp").touch()
+    (tmp_path / "notes.txt").write_text("names")
     return {
         "cut": (cut, "no complete safetensors file"),
-        "page": (page, "no complete PyTorch checkpoint"),
+        "page": (page, "is a web page"),
         "pickled": (pickled, "plain tensors"),
         "numbers": (numbers, "no state dict"),
         "cut.pt": (cut_pt, "no complete PyTorch checkpoint"),
@@ -578,8 +597,19 @@ def damaged(tmp_path: Path, model) -> dict[str, tuple[Path, str]]:
         "lying": (lying, "do not hold: ghost"),
         "several": (several, "give the path of one file"),
         "empty": (tmp_path / "empty", "has no checkpoint"),
+        "dcp": (tmp_path / "dcp", "format_utils dcp_to_torch"),
         "absent": (tmp_path / "absent", "does not exist"),
         "notes": (tmp_path / "notes.txt", "is no checkpoint"),
+        "no bytes": (misnamed[".safetensors"], "is empty; download it again"),
+        "no bytes.pt": (misnamed[".pt"], "is empty; download it again"),
+        "answer": (misnamed[".bin"], "is a text file, .* begins 'Entry not found'"),
+        "sign in": (misnamed[".sft"], "is a web page"),
+        "pointer": (misnamed[".ckpt"], "is a Git LFS pointer to 25,750.0 MB, .*git lfs pull"),
+        "gguf": (misnamed[".gguf"], "is a GGUF file"),
+        "safetensors.pth": (misnamed[".pth"], r"is a safetensors file .* end in \.safetensors"),
+        "new.pt": (misnamed["new"], r"is a PyTorch file .* end in \.pt"),
+        "old.pt": (misnamed["old"], r"is a PyTorch file .* end in \.pt"),
+        "zip": (misnamed["zip"], "is a zip archive; unpack it"),
     }
 
 
@@ -590,8 +620,25 @@ def test_bad_files_are_named(base, tmp_path) -> None:
         assert str(path) in str(error.value), name
 
 
+@pytest.mark.golden
+def test_a_tokenizer_that_is_a_pointer_is_named(golden, framepack, tmp_path) -> None:
+    """Before the bundle is written, and not when it is sampled from."""
+    shutil.copytree(
+        golden / "diffusers_pipeline" / "pipeline" / "tokenizer", tmp_path / "tokenizer"
+    )
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 9100000\n"
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(pointer)
+    flags = Convert(
+        output=str(tmp_path / "out"), transformer=write_folder(framepack, tmp_path / "model"),
+        tokenizer=tmp_path / "tokenizer",
+    )  # fmt: skip
+    with pytest.raises(ConversionError, match=r"tokenizer\.json is a Git LFS pointer to 9\.1 MB"):
+        convert(flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_pt_without_torch_names_the_extra(tmp_path, monkeypatch) -> None:
-    (tmp_path / "x.pt").touch()
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConversionError, match=r"pip install 'framepack-jax\[torch\]'"):
         readers.open_checkpoint(tmp_path / "x.pt")

@@ -1,11 +1,13 @@
 """Tokenizer and image-processor files of the transformers library: found and copied as they are."""
 
 from pathlib import Path
+from typing import TypeVar
 
 from etils import epath
 
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.formats import ConversionError, check_contents
 
+AnyPath = TypeVar("AnyPath", Path, epath.Path)
 # Role of the network -> folder of its files in a bundle.
 FOLDERS = {
     "text_encoder": "tokenizer",
@@ -36,6 +38,8 @@ def find(role: str, model: Path | None, given: Path | None) -> Path:
     candidates = [given] if given else _candidates(name, model)
     for folder in candidates:
         if (folder / MARKERS[name]).exists():
+            for file in _files_in(folder, name):
+                check_contents(file)
             return folder
     raise ConversionError(
         f"no {MARKERS[name]} in {' or '.join(map(str, candidates))}; give the folder of the"
@@ -52,6 +56,11 @@ def copy(name: str, source: epath.PathLike, bundle: epath.Path) -> None:
     """Copy the files of `name` ("tokenizer", ...) into the bundle."""
     source, target = epath.Path(source), bundle / name
     target.mkdir(parents=True, exist_ok=True)
-    for file in (MARKERS[name],) if name == "image_processor" else TOKENIZER_FILES:
-        if (source / file).exists():
-            (source / file).copy(target / file, overwrite=True)
+    for file in _files_in(source, name):
+        file.copy(target / file.name, overwrite=True)
+
+
+def _files_in(folder: AnyPath, name: str) -> list[AnyPath]:
+    """Return the files of `name` that a folder has."""
+    files = (MARKERS[name],) if name == "image_processor" else TOKENIZER_FILES
+    return [folder / file for file in files if (folder / file).exists()]

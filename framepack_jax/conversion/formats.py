@@ -6,6 +6,7 @@ places and the checksums of all that is not weights are checked here, for torch 
 """
 
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,14 @@ import safetensors
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# Bytes at the start of a file that tell what it is.
+HEAD = 512
+ZIP_MAGIC, GZIP_MAGIC, GGUF_MAGIC = b"PK\x03\x04", b"\x1f\x8b", b"GGUF"
+# A pickle of protocol 2 and up: PyTorch's files before they were zip archives.
+PICKLE = re.compile(rb"\x80[\x02-\x05]")
+LFS_POINTER = re.compile(rb"version https://git-lfs\S+\n(.*\n)*?size (?P<size>\d+)")
+WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|\?xml)", re.IGNORECASE)
+TEXT = re.compile(r"[^\x00-\x08\x0e-\x1f\x7f]{9,}")
 # Dicts in dicts that are looked into for tensors.
 MAX_DEPTH = 8
 SAFETENSORS_DTYPES = {
@@ -53,11 +62,87 @@ class Entry(NamedTuple):
 def entries_of(file: Path) -> dict[str, Entry]:
     """Return the tensors of one file by name; those of nested dicts have names with dots. Raises
     ConversionError."""
+    check_contents(file)
     if file.suffix in SAFETENSORS_SUFFIXES:
         return _safetensors_entries(file)
     if file.suffix in TORCH_SUFFIXES:
         return _torch_entries(file)
-    raise ConversionError(f"{file} is no checkpoint; expected {SAFETENSORS_SUFFIXES + TORCH_SUFFIXES}")
+    raise ConversionError(f"{file} is no checkpoint; expected {_suffixes()}")
+
+
+def _suffixes() -> str:
+    return f"{' or '.join(SAFETENSORS_SUFFIXES)}, or {', '.join(TORCH_SUFFIXES)}"
+
+
+def check_contents(file: Path) -> None:
+    """Raise ConversionError if a file's first bytes are those of something else than its name says,
+    or of what stands in place of a file."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(HEAD)
+    except OSError as error:
+        raise ConversionError(f"{file} cannot be read ({error.strerror})") from error
+    said = _not_a_file(head)
+    if not said and file.suffix in (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, ".gguf"):
+        said = _not_its_format(file, head)
+    if said:
+        raise ConversionError(f"{file} {said}")
+
+
+def _not_a_file(head: bytes) -> str | None:
+    """Return what stands in place of a file, and what to do, by its first bytes."""
+    if not head:
+        return "is empty; download it again"
+    if pointer := LFS_POINTER.match(head):
+        return (
+            f"is a Git LFS pointer to {int(pointer['size']) / 1e6:,.1f} MB, not the file: run"
+            " `git lfs pull` in its repository, or download the file itself"
+        )
+    if WEB_PAGE.match(head):
+        return (
+            "is a web page: download the file itself (on the Hugging Face hub its address has"
+            " /resolve/ in place of /blob/)"
+        )
+    return None
+
+
+def _not_its_format(file: Path, head: bytes) -> str | None:
+    """Return what a file of weights is, and what to do, if its suffix promises something else."""
+    if head.startswith(GGUF_MAGIC):
+        return f"is a GGUF file, which is not read; take the same weights in {_suffixes()}"
+    if head.startswith(GZIP_MAGIC):
+        return f"is a gzip archive; unpack it and give the {_suffixes()} file in it"
+    if text := _text(head):
+        return f"is a text file, not weights; it begins {text!r}. Download it again"
+    if _begins_safetensors(file, head):
+        if file.suffix in TORCH_SUFFIXES:
+            return "is a safetensors file with another suffix; rename it to end in .safetensors"
+    elif file.suffix in SAFETENSORS_SUFFIXES and _begins_torch(file, head):
+        return "is a PyTorch file with another suffix; rename it to end in .pt"
+    elif file.suffix in SAFETENSORS_SUFFIXES and head.startswith(ZIP_MAGIC):
+        return f"is a zip archive; unpack it and give the {_suffixes()} file in it"
+    return None
+
+
+def _begins_safetensors(file: Path, head: bytes) -> bool:
+    length = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and length <= file.stat().st_size - 8
+
+
+def _begins_torch(file: Path, head: bytes) -> bool:
+    if not head.startswith(ZIP_MAGIC):
+        return bool(PICKLE.match(head))
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return b"/data.pkl" in head
+
+
+def _text(head: bytes) -> str | None:
+    """Return the first line of a text, None for binary data."""
+    text = head.decode(errors="ignore")
+    return text.strip().split("\n")[0][:60] if TEXT.fullmatch(text) else None
 
 
 def load_torch(file: Path) -> Any:

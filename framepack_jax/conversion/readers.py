@@ -146,6 +146,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises ConversionError where the file holds anything else."""
+    formats.check_contents(file)
     try:
         fields = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -222,6 +223,11 @@ def _files_of(folder: Path) -> list[Path]:
                 f"{folder} has several checkpoints and no index:"
                 f" {', '.join(file.name for file in files[:4])}; give the path of one file"
             )
+    if any(folder.glob("*.distcp")):
+        raise ConversionError(
+            f"{folder} is a checkpoint of torch.distributed; make one file of it with: python -m"
+            f" torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
+        )
     raise ConversionError(
         f"{folder} has no checkpoint; expected *.safetensors, with *.safetensors.index.json where"
         f" it is sharded, or one of {', '.join('*' + suffix for suffix in formats.TORCH_SUFFIXES)}"
