@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from framepack_jax import bundle
 from framepack_jax.commands.convert import Convert, convert, main
+from framepack_jax.commands.records import path_of
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import engine, inspect, readers, tables, transformer
 from framepack_jax.conversion.readers import ConversionError
@@ -949,6 +950,27 @@ def test_a_base_model_is_said_to_be_no_framepack_model(base, tmp_path, capsys) -
     main(["--transformer", str(path), "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "no FramePack model" in said and "still without vae, text_encoder" in said
+
+
+@pytest.mark.golden
+def test_bundles_of_the_package_go_by_their_names(golden, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["--inspect", "random"])
+    assert "hunyuan_vae, 0.2 M, bf16" in capsys.readouterr().out
+    main(["--export", "vae.safetensors", "--bundle", "random", "--role", "vae"])
+    # Its config is the bundle's: the file is one of its widths.
+    main(["--verify", "vae.safetensors", "random"])
+    assert "differs" not in capsys.readouterr().out
+    flags = ["--transformer", str(golden / "transformer"), "--output", "out", "--encoders-from"]
+    main([*flags, "random"])
+    manifest = bundle.read_manifest("out")
+    bundle.check_present("out")
+    assert (
+        manifest.roles["vae"].source == bundle.read_manifest(path_of("random")).roles["vae"].source
+    )
+    with pytest.raises(SystemExit, match="framepack_f1: the parameters of vae are missing"):
+        main([*flags, "framepack_f1", "--overwrite"])
+    assert bundle.read_manifest("out") == manifest
 
 
 def test_help_explains_every_flag(capsys) -> None:

@@ -61,7 +61,8 @@ class Convert:
     Networks come from a diffusers pipeline folder, from single files or folders, or stay in
     another bundle that the new one points to. All of them are checked before the first byte is
     written. A path may also name a repository of the Hugging Face hub, as owner/name or
-    owner/name/folder; what is fetched stays in the hub's cache.
+    owner/name/folder; what is fetched stays in the hub's cache. A bundle is a folder, or one of
+    this package by its name (tiny, random).
     """
 
     output: str | None = None
@@ -227,6 +228,8 @@ def convert(flags: Convert) -> Manifest:
     _check_output(flags, output)
     flags, origins = _fetched(flags)
     paths = _paths(flags)
+    if shared:
+        bundle.check_present(flags.encoders_from, [r for r in shared.roles if r not in paths])
     _check_apart(flags, output, paths, shared)
     flags, order = _scheduled(flags, origins.get("transformer"), paths, shared)
     plans = _plans(flags, paths, shared)
