@@ -298,8 +298,8 @@ def _where(name: str, role: Role) -> str:
     how = [source["naming"], source["format"]]
     if prefix := source.get("prefix"):
         how.append(f"prefix {prefix} taken off")
-    if count := source.get("left_out"):
-        how.append(f"{count:,} tensors of no known network left out")
+    if unknown := source.get("left_out"):
+        how.append(f"{unknown} left out")
     return f"{source['bytes'] / 1e6:,.1f} MB from {source['name']} ({'; '.join(how)})"
 
 
@@ -380,7 +380,7 @@ def _paths(flags: Convert) -> dict[str, Path]:
 
 def _pipeline_paths(pipeline: Path) -> dict[str, Path]:
     """Return where each role of a pipeline is: a folder of it, or the file that holds them all."""
-    if pipeline.is_file():
+    if not pipeline.is_dir():
         if held := tables.networks(readers.open_checkpoint(pipeline)):
             return dict.fromkeys(held, pipeline)
         raise ConversionError(
@@ -535,7 +535,7 @@ def _role(name: str, plans: dict[str, engine.Plan], origin: str | None) -> Role:
     source = {**plan.source.checkpoint.source(), "naming": plan.source.table.what}
     more = {
         "prefix": plan.source.prefix,
-        "left_out": plan.source.left_out(),
+        "left_out": engine.few(plan.source.left_out()),
         "also_holds": _not_taken(plan.source.checkpoint, plans),
     }
     source |= {field: value for field, value in more.items() if value}

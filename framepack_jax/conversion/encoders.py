@@ -2,7 +2,8 @@
 
 Source: the state dicts of transformers' `LlamaModel`, `CLIPTextModel` and `SiglipVisionModel`, bare
 or inside the models that wrap them (LLaVA, whole CLIP, whole SigLIP). What `config.json` leaves out
-is filled in by transformers; a checkpoint without one must have the width of the released model.
+is filled in by transformers; a checkpoint without one must have the width of the released model, or
+of the one that it replaces.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ def _llama_config(source: Source) -> llama.Config:
         with reading_shapes(source.checkpoint.path):
             vocabulary, width = source.shape("embed_tokens.weight")
             keys = source.shape("layers.{i}.self_attn.k_proj.weight")[0]
-            known = _known(source, llama.Config(), width)
+            known = source.known_config(llama.Config(), "width", width)
             return _sized(
                 source,
                 known,
@@ -125,7 +126,7 @@ def _clip_config(source: Source) -> clip.Config:
             vocabulary, width = source.shape("embeddings.token_embedding.weight")
             return _sized(
                 source,
-                _known(source, clip.Config(), width),
+                source.known_config(clip.Config(), "width", width),
                 vocab_size=vocabulary,
                 max_tokens=source.shape("embeddings.position_embedding.weight")[0],
                 layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
@@ -162,7 +163,7 @@ def _siglip_config(source: Source) -> siglip.Config:
             width, _, patch_size, _ = source.shape("embeddings.patch_embedding.weight")
             return _sized(
                 source,
-                _known(source, siglip.Config(), width),
+                source.known_config(siglip.Config(), "width", width),
                 patch_size=patch_size,
                 layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
                 mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
@@ -220,17 +221,6 @@ def _transformers_config(source: Source, part: str, model_type: str) -> Any | No
 
 def _config(source: Source, config_class: type, **values: Any) -> Any:
     return make_config(source.checkpoint.folder / "config.json", config_class, **values)
-
-
-def _known(source: Source, released: Any, width: int) -> Any:
-    """Return the config of the released model, or of the network that this one replaces, whichever
-    has this width. Raises ConversionError."""
-    if (known := source.known_config(released, width=width)) is None:
-        raise ConversionError(
-            f"{source.checkpoint.path}: a {source.table.what} of width {width} needs its"
-            f" config.json beside it; only that of width {released.width} is known without"
-        )
-    return known
 
 
 def _sized(source: Source, known: Any, **sizes: int) -> Any:

@@ -104,15 +104,20 @@ class Source:
         names = self.checkpoint.names()
         return (n for n in names if n.startswith(self.prefix) and not n.startswith(inner))
 
-    def left_out(self) -> int:
-        """Return the number of tensors that are no network's."""
-        return sum(not name.startswith(self.others) for name in self.checkpoint.names())
+    def left_out(self) -> list[str]:
+        """Return the names of the checkpoint's tensors that are no network's."""
+        return [name for name in self.checkpoint.names() if not name.startswith(self.others)]
 
-    def known_config(self, released: Any, **sizes: Any) -> Any | None:
-        """Return the released model's Config or `like`, the first that has these sizes, or None."""
-        candidates = (cfg for cfg in (released, self.like) if cfg is not None)
-        return next(
-            (cfg for cfg in candidates if all(getattr(cfg, n) == v for n, v in sizes.items())), None
+    def known_config(self, released: Any, name: str, size: Any) -> Any:
+        """Return the released model's Config or `like`, the first whose field `name` is `size`.
+        Raises ConversionError."""
+        for cfg in (released, self.like):
+            if cfg is not None and getattr(cfg, name) == size:
+                return cfg
+        raise ConversionError(
+            f"{self.checkpoint.path}: a {self.table.what} of {name} {size} needs its config.json"
+            " beside it, in a file of its own, or --encoders-from a bundle that has one of this"
+            f" {name}; only that of {name} {getattr(released, name)} is known without"
         )
 
     def has(self, name: str) -> bool:
@@ -429,8 +434,13 @@ def _listed(what: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if not names:
         return []
+    return [f"{what} ({len(names)}): {few(names)}"]
+
+
+def few(names: list[str]) -> str:
+    """Return the first names of a list, and how many there are more."""
     rest = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return [f"{what} ({len(names)}): {', '.join([*names[:SHOWN], *rest])}"]
+    return ", ".join([*names[:SHOWN], *rest])
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

@@ -5,6 +5,7 @@ file is a ConversionError: safetensors checks its own header, and of PyTorch's z
 places and the checksums of all that is not weights are checked here, for torch does not.
 """
 
+import itertools
 import json
 import re
 import struct
@@ -59,12 +60,13 @@ class Entry(NamedTuple):
     stored: str | None = None
 
 
-def entries_of(file: Path) -> dict[str, Entry]:
-    """Return the tensors of one file by name; those of nested dicts have names with dots. Raises
+def entries_of(file: Path) -> tuple[dict[str, Entry], str]:
+    """Return the tensors of one file by name, and a few words on the dict that they are in, "" if
+    that is the file itself. Names of tensors in several dicts begin with the keys of those. Raises
     ConversionError."""
     check_contents(file)
     if file.suffix in SAFETENSORS_SUFFIXES:
-        return _safetensors_entries(file)
+        return _safetensors_entries(file), ""
     if file.suffix in TORCH_SUFFIXES:
         return _torch_entries(file)
     raise ConversionError(f"{file} is no checkpoint; expected {_suffixes()}")
@@ -195,7 +197,7 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
     return {name: entry(name, *kind) for name, kind in kinds.items()}
 
 
-def _torch_entries(file: Path) -> dict[str, Entry]:
+def _torch_entries(file: Path) -> tuple[dict[str, Entry], str]:
     stored = load_torch(file)
     import torch
 
@@ -203,22 +205,25 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return Entry(tuple(tensor.shape), dtype, lambda: to_numpy(tensor))
 
-    entries = {name: entry(leaf) for name, leaf in _leaves(stored) if torch.is_tensor(leaf)}
-    if not entries:
+    leaves = {path: leaf for path, leaf in _leaves(stored) if torch.is_tensor(leaf)}
+    if not leaves:
         raise ConversionError(
             f"{file} holds no state dict; expected a dict of tensors by name, bare or in other"
             " dicts, as torch.save(model.state_dict(), ...) writes it"
         )
-    return entries
+    keys = zip(*(path[:-1] for path in leaves), strict=False)
+    common = [key for key, *_ in itertools.takewhile(lambda each: len(set(each)) == 1, keys)]
+    entries = {".".join(path[len(common) :]): entry(leaf) for path, leaf in leaves.items()}
+    return entries, f"its dict {'.'.join(common)!r}" if common else ""
 
 
-def _leaves(stored: Any, depth: int = MAX_DEPTH) -> Iterator[tuple[str, Any]]:
-    """Yield what dicts in dicts hold, with the keys on the way joined by dots."""
+def _leaves(stored: Any, depth: int = MAX_DEPTH) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield what dicts in dicts hold, each with the keys on the way to it."""
     if not isinstance(stored, dict) or not depth:
         return
     for key, value in stored.items():
-        inner = [(f"{key}.{name}", leaf) for name, leaf in _leaves(value, depth - 1)]
-        yield from inner or [(str(key), value)]
+        inner = [((str(key), *path), leaf) for path, leaf in _leaves(value, depth - 1)]
+        yield from inner or [((str(key),), value)]
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

@@ -130,8 +130,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ConversionError(f"{path} does not exist; expected a checkpoint file or its folder")
     files = _files_of(path) if path.is_dir() else [path]
     entries: dict[str, Entry] = {}
+    notes: list[str] = []
     for file in files:
-        for name, entry in formats.entries_of(file).items():
+        held, note = formats.entries_of(file)
+        notes += [note] if note not in ("", *notes) else []
+        for name, entry in held.items():
             # A second tensor of one name has no place in a model: under a name of its own it is
             # reported with all else that does not fit.
             entries[f"{name} (again, in {file.name})" if name in entries else name] = entry
@@ -141,7 +144,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ConversionError(f"{path} holds no tensors; expected the weights of one model")
     entries, unwrapped = _unwrap(entries)
     entries, unpacked = float8.unpack(path, files, entries)
-    return Checkpoint(path, files, entries, [note for note in (unwrapped, unpacked) if note])
+    notes += [note for note in (unwrapped, unpacked) if note]
+    return Checkpoint(path, files, entries, notes)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -277,9 +277,10 @@ def _config_from_shapes(source: Source) -> Config:
 
 
 def _known_axes(source: Source, head_dim: int) -> tuple[int, ...]:
-    """Return the RoPE axes of the released model, or of the one that this one replaces if only its
-    heads are as wide."""
-    return (source.known_config(RELEASED, head_dim=head_dim) or RELEASED).rope_axes
+    """Return the RoPE axes of the model that this one replaces if heads of this width are its and
+    not the released model's, else those of the released model."""
+    replaces = source.like is not None and source.like.head_dim == head_dim != RELEASED.head_dim
+    return (source.like if replaces else RELEASED).rope_axes
 
 
 def _with_checked_axes(source: Source, cfg: Config) -> Config:

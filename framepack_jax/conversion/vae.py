@@ -161,7 +161,7 @@ def _config_from_shapes(source: Source) -> Config:
         return make_config(
             source.checkpoint.path,
             Config,
-            **dataclasses.asdict(_known(source, channels))
+            **dataclasses.asdict(source.known_config(RELEASED, "channels", channels))
             | {
                 "in_channels": source.shape("encoder.conv_in.conv.weight")[1],
                 "out_channels": source.shape("decoder.conv_out.conv.bias")[0],
@@ -169,20 +169,6 @@ def _config_from_shapes(source: Source) -> Config:
                 "layers_per_block": source.count(resnet.replace("{j}", "{i}")),
             },
         )
-
-
-def _known(source: Source, channels: tuple[int, ...]) -> Config:
-    """Return the config of the released VAE, or of the one that this one replaces, whichever has
-    these widths. Raises ConversionError."""
-    if (known := source.known_config(RELEASED, channels=channels)) is None:
-        widths = ", ".join(map(str, channels))
-        raise ConversionError(
-            f"{source.checkpoint.path}: a VAE of widths {widths} is not the released one"
-            f" ({', '.join(map(str, RELEASED.channels))}); put its config.json beside it, for"
-            " shapes do not tell its norm groups and compression, or convert with --encoders-from a"
-            " bundle that has a VAE of these widths"
-        )
-    return known
 
 
 def latent_statistics(
