@@ -243,7 +243,7 @@ def test_comfyuis_vae_holds_what_diffusers_does(tmp_path) -> None:
     }.items():
         assert shapes[name] == shape
     file = write(renamed, tmp_path / "comfyui" / "vae.safetensors", "first_stage_model.")
-    with pytest.raises(ConversionError, match=r"of channels \(4, 8, 8\) needs its config\.json"):
+    with pytest.raises(ConversionError, match=r"with channels \(4, 8, 8\) needs its config\.json"):
         plan_of(file, "vae")
     model.save_config(file.parent)
     plan, expected = plan_of(file, "vae"), plan_of(tmp_path / "diffusers", "vae")

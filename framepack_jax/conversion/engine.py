@@ -115,9 +115,10 @@ class Source:
             if cfg is not None and getattr(cfg, name) == size:
                 return cfg
         raise ConversionError(
-            f"{self.checkpoint.path}: a {self.table.what} of {name} {size} needs its config.json"
-            " beside it, in a file of its own, or --encoders-from a bundle that has one of this"
-            f" {name}; only that of {name} {getattr(released, name)} is known without"
+            f"{self.checkpoint.path}: a {self.table.what} with {name} {size} needs its"
+            " config.json beside it, in a file of its own, or --encoders-from a bundle that has one"
+            f" with the same {name}; without, only one with {name} {getattr(released, name)} is"
+            " known"
         )
 
     def has(self, name: str) -> bool:
