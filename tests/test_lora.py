@@ -17,11 +17,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from diffusers import HunyuanVideoFramepackTransformer3DModel
+from diffusers import HunyuanVideoFramepackPipeline, HunyuanVideoFramepackTransformer3DModel
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from framepack_jax import lora, sharding
@@ -165,6 +166,11 @@ def few(made: lora.LoRA, stack_name: str) -> lora.LoRA:
 def changes(made: lora.LoRA) -> Tensors:
     """What each kernel is changed by."""
     return {p: np.tensordot(np.float64(f.a) * f.scale, f.b, 1) for p, f in made.items()}
+
+
+def scaled_into_b(factors: Factors) -> Factors:
+    b = lora.scaled(factors).astype(factors.b.dtype)
+    return Factors(factors.a, b, np.ones_like(factors.scale))
 
 
 def assert_same_lora(made: lora.LoRA, expected: lora.LoRA) -> None:
@@ -550,7 +556,36 @@ def onetrainer(tensors: Tensors) -> Tensors:
     }
 
 
-@pytest.mark.parametrize("spell", [pipeline_keys, peft_keys, default_adapter, musubi, onetrainer])
+def dots_for_underscores(tensors: Tensors) -> Tensors:
+    """As musubi-tuner's converter spells FramePack's modules."""
+    return {
+        f"diffusion_model.{module.replace('_', '.')}.{factor}": x
+        for name, x in tensors.items()
+        for module, factor in [re.fullmatch(r"(.*)\.(lora_\w\.weight)", name).groups()]
+    }
+
+
+def half_of_the_dots(tensors: Tensors) -> Tensors:
+    """As the wrapper of FramePack for ComfyUI mends such names."""
+    return {
+        name.replace("single.transformer.blocks", "single_transformer_blocks").replace(
+            "to.out", "to_out"
+        ): x
+        for name, x in dots_for_underscores(tensors).items()
+    }
+
+
+def underscores_behind_prefixes(tensors: Tensors) -> Tensors:
+    return {f"base_model.model.{name}": x for name, x in musubi(tensors).items()}
+
+
+SPELLINGS = [
+    pipeline_keys, peft_keys, default_adapter, musubi, onetrainer,
+    dots_for_underscores, half_of_the_dots, underscores_behind_prefixes,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
 def test_the_same_under_every_prefix(spell, peft, model, tmp_path) -> None:
     file, _ = peft
     tensors = load_file(file)
@@ -600,6 +635,11 @@ def test_parts_of_a_file_and_what_is_not_of_the_network(peft, model, tmp_path) -
     ((path, (a, b, _)),) = read.lora.items()
     assert path == "double/00/img_qkv/kernel" and a.shape == (16, 4)
     assert b[:, 2].any() and not b[:, :2].any()
+    assert "50% of the LoRA does not apply: 1 of its 2 modules" in read.warning()
+    for i in range(5):
+        tensors[f"text_encoder.{i}.lora_A.weight"] = np.ones((2, 2), np.float32)
+    save_file(tensors, tmp_path / "most.safetensors")
+    assert files.read(tmp_path / "most.safetensors", model[0]).warning() is None
 
 
 # Files that are refused
@@ -743,13 +783,15 @@ def test_diffusers_loads_what_is_written(peft, module, model, inputs, tmp_path) 
     adapted = copy.deepcopy(module)
     adapted.load_lora_adapter(tmp_path / "out", weight_name="x.safetensors")
     assert relative_error(torch_velocity(adapted, inputs), theirs) < 1e-6
-    # Every bit of every tensor, and nothing else in the folder.
+    # Every bit of the down factors, the others with the scale in them, and no other file.
     written = load_file(tmp_path / "out" / "x.safetensors")
     expected = pipeline_keys(load_file(file))
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
-        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
-    assert_same_lora(files.read(tmp_path / "out" / "x.safetensors", cfg).lora, read)
+        if ".lora_A." in name:
+            np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    again = files.read(tmp_path / "out" / "x.safetensors", cfg).lora
+    assert_same_lora(again, {path: scaled_into_b(factors) for path, factors in read.items()})
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.safetensors"]
 
 
@@ -809,8 +851,8 @@ def test_comfyui_finds_its_modules_in_what_is_written(original, tmp_path) -> Non
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("naming", files.NAMINGS)
 def test_trained_factors_go_out_and_in(naming: str, dtype, model, tmp_path) -> None:
-    """The change is the same to the last bit of the factors; ranks grow where kernels are parts of
-    one matrix there."""
+    """The change is the same to the last bit of the factors, here at a scale of 1/2; ranks grow
+    where kernels are parts of one matrix there."""
     cfg, _ = model
     made = {
         path: Factors(f.a.astype(dtype), f.b.astype(dtype), f.scale)
@@ -818,7 +860,89 @@ def test_trained_factors_go_out_and_in(naming: str, dtype, model, tmp_path) -> N
     }
     files.write(tmp_path / "x.safetensors", made, cfg, naming)
     read = files.read(tmp_path / "x.safetensors", cfg).lora
+    if files.NAMINGS[naming].alpha is None:
+        made = {path: scaled_into_b(factors) for path, factors in made.items()}
     assert_same_lora(read, made)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("naming", files.NAMINGS)
+def test_no_scale_is_lost(naming: str, dtype, model, tmp_path) -> None:
+    """A reader that takes alpha tensors and knows no other alpha finds the whole change, also of a
+    LoRA whose modules have ranks and scales of their own, none of them a power of two."""
+    cfg, _ = model
+    random = np.random.default_rng(3)
+    made = {
+        path: Factors(f.a.astype(dtype), f.b.astype(dtype), f.scale * random.uniform(0.01, 3))
+        for path, f in random_lora(cfg, 18, ranks=(1, 2, 5)).items()
+    }
+    file = tmp_path / "x.safetensors"
+    files.write(file, made, cfg, naming)
+    for path, change in changes(files.read(file, cfg).lora).items():
+        assert relative_error(change, changes(made)[path]) < 1e-6, path
+    tensors = load_file(file)
+    spelling = files.NAMINGS[naming]
+    if spelling.alpha is None:
+        # The same again without the header.
+        save_file(tensors, tmp_path / "bare.safetensors")
+        bare = files.read(tmp_path / "bare.safetensors", cfg).lora
+        assert_same_lora(bare, files.read(file, cfg).lora)
+        assert {s for f in bare.values() for s in f.scale} == {1.0}
+    else:
+        assert {x.shape for n, x in tensors.items() if n.endswith(".alpha")} == {()}
+    downs = [x for n, x in tensors.items() if "lora_A" in n or "lora_down" in n]
+    assert (len({len(x) for x in downs}) == 1) == spelling.one_rank
+
+
+def test_diffusers_and_peft_agree_with_us(module, model, arguments, inputs, tmp_path) -> None:
+    """On a LoRA of many ranks and alphas: diffusers' pipeline by the header, its model from a dict
+    of tensors without one, PEFT by the header, and our reader."""
+    cfg, params = model
+    made = random_lora(cfg, 19, ranks=(1, 2, 5), share=0.8)
+    made = {p: f._replace(scale=f.scale * (0.1 + 0.2 * i)) for i, (p, f) in enumerate(made.items())}
+    file = tmp_path / "x.safetensors"
+    files.write(file, made, cfg)
+    leaves = stack.split(jax.device_get(params), packed_dit.STACKS)
+    for path, change in changes(files.read(file, cfg).lora).items():
+        leaves[path] = leaves[path] + np.float32(change)
+    ours = velocity(cfg, stack.join(leaves, packed_dit.STACKS, np.stack), *arguments)
+    assert relative_error(ours, torch_velocity(module, inputs)) > 0.05
+    tensors, metadata = HunyuanVideoFramepackPipeline.lora_state_dict(
+        file, return_lora_metadata=True
+    )
+    for header in (metadata, None):
+        adapted = copy.deepcopy(module)
+        HunyuanVideoFramepackPipeline.load_lora_into_transformer(tensors, adapted, metadata=header)
+        assert relative_error(ours, torch_velocity(adapted, inputs)) < PARITY
+    config = LoraConfig(**{k.removeprefix("transformer."): v for k, v in metadata.items()})
+    by_peft = get_peft_model(copy.deepcopy(module), config)
+    set_peft_model_state_dict(
+        by_peft, {n.replace("transformer.", "base_model.model.", 1): x for n, x in tensors.items()}
+    )
+    assert relative_error(ours, torch_velocity(by_peft, inputs)) < PARITY
+
+
+def test_the_header_says_where_a_lora_comes_from(model, tmp_path) -> None:
+    """What is given, and what the file that was converted has; hashes of its tensors do not hold
+    any more."""
+    cfg, _ = model
+    about = {"ss_steps": "7", "modelspec.title": "dance", "sshs_model_hash": "1"}
+    made = random_lora(cfg, 20, share=0.2)
+    files.write(tmp_path / "x.safetensors", made, cfg, "diffusers", about)
+    again = files.about(tmp_path / "x.safetensors")
+    files.write(tmp_path / "y.safetensors", made, cfg, "kohya", again)
+    with safe_open(tmp_path / "y.safetensors", "np") as file:
+        assert file.metadata() == {
+            "format": "pt", "ss_steps": "7", "modelspec.title": "dance",
+        }  # fmt: skip
+
+
+def test_files_have_the_mode_of_their_neighbours(model, tmp_path) -> None:
+    cfg, _ = model
+    (tmp_path / "neighbour").touch()
+    files.write(tmp_path / "x.safetensors", random_lora(cfg, 21, share=0.2), cfg)
+    modes = [path.stat().st_mode for path in tmp_path.iterdir()]
+    assert modes[0] == modes[1]
 
 
 @settings(deadline=None, max_examples=40)
@@ -878,16 +1002,16 @@ def test_what_cannot_be_written(model, tmp_path, monkeypatch) -> None:
     base = dataclasses.replace(cfg, context_kernels=())
     with pytest.raises(ConversionError, match=r"3 of .* not of this network: embed/context_k1"):
         files.write(tmp_path / "x.safetensors", made, base)
-    with pytest.raises(ConversionError, match=r"expected diffusers, kohya.*, comfyui"):
+    with pytest.raises(ConversionError, match=r"expected diffusers, original, .*, comfyui"):
         files.write(tmp_path / "x.safetensors", made, cfg, "comfy")
     with pytest.raises(ConversionError, match="safetensors"):
         files.write(tmp_path / "x.pt", made, cfg)
 
-    def full(tensors, path, metadata) -> None:
-        Path(path).write_bytes(b"half")
+    def full(file, *args, **kwargs) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(files, "stream_safetensors", full)
     with pytest.raises(OSError, match="No space"):
         files.write(tmp_path / "x.safetensors", made, cfg)
     assert not list(tmp_path.iterdir())

@@ -24,6 +24,7 @@ from training_data import write_dataset
 from framepack_jax import FramePack, bundle, sharding, video
 from framepack_jax.commands import export_run, sample, train
 from framepack_jax.commands.records import path_of
+from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.training import checkpoints, vae
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
@@ -422,6 +423,28 @@ def test_the_documented_commands_divide_their_batches() -> None:
         check_batch(batch, cfg.accumulate, SimpleNamespace(shape=shape))
 
 
+def check_lora_files(folder: Path, run: Path) -> None:
+    """Both say the same of the network, and how they came about."""
+    _, cfg = bundle.role_config(bundle.read_manifest(path_of("random")), "transformer")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["lora.safetensors", "lora_original.safetensors"]
+    found = [conversion_lora.read(folder / name, cfg) for name in names]
+    changes = [
+        {path: np.tensordot(f.a, f.b, 1) * f.scale[0] for path, f in read.lora.items()}
+        for read in found
+    ]
+    assert changes[0].keys() == changes[1].keys() and found[1].naming == "Tencent's"
+    for path, change in changes[0].items():
+        np.testing.assert_allclose(changes[1][path], change, atol=1e-6, err_msg=path)
+    for name in names:
+        about = conversion_lora.about(folder / name)
+        assert about["modelspec.architecture"] == "framepack/lora"
+        assert about["modelspec.title"] == run.name and about["ss_steps"] == "2"
+        assert about["ss_sd_model_name"] == "configs/tiny_bundle.py, untrained"
+        assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("2", "4")
+        assert about["framepack.schedule"] in about["modelspec.description"]
+
+
 def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
     """--trainable lora from the weights of a bundle, exported as a file that sample.py takes."""
     output = tmp_path / "lora"
@@ -434,6 +457,7 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
     ])  # fmt: skip
     file = output / "bundle" / "lora.safetensors"
     assert f"sample.py --lora {file}" in capsys.readouterr().out
+    check_lora_files(file.parent, output)
     sample.main([
         "--bundle", "random", "--prompt", "waves", "--schedule", "f1k1_x_g2_f1k1f2k2f16k4_td",
         "--lora", str(file),

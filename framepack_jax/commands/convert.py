@@ -131,7 +131,8 @@ class Convert:
     names: str | None = None
     """Tensor names of an exported file: diffusers, original, which ComfyUI takes too, or comfyui,
     those that it goes by itself; default: original, but for FramePack models, which have names in
-    diffusers' naming only. Of a LoRA: diffusers, kohya, kohya-tencent and so on."""
+    diffusers' naming only. Of a LoRA: diffusers; original, which all programs read; kohya, as
+    musubi-tuner writes it, or kohya-tencent; comfyui."""
     lora: Path | None = None
     """A LoRA file that --export writes again, in other --names, for the transformer of --bundle or
     else the released one."""

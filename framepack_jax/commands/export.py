@@ -76,8 +76,9 @@ def export_lora(file: Path, target: Path, names: str | None, root: str | None) -
     if root:
         _, cfg = bundle.role_config(bundle.read_manifest(root), "transformer")
     found = lora.read(file, cfg)
-    lora.write(target, found.lora, cfg, names)
-    return f"{target}: {file} in {names} names ({found.summary()})"
+    lora.write(target, found.lora, cfg, names, lora.about(file))
+    said = f"{target}: {file} in {names} names ({found.summary()})"
+    return "\n".join(filter(None, [said, (why := found.warning()) and f"warning: {file}: {why}"]))
 
 
 def _here(path: Path) -> Path:

@@ -13,12 +13,14 @@ from framepack_jax.training.export import export
 
 @dataclasses.dataclass(frozen=True)
 class ExportRun:
-    """Make a bundle of a training run, or of its adapters a LoRA file in diffusers' names."""
+    """Make a bundle of a training run, or LoRA files of its adapters."""
 
     run: Annotated[str, tyro.conf.Positional]
     """RUN or RUN@STEP; the newest checkpoint by default."""
     output: str | None = None
-    """Folder of the bundle, or a .safetensors file for adapters; default: RUN/bundle."""
+    """Folder of the bundle, or of the LoRA files of adapters (lora.safetensors in diffusers' names,
+    lora_original.safetensors in those that other programs read), or a .safetensors file for the
+    first of these; default: RUN/bundle."""
     bundle: str | None = None
     """The bundle that the run was trained from, where it has moved."""
     weights: Literal["auto", "average", "last"] = "auto"
@@ -29,7 +31,7 @@ class ExportRun:
     copy: bool = False
     """Copy the other networks; by default the bundle points to them where they are."""
     overwrite: bool = False
-    """Replace a bundle, or a LoRA file, that is there already."""
+    """Replace a bundle, or LoRA files, that are there already."""
 
 
 def main(args: list[str] | None = None, prog: str = "framepack export-run") -> None:

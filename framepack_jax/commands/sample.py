@@ -337,6 +337,8 @@ def _read_loras(pipe: FramePack, files: Sequence[str]) -> lora.LoRA:
     for file, weight in map(lora.parse_weight, files):
         found = read_lora(Path(file), pipe.transformer.cfg)
         print(f"{file}: {found.summary()}, weight {weight:g}")
+        if warning := found.warning():
+            warnings.warn(f"{file}: {warning}", stacklevel=2)
         adapters.append((found.lora, weight))
     return lora.combine(adapters)
 

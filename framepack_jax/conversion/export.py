@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -245,22 +245,35 @@ def write_safetensors(
     arrays: Iterator[np.ndarray],
     advance: Advance = engine.silent,
 ) -> None:
-    """A safetensors file: the length of the header, the header as JSON, the values in its order.
-
-    One array is held at a time; the file has its name when it is whole. Raises ValueError where an
-    array is not what `tensors` says. Source of the format: the README of huggingface/safetensors.
-    """
+    """A safetensors file, which has its name when it is whole; see `stream_safetensors`."""
     partial = _partial(path)
     with partial.open("wb") as file:
-        _write_header(file, tensors)
-        for tensor, array in zip(tensors, arrays, strict=True):
-            if array.shape != tensor.shape or str(array.dtype) != tensor.dtype:
-                raise ValueError(f"{tensor} would be written as {array.dtype} {array.shape}")
-            file.write(array.reshape(-1).view(np.uint8).data)
-            advance(array.nbytes)
+        stream_safetensors(file, tensors, arrays, advance)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def stream_safetensors(
+    file: BinaryIO,
+    tensors: list[Tensor],
+    arrays: Iterator[np.ndarray],
+    advance: Advance = engine.silent,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a file in the safetensors format: the length of the header, the header as JSON, the
+    values in its order. One array is held at a time.
+
+    Unlike `safetensors.save_file` it leaves the permissions of the file to the caller. `metadata`
+    goes into the header. Raises ValueError where an array is not what `tensors` says. Source of the
+    format: the README of huggingface/safetensors.
+    """
+    _write_header(file, tensors, metadata or {})
+    for tensor, array in zip(tensors, arrays, strict=True):
+        if array.shape != tensor.shape or str(array.dtype) != tensor.dtype:
+            raise ValueError(f"{tensor} would be written as {array.dtype} {array.shape}")
+        file.write(array.reshape(-1).view(np.uint8).data)
+        advance(array.nbytes)
 
 
 def _partial(path: Path) -> Path:
@@ -268,8 +281,8 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _write_header(file: BinaryIO, tensors: list[Tensor]) -> None:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _write_header(file: BinaryIO, tensors: list[Tensor], metadata: Mapping[str, str]) -> None:
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for tensor in tensors:
         end = begin + tensor.nbytes

@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
 from framepack_jax.conversion import transformer
 from framepack_jax.conversion.engine import DTYPES, Step, Table
+from framepack_jax.conversion.export import Tensor, stream_safetensors
 from framepack_jax.conversion.lora_layout import (
     Pair,
+    folded,
     kernel_steps,
     module_names,
+    padded,
     pair_of,
     tensors_of,
     to_kernels,
     to_modules,
+    trimmed,
 )
 from framepack_jax.conversion.readers import (
     Checkpoint,
@@ -49,10 +52,12 @@ TABLES = {
 METADATA = "lora_adapter_metadata"
 ADAPTER_CONFIG = "adapter_config.json"
 SHOWN = 4
-# What trainers and wrappers put before a module's name.
-PREFIXES = re.compile(
-    r"lora_unet_|lora_transformer_|lycoris_|(base_model\.model\.|model\.|module\.|transformer\.|diffusion_model\.)*"
+# What trainers and wrappers put before a module's name, dots written as underscores.
+PREFIX = re.compile(
+    r"(lora_unet|lora_transformer|lycoris|base_model_model|model|module|transformer|diffusion_model)_"
 )
+# A LoRA of which more than this share has no place in the network is warned of.
+LARGE_SHARE = 0.1
 TENSOR = re.compile(
     r"(?P<module>.+)\.(lora[._](?P<side>A|B|down|up)(\.[\w-]+)?\.weight|(?P<alpha>alpha))"
 )
@@ -73,21 +78,28 @@ CHANGED_BASE = ("pissa", "olora", "corda")
 
 
 class Naming(NamedTuple):
-    """How a file spells a module's factors; `flat` names have underscores for dots."""
+    """How a file spells a module's factors. Without `alpha` the scale is multiplied into `up`;
+    `flat` names have underscores for dots; `one_rank` files have the same rank everywhere."""
 
     table: Table
     down: str
     up: str
-    alpha: str | None
-    flat: bool
+    alpha: str | None = None
+    flat: bool = False
+    one_rank: bool = False
 
 
 PEFT_KEYS = ("{}.lora_A.weight", "{}.lora_B.weight")
 KOHYA_KEYS = ("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha")
 NAMINGS = {
-    # What `pipe.load_lora_weights` reads; alpha stands in the metadata, as PEFT writes it.
-    "diffusers": Naming(
-        transformer.DIFFUSERS, *(f"transformer.{key}" for key in PEFT_KEYS), None, flat=False
+    # Read by `pipe.load_lora_weights` and `load_lora_adapter`; ranks stand in the metadata too.
+    "diffusers": Naming(transformer.DIFFUSERS, *(f"transformer.{key}" for key in PEFT_KEYS)),
+    # As diffusion-pipe writes them: every program reads these (docs/interop.md). Loaders that see
+    # no metadata take alpha from one module for all, so that all have one rank.
+    "original": Naming(
+        transformer.TENCENT_FRAMEPACK,
+        *(f"diffusion_model.{key}" for key in PEFT_KEYS),
+        one_rank=True,
     ),
     # As musubi-tuner writes a LoRA of FramePack,
     "kohya": Naming(transformer.DIFFUSERS, *(f"lora_unet_{key}" for key in KOHYA_KEYS), flat=True),
@@ -97,7 +109,7 @@ NAMINGS = {
     ),
     # ComfyUI looks its modules up in both spellings of factors; this one keeps alpha apart.
     "comfyui": Naming(
-        transformer.COMFYUI_FRAMEPACK, *(f"diffusion_model.{key}" for key in KOHYA_KEYS), flat=False
+        transformer.COMFYUI_FRAMEPACK, *(f"diffusion_model.{key}" for key in KOHYA_KEYS)
     ),
 }
 Alphas = Callable[[str, int], float]
@@ -131,6 +143,17 @@ class Read:
         said = f"{self.applied} of {self.modules} modules apply, rank {ranks}, {self.naming} names"
         return f"{said}; no place for {_some(self.unmatched)}" if self.unmatched else said
 
+    def warning(self) -> str | None:
+        """Say that a large share of the file does not apply; None if it does."""
+        if len(self.unmatched) <= LARGE_SHARE * self.modules:
+            return None
+        return (
+            f"{len(self.unmatched) / self.modules:.0%} of the LoRA does not apply:"
+            f" {len(self.unmatched)} of its {self.modules} modules are not in this transformer, as"
+            f" {_some(self.unmatched)}; expected is a LoRA of FramePack's or HunyuanVideo's"
+            " transformer alone"
+        )
+
 
 def is_lora(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds adapters, of the supported kind or not."""
@@ -156,7 +179,7 @@ def read(path: Path, cfg: Config) -> Read:
     checkpoint = open_checkpoint(path)
     modules = _modules(checkpoint)
     places = _places(cfg)
-    matched = {module: places.get(PREFIXES.sub("", module, count=1)) for module in modules}
+    matched = {module: _place(module, places) for module in modules}
     unmatched = tuple(module for module, place in matched.items() if place is None)
     if len(unmatched) == len(modules):
         examples = [p.name for p in places.values() if "double/00/img_qkv/kernel" in p.step.targets]
@@ -188,13 +211,28 @@ def read(path: Path, cfg: Config) -> Read:
     return Read(lora, len(pairs), len(modules), unmatched, dict(ranks), " and ".join(namings))
 
 
-def write(path: Path, lora: Mapping[str, Factors], cfg: Config, naming: str = "diffusers") -> None:
-    """Write a LoRA of a network of that config as safetensors, under one of NAMINGS, whole or not
-    at all.
+def about(path: Path) -> dict[str, str]:
+    """The header of a safetensors file but for what `write` says itself, and hashes of the file's
+    tensors; {} for other formats."""
+    header = _header(open_checkpoint(path))
+    said = re.compile(rf"format|{METADATA}|sshs_.*|modelspec\.hash_sha256")
+    return {key: value for key, value in header.items() if not said.fullmatch(key)}
 
-    What was read from a file comes out with the bits that were read, where that file had the same
-    fused matrices. Raises ConversionError for an unknown naming, another suffix, and kernels that
-    the network does not have.
+
+def write(
+    path: Path,
+    lora: Mapping[str, Factors],
+    cfg: Config,
+    naming: str = "diffusers",
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write a LoRA of a network of that config as safetensors, under one of NAMINGS, whole or not
+    at all; `about` goes into the header.
+
+    A naming with alpha keeps the bits of the factors, if the file that they were read from had the
+    same fused matrices. One without alpha has the scale multiplied into `lora_B`. Raises
+    ConversionError for an unknown naming, another suffix, and kernels that the network does not
+    have.
     """
     path = Path(path)
     if naming not in NAMINGS:
@@ -202,6 +240,29 @@ def write(path: Path, lora: Mapping[str, Factors], cfg: Config, naming: str = "d
     if path.suffix != ".safetensors":
         raise ConversionError(f"{path}: a LoRA is written as .safetensors; name it so")
     spelling = NAMINGS[naming]
+    pairs = _to_pairs(path, lora, cfg, spelling)
+    arrays: dict[str, np.ndarray] = {}
+    for name, (step, pair) in pairs.items():
+        spelt = _flat(name) if spelling.flat else name
+        down, up = tensors_of(step, pair)
+        arrays |= {spelling.down.format(spelt): down, spelling.up.format(spelt): up}
+        if spelling.alpha:
+            alpha = len(pair.down) * float(pair.scale[0])
+            arrays[spelling.alpha.format(spelt)] = np.array(alpha, np.float32)
+    metadata = dict(about or {})
+    if naming == "diffusers":
+        metadata[METADATA] = _peft_metadata({n: len(pair.down) for n, (_, pair) in pairs.items()})
+    tensors = [Tensor(name, x.shape, str(x.dtype)) for name, x in arrays.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial, partial.open("wb") as file:
+        values = (np.asarray(x, order="C") for x in arrays.values())
+        stream_safetensors(file, tensors, values, metadata=metadata)
+
+
+def _to_pairs(
+    path: Path, lora: Mapping[str, Factors], cfg: Config, spelling: Naming
+) -> dict[str, tuple[Step, Pair]]:
+    """{module: (its row, its factors as the file is to have them)}."""
     steps = kernel_steps(spelling.table, cfg)
     known = {kernel for step in steps for kernel in step.targets}
     if absent := sorted(lora.keys() - known):
@@ -209,42 +270,34 @@ def write(path: Path, lora: Mapping[str, Factors], cfg: Config, naming: str = "d
             f"{path}: {len(absent)} of {len(lora)} kernels of the LoRA are not of this network:"
             f" {_some(absent)}"
         )
-    tensors: dict[str, np.ndarray] = {}
-    alphas: dict[str, tuple[int, float]] = {}
-    for step in steps:
-        for name, pair in to_modules(step, lora):
-            spelt = _flat(name) if spelling.flat else name
-            pair = _of_one_scale(pair)
-            rank, alpha = len(pair.down), len(pair.down) * float(pair.scale[0])
-            alphas[name] = rank, alpha
-            down, up = tensors_of(step, pair)
-            tensors[spelling.down.format(spelt)] = down
-            tensors[spelling.up.format(spelt)] = up
-            if spelling.alpha:
-                tensors[spelling.alpha.format(spelt)] = np.array(alpha, np.float32)
-    metadata = {"format": "pt"} | ({} if spelling.alpha else {METADATA: _peft_metadata(alphas)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
-        save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial, metadata)
+    pairs = {name: (step, pair) for step in steps for name, pair in to_modules(step, lora)}
+    for name, (step, pair) in pairs.items():
+        if spelling.alpha is None or (pair.scale != pair.scale[0]).any():
+            pairs[name] = step, folded(pair)
+    if spelling.one_rank:
+        rank = max((len(pair.down) for _, pair in pairs.values()), default=0)
+        return {name: (step, padded(pair, rank)) for name, (step, pair) in pairs.items()}
+    return pairs
 
 
 def _places(cfg: Config) -> dict[str, Place]:
-    """Every module by its names, with dots and with underscores."""
+    """Every module by its names, with underscores for dots."""
     places: dict[str, Place] = {}
     for naming, table in TABLES.items():
         for step in kernel_steps(table, cfg):
             for name in module_names(step):
-                for spelt in (name, _flat(name)):
-                    places.setdefault(spelt, Place(naming, name, step))
+                places.setdefault(_flat(name), Place(naming, name, step))
     return places
 
 
-def _of_one_scale(pair: Pair) -> Pair:
-    """A module has a single alpha: scales that differ go into `up`."""
-    if (pair.scale == pair.scale[0]).all():
-        return pair
-    up = pair.up.astype(np.float32) * pair.scale.astype(np.float32)
-    return Pair(pair.down.astype(np.float32), up, np.ones_like(pair.scale))
+def _place(module: str, places: Mapping[str, Place]) -> Place | None:
+    """The place of a module as a file names it: with dots, with underscores, or with dots where
+    the network has underscores, and behind any number of prefixes."""
+    name = _flat(module)
+    # A prefix may be the beginning of a name too: transformer_ of transformer_blocks.
+    while name not in places and (prefix := PREFIX.match(name)):
+        name = name[prefix.end() :]
+    return places.get(name)
 
 
 def _flat(name: str) -> str:
@@ -310,7 +363,7 @@ def _pair(checkpoint: Checkpoint, tensors: Mapping[str, str], place: Place, alph
             raise ConversionError(f"alpha is {value:g}, expected less than {MOST_ALPHA:g}")
         scale = value / rank
     factors = checkpoint.read(tensors["down"]), checkpoint.read(tensors["up"])
-    return pair_of(place.step, *factors, np.full(rank, scale))
+    return trimmed(pair_of(place.step, *factors, np.full(rank, scale)))
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -371,11 +424,7 @@ def _checked_alphas(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[s
 
 def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """PEFT's settings, from the header of the file or beside it; {} where there are none."""
-    file = checkpoint.files[0]
-    try:
-        header = safetensors.safe_open(file, "np").metadata() or {}
-    except (OSError, safetensors.SafetensorError):
-        header = {}
+    file, header = checkpoint.files[0], _header(checkpoint)
     if METADATA in header:
         try:
             fields = json.loads(header[METADATA])
@@ -391,6 +440,14 @@ def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_json(beside) if beside else {}
 
 
+def _header(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata of a safetensors file; {} for other formats."""
+    try:
+        return safetensors.safe_open(checkpoint.files[0], "np").metadata() or {}
+    except (OSError, safetensors.SafetensorError):
+        return {}
+
+
 def _config_beside(checkpoint: Checkpoint) -> Path | None:
     """PEFT's settings in a file of their own."""
     file = checkpoint.files[0]
@@ -399,16 +456,17 @@ def _config_beside(checkpoint: Checkpoint) -> Path | None:
     return beside if belongs and beside.exists() else None
 
 
-def _peft_metadata(alphas: Mapping[str, tuple[int, float]]) -> str:
-    """What diffusers makes its LoraConfig of, from {module: (rank, alpha)}."""
-    rank, alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
+def _peft_metadata(ranks: Mapping[str, int]) -> str:
+    """What diffusers makes its LoraConfig of, from {module: rank}; alpha is the rank everywhere."""
+    rank = collections.Counter(ranks.values()).most_common(1)[0][0]
+    # Anchored: PEFT also matches the ends of longer names.
+    others = {f"^{name}": r for name, r in ranks.items() if r != rank}
     fields = {
         "r": rank,
-        "lora_alpha": alpha,
-        # Anchored: PEFT also matches the ends of longer names.
-        "rank_pattern": {f"^{name}": r for name, (r, _) in alphas.items() if r != rank},
-        "alpha_pattern": {f"^{name}": a for name, (_, a) in alphas.items() if a != alpha},
-        "target_modules": list(alphas),
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
     }
     return json.dumps({f"transformer.{name}": value for name, value in fields.items()})
 

@@ -74,6 +74,33 @@ def tensors_of(step: Step, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return np.moveaxis(rows, -1, 1), pair.up.reshape(*pair.up.shape, 1, 1, 1)
 
 
+def folded(pair: Pair) -> Pair:
+    """The same change at a scale of 1: the scale goes into `up`, in its own dtype if every product
+    is exact there, as by powers of two; otherwise both factors become float32."""
+    if (pair.scale == 1).all():
+        return pair
+    exact = pair.up.astype(np.float32) * pair.scale.astype(np.float32)
+    up, one = exact.astype(pair.up.dtype), np.ones_like(pair.scale)
+    if np.array_equal(up.astype(np.float32), exact):
+        return Pair(pair.down, up, one)
+    return Pair(pair.down.astype(np.float32), exact, one)
+
+
+def padded(pair: Pair, rank: int) -> Pair:
+    """The same change with `rank` ranks, zeros at the end; at a scale of 1."""
+    more = rank - len(pair.down)
+    down = np.pad(pair.down, ((0, more), (0, 0)))
+    return Pair(down, np.pad(pair.up, ((0, 0), (0, more))), np.ones(rank))
+
+
+def trimmed(pair: Pair) -> Pair:
+    """Without the ranks that are zero in both factors, which `padded` adds."""
+    used = pair.down.any(axis=1) | pair.up.any(axis=0)
+    if used.all() or not used.any():
+        return pair
+    return Pair(pair.down[used], pair.up[:, used], pair.scale[used])
+
+
 def to_kernels(step: Step, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Factors]]:
     """(path, factors) of the kernels that the modules of a step change."""
     parts = [pairs.get(name) for name in module_names(step)]

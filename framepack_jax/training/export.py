@@ -30,6 +30,8 @@ from framepack_jax.training.metrics import LOG
 
 # Files of the transformers library that lie in a bundle beside the networks.
 ASSETS = ("tokenizer", "tokenizer_2", "image_processor")
+# {naming: file} of trained adapters. One for diffusers and this project, the other for all else.
+LORA_FILES = {"diffusers": "lora.safetensors", "original": "lora_original.safetensors"}
 PACKAGES = ("framepack-jax", "jax", "flax", "optax")
 
 
@@ -44,7 +46,7 @@ def export(
     overwrite: bool = False,
 ) -> str:
     """Make a bundle of a run (RUN or RUN@STEP) that was trained from the bundle at `bundle_path`;
-    of adapters, a folder with lora.safetensors. Returns what was written, in a line.
+    of adapters, a folder with LORA_FILES. Returns what was written.
 
     By default it is RUN/bundle. What was trained from nothing has the sizes of its dataset.
     `weights` are the moving "average", the "last", or "auto": the average where the run keeps one.
@@ -69,7 +71,9 @@ def export(
     if cfg.trainable == "lora":
         if copy:
             raise RunError(f"{folder} trained adapters, one file; there is nothing to --copy")
-        return _export_lora(cfg, model, folder, step, part, target, dtype or "float32", overwrite)
+        about = _lora_header(cfg, model, manifest, folder, step)
+        files = _lora_files(target, overwrite)
+        return _export_lora(cfg, model, folder, step, part, files, dtype or "float32", about)
     if (target / bundle.MANIFEST).exists() and not overwrite:
         raise RunError(f"{target} is a bundle already; choose another --output, or --overwrite")
     if target.exists() and not (target / bundle.MANIFEST).exists() and any(target.iterdir()):
@@ -205,24 +209,64 @@ def _leaves(
             yield name, np.asarray(layer).astype(jnp.dtype(dtype))
 
 
+def _lora_files(target: epath.Path, overwrite: bool) -> dict[str, Path]:
+    """{naming: file} to write adapters to; the file that `target` names, or LORA_FILES in that
+    folder. Raises RunError if one is there already, without `overwrite`."""
+    files = {naming: Path(target) / name for naming, name in LORA_FILES.items()}
+    if target.suffix == ".safetensors":
+        files = {"diffusers": Path(target)}
+    for file in files.values():
+        if file.exists() and not overwrite:
+            raise RunError(f"{file} exists already; choose another --output, or --overwrite")
+    return files
+
+
+def _lora_header(
+    cfg: Config, model: state.Model, manifest: bundle.Manifest, folder: str, step: int
+) -> dict[str, str]:
+    """How adapters came about, for the header of their files, under the keys of kohya-ss/sd-scripts
+    and musubi-tuner (ss_) and of Stability AI's model metadata specification (modelspec)."""
+    base = str(manifest.roles["transformer"].source.get("name", "unknown"))
+    schedule = cfg.schedule or manifest.schedule
+    architecture, repository, version = "hunyuan-video", "Tencent/HunyuanVideo", "hunyuan_video"
+    if model.cfg.context_kernels:
+        architecture, repository, version = "framepack", "lllyasviel/FramePack", "framepack"
+    rank, alpha = cfg.lora.rank, f"{cfg.lora.alpha:g}"
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": f"https://github.com/{repository}",
+        "modelspec.title": os.path.basename(os.path.normpath(folder)),
+        "modelspec.description": f"LoRA of rank {rank} and alpha {alpha} after {step} steps from"
+        f" {base}, for packing schedule {schedule}",
+        "ss_base_model_version": version,
+        "ss_sd_model_name": base,
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": alpha,
+        "ss_steps": str(step),
+        "framepack.schedule": str(schedule),
+    }
+
+
 def _export_lora(
     cfg: Config,
     model: state.Model,
     folder: str,
     step: int,
     part: str,
-    target: epath.Path,
+    files: dict[str, Path],
     dtype: str,
-    overwrite: bool,
+    about: dict[str, str],
 ) -> str:
-    file = Path(target)
-    file = file if file.suffix == ".safetensors" else file / "lora.safetensors"
-    if file.exists() and not overwrite:
-        raise RunError(f"{file} exists already; choose another --output, or --overwrite")
     trained, _ = state.abstract_params(cfg, model)
     factors = checkpoints.restore_params(folder, step, trained, part)
     factors = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), factors)
     adapters: lora.LoRA = state.to_lora(cfg, factors)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, adapters, model.cfg)
-    return f"{file}: {len(adapters)} adapters of rank {cfg.lora.rank}; sample.py --lora {file}"
+    for naming, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, adapters, model.cfg, naming, about)
+    file = files["diffusers"]
+    said = f"{file}: {len(adapters)} adapters of rank {cfg.lora.rank}; sample.py --lora {file}"
+    if other := files.get("original"):
+        said += f"\n{other}: the same for ComfyUI, musubi-tuner, OneTrainer and other programs"
+    return said
