@@ -349,8 +349,8 @@ def test_a_lora_goes_out_in_other_names(framepack_bundle, tmp_path, capsys) -> N
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     with pytest.raises(SystemExit, match="is there already"):
         main(["--export", str(target), *args, "--names", "kohya"])
-    with pytest.raises(SystemExit, match="expected one of diffusers, kohya"):
-        main(["--export", str(tmp_path / "x.safetensors"), *args, "--names", "original"])
+    with pytest.raises(SystemExit, match="expected one of diffusers, original, kohya"):
+        main(["--export", str(tmp_path / "x.safetensors"), *args, "--names", "tencent"])
 
 
 def test_numbers_that_a_type_cannot_hold_do_not_go_out(tmp_path) -> None:
