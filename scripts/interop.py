@@ -313,6 +313,16 @@ def musubi_tuner(files: Mapping[str, Path], folder: Path) -> Iterator[Row]:
     )
     yield returned("musubi-tuner", "by its converter", folder / "other.safetensors", want)
 
+    def network_of(path: Path) -> torch.nn.Module:
+        # Its function for files has the released sizes as constants.
+        config = json.loads((path / "config.json").read_text())
+        sizes = {name: value for name, value in config.items() if not name.startswith("_")}
+        model = HunyuanVideoTransformer3DModelPacked(**sizes, attn_mode="torch")
+        model.load_state_dict(load_file(path / "diffusion_pytorch_model.safetensors"))
+        return model.eval()
+
+    yield _our_network("musubi-tuner", folder, network_of)
+
 
 def comfyui(files: Mapping[str, Path], folder: Path) -> Iterator[Row]:
     sys.path.insert(0, str(checkout("ComfyUI")))
@@ -408,20 +418,32 @@ def _vae_of_comfyui(folder: Path) -> Row:
     theirs = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=sizes, embed_dim=4).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    file = folder / "vae.safetensors"
+    # Only the released sizes are known without a config.
+    config = {
+        "_class_name": "AutoencoderKLHunyuanVideo", "in_channels": 3, "out_channels": 3,
+        "latent_channels": 4, "block_out_channels": [32, 64, 128, 128], "layers_per_block": 2,
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * 4,
+        "up_block_types": ["HunyuanVideoUpBlock3D"] * 4, "norm_num_groups": 32, "act_fn": "silu",
+        "scaling_factor": 0.476986, "spatial_compression_ratio": 8,
+        "temporal_compression_ratio": 4, "mid_block_add_attention": True,
+    }  # fmt: skip
+    file = folder / "vae" / "vae.safetensors"
+    file.parent.mkdir()
+    file.with_name("config.json").write_text(json.dumps(config))
     save_file({name: x.contiguous() for name, x in theirs.state_dict().items()}, file)
     try:
         plan = engine.plan(tables.recognise(readers.open_checkpoint(file), "vae"))
     except readers.ConversionError as error:
         return Row("framepack-jax", what, f"{type(error).__name__}: not read", "-")
     params = stack.join(dict(plan.leaves()), vae.STACKS, np.stack)
-    latents = np.random.default_rng(0).standard_normal((1, 2, 4, 6, 4), np.float32)
+    # One frame: ComfyUI lets a frame attend to later ones, Tencent's VAE does not.
+    latents = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 4), np.float32)
     mine = np.asarray(jax.jit(lambda p, z: vae.decode(plan.cfg, p, z))(params, latents))
     with torch.no_grad():
         frames = theirs.decode(torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy()))
     right = frames.numpy().transpose(0, 2, 3, 4, 1)
     difference = np.abs(mine - right).max() / np.abs(right).max()
-    return Row("framepack-jax", f"{what}, decoding", "all tensors", f"{difference:.1e}")
+    return Row("framepack-jax", f"{what}, a frame decoded", "all tensors", f"{difference:.1e}")
 
 
 def framepackwrapper(files: Mapping[str, Path], folder: Path) -> Iterator[Row]:
@@ -549,6 +571,11 @@ def framepack(files: Mapping[str, Path], folder: Path) -> Iterator[Row]:
         HunyuanVideoTransformer3DModelPacked as Model,
     )
 
+    yield _our_network("FramePack (authors)", folder, Model.from_pretrained)
+
+
+def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Module]) -> Row:
+    """The transformer of the bundle `random` in another program's code: its velocity."""
     from framepack_jax import bundle
     from framepack_jax.commands.convert import main
     from framepack_jax.commands.records import path_of
@@ -556,17 +583,14 @@ def framepack(files: Mapping[str, Path], folder: Path) -> Iterator[Row]:
     random = path_of("random")
     with contextlib.redirect_stdout(sys.stderr):
         main(["--export", str(folder / "network"), "--bundle", str(random), "--dtype", "float32"])
-    model, told = Model.from_pretrained(folder / "network", output_loading_info=True)
-    lost = len(told["missing_keys"]) + len(told["unexpected_keys"])
-    count = len(model.state_dict())
+    (file,) = (folder / "network").glob("*.safetensors")
+    tensors, model = load_file(file), load(folder / "network")
+    same = [n for n, x in model.state_dict().items() if torch.equal(x, tensors.get(n, x[..., :0]))]
     manifest = bundle.read_manifest(random)
     params = bundle.load_params(random, manifest, "transformer", dtype="float32")
     _, cfg = bundle.role_config(manifest, "transformer")
-    difference = _velocities(cfg, params, model)
-    arrived = f"{count - lost} of {count} tensors"
-    yield Row(
-        "FramePack (authors)", "our export, `diffusers` folder: velocity", arrived, difference
-    )
+    arrived = f"{len(same)} of {len(tensors)} tensors"
+    return Row(program, "our transformer, a folder", arrived, _velocities(cfg, params, model))
 
 
 def _velocities(cfg: packed_dit.Config, params: Any, model: torch.nn.Module) -> str:

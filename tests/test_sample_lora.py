@@ -7,15 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from framepack_jax import bundle, lora, sharding
-from framepack_jax.commands import records, sample
+from framepack_jax.commands import convert, records, sample
 from framepack_jax.commands.records import EMBEDDED
 from framepack_jax.commands.runs import Run
 from framepack_jax.conversion.lora import write
@@ -89,6 +91,23 @@ def test_a_run_goes_on_with_its_own(files, tmp_path) -> None:
     make_lora(file, 7)
     with pytest.raises(SystemExit, match=r"begun with another LoRA than .*mine.safetensors"):
         sample.main(["--resume", str(folder)])
+
+
+def test_a_lora_that_applies_in_part_is_warned_of(files, tmp_path, capsys) -> None:
+    _, cfg = bundle.role_config(bundle.read_manifest(EMBEDDED["random"]), "transformer")
+    pipe = SimpleNamespace(transformer=SimpleNamespace(cfg=cfg))
+    tensors = load_file(files[0])
+    extra = {f"lora_te_{name}": x for name, x in list(tensors.items())[: len(tensors) // 2]}
+    save_file(tensors | extra, tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning, match=r"x\.safetensors: 3\d% of the LoRA does not apply"):
+        sample._read_loras(pipe, [str(tmp_path / "x.safetensors")])
+    with warnings.catch_warnings(action="error"):
+        sample._read_loras(pipe, [str(files[0])])
+    convert.main([
+        "--lora", str(tmp_path / "x.safetensors"), "--export", str(tmp_path / "y.safetensors"),
+        "--bundle", str(EMBEDDED["random"]), "--names", "original",
+    ])  # fmt: skip
+    assert "\nwarning: " in capsys.readouterr().out
 
 
 def test_what_a_lora_is_read_from_is_hashed(files, tmp_path) -> None:
