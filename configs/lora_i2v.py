@@ -6,9 +6,9 @@ Hardware: 8 x A100-80G or H100: batch 64 at windows 2 and 3; at 9 --batch 32, or
           --accumulate 2 (docs/scale.md). On one GPU of 80 GB take --batch 1; the frozen weights are
           26 GB of it.
 Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora and for diffusers;
-          lora_original.safetensors beside it for other programs (docs/interop.md). Some hundred clips
-          and some thousand steps are usual for LoRA of this base model; nothing has been trained
-          at this size with this program so far.
+          lora_original.safetensors beside it for other programs (docs/interop.md). Some hundred
+          clips and some thousand steps are usual for LoRA of this base model; nothing has been
+          trained at this size with this program so far.
 """
 
 from framepack_jax.data import loader
