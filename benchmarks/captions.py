@@ -106,7 +106,7 @@ def batch_of(
         for scene in synthetic.counterfactual(flags.seed, number, *size):
             clip = Clip(f"{number}-0", str(number), 0.0, frames, *size, scene.caption, {})
             pictures = np.stack(list(synthetic.frames(scene, frames / synthetic.FPS)))
-            record = encoder.record(clip, pictures)
+            (record,) = encoder.records([clip], pictures)
             numbers = {"element": number, "section": 0, "sections": 1, "clip": number}
             rest = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
             samples.append(latent_sample(record, section, conditions_of(record) | rest))

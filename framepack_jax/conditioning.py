@@ -126,6 +126,14 @@ def prompt_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
 
+def count_tokens(encoders: Encoders, prompt: str) -> int:
+    """Return the number of tokens that Llama would read of a prompt, the template's end among them;
+    those after MAX_PROMPT_TOKENS are cut."""
+    text = _fill(encoders.template, prompt)
+    ids = encoders.tokenizer(text, verbose=False).input_ids
+    return len(ids) - prompt_start(encoders.tokenizer, encoders.template)
+
+
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, template: str, prompts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, int]:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ from framepack_jax.data import (
     cluster,
     dataset,
     encode,
+    listing,
     loader,
     pixels,
     records,
@@ -68,12 +70,13 @@ class FakeEncoder:
     def prompt(self, caption):
         return np.full((3, 4), len(caption) % 7, np.float32), np.zeros(4, np.float32)
 
-    def record(self, clip, frames):
+    def records(self, clips, frames):
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
         self.calls += 1
         small = np.resize(frames[::4, ::8, ::8, :1], (1 + (len(frames) - 1) // 4, 4, 6, 16))
-        return Record(clip, *self.prompt(clip.caption), np.zeros((2, 4)), small / 255)
+        for clip in clips:
+            yield Record(clip, *self.prompt(clip.caption), np.zeros((2, 4)), small / 255)
 
 
 @pytest.fixture
@@ -309,15 +312,97 @@ def test_a_manifest_names_videos_and_captions(tmp_path, fake, capsys) -> None:
         0
     ].clip.caption == ("she waves")
     assert "accepted  1 clips" in capsys.readouterr().out
+    before = hashes(tmp_path / "out")
     manifest.write_text('{"film": "a.mp4"}\n')
-    with pytest.raises(SystemExit, match="row 1"):
+    with pytest.raises(SystemExit, match=r"1 bad_row.*row 1: it names no video; .* are film"):
         run(manifest, tmp_path / "out")
-    manifest.write_text('{"video": \n')
-    with pytest.raises(SystemExit, match="line 1 is no JSON"):
-        run(manifest, tmp_path / "out")
-    manifest.write_bytes('{"video": "a.mp4", "caption": "café"}\n'.encode("latin-1"))
-    with pytest.raises(SystemExit, match="no UTF-8"):
-        run(manifest, tmp_path / "out")
+    assert hashes(tmp_path / "out") == before
+    with pytest.raises(SystemExit, match="no video that can be taken"):
+        run(manifest, tmp_path / "other")
+    (row,) = map(json.loads, (tmp_path / "other" / "rejected.jsonl").read_text().splitlines())
+    assert row["row"] == 1 and row["reason"] == "bad_row"
+
+
+def test_each_caption_and_span_of_a_video_makes_records(tmp_path, fake) -> None:
+    """The frames of a span are those that the whole video has there; spans of a video are held out
+    together; a row that is added encodes no other again."""
+    frames = [*scene_frames(0, 2.0), *scene_frames(1, 3.0)]
+    file = write_video(tmp_path / "a.mp4", frames, caption=None)
+    rows = [
+        {"video": "a.mp4", "start": 0, "end": 1.5, "caption": ["she waves", "a hand moves"]},
+        {"video": "a.mp4", "start": "0:00:03", "caption": "he bows"},
+        {"video": "a.mp4", "start": 60, "end": 61, "caption": "past its end"},
+    ]
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows[:2])))
+    assert not run(manifest, tmp_path / "out") and fake.calls == 2
+    index = records.read_index(tmp_path / "out")
+    found = [Source(tmp_path / "out", index.shards)[i] for i in range(index.clips)]
+    assert {(r.clip.caption, r.clip.start, r.clip.frames) for r in found} == {
+        ("a hand moves", 0, 45), ("she waves", 0, 45), ("he bows", 3, 57),
+    }  # fmt: skip
+    assert len({r.clip.id for r in found}) == 3 and len({r.clip.video for r in found}) == 1
+    (shard,) = index.shards
+    assert len(set(shard.videos)) == 1
+    (cut,) = stages.clips(file, SETTINGS, 3.0)
+    expected = [video.resize_center_crop(f, 32, 48) for f in list(video.read_frames(file, 30))[90:]]
+    np.testing.assert_array_equal(cut.frames, expected[:57])
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    rejected = run(manifest, tmp_path / "out")
+    assert fake.calls == 2 and records.read_index(tmp_path / "out").clips == 3
+    assert rejected["a.mp4"]["reason"] == "too_short"
+    assert "0 frames between 60 and 61 s" in rejected["a.mp4"]["detail"]
+
+
+def test_the_summary_counts_cut_captions_and_files_left_out(tmp_path, capsys) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", scene_frames(0, 2.0), caption="she waves " * 200)
+    write_video(tmp_path / "videos" / "b.mp4", scene_frames(1, 2.0), caption="she waves")
+    for name in ("c.jpg", "d.JPG", "e.srt", "f.txt"):
+        (tmp_path / "videos" / name).touch()
+    for _ in range(2):
+        run(tmp_path / "videos", tmp_path / "out", "--mode", "pixels")
+        said = capsys.readouterr().out
+        assert "captions cut: 1, after 256 tokens" in said
+        assert "left out: 2 .jpg, 1 .srt\n" in said
+    rows = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    tokens = {Path(row["source"]).name: row["caption_tokens"] for row in rows}
+    assert tokens["a.mp4"] > 256 > tokens["b.mp4"] > 2
+
+
+def test_a_dataset_from_before_says_its_videos_in_one_object(three, fake) -> None:
+    """It is known by them, and replaced with all of its files."""
+    lines = (three / "out" / dataset.VIDEOS).read_text().splitlines()
+    head, *rows = map(json.loads, lines)
+    stamps = {row["video"]: row["stamp"] for row in rows}
+    (three / "out" / dataset.VIDEOS).unlink()
+    old = three / "out" / dataset.VIDEOS_BEFORE
+    old.write_text(json.dumps(head | {"videos": stamps}) + "\n")
+    (three / "others").mkdir()
+    write_video(three / "others" / "0.mp4", scene_frames(7, 2.0))
+    with pytest.raises(SystemExit, match=r"of the videos of .*/videos, and --videos .*/others has"):
+        run(three / "others", three / "out")
+    (three / "videos").rename(three / "moved")
+    run(three / "moved", three / "out")
+    assert not old.exists() and (three / "out" / dataset.VIDEOS).exists() and fake.calls == 3
+
+
+def test_memory_does_not_grow_with_the_videos_that_wait(monkeypatch) -> None:
+    """Of a million videos, those are asked for that are decoded now."""
+    asked = []
+
+    def videos():
+        for number in range(1_000_000):
+            asked.append(number)
+            yield store.Video(str(number), "", Path(f"/nowhere/{number}.mp4"), ("waves",))
+
+    found = prepare.decoded(videos(), SETTINGS, 3)
+    for number in range(5):
+        one, cuts = next(found)
+        assert one.id == str(number) and len(asked) <= number + 3
+        with pytest.raises(Rejected, match="does not exist"):
+            next(cuts)
+    found.close()
 
 
 def test_a_manifest_has_lines_as_json_has_them(tmp_path) -> None:
@@ -326,8 +411,10 @@ def test_a_manifest_has_lines_as_json_has_them(tmp_path) -> None:
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "list.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     (tmp_path / "b.txt").write_text("jumps")
-    found = prepare.list_videos(tmp_path / "list.jsonl")
-    assert {v.caption for v in found} == {"waves\u2028bows\x85", "jumps"}
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").touch()
+    found = listing.list_videos(tmp_path / "list.jsonl")
+    assert {v.captions for v in found} == {("waves\u2028bows\x85",), ("jumps",)}
 
 
 def test_other_settings_that_were_stopped_leave_nothing_that_looks_done(tmp_path, fake) -> None:
@@ -360,19 +447,20 @@ def test_of_parquet_only_the_columns_that_are_needed_are_read(tmp_path, monkeypa
     opened = types.SimpleNamespace(ParquetFile=lambda _: contextlib.nullcontext(ParquetFile()))
     arrow = types.SimpleNamespace(ArrowException=ArithmeticError, parquet=opened)
     monkeypatch.setitem(sys.modules, "pyarrow", arrow)
-    (tmp_path / "list.parquet").write_bytes(b"")
+    for name in ("list.parquet", "a.mp4", "b.mp4"):
+        (tmp_path / name).touch()
     (tmp_path / "b.txt").write_text("jumps")
 
     def captions():
-        found = prepare.list_videos(tmp_path / "list.parquet")
-        return {video.source: video.caption for video in found}
+        found = listing.list_videos(tmp_path / "list.parquet")
+        return {video.source: video.captions for video in found}
 
-    assert captions() == {"a.mp4": "waves", "b.mp4": "jumps"}
+    assert captions() == {"a.mp4": ("waves",), "b.mp4": ("jumps",)}
     del table["caption"]
     ParquetFile.schema_arrow.names.remove("caption")
-    assert captions() == {"a.mp4": None, "b.mp4": "jumps"}
+    assert captions() == {"b.mp4": ("jumps",)}
     ParquetFile.schema_arrow.names.remove("video")
-    with pytest.raises(DatasetError, match=r"list\.parquet has no column video, only bytes"):
+    with pytest.raises(DatasetError, match=r"list\.parquet has no column of videos, only bytes"):
         captions()
 
 
@@ -512,14 +600,19 @@ def test_videos_that_were_moved_are_not_encoded_again(three, fake, mode) -> None
 
 
 def test_a_manifest_names_the_same_video_in_many_ways(tmp_path) -> None:
-    names = ["./a.mp4", str(tmp_path / "b.mp4"), "deep//c.mp4", "/elsewhere/d.mp4"]
-    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"video": n}) for n in names))
-    found = prepare.list_videos(tmp_path / "list.jsonl")
-    assert {v.source for v in found} == {"a.mp4", "b.mp4", "deep/c.mp4", "/elsewhere/d.mp4"}
-    assert {v.path for v in found} == {tmp_path / v.source for v in found}
-    (tmp_path / "list.jsonl").write_text('{"video": "a.mp4"}\n{"video": "./a.mp4"}')
-    with pytest.raises(DatasetError, match=r"names a\.mp4 more than once"):
-        prepare.list_videos(tmp_path / "list.jsonl")
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    names = ["./a.mp4", str(tmp_path / "here/b.mp4"), "deep//c.mp4", str(elsewhere / "d.mp4")]
+    rows = [{"video": name, "caption": "waves"} for name in [*names, "a.mp4"]]
+    sources = {"a.mp4", "b.mp4", "deep/c.mp4", str(elsewhere / "d.mp4")}
+    for source in sources:
+        (tmp_path / "here" / source).touch()
+    (tmp_path / "here" / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = listing.list_videos(tmp_path / "here" / "list.jsonl")
+    assert {v.source for v in found} == sources
+    assert {v.path for v in found} == {tmp_path / "here" / source for source in sources}
+    (problem,) = found.problems()
+    assert (problem.source, problem.row, problem.reason) == ("a.mp4", 5, "repeated")
 
 
 def test_what_cannot_be_prepared_is_named(tmp_path, fake) -> None:
@@ -713,11 +806,12 @@ def test_clips_from_a_cluster_are_those_of_threads(tmp_path) -> None:
     file = write_video(tmp_path / "a.mp4", [*scene_frames(0, 1.0), *scene_frames(1, 1.0)])
     (tmp_path / "b.mp4").write_text("no video")
     fields = dataclasses.asdict(SETTINGS)
-    rows = cluster.clip_rows({"number": 0, "path": str(file)}, fields)
+    whole = {"number": 0, "start": 0.0, "end": math.inf}
+    rows = cluster.clip_rows(whole | {"path": str(file)}, fields)
     for ours, theirs in zip(cluster.cuts(iter(rows)), stages.clips(file, SETTINGS), strict=True):
         assert (ours.first, ours.scores) == (theirs.first, theirs.scores)
         np.testing.assert_array_equal(ours.frames, theirs.frames)
-    rows = cluster.clip_rows({"number": 1, "path": str(tmp_path / "b.mp4")}, fields)
+    rows = cluster.clip_rows(whole | {"path": str(tmp_path / "b.mp4")}, fields)
     with pytest.raises(Rejected, match="cannot be read"):
         list(cluster.cuts(iter(rows)))
 
@@ -726,14 +820,15 @@ def test_a_cluster_sends_clips_as_they_come(tmp_path, monkeypatch) -> None:
     """Not those of a whole video at once; what is wrong with its end comes after them."""
     given = []
 
-    def clips(path, settings):
+    def clips(path, settings, start, end):
         for number in range(3):
             given.append(number)
             yield stages.Cut(number, np.zeros((5, 2, 2, 3), np.uint8), {})
         raise Rejected("damaged", "its end is missing")
 
     monkeypatch.setattr(stages, "clips", clips)
-    rows = cluster.clip_rows({"number": 0, "path": "a.mp4"}, dataclasses.asdict(SETTINGS))
+    row = {"number": 0, "path": "a.mp4", "start": 0.0, "end": math.inf}
+    rows = cluster.clip_rows(row, dataclasses.asdict(SETTINGS))
     assert next(rows)["first"] == 0 and given == [0]
     assert [cut.first for cut in cluster.cuts(itertools.islice(rows, 2))] == [1, 2]
     with pytest.raises(Rejected, match="its end is missing"):

@@ -1,5 +1,6 @@
 """`framepack prepare`: videos with captions become a dataset to train on."""
 
+import collections
 import dataclasses
 import json
 import queue
@@ -7,7 +8,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import cluster, dataset, stages, store
 from framepack_jax.data.encode import TILING, Encoder
+from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.loader import made_by
 from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.data.stages import Cut, Settings, Thresholds
@@ -36,7 +38,7 @@ class Prepare:
     """Make a dataset of videos: cut them into clips, judge and encode these, pack them by bucket.
 
     The output folder holds shards/ and dataset.json, manifest.jsonl (every clip with its scores),
-    rejected.jsonl (what did not get in, and why), contact sheets of both, videos.json (what videos
+    rejected.jsonl (what did not get in, and why), contact sheets of both, videos.jsonl (what videos
     it is of), and clips/, the encoded clips by video. The same command goes on where it was
     stopped, and takes in what was added; with other thresholds, --min-... and --max-..., or where
     the videos were moved, it packs anew and encodes nothing again. A dataset that is there stays
@@ -44,9 +46,11 @@ class Prepare:
     """
 
     videos: Path
-    """A folder of videos, searched through, with the caption of NAME.mp4 in NAME.txt; or a .jsonl
-    or .parquet file with a row a video: "video" (a path, relative to the file) and "caption", if
-    it is not in NAME.txt."""
+    """A folder of videos, searched through with its links, with the caption of NAME.mp4 in
+    NAME.txt; or a .jsonl, .json, .csv, .tsv or .parquet file with a row a video: "video" (a path,
+    relative to the file), "caption", one or a list, if it is not in NAME.txt, and "start" and
+    "end", if only these seconds are meant. Column names of other trainers are known too
+    (video_path, file_name, path; text, prompt). Several captions make as many records."""
     bundle: str
     """The bundle that will be trained, whose encoders are used; or tiny."""
     output: Path
@@ -108,118 +112,27 @@ def prepare(flags: Prepare) -> dataset.Packed:
     path = path_of(flags.bundle)
     manifest = bundle.read_manifest(path)
     settings = _settings(flags, manifest)
-    videos = in_all(list_videos, flags.videos, flags.empty_captions)
+    listing = in_all(list_videos, flags.videos, flags.empty_captions)
     _check_output(flags.output)
     if not flags.replace:
-        in_first(dataset.check_videos, flags.output, flags.videos, videos)
+        in_first(dataset.check_videos, flags.output, flags.videos, listing)
+    in_first(dataset.check_any, flags.output, flags.videos, listing)
     made = _made(flags, manifest, settings)
-    mine = videos[jax.process_index() :: jax.process_count()]
-    todo = [video for video in mine if not store.is_done(flags.output, video, made)]
     encoder = Encoder.load(path, manifest, flags.mode == "pixels")
-    in_all(_encode, flags, todo, encoder, settings, made)
+    in_all(_encode, flags, listing, encoder, settings, made)
     index = _index(flags, manifest, settings)
     packed = in_first(
-        dataset.pack, flags.output, flags.videos, videos, flags.thresholds, index,
+        dataset.pack, flags.output, flags.videos, listing, flags.thresholds, index,
         encoder.prompt(""),
     )  # fmt: skip
     if not flags.keep_clips:
         in_first(shutil.rmtree, flags.output / store.STORE)
     if not packed.clips:
         raise DatasetError(
-            f"none of {len(videos)} videos gave a clip that gets in; {flags.output}/rejected.jsonl"
+            f"none of {len(listing)} videos gave a clip that gets in; {flags.output}/rejected.jsonl"
             f" has the reasons: {packed.rejected}"
         )
     return packed
-
-
-def list_videos(source: Path, empty_captions: bool = False) -> list[Video]:
-    """The videos of a folder or a manifest, in the order of their names. Raises DatasetError."""
-    if not source.exists():
-        raise DatasetError(f"--videos {source} does not exist; expected a folder or a manifest")
-    folder = (source if source.is_dir() else source.parent).absolute()
-    if source.is_dir():
-        files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in stages.SUFFIXES]
-        rows = [(file, _caption_of(file)) for file in files]
-    else:
-        rows = list(_manifest_rows(source, folder))
-    if not rows:
-        raise DatasetError(
-            f"--videos {source} has no videos; expected files with {', '.join(stages.SUFFIXES)}"
-        )
-    default = "" if empty_captions else None
-    named = [
-        (str(path.relative_to(folder) if path.is_relative_to(folder) else path), path, caption)
-        for path, caption in rows
-    ]
-    videos = [
-        Video(store.video_id(name), name, path, default if caption is None else caption)
-        for name, path, caption in named
-    ]
-    names = [video.id for video in videos]
-    if len(set(names)) < len(names):
-        twice = next(v.source for v in videos if names.count(v.id) > 1)
-        raise DatasetError(f"--videos {source} names {twice} more than once")
-    return sorted(videos, key=lambda video: video.id)
-
-
-def _caption_of(file: Path) -> str | None:
-    text = file.with_suffix(".txt")
-    return text.read_text(errors="replace").strip() if text.exists() else None
-
-
-def _manifest_rows(source: Path, folder: Path) -> Iterator[tuple[Path, str | None]]:
-    for number, row in enumerate(_rows(source), 1):
-        name = row.get("video") if isinstance(row, dict) else None
-        caption = row.get("caption") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not isinstance(caption, str | None):
-            raise DatasetError(
-                f'{source}, row {number}: {str(row)[:80]}; expected {{"video": "a.mp4", "caption":'
-                ' "..."}'
-            )
-        path = folder / name
-        yield path, _caption_of(path) if caption is None else caption
-
-
-def _rows(source: Path) -> Iterator[Any]:
-    if source.suffix == ".parquet":
-        yield from _parquet_rows(source)
-        return
-    if source.suffix not in (".jsonl", ".json"):
-        raise DatasetError(f"--videos {source}: expected a folder, or a .jsonl or .parquet file")
-    try:
-        text = source.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{source} is no UTF-8 text ({error}); write it as such") from error
-    # Lines end with \n alone: a caption may have other marks at which `splitlines` would cut.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DatasetError(f"{source}, line {number} is no JSON ({error})") from error
-
-
-def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the columns that are asked for: others may hold the videos themselves."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise DatasetError(
-            f"{source} needs pyarrow to be read: pip install pyarrow; or write it as .jsonl"
-        ) from error
-    try:
-        with parquet.ParquetFile(source) as file:
-            names = file.schema_arrow.names
-            if "video" not in names:
-                raise DatasetError(
-                    f"{source} has no column video, only {', '.join(names)}; expected video, and"
-                    " caption where that is not in NAME.txt"
-                )
-            columns = [name for name in ("video", "caption") if name in names]
-            for batch in file.iter_batches(columns=columns):
-                yield from batch.to_pylist()
-    except ArrowException as error:
-        raise DatasetError(f"{source} cannot be read as Parquet ({error})") from error
 
 
 def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:
@@ -263,7 +176,8 @@ def parse_buckets(text: str, step: int) -> tuple[tuple[int, int], ...]:
 
 def _check_output(output: Path) -> None:
     """Never write among other files."""
-    ours = not output.exists() or (output / store.STORE).exists() or (output / INDEX).exists()
+    names = (store.STORE, INDEX, dataset.REJECTED)
+    ours = not output.exists() or any((output / name).exists() for name in names)
     if not ours and any(output.iterdir()):
         raise DatasetError(f"--output {output} is no dataset and not empty; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -292,13 +206,15 @@ def _index(flags: Prepare, manifest: bundle.Manifest, settings: Settings) -> Ind
 
 def _encode(
     flags: Prepare,
-    videos: Sequence[Video],
+    listing: Listing,
     encoder: Encoder,
     settings: Settings,
     made: dict[str, Any],
 ) -> None:
-    """Bring videos into the store, behind a bar."""
-    with tqdm(total=len(videos), desc="videos", unit="video", disable=not is_first()) as bar:
+    """Bring the videos of this process into the store, behind a bar."""
+    index, count = jax.process_index(), jax.process_count()
+    total = len(range(index, len(listing), count))
+    with tqdm(total=total, desc="videos", unit="video", disable=not is_first()) as bar:
         clips = 0
 
         def advance() -> None:
@@ -306,61 +222,74 @@ def _encode(
             clips += 1
             bar.set_postfix(clips=clips, refresh=False)
 
-        source = decoded(videos, settings, flags.workers)
+        def todo() -> Iterator[Video]:
+            for video in listing.share(index, count):
+                if store.is_done(flags.output, video, made):
+                    bar.update()
+                else:
+                    yield video
+
+        source = decoded(todo(), settings, flags.workers)
         if flags.ray is not None:
-            source = cluster.decoded(videos, settings, flags.ray)
+            source = cluster.decoded(todo(), settings, flags.ray)
         for video, cuts in source:
-            store.add(flags.output, video, cuts, encoder.record, settings, made, advance)
+            store.add(flags.output, video, cuts, encoder.records, settings, made, advance)
             bar.update()
 
 
 def decoded(
-    videos: Sequence[Video], settings: Settings, workers: int
+    videos: Iterable[Video], settings: Settings, workers: int
 ) -> Iterator[tuple[Video, Iterator[Cut]]]:
-    """(video, its clips) in order, decoded in threads some clips ahead; what is wrong with a video
-    is raised among its clips."""
-    queues = {video.id: queue.Queue(1) for video in videos}
-    waiting, stop = iter(videos), threading.Event()
-    lock = threading.Lock()
+    """(video, its clips) in order, each decoded in a thread of its own, `workers` at a time; what
+    is wrong with a video is raised among its clips."""
+    stop = threading.Event()
+    ahead: collections.deque[tuple[Video, _Decoding]] = collections.deque()
+    try:
+        for video in videos:
+            ahead.append((video, _Decoding(video, settings, stop)))
+            if len(ahead) == workers:
+                yield ahead[0][0], iter(ahead[0][1])
+                ahead.popleft()
+        while ahead:
+            yield ahead[0][0], iter(ahead[0][1])
+            ahead.popleft()
+    finally:
+        stop.set()
+        for _, decoding in ahead:
+            decoding.thread.join(timeout=5)
 
-    def put(video: Video, item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                queues[video.id].put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
 
-    def work() -> None:
-        while True:
-            with lock:
-                video = next(waiting, None)
-            if video is None or stop.is_set():
-                return
-            try:
-                if video.caption is not None:
-                    for cut in stages.clips(video.path, settings):
-                        if not put(video, cut):
-                            return
-                put(video, None)
-            except BaseException as error:
-                put(video, error)
+class _Decoding:
+    """The clips of a video, decoded in a thread some clips ahead."""
 
-    def cuts(video: Video) -> Iterator[Cut]:
-        while (item := queues[video.id].get()) is not None:
+    def __init__(self, video: Video, settings: Settings, stop: threading.Event) -> None:
+        self.video, self.settings, self.stop = video, settings, stop
+        self.items: queue.Queue[Cut | BaseException | None] = queue.Queue(1)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def __iter__(self) -> Iterator[Cut]:
+        while (item := self.items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for video in videos:
-            yield video, cuts(video)
-            del queues[video.id]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(timeout=5)
+    def _work(self) -> None:
+        try:
+            span = self.video.start, self.video.end
+            for cut in stages.clips(self.video.path, self.settings, *span):
+                if not self._put(cut):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Cut | BaseException | None) -> bool:
+        """Hand an item over; returns whether anyone still wants it."""
+        while not self.stop.is_set():
+            try:
+                self.items.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -6,7 +6,7 @@ All nodes must see the videos under the same paths.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from framepack_jax.data import stages
 from framepack_jax.data.stages import Cut, Rejected, Settings
 from framepack_jax.data.store import Video
 
+# Videos that the cluster is told of at a time.
+AT_ONCE = 4096
+
 
 def decoded(
-    videos: Sequence[Video], settings: Settings, address: str | None = None
+    videos: Iterable[Video], settings: Settings, address: str | None = None
 ) -> Iterator[tuple[Video, Iterator[Cut]]]:
     """(video, its clips) in order, as the threads of `framepack prepare` give them; what is wrong
     with a video is raised among its clips. Raises ValueError where Ray is not installed, or its
@@ -36,15 +39,19 @@ def decoded(
         except (ConnectionError, ValueError) as error:
             raise ValueError(f"Ray cluster {address} cannot be reached ({error})") from error
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    rows = [{"number": n, "path": str(video.path)} for n, video in enumerate(videos)]
-    fields = dataclasses.asdict(settings)
-    # One block a video: they are of very different length.
-    stream = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).flat_map(
-        clip_rows, fn_kwargs={"settings": fields}
-    )
-    by_video = itertools.groupby(stream.iter_rows(), key=lambda row: int(row["number"]))
-    for number, group in by_video:
-        yield videos[number], cuts(group)
+    videos = iter(videos)
+    while some := list(itertools.islice(videos, AT_ONCE)):
+        rows = [
+            {"number": n, "path": str(video.path), "start": video.start, "end": video.end}
+            for n, video in enumerate(some)
+        ]
+        # One block a video: they are of very different length.
+        stream = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+            clip_rows, fn_kwargs={"settings": dataclasses.asdict(settings)}
+        )
+        by_video = itertools.groupby(stream.iter_rows(), key=lambda row: int(row["number"]))
+        for number, group in by_video:
+            yield some[number], cuts(group)
 
 
 def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -53,7 +60,8 @@ def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[st
     end = {"number": row["number"], "first": -1, "frames": b"", "shape": [], "scores": {}}
     end |= {"reason": "", "detail": ""}
     try:
-        for cut in stages.clips(Path(row["path"]), Settings(**settings)):
+        span = row["start"], row["end"]
+        for cut in stages.clips(Path(row["path"]), Settings(**settings), *span):
             clip = {"first": cut.first, "scores": cut.scores, "shape": list(cut.frames.shape)}
             yield end | clip | {"frames": cut.frames.tobytes()}
     except Rejected as error:

@@ -1,13 +1,17 @@
 """Stored clips become a dataset: thresholds, shards by bucket, tables of what got in or not.
 
-It is written beside the one that is there, and takes its place when it is whole.
+It is written beside the one that is there, and takes its place when it is whole. Clips are judged
+into a temporary database on disk, so that memory does not grow with their number.
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +19,128 @@ import numpy as np
 from PIL import Image
 
 from framepack_jax import video as pictures
+from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import records, store
+from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
 from framepack_jax.data.stages import Thresholds
 from framepack_jax.data.store import Video
 from framepack_jax.video.files import whole
 
 MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"
-# What videos the dataset is of: where they were listed, and their stamps by name.
-VIDEOS = "videos.json"
+# What videos the dataset is of: a line that says where they were listed, and one for each with its
+# name and stamp. Datasets made before have one JSON object.
+VIDEOS, VIDEOS_BEFORE = "videos.jsonl", "videos.json"
 SHEETS = ("accepted.png", "rejected.png")
 SHEET_CLIPS = 24
 # In the order in which they come; the index says that all are there.
-PARTS = (records.SHARDS, records.EMPTY, VIDEOS, MANIFEST, REJECTED, *SHEETS, records.INDEX)
+PARTS = (
+    records.SHARDS, records.EMPTY, VIDEOS_BEFORE, VIDEOS, MANIFEST, REJECTED, *SHEETS,
+    records.INDEX,
+)  # fmt: skip
+TABLES = """
+PRAGMA journal_mode = OFF;
+CREATE TABLE clips (
+    number INTEGER PRIMARY KEY, reason TEXT, height INTEGER, width INTEGER, frames INTEGER,
+    tokens INTEGER, clip TEXT
+);
+CREATE TABLE rejected (reason TEXT, line TEXT);
+CREATE TABLE hashes (hash REAL PRIMARY KEY) WITHOUT ROWID;
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """What became of the videos: the clips that got in, and reasons with their numbers."""
+    """What became of the videos: the clips that got in, and reasons with their numbers; how many of
+    the clips have a caption that was cut, and what files were left out, by suffix."""
 
     clips: int
     seconds: float
     buckets: dict[tuple[int, int], int]
     rejected: dict[str, int]
+    cut_captions: int = 0
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=collections.Counter)
 
     def __str__(self) -> str:
         lines = [f"accepted  {self.clips} clips, {self.seconds / 60:.1f} minutes"]
         lines += [f"  {h:>5} x {w:<5} {count:>7}" for (h, w), count in self.buckets.items()]
         lines.append(f"rejected  {sum(self.rejected.values())}")
         lines += [f"  {reason:<14}{count:>7}" for reason, count in self.rejected.items()]
+        if self.cut_captions:
+            lines.append(
+                f"captions cut: {self.cut_captions}, after {MAX_PROMPT_TOKENS} tokens; they have"
+                f" more caption_tokens in {MANIFEST}"
+            )
+        if self.left_out:
+            lines.append(f"left out: {say_left_out(collections.Counter(self.left_out))}")
         return "\n".join(lines)
 
 
-def check_videos(folder: Path, listing: Path, videos: Sequence[Video]) -> None:
-    """Raise DatasetError where the dataset in a folder is of other videos: of another listing, none
-    of whose videos is among these."""
-    file = Path(folder) / VIDEOS
-    if not file.exists():
+def check_any(folder: Path, source: Path, listing: Listing) -> None:
+    """Raise DatasetError if all that is listed was rejected; a folder without a dataset gets
+    rejected.jsonl."""
+    if len(listing):
         return
+    reasons = collections.Counter(problem.reason for problem in listing.problems())
+    first = next(listing.problems())
+    place = first.source if first.row is None else f"row {first.row}"
+    if not (folder / records.INDEX).exists():
+        lines = (json.dumps(problem.as_dict()) for problem in listing.problems())
+        _write_lines(folder / REJECTED, lines)
+    raise DatasetError(
+        f"--videos {source} has no video that can be taken, of {reasons.total()}"
+        f" ({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())});"
+        f" the first, {place}: {first.detail}"
+    )
+
+
+def check_videos(folder: Path, source: Path, listing: Listing) -> None:
+    """Raise DatasetError if the dataset in a folder is of other videos: of another listing than
+    `source`, none of whose videos is in `listing`."""
+    folder = Path(folder)
+    file = next((folder / n for n in (VIDEOS, VIDEOS_BEFORE) if (folder / n).exists()), None)
+    if file is None:
+        return
+    here = str(Path(source).resolve())
     try:
-        there = json.loads(file.read_text())
-        place, stamps = there["listing"], dict(there["videos"])
-    except (ValueError, KeyError, TypeError) as error:
+        with contextlib.closing(_read_videos(file)) as videos:
+            place = next(videos)
+            if place == here or any(listing.has(*video) for video in videos):
+                return
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise DatasetError(
             f"{file}, which says what videos the dataset is of, is damaged ({error}); if they are"
-            f" those of {listing}, give --replace"
+            f" those of {source}, give --replace"
         ) from error
-    if place == str(Path(listing).resolve()):
-        return
-    if any(stamps.get(name) == stamp for name, stamp in _stamps(videos).items()):
-        return
     raise DatasetError(
-        f"--output {folder} is a dataset of the videos of {place}, and --videos {listing} has none"
+        f"--output {folder} is a dataset of the videos of {place}, and --videos {source} has none"
         " of them; give another --output, or --replace for a dataset of these instead"
     )
 
 
+def _read_videos(file: Path) -> Iterator[Any]:
+    """Where the videos were listed, then (name, stamp) of each."""
+    with open(file) as lines:
+        head = json.loads(next(lines))
+        yield head["listing"]
+        if file.name == VIDEOS_BEFORE:
+            yield from head["videos"].items()
+            return
+        for line in lines:
+            video = json.loads(line)
+            yield video["video"], video["stamp"]
+
+
 def pack(
     folder: Path,
-    listing: Path,
-    videos: Sequence[Video],
+    source: Path,
+    listing: Listing,
     thresholds: Thresholds,
     index: Index,
     empty: Any,
 ) -> Packed:
     """Make a dataset of the videos in the store, which takes the place of the one that is there
-    when it is whole. `listing` is where the videos are listed, `index` says all but the shards,
+    when it is whole. `source` is where the videos are listed, `index` says all but the shards,
     `empty` are the empty prompt's states. Raises OSError, DatasetError."""
     folder = Path(folder)
     new = folder / records.NEW
@@ -88,26 +148,20 @@ def pack(
         shutil.rmtree(new)
     new.mkdir()
     try:
-        accepted, rejected = _judge(folder, videos, thresholds, index)
-        _write_tables(new, accepted, rejected)
-        _write_videos(new, listing, videos)
-        shards = []
-        for bucket in sorted({(clip.height, clip.width) for clip in accepted}):
-            mine = [clip for clip in accepted if (clip.height, clip.width) == bucket]
-            shards += records.write_shards(new, bucket, _stored(folder, mine, index))
-        records.write_empty(new, *empty)
-        _write_sheets(new, folder, accepted, rejected, index.fps)
-        records.write_index(new, dataclasses.replace(index, shards=tuple(shards)))
-        _swap(folder, new)
+        with contextlib.closing(Judged(folder, index)) as judged:
+            judged.judge(listing, thresholds)
+            _write_tables(new, judged)
+            _write_videos(new, source, listing)
+            shards = []
+            for bucket in judged.buckets():
+                shards += records.write_shards(new, bucket, _stored(judged, bucket))
+            records.write_empty(new, *empty)
+            _write_sheets(new, judged)
+            records.write_index(new, dataclasses.replace(index, shards=tuple(shards)))
+            _swap(folder, new)
+            return judged.packed(listing)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    counts = collections.Counter((clip.height, clip.width) for clip in accepted)
-    return Packed(
-        clips=len(accepted),
-        seconds=sum(clip.frames for clip in accepted) / index.fps,
-        buckets=dict(sorted(counts.items())),
-        rejected=dict(collections.Counter(r["reason"] for r, _ in rejected).most_common()),
-    )
 
 
 def _swap(folder: Path, new: Path) -> None:
@@ -124,29 +178,102 @@ def _swap(folder: Path, new: Path) -> None:
             (new / name).rename(folder / name)
 
 
-def _judge(
-    folder: Path, videos: Sequence[Video], thresholds: Thresholds, index: Index
-) -> tuple[list[Clip], list[tuple[dict[str, Any], Clip | None]]]:
-    """(clips that get in, (reason, clip) of the others), in the order of names."""
-    accepted: list[Clip] = []
-    rejected: list[tuple[dict[str, Any], Clip | None]] = []
-    seen: set[float] = set()
-    for video in sorted(videos, key=lambda video: video.id):
-        clips, problem = store.clips_of(folder, video)
-        if index.mode == "pixels":
-            # Training reads them from where they are now.
-            clips = [dataclasses.replace(clip, source=str(video.path)) for clip in clips]
-        if problem is not None:
-            rejected.append(({"source": video.source, **problem}, None))
+class Judged:
+    """The clips of all videos in order, each with the reason why it is left out, None for those
+    that get in; and lines for all that was rejected."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder, self.index = folder, index
+        self._base = sqlite3.connect("", isolation_level=None)
+        self._base.executescript(TABLES)
+
+    def close(self) -> None:
+        self._base.close()
+
+    def judge(self, listing: Listing, thresholds: Thresholds) -> None:
+        """Judge the clips in the store of all videos that are listed."""
+        for problem in listing.problems():
+            self._reject(problem.as_dict())
+        for video in listing:
+            clips, problem = store.clips_of(self.folder, video)
+            if problem is not None:
+                self._reject({"source": video.source, **problem})
+            self._judge(self._placed(clips, video), thresholds)
+
+    def _placed(self, clips: list[Clip], video: Video) -> list[Clip]:
+        """In pixels mode training reads videos from where they are now."""
+        if self.index.mode == "latents":
+            return clips
+        return [dataclasses.replace(clip, source=str(video.path)) for clip in clips]
+
+    def _judge(self, clips: list[Clip], thresholds: Thresholds) -> None:
+        """Judge the clips of a video. Those with another caption of the same frames get in with the
+        first of them."""
+        before, reason = None, None
         for clip in clips:
-            reason = thresholds.judge(clip.frames / index.fps, clip.scores, seen)
-            if reason is None:
-                accepted.append(clip)
-                seen.add(clip.scores["hash"])
-            else:
-                row = {"source": clip.source, "id": clip.id, "reason": reason}
-                rejected.append((row | {"detail": _detail(clip, index.fps)}, clip))
-    return accepted, rejected
+            if before is None or clip.start != before.start:
+                seconds = clip.frames / self.index.fps
+                reason = thresholds.judge(seconds, clip.scores, self)
+            self._add(clip, reason)
+            before = clip
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a clip with this hash got in."""
+        found = self._base.execute("SELECT 1 FROM hashes WHERE hash = ?", (value,))
+        return found.fetchone() is not None
+
+    def _add(self, clip: Clip, reason: str | None) -> None:
+        text = json.dumps(dataclasses.asdict(clip))
+        values = (reason, clip.height, clip.width, clip.frames, clip.caption_tokens, text)
+        self._base.execute("INSERT INTO clips VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
+        if reason is None:
+            hashed = (clip.scores["hash"],)
+            self._base.execute("INSERT OR IGNORE INTO hashes VALUES (?)", hashed)
+        else:
+            row = {"source": clip.source, "id": clip.id, "reason": reason}
+            self._reject(row | {"detail": _detail(clip, self.index.fps)})
+
+    def _reject(self, row: dict[str, Any]) -> None:
+        self._base.execute("INSERT INTO rejected VALUES (?, ?)", (row["reason"], json.dumps(row)))
+
+    def clips(self, where: str = "1") -> Iterator[tuple[Clip, str | None]]:
+        """(clip, reason) of those that meet a condition, in order."""
+        rows = self._base.execute(f"SELECT clip, reason FROM clips WHERE {where} ORDER BY number")
+        return ((Clip(**json.loads(clip)), reason) for clip, reason in rows)
+
+    def rejected(self) -> Iterator[str]:
+        """The lines of rejected.jsonl."""
+        return (line for (line,) in self._base.execute("SELECT line FROM rejected ORDER BY rowid"))
+
+    def buckets(self) -> dict[tuple[int, int], int]:
+        """How many clips got into each bucket."""
+        rows = self._base.execute(
+            "SELECT height, width, count(*) FROM clips WHERE reason IS NULL"
+            " GROUP BY height, width ORDER BY height, width"
+        )
+        return {(height, width): count for height, width, count in rows}
+
+    def picks(self, where: str) -> list[tuple[Clip, str | None]]:
+        """At most `SHEET_CLIPS` of the clips that meet a condition, at even distances."""
+        (count,) = self._base.execute(f"SELECT count(*) FROM clips WHERE {where}").fetchone()
+        places = np.linspace(0, count - 1, min(SHEET_CLIPS, count)).round().astype(int)
+        wanted = set(places.tolist())
+        return [found for n, found in enumerate(self.clips(where)) if n in wanted]
+
+    def packed(self, listing: Listing) -> Packed:
+        """The figures of the dataset."""
+        accepted = "FROM clips WHERE reason IS NULL"
+        clips, frames = self._base.execute(
+            f"SELECT count(*), coalesce(sum(frames), 0) {accepted}"
+        ).fetchone()
+        (cut,) = self._base.execute(
+            f"SELECT count(*) {accepted} AND tokens > {MAX_PROMPT_TOKENS}"
+        ).fetchone()
+        reasons = self._base.execute(
+            "SELECT reason, count(*) FROM rejected GROUP BY reason ORDER BY count(*) DESC, reason"
+        )
+        seconds = frames / self.index.fps
+        return Packed(clips, seconds, self.buckets(), dict(reasons), cut, listing.left_out)
 
 
 def _detail(clip: Clip, fps: float) -> str:
@@ -154,57 +281,48 @@ def _detail(clip: Clip, fps: float) -> str:
     return f"{clip.frames / fps:.2f} s from {clip.start:.2f} s; {scores}"
 
 
-def _stored(folder: Path, clips: Sequence[Clip], index: Index) -> Iterator[tuple[bytes, int]]:
-    """(record, latent frames) of clips."""
-    for clip in clips:
-        data = store.record_file(folder, clip).read_bytes()
-        if index.mode == "pixels":
+def _stored(judged: Judged, bucket: tuple[int, int]) -> Iterator[tuple[bytes, int]]:
+    """(record, latent frames) of the clips of a bucket."""
+    height, width = bucket
+    mine = f"reason IS NULL AND height = {height} AND width = {width}"
+    for clip, _ in judged.clips(mine):
+        data = store.record_file(judged.folder, clip).read_bytes()
+        if judged.index.mode == "pixels":
             data = records.pack(records.unpack(data)._replace(clip=clip))
-        yield data, 1 + (clip.frames - 1) // index.time_compression
+        yield data, 1 + (clip.frames - 1) // judged.index.time_compression
 
 
-def _stamps(videos: Sequence[Video]) -> dict[str, list[int]]:
-    """By name, of those that are there."""
-    stamps = {video.source: store.stamp(video) for video in videos}
-    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
+def _write_videos(new: Path, source: Path, listing: Listing) -> None:
+    videos = itertools.groupby(listing, key=lambda video: video.source)
+    rows = ({"video": name, "stamp": next(spans).stamp} for name, spans in videos)
+    head = {"listing": str(Path(source).resolve())}
+    _write_lines(new / VIDEOS, map(json.dumps, itertools.chain([head], rows)))
 
 
-def _write_videos(new: Path, listing: Path, videos: Sequence[Video]) -> None:
-    text = json.dumps({"listing": str(Path(listing).resolve()), "videos": _stamps(videos)})
-    with whole(new / VIDEOS) as partial:
-        partial.write_text(text + "\n")
+def _write_tables(new: Path, judged: Judged) -> None:
+    rows = (
+        dataclasses.asdict(clip) | {"accepted": reason is None, "reason": reason}
+        for clip, reason in judged.clips()
+    )
+    _write_lines(new / MANIFEST, map(json.dumps, rows))
+    _write_lines(new / REJECTED, judged.rejected())
 
 
-def _write_tables(
-    new: Path, accepted: Sequence[Clip], rejected: Sequence[tuple[dict[str, Any], Clip | None]]
-) -> None:
-    rows = [dataclasses.asdict(clip) | {"accepted": True, "reason": None} for clip in accepted]
-    rows += [
-        dataclasses.asdict(clip) | {"accepted": False, "reason": row["reason"]}
-        for row, clip in rejected
-        if clip is not None
-    ]
-    rows.sort(key=lambda row: row["id"])
-    for name, lines in ((MANIFEST, rows), (REJECTED, [row for row, _ in rejected])):
-        with whole(new / name) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with whole(path) as partial, open(partial, "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
-def _write_sheets(
-    new: Path,
-    folder: Path,
-    accepted: Sequence[Clip],
-    rejected: Sequence[tuple[dict[str, Any], Clip | None]],
-    fps: float,
-) -> None:
+def _write_sheets(new: Path, judged: Judged) -> None:
     """Contact sheets, clips at even distances; none where there is nothing to show."""
-    shown = [(clip, f"{clip.frames / fps:.1f} s  {clip.id}") for clip in accepted]
-    refused = [(clip, f"{row['reason']}  {clip.id}") for row, clip in rejected if clip is not None]
-    for name, clips in zip(SHEETS, (shown, refused), strict=True):
-        if clips:
-            picks = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).round().astype(int)
-            cells = [_picture(folder, clips[pick][0]) for pick in picks]
-            labels = [clips[pick][1] for pick in picks]
+    for name, where in zip(SHEETS, ("reason IS NULL", "reason IS NOT NULL"), strict=True):
+        shown = judged.picks(where)
+        if shown:
+            cells = [_picture(judged.folder, clip) for clip, _ in shown]
+            labels = [
+                f"{reason or f'{clip.frames / judged.index.fps:.1f} s'}  {clip.id}"
+                for clip, reason in shown
+            ]
             pictures.save_png(new / name, pictures.labelled_sheet(cells, labels))
 
 

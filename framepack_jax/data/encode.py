@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,18 +45,21 @@ class Encoder:
     def prompt(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
         """States (n, D) of the prompt's own tokens, and its gist (D,)."""
         with warnings.catch_warnings():
-            # Captions are cut by thousands; the manifest keeps them whole.
+            # Captions are cut by thousands; they are counted by `caption_tokens`.
             warnings.simplefilter("ignore")
             text, valid, pooled = conditioning.encode_prompt(self.encoders, [caption])
         count = int(np.asarray(valid).sum())
         return np.asarray(text[0, :count]), np.asarray(pooled[0])
 
-    def record(self, clip: Clip, frames: np.ndarray) -> Record:
-        """The record of a clip with these frames (P, H, W, 3) uint8."""
-        text, pooled = self.prompt(clip.caption)
+    def records(self, clips: Sequence[Clip], frames: np.ndarray) -> Iterator[Record]:
+        """Yield the records of clips that differ in their captions alone and have these frames (P,
+        H, W, 3) uint8."""
         image = np.asarray(conditioning.encode_image(self.encoders, frames[:1])[0])
         latents = None if self.vae is None else self.latents(frames)
-        return Record(clip, text, pooled, image, latents)
+        for clip in clips:
+            tokens = conditioning.count_tokens(self.encoders, clip.caption)
+            clip = dataclasses.replace(clip, caption_tokens=tokens)
+            yield Record(clip, *self.prompt(clip.caption), image, latents)
 
     def latents(self, frames: np.ndarray) -> np.ndarray:
         """Frames (P, H, W, 3) uint8 -> latents (T, h, w, C): the first frame encoded alone, then

@@ -47,7 +47,7 @@ class Clip:
 
     `source` is the video as it was listed, or where it lies if training reads it; `start` seconds
     into it, `frames` (1 + 4 k) at the dataset's rate, cut to `height` x `width` pixels, the bucket.
-    `scores` are what the clip was judged by.
+    `scores` are what the clip was judged by. Of `caption_tokens`, the networks read the first 256.
     """
 
     id: str
@@ -58,11 +58,17 @@ class Clip:
     width: int
     caption: str
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    caption_tokens: int = 0
+
+    @property
+    def entry(self) -> str:
+        """Name in the store of the video, or of the span of it, that the clip was cut from."""
+        return self.id.rpartition("-")[0]
 
     @property
     def video(self) -> str:
-        """The video's name in the store, which `id` begins with: wherever the video lies."""
-        return self.id.rpartition("-")[0]
+        """The same name without the span, wherever the video lies."""
+        return self.entry.partition("@")[0]
 
 
 class Record(NamedTuple):

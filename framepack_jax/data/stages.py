@@ -10,7 +10,8 @@ Shapes: P frames, H W rows and columns.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,10 @@ from PIL import Image
 from framepack_jax.buckets import find_bucket
 from framepack_jax.video import read_frames, resize_center_crop, shown_size, video_stream
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
+SUFFIXES = (
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
+    ".gif", ".wmv", ".flv", ".3gp", ".3g2", ".ogv", ".vob", ".m2v", ".mxf", ".asf", ".qt", ".f4v",
+)  # fmt: skip
 # What cuts and scores are taken on: (height, width) of small pictures.
 SMALL = (36, 64)
 # A clip has 1 + 4 k frames, and two latents at least.
@@ -99,9 +103,11 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
         raise Rejected("no_video", f"{path}: {error}") from error
 
 
-def clips(path: Path, settings: Settings) -> Iterator[Cut]:
-    """The clips of a video, one after another. Raises Rejected, also after clips were given: then
-    the file is damaged, and they are not to be used."""
+def clips(
+    path: Path, settings: Settings, start: float = 0.0, end: float = math.inf
+) -> Iterator[Cut]:
+    """The clips of a video from `start` to `end` seconds, one after another. Raises Rejected, also
+    after clips were given: then the file is damaged, and they are not to be used."""
     found = probe(path)
     bucket = find_bucket(found.height, found.width, settings.buckets)
     if min(found.height / bucket[0], found.width / bucket[1]) * 4 < 1:
@@ -110,9 +116,12 @@ def clips(path: Path, settings: Settings) -> Iterator[Cut]:
             f"{path} is {found.height} x {found.width} pixels, less than a quarter of {bucket}",
         )
     held: list[np.ndarray] = []
-    first, total, before, shown = 0, 0, None, None
+    begin, stop = round(start * settings.fps), end * settings.fps
+    first, total, before, shown = begin, 0, None, None
     try:
-        for number, frame in enumerate(read_frames(path, settings.fps)):
+        for number, frame in enumerate(read_frames(path, settings.fps, begin), begin):
+            if number >= stop:
+                break
             if frame is shown and 0 < len(held) < settings.max_frames:
                 held.append(held[-1])  # repeated to reach the rate
                 total += 1
@@ -128,10 +137,11 @@ def clips(path: Path, settings: Settings) -> Iterator[Cut]:
     except ValueError as error:
         if isinstance(error, Rejected):
             raise
-        raise Rejected("damaged", f"{path}, after {total} frames: {error}") from error
+        raise Rejected("damaged", f"{path}, after {begin + total} frames: {error}") from error
     if total < LEAST_FRAMES:
+        span = f" between {start:g} and {end:g} s" if begin or end < math.inf else ""
         raise Rejected(
-            "too_short", f"{path} has {total} frames at {settings.fps:g} a second; at least"
+            "too_short", f"{path} has {total} frames{span} at {settings.fps:g} a second; at least"
             f" {LEAST_FRAMES} are needed"
         )  # fmt: skip
 
@@ -232,7 +242,7 @@ class Thresholds:
     keep_duplicates: bool = False
     """Keep clips that look like an earlier one in the middle."""
 
-    def judge(self, seconds: float, scores: dict[str, float], seen: Sequence[float]) -> str | None:
+    def judge(self, seconds: float, scores: dict[str, float], seen: Container[float]) -> str | None:
         """Why a clip is left out, None where it gets in; `seen` are hashes of those that did."""
         limits = (
             ("too_short", seconds < self.min_seconds),

@@ -8,9 +8,10 @@ thresholds only pack anew.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,31 @@ THUMBNAIL = 160
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video to be prepared: `source` is its name in the listing, relative to the listing's folder
-    if it lies there, `id` its name in the store, made of that, `path` where it lies now."""
+    """A video to be prepared, or the seconds of it from `start` to `end`.
+
+    `source` is its name in the listing, relative to the listing's folder if it lies there, `id` its
+    name in the store, made of that, `path` where it lies now. Each clip is stored once for each of
+    the captions. `stamp` is the bytes of the file and the time of its change in ns: with the name
+    they tell it from all others, wherever it lies.
+    """
 
     id: str
     source: str
     path: Path
-    caption: str | None
+    captions: tuple[str, ...]
+    stamp: tuple[int, int] = (0, 0)
+    start: float = 0.0
+    end: float = math.inf
 
 
-def video_id(source: str) -> str:
-    """A file name for a source: readable, and different for different ones."""
+def video_id(source: str, start: float = 0.0, end: float = math.inf) -> str:
+    """A file name for a source, or a span of it in seconds: readable, and different for different
+    ones. The part before @ is that of the whole video."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).stem)[:40]
-    return f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    name = f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    if not start and end == math.inf:
+        return name
+    return f"{name}@{1000 * start:.0f}-{'end' if end == math.inf else f'{1000 * end:.0f}'}"
 
 
 def is_done(folder: Path, video: Video, made: Mapping[str, Any]) -> bool:
@@ -52,21 +65,11 @@ def is_done(folder: Path, video: Video, made: Mapping[str, Any]) -> bool:
     return all(file.exists() and file.with_suffix(".png").exists() for file in files)
 
 
-def stamp(video: Video) -> list[int] | None:
-    """Bytes of a video's file and when it was changed, in ns; None where there is none. With its
-    name they tell it from all others, wherever it lies."""
-    try:
-        stat = video.path.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def add(
     folder: Path,
     video: Video,
     cuts: Iterator[stages.Cut],
-    encode: Callable[[Clip, np.ndarray], Record],
+    encode: Callable[[Sequence[Clip], np.ndarray], Iterable[Record]],
     settings: Settings,
     made: Mapping[str, Any],
     advance: Callable[[], Any] = lambda: None,
@@ -81,22 +84,14 @@ def add(
     root.mkdir(parents=True)
     clips, rejected = [], None
     try:
-        if video.caption is None:
-            raise Rejected(
-                "no_caption",
-                f"{video.path} has no caption; write one into {video.path.with_suffix('.txt').name}"
-                " beside it or into the manifest, or give --empty-captions",
-            )
-        for number, cut in enumerate(cuts):
-            frames = cut.frames
-            clip = Clip(
-                f"{video.id}-{number:03d}", video.source, cut.first / settings.fps, len(frames),
-                *frames.shape[1:3], video.caption, cut.scores,
-            )  # fmt: skip
-            with whole(record_file(folder, clip)) as partial:
-                partial.write_bytes(records.pack(encode(clip, frames)))
-            _thumbnail(root / f"{number:03d}.png", frames[len(frames) // 2])
-            clips.append(dataclasses.asdict(clip))
+        for cut in cuts:
+            described = _describe(video, cut, len(clips), settings)
+            for record in encode(described, cut.frames):
+                file = record_file(folder, record.clip)
+                with whole(file) as partial:
+                    partial.write_bytes(records.pack(record))
+                _thumbnail(file.with_suffix(".png"), cut.frames[len(cut.frames) // 2])
+                clips.append(dataclasses.asdict(record.clip))
             advance()
         if not clips:
             raise Rejected(
@@ -112,6 +107,17 @@ def add(
         partial.write_text(text)
 
 
+def _describe(video: Video, cut: stages.Cut, number: int, settings: Settings) -> list[Clip]:
+    """The clips of a cut, one a caption, numbered from `number` on."""
+    return [
+        Clip(
+            f"{video.id}-{n:03d}", video.source, cut.first / settings.fps, len(cut.frames),
+            *cut.frames.shape[1:3], caption, cut.scores,
+        )
+        for n, caption in enumerate(video.captions, number)
+    ]  # fmt: skip
+
+
 def clips_of(folder: Path, video: Video) -> tuple[list[Clip], dict[str, str] | None]:
     """(clips, why there are none) of a video in the store. Raises DatasetError."""
     marker = _read_marker(folder, video.id)
@@ -123,12 +129,13 @@ def clips_of(folder: Path, video: Video) -> tuple[list[Clip], dict[str, str] | N
 def record_file(folder: Path, clip: Clip) -> Path:
     """Where the record of a clip lies; its picture has the suffix .png."""
     number = clip.id.rpartition("-")[2]
-    return Path(folder) / STORE / clip.video / f"{number}.rec"
+    return Path(folder) / STORE / clip.entry / f"{number}.rec"
 
 
 def _key(video: Video, made: Mapping[str, Any]) -> str:
     """All that decides what becomes of a video."""
-    of = [video.source, stamp(video), video.caption, made]
+    captions = video.captions[0] if len(video.captions) == 1 else video.captions
+    of = [video.source, video.stamp, captions, made]
     text = json.dumps(of, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,0 +1,266 @@
+"""Read the rows of a manifest of videos: .jsonl, .json, .csv, .tsv or .parquet.
+
+Rows are read one at a time, so that memory does not grow with the file. A bad row is given as
+`Rejected`; only a file that cannot be read at all raises DatasetError. Column names are those of
+common trainers and data sets: musubi-tuner (`video_path`), Hugging Face and finetrainers
+(`file_name`, `video_file`), diffusers and OpenVid (`video`), Open-Sora (`path`, `text`, `cap`),
+diffusion-pipe (an object of captions by name).
+"""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from framepack_jax.data.captions import BYTE_ORDER_MARKS
+from framepack_jax.data.records import DatasetError
+from framepack_jax.data.stages import Rejected
+
+# Names of columns, in any case; of several in one row the first here is taken.
+VIDEO = (
+    "video", "video_path", "file_name", "file_path", "path", "video_file", "filename", "filepath",
+    "file", "media_path",
+)  # fmt: skip
+CAPTION = ("caption", "captions", "text", "prompt", "cap", "description")
+START = ("start", "start_time", "start_seconds")
+END = ("end", "end_time", "end_seconds")
+CHUNK = 1 << 16
+MAX_ROW = 1 << 22
+MAX_OBJECT = 1 << 26
+SPACE = re.compile(r"[\s,]*")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Row(NamedTuple):
+    """A video by its name in the manifest, its captions, and the seconds of it that are meant."""
+
+    video: str
+    captions: tuple[str, ...] = ()
+    start: float = 0.0
+    end: float = math.inf
+
+
+# (number of the row, its columns, or what is wrong with it)
+Fields = Iterator[tuple[int, Any]]
+
+
+def read_rows(source: Path) -> Iterator[tuple[int, Row | Rejected]]:
+    """Yield (number, row) of a manifest, numbered as lines, as spreadsheet rows, or from 1. Raises
+    DatasetError if the file is none, or has no column of videos."""
+    reader = READERS.get(source.suffix.lower())
+    if reader is None:
+        raise DatasetError(
+            f"--videos {source}: expected a folder, or a file of {', '.join(READERS)}"
+        )
+    try:
+        for number, fields in reader(source):
+            yield number, _row_or_problem(fields)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{source} is no {error.encoding} text ({error}); write UTF-8") from None
+
+
+def _row_or_problem(fields: Any) -> Row | Rejected:
+    try:
+        return fields if isinstance(fields, Rejected) else _row(fields)
+    except Rejected as error:
+        return error
+
+
+def _row(fields: Any) -> Row:
+    if not isinstance(fields, dict):
+        raise Rejected(
+            "bad_row", f'{str(fields)[:80]} is no object; expected {{"video": ..., "caption": ...}}'
+        )
+    given = {str(name).strip().lower(): value for name, value in fields.items()}
+    column = next((name for name in VIDEO if name in given), None)
+    if column is None:
+        columns = ", ".join(given)[:200] or "none"
+        raise Rejected(
+            "bad_row", f"it names no video; its columns are {columns}; expected {_either(VIDEO)}"
+        )
+    video, captions = given[column], _first(given, CAPTION)
+    if not isinstance(video, str) or not video.strip():
+        raise Rejected("bad_row", f"its {column} is {str(video)[:80]!r}, expected a path")
+    captions = captions if isinstance(captions, list) else [captions]
+    if not all(isinstance(caption, str | None) for caption in captions):
+        raise Rejected("bad_row", f"caption {str(captions)[:80]} of {video} is no text")
+    start, end = _seconds(_first(given, START), 0.0), _seconds(_first(given, END), math.inf)
+    if not 0 <= start < end:
+        raise Rejected("bad_row", f"{video}: expected 0 <= start < end, not {start:g} and {end:g}")
+    return Row(video, tuple(filter(None, captions)), start, end)
+
+
+def _first(given: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((given[name] for name in names if name in given), None)
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _seconds(value: Any, default: float) -> float:
+    """Seconds, to the millisecond, from a number or H:MM:SS.s. Raises Rejected."""
+    if value is None or value == "":
+        return default
+    try:
+        if isinstance(value, str):
+            parts = [float(part) for part in value.split(":")]
+            value = sum(part * 60**k for k, part in enumerate(reversed(parts)))
+        return round(float(value), 3)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise Rejected("bad_row", f"{str(value)[:80]!r} is no time; write seconds") from error
+
+
+def _text(source: Path, newline: str = "\n") -> io.TextIOWrapper:
+    """Open a text file by its byte order mark. A byte that is not UTF-8 becomes a lone surrogate,
+    so that its row is known and the others are read."""
+    with open(source, "rb") as file:
+        head = file.read(4)
+    encoding = next((e for m, e in BYTE_ORDER_MARKS.items() if head.startswith(m)), "utf-8")
+    # Without their ends these encodings skip the mark themselves.
+    encoding = "utf-8-sig" if encoding == "utf-8" else encoding[:6]
+    return open(source, encoding=encoding, errors="surrogateescape", newline=newline)
+
+
+def _lines(source: Path) -> Fields:
+    """JSON lines. They end with \\n alone: a caption may hold other marks of an end."""
+    with _text(source) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW), ""), 1):
+            if line.strip():
+                yield number, _parsed(line)
+
+
+def _parsed(line: str) -> Any:
+    if bad := LONE_SURROGATE.search(line):
+        at = len(line[: bad.start()].encode())
+        byte = ord(bad[0]) - 0xDC00
+        return Rejected("bad_row", f"byte 0x{byte:02x} at offset {at} is not UTF-8; write UTF-8")
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Rejected("bad_row", f"it is no JSON ({error})")
+
+
+def _json(source: Path) -> Fields:
+    """An array of rows, an object of captions (or rows) by name, or JSON lines."""
+    with _text(source) as file:
+        while (first := file.read(1)).isspace():
+            pass
+        file.seek(0)
+        if first == "[":
+            yield from enumerate(_array(file, source), 1)
+            return
+        line = file.readline(MAX_ROW)
+        file.seek(0)
+        if isinstance(_parsed(line), dict) or first != "{":
+            yield from _lines(source)
+        else:
+            yield from enumerate(_by_name(file, source), 1)
+
+
+def _array(file: io.TextIOWrapper, source: Path) -> Iterator[Any]:
+    """The items of an array, each parsed as soon as it is read."""
+    decoder, text, count = json.JSONDecoder(), file.read(CHUNK), 0
+    at = text.index("[") + 1
+    while True:
+        at = SPACE.match(text, at).end()
+        if text[at : at + 1] == "]":
+            return
+        try:
+            item, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            rest, more = text[at:], file.read(max(CHUNK, len(text) - at))
+            if not more or len(rest) > MAX_ROW:
+                raise DatasetError(f"{source} is no JSON after row {count} ({error})") from error
+            text, at = rest + more, 0
+            continue
+        count += 1
+        yield item
+
+
+def _by_name(file: io.TextIOWrapper, source: Path) -> Iterator[dict[str, Any]]:
+    text = file.read(MAX_OBJECT + 1)
+    if len(text) > MAX_OBJECT:
+        raise DatasetError(f"{source} is an object of more than 64 MiB; write it as .jsonl")
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{source} is no JSON ({error})") from error
+    if any(str(name).strip().lower() in VIDEO for name in rows):
+        yield rows
+        return
+    for name, row in rows.items():
+        yield {"video": name, **(row if isinstance(row, dict) else {"caption": row})}
+
+
+def _table(source: Path) -> Fields:
+    """Rows of a table whose first line names its columns."""
+    csv.field_size_limit(MAX_ROW)
+    with _text(source, newline="") as file:
+        delimiter = max(",\t;|", key=file.readline(MAX_ROW).count)
+        file.seek(0)
+        table = csv.DictReader(file, delimiter=delimiter, strict=True)
+        _check_columns(source, table.fieldnames or ())
+        number, row = 1, {}
+        while row is not None:
+            number += 1
+            try:
+                row = next(table, None)
+            except csv.Error as error:
+                problem = f"it is no row of a table ({error}); is a quote left open?"
+                yield number, Rejected("bad_row", problem)
+                continue
+            if row is not None:
+                yield number, _checked(row, delimiter)
+
+
+def _checked(row: dict[Any, Any], delimiter: str) -> Any:
+    if None not in row:
+        return row
+    return Rejected(
+        "bad_row",
+        f"it has {len(row) - 1 + len(row[None])} fields, the first line {len(row) - 1}; put quotes"
+        f" around a caption that has {delimiter!r}",
+    )
+
+
+def _check_columns(source: Path, names: Iterable[str]) -> None:
+    known = [name for name in names if name.strip().lower() in VIDEO]
+    if not known:
+        raise DatasetError(
+            f"{source} has no column of videos, only {', '.join(names)[:200] or 'nothing'};"
+            f" expected {_either(VIDEO)}, and {_either(CAPTION)} where that is not in NAME.txt"
+        )
+
+
+def _parquet(source: Path) -> Fields:
+    """Rows of the columns that are asked for: others may hold the videos themselves."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise DatasetError(
+            f"{source} needs pyarrow to be read: pip install pyarrow; or write it as .jsonl"
+        ) from error
+    try:
+        with parquet.ParquetFile(source) as file:
+            names = file.schema_arrow.names
+            _check_columns(source, names)
+            known = (*VIDEO, *CAPTION, *START, *END)
+            columns = [name for name in names if name.strip().lower() in known]
+            number = 0
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except ArrowException as error:
+        raise DatasetError(f"{source} cannot be read as Parquet ({error})") from error
+
+
+READERS = {
+    ".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".csv": _table, ".tsv": _table,
+    ".parquet": _parquet,
+}  # fmt: skip
