@@ -6,6 +6,7 @@ import json
 import queue
 import re
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -94,6 +95,11 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
         packed = prepare(flags)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except sqlite3.Error as error:
+        raise SystemExit(
+            f"error: the list of videos cannot be kept in a temporary file ({error}); let"
+            " SQLITE_TMPDIR name a folder with room"
+        ) from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
     if is_first():

@@ -218,7 +218,7 @@ def _add_file(listing: Listing, file: Path) -> None:
     if suffix not in SUFFIXES:
         listing.left_out[escaped(suffix) or "without suffix"] += 1
     elif not listing.is_new(os.path.realpath(file)):
-        listing.left_out["links to videos listed already"] += 1
+        listing.left_out["linked again"] += 1
     else:
         listing.add(Row(str(file.relative_to(listing.folder))))
 
