@@ -22,6 +22,7 @@ from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import cluster, dataset, stages, store
+from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.encode import TILING, Encoder
 from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.loader import made_by
@@ -181,7 +182,9 @@ def parse_buckets(text: str, step: int) -> tuple[tuple[int, int], ...]:
 
 
 def _check_output(output: Path) -> None:
-    """Never write among other files."""
+    """Never write among other files, nor where the writer of shards cannot."""
+    if NOT_TEXT.search(str(output)):
+        raise DatasetError(f"--output {escaped(str(output))} is no name in UTF-8; choose another")
     names = (store.STORE, INDEX, dataset.REJECTED)
     ours = not output.exists() or any((output / name).exists() for name in names)
     if not ours and any(output.iterdir()):
