@@ -269,7 +269,7 @@ def test_two_hours_are_streamed(tmp_path, monkeypatch) -> None:
     file = write_video(tmp_path / "long.mp4", scene_frames(0, 0.2))
     picture, read = scene_frames(0, 0.1)[0], 0
 
-    def endless(path, fps):
+    def endless(path, fps, first):
         nonlocal read
         for read in range(2 * 3600 * 30):  # noqa: B007
             yield picture
