@@ -83,14 +83,14 @@ def check_any(folder: Path, source: Path, listing: Listing) -> None:
         return
     reasons = collections.Counter(problem.reason for problem in listing.problems())
     first = next(listing.problems())
-    place = first.source if first.row is None else f"row {first.row}"
+    place = "" if first.row is None else f", row {first.row}"
     if not (folder / records.INDEX).exists():
         lines = (json.dumps(problem.as_dict()) for problem in listing.problems())
         _write_lines(folder / REJECTED, lines)
     raise DatasetError(
         f"--videos {source} has no video that can be taken, of {reasons.total()}"
         f" ({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())});"
-        f" the first, {place}: {first.detail}"
+        f" the first{place}: {first.detail}"
     )
 
 
