@@ -9,11 +9,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from training_data import SIZES, write_dataset
+from training_data import SIZES, damage, write_dataset
 
 from framepack_jax import bundle, packing
 from framepack_jax.commands.records import path_of
-from framepack_jax.data import loader, pixels, records
+from framepack_jax.data import checks, loader, pixels, records
+from framepack_jax.data.batch import LOST
 from framepack_jax.data.loader import Config, DatasetError, open_loader
 from framepack_jax.data.records import Index
 from framepack_jax.packing import Timeline
@@ -109,10 +110,30 @@ def test_captions_are_filled_up_to_as_many_tokens_as_asked_for(dataset) -> None:
     np.testing.assert_array_equal(short.text, whole.text[:, :8])
     assert np.array_equal(short.text_valid, whole.text_valid[:, :8])
     assert short.text_valid.sum() == whole.text_valid.sum()
-    with pytest.raises(DatasetError, match=r"caption of \d tokens, more than --data.text-tokens 3"):
-        take(folder, 8, text_tokens=3)
+    refused = r"up to 8 tokens, 2 of 8 more than --data.text-tokens 6; give --data.text-tokens 8$"
+    with pytest.raises(DatasetError, match=refused):
+        take(folder, 0, text_tokens=6)
     with pytest.raises(ValueError, match=r"--data\.text-tokens 257"):
         Config(text_tokens=257)
+
+
+def test_captions_of_a_dataset_without_their_lengths_are_read(tmp_path) -> None:
+    """One packed before the index had them: it is the same dataset, and refused alike."""
+    write_dataset(tmp_path)
+    fingerprint = take(tmp_path, 0)[0].fingerprint
+    index = records.read_index(tmp_path)
+    assert [len(shard.tokens) for shard in index.shards] == [5, 3]
+    text = json.loads((tmp_path / records.INDEX).read_text())
+    for shard in text["shards"]:
+        del shard["tokens"]
+    (tmp_path / records.INDEX).write_text(json.dumps(text))
+    assert take(tmp_path, 0)[0].fingerprint == fingerprint
+    with pytest.raises(
+        DatasetError, match=r"up to 8 tokens, 2 of 8 more than --data.text-tokens 6"
+    ):
+        take(tmp_path, 0, text_tokens=6)
+    with pytest.raises(DatasetError, match=r"the empty prompt in .* has 9 tokens, more than .* 8;"):
+        checks.check_captions(tmp_path, index, 8, empty=9)
 
 
 def test_windows_are_drawn_for_each_batch(dataset) -> None:
@@ -328,10 +349,12 @@ def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
     folder, _ = dataset
     with pytest.raises(DatasetError, match=r"8 of the 8 clips .* shorter than a section of 9"):
         open_loader(Config(path=str(folder)), packing.RELEASED_INVERTED, "inverted", 4)
-    with pytest.raises(
-        DatasetError, match=r"--data\.holdout 7 leaves nothing of the 8 .* 4 videos"
-    ):
+    nothing = (
+        r"--data\.holdout 7 leaves nothing of the 8 .* 4 videos.* give --data\.holdout 6 or less"
+    )
+    with pytest.raises(DatasetError, match=nothing):
         take(folder, 0, holdout=7)
+    assert take(folder, 0, holdout=6)[0].streams
     with pytest.raises(ValueError, match="does not divide over 3 hosts"):
         take(folder, 0, share=(0, 3))
     with pytest.raises(ValueError, match=r"--data.caption-dropout 1.5"):
@@ -341,12 +364,53 @@ def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
         take(tmp_path, 0)
 
 
-def test_a_damaged_shard_ends_the_stream_with_its_name(tmp_path) -> None:
+def test_a_bucket_that_cannot_be_read_ends_the_stream_with_its_name(tmp_path) -> None:
+    """Batches of the same shape, of which no update is made, take the place of what is lost."""
     write_dataset(tmp_path)
+    opened, _ = take(tmp_path, 0)
+    for bucket in opened.buckets:
+        opened.abstract(bucket, INVERTED)
     file = next((tmp_path / records.SHARDS).glob("48x32*"))
     file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(DatasetError, match=r"48x32-00000\.arrayrecord"):
-        take(tmp_path, 20)
+    records._reader.cache_clear()
+    with pytest.raises(DatasetError, match=r"48x32-00000\.arrayrecord.* nor can 16 other"):
+        list(itertools.islice(opened, 20))
+    assert opened.bucket_at(opened.step) == (48, 32)
+    shapes = opened.abstract((48, 32), INVERTED)
+    blank = opened.blank(0)
+    assert jax.tree.map(np.shape, blank) == jax.tree.map(np.shape, shapes)
+    assert (blank.clip == LOST).all() and np.isnan(np.asarray(blank.pooled, np.float32)).all()
+
+
+def test_another_clip_takes_the_place_of_one_that_cannot_be_read(dataset, tmp_path) -> None:
+    """The same one in any thread, on any host, after a stop; all other samples stay."""
+    folder, clips = dataset
+    write_dataset(tmp_path)
+    damage(tmp_path, clips[1])
+    _, intact = take(folder, 9)
+    opened, batches = take(tmp_path, 9)
+    replaced = 0
+    for batch, whole in zip(batches, intact, strict=True):
+        for i in range(4):
+            sample, before = (jax.tree.map(lambda x, i=i: x[i], b) for b in (batch, whole))
+            if before.clip != 1:
+                assert bits(sample) == bits(before)
+                continue
+            replaced += 1
+            assert sample.clip == -2 and sample.element == before.element
+            others = [opened.samples.read(int(sample.element), n, INVERTED) for n in (0, 2, 3, 4)]
+            assert bits(sample.target) in [bits(other.target) for other in others]
+    assert replaced >= 3
+    assert opened.fault(0) is None and "record 1, cannot be read" in opened.fault(1)
+    assert opened.clip_ids([0, 1]) == [clips[0].clip.id, "shards/32x48-00000.arrayrecord, record 1"]
+    assert [bits(b) for b in take(tmp_path, 9, threads=1, buffer=1)[1]] == [
+        bits(b) for b in batches
+    ]
+    state = take(tmp_path, 4)[0].get_state()
+    halves = [take(tmp_path, 5, share=(i, 2), state=state)[1] for i in range(2)]
+    for batch, *parts in zip(batches[4:], *halves, strict=True):
+        joined = jax.tree.map(lambda *x: np.stack(x, 1).reshape(-1, *x[0].shape[1:]), *parts)
+        assert bits(joined) == bits(batch)
 
 
 @pytest.mark.parametrize("schedule", ORDERS)

@@ -794,8 +794,18 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     try:
         for file in (real / "videos").glob("*.mp4"):
             shutil.move(file, real / "videos" / "moved")
-        with pytest.raises(ValueError, match=r"video .*\.mp4 cannot be read"):
-            next(loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4))
+        missing = (
+            r"5 of the 5 videos of .* missing or changed: .*0\.mp4 \(No such file.* and 2 more"
+        )
+        with pytest.raises(DatasetError, match=missing):
+            loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
+        for number in (0, 1, 2, 4):
+            name = f"{number}.mp4"
+            shutil.copy(real / "videos" / "moved" / name, real / "videos")
+        (real / "videos" / "3.mp4").write_bytes(b"another")
+        changed = r"1 of the 5 videos of .*3\.mp4 \(7 bytes, \d+ when it was prepared\); put them"
+        with pytest.raises(DatasetError, match=changed):
+            loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
     finally:
         for file in (real / "videos" / "moved").glob("*.mp4"):
             shutil.move(file, real / "videos")

@@ -28,6 +28,18 @@ def random_record(number: int, height: int, width: int, length: int) -> Record:
     return Record(clip, *(array.astype(BFLOAT16) for array in arrays))
 
 
+def damage(folder: Path, record: Record) -> None:
+    """Change a byte in the middle of a record where it lies in its shard."""
+    packed = records.pack(record)
+    for file in (folder / records.SHARDS).iterdir():
+        data = bytearray(file.read_bytes())
+        if (begin := data.find(packed)) >= 0:
+            data[begin + len(packed) // 2] ^= 1
+            file.write_bytes(data)
+            return
+    raise AssertionError(f"{record.clip.id} is in no shard")
+
+
 def write_dataset(
     folder: Path, sizes: Mapping[tuple[int, int], Sequence[int]] = SIZES
 ) -> list[Record]:

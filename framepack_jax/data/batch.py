@@ -9,6 +9,8 @@ from flax import struct
 
 from framepack_jax.packing import PackedContext
 
+LOST = -(1 << 31)
+
 
 @struct.dataclass
 class Batch:
@@ -17,7 +19,8 @@ class Batch:
 
     `element` (B,) is the number of a sample in the endless stream of samples, whatever the number
     of hosts; `section` (B,) which section of its plan it is, 0 being made first, of `sections`
-    (B,); `clip` (B,) the number of its record in the dataset. All int32.
+    (B,); `clip` (B,) the number of its record in the dataset; -1 - n of a sample that takes the
+    place of record n, which cannot be read, and LOST where none can be read. All int32.
     """
 
     target: Any

@@ -5,9 +5,12 @@ from these streams by a schedule in which every run of B samples shares one buck
 as they have clips. Sample e, and so batch e // B, is the same whatever the number of threads,
 processes and hosts: a stream that is stopped goes on exactly where it was, also on other hosts.
 
-The section is chosen with the sample, before it is decided which host reads it.
+The section is chosen with the sample, before it is decided which host reads it. So is the record
+that takes the place of one that cannot be read.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,8 +26,8 @@ from absl import flags
 from framepack_jax import packing
 from framepack_jax.bundle import BundleError, Manifest
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.data import pixels, records
-from framepack_jax.data.batch import Batch
+from framepack_jax.data import checks, pixels, records
+from framepack_jax.data.batch import LOST, Batch
 from framepack_jax.data.pixels import PixelBatch
 from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, Source
 from framepack_jax.packing import Section, Timeline
@@ -37,6 +40,13 @@ SEED_STEP = 1_000_003
 HELD_OUT = 1 << 30
 # Beside the seed of the data, so that windows do not depend on what else is drawn.
 WINDOW_SEED = 2504
+REPLACEMENT_SEED = 16265
+# Records that are tried in the place of one that cannot be read; if none of them can, the dataset
+# is gone rather than damaged.
+TRIES = 16
+# Reading a record or its video raises one of these.
+READ_ERRORS = (ValueError, OSError, RuntimeError)
+LEAST = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_records": 0}
 SHOWN = 5
 
 
@@ -67,6 +77,9 @@ class Config:
     """Samples read ahead (the default of grain, 500, is 23 GB of latents)."""
     workers: int = 0
     """Processes that read; only decoding raw videos gains from them."""
+    max_bad_records: int = 10
+    """Clips that may turn out to be unreadable in training: each is named and another clip of its
+    bucket takes its place. One more ends the run with a checkpoint."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
@@ -81,9 +94,10 @@ class Config:
             raise ValueError(f"--data.windows {self.windows}: expected latent frames, 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--data.seed {self.seed}: expected a whole number from 0 to 2^32 - 1")
-        for name, least in {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0}.items():
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
-                raise ValueError(f"--data.{name} {getattr(self, name)}: expected {least} or more")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--data.{flag} {getattr(self, name)}: expected {least} or more")
 
 
 def choose_section(
@@ -137,9 +151,32 @@ class Samples:
         # Open files do not travel to other processes.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    @functools.cached_property
+    def streams(self) -> dict[tuple[int, int], list[int]]:
+        """Numbers of the records to train on, by bucket."""
+        places, found = _places(self.index), {}
+        for number in split(self.index, self.cfg.holdout)[0]:
+            found.setdefault(places[number], []).append(number)
+        return dict(sorted(found.items()))
+
     def training(self, element: int, number: int) -> Batch | PixelBatch:
         """The sample that is `element` of the stream, of record `number`; no batch axis."""
-        return self.read(element, number, self.schedule_of(element // self.batch))
+        return self.read_or_replace(element, number, self.schedule_of(element // self.batch))
+
+    def read_or_replace(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
+        """`read`, or the sample of another record of the bucket if that one cannot be read; which
+        one comes from `element` alone. Raises DatasetError if none of TRIES can be read."""
+        try:
+            return self.read(element, number, schedule)
+        except READ_ERRORS as error:
+            first = error
+        rng = np.random.default_rng([self.cfg.seed, REPLACEMENT_SEED, element])
+        bucket = self.streams[_places(self.index)[number]]
+        for other in rng.choice(bucket, TRIES).tolist():
+            with contextlib.suppress(*READ_ERRORS):
+                sample = self.read(element, other, schedule)
+                return sample.replace(clip=np.asarray(-1 - number, np.int32))
+        raise DatasetError(f"{first}; nor can {TRIES} other records of its bucket") from first
 
     def read(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
         """A sample of a schedule; all that is random in it comes from `element`."""
@@ -266,14 +303,12 @@ class Loader:
     def __init__(self, samples: Samples, batch: int, share: tuple[int, int]) -> None:
         self.samples, self.batch, self.share = samples, batch, share
         self.index, self.cfg = samples.index, samples.cfg
-        train, self.held = split(self.index, self.cfg.holdout)
-        places = _places(self.index)
-        self.streams: dict[tuple[int, int], list[int]] = {}
-        for number in train:
-            self.streams.setdefault(places[number], []).append(number)
-        self.buckets = sorted(self.streams)
+        self.held = split(self.index, self.cfg.holdout)[1]
+        self.streams = samples.streams
+        self.buckets = list(self.streams)
         counts = [len(self.streams[bucket]) for bucket in self.buckets]
         self.schedule = BucketSchedule(counts, batch, self.cfg.seed)
+        self._abstract: dict[Any, Any] = {}
         self._iterator = self._open()
 
     def _open(self) -> Any:
@@ -304,8 +339,23 @@ class Loader:
         return self
 
     def __next__(self) -> Batch | PixelBatch:
-        """The share of the next batch. Raises DatasetError where a record cannot be read."""
+        """The share of the next batch. Raises DatasetError if hardly any record can be read."""
         return next(self._iterator)
+
+    def blank(self, ahead: int) -> Batch | PixelBatch:
+        """The share of the batch that comes `ahead` batches after the next, as it is where batches
+        cannot be read: its clips are LOST, and its loss is not finite, so that no update is made of
+        it."""
+        step, share = self.step + ahead, self.batch // self.share[1]
+
+        def empty(x: jax.ShapeDtypeStruct) -> np.ndarray:
+            return np.zeros((share, *x.shape[1:]), x.dtype)
+
+        shapes = self.abstract(self.bucket_at(step), self.samples.schedule_of(step))
+        batch = jax.tree.map(empty, shapes)
+        return batch.replace(
+            pooled=np.full_like(batch.pooled, np.nan), clip=np.full_like(batch.clip, LOST)
+        )
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream is, the same on every host."""
@@ -314,6 +364,11 @@ class Loader:
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on where a stream was."""
         self._iterator.set_state(state)
+
+    @property
+    def step(self) -> int:
+        """Number of the batch that comes next, from 0."""
+        return self.get_state()["global_next_index"] // self.batch
 
     def bucket_at(self, step: int) -> tuple[int, int]:
         """The bucket of a batch, without reading it."""
@@ -344,14 +399,30 @@ class Loader:
 
     def abstract(self, bucket: tuple[int, int], schedule: str) -> Batch | PixelBatch:
         """A global batch of a bucket and a schedule as `jax.ShapeDtypeStruct`s."""
-        sample = self.samples.read(0, self.streams[bucket][0], schedule)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), np.asarray(x).dtype), sample
-        )
+        if (bucket, schedule) not in self._abstract:
+            sample = self.samples.read_or_replace(0, self.streams[bucket][0], schedule)
+            self._abstract[bucket, schedule] = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), np.asarray(x).dtype),
+                sample,
+            )
+        return self._abstract[bucket, schedule]
 
     def clip_ids(self, numbers: Sequence[int]) -> list[str]:
-        """Names of clips by their numbers."""
-        return [self.samples.source[int(number)].clip.id for number in numbers]
+        """Names of clips by their numbers; of those that cannot be read, where they lie."""
+        return [self._named(int(number)) for number in numbers]
+
+    def _named(self, number: int) -> str:
+        with contextlib.suppress(*READ_ERRORS):
+            return self.samples.source[number].clip.id
+        return self.samples.source.place(number)
+
+    def fault(self, number: int) -> str | None:
+        """Why a record cannot be read; None if it can."""
+        try:
+            self.samples.read(0, number, self.samples.schedule)
+        except READ_ERRORS as error:
+            return str(error)
+        return None
 
     def held_out(self, count: int, most: int, ways: int = 1) -> list[HeldOut]:
         """`count` held-out samples and at least one of every held-out clip, always the same; by
@@ -396,13 +467,12 @@ def open_loader(
     host reads its share (index, count). Raises DatasetError, ScheduleError, ValueError."""
     folder = Path(cfg.path)
     index = records.read_index(folder)
-    _check_clips(folder, index, max(packing.parse(schedule).window, *cfg.windows, 1))
-    if not split(index, cfg.holdout)[0]:
-        videos = len({video for shard in index.shards for video in shard.videos})
-        raise DatasetError(
-            f"--data.holdout {cfg.holdout} leaves nothing of the {index.clips} clips of"
-            f" {videos} videos in {folder}; whole videos are held out"
-        )
+    checks.check_lengths(folder, index, max(packing.parse(schedule).window, *cfg.windows, 1))
+    _check_holdout(folder, index, cfg.holdout)
+    if cfg.text_tokens < MAX_PROMPT_TOKENS:
+        empty = len(records.read_empty(folder)[0]) if cfg.caption_dropout else 0
+        checks.check_captions(folder, index, cfg.text_tokens, empty)
+    checks.check_sources(folder, index)
     packing.plan(schedule, order, 1)
     if batch % share[1]:
         raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")
@@ -429,19 +499,18 @@ def _places(index: Index) -> list[tuple[int, int]]:
     return [(s.height, s.width) for s in index.shards for _ in s.lengths]
 
 
-def _check_clips(folder: Path, index: Index, window: int) -> None:
-    if not index.clips:
-        raise DatasetError(
-            f"dataset {folder} is empty; see {folder}/rejected.jsonl for the reasons"
-        )
-    short = sum(length < 1 + window for shard in index.shards for length in shard.lengths)
-    if short:
-        seconds = (1 + window * index.time_compression) / index.fps
-        raise DatasetError(
-            f"{short} of the {index.clips} clips in {folder} are shorter than a section of {window}"
-            f" latent frames, {seconds:.2f} s; prepare the dataset with --min-seconds"
-            f" {seconds:.2f}, which encodes nothing again, or train with a smaller window"
-        )
+def _check_holdout(folder: Path, index: Index, holdout: int) -> None:
+    """Raise DatasetError if nothing is left to train on."""
+    if split(index, holdout)[0]:
+        return
+    videos = collections.Counter(video for shard in index.shards for video in shard.videos)
+    # The last one to be held out.
+    most = index.clips - videos[max(videos)]
+    raise DatasetError(
+        f"--data.holdout {holdout} leaves nothing of the {index.clips} clips of {len(videos)}"
+        f" videos in {folder} to train on, as whole videos are held out; give --data.holdout"
+        f" {most}{' or less' if most else ''}"
+    )
 
 
 def check_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> None:

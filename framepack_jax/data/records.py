@@ -90,13 +90,16 @@ class Record(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """A file of records of one bucket: its name in the folder of shards, the bucket in pixels, and
-    of each record the latent frames and the digest of its video's name."""
+    of each record the latent frames, the digest of its video's name, and the tokens of its caption
+    (none in datasets that were packed before the index had them)."""
 
     file: str
     height: int
     width: int
     lengths: tuple[int, ...]
     videos: tuple[str, ...]
+    # Not part of what tells datasets apart, which is made of the others' text.
+    tokens: tuple[int, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +169,11 @@ def write_shards(
 
 def _write_shard(
     path: Path, first: tuple[bytes, int], rest: Iterator[tuple[bytes, int]]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Write records until the shard is full; returns their lengths and their videos' digests."""
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]:
+    """Write records until the shard is full; returns their lengths, their videos' digests and the
+    tokens of their captions."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lengths, videos, size = [], [], 0
+    lengths, videos, tokens, size = [], [], [], 0
     try:
         with (
             whole(path) as partial,
@@ -178,14 +182,16 @@ def _write_shard(
             for data, length in itertools.chain([first], rest):
                 writer.write(data)
                 lengths.append(length)
-                videos.append(hashlib.sha256(unpack(data).clip.video.encode()).hexdigest()[:16])
+                record = unpack(data)
+                videos.append(hashlib.sha256(record.clip.video.encode()).hexdigest()[:16])
+                tokens.append(len(record.text))
                 size += len(data)
                 if size >= SHARD_BYTES:
                     break
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         raise OSError(f"{path} cannot be written ({line}); is the disk full?") from error
-    return tuple(lengths), tuple(videos)
+    return tuple(lengths), tuple(videos), tuple(tokens)
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -215,7 +221,7 @@ def read_index(folder: Path) -> Index:
                 " prepare it again"
             )
         shards = [
-            Shard(**s | {"lengths": tuple(s["lengths"]), "videos": tuple(s["videos"])})
+            Shard(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()})
             for s in fields.pop("shards")
         ]
         index = Index(shards=tuple(shards), **fields)
@@ -271,6 +277,11 @@ class Source:
                 )
             (data,) = reader.read([i])
             return unpack(data)
+
+    def place(self, number: int) -> str:
+        """Where a record lies."""
+        shard, i = self._places[number]
+        return f"{SHARDS}/{self.shards[shard].file}, record {i}"
 
     def __repr__(self) -> str:
         # grain writes it into its state: the same wherever the dataset lies.

@@ -1,0 +1,133 @@
+"""What a dataset can be refused for before the first step of training, without reading its arrays.
+
+Each check names the fault, how many clips have it, and a value or a command that mends it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from framepack_jax.data import dataset, store
+from framepack_jax.data.records import DatasetError, Index, Source
+from framepack_jax.processes import is_first
+
+SHOWN = 3
+THREADS = 16
+VIDEOS = ("videos.jsonl", "videos.json")
+
+
+def check_lengths(folder: Path, index: Index, window: int) -> None:
+    """Raise DatasetError if the dataset is empty, or has clips shorter than a section of `window`
+    latent frames."""
+    if not index.clips:
+        raise DatasetError(
+            f"dataset {folder} is empty; see {folder}/rejected.jsonl for the reasons"
+        )
+    short = sum(length < 1 + window for shard in index.shards for length in shard.lengths)
+    if short:
+        seconds = (1 + window * index.time_compression) / index.fps
+        raise DatasetError(
+            f"{short} of the {index.clips} clips in {folder} are shorter than a section of {window}"
+            f" latent frames, {seconds:.2f} s; prepare the dataset with --min-seconds"
+            f" {seconds:.2f}, which encodes nothing again, or train with a smaller window"
+        )
+
+
+def check_captions(folder: Path, index: Index, limit: int, empty: int = 0) -> None:
+    """Raise DatasetError if captions, or the empty prompt of `empty` tokens, are longer than
+    `limit` tokens."""
+    tokens = list(_caption_tokens(folder, index))
+    if (longest := max(empty, *tokens)) > limit:
+        long = sum(count > limit for count in tokens)
+        captions = f"captions in {folder} have up to {longest} tokens, {long} of {index.clips}"
+        prompt = f"the empty prompt in {folder} has {longest} tokens,"
+        raise DatasetError(
+            f"{captions if long else prompt} more than --data.text-tokens {limit}; give"
+            f" --data.text-tokens {longest}"
+        )
+
+
+def _caption_tokens(folder: Path, index: Index) -> Iterable[int]:
+    """Tokens of each caption. Datasets packed before the index had them are read through."""
+    if all(len(shard.tokens) == len(shard.lengths) for shard in index.shards):
+        return [count for shard in index.shards for count in shard.tokens]
+    source = Source(folder, index.shards)
+    return _mapped(lambda n: len(source[n].text), range(len(source)), "reading captions")
+
+
+def check_sources(folder: Path, index: Index) -> None:
+    """Raise DatasetError if videos of a dataset of mode pixels are missing, or are not as long in
+    bytes as when they were prepared."""
+    if index.mode != "pixels":
+        return
+    try:
+        videos, sizes = _sources(folder, index), _prepared_sizes(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{folder / dataset.MANIFEST}, or {VIDEOS[0]} beside it, is damaged ({error}); prepare"
+            " the dataset again"
+        ) from error
+    found = _mapped(lambda v: _fault(v[0], sizes.get(v[1])), videos, "looking for videos")
+    if faults := [fault for fault in found if fault]:
+        raise DatasetError(
+            f"{len(faults)} of the {len(videos)} videos of {folder}, which --mode pixels reads in"
+            f" training, are missing or changed: {_some(faults)}; put them back, or prepare the"
+            " dataset again"
+        )
+
+
+def _fault(path: Path, size: int | None) -> str | None:
+    try:
+        now = path.stat().st_size
+    except OSError as error:
+        return f"{path} ({error.strerror or error})"
+    return None if size in (None, now) else f"{path} ({now} bytes, {size} when it was prepared)"
+
+
+def _sources(folder: Path, index: Index) -> list[tuple[Path, str]]:
+    """(where it lies, name in the store) of each video, from the manifest beside the records."""
+    videos = {}
+    for place, name in _clips(folder, index):
+        videos[place] = name.rpartition("-")[0].partition("@")[0]
+    # An absolute path stays itself.
+    return [(folder / place, name) for place, name in sorted(videos.items())]
+
+
+def _clips(folder: Path, index: Index) -> Iterator[tuple[str, str]]:
+    """(video, name) of each clip."""
+    manifest = folder / dataset.MANIFEST
+    if not manifest.exists():
+        source = Source(folder, index.shards)
+        yield from ((clip.source, clip.id) for clip in (source[n].clip for n in range(len(source))))
+        return
+    with open(manifest) as rows:
+        for row in map(json.loads, rows):
+            if row["accepted"]:
+                yield row["source"], row["id"]
+
+
+def _prepared_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each video by its name in the store, as far as they were kept."""
+    file = next((folder / name for name in VIDEOS if (folder / name).exists()), None)
+    if file is None:
+        return {}
+    # A line for each video behind the first, or all of them in that.
+    head, *rows = map(json.loads, file.read_text().splitlines())
+    stamps = head.get("videos") or {row["video"]: row["stamp"] for row in rows}
+    return {store.video_id(source): size for source, (size, _) in stamps.items()}
+
+
+def _mapped(function: Any, items: Sequence[Any], what: str) -> list[Any]:
+    """Results in order, computed in threads behind a bar that shows where it takes long."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = pool.map(function, items)
+        return list(tqdm(done, total=len(items), desc=what, delay=2, disable=not is_first()))
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more
