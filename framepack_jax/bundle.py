@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
-from framepack_jax import sharding
+from framepack_jax import lora, sharding
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.models import kinds, stack
 
@@ -166,10 +166,7 @@ def read_manifest(root: epath.PathLike) -> Manifest:
     """Read and check `bundle.json`. Raises BundleError."""
     root = epath.Path(root)
     if not (root / MANIFEST).exists():
-        raise BundleError(
-            f"{root} is no bundle (it has no {MANIFEST}); make one with convert_weights.py, and if"
-            " a conversion was interrupted, run it again"
-        )
+        raise BundleError(_what_it_is(root))
     try:
         fields = json.loads((root / MANIFEST).read_text())
         version = fields.pop("format")
@@ -190,6 +187,25 @@ def read_manifest(root: epath.PathLike) -> Manifest:
         raise BundleError(
             f"bundle {root}: {MANIFEST} is damaged ({error}); convert again"
         ) from error
+
+
+def _what_it_is(root: epath.Path) -> str:
+    """Describe a folder that is no bundle, and what to give in its place."""
+    if (root / lora.FILE).exists():
+        return (
+            f"{root} holds a LoRA ({lora.FILE}) and no bundle; give the bundle that it was trained"
+            f" from as --bundle, and beside it --lora {root / lora.FILE} to sample with it, or"
+            " --init RUN to train on from its run"
+        )
+    if (root / "checkpoints").exists():
+        return (
+            f"{root} is a training run and no bundle; its model is {root / 'bundle'}, for --bundle,"
+            f" or {root / 'bundle' / lora.FILE}, for --lora; framepack export-run {root} makes it"
+        )
+    return (
+        f"{root} is no bundle (it has no {MANIFEST}); make one with convert_weights.py, and if"
+        " a conversion was interrupted, run it again"
+    )
 
 
 def _buckets(fields: Any) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ Shapes: r the rank, "in" and "out" those of the kernel (in, ...out).
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ from framepack_jax.models.stack import LORA_A, LORA_B
 # Small beside the kernels: every device has the whole of both.
 SHARDINGS = ((rf".*/({LORA_A}|{LORA_B})", ()),)
 SHOWN = 4
+# The adapters of a training run, in its folder bundle.
+FILE = "lora.safetensors"
 
 
 class Factors(NamedTuple):
@@ -49,7 +52,8 @@ LoRA = dict[str, Factors]
 
 
 def parse_weight(text: str) -> tuple[str, float]:
-    """A flag FILE or FILE:WEIGHT -> (file, weight); the weight is 1 unless given.
+    """A flag FILE or FILE:WEIGHT -> (file, weight); the weight is 1 unless given. FILE may be a
+    training run (`file_of`).
 
     Raises ValueError where no file is named.
     """
@@ -57,7 +61,22 @@ def parse_weight(text: str) -> tuple[str, float]:
     if match is None:
         raise ValueError(f"LoRA {text!r}: expected FILE or FILE:WEIGHT, as style.safetensors:0.8")
     file, weight = match.groups("1")
-    return file, float(weight)
+    return file_of(file), float(weight)
+
+
+def file_of(path: str | Path) -> str:
+    """Return the file of adapters of a training run, named as RUN or RUN/bundle; any other path is
+    returned as it is. Raises ValueError if the run has none."""
+    folder = Path(path)
+    for file in (folder / FILE, folder / "bundle" / FILE):
+        if file.exists():
+            return str(file)
+    if (folder / "run.json").exists() and (folder / "checkpoints").exists():
+        raise ValueError(
+            f"{path} is a training run without {FILE}: if it trained adapters (--trainable lora),"
+            f" make it with framepack export-run {path}; any other run has a model, for --bundle"
+        )
+    return str(path)
 
 
 def combine(loras: Iterable[tuple[Mapping[str, Factors], float]]) -> LoRA:

@@ -29,6 +29,7 @@ from framepack_jax.conversion import (
     verify,
 )
 from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.lora import file_of
 from framepack_jax.models import kinds, stack
 from framepack_jax.models.packed_dit import context_kernels
 
@@ -134,8 +135,8 @@ class Convert:
     diffusers' naming only. Of a LoRA: diffusers; original, which all programs read; kohya, as
     musubi-tuner writes it, or kohya-tencent; comfyui."""
     lora: Path | None = None
-    """A LoRA file that --export writes again, in other --names, for the transformer of --bundle or
-    else the released one."""
+    """A LoRA file, or a training run of one, that --export writes again, in other --names, for the
+    transformer of --bundle or else the released one."""
 
 
 def main(args: list[str] | None = None, prog: str = "convert_weights.py") -> None:
@@ -198,7 +199,7 @@ def _export(flags: Convert) -> str:
         raise ConversionError(
             "--lora is of the transformer and keeps its types; leave out --dtype and --role"
         )
-    return export_lora(flags.lora, flags.export, flags.names, flags.bundle)
+    return export_lora(Path(file_of(flags.lora)), flags.export, flags.names, flags.bundle)
 
 
 def _check_read(flags: Convert, asked: str) -> None:

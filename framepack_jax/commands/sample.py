@@ -119,7 +119,8 @@ class Sample(Shot):
     """Packing schedule, instead of the bundle's."""
     lora: tuple[str, ...] = ()
     """LoRA adapters for the transformer: FILE or FILE:WEIGHT, with the names of kohya and musubi,
-    diffusers and PEFT, ComfyUI, OneTrainer, or the original model. Several are added up."""
+    diffusers and PEFT, ComfyUI, OneTrainer, or the original model; or the folder of a training run.
+    Several are added up."""
     merge_lora: bool = False
     """Add adapters into the weights: faster, and in bfloat16 less exact than beside them."""
     attention: Kernel = "auto"
