@@ -21,6 +21,7 @@ from framepack_jax.video import count_frames, read_span
 FPS = 30.0
 # Videos that need less than this are decoded once and kept.
 KEPT_BYTES = 6 << 30
+SHOWN = 3
 
 
 class Video(NamedTuple):
@@ -35,33 +36,52 @@ class Video(NamedTuple):
 
 
 def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[Video]:
-    """The videos below a folder, by name. Raises ValueError where there are none, or one cannot be
-    read, is shorter than `frames` or smaller than `size` (height, width)."""
+    """The videos below a folder, by name. Raises ValueError that names them all together if there
+    are none, or some cannot be read, are shorter than `frames` or smaller than `size` (height,
+    width)."""
     folder = Path(folder)
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(
             f"{folder} has no videos ({', '.join(SUFFIXES)}); framepack synthetic makes some"
         )
-    found = []
+    found: list[Video] = []
+    faults: list[str] = []
     for file in files:
-        shown, name = probe(file), file.relative_to(folder).as_posix()
-        video = Video(file, name, count_frames(file, FPS), shown.height, shown.width)
-        if video.frames < frames or video.height < size[0] or video.width < size[1]:
-            raise ValueError(
-                f"{file} has {video.frames} frames of {video.height}x{video.width} at {FPS:g} a"
-                f" second; clips of {frames} frames of {size[0]}x{size[1]} are cut out of it: move"
-                " it away, or ask for less with --frames or --size"
-            )
-        found.append(video)
+        try:
+            found.append(_look_at(file, folder, frames, size))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise ValueError(
+            f"{len(faults)} of the {len(files)} videos in {folder} do not give clips of {frames}"
+            f" frames of {size[0]}x{size[1]}: {'; '.join(faults[:SHOWN])}{more}. Move them away, or"
+            " ask for less with --frames or --size"
+        )
     return found
+
+
+def _look_at(file: Path, folder: Path, frames: int, size: tuple[int, int]) -> Video:
+    """Raises ValueError if clips of `frames` frames of `size` cannot be cut out of a video."""
+    shown, name = probe(file), file.relative_to(folder).as_posix()
+    count = count_frames(file, FPS)
+    if count < frames or shown.height < size[0] or shown.width < size[1]:
+        raise ValueError(
+            f"{file} has {count} frames of {shown.height}x{shown.width} at {FPS:g} a second"
+        )
+    return Video(file, name, count, shown.height, shown.width)
 
 
 def hold_out(videos: Sequence[Video], count: int) -> tuple[list[Video], list[Video]]:
     """(videos to train on, `count` others), chosen by the digests of their names, so that a folder
     that grows keeps most of them. Raises ValueError where nothing is left."""
     if count >= len(videos):
-        raise ValueError(f"--holdout {count} leaves none of {len(videos)} videos to train on")
+        most = len(videos) - 1
+        raise ValueError(
+            f"--holdout {count} leaves none of {len(videos)} videos to train on; give --holdout"
+            f" {most}{' or less' if most else ''}"
+        )
     ranked = sorted(videos, key=lambda v: hashlib.sha256(v.name.encode()).hexdigest())
     held = set(ranked[:count])
     return [video for video in videos if video not in held], ranked[:count]
