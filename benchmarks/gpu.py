@@ -57,7 +57,7 @@ from framepack_jax.models import packed_dit, stack, vae
 from framepack_jax.training import state
 from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA
-from framepack_jax.training.loop import jitted_step, set_up
+from framepack_jax.training.loop import RATE, jitted_step, set_up
 from framepack_jax.training.metrics import COST
 from framepack_jax.video.files import whole
 
@@ -226,10 +226,14 @@ def training_program(
     setup = set_up(cfg, manifest, devices)
     abstract = abstract_samples(setup, scale.pixels)
     began = time.monotonic()
-    step = jitted_step(setup).lower(setup.abstract, setup.frozen, {}, abstract).compile()
+    step = jitted_step(setup).lower(setup.abstract, setup.frozen, {}, abstract, RATE).compile()
     compiling = time.monotonic() - began
     now = state.with_params(cfg, setup.model, setup.tx, devices, filled(setup.abstract.params))
-    return step, [now, filled(setup.frozen), {}, filled(abstract, 1.0)], compiling
+    return (
+        step,
+        [now, filled(setup.frozen), {}, filled(abstract, 1.0), jnp.float32(1e-4)],
+        compiling,
+    )
 
 
 def _time_training(bench: Bench, name: str, cfg: Training, manifest: Any, devices: Any) -> None:

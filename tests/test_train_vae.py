@@ -1,6 +1,7 @@
 """A VAE is trained on videos, stopped and gone on with, and becomes part of a bundle."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -112,8 +113,33 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, place, tmp_path) -> None:
         train_vae.main(flags(place, tmp_path / "run", "--optimizer.name", "adafactor"))
     with pytest.raises(SystemExit, match=r"begun otherwise \(kl = 1e-05 then, 0\.1 now\)"):
         train_vae.main(flags(place, tmp_path / "run", "--kl", "0.1"))
+    name = checkpoints.read_record(whole)["videos"][0]
+    shutil.copytree(place / "videos", tmp_path / "fewer", ignore=shutil.ignore_patterns(name))
+    with pytest.raises(SystemExit, match=rf"1 videos are gone or held out: {name}"):
+        train_vae.main(flags(place, tmp_path / "run", "--videos", str(tmp_path / "fewer")))
     with pytest.raises(SystemExit, match="holds a run up to step 8"):
         train_vae.main(flags(place, tmp_path / "run", "--resume", "never"))
+
+
+def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeypatch) -> None:
+    read, reads = clips.read_clip, itertools.count()
+
+    def gone_after_a_while(*args) -> np.ndarray:
+        if next(reads) > 8:
+            raise ValueError("the disk is gone")
+        return read(*args)
+
+    monkeypatch.setattr(clips, "read_clip", gone_after_a_while)
+    monkeypatch.setattr(clips, "KEPT_BYTES", 0)
+    with pytest.raises(SystemExit) as left:
+        train_vae.main(flags(place, tmp_path / "run"))
+    (step,) = checkpoints.steps_of(tmp_path / "run")
+    assert str(left.value) == (
+        f"error: step {step + 1} has no clips: the disk is gone. Once they can be read, the same"
+        f" command goes on after step {step}"
+    )
+    position = tmp_path / "run" / "checkpoints" / str(step) / "data" / "metadata"
+    assert json.loads(position.read_text()) == {"global_next_index": 2 * step}
 
 
 def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> None:
@@ -268,7 +294,8 @@ def test_a_decoder_alone_leaves_latents_as_they_are(whole, place, tmp_path) -> N
     cfg = vae.Config(trainable="decoder", optimizer=Optimizer("muon", weight_decay=0.1))
     params = model.init(SMALL, jax.random.key(0))
     tx = vae.transformation(cfg)
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(ones, tx.init(params), params, learning_rate=1e-3)
     assert all(not leaf.any() for leaf in jax.tree.leaves(updates["encoder"]))
     assert all(leaf.any() for leaf in jax.tree.leaves(updates["decoder"]))
 

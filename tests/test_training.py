@@ -29,7 +29,7 @@ from framepack_jax.data.loader import Config as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
 from framepack_jax.models import packed_dit, stack
-from framepack_jax.training import loop, metrics, optimizer, state, step, validation
+from framepack_jax.training import loop, metrics, optimizer, state, step, summary, validation
 from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Times, Validation
 from framepack_jax.training.feed import local_share, place
 
@@ -38,8 +38,9 @@ SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
 BASE = Config(
     bundle="random", output="run", schedule=SCHEDULE, init="runs/base", batch=4, dtype="float32",
     network={"double_layers": 2, "single_layers": 3, "refiner_layers": 1}, remat="none",
-    optimizer=Optimizer(learning_rate=1e-2, warmup_steps=0), lora=LoRA(rank=3, alpha=6.0),
+    lora=LoRA(rank=3, alpha=6.0),
 )  # fmt: skip
+RATE = np.float32(1e-2)
 
 
 @functools.cache
@@ -162,7 +163,7 @@ def test_parts_of_a_batch_make_the_same_step(batches) -> None:
     results = []
     for parts in (1, 2, 4):
         setup, begun, frozen = begin(changed(accumulate=parts))
-        new, metrics = train_of(setup.cfg)(begun, frozen, {}, on(setup, batches[0]))
+        new, metrics = train_of(setup.cfg)(begun, frozen, {}, on(setup, batches[0]), RATE)
         results.append((new.params, metrics.losses, metrics.sigmas))
     for other in results[1:]:
         np.testing.assert_allclose(other[1], results[0][1], rtol=2e-5)
@@ -238,7 +239,7 @@ def test_a_moving_average_follows_by_hand(batches) -> None:
     train = train_of(setup.cfg)
     average = jax.tree.map(np.asarray, now.params)
     for batch in batches:
-        now, _ = train(now, frozen, {}, on(setup, batch))
+        now, _ = train(now, frozen, {}, on(setup, batch), RATE)
         average = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), average, now.params)
     assert largest_difference(now.ema, average) < 1e-6
     assert largest_difference(now.ema, now.params) > 1e-3
@@ -248,11 +249,11 @@ def test_a_step_that_is_not_finite_is_left_out(batches) -> None:
     setup, now, frozen = begin(changed(ema=0.9))
     train = train_of(setup.cfg)
     bad = batches[0].replace(target=np.full_like(batches[0].target, np.nan))
-    now, metrics = train(now, frozen, {}, on(setup, batches[0]))
+    now, metrics = train(now, frozen, {}, on(setup, batches[0]), RATE)
     assert not metrics.skipped
     before = jax.device_get(now)
     for count in (1, 2):
-        now, metrics = train(now, frozen, {}, on(setup, bad))
+        now, metrics = train(now, frozen, {}, on(setup, bad), RATE)
         assert metrics.skipped and int(now.skipped_in_a_row) == count
     after = jax.device_get(now)
     for name in ("params", "opt_state", "ema"):
@@ -261,7 +262,7 @@ def test_a_step_that_is_not_finite_is_left_out(batches) -> None:
             strict=True,
         )  # fmt: skip
         assert all(np.array_equal(a, b) for a, b in pairs)
-    now, metrics = train(now, frozen, {}, on(setup, batches[1]))
+    now, metrics = train(now, frozen, {}, on(setup, batches[1]), RATE)
     assert not metrics.skipped and int(now.skipped) == 2 and int(now.skipped_in_a_row) == 0
     assert int(now.step) == 4
 
@@ -287,7 +288,7 @@ def test_frozen_parameters_do_not_move(batches, trainable) -> None:
     first = jax.device_get(now.params)
     train = train_of(setup.cfg)
     for batch in batches[:2]:
-        now, _ = train(now, frozen, {}, on(setup, batch))
+        now, _ = train(now, frozen, {}, on(setup, batch), RATE)
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
     assert largest_difference(now.params, first) > 1e-3
@@ -369,13 +370,11 @@ def outputs(jaxpr) -> set[int]:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "adam8bit", "muon"])
 def test_optimizers_bring_the_loss_down(batches, name) -> None:
-    setup, now, frozen = begin(
-        changed(optimizer=Optimizer(name=name, learning_rate=3e-3, warmup_steps=0))
-    )
+    setup, now, frozen = begin(changed(optimizer=Optimizer(name=name)))
     train = train_of(setup.cfg)
     losses = []
     for _ in range(6):
-        now, metrics = train(now, frozen, {}, on(setup, batches[0]))
+        now, metrics = train(now, frozen, {}, on(setup, batches[0]), np.float32(3e-3))
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.9 * losses[0]
 
@@ -509,7 +508,7 @@ def test_the_released_model_shards_with_its_optimizer(name) -> None:
     trained, _ = state.abstract_params(cfg, model)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 12_874_314_816
     specs = sharding.resolve((*packed_dit.SHARDINGS, *lora.SHARDINGS), trained)
-    tx = optimizer.make(cfg.optimizer, 10, packed_dit.STACKS)
+    tx = optimizer.make(cfg.optimizer, packed_dit.STACKS)
     opt_state = jax.eval_shape(tx.init, trained)
     found = optimizer.state_specs(opt_state, trained, specs)
     bytes_, held = 0, 0
@@ -540,7 +539,7 @@ import json, sys
 sys.path.insert(0, "tests")
 import test_training as t
 from framepack_jax import sharding
-jax, np = t.jax, t.np
+jax, np, RATE = t.jax, t.np, t.np.float32(1e-3)
 
 def setup_of(name, mesh):
     optimizer = t.Optimizer(name, learning_rate=1e-3, warmup_steps=0)
@@ -563,7 +562,7 @@ def losses(mesh):
     loader = t.open_loader(t.Data(path=sys.argv[1]), t.SCHEDULE, "inverted", setup.cfg.batch)
     run, found = t.loop.jitted_step(setup), []
     for batch in t.itertools.islice(loader, 3):
-        now, metrics = run(now, frozen, {}, t.place(batch, setup.mesh, setup.cfg.batch))
+        now, metrics = run(now, frozen, {}, t.place(batch, setup.mesh, setup.cfg.batch), RATE)
         found.append(float(metrics.loss))
     return found
 
@@ -572,7 +571,7 @@ def changes(mesh, name):
     where = t.state.shardings(setup.abstract)
     first = jax.device_get(now.params)
     update = jax.jit(
-        lambda now, grads: t.state.updated(now, grads, t.jnp.float32(1), setup.tx, 0.0)[0],
+        lambda now, grads: t.state.updated(now, grads, t.jnp.float32(1), setup.tx, 0.0, RATE)[0],
         out_shardings=where,
     )
     for number in range(3):
@@ -644,12 +643,74 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert float(constant(0)) == float(constant(11)) == 2.0
 
 
+def test_steps_and_learning_rate_are_not_in_the_program(batches) -> None:
+    """So that a run that goes on with others compiles nothing."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches[0])
+
+    def program(**fields) -> str:
+        setup = set_up(changed(**fields))
+        arguments = setup.abstract, setup.frozen, {}, batch, loop.RATE
+        return loop.jitted_step(setup).lower(*arguments).as_text()
+
+    other = Optimizer(learning_rate=3e-5, warmup_steps=7, schedule="cosine")
+    assert program() == program(steps=77, optimizer=other)
+    assert program() != program(optimizer=Optimizer(weight_decay=0.5))
+
+
+def test_alpha_far_from_the_rank_is_warned_of() -> None:
+    for alpha in (1.0, 4.0, 16.0):
+        lora = LoRA(rank=4, alpha=alpha)
+        assert summary.lora_warning(changed(trainable="lora", lora=lora)) is None
+    warned = summary.lora_warning(changed(trainable="lora", lora=LoRA(rank=4)))
+    assert "--lora.rank 4 with --lora.alpha 32" in warned
+    assert "by 8; --lora.alpha 4 makes it 1" in warned
+    assert summary.lora_warning(changed(lora=LoRA(rank=4))) is None
+
+
+def test_a_batch_is_said_to_lie_on_devices() -> None:
+    mesh = collections.namedtuple("Mesh", "shape size")
+    said = [summary.batch_line(8, parts, mesh({"data": 1, "fsdp": 4}, size))
+            for parts, size in ((1, 4), (2, 8))]  # fmt: skip
+    assert said == [
+        "batch        8 samples in all, 2 on each of 4 devices",
+        "batch        8 samples in all, 2 on each of 4 groups of 2 devices, in 2 parts",
+    ]
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_rates_do_not_depend_on_how_often_they_are_logged(monkeypatch, every) -> None:
+    """Steps of one second, of which a quarter waits for data, beside checkpoints of seven."""
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    lines = []
+    writer = type("Writer", (), {"write": lambda _, step, figures: lines.append(figures)})
+    log = metrics.Log(BASE, lambda step: 0.1, [writer()])
+    one = np.float32(0.5)
+    log.begin()
+    figures = step.Metrics(one, one, False, 0, *[np.full(4, 0.5)] * 2, *[np.zeros(4, int)] * 2)
+    for number in range(1, 13):
+        now += 0.25
+        log.wait(0.25)
+        now += 0.75
+        log.add(number, figures, metrics.Cost(100, 10))
+        if number % every == 0:
+            log.line()
+        if number % 5 == 0:
+            with log.paused():
+                now += 7
+    assert len(lines) == 12 // every
+    for line in lines:
+        assert (line["seconds_per_step"], line["data_wait_share"]) == (1.0, 0.25)
+        assert (line["samples_per_second"], line["tokens_per_second"]) == (4.0, 40.0)
+        assert line["model_flops_per_second"] == 3 * 4 * 100
+
+
 def test_weights_decay_and_biases_do_not() -> None:
     cfg = Optimizer(learning_rate=0.1, weight_decay=0.5, warmup_steps=0)
     params = {"head": {"out": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}}
-    tx = optimizer.make(cfg, 10, ())
+    tx = optimizer.make(cfg, ())
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zeros, tx.init(params), params)
+    updates, _ = tx.update(zeros, tx.init(params), params, learning_rate=0.1)
     np.testing.assert_allclose(updates["head"]["out"]["kernel"], -0.05)
     np.testing.assert_array_equal(updates["head"]["out"]["bias"], 0)
 

@@ -1,6 +1,8 @@
 """Training as a person starts it: stopped anywhere and gone on with, by one process and by two."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -19,13 +21,15 @@ import pytest
 from compiling import quick_flags
 from test_processes import ended, launch
 from torch_reference import relative_error
-from training_data import write_dataset
+from training_data import damage, write_dataset
 
-from framepack_jax import FramePack, bundle, sharding, video
-from framepack_jax.commands import export_run, sample, train
+from framepack_jax import FramePack, bundle, lora, sharding, video
+from framepack_jax.commands import convert, export_run, sample, train
 from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import lora as conversion_lora
-from framepack_jax.training import checkpoints, vae
+from framepack_jax.data import loader, records
+from framepack_jax.data.records import read_index
+from framepack_jax.training import checkpoints, export, state, vae
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
 from framepack_jax.training.export import provenance
@@ -140,6 +144,91 @@ def test_a_disk_that_fills_leaves_what_is_whole(place, whole) -> None:
         assert checkpoints.steps_of(output) == [3, 5]
     finish(start(place, output))
     same(output, whole)
+    # With other numbers of steps, it is the same program.
+    assert len(list((place / "compiled").glob("jit_train_step-*-cache"))) == 1
+
+
+@pytest.fixture(scope="module")
+def damaged(place, whole):
+    """A dataset one of whose clips cannot be read, and a run on it that was never stopped; its
+    number in the dataset."""
+    folder = place / "damaged"
+    made = write_dataset(folder, {(32, 48): (7, 9, 5, 5, 7, 3)})
+    held = set(loader.split(read_index(folder), 2)[1])
+    number = min(set(range(6)) - held)
+    damage(folder, made[number])
+    output = place / "damaged_whole"
+    return folder, output, number, finish(start(place, output, "--data.path", str(folder)))
+
+
+def test_a_run_says_what_it_will_do(damaged) -> None:
+    out = damaged[-1].splitlines()
+    assert out[1] == (
+        "data         4 clips in 1 bucket (32x48: 4), 2 more held out; 12 epochs in the whole run"
+    )
+    assert re.fullmatch(r"trained      ([\d,]+) of \1 parameters", out[2])
+    assert out[3:5] == [
+        "batch        4 samples on one device",
+        "steps        1 to 12; the first checkpoint comes after step 3, no validation"
+        " (--validation.every 0)",
+    ]
+    assert out[5].startswith("compiling    1 program of the step")
+
+
+def test_a_clip_that_cannot_be_read_is_replaced_and_named(place, damaged) -> None:
+    """One more than may be ends the run with a checkpoint; it goes on as if it never had ended."""
+    folder, whole, number, out = damaged
+    name = f"shards/32x48-00000.arrayrecord, record {number}"
+    assert f"clips that could not be read, and were replaced: clip {name}" in out
+    seen = [step for step, line in log_of(whole).items() if line.get("unread_clips") == 1]
+    assert seen == list(range(seen[0], STEPS + 1))
+    output = place / "damaged_stopped"
+    more = "--data.path", str(folder), "--data.max-bad-records", "0"
+    process = start(place, output, *more, "--checkpoints.every", "100")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert f"warning: step {seen[0]}: clip {name} (" in err
+    step = checkpoints.steps_of(output)[-1]
+    assert re.search(
+        rf"error: 1 clips cannot be read, more than --data.max-bad-records 0: clip {name}"
+        rf" .*step {step} is saved; .* give --data.max-bad-records 1 or more", err,
+    )  # fmt: skip
+    assert seen[0] <= step <= seen[0] + 1
+    with pytest.raises(SystemExit, match=r"more than --data\.max-bad-records 0"):
+        train.main(flags(place, output, *more))
+    finish(start(place, output, "--data.path", str(folder)))
+    same(output, whole)
+
+
+def test_a_disk_that_goes_ends_a_run_before_the_step(place, whole, tmp_path, monkeypatch) -> None:
+    """It leaves no trace: the run goes on as if the disk had always been there."""
+    output, read, reads = tmp_path / "run", records.Source.__getitem__, itertools.count()
+
+    def gone_after_a_while(source: records.Source, number: int) -> records.Record:
+        if next(reads) > 40:
+            raise OSError("the disk is gone")
+        return read(source, number)
+
+    monkeypatch.setattr(records.Source, "__getitem__", gone_after_a_while)
+    with pytest.raises(SystemExit) as left:
+        train.main(flags(place, output, "--checkpoints.every", "100"))
+    step = checkpoints.steps_of(output)[-1]
+    assert 2 < step < STEPS
+    assert re.match(
+        rf"error: step {step + 1} has no data: the disk is gone.*goes on after step {step}",
+        str(left.value),
+    )  # fmt: skip
+    monkeypatch.undo()
+    finish(start(place, output))
+    same(output, whole)
+
+
+def test_rates_are_of_the_time_that_steps_take(place, damaged) -> None:
+    """Also of a line a step, beside checkpoints: no step waits longer than it takes."""
+    lines = [json.loads(line) for line in (damaged[1] / "log.jsonl").read_text().splitlines()]
+    assert all(0 <= line["data_wait_share"] <= 1 for line in lines)
+    for line in lines:
+        assert line["samples_per_second"] * line["seconds_per_step"] == pytest.approx(4)
 
 
 def wait_for(process, output: Path, step: int) -> None:
@@ -318,7 +407,10 @@ def test_what_is_missing_is_named(place, tmp_path) -> None:
         (["--config", "nothing.py"], "nothing.py does not exist"),
         (flags(place, tmp_path / "a", "--init", str(tmp_path)), "has no checkpoint"),
         (flags(place, tmp_path / "a", "--mesh", "fsdp=3"), "multiply to 3"),
-        (flags(place, tmp_path / "a", "--data.holdout", "99"), "leaves nothing of the 6"),
+        (
+            flags(place, tmp_path / "a", "--data.holdout", "99"),
+            "leaves nothing of the 6.*holdout 4",
+        ),
         (flags(place, tmp_path / "a", "--processes", "2"), "need --coordinator"),
         (flags(place, tmp_path / "a", "--wandb", "project"), r"pip install .*\[wandb\]"),
         (
@@ -445,6 +537,32 @@ def check_lora_files(folder: Path, run: Path) -> None:
         assert about["framepack.schedule"] in about["modelspec.description"]
 
 
+def check_velocities(run: Path, dataset: Path) -> None:
+    """The velocity of a batch by the parameters as they are trained, and by the bundle with the
+    LoRA file of the run."""
+    record = checkpoints.read_record(run)
+    cfg = export.read_config(record["config"])
+    manifest = bundle.read_manifest(path_of("random"))
+    model = state.model_of(cfg, manifest)
+    abstract, _ = state.abstract_params(cfg, model)
+    factors = checkpoints.restore_params(run, cfg.steps, abstract, "params")
+    base = FramePack.load(path_of("random"), dtype=cfg.dtype)
+    adapted = base.with_lora(conversion_lora.read(Path(lora.file_of(run)), model.cfg).lora)
+    trained = state.united(factors, base.transformer.params, state.factor_scale(cfg))
+    batch = next(loader.open_loader(loader.Config(str(dataset)), cfg.schedule, "inverted", 2))
+    noise = np.random.default_rng(0).standard_normal(batch.target.shape).astype(np.float32)
+    conditions = model.module.Conditions(
+        batch.text, batch.text_valid, batch.pooled, batch.image, np.full(2, 1, np.float32)
+    )
+    velocity = jax.jit(functools.partial(model.module.velocity, model.cfg))
+    ours, theirs, before = (
+        velocity(params, noise, np.full(2, 0.5, np.float32), batch.context, conditions)
+        for params in (trained, adapted.transformer.params, base.transformer.params)
+    )
+    assert relative_error(np.asarray(theirs), np.asarray(ours)) < 1e-6
+    assert relative_error(np.asarray(before), np.asarray(ours)) > 1e-4
+
+
 def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
     """--trainable lora from the weights of a bundle, exported as a file that sample.py takes."""
     output = tmp_path / "lora"
@@ -456,11 +574,24 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
         "--output", str(output), "--trainable", "lora", "--steps", "2", "--ema", "0",
     ])  # fmt: skip
     file = output / "bundle" / "lora.safetensors"
-    assert f"sample.py --lora {file}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"sample.py --lora {file}" in out
+    assert "in adapters of rank 2, alpha 4, beside" in out and "warning" not in out
     check_lora_files(file.parent, output)
+    check_velocities(output, place / "dataset")
+    for command, other in ((sample, ["--prompt", "waves"]), (train, flags(place, output))):
+        with pytest.raises(SystemExit, match=rf"holds a LoRA .*--lora {file}.*--init RUN"):
+            command.main([*other, "--bundle", str(output / "bundle")])
+    with pytest.raises(SystemExit, match=r"is a training run and no bundle; .*for --lora"):
+        sample.main(["--bundle", str(output)])
+    convert.main([
+        "--export", str(tmp_path / "kohya.safetensors"), "--names", "kohya",
+        "--lora", str(output), "--bundle", str(path_of("random")),
+    ])  # fmt: skip
+    assert (tmp_path / "kohya.safetensors").exists()
     sample.main([
         "--bundle", "random", "--prompt", "waves", "--schedule", "f1k1_x_g2_f1k1f2k2f16k4_td",
-        "--lora", str(file),
+        "--lora", str(output),
         "--sections", "1", "--steps", "1", "--height", "32", "--width", "48", "--latents-only",
         "--output", str(tmp_path / "video"),
     ])  # fmt: skip

@@ -30,7 +30,7 @@ from framepack_jax.packing import Timeline
 from framepack_jax.sharding import BATCH
 from framepack_jax.topology import Machine
 from framepack_jax.training.config import Config
-from framepack_jax.training.loop import Setup, jitted_step, set_up
+from framepack_jax.training.loop import RATE, Setup, jitted_step, set_up
 from framepack_jax.training.metrics import COST, sample_cost
 
 
@@ -117,7 +117,7 @@ def dry_run_training(
 
     def lower() -> jax.stages.Lowered:
         with sampler.precision(cfg.dtype):
-            return jitted_step(setup).lower(setup.abstract, setup.frozen, {}, batch)
+            return jitted_step(setup).lower(setup.abstract, setup.frozen, {}, batch, RATE)
 
     relief = (
         "a smaller --batch, --accumulate, --remat full or more chips help, and --optimizer.name"

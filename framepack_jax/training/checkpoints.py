@@ -4,7 +4,7 @@ onto any mesh and any number of processes.
     RUN/run.json                 the configuration, the fingerprint of the data order, and where
                                  the first of the runs began that led here: scratch or bundle
     RUN/checkpoints/STEP/state   trained parameters, optimizer, moving average
-    RUN/checkpoints/STEP/data    where the stream of samples is
+    RUN/checkpoints/STEP/data    where the stream of samples is, and which records were unreadable
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ class LoRA:
     rank: int = 32
     """Rank of each adapter; the three projections q, k, v share their first factor."""
     alpha: float = 32.0
-    """The adapters' product is multiplied by alpha / rank."""
+    """The adapters' product is multiplied by alpha / rank: set both together."""
     targets: str = r"(double|single)/(\w+_)?(qkv|out|mlp_in|mlp_out)"
     """Regular expression of the linear layers; all of the blocks' but the modulations by default,
     which `(double|single)/(\\w+_)?(qkv|out|mlp_in|mlp_out|mod)` adds."""

@@ -1,9 +1,10 @@
 """Batches on the devices ahead of the step that takes them."""
 
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +17,12 @@ AHEAD = 2
 
 
 class Fed(NamedTuple):
-    """A batch on the devices, the loader's state after it, and the seconds waited for it."""
+    """A batch on the devices, the loader's state after it, the seconds waited for it, and the error
+    in the place of which it stands, if it is a blank one."""
 
     batch: Any
     state: dict[str, Any]
+    error: Exception | None
     waited: float
 
 
@@ -65,16 +68,23 @@ def place(batch: Any, mesh: Mesh, size: int) -> Any:
     return jax.tree.map(put, batch)
 
 
-def feed(loader: Any, mesh: Mesh, size: int) -> Iterator[Fed]:
-    """Batches of a loader, `AHEAD` of them on their way at a time. Errors of the loader are raised
-    where its batch would have come; closing the iterator ends the thread."""
+def feed(
+    loader: Any, mesh: Mesh, size: int, blank: Callable[[int], Any] | None = None
+) -> Iterator[Fed]:
+    """Yield batches of a loader, `AHEAD` of them on their way at a time; closing the iterator ends
+    the thread.
+
+    Errors of the loader are raised where its batch would have come. With `blank`, which makes a
+    batch for the number of batches since the error, blank batches come from there on instead: the
+    other processes, which cannot know yet, take the same steps.
+    """
     ready: queue.Queue[Any] = queue.Queue(AHEAD)
     closed = threading.Event()
 
     def work() -> None:
         try:
-            for batch in loader:
-                item = place(batch, mesh, size), loader.get_state()
+            for batch, error in _endless(loader, blank):
+                item = place(batch, mesh, size), loader.get_state(), error
                 if not _put(ready, item, closed):
                     return
         except BaseException as error:
@@ -92,6 +102,17 @@ def feed(loader: Any, mesh: Mesh, size: int) -> Iterator[Fed]:
     finally:
         closed.set()
         thread.join(timeout=10)
+
+
+def _endless(loader: Any, blank: Callable[[int], Any] | None) -> Iterator[tuple[Any, Any]]:
+    """(batch, None), and after an error of the loader (blank batch, the error)."""
+    try:
+        for batch in loader:
+            yield batch, None
+    except Exception as error:
+        if blank is None:
+            raise
+        yield from ((blank(number), error) for number in itertools.count())
 
 
 def _put(ready: queue.Queue[Any], item: Any, closed: threading.Event) -> bool:

@@ -29,12 +29,15 @@ from tqdm import tqdm
 
 from framepack_jax import bundle, packing, processes, video
 from framepack_jax.data import loader as loading
+from framepack_jax.data.batch import LOST
+from framepack_jax.data.records import DatasetError
 from framepack_jax.diffusion import sampler
 from framepack_jax.models import stack
-from framepack_jax.training import checkpoints, metrics, optimizer, state, validation
+from framepack_jax.training import checkpoints, metrics, optimizer, state, summary, validation
+from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
-from framepack_jax.training.feed import check_batch, feed, local_share, place
+from framepack_jax.training.feed import Fed, check_batch, feed, local_share, place
 from framepack_jax.training.state import Model, Params, State
 from framepack_jax.training.step import Metrics, losses_at, train_step
 
@@ -43,6 +46,8 @@ FIXED = (
     "init", "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance",
     "history_noise", "times",
 )  # fmt: skip
+# The learning rate as the compiled step takes it.
+RATE = jax.ShapeDtypeStruct((), np.float32)
 
 
 class NotFinite(FloatingPointError):
@@ -72,7 +77,7 @@ def set_up(cfg: Config, manifest: bundle.Manifest, mesh: Mesh, pixels: bool = Fa
     model.module.check_kernels(model.cfg, model.module.context_kernels(schedule))
     model.module.check_mesh(model.cfg, mesh)
     check_batch(cfg.batch, cfg.accumulate, mesh)
-    tx = optimizer.make(cfg.optimizer, cfg.steps, model.module.STACKS)
+    tx = optimizer.make(cfg.optimizer, model.module.STACKS)
     abstract, frozen = state.abstract(cfg, model, tx, mesh)
     encode = _encoder(manifest) if pixels else None
     return Setup(cfg, manifest, model, tx, mesh, schedule, order, abstract, frozen, encode)
@@ -92,7 +97,7 @@ def _encoder(manifest: bundle.Manifest) -> Callable[[Params, jax.Array], jax.Arr
 
 
 def jitted_step(setup: Setup) -> Any:
-    """The training step of (state, frozen, vae, batch), which uses the state up."""
+    """The training step of (state, frozen, vae, batch, learning rate), which uses the state up."""
     whole = NamedSharding(setup.mesh, PartitionSpec())
     fixed = setup.cfg, setup.model, setup.tx, setup.encode
     return jax.jit(
@@ -128,7 +133,7 @@ def train(
     share = local_share(mesh, cfg.batch)
     schedule = cfg.schedule or manifest.schedule
     order = packing.default_order(schedule) if cfg.schedule else manifest.order
-    loader = loading.open_loader(cfg.data, schedule, order, cfg.batch, share)
+    loader = processes.in_all(loading.open_loader, cfg.data, schedule, order, cfg.batch, share)
     loading.check_bundle(loader.index, manifest)
     setup = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
     record = {
@@ -157,13 +162,18 @@ def train(
         with jax.set_mesh(mesh):
             if there:
                 _check_same_run(cfg, record, other)
-                begun, frozen = _resumed(setup, bundle_path, manager, there[-1], loader)
+                begun, data = checkpoints.restore(manager, there[-1], setup.abstract)
+                unread = data.pop("unread", [])
+                loader.set_state(data)
+                frozen = load_frozen(setup, bundle_path)
                 say(f"{cfg.output}: goes on after step {there[-1]}")
             else:
+                unread: list[int] = []
                 begun, frozen, origin = first_state(setup, bundle_path)
                 say(f"{cfg.output}: begins from {origin}")
         processes.in_first(checkpoints.write_record, cfg.output, record)
-        return Run(setup, bundle_path, loader, manager, frozen, record).go(begun)
+        bad = BadRecords(loader, unread)
+        return Run(setup, bundle_path, loader, manager, frozen, record, bad, say).go(begun)
 
 
 def first_state(setup: Setup, bundle_path: epath.PathLike) -> tuple[State, Params, str]:
@@ -250,12 +260,14 @@ def _check_same_run(cfg: Config, record: dict[str, Any], old: dict[str, Any]) ->
         )
 
 
-def _resumed(
-    setup: Setup, bundle_path: epath.PathLike, manager: Any, step: int, loader: Any
-) -> tuple[State, Params]:
-    begun, data = checkpoints.restore(manager, step, setup.abstract)
-    loader.set_state(data)
-    return begun, load_frozen(setup, bundle_path)
+class Late(NamedTuple):
+    """A step whose figures have not been looked at: its number from 1, the figures, what a sample
+    of it costs, and the position in the stream of samples after it."""
+
+    step: int
+    figures: Metrics
+    cost: metrics.Cost
+    position: dict[str, Any]
 
 
 class Run:
@@ -269,10 +281,14 @@ class Run:
         manager: Any,
         frozen: Params,
         record: dict[str, Any],
+        bad: BadRecords,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.setup, self.cfg, self.path = setup, setup.cfg, bundle_path
         self.loader, self.manager, self.frozen = loader, manager, frozen
-        self.record = record
+        self.record, self.bad, self.say = record, bad, say
+        self.unsaved = False
+        self.position, self.error = loader.get_state(), None
         self.vae: Params = {}
         if setup.encode is not None:
             self.vae = bundle.load_params(
@@ -281,69 +297,136 @@ class Run:
         self.validator: Any = None
 
     def go(self, begun: State) -> int:
-        """From a state to the last step, or to where the run is asked to stop."""
+        """Train from a state to the last step, or to where the run is asked to stop; returns that
+        step. Raises NotFinite, DatasetError."""
         cfg, first = self.cfg, int(begun.step)
         if first >= cfg.steps:
             return first
+        self.bad.check_again()
+        validates = bool(cfg.validation.every) and cfg.data.holdout > 0
         rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
-        log = metrics.Log(cfg, rate, processes.in_all(metrics.writers, cfg, first, self.record))
+        writers = processes.in_all(metrics.writers, cfg, first, self.record)
+        self.log = metrics.Log(cfg, rate, writers)
         with contextlib.ExitStack() as exits:
-            exits.enter_context(contextlib.closing(log))
+            exits.enter_context(contextlib.closing(self.log))
+            if validates:
+                # Reads the held-out clips.
+                self.validator = processes.in_all(
+                    Validator, self.setup, self.path, self.loader, self.vae
+                )
+            for line in summary.run_lines(self.setup, self.loader, first, validates):
+                self.say(line)
             programs = self.compile()
-            batches = feed(self.loader, self.setup.mesh, cfg.batch)
+            batches = feed(self.loader, self.setup.mesh, cfg.batch, self.loader.blank)
             exits.enter_context(contextlib.closing(batches))
             asked = exits.enter_context(stop_signal())
-            bar = exits.enter_context(tqdm(
+            self.bar = exits.enter_context(tqdm(
                 total=cfg.steps, initial=first, desc="training", unit="step",
                 disable=metrics.is_quiet(), smoothing=0.1,
             ))  # fmt: skip
-            log.begin()
-            late: tuple[int, Metrics] | None = None
-            for step in range(first + 1, cfg.steps + 1):
-                fed = next(batches)
-                compiled, flops, tokens = programs[_bucket(fed.batch)]
-                begun, figures = compiled(begun, self.frozen, self.vae, fed.batch)
-                if late is not None:
-                    self._settle(log, bar, *late)
-                late = step, figures
-                log.count(fed.waited, flops, tokens)
-                bar.update()
-                stop = asked() or step == cfg.steps
-                if stop or step % cfg.checkpoints.every == 0:
-                    self._settle(log, bar, *late)
-                    late = None
-                    checkpoints.save(self.manager, step, begun, fed.state)
-                if self._validates(step):
-                    if late is not None:
-                        self._settle(log, bar, *late)
-                        late = None
-                    with log.paused():
-                        self.validate(log, step, begun)
-                if stop:
-                    break
+            step = self._steps(begun, first, programs, batches, asked)
             checkpoints.wait(self.manager)
-            return step
+        if step < cfg.steps:
+            self.bad.check(f"step {step} is saved; ")
+        if self.bad:
+            self.say(f"clips that could not be read, and were replaced: {self.bad}")
+        return step
 
-    def _settle(self, log: metrics.Log, bar: Any, step: int, figures: Metrics) -> None:
-        """Take the figures of a step that is over, or about to be. Raises NotFinite."""
-        figures = log.add(step, figures)
-        bar.set_postfix(loss=f"{figures.loss:.4f}", refresh=False)
-        if figures.skipped_in_a_row >= self.cfg.max_bad_steps:
+    def _steps(
+        self, now: State, first: int, programs: Any, batches: Iterator[Fed], asked: Any
+    ) -> int:
+        cfg, late = self.cfg, None
+        for step in range(first + 1, cfg.steps + 1):
+            fed = next(batches)
+            self.error = self.error or fed.error
+            self.log.wait(fed.waited)
+            if step == first + 1:
+                self._begin_clocks()
+            compiled, cost = programs[_bucket(fed.batch)]
+            now, figures = compiled(now, self.frozen, self.vae, fed.batch, self.log.rate(step - 1))
+            if late is not None:
+                self._settle(late, now, first)
+            late = Late(step, figures, cost, fed.state)
+            self.bar.update()
+            validates = self._validates(step)
+            stop = asked() or step == cfg.steps or self.bad.too_many
+            saves = stop or step % cfg.checkpoints.every == 0 or self.unsaved
+            if saves or validates:
+                self._settle(late, now, first)
+                late = None
+            # Reading the last figures may have shown that a clip cannot be read.
+            if saves or self.unsaved:
+                with self._paused():
+                    self._save(step, now, fed.state)
+            if validates:
+                with self._paused():
+                    self.validate(self.log, step, now)
+            if stop or self.bad.too_many:
+                break
+        return step
+
+    def _begin_clocks(self) -> None:
+        """Neither compiling nor the first batch counts."""
+        self.log.begin()
+        self.bar.unpause()
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is done meanwhile counts neither in the log's rates nor in the bar's estimate."""
+        with self.log.paused():
+            yield
+        self.bar.unpause()
+
+    def _save(self, step: int, now: State, position: dict[str, Any]) -> None:
+        data = position | {"unread": sorted(self.bad.numbers)}
+        checkpoints.save(self.manager, step, now, data)
+        self.unsaved = False
+
+    def _settle(self, late: Late, now: State, first: int) -> None:
+        """Take the figures of a step that is over, or about to be; `now` is the newest state.
+        Raises NotFinite, DatasetError."""
+        step, cfg = late.step, self.cfg
+        figures = Metrics(*jax.device_get(processes.fetch(tuple(late.figures))))
+        if (figures.clips == LOST).any():
+            self._end_before(step, now, first)
+        self.position = late.position
+        self.log.add(step, figures, late.cost)
+        self.bar.set_postfix(loss=f"{figures.loss:.4f}", refresh=False)
+        self.unsaved |= self.bad.note(step, figures.clips)
+        if figures.skipped_in_a_row >= cfg.max_bad_steps:
             kept = self.manager.latest_step()
-            ids = ", ".join(self.loader.clip_ids(sorted(set(figures.clips.tolist())))[:8])
+            numbers = sorted({clip for clip in figures.clips.tolist() if clip >= 0})
             raise NotFinite(
                 f"step {step}: loss or gradient have not been finite for"
                 f" {figures.skipped_in_a_row} steps; the last"
-                f" batch has clips {ids}. Those updates were left out; the last checkpoint is"
+                f" batch has clips {', '.join(self.loader.clip_ids(numbers)[:8])}. Those updates"
+                " were left out; the last checkpoint is"
                 f" {'of step ' + str(kept) if kept is not None else 'not written yet'} in"
                 f" {self.manager.directory}. Lower --optimizer.learning-rate, or look at the data"
             )
-        if step % self.cfg.log_every == 0 or step == self.cfg.steps:
-            log.line()
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            self.log.line(**({"unread_clips": len(self.bad.numbers)} if self.bad else {}))
 
-    def compile(self) -> dict[Any, tuple[Any, int, int]]:
-        """Shape of a batch -> (the compiled step, FLOPs and tokens of a sample), for every bucket
-        and window there is, before the first step, several at a time."""
+    def _end_before(self, step: int, now: State, first: int) -> None:
+        """Save the state before `step`, whose batch some process could not read, and raise
+        DatasetError. From that step on no update was made: what changed are counts."""
+        if step - 1 > first:
+            over = int(now.step) - (step - 1)
+            before = now.replace(
+                step=now.step - over, skipped=now.skipped - over,
+                skipped_in_a_row=now.skipped_in_a_row - over,
+            )  # fmt: skip
+            self._save(step - 1, before, self.position)
+            checkpoints.wait(self.manager)
+        cause = self.error or "another process cannot read its part of the batch"
+        raise DatasetError(
+            f"step {step} has no data: {cause}. Once the data can be read, the same command goes on"
+            f" after step {step - 1}"
+        )
+
+    def compile(self) -> dict[Any, tuple[Any, metrics.Cost]]:
+        """Shape of a batch -> (the compiled step, what a sample costs), for every bucket and window
+        there is, before the first step, several at a time."""
         step, setup = jitted_step(self.setup), self.setup
         vae = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.vae
@@ -353,12 +436,16 @@ class Run:
             bucket, schedule = kind
             with jax.set_mesh(setup.mesh), sampler.precision(self.cfg.dtype):
                 batch = abstract_batch(setup, self.loader, bucket, schedule)
-                lowered = step.lower(setup.abstract, setup.frozen, vae, batch)
+                lowered = step.lower(setup.abstract, setup.frozen, vae, batch, RATE)
                 size = self.loader.latent_size(bucket)
-                flops, tokens = metrics.sample_cost(setup.model.cfg, schedule, batch, size)
-                return _bucket(batch), (lowered.compile(), flops, tokens)
+                cost = metrics.sample_cost(setup.model.cfg, schedule, batch, size)
+                return _bucket(batch), (lowered.compile(), cost)
 
         kinds = list(itertools.product(self.loader.buckets, self.loader.samples.schedules))
+        self.say(
+            f"compiling    {len(kinds)} program{'s' * (len(kinds) > 1)} of the step, one for each"
+            " bucket and window, before the first step"
+        )
         with ThreadPoolExecutor(min(len(kinds), 4)) as pool:
             done = tqdm(
                 pool.map(one, kinds), total=len(kinds), desc="compiling", unit="program",
@@ -368,16 +455,10 @@ class Run:
 
     def _validates(self, step: int) -> bool:
         every = self.cfg.validation.every
-        return (
-            bool(every)
-            and self.cfg.data.holdout > 0
-            and (step % every == 0 or step == self.cfg.steps)
-        )
+        return self.validator is not None and (step % every == 0 or step == self.cfg.steps)
 
     def validate(self, log: metrics.Log, step: int, now: State) -> None:
         """Losses and videos of held-out clips."""
-        if self.validator is None:
-            self.validator = Validator(self.setup, self.path, self.loader, self.vae)
         params = now.params if now.ema is None else now.ema
         log.write(step, self.validator.losses(params, self.frozen))
         for number, frames in enumerate(self.validator.videos(params, self.frozen)):
@@ -388,7 +469,7 @@ class Validator:
     """Held-out batches on the devices, and the networks that show them."""
 
     def __init__(self, setup: Setup, path: epath.PathLike, loader: Any, vae: Params) -> None:
-        self.setup, self.path, self.loader, self.vae = setup, path, loader, vae
+        self.setup, self.path, self.vae = setup, path, vae
         cfg = setup.cfg
         ways = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
         held = loader.held_out(cfg.validation.samples, cfg.batch // cfg.accumulate, ways)
@@ -397,6 +478,7 @@ class Validator:
             for batch, others, size in held
         ]
         self.jitted = jax.jit(functools.partial(losses_at, cfg, setup.model, setup.encode))
+        self.records = loader.held_out_records(cfg.validation.videos)
         self.pipe: Any = None
 
     def losses(self, params: Params, frozen: Params) -> dict[str, float]:
@@ -417,7 +499,7 @@ class Validator:
         network = state.united(params, frozen, state.factor_scale(setup.cfg))
         pipe = validation.with_network(self.pipe, setup.model, network)
         window = packing.parse(setup.schedule).window
-        for number, record in enumerate(self.loader.held_out_records(cfg.videos)):
+        for number, record in enumerate(self.records):
             sections = min(cfg.sections, (len(record.latents) - 1) // window)
             settings = validation.Settings(steps=cfg.steps, guidance=cfg.guidance)
             made = validation.sample_video(pipe, record, sections, settings, seed=number)

@@ -14,14 +14,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from framepack_jax import packing
 from framepack_jax.models.flops import forward_flops
-from framepack_jax.processes import fetch, is_first
+from framepack_jax.processes import is_first
 from framepack_jax.topology import chip_of
 from framepack_jax.training.config import Config
 from framepack_jax.training.step import Metrics
@@ -118,60 +118,65 @@ def writers(cfg: Config, step: int, record: dict[str, Any]) -> list[Writer]:
     return found + ([WandB(folder, cfg.wandb, record)] if cfg.wandb else [])
 
 
+class Cost(NamedTuple):
+    """FLOPs of a forward pass and tokens of one sample."""
+
+    flops: int
+    tokens: int
+
+
 @dataclasses.dataclass
 class Log:
     """Gathers the figures of steps and writes a line every `cfg.log_every`; `rate` is the learning
-    rate of an update, from 0."""
+    rate of a step, from 0.
+
+    The steps of a line are those that were over since the line before it, and all of its figures
+    are of that time. What is done in `paused` is not counted: validation, and writing checkpoints.
+    """
 
     cfg: Config
     rate: Callable[[int], Any]
     writers: list[Writer]
     began: float = dataclasses.field(default_factory=time.monotonic)
-    held: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
+    held: list[tuple[int, Metrics, Cost]] = dataclasses.field(default_factory=list)
     waited: float = 0.0
-    work: float = 0.0
-    tokens: int = 0
-    steps: int = 0
 
-    def count(self, waited: float, flops: int, tokens: int) -> None:
-        """One more step is on its way: its batch was waited for so long, and a sample of it has so
-        many FLOPs forward and so many tokens."""
-        self.waited += waited
-        self.work += flops * COST[self.cfg.trainable] * self.cfg.batch
-        self.tokens += tokens * self.cfg.batch
-        self.steps += 1
+    def wait(self, seconds: float) -> None:
+        """Count seconds just waited for a batch."""
+        self.waited += seconds
 
-    def add(self, step: int, metrics: Metrics) -> Metrics:
-        """Take the figures of step `step`, from 1, once it is over; returns them as numpy."""
-        metrics = Metrics(*jax.device_get(fetch(tuple(metrics))))
-        self.held.append((step, metrics))
-        return metrics
+    def add(self, step: int, metrics: Metrics, cost: Cost) -> None:
+        """Take the figures (numpy) of step `step`, from 1, which is over."""
+        self.held.append((step, metrics, cost))
 
-    def line(self) -> None:
-        """Write what is held."""
+    def line(self, **more: float) -> None:
+        """Write what is held, and other figures."""
         if not self.held:
             return
-        steps, metrics = zip(*self.held, strict=True)
+        steps, metrics, costs = zip(*self.held, strict=True)
         seconds = max(time.monotonic() - self.began, 1e-9)
+        samples = self.cfg.batch / seconds
+        work = COST[self.cfg.trainable] * sum(cost.flops for cost in costs) * samples
         figures = {
             "loss": float(np.mean([m.loss for m in metrics])),
             "grad_norm": float(np.mean([m.grad_norm for m in metrics])),
             "skipped": float(sum(bool(m.skipped) for m in metrics)),
             **by_group(metrics),
             "learning_rate": float(self.rate(steps[-1] - 1)),
-            "samples_per_second": self.steps * self.cfg.batch / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "model_flops_per_second": self.work / seconds,
-            "seconds_per_step": seconds / self.steps,
+            "samples_per_second": len(steps) * samples,
+            "tokens_per_second": sum(cost.tokens for cost in costs) * samples,
+            "model_flops_per_second": work,
+            "seconds_per_step": seconds / len(steps),
             "data_wait_share": self.waited / seconds,
-            **_device(self.work / seconds),
+            **_device(work),
+            **more,
         }
         self.write(steps[-1], figures)
         self.begin()
 
     def begin(self) -> None:
         """Begin to count anew."""
-        self.held, self.waited, self.work, self.tokens, self.steps = [], 0.0, 0.0, 0, 0
+        self.held, self.waited = [], 0.0
         self.began = time.monotonic()
 
     @contextlib.contextmanager
@@ -215,13 +220,12 @@ def _device(flops_per_second: float) -> dict[str, float]:
     return figures
 
 
-def sample_cost(cfg: Any, schedule: str, batch: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """(FLOPs of a forward pass, tokens) of one sample of an (abstract) batch whose latents are of
-    `size`, rows and columns."""
+def sample_cost(cfg: Any, schedule: str, batch: Any, size: tuple[int, int]) -> Cost:
+    """What a sample of an (abstract) batch costs whose latents are of `size`, rows and columns."""
     text, image = batch.text.shape[1], batch.image.shape[1]
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))
     tokens = packed + packing.target_tokens(schedule, *size) + image + text
-    return forward_flops(cfg, schedule, *size, text, image), tokens
+    return Cost(forward_flops(cfg, schedule, *size, text, image), tokens)
 
 
 def is_quiet() -> bool:

@@ -1,17 +1,20 @@
 """Optimizers, and where their state lies on a mesh.
 
 A chain of optax: clip by the global norm, the optimizer, decoupled weight decay on matrices, the
-learning rate. Statistics of one tensor are those of one layer: a stack of layers is several.
+learning rate. The learning rate is an argument of the update, so that the compiled step does not
+depend on it, nor on the number of steps. Statistics of one tensor are those of one layer: a stack
+of layers is several.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
@@ -29,9 +32,9 @@ COSINE_END = 0.1
 Params = dict[str, Any]
 
 
-def make(cfg: Optimizer, steps: int, stacks: Iterable[str]) -> optax.GradientTransformation:
-    """The transformation of gradients into updates, for a run of `steps` steps; `stacks` names the
-    top-level entries of the parameters that carry a layer axis."""
+def make(cfg: Optimizer, stacks: Iterable[str]) -> optax.GradientTransformationExtraArgs:
+    """The transformation of gradients into updates; its `update` takes the `learning_rate`.
+    `stacks` names the top-level entries of the parameters that carry a layer axis."""
     match cfg.name:
         case "adamw":
             scale = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
@@ -47,20 +50,42 @@ def make(cfg: Optimizer, steps: int, stacks: Iterable[str]) -> optax.GradientTra
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         scale,
         optax.add_decayed_weights(cfg.weight_decay, mask=_matrices),
-        optax.scale_by_learning_rate(learning_rate(cfg, steps)),
+        _scale_by_learning_rate(),
     )
 
 
-def learning_rate(cfg: Optimizer, steps: int) -> optax.Schedule:
-    """Step -> learning rate: a linear rise, then constant or half a cosine down to a tenth."""
+def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    def init(params: Params) -> optax.ScaleByScheduleState:
+        del params
+        # Checkpoints have the count of updates here.
+        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: Params, state: Any, params: Params | None = None, *, learning_rate: Any, **_: Any
+    ) -> tuple[Params, Any]:
+        del params
+        scaled = jax.tree.map(lambda u: jnp.asarray(-learning_rate, u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def learning_rate(cfg: Optimizer, steps: int) -> Callable[[int], np.float32]:
+    """Return the learning rate of a step, from 0, of a run of `steps`: a linear rise, then constant
+    or half a cosine down to a tenth."""
     warm = min(cfg.warmup_steps, steps)
-    rise = optax.linear_schedule(0.0, cfg.learning_rate, warm) if warm else None
-    if cfg.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(cfg.learning_rate, max(1, steps - warm), COSINE_END)
-    else:
-        rest = optax.constant_schedule(cfg.learning_rate)
-    # The first step is not lost: it has the learning rate of step 1 of the rise.
-    return rest if rise is None else optax.join_schedules([lambda i: rise(i + 1), rest], [warm])
+
+    def rate(step: int) -> np.float32:
+        if step < warm:
+            share = (step + 1) / warm
+        elif cfg.schedule == "cosine":
+            done = min(1.0, (step - warm) / max(1, steps - warm))
+            share = COSINE_END + (1 - COSINE_END) * (1 + math.cos(math.pi * done)) / 2
+        else:
+            share = 1.0
+        return np.float32(cfg.learning_rate * share)
+
+    return rate
 
 
 def _matrices(params: Params) -> Params:

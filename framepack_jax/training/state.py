@@ -42,13 +42,19 @@ class State:
 
 
 def updated(
-    state: State, grads: Params, loss: jax.Array, tx: optax.GradientTransformation, ema: float
+    state: State,
+    grads: Params,
+    loss: jax.Array,
+    tx: optax.GradientTransformationExtraArgs,
+    ema: float,
+    rate: jax.Array,
 ) -> tuple[State, jax.Array]:
     """(state after an update, norm of the gradient). Where the loss or the gradient is not finite,
-    the update is left out and counted; `ema` is the decay of the moving average."""
+    the update is left out and counted; `ema` is the decay of the moving average, `rate` the
+    learning rate."""
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=rate)
     params = optax.apply_updates(state.params, updates)
     average = state.ema and jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.ema, params)
     kept = functools.partial(jnp.where, finite)

@@ -51,9 +51,10 @@ def train_step(
     frozen: Params,
     vae: Params,
     batch: Any,
+    rate: jax.Array,
 ) -> tuple[State, Metrics]:
-    """One update. Everything before `state` is static; `vae` are the parameters that `encode` takes
-    for batches of frames, else empty."""
+    """One update with the learning rate `rate`. Everything before `state` is static; `vae` are the
+    parameters that `encode` takes for batches of frames, else empty."""
 
     def loss(params: Params, part: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         part = _latents(part, functools.partial(encode, vae) if encode else None)
@@ -68,7 +69,7 @@ def train_step(
 
     grads, (losses, sigmas) = _accumulated(gradient, batch, cfg.accumulate)
     mean = jnp.mean(losses)
-    new, norm = updated(state, grads, mean, tx, cfg.ema)
+    new, norm = updated(state, grads, mean, tx, cfg.ema, rate)
     skipped = new.skipped != state.skipped
     metrics = Metrics(
         mean, norm, skipped, new.skipped_in_a_row, losses, sigmas, batch.section, batch.clip

@@ -12,7 +12,7 @@ Shapes: B batch, T frames, H W rows and columns, C channels.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,12 +31,12 @@ from framepack_jax.data.clips import Clips, Video, find_videos, hold_out, read_c
 from framepack_jax.data.pixels import signed
 from framepack_jax.models import stack, vae
 from framepack_jax.sharding import BATCH, constrain
-from framepack_jax.training import checkpoints, metrics, optimizer
+from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Checkpoints, Optimizer
 from framepack_jax.training.export import provenance, write_bundle
-from framepack_jax.training.feed import check_batch, feed, local_share
-from framepack_jax.training.loop import stop_signal
+from framepack_jax.training.feed import batch_sharding, check_batch, feed, local_share
+from framepack_jax.training.loop import RATE, stop_signal
 from framepack_jax.training.state import State, updated
 
 # Fields that a run keeps from its first step to its last. Where the videos lie is none of them.
@@ -141,9 +141,9 @@ def losses(
 
 
 def train_step(
-    cfg: Config, network: vae.Config, tx: Any, state: State, clips: jax.Array
+    cfg: Config, network: vae.Config, tx: Any, state: State, clips: jax.Array, rate: jax.Array
 ) -> tuple[State, Figures]:
-    """One update by clips (B, T, H, W, C) uint8."""
+    """One update by clips (B, T, H, W, C) uint8, with the learning rate `rate`."""
     clips = signed(constrain(clips, BATCH, *[None] * 4))
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
 
@@ -154,7 +154,7 @@ def train_step(
         return error + still + cfg.kl * kl, (error, still, kl)
 
     (total, parts), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    state, norm = updated(state, grads, total, tx, cfg.ema)
+    state, norm = updated(state, grads, total, tx, cfg.ema, rate)
     return state, Figures(*parts, norm, state.skipped_in_a_row)
 
 
@@ -202,14 +202,16 @@ def train(
         else:
             params = first_params(cfg, network, manifest, bundle_path)
             state = jax.device_put(begin(cfg, tx, params), whole)
-            say(f"{cfg.output}: begins from {cfg.init}, {_count(params):,} parameters")
+            say(f"{cfg.output}: begins from {cfg.init}")
         checkpoints.write_record(cfg.output, record)
+        for line in _run_lines(cfg, mesh, state, videos, held):
+            say(line)
         return _run(cfg, network, tx, mesh, manager, clips, held, state)
 
 
 def transformation(cfg: Config) -> optax.GradientTransformation:
     """Of gradients into updates; none of the encoder where the decoder alone is trained."""
-    tx = optimizer.make(cfg.optimizer, cfg.steps, ())
+    tx = optimizer.make(cfg.optimizer, ())
     if cfg.trainable == "all":
         return tx
     parts = {"encoder": "kept", "decoder": "trained"}
@@ -276,6 +278,23 @@ def begin(cfg: Config, tx: Any, params: stack.Params) -> State:
     return State(zero(), params, tx.init(params), ema, zero(), zero())
 
 
+def _run_lines(
+    cfg: Config, mesh: Mesh, state: State, videos: Sequence[Video], held: Sequence[Video]
+) -> Iterator[str]:
+    """What a run says before it goes on from a state."""
+    if (first := int(state.step)) >= cfg.steps:
+        return
+    epochs = cfg.steps * cfg.batch / len(videos)
+    yield summary.data_line(len(videos), "", len(held), epochs).replace("clips", "videos")
+    count, encoder = _count(state.params), _count(state.params["encoder"])
+    trained = count - encoder if cfg.trainable == "decoder" else count
+    yield summary.trained_line(trained, count)
+    yield summary.batch_line(cfg.batch, 1, mesh)
+    validates = cfg.validate_every if held else 0
+    yield summary.steps_line(first, cfg.steps, cfg.checkpoints.every, validates, "--holdout 0")
+    yield "compiling    the step, before the first one"
+
+
 def _count(params: stack.Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -286,13 +305,20 @@ def _check_same_run(cfg: Config, record: dict[str, Any]) -> None:
     differing = checkpoints.differences(then["config"], now["config"], FIXED)
     if then["config"]["optimizer"]["name"] != now["config"]["optimizer"]["name"]:
         differing.append("the optimizer")
-    if then["videos"] != now["videos"]:
-        differing.append("the videos")
+    before, videos = set(then["videos"]), set(now["videos"])
+    if gone := sorted(before - videos):
+        differing.append(f"{len(gone)} videos are gone or held out: {_some(gone)}")
+    if new := sorted(videos - before):
+        differing.append(f"{len(new)} videos are new: {_some(new)}")
     if differing:
         raise RunError(
             f"{cfg.output} was begun otherwise ({'; '.join(differing)}); go on with what it was"
             f" begun with, or begin another run from it: --output NEW --init {cfg.output}"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (" and others" if len(names) > SHOWN else "")
 
 
 def _run(
@@ -304,8 +330,10 @@ def _run(
     if first >= cfg.steps:
         return first
     Path(cfg.output).mkdir(parents=True, exist_ok=True)
-    step_of = jax.jit(functools.partial(train_step, cfg, network, tx), donate_argnums=0)
+    step_of = _compiled(cfg, network, tx, mesh, state)
+    rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
     log = metrics.Jsonl(Path(cfg.output), first)
+    position = clips.get_state()
     with contextlib.ExitStack() as stacked:
         stacked.enter_context(contextlib.closing(log))
         batches = stacked.enter_context(contextlib.closing(feed(clips, mesh, cfg.batch)))
@@ -315,8 +343,20 @@ def _run(
         )
         window: list[Figures] = []
         for step in range(first + 1, cfg.steps + 1):
-            fed = next(batches)
-            state, figures = step_of(state, fed.batch)
+            try:
+                fed = next(batches)
+            except Exception as error:
+                if step - 1 > first:
+                    checkpoints.save(manager, step - 1, state, position)
+                    checkpoints.wait(manager)
+                raise ValueError(
+                    f"step {step} has no clips: {error}. Once they can be read, the same command"
+                    f" goes on after step {step - 1}"
+                ) from error
+            position = fed.state
+            if step == first + 1:
+                bar.unpause()
+            state, figures = step_of(state, fed.batch, rate(step - 1))
             window.append(figures)
             bar.update()
             stop = asked() or step == cfg.steps
@@ -338,10 +378,19 @@ def _run(
                 figures = validate(network, params, held, cfg.frames, Path(cfg.output), step)
                 log.write(step, figures)
                 bar.write(f"step {step}: {_said(figures)}")
+                bar.unpause()
             if stop:
                 break
         checkpoints.wait(manager)
         return step
+
+
+def _compiled(cfg: Config, network: vae.Config, tx: Any, mesh: Mesh, state: State) -> Any:
+    """The step of (state, clips, learning rate), which uses the state up."""
+    step = jax.jit(functools.partial(train_step, cfg, network, tx), donate_argnums=0)
+    shape = cfg.batch, cfg.frames, *cfg.size, 3
+    clips = jax.ShapeDtypeStruct(shape, np.uint8, sharding=batch_sharding(mesh))
+    return step.lower(state, clips, RATE).compile()
 
 
 def _line(window: Sequence[Figures]) -> dict[str, float]:

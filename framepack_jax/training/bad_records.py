@@ -1,0 +1,74 @@
+"""Clips of a run that turn out to be unreadable while it trains.
+
+Another clip takes the place of each (`data.loader`); here they are named, counted and kept in
+checkpoints. All processes see the same ones at the same step, by the figures of the step.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from framepack_jax.data.records import DatasetError
+from framepack_jax.processes import in_first, is_first
+
+SHOWN = 3
+
+
+class BadRecords:
+    """Numbers of records of a `data.loader.Loader` that could not be read so far."""
+
+    def __init__(self, loader: Any, numbers: Iterable[int] = ()) -> None:
+        self.loader, self.most = loader, loader.cfg.max_bad_records
+        self.numbers = set(numbers)
+
+    def __bool__(self) -> bool:
+        return bool(self.numbers)
+
+    @property
+    def too_many(self) -> bool:
+        """More than --data.max-bad-records."""
+        return len(self.numbers) > self.most
+
+    def note(self, step: int, clips: np.ndarray) -> bool:
+        """Take `Batch.clip` of a step and name the records that are new; returns True if some
+        are."""
+        new = {-1 - clip for clip in clips.tolist() if clip < 0} - self.numbers
+        for number in sorted(new):
+            self.numbers.add(number)
+            if is_first():
+                count = f"{len(self.numbers)} of --data.max-bad-records {self.most}"
+                text = f"{self._fault(number)}; another clip takes its place ({count})"
+                tqdm.write(f"warning: step {step}: {text}", file=sys.stderr)
+        return bool(new)
+
+    def check_again(self) -> None:
+        """If there are too many, forget those that can be read by now. Raises DatasetError if there
+        still are."""
+        if self.too_many:
+            self.numbers -= set(in_first(lambda: [n for n in self.numbers if not self._why(n)]))
+        self.check()
+
+    def check(self, done: str = "") -> None:
+        """Raise DatasetError if there are too many; `done` says what is saved."""
+        if self.too_many:
+            count = len(self.numbers)
+            raise DatasetError(
+                f"{count} clips cannot be read, more than --data.max-bad-records {self.most}:"
+                f" {self}; {done}mend them, or give --data.max-bad-records {count} or more, and the"
+                " same command goes on"
+            )
+
+    def __str__(self) -> str:
+        numbers = sorted(self.numbers)
+        more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+        return "; ".join(map(self._fault, numbers[:SHOWN])) + more
+
+    def _fault(self, number: int) -> str:
+        why = self._why(number)
+        return f"clip {self.loader.clip_ids([number])[0]}{f' ({why})' if why else ''}"
+
+    def _why(self, number: int) -> str | None:
+        return self.loader.fault(number)

@@ -1,0 +1,99 @@
+"""What a run says before its first step: its data, what it trains, and when results come."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from framepack_jax.training.config import Config
+from framepack_jax.training.state import Params, factor_scale
+
+# Adapters are usually scaled by about 1.
+MAX_FACTOR_SCALE = 4
+
+
+def data_line(clips: int, buckets: str, held: int, epochs: float) -> str:
+    """Clips to train on, how often a whole run sees them, and how many are kept for validation."""
+    return (
+        f"data         {clips:,} clips{buckets}, {held:,} more held out; {epochs:.3g} epochs in the"
+        " whole run"
+    )
+
+
+def buckets_text(counts: dict[tuple[int, int], int]) -> str:
+    """Buckets with their numbers of clips, for a `data_line`."""
+    each = ", ".join(f"{height}x{width}: {count:,}" for (height, width), count in counts.items())
+    return f" in {len(counts)} bucket{'s' * (len(counts) > 1)} ({each})"
+
+
+def trained_line(trained: int, count: int) -> str:
+    """Numbers of parameters: how many of how many are trained."""
+    return f"trained      {trained:,} of {count:,} parameters"
+
+
+def batch_line(batch: int, parts: int, mesh: Mesh) -> str:
+    """Samples of a step, over all devices and on one."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    each = f"{batch // ways} on each of {ways} devices"
+    if ways < mesh.size:
+        each = f"{batch // ways} on each of {ways} groups of {mesh.size // ways} devices"
+    where = "on one device" if mesh.size == 1 else f"in all, {each}"
+    return f"batch        {batch} samples {where}{f', in {parts} parts' if parts > 1 else ''}"
+
+
+def steps_line(first: int, steps: int, saves: int, validates: int, why_not: str) -> str:
+    """Which steps are taken, and after which of them the first checkpoint and validation come;
+    `validates` is 0 for no validation, because of the flag `why_not`."""
+
+    def after(every: int) -> int:
+        return min((first // every + 1) * every, steps)
+
+    validation = f"no validation ({why_not})"
+    if validates:
+        validation = f"validation after step {after(validates):,}"
+    return (
+        f"steps        {first + 1:,} to {steps:,}; the first checkpoint comes after step"
+        f" {after(saves):,}, {validation}"
+    )
+
+
+def lora_warning(cfg: Config) -> str | None:
+    """A warning if alpha / rank is far from 1."""
+    scale = factor_scale(cfg)
+    if 1 / MAX_FACTOR_SCALE <= scale <= MAX_FACTOR_SCALE:
+        return None
+    return (
+        f"warning: --lora.rank {cfg.lora.rank} with --lora.alpha {cfg.lora.alpha:g} multiplies"
+        f" adapters, and so their learning rate, by {scale:g}; --lora.alpha {cfg.lora.rank} makes"
+        " it 1"
+    )
+
+
+def _trained(cfg: Config, trained: Params, frozen: Params) -> str:
+    count, rest = (sum(math.prod(x.shape) for x in jax.tree.leaves(p)) for p in (trained, frozen))
+    adapters = f" in adapters of rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, beside"
+    if cfg.trainable == "lora":
+        return f"trained      {count:,} parameters{adapters} {rest:,} frozen ones"
+    return trained_line(count, count + rest)
+
+
+def run_lines(setup: Any, loader: Any, first: int, validates: bool) -> list[str]:
+    """All of the above of a run (`loop.Setup`) that goes on after step `first`."""
+    cfg = setup.cfg
+    counts = {bucket: len(numbers) for bucket, numbers in loader.streams.items()}
+    clips = sum(counts.values())
+    lines = [
+        data_line(clips, buckets_text(counts), len(loader.held), cfg.steps * cfg.batch / clips),
+        _trained(cfg, setup.abstract.params, setup.frozen),
+        batch_line(cfg.batch, cfg.accumulate, setup.mesh),
+        steps_line(
+            first,
+            cfg.steps,
+            cfg.checkpoints.every,
+            cfg.validation.every if validates else 0,
+            "--validation.every 0" if cfg.data.holdout else "--data.holdout 0",
+        ),
+        lora_warning(cfg),
+    ]
+    return [line for line in lines if line]
