@@ -178,8 +178,8 @@ def test_a_run_says_what_it_will_do(damaged) -> None:
 def test_a_clip_that_cannot_be_read_is_replaced_and_named(place, damaged) -> None:
     """One more than may be ends the run with a checkpoint; it goes on as if it never had ended."""
     folder, whole, number, out = damaged
-    name = f"shards/32x48-00000.arrayrecord, record {number}"
-    assert f"clips that could not be read, and were replaced: clip {name}" in out
+    name = f"{folder}/shards/32x48-00000.arrayrecord, record {number}, cannot be read"
+    assert f"clips that could not be read, and were replaced: {name}" in out
     seen = [step for step, line in log_of(whole).items() if line.get("unread_clips") == 1]
     assert seen == list(range(seen[0], STEPS + 1))
     output = place / "damaged_stopped"
@@ -187,10 +187,10 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_named(place, damaged) -> Non
     process = start(place, output, *more, "--checkpoints.every", "100")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert f"warning: step {seen[0]}: clip {name} (" in err
+    assert f"warning: step {seen[0]}: {name}" in err
     step = checkpoints.steps_of(output)[-1]
     assert re.search(
-        rf"error: 1 clips cannot be read, more than --data.max-bad-records 0: clip {name}"
+        rf"error: 1 clips cannot be read, more than --data.max-bad-records 0: {name}"
         rf" .*step {step} is saved; .* give --data.max-bad-records 1 or more", err,
     )  # fmt: skip
     assert seen[0] <= step <= seen[0] + 1

@@ -48,7 +48,9 @@ class BadRecords:
         """If there are too many, forget those that can be read by now. Raises DatasetError if there
         still are."""
         if self.too_many:
-            self.numbers -= set(in_first(lambda: [n for n in self.numbers if not self._why(n)]))
+            self.numbers -= set(
+                in_first(lambda: [n for n in self.numbers if not self.loader.fault(n)])
+            )
         self.check()
 
     def check(self, done: str = "") -> None:
@@ -67,8 +69,5 @@ class BadRecords:
         return "; ".join(map(self._fault, numbers[:SHOWN])) + more
 
     def _fault(self, number: int) -> str:
-        why = self._why(number)
-        return f"clip {self.loader.clip_ids([number])[0]}{f' ({why})' if why else ''}"
-
-    def _why(self, number: int) -> str | None:
-        return self.loader.fault(number)
+        # What is wrong names the shard or the video; what can be read by now has a name itself.
+        return self.loader.fault(number) or f"clip {self.loader.clip_ids([number])[0]}"

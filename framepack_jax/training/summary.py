@@ -13,18 +13,17 @@ from framepack_jax.training.state import Params, factor_scale
 MAX_FACTOR_SCALE = 4
 
 
-def data_line(clips: int, buckets: str, held: int, epochs: float) -> str:
-    """Clips to train on, how often a whole run sees them, and how many are kept for validation."""
-    return (
-        f"data         {clips:,} clips{buckets}, {held:,} more held out; {epochs:.3g} epochs in the"
-        " whole run"
-    )
+def data_line(what: str, held: int, epochs: float) -> str:
+    """Clips or videos to train on, how many more are kept for validation, and how often a whole run
+    sees them."""
+    return f"data         {what}, {held:,} more held out; {epochs:.3g} epochs in the whole run"
 
 
-def buckets_text(counts: dict[tuple[int, int], int]) -> str:
-    """Buckets with their numbers of clips, for a `data_line`."""
+def clips_text(counts: dict[tuple[int, int], int]) -> str:
+    """Clips by bucket, for a `data_line`."""
     each = ", ".join(f"{height}x{width}: {count:,}" for (height, width), count in counts.items())
-    return f" in {len(counts)} bucket{'s' * (len(counts) > 1)} ({each})"
+    buckets = f"{len(counts)} bucket{'s' * (len(counts) > 1)}"
+    return f"{sum(counts.values()):,} clips in {buckets} ({each})"
 
 
 def trained_line(trained: int, count: int) -> str:
@@ -82,9 +81,9 @@ def run_lines(setup: Any, loader: Any, first: int, validates: bool) -> list[str]
     """All of the above of a run (`loop.Setup`) that goes on after step `first`."""
     cfg = setup.cfg
     counts = {bucket: len(numbers) for bucket, numbers in loader.streams.items()}
-    clips = sum(counts.values())
+    epochs = cfg.steps * cfg.batch / sum(counts.values())
     lines = [
-        data_line(clips, buckets_text(counts), len(loader.held), cfg.steps * cfg.batch / clips),
+        data_line(clips_text(counts), len(loader.held), epochs),
         _trained(cfg, setup.abstract.params, setup.frozen),
         batch_line(cfg.batch, cfg.accumulate, setup.mesh),
         steps_line(

@@ -285,7 +285,7 @@ def _run_lines(
     if (first := int(state.step)) >= cfg.steps:
         return
     epochs = cfg.steps * cfg.batch / len(videos)
-    yield summary.data_line(len(videos), "", len(held), epochs).replace("clips", "videos")
+    yield summary.data_line(f"{len(videos):,} videos", len(held), epochs)
     count, encoder = _count(state.params), _count(state.params["encoder"])
     trained = count - encoder if cfg.trainable == "decoder" else count
     yield summary.trained_line(trained, count)
