@@ -37,6 +37,7 @@ from framepack_jax.lora import merge as merge_lora
 from framepack_jax.models.vae import Tiling, check_tiling
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.processes import fetch, in_first
+from framepack_jax.prompts import prompt_shares, timed_prompts
 from framepack_jax.request import (
     START_FRAMES,
     Footage,
@@ -45,8 +46,6 @@ from framepack_jax.request import (
     Request,
     lay_out,
     prepare,
-    prompt_shares,
-    timed_prompts,
 )
 from framepack_jax.splice import Interval, Splicer, to_uint8
 

@@ -7,16 +7,14 @@ be wrong with a request is found here, before any weights are loaded.
 
 import collections
 import dataclasses
-import itertools
-import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from framepack_jax import packing
 from framepack_jax.buckets import BUCKETS_480P, find_bucket
 from framepack_jax.packing import Section
+from framepack_jax.prompts import timed_prompts
 from framepack_jax.video import resize_center_crop
 
 # Latent frames that an image gives.
@@ -26,7 +24,6 @@ LEAST_SIDE, LARGEST_SIDE = 16, 4096
 # Without an image: the shape that decides the bucket, and the colour that the video begins with.
 TEXT_CANVAS = (480, 832)
 BLANK = 0
-_TIME = re.compile(r"(?:^|(?<=\s))(\d+(?:\.\d+)?)\s?s:\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,45 +202,6 @@ def _stills(request: Request, layout: Layout, compression: int) -> tuple[int, ..
         taken[position] = f"the {name}"
         stills.append(position)
     return (*stills, *([last] if request.end_image is not None else []))
-
-
-def timed_prompts(text: str) -> list[tuple[float, str]]:
-    """Prompts and the seconds at which they begin: "0s: she waves 4.5s: she bows" is
-    [(0.0, "she waves"), (4.5, "she bows")]; a text without times is one prompt from 0 on.
-
-    Raises ValueError where the times do not begin at 0 and rise.
-    """
-    marks = list(_TIME.finditer(text))
-    if marks and text[: marks[0].start()].strip():
-        warnings.warn(
-            f"the prompt has a time, {marks[0][0].strip()!r}, but does not begin with one: it is"
-            ' taken as one text; write "0s: ... 4s: ..." for prompts by time',
-            stacklevel=2,
-        )
-        return [(0.0, text)]
-    if not marks:
-        return [(0.0, text)]
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    prompts = [
-        (float(mark[1]), text[mark.end() : end].strip())
-        for mark, end in zip(marks, ends, strict=True)
-    ]
-    times = [time for time, _ in prompts]
-    if times[0] != 0 or any(b <= a for a, b in itertools.pairwise(times)):
-        raise ValueError(
-            f"prompt times {', '.join(f'{t:g}s' for t in times)}: they must begin with 0s and rise"
-        )
-    return prompts
-
-
-def prompt_shares(times: Sequence[float], at: float, span: float) -> list[float]:
-    """The share of each prompt at a time in seconds; `span` seconds around the beginning of a
-    prompt it is blended linearly with the one before (0: none is). They sum to 1."""
-    shares = [1.0]
-    for time in times[1:]:
-        risen = float(at >= time if span <= 0 else np.clip((at - time) / span + 0.5, 0, 1))
-        shares = [*(share * (1 - risen) for share in shares), risen]
-    return shares
 
 
 def footage_of(

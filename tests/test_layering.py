@@ -9,7 +9,7 @@ PACKAGE = ROOT / "framepack_jax"
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
     {"sharding", "topology", "processes"},
-    {"ops", "diffusion", "packing", "buckets", "splice", "video"},
+    {"ops", "diffusion", "packing", "buckets", "prompts", "splice", "video"},
     {"models", "request"},
     {"lora"},
     {"bundle", "conditioning"},

@@ -1,4 +1,4 @@
-"""What is asked for and where it lies: sizes, times, prompts by time, footage."""
+"""What is asked for and where it lies: sizes, times, footage."""
 
 import dataclasses
 
@@ -13,8 +13,6 @@ from framepack_jax.request import (
     footage_of,
     lay_out,
     prepare,
-    prompt_shares,
-    timed_prompts,
 )
 
 INVERTED = Geometry(packing.RELEASED_INVERTED, "inverted", 4, 16)
@@ -80,50 +78,6 @@ def test_the_image_that_leads() -> None:
 def test_a_prompt_after_the_end_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt at 9 s: what is made is 1.20 s long"):
         lay_out(F1, Request("0s: a 9s: b", IMAGE), sections=1)
-
-
-@pytest.mark.parametrize(
-    ("text", "prompts"),
-    [
-        ("she waves", [(0.0, "she waves")]),
-        ("", [(0.0, "")]),
-        ("0s: she waves 4.5s: she bows", [(0.0, "she waves"), (4.5, "she bows")]),
-        (" 0s:she waves\n12 s:  she\nbows", [(0.0, "she waves"), (12.0, "she\nbows")]),
-        ("0s: 2s: she bows", [(0.0, ""), (2.0, "she bows")]),
-        ("it lasts 4s then stops", [(0.0, "it lasts 4s then stops")]),
-    ],
-)
-def test_prompts_with_times(text, prompts) -> None:
-    assert timed_prompts(text) == prompts
-
-
-@pytest.mark.parametrize(
-    "text", ["1s: late", "0s: a 3s: b 2s: c", "0s: a 0s: b", "0s: the 1980s: x 3s: y"]
-)
-def test_prompt_times_begin_at_0_and_rise(text: str) -> None:
-    with pytest.raises(ValueError, match="must begin with 0s and rise"):
-        timed_prompts(text)
-
-
-@pytest.mark.parametrize(
-    ("at", "span", "shares"),
-    [
-        (1.0, 0, [1, 0, 0]),
-        (4.0, 0, [0, 1, 0]),
-        (3.5, 2, [0.75, 0.25, 0]),
-        (4.0, 2, [0.5, 0.5, 0]),
-        (99, 2, [0, 0, 1]),
-        # Blends may overlap: the one at 5 s takes half of what the one at 4 s left.
-        (5.0, 4, [0.125, 0.375, 0.5]),
-    ],
-)
-def test_shares_of_prompts(at: float, span: float, shares: list[float]) -> None:
-    assert prompt_shares([0, 4, 5], at, span) == pytest.approx(shares)
-
-
-def test_a_time_that_no_prompt_begins_with_is_told() -> None:
-    with pytest.warns(UserWarning, match="'4s:', but does not begin with one"):
-        assert timed_prompts("it waves 4s: it bows") == [(0.0, "it waves 4s: it bows")]
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(5, 5), (6, 5), (8, 5), (9, 9), (400, 81)])

@@ -386,11 +386,12 @@ def test_any_even_size(tmp_path, capsys) -> None:
     assert "58 x 46 pixels (the middle of 64 x 48)" in capsys.readouterr().out
 
 
-def test_prompts_by_time(tmp_path) -> None:
+def test_prompts_by_time(tmp_path, capsys) -> None:
     """Sections in time order have middles at 0.117 s and 0.383 s."""
     flags = ("--sections", 2, "--prompt-blend", 0, "--prompt")
     first, second = (make(tmp_path / p, *flags, p) for p in ("waves", "bows"))
-    changing = make(tmp_path / "changing", *flags, "0s: waves 0.25s: bows")
+    changing = make(tmp_path / "changing", *flags, "[0s: waves] [0.25s: bows]")
+    assert "\n  from 0 s: waves\n  from 0.25 s: bows\n" in capsys.readouterr().out
     # The last in time is made first, so that it is that of the second prompt alone.
     for position in (3, 4):
         np.testing.assert_array_equal(changing.latents()[position], second.latents()[position])

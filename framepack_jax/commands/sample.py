@@ -58,6 +58,7 @@ from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.pipeline import FramePack
 from framepack_jax.processes import Terminated, check_same, in_all, in_first, is_first, join
+from framepack_jax.prompts import timed_prompts
 from framepack_jax.request import Request, lay_out
 
 # The backends that attention kernels are made for; the others run on any.
@@ -539,7 +540,7 @@ def _is_done(run: Run, record: dict[str, Any], alone: bool, done: str) -> bool:
 
 
 def _describe(pipe: FramePack, task: Task) -> str:
-    """What is really made, in a line."""
+    """What is really made, in a line, and its prompts by time, a line each."""
     layout, record = task.layout, task.run.record
     sampled = ""
     if layout.canvas != (layout.height, layout.width):
@@ -552,4 +553,8 @@ def _describe(pipe: FramePack, task: Task) -> str:
     if layout.before > 1:
         given = pipe.geometry.frames_of(0, layout.before)[1]
         text += f"; the first {given} frames are those of {record['flags']['extend']}"
+    prompt = record["flags"]["prompt"]
+    prompts = timed_prompts(prompt)
+    if prompts != [(0.0, prompt)]:
+        text += "".join(f"\n  from {seconds:g} s: {part}" for seconds, part in prompts)
     return text
