@@ -481,7 +481,7 @@ class FramePack:
         The noise of section i, in the order of making, is drawn from fold_in(seed, i) for every
         sample, or taken from `noise` (B, w, H, W, C). To go on with an earlier run, `timeline` has
         its latents and `done` is the number of its sections. `on_step(section, step, x0)` is
-        called after each step. Raises NotFinite, ValueError for a seed that does not fit 32 bits.
+        called after each step. Raises NotFinite.
         """
         timeline = self.timeline(plan, inputs.known) if timeline is None else timeline
         _, _, *frame = timeline.latents.shape
@@ -609,7 +609,14 @@ def plan_start(plan: Sequence[Section]) -> int:
 
 
 def _noise(seed: int, section: int, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), section), shape)
+    return jax.random.normal(jax.random.fold_in(_key(seed), section), shape)
+
+
+def _key(seed: int) -> jax.Array:
+    """The key of a seed of up to 64 bits; one of 32 bits has jax's own."""
+    high, low = divmod(seed, 2**32)
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high) if high else key
 
 
 def _announced(

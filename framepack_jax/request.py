@@ -262,9 +262,9 @@ def prepare(geometry: Geometry, request: Request, layout: Layout) -> Request:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError where jax would fold the seed into another or refuse it."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed}: expected 0 to {2**32 - 1}")
+    """Raise ValueError unless the seed is a number of 64 bits."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed = {seed}: expected 0 to {2**64 - 1}; for sample.py, -1 draws one")
 
 
 def check_size(height: int | None, width: int | None) -> tuple[int, int]:

@@ -483,6 +483,42 @@ def test_resumed_with_key_frames_and_end_image(pictures, tmp_path) -> None:
     assert_same_latents(part, whole)
 
 
+def test_a_seed_is_drawn_and_kept(tmp_path, capsys) -> None:
+    """-1 draws another for every video; the same jobs again keep those that were drawn."""
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text('{"seed": -1}\n{"seed": -1}\n')
+    flags = ("--sections", 1, "--latents-only", "--jobs", jobs)
+    command(tmp_path / "out", *flags)
+    seeds = [Run.open(tmp_path / "out" / f"job_000{i}").record["flags"]["seed"] for i in (1, 2)]
+    assert seeds[0] != seeds[1] and min(seeds) >= 0
+    printed = capsys.readouterr().out
+    assert all(f"seed {seed}\n" in printed for seed in seeds)
+    command(tmp_path / "out", *flags)
+    assert capsys.readouterr().out.count("finished already") == 2
+    again = make(tmp_path / "again", "--sections", 1, "--latents-only", "--seed", seeds[0])
+    assert_same_latents(again, Run.open(tmp_path / "out" / "job_0001"))
+
+
+def test_seeds_of_64_bits() -> None:
+    """Below 2**32 they are jax's, above it all bits count."""
+    seeds = [7, 2**31 + 7, 2**32 + 7, 2**63 + 7, 2**64 - 1]
+    keys = [jax.random.key_data(pipeline._key(seed)) for seed in seeds]
+    for key, seed in zip(keys[:2], seeds, strict=False):
+        np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(seed)))
+    assert len({tuple(map(int, key)) for key in keys}) == len(seeds)
+
+
+def test_a_rate_that_is_no_whole_number(tmp_path) -> None:
+    """Also of a run that is stopped, whose segments are joined."""
+    run = make(tmp_path / "run", "--sections", 3, "--fps", "29.97002997", schedule=F1)
+    assert run.record["frames"] == 25
+    (run.folder / "latents" / "section_002.npz").unlink()
+    run.write_record(status="interrupted", spans=run.record["spans"][:1])
+    sample.main(["--resume", str(run.folder)])
+    info = video.mp4_info(run.folder / "video.mp4")
+    assert (info.frames, info.fps) == (25, 30000 / 1001)
+
+
 def test_a_run_is_not_extended_into_itself(whole, tmp_path) -> None:
     run = copy(whole[F1], tmp_path / "run")
     for source in (run.folder, run.folder / "video.mp4"):

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -65,6 +66,8 @@ from framepack_jax.request import Request, lay_out
 KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Exit codes of programs that a signal ended.
 INTERRUPTED, TERMINATED = 130, 143
+# The seed that stands for one that is drawn.
+DRAWN = -1
 # Flags that say how processes find each other.
 CLUSTER = ("coordinator", "processes", "process")
 # Flags that may be others when a run is gone on with: where, and how, it is computed.
@@ -93,8 +96,8 @@ class Sample(Shot):
     """What happens in the video. May be empty, and change with time: "0s: she waves 4s: she bows".
     Several prompts give several videos."""
     seed: tuple[int, ...] = (0,)
-    """Seed of the noise. The same seed and flags give the same video. Several seeds give several
-    videos of every prompt."""
+    """Seed of the noise, of up to 64 bits. The same seed and flags give the same video; -1 draws
+    one. Several seeds give several videos of every prompt."""
     jobs: Path | None = None
     """A file with a video a line: JSON objects of flags without dashes, {"prompt": "...", "seed":
     3, "name": "waves"}, which replace those given here. Finished ones are skipped, unfinished ones
@@ -380,7 +383,7 @@ def _report(run: Run) -> None:
         return
     print(
         f"{run.folder / 'video.mp4'}: {record['frames']} frames, "
-        f"{record['frames'] / record['flags']['fps']:.1f} s at {record['flags']['fps']} fps,"
+        f"{record['frames'] / record['flags']['fps']:.1f} s at {record['flags']['fps']:g} fps,"
         f" {record['timings']['seconds_per_frame']:.3f} s a frame with compilation"
     )
 
@@ -477,7 +480,8 @@ def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
         raise ValueError('give at least one prompt (it may be "") and one seed')
     videos = list(itertools.product(flags.prompt, flags.seed))
     for i, (prompt, seed) in enumerate(videos):
-        folder = output if len(videos) == 1 else output / f"{i:03d}_seed_{seed}"
+        name = f"{i:03d}_seed_{'drawn' if seed == DRAWN else seed}"
+        folder = output if len(videos) == 1 else output / name
         yield folder, Shot(**base | {"prompt": prompt, "seed": seed})
 
 
@@ -490,6 +494,7 @@ def _name(flags: Sample) -> str:
 def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool) -> Task | None:
     """What is to be made in a folder, checked as far as it can be without weights; None where it is
     finished already. Raises ValueError, OSError."""
+    shot = in_first(_with_seed, shot, folder, flags.overwrite)
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
     record = in_first(new_record, flags, shot, pipe, path_of(flags.bundle))
@@ -522,6 +527,15 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
     return Task(Run(folder, record), layout, settings, later)
 
 
+def _with_seed(shot: Shot, folder: Path, overwrite: bool) -> Shot:
+    """The flags with a seed in place of -1: that of the run in the folder, or a drawn one."""
+    if shot.seed != DRAWN:
+        return shot
+    there = (folder / RECORD).exists() and not overwrite
+    seed = Run.open(folder).record["flags"]["seed"] if there else secrets.randbits(32)
+    return dataclasses.replace(shot, seed=seed)
+
+
 def _is_done(run: Run, record: dict[str, Any], alone: bool, done: str) -> bool:
     """Whether a run that is there already needs nothing more. Raises ValueError where it is not the
     one that is asked for, or, for a video `alone`, in any case."""
@@ -548,7 +562,7 @@ def _describe(pipe: FramePack, task: Task) -> str:
     text = (
         f"{len(layout.plan)} sections, {record['frames']} frames of {layout.height} x"
         f" {layout.width} pixels{sampled}, schedule {pipe.schedule}, {pipe.dtype} on"
-        f" {record['device']}"
+        f" {record['device']}, seed {record['flags']['seed']}"
     )
     if layout.before > 1:
         given = pipe.geometry.frames_of(0, layout.before)[1]

@@ -44,7 +44,8 @@ class Shot:
     sections: int | None = None
     """Length in sections, instead of --seconds."""
     seed: int = 0
-    """Seed of the noise. The same seed and flags give the same video."""
+    """Seed of the noise, of up to 64 bits. The same seed and flags give the same video; -1 draws
+    one."""
     steps: int = 25
     """Denoising steps a section."""
     sampler: Literal["unipc", "unipc-bh2", "euler"] = "unipc"
@@ -64,8 +65,8 @@ class Shot:
     image."""
     width: int | None = None
     """Width in pixels; give both or neither."""
-    fps: int = 30
-    """Frames a second of the video; the models are made for 30."""
+    fps: float = 30.0
+    """Frames a second of the video, also 23.976 or 29.97; the models are made for 30."""
     crf: int = 16
     """H.264 quality, 1 (largest file) to 51."""
     gif: bool = False
@@ -248,7 +249,7 @@ def footage_file(shot: Shot) -> tuple[Path, float | None]:
     """The video file to extend, and the rate it is brought to."""
     if shot.extend.is_dir():
         return shot.extend / "video.mp4", None
-    return shot.extend, float(shot.fps)
+    return shot.extend, shot.fps
 
 
 def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
@@ -281,7 +282,7 @@ def _size_of(run: Run, shot: Shot) -> tuple[int, int]:
         there = record["flags"][name] if name == "fps" else record[name]
         if getattr(shot, name) not in (None, there):
             raise ValueError(
-                f"{name} = {getattr(shot, name)}, but run {run.folder} has {there}; leave --{name}"
-                " as it is there, or give its video.mp4 to --extend"
+                f"{name} = {getattr(shot, name):g}, but run {run.folder} has {there:g}; leave"
+                f" --{name} as it is there, or give its video.mp4 to --extend"
             )
     return record["height"], record["width"]
