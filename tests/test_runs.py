@@ -625,6 +625,85 @@ def test_one_run_is_not_made_twice_at_once(whole, tmp_path) -> None:
     sample.main(["--resume", str(run.folder)])
 
 
+def during_the_first_section(monkeypatch, work) -> None:
+    """Call `work` once, when the next section is saved."""
+    save = Run.save_section
+
+    def saved(*args) -> None:
+        monkeypatch.setattr(Run, "save_section", save)
+        save(*args)
+        work()
+
+    monkeypatch.setattr(Run, "save_section", saved)
+
+
+def job_files(folder: Path) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Flags for the jobs one and two, and for two alone."""
+    lines = ['{"name": "one", "seed": 1}\n', '{"name": "two", "seed": -1}\n']
+    (folder / "both.jsonl").write_text("".join(lines))
+    (folder / "second.jsonl").write_text(lines[1])
+    flags = ("--sections", 1, "--jobs")
+    return (*flags, folder / "both.jsonl"), (*flags, folder / "second.jsonl")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_process_finishes_is_not_made_again(
+    tmp_path, monkeypatch, capsys, overwrite: bool
+) -> None:
+    """While the first job is made, another process begins and finishes the second."""
+    both, second = job_files(tmp_path)
+    flags = ("--overwrite",) if overwrite else ()
+    if overwrite:
+        command(tmp_path / "out", *second)
+    made = []
+
+    def other() -> None:
+        command(tmp_path / "out", *second, *flags)
+        made.append((tmp_path / "out" / "two" / "video.mp4").stat())
+
+    during_the_first_section(monkeypatch, other)
+    command(tmp_path / "out", *both, *flags)
+    assert "two: finished by another process" in capsys.readouterr().out
+    now = (tmp_path / "out" / "two" / "video.mp4").stat()
+    assert (now.st_ino, now.st_mtime_ns) == (made[0].st_ino, made[0].st_mtime_ns)
+    assert Run.open(tmp_path / "out" / "one").record["status"] == "finished"
+
+
+def test_what_another_process_makes_is_left_to_it(tmp_path, monkeypatch, capsys) -> None:
+    """Unless it ends before it has finished: then it is made by those who are left."""
+    both, _ = job_files(tmp_path)
+    (tmp_path / "out" / "one").mkdir(parents=True)
+    other = Run(tmp_path / "out" / "one", {})
+    other.lock()
+    command(tmp_path / "out", *both, "--latents-only")
+    assert "left to other processes, which are making them: " in capsys.readouterr().out
+    assert not (other.folder / "run.json").exists()
+    assert Run.open(tmp_path / "out" / "two").record["status"] == "sampled"
+    during_the_first_section(monkeypatch, other.unlock)
+    command(tmp_path / "out", *both, "--overwrite")
+    assert Run.open(other.folder).record["status"] == "finished"
+
+
+def test_output_folders_by_default_never_meet(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = sample.Sample(image=PHOTO)
+    assert len({sample._make_folder(flags) for _ in range(5)}) == 5
+    with pytest.raises(SystemExit, match="steps = 0"):
+        sample.main(["--bundle", "random", "--image", str(PHOTO), "--steps", "0"])
+    assert len(list((tmp_path / "outputs").iterdir())) == 5
+
+
+def test_flags_that_change_nothing_are_told(tmp_path, recwarn) -> None:
+    command(
+        tmp_path / "run", "--sections", 1, "--latents-only", "--negative-prompt", "blurred",
+        "--cfg-rescale", 0.7, "--prompt-blend", 2, "--seconds", 3, "--merge-lora",
+    )  # fmt: skip
+    told = {str(warning.message).partition(" ")[0] for warning in recwarn}
+    assert told == {
+        "--negative-prompt", "--cfg-rescale", "--prompt-blend", "--seconds", "--merge-lora",
+    }  # fmt: skip
+
+
 def test_prompts_that_lead_no_section_are_named(tmp_path) -> None:
     with pytest.warns(UserWarning, match=r"prompt at 0.25 s, 'bows', leads no section"):
         command(

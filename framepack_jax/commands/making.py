@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from framepack_jax import video
 from framepack_jax.commands.decoding import Decoder, Later
-from framepack_jax.commands.runs import DamagedFile, Run
+from framepack_jax.commands.runs import Busy, DamagedFile, Run, record_text
 from framepack_jax.packing import Timeline
 from framepack_jax.pipeline import FramePack, NotFinite, Settings
 from framepack_jax.processes import (
@@ -29,6 +29,8 @@ from framepack_jax.request import Layout, Request, prepare
 
 # What a disk, a device or a full memory does.
 FAILURES = (OSError, MemoryError, jax.errors.JaxRuntimeError)
+# In a record, what depends on the machine that goes on with the run.
+HERE = ("memory", "decode_tile")
 PREVIEWS_PER_SECTION = 4
 # The channels of latents that the cheap preview knows.
 PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
@@ -39,7 +41,9 @@ class Task:
     """A video to be made: its run folder, and what it is made from.
 
     For a fresh run `read` gives the request, and the frames of extended footage that no section
-    changes, if any; a run that is gone on with has kept its request in the folder.
+    changes, if any; a run that is gone on with has kept its request in the folder. `seen` is the
+    record that was in the folder: if another process has changed it since, `look` gives the task
+    that is left, None if that process has finished it.
     """
 
     run: Run
@@ -47,11 +51,24 @@ class Task:
     settings: Settings
     read: Callable[[], tuple[Request, Iterator[np.ndarray] | None]] | None = None
     request: Request | None = None
+    seen: str | None = None
+    look: Callable[[], "Task | None"] | None = None
 
     @property
     def group(self) -> Any:
         """Tasks with equal ones can be computed side by side."""
         return self.layout, self.settings, self.run.record["flags"]["prompt_blend"]
+
+    @property
+    def key(self) -> Any:
+        """Tasks with equal ones are computed side by side."""
+        return self.group, self.company
+
+    def become(self, other: "Task") -> None:
+        """Take over all of another task but how this machine decodes."""
+        here = {name: self.run.record[name] for name in HERE if name in self.run.record}
+        vars(self).update(vars(other))
+        self.run.record |= here
 
     @property
     def company(self) -> tuple[str, ...]:
@@ -64,13 +81,55 @@ def make_all(
     pipe: FramePack, tasks: Sequence[Task], batch: int = 1, decode: bool = True
 ) -> Iterator[tuple[Task, Exception | None]]:
     """Make every video, `batch` side by side, and yield each when it is done, with what went wrong
-    with it, which does not stop the others."""
+    with it, which does not stop the others.
+
+    Videos that another process is making come last: those that it has not finished when it ends
+    are made here, those that it is still making are yielded with Busy.
+    """
+    left, busy = list(tasks), []
+    while left:
+        busy, changed = [], []
+        for key, group in _groups(left).items():
+            taken = []
+            for task in group:
+                try:
+                    if _take(task):
+                        (taken if task.key == key else changed).append(task)
+                except Busy as error:
+                    busy.append((task, error))
+                except (ValueError, *FAILURES) as error:
+                    yield task, explained(error)
+                if len(taken) == batch:
+                    yield from _make_group(pipe, taken, decode)
+                    taken = []
+            yield from _make_group(pipe, taken, decode)
+        for task in changed:
+            task.run.unlock()
+        left = [*changed, *(task for task, _ in busy)] if len(busy) < len(left) else []
+    yield from busy
+
+
+def _groups(tasks: Sequence[Task]) -> dict[Any, list[Task]]:
+    """Tasks that can be computed side by side."""
     groups: dict[Any, list[Task]] = {}
     for task in tasks:
-        groups.setdefault((task.group, task.company), []).append(task)
-    for group in groups.values():
-        for first in range(0, len(group), batch):
-            yield from _make_group(pipe, group[first : first + batch], decode)
+        groups.setdefault(task.key, []).append(task)
+    return groups
+
+
+def _take(task: Task) -> bool:
+    """Lock the folder of a task, which may be another one if another process has changed the run;
+    False if that has finished it. Raises Busy, ValueError, OSError."""
+    task.run.lock()
+    while task.look is not None and record_text(task.run.folder) != task.seen:
+        task.run.unlock()
+        renewed = task.look()
+        if renewed is None:
+            print(f"{task.run.folder}: finished by another process")
+            return False
+        task.become(renewed)
+        task.run.lock()
+    return True
 
 
 def _make_group(
@@ -133,7 +192,6 @@ def explained(error: Exception) -> Exception:
 def _begin(pipe: FramePack, task: Task) -> None:
     """Make the folder of a fresh run, or read what an earlier one has kept."""
     if task.read is None:
-        task.run.lock()
         task.request = task.run.request()
         _mend_known(pipe, task)
         return
@@ -244,16 +302,8 @@ def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int
 
 
 def decode_again(pipe: FramePack, task: Task) -> int:
-    """Decode all sections that a run has; returns their number."""
-    try:
-        return _decode_again(pipe, task)
-    finally:
-        task.run.unlock()
-
-
-def _decode_again(pipe: FramePack, task: Task) -> int:
+    """Decode all sections that a run has, which is locked; returns their number."""
     run, plan = task.run, task.layout.plan
-    run.lock()
     task.request = run.request()
     _mend_known(pipe, task)
     timeline, _, done = _restore(pipe, [task])

@@ -1,6 +1,7 @@
 """A run folder: all that one video needs to be gone on with, decoded again, or made again.
 
     run.json                        flags, seed, schedule and order, hashes, versions, timings
+    run.lock                        empty; locked by the process that makes the run
     inputs/                         its pictures as they are used, and the end of extended footage
     latents/known.npz               latents given: start image, end image, key frames, footage
     latents/section_000.npz         latents of a section, written before they are decoded
@@ -20,7 +21,9 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -37,6 +40,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 FORMAT = 1
 RECORD = "run.json"
+LOCK = "run.lock"
 LATENTS = ("positions", "latents")
 NEEDED = (
     "status",
@@ -108,6 +112,18 @@ class Run:
                 " the video again with --overwrite"
             ) from error
 
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, folder: Path) -> Iterator["Run"]:
+        """Open and lock a run, so that its record is the last word. Raises Busy, ValueError."""
+        run = cls.open(folder)
+        run.lock()
+        try:
+            run.record = in_first(cls._read_record, folder)
+            yield run
+        finally:
+            run.unlock()
+
     @_by_first
     def begin(
         self,
@@ -139,14 +155,26 @@ class Run:
 
     @_by_first
     def lock(self) -> None:
-        """Keep others from making the same run until `unlock` or the end of this process. Raises
-        OSError where another does."""
-        lock = os.open(self.folder, os.O_RDONLY)
+        """Keep others from making the same run until `unlock` or the end of this process, however
+        it ends. Raises Busy if another process has it. Warns where files cannot be locked."""
+        if self._lock is not None:
+            return
+        try:
+            # Opened for writing: on NFS nothing else can be locked.
+            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OSError(f"run {self.folder} cannot be written ({error})") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise OSError(f"{self.folder} is being made by another process") from None
+            raise Busy(f"{self.folder} is being made by another process") from None
+        except OSError as error:
+            warnings.warn(
+                f"{self.folder} cannot be locked ({error.strerror}): see to it that no other"
+                " process makes the same videos",
+                stacklevel=1,
+            )
         self._lock = lock
 
     def unlock(self) -> None:
@@ -304,6 +332,29 @@ class Run:
         video.write_mp4(self._segment(start), frames, fps=flags["fps"], crf=flags["crf"])
 
 
+def check_free(folder: Path) -> None:
+    """Raise Busy if another process makes the run in a folder."""
+    run = Run(folder, {})
+    run.lock()
+    run.unlock()
+
+
+class Busy(OSError):
+    """Another process makes this run."""
+
+
+def record_text(folder: Path) -> str | None:
+    """The record of a run as it is written, None where there is none: another process has changed
+    the run if this has changed."""
+
+    def read() -> str | None:
+        with contextlib.suppress(FileNotFoundError):
+            return (folder / RECORD).read_text()
+        return None
+
+    return in_first(read)
+
+
 def check_folder(folder: Path) -> None:
     """Make a folder for a run. Raises ValueError where it holds files of another kind under the
     names that a run needs, OSError where it cannot be written."""
@@ -313,18 +364,22 @@ def check_folder(folder: Path) -> None:
 def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "run.json.probe", b"")
-        (folder / "run.json.probe").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OSError(f"output folder {folder} cannot be written ({error})") from error
-    if (folder / RECORD).exists():
-        return
-    for name in (*FILES, "video.mp4", "video.gif", "preview.png"):
-        path = folder / name
-        if name and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise ValueError(
-                f"output folder {folder} has a {name} that is no run's; choose another --output"
-            )
+    names = (*FILES, "video.mp4", "video.gif", "preview.png")
+    others = [name for name in names if name and _holds(folder / name)]
+    # In this order: another process may begin a run there at this moment, with its record.
+    if others and not (folder / RECORD).exists():
+        raise ValueError(
+            f"output folder {folder} has a {others[0]} that is no run's; choose another --output"
+        )
+
+
+def _holds(path: Path) -> bool:
+    """Whether there is a file, or a folder with something in it."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 class DamagedFile(ValueError):

@@ -1,5 +1,6 @@
 """`framepack sample`: images and prompts become videos, each in a run folder."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -39,7 +40,14 @@ from framepack_jax.commands.records import (
     path_of,
     weights,
 )
-from framepack_jax.commands.runs import RECORD, Run, check_folder
+from framepack_jax.commands.runs import (
+    RECORD,
+    Busy,
+    Run,
+    check_folder,
+    check_free,
+    record_text,
+)
 from framepack_jax.commands.shots import (
     SHOT_FIELDS,
     Shot,
@@ -52,6 +60,7 @@ from framepack_jax.commands.shots import (
     read_request,
     saved_shot,
     tiling_of,
+    warn_of_idle,
 )
 from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.memory import TILES
@@ -212,7 +221,10 @@ def run(flags: Sample) -> list[Path]:
         return _go_on(flags.resume, flags)
     if flags.decode is not None:
         return _decode_again(flags.decode, flags)
-    return _make_new(flags)
+    if flags.output is not None:
+        return _make_new(flags)
+    with _new_folder(flags) as output:
+        return _make_new(dataclasses.replace(flags, output=output))
 
 
 def _check_kernel(kernel: str, backend: str) -> None:
@@ -261,6 +273,8 @@ def _bundle(flags: Sample) -> str:
 
 def _make_new(flags: Sample) -> list[Path]:
     began = time.monotonic()
+    if flags.merge_lora and not flags.lora:
+        warnings.warn("--merge-lora counts only with --lora", stacklevel=1)
     path = path_of(_bundle(flags))
     pipe = in_all(open_pipe, path, flags.dtype, flags.schedule, flags.vae_tile, flags.mesh)
     _check_bundle(path, bundle.ROLES)
@@ -288,6 +302,9 @@ def _make_new(flags: Sample) -> list[Path]:
         failures |= _make(pipe, tasks, flags, began)
     if alone and failures:
         raise next(iter(failures.values()))
+    if busy := [folder for folder, error in failures.items() if isinstance(error, Busy)]:
+        print(f"left to other processes, which are making them: {', '.join(map(str, busy))}")
+    failures = {folder: failures[folder] for folder in failures.keys() - busy}
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(wanted)} videos were not made: "
@@ -363,6 +380,8 @@ def _make(
                 _report(task.run)
                 continue
             failures[folder] = error
+            if isinstance(error, Busy):
+                continue
             begun = task.run.record["status"] != "beginning"
             kept = f"; what is done stays: --resume {folder}" if begun else ""
             print(f"{folder}: {error}{kept}", file=sys.stderr)
@@ -392,10 +411,22 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
     """Resume a run after its last finished section."""
     began = time.monotonic()
     _check_alone(flags, "--resume", "dtype", "latents_only", *ON_THIS_MACHINE)
-    run = Run.open(folder)
-    if run.record["status"] == "finished" and in_first((folder / "video.mp4").exists):
-        print(f"{folder} is finished already: {folder / 'video.mp4'}")
-        return [folder]
+    if not _is_finished(Run.open(folder)):
+        with Run.locked(folder) as run:
+            if not _is_finished(run):
+                _finish(run, flags, began)
+                return [folder]
+    print(f"{folder} is finished already: {folder / 'video.mp4'}")
+    return [folder]
+
+
+def _is_finished(run: Run) -> bool:
+    return run.record["status"] == "finished" and in_first((run.folder / "video.mp4").exists)
+
+
+def _finish(run: Run, flags: Sample, began: float) -> None:
+    """Make what a locked run lacks."""
+    folder = run.folder
     pipe, task = _saved(run, flags)
     run.record["dtype"] = pipe.dtype
     print(f"{folder}: {_describe(pipe, task)}")
@@ -406,17 +437,16 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
     pipe = pipe.with_lora(adapters, merge=saved["merge_lora"]) if adapters else pipe
     if failures := _make(pipe, [task], flags, began):
         raise failures[folder]
-    return [folder]
 
 
 def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     """Decode the latents of a run folder, whatever sections it has."""
     began = time.monotonic()
     _check_alone(flags, "--decode", *ON_THIS_MACHINE)
-    run = Run.open(folder)
-    pipe, task = _saved(run, flags, roles=("vae",))
-    pipe = _with_weights(pipe, run.record["bundle"], flags, [task], roles=("vae",))
-    done = decode_again(pipe, task)
+    with Run.locked(folder) as run:
+        pipe, task = _saved(run, flags, roles=("vae",))
+        pipe = _with_weights(pipe, run.record["bundle"], flags, [task], roles=("vae",))
+        done = decode_again(pipe, task)
     print(
         f"{folder / 'video.mp4'}: {done} of {len(task.layout.plan)} sections decoded in"
         f" {time.monotonic() - began:.1f} s"
@@ -468,8 +498,7 @@ def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tupl
 
 def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
     """(folder, flags) of every video, or what is wrong with its line of the jobs file."""
-    output = flags.output or Path("outputs") / in_first(_name, flags)
-    base = {name: getattr(flags, name) for name in SHOT_FIELDS}
+    output, base = flags.output, {name: getattr(flags, name) for name in SHOT_FIELDS}
     if flags.jobs is not None:
         if len(flags.prompt) > 1 or len(flags.seed) > 1:
             raise ValueError("--jobs with several prompts or seeds: put them into the file")
@@ -485,29 +514,51 @@ def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
         yield folder, Shot(**base | {"prompt": prompt, "seed": seed})
 
 
-def _name(flags: Sample) -> str:
+@contextlib.contextmanager
+def _new_folder(flags: Sample) -> Iterator[Path]:
+    """A new folder under outputs/ for this process alone; taken away again if it stays empty."""
+    folder = in_first(_make_folder, flags)
+    try:
+        yield folder
+    finally:
+        if is_first():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _make_folder(flags: Sample) -> Path:
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     source = flags.jobs or flags.image or flags.extend
-    return f"{stamp}_{source.stem if source else 'text'}"
+    name = f"{stamp}_{source.stem if source else 'text'}"
+    for number in itertools.count(1):
+        folder = Path("outputs") / f"{name if number == 1 else f'{name}_{number}'}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool) -> Task | None:
     """What is to be made in a folder, checked as far as it can be without weights; None where it is
     finished already. Raises ValueError, OSError."""
-    shot = in_first(_with_seed, shot, folder, flags.overwrite)
+    asked, shot = shot, in_first(_with_seed, shot, folder, flags.overwrite)
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
+    warn_of_idle(shot)
     record = in_first(new_record, flags, shot, pipe, path_of(flags.bundle))
-    there = None
-    if in_first((folder / RECORD).exists) and not flags.overwrite:
+    # What another process has made since is not made again, not even with --overwrite.
+    kept = dataclasses.replace(flags, overwrite=False)
+    seen = record_text(folder)
+    look = functools.partial(_task, pipe, kept, asked, folder, alone)
+    if seen is not None and alone:
+        check_free(folder)
+    if seen is not None and not flags.overwrite:
         there = Run.open(folder)
         if there.record["status"] != "beginning":
             done = "sampled" if flags.latents_only else "finished"
             if _is_done(there, record, alone, done):
                 return None
             in_all(check_weights, there)
-            layout = lay_out_saved(pipe, there)
-            return Task(there, layout, settings)
+            return Task(there, lay_out_saved(pipe, there), settings, seen=seen, look=look)
     if shot.extend is not None and shot.extend.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--output {folder} holds what --extend names; choose another --output")
     request = in_all(read_request, pipe, shot)
@@ -524,7 +575,7 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
     }
     # Of many jobs the pictures would fill the memory: they are read again when it is their turn.
     later = functools.partial(read, pipe, shot, layout, request if alone else None)
-    return Task(Run(folder, record), layout, settings, later)
+    return Task(Run(folder, record), layout, settings, later, seen=seen, look=look)
 
 
 def _with_seed(shot: Shot, folder: Path, overwrite: bool) -> Shot:

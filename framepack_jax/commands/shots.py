@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import typing
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
 from framepack_jax.models.vae import Tiling
 from framepack_jax.pipeline import FramePack, Settings
+from framepack_jax.prompts import timed_prompts
 from framepack_jax.request import Footage, Layout, Request, footage_of, lay_out
 
 
@@ -84,6 +86,25 @@ class Shot:
         return Settings(
             self.steps, self.sampler, self.guidance, self.cfg, self.cfg_rescale, step_cache
         )
+
+
+def warn_of_idle(shot: Shot) -> None:
+    """Warn of flags that change nothing beside the others."""
+    default = Shot()
+    without_cfg = shot.cfg == default.cfg
+    timed = len(timed_prompts(shot.prompt)) > 1
+    idle = {
+        "--negative-prompt counts only with --cfg other than 1": without_cfg
+        and bool(shot.negative_prompt),
+        "--cfg-rescale counts only with --cfg other than 1": without_cfg
+        and shot.cfg_rescale != default.cfg_rescale,
+        "--prompt-blend counts only with prompts by time": not timed
+        and shot.prompt_blend != default.prompt_blend,
+        "--seconds does not count beside --sections": shot.sections is not None
+        and shot.seconds != default.seconds,
+    }
+    for message in (message for message, is_idle in idle.items() if is_idle):
+        warnings.warn(message, stacklevel=1)  # one place, so that it is said once for many videos
 
 
 SHOT_FIELDS = {field.name: field for field in dataclasses.fields(Shot)}
