@@ -8,7 +8,7 @@ PACKAGE = ROOT / "framepack_jax"
 
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
-    {"sharding", "topology", "processes"},
+    {"sharding", "topology", "processes", "progress"},
     {"ops", "diffusion", "packing", "buckets", "prompts", "splice", "video"},
     {"models", "request"},
     {"lora"},
@@ -62,6 +62,13 @@ def test_every_unit_has_a_row() -> None:
     assert len(units) > 5
     for path in units:
         row_of(path.stem)
+
+
+def test_bars_are_lines_in_a_log() -> None:
+    """All of them come from `progress`."""
+    for path in PACKAGE.rglob("*.py"):
+        if any(module.startswith("tqdm") for module in imported_modules(path)):
+            assert path == PACKAGE / "progress.py", path
 
 
 def test_torch_is_imported_for_checkpoints_and_a_users_metrics_only() -> None:

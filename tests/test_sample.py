@@ -178,12 +178,22 @@ def test_compiled_programs_are_kept_for_the_next_run(tmp_path) -> None:
     program = "from framepack_jax.commands import keep_compiled; import jax; keep_compiled();"
     program += "print(jax.config.jax_compilation_cache_dir)"
 
-    def folder(**env: str) -> str:
+    def run(program: str, **env: str) -> subprocess.CompletedProcess:
         env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "1", "HOME": str(tmp_path), **env}
         command = [sys.executable, "-c", program]
-        return subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    def folder(**env: str) -> str:
+        return run(program, **env).stdout.strip()
 
     assert folder(XDG_CACHE_HOME="") == str(tmp_path / ".cache" / "framepack-jax" / "compiled")
-    assert folder(XDG_CACHE_HOME="/c") == "/c/framepack-jax/compiled"
+    cache = str(tmp_path / "c")
+    assert folder(XDG_CACHE_HOME=cache) == f"{cache}/framepack-jax/compiled"
     assert folder(JAX_COMPILATION_CACHE_DIR="/mine") == "/mine"
     assert folder(JAX_ENABLE_COMPILATION_CACHE="0") == "None"
+    # A user without HOME and without an entry in passwd, and a home that cannot be written.
+    nobody = "import os, pwd; del os.environ['HOME']; pwd.getpwuid = {}.__getitem__;"
+    for ran in (run(nobody + program, XDG_CACHE_HOME=""), run(program, XDG_CACHE_HOME="/proc")):
+        assert ran.stdout.strip() == "None"
+        assert "compiled programs are not kept for the next run" in ran.stderr
+        assert ran.stderr.count("\n") == 1

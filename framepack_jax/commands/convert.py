@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from etils import epath
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.commands.export import byte_bar, compare, export_lora, export_role
+from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import (
@@ -141,8 +141,7 @@ class Convert:
 
 def main(args: list[str] | None = None, prog: str = "convert_weights.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
-    flags = tyro.cli(Convert, prog=prog, args=args)
-    flags = _spelt_out(flags)
+    flags = _spelt_out(parse(Convert, args, prog))
     began = time.monotonic()
     try:
         same = _run(flags)

@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from framepack_jax import bundle, topology
 from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of, weights
 from framepack_jax.evaluation import cases, footage, parts, results, rows, summary
 from framepack_jax.evaluation.parts import Part, Row
 from framepack_jax.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
+from framepack_jax.progress import Bar
 
 FPS = cases.FPS
 MOST_SECONDS = 600.0
@@ -93,7 +94,7 @@ class Model:
 
 def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
-    flags = tyro.cli(Evaluate, prog=prog, args=args)
+    flags = parse(Evaluate, args, prog)
     began = time.monotonic()
     try:
         if flags.video is not None:
@@ -271,7 +272,7 @@ def make_all(
     """Make and measure every video that is not there yet, behind a bar. Weights of one model are on
     the device at a time. The longest come first, as their videos serve for shorter ones too."""
     total = sum(len(part.cases) * len(part.rows) for part in todo)
-    with tqdm(total=total, unit="video") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with Bar(total=total, unit="video") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in (None, *range(len(models))):
             pipe = None
             order = sorted(todo, key=lambda part: -len(part.shorter))

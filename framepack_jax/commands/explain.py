@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from framepack_jax import packing
+from framepack_jax.commands.flags import parse
 from framepack_jax.packing import Context, Generate, Skip
 
 BAR = 32
@@ -29,7 +30,7 @@ class Explain:
 
 def main(args: list[str] | None = None, prog: str = "framepack explain") -> None:
     """Parse flags and print; a schedule that cannot be read ends with one line."""
-    settings = tyro.cli(Explain, prog=prog, args=args)
+    settings = parse(Explain, args, prog)
     try:
         print(explain(settings))
     except packing.ScheduleError as error:

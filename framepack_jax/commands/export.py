@@ -3,12 +3,11 @@
 import re
 from pathlib import Path
 
-from tqdm import tqdm
-
 from framepack_jax import bundle
 from framepack_jax.conversion import export, hub, lora, tables, verify
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import packed_dit, stack
+from framepack_jax.progress import Bar
 
 
 def compare(source: Path, root: str, prefix: str | None = None) -> list[verify.Comparison]:
@@ -91,6 +90,6 @@ def _here(path: Path) -> Path:
     return path
 
 
-def byte_bar(name: str, size: int) -> tqdm:
+def byte_bar(name: str, size: int) -> Bar:
     """A bar of bytes."""
-    return tqdm(total=size, desc=name, unit="B", unit_scale=True)
+    return Bar(total=size, desc=name, unit="B", unit_scale=True)

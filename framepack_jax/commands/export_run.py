@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.training import checkpoints
 from framepack_jax.training.export import export
@@ -36,7 +37,7 @@ class ExportRun:
 
 def main(args: list[str] | None = None, prog: str = "framepack export-run") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
-    flags = tyro.cli(ExportRun, prog=prog, args=args)
+    flags = parse(ExportRun, args, prog)
     began = time.monotonic()
     try:
         folder, _ = checkpoints.parse_run(flags.run)

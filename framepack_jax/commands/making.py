@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from framepack_jax import video
 from framepack_jax.commands.decoding import Decoder, Later
@@ -25,6 +24,7 @@ from framepack_jax.processes import (
     is_shared,
     stop_if_asked,
 )
+from framepack_jax.progress import Bar
 from framepack_jax.request import Layout, Request, prepare
 
 # What a disk, a device or a full memory does.
@@ -315,7 +315,7 @@ def decode_again(pipe: FramePack, task: Task) -> int:
     decoder = _decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
     with Later() as frames:
-        for number in tqdm(range(done), desc="decoding", unit="section", disable=not is_first()):
+        for number in Bar(range(done), desc="decoding", unit="section", disable=not is_first()):
             frames.add(decoder.start, number)
             stop_if_asked()
     if whole:
@@ -349,8 +349,8 @@ class Progress:
             round(self.steps * i / PREVIEWS_PER_SECTION) for i in range(1, PREVIEWS_PER_SECTION + 1)
         }
         self.bars = [
-            tqdm(total=self.sections, initial=done, desc="sections", unit="section", disable=quiet),
-            tqdm(total=self.steps, desc="steps", unit="step", leave=False, disable=quiet),
+            Bar(total=self.sections, initial=done, desc="sections", unit="section", disable=quiet),
+            Bar(total=self.steps, desc="steps", unit="step", leave=False, disable=quiet),
         ]
 
     def __enter__(self) -> "Progress":

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import jax
 import tyro
-from tqdm import tqdm
 
 from framepack_jax import bundle, packing, topology
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import cluster, dataset, stages, store
 from framepack_jax.data.captions import NOT_TEXT, escaped
@@ -30,6 +30,7 @@ from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.data.stages import Cut, Settings, Thresholds
 from framepack_jax.data.store import Video
 from framepack_jax.processes import in_all, in_first, is_first, join
+from framepack_jax.progress import Bar
 
 FORMAT = 1
 THRESHOLDS = Thresholds()
@@ -90,7 +91,7 @@ class Prepare:
 
 def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
-    flags = tyro.cli(Prepare, prog=prog, args=args)
+    flags = parse(Prepare, args, prog)
     began = time.monotonic()
     try:
         packed = prepare(flags)
@@ -223,7 +224,7 @@ def _encode(
     """Bring the videos of this process into the store, behind a bar."""
     index, count = jax.process_index(), jax.process_count()
     total = len(range(index, len(listing), count))
-    with tqdm(total=total, desc="videos", unit="video", disable=not is_first()) as bar:
+    with Bar(total=total, desc="videos", unit="video", disable=not is_first()) as bar:
         clips = 0
 
         def advance() -> None:

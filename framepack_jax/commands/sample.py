@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from framepack_jax import bundle, lora, sharding, topology, video
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run import dry_run
+from framepack_jax.commands.flags import parse
 from framepack_jax.commands.making import (
     FAILURES,
     Task,
@@ -171,7 +171,7 @@ class Sample(Shot):
 
 def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
-    flags = tyro.cli(Sample, prog=prog, args=args)
+    flags = parse(Sample, args, prog)
     topology.quiet_libtpu()
     keep_compiled()
     signal.signal(signal.SIGTERM, _terminate)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from framepack_jax import bundle, sharding, video
+from framepack_jax.commands.flags import check_text, tidied
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
 from framepack_jax.models.vae import Tiling
@@ -133,6 +134,7 @@ def read_jobs(
             name = job.pop("name", folder.name)
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(f"name {name!r}: expected the name of a folder")
+            check_text("name", name)
             folder = output / name
             if name in seen:
                 raise ValueError(f"name {name!r} is that of an earlier line")
@@ -155,9 +157,10 @@ def _typed(name: str, value: Any) -> Any:
     if name not in SHOT_FIELDS:
         raise ValueError(f"{name!r} is no flag of a video; known are {', '.join(SHOT_FIELDS)}")
     given, kind = value, SHOT_FIELDS[name].type
+    value = tidied(name, tuple(value) if isinstance(value, list) else value)
     if kind == tuple[str, ...]:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+        if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+            return value
         raise ValueError(f"{name} = {given!r}: expected a list of texts")
     choices = typing.get_args(kind) or (kind,)
     if value in choices or (value is None and type(None) in choices):

@@ -7,10 +7,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import tyro
-from tqdm import tqdm
-
+from framepack_jax.commands.flags import parse
 from framepack_jax.data import synthetic
+from framepack_jax.progress import Bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Synthetic:
 
 def main(args: list[str] | None = None, prog: str = "framepack synthetic") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
-    flags = tyro.cli(Synthetic, prog=prog, args=args)
+    flags = parse(Synthetic, args, prog)
     began = time.monotonic()
     try:
         _run(flags)
@@ -75,5 +74,5 @@ def _run(flags: Synthetic) -> None:
             )
             for i in range(flags.clips)
         ]
-        for each in tqdm(made, desc="drawing", unit="clip"):
+        for each in Bar(made, desc="drawing", unit="clip"):
             each.result()

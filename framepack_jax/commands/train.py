@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
-import tyro
 
 from framepack_jax import bundle, sharding, topology
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run_train import dry_run_training
+from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.processes import in_first, join
 from framepack_jax.training.checkpoints import RunError
@@ -70,7 +70,7 @@ def main(args: list[str] | None = None, prog: str = "train.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
     with told():
-        _run(tyro.cli(Train, prog=prog, args=args, default=defaults(Train, Config, args)))
+        _run(parse(Train, args, prog, defaults(Train, Config, args)))
 
 
 @contextlib.contextmanager
@@ -160,9 +160,10 @@ def defaults(flags: type[T], kind: type, args: list[str]) -> T:
     )  # fmt: skip
     if file is None:
         return flags()
-    cfg = read_config(Path(file), kind)
+    path = Path(file).expanduser()
+    cfg = read_config(path, kind)
     names = [field.name for field in dataclasses.fields(kind)]
-    return flags(**{name: getattr(cfg, name) for name in names}, config=Path(file))
+    return flags(**{name: getattr(cfg, name) for name in names}, config=path)
 
 
 def read_config(file: Path, kind: type = Config) -> Any:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import tyro
 
 from framepack_jax import sharding, topology
 from framepack_jax.commands import keep_compiled
+from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.train import defaults, told
 from framepack_jax.training import vae
@@ -36,7 +36,7 @@ def main(args: list[str] | None = None, prog: str = "framepack train-vae") -> No
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
     with told():
-        _run(tyro.cli(TrainVae, prog=prog, args=args, default=defaults(TrainVae, vae.Config, args)))
+        _run(parse(TrainVae, args, prog, defaults(TrainVae, vae.Config, args)))
 
 
 def _run(flags: TrainVae) -> None:

@@ -22,6 +22,7 @@ from framepack_jax.conversion.formats import (
     TORCH_SUFFIXES,
     ConversionError,
 )
+from framepack_jax.progress import Plain
 
 HUNYUAN, REDUX = "hunyuanvideo-community/HunyuanVideo", "lllyasviel/flux_redux_bfl"
 SHARED = {
@@ -100,7 +101,7 @@ def fetch(
             # A run that is stopped loses the file under way: one, not all. Within a file the
             # library makes several connections where the hub offers them.
             max_workers=1,
-            tqdm_class=tqdm if progress else _NoBar,
+            tqdm_class=_Bar if progress else _NoBar,
         )
     except (hub_errors.HTTPError, hub_errors.EntryNotFoundError, OSError) as error:
         raise _explained(repo_id, error) from error
@@ -266,6 +267,10 @@ def _explained(repo_id: str, error: BaseException) -> ConversionError:
         f"{repo_id} could not be fetched from {constants.ENDPOINT} ({first_line}); run again, and"
         " what has been fetched is kept"
     )
+
+
+class _Bar(Plain, tqdm):
+    """The hub's progress bar, as lines in a log."""
 
 
 class _NoBar(tqdm):

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from framepack_jax.data import dataset, store
 from framepack_jax.data.records import DatasetError, Index, Source
 from framepack_jax.processes import is_first
+from framepack_jax.progress import Bar
 
 SHOWN = 3
 THREADS = 16
@@ -125,7 +124,7 @@ def _mapped(function: Any, items: Sequence[Any], what: str) -> list[Any]:
     """Results in order, computed in threads behind a bar that shows where it takes long."""
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(function, items)
-        return list(tqdm(done, total=len(items), desc=what, delay=2, disable=not is_first()))
+        return list(Bar(done, total=len(items), desc=what, delay=2, disable=not is_first()))
 
 
 def _some(texts: Sequence[str]) -> str:

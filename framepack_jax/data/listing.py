@@ -229,7 +229,7 @@ def _name_in(folder: Path, name: str) -> str:
         raise Rejected("bad_name", f"{escaped(name)} is no name in UTF-8; rename the file")
     if ADDRESS.match(name):
         raise Rejected("missing", f"{name} is an address; download it, and write the file's name")
-    path = folder / name
+    path = folder / os.path.expanduser(name)
     with contextlib.suppress(ValueError):
         path = path.relative_to(folder)
     return str(path)

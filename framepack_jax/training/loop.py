@@ -25,7 +25,6 @@ import optax
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from framepack_jax import bundle, packing, processes, video
 from framepack_jax.data import loader as loading
@@ -33,6 +32,7 @@ from framepack_jax.data.batch import LOST
 from framepack_jax.data.records import DatasetError
 from framepack_jax.diffusion import sampler
 from framepack_jax.models import stack
+from framepack_jax.progress import Bar
 from framepack_jax.training import checkpoints, metrics, optimizer, state, summary, validation
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.checkpoints import RunError
@@ -320,7 +320,7 @@ class Run:
             batches = feed(self.loader, self.setup.mesh, cfg.batch, self.loader.blank)
             exits.enter_context(contextlib.closing(batches))
             asked = exits.enter_context(stop_signal())
-            self.bar = exits.enter_context(tqdm(
+            self.bar = exits.enter_context(Bar(
                 total=cfg.steps, initial=first, desc="training", unit="step",
                 disable=metrics.is_quiet(), smoothing=0.1,
             ))  # fmt: skip
@@ -447,7 +447,7 @@ class Run:
             " bucket and window, before the first step"
         )
         with ThreadPoolExecutor(min(len(kinds), 4)) as pool:
-            done = tqdm(
+            done = Bar(
                 pool.map(one, kinds), total=len(kinds), desc="compiling", unit="program",
                 disable=metrics.is_quiet() or len(kinds) == 1,
             )  # fmt: skip

@@ -24,12 +24,12 @@ import tyro
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from framepack_jax import bundle, video
 from framepack_jax.data.clips import Clips, Video, find_videos, hold_out, read_clip
 from framepack_jax.data.pixels import signed
 from framepack_jax.models import stack, vae
+from framepack_jax.progress import Bar
 from framepack_jax.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
@@ -339,7 +339,7 @@ def _run(
         batches = stacked.enter_context(contextlib.closing(feed(clips, mesh, cfg.batch)))
         asked = stacked.enter_context(stop_signal())
         bar = stacked.enter_context(
-            tqdm(total=cfg.steps, initial=first, desc="training", disable=metrics.is_quiet())
+            Bar(total=cfg.steps, initial=first, desc="training", disable=metrics.is_quiet())
         )
         window: list[Figures] = []
         for step in range(first + 1, cfg.steps + 1):

@@ -1,0 +1,93 @@
+"""Flags of the commands: ~ for the home folder, and text that is no text."""
+
+from pathlib import Path
+
+import pytest
+
+from framepack_jax.commands.convert import Convert
+from framepack_jax.commands.evaluate import Evaluate
+from framepack_jax.commands.flags import parse
+from framepack_jax.commands.prepare import Prepare
+from framepack_jax.commands.sample import Sample
+from framepack_jax.commands.shots import SHOT_FIELDS, Shot, read_jobs
+from framepack_jax.commands.train import Config, Train, defaults
+
+HOME = Path("/home/someone")
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(HOME))
+
+
+def test_home_in_flags_of_sampling() -> None:
+    flags = parse(
+        Sample,
+        [
+            "--bundle=~/b", "--image=~/i.png", "--end-image=~/e.png", "--key-frame", "0.2s=~/k.png",
+            "1s=~/a=b.png", "--lora", "~/x.safetensors:0.5", "~/y", "--output=~/o",
+            "--jobs=~/j.jsonl", "--extend", "here/~", "--prompt", "~/ a sea", "~", "--resume", "~",
+        ],
+        "sample.py",
+    )  # fmt: skip
+    assert (flags.bundle, flags.image, flags.output) == (f"{HOME}/b", HOME / "i.png", HOME / "o")
+    assert flags.key_frame == (f"0.2s={HOME}/k.png", f"1s={HOME}/a=b.png")
+    assert flags.lora == (f"{HOME}/x.safetensors:0.5", f"{HOME}/y")
+    assert (flags.end_image, flags.jobs, flags.resume) == (HOME / "e.png", HOME / "j.jsonl", HOME)
+    assert flags.extend == Path("here/~") and flags.prompt == ("~/ a sea", "~")
+
+
+def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.py").write_text(
+        "from framepack_jax.training.config import Config\n"
+        "def get_config(): return Config(bundle='~/b', steps=7)\n"
+    )
+    args = ["--config=~/c.py", "--data.path=~/d", "--output", "~/o", "--init=~/run@3"]
+    train = parse(Train, args, "train.py", defaults(Train, Config, args))
+    assert (train.bundle, train.steps) == (f"{tmp_path}/b", 7)
+    assert (train.data.path, train.output, train.init) == (
+        f"{tmp_path}/d", f"{tmp_path}/o", f"{tmp_path}/run@3",
+    )  # fmt: skip
+    args = ["--videos=~/v", "--bundle=~/b", "--output=~/o"]
+    prepare = parse(Prepare, args, "framepack prepare")
+    assert (prepare.videos, prepare.bundle) == (tmp_path / "v", f"{tmp_path}/b")
+    convert = parse(Convert, ["--verify", "~/s", "~/b", "--vae=~/v"], "convert_weights.py")
+    assert convert.verify == (tmp_path / "s", f"{tmp_path}/b") and convert.vae == tmp_path / "v"
+    evaluate = parse(Evaluate, ["--bundle=~/b", "--caption=~"], "framepack evaluate")
+    assert evaluate.bundle == (f"{tmp_path}/b",) and evaluate.caption == "~"
+
+
+def jobs(tmp_path, line: str) -> Shot | ValueError:
+    """What a jobs file of one line gives."""
+    (tmp_path / "jobs.jsonl").write_text(line)
+    base = {name: getattr(Shot(), name) for name in SHOT_FIELDS}
+    ((_, shot),) = read_jobs(tmp_path / "jobs.jsonl", base, tmp_path)
+    return shot
+
+
+def test_home_in_jobs(tmp_path) -> None:
+    line = '{"image": "~/a.png", "key_frame": ["1s=~/k.png"], "prompt": "~", "fps": 24}'
+    shot = jobs(tmp_path, line)
+    assert (shot.image, shot.key_frame) == (HOME / "a.png", (f"1s={HOME}/k.png",))
+    assert (shot.prompt, shot.fps) == ("~", 24.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "flag"),
+    [
+        (Sample, ["--prompt", "she waves", "caf\udce9"], "--prompt"),
+        (Sample, ["--negative-prompt", "caf\udce9"], "--negative-prompt"),
+        (Sample, ["--image", "caf\udce9.png"], "--image"),
+        (Train, ["--data.path", "caf\udce9"], "--data.path"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_flag(kind, args, flag) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: {flag} 'caf.*': expected text in UTF-8"):
+        parse(kind, args, "")
+
+
+@pytest.mark.parametrize("name", ["prompt", "name", "image"])
+def test_what_is_no_text_is_refused_in_jobs(tmp_path, name: str) -> None:
+    found = jobs(tmp_path, f'{{"{name}": "\\ud83d"}}')
+    assert isinstance(found, ValueError) and f"{name} '\\ud83d': expected text" in str(found)
