@@ -110,7 +110,7 @@ class Sample(Shot):
     jobs: Path | None = None
     """A file with a video a line: JSON objects of flags without dashes, {"prompt": "...", "seed":
     3, "name": "waves"}, which replace those given here. Finished ones are skipped, unfinished ones
-    resumed."""
+    resumed. Several processes may share it: each video is made by one of them."""
     batch: int = 1
     """Videos of equal size and length that are computed side by side."""
     output: Path | None = None
