@@ -93,18 +93,22 @@ def make_all(
             taken = []
             for task in group:
                 try:
-                    if _take(task):
-                        (taken if task.key == key else changed).append(task)
+                    if not _take(task):
+                        continue
+                    if task.key == key:
+                        taken.append(task)
+                    else:
+                        task.run.unlock()
+                        changed.append(task)
                 except Busy as error:
                     busy.append((task, error))
                 except (ValueError, *FAILURES) as error:
+                    task.run.unlock()
                     yield task, explained(error)
                 if len(taken) == batch:
                     yield from _make_group(pipe, taken, decode)
                     taken = []
             yield from _make_group(pipe, taken, decode)
-        for task in changed:
-            task.run.unlock()
         left = [*changed, *(task for task, _ in busy)] if len(busy) < len(left) else []
     yield from busy
 
