@@ -348,7 +348,7 @@ def record_text(folder: Path) -> str | None:
     the run if this has changed."""
 
     def read() -> str | None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return (folder / RECORD).read_text()
         return None
 
