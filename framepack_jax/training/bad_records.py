@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from framepack_jax.data.records import DatasetError
 from framepack_jax.processes import in_first, is_first
+from framepack_jax.progress import Bar
 
 SHOWN = 3
 
@@ -41,7 +41,7 @@ class BadRecords:
             if is_first():
                 count = f"{len(self.numbers)} of --data.max-bad-records {self.most}"
                 text = f"{self._fault(number)}; another clip takes its place ({count})"
-                tqdm.write(f"warning: step {step}: {text}", file=sys.stderr)
+                Bar.write(f"warning: step {step}: {text}", file=sys.stderr)
         return bool(new)
 
     def check_again(self) -> None:
