@@ -450,11 +450,11 @@ class FramePack:
         if footage.latents is not None:
             return {position: footage.latents[position] for position in positions}
         count = min(footage.frames, self.geometry.footage_frames)
-        encoded = self.encode_clip(footage.last[-count:])
+        known = dict(zip(positions, self.encode_clip(footage.last[-count:]), strict=True))
         if count < footage.frames:
             # The first latent of this clip stands for one frame, and would for four in the video.
-            encoded[0] = self.encode_clip(footage.first[None])[0]
-        return dict(zip(positions, encoded, strict=True))
+            known[0] = self.encode_clip(footage.first[None])[0]
+        return known
 
     def timeline(self, plan: Sequence[Section], known: Mapping[int, np.ndarray]) -> Timeline:
         """A timeline that holds what is known, latents (B, H, W, C) by position."""

@@ -7,6 +7,7 @@ be wrong with a request is found here, before any weights are loaded.
 
 import collections
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -211,22 +212,47 @@ def footage_of(
     width: int | None = None,
     latents: Mapping[int, np.ndarray] | None = None,
 ) -> Footage:
-    """Footage of the frames (H, W, 3) uint8 of a video, brought to the size that `Geometry.sizes`
-    gives; only what is needed of them is kept. Up to three at the end, which make no whole latent,
-    are left out. Raises ValueError where there are none."""
+    """Return the footage of the frames (H, W, 3) uint8 of a video, scaled to the size that
+    `Geometry.sizes` gives. Only the frames that are needed are kept and scaled; up to three at the
+    end, which make no whole latent, are left out. For a file, `read_footage` decodes less.
+
+    Raises ValueError if there are no frames.
+    """
     first, count, kept = None, 0, geometry.footage_frames + geometry.time_compression
     last: collections.deque[np.ndarray] = collections.deque(maxlen=kept)
     for frame in frames:
         if first is None:
-            size, _ = geometry.sizes(_check_image("frame", frame), height, width)
-            first = resize_center_crop(frame, *size)
-        last.append(resize_center_crop(frame, *size))
+            first, (size, _) = frame, geometry.sizes(_check_image("frame", frame), height, width)
+        last.append(frame)
         count += 1
     if first is None:
         raise ValueError("the video to extend has no frames")
     spare = (count - 1) % geometry.time_compression
-    frames = list(last)[: len(last) - spare][-geometry.footage_frames :]
-    return Footage(count - spare, first, np.stack(frames), latents)
+    needed = list(last)[: len(last) - spare][-geometry.footage_frames :]
+    first, *needed = (resize_center_crop(frame, *size) for frame in (first, *needed))
+    return Footage(count - spare, first, np.stack(needed), latents)
+
+
+def read_footage(
+    geometry: Geometry,
+    path: str | os.PathLike,
+    fps: float,
+    height: int | None = None,
+    width: int | None = None,
+    latents: Mapping[int, np.ndarray] | None = None,
+) -> Footage:
+    """Return `footage_of` the frames of a video file brought to `fps` frames per second, decoding
+    only its first frame and its end.
+
+    Raises ValueError if the file is no video that can be decoded.
+    """
+    count = count_frames(path, fps)
+    frames = count - (count - 1) % geometry.time_compression
+    needed = min(frames, geometry.footage_frames)
+    first = next(read_frames(path, fps))
+    size, _ = geometry.sizes(first.shape[:2], height, width)
+    last = read_span(path, fps, frames - needed, needed, size)
+    return Footage(frames, resize_center_crop(first, *size), last, latents)
 
 
 def prepare(geometry: Geometry, request: Request, layout: Layout) -> Request:

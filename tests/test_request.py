@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from framepack_jax import packing
+from framepack_jax import packing, video
 from framepack_jax.request import (
     Footage,
     Geometry,
@@ -13,6 +13,7 @@ from framepack_jax.request import (
     footage_of,
     lay_out,
     prepare,
+    read_footage,
 )
 
 INVERTED = Geometry(packing.RELEASED_INVERTED, "inverted", 4, 16)
@@ -101,6 +102,28 @@ def test_no_picture_is_zoomed_for_the_canvas() -> None:
     layout = lay_out(F1, Request("", image), height=58, width=46)
     prepared = prepare(F1, Request("", image), layout).image
     assert prepared.shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize("fps", [24, 30, 60])
+def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int) -> None:
+    """Of which the first and those at the end are scaled, no others."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 32, 48, 3), np.uint8)
+    video.write_mp4(tmp_path / "video.mp4", pixels, fps)
+    scaled = []
+
+    def scale(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+        scaled.append(frame)
+        return video.resize_center_crop(frame, height, width)
+
+    monkeypatch.setattr("framepack_jax.request.resize_center_crop", scale)
+    frames = video.read_frames(tmp_path / "video.mp4", 30.0)
+    whole = footage_of(F1, frames, 16, 20)
+    assert len(scaled) == 82
+    footage = read_footage(F1, tmp_path / "video.mp4", 30.0, 16, 20)
+    assert footage.frames == whole.frames == {24: 249, 30: 197, 60: 97}[fps]
+    np.testing.assert_array_equal(footage.first, whole.first)
+    np.testing.assert_array_equal(footage.last, whole.last)
+
     np.testing.assert_array_equal(prepared[3:61, 1:47], image)
     np.testing.assert_array_equal(prepared[0], prepared[3])
 

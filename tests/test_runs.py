@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import sampler
 from framepack_jax.models import vae
-from framepack_jax.request import Footage, footage_of
+from framepack_jax.request import footage_of
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
 INVERTED, F1 = "f1k1_x_g2_f1k1f2k2f16k4_td", "f1k1_x_f16k4f2k2f1k1_g2"
@@ -314,39 +315,44 @@ def test_what_an_extension_reads_is_the_video_before(whole) -> None:
         assert [g.indices for g in long.groups] == [g.indices for g in short.groups]
 
 
-def test_extended_from_a_video_file(whole, pipe, tmp_path, monkeypatch) -> None:
-    """Encoded by the VAE; frames past the last whole latent are left out."""
+def moving_bars(frames: int) -> Iterator[np.ndarray]:
+    """Frames (HEIGHT, WIDTH, 3) uint8 of colours that move and change."""
+    columns = np.arange(WIDTH)[None, :, None] + np.array([0, 16, 32])[None, None, :]
+    for i in range(frames):
+        wave = 127.5 + 100 * np.sin((columns + i) / 8 + i / 50)
+        yield np.broadcast_to(wave, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("frames", [24, 82, 100, 1000])
+def test_extended_videos_of_any_length(pipe, tmp_path, monkeypatch, frames: int) -> None:
+    """By command and in Python alike; frames past the last whole latent are left out."""
     source = tmp_path / "source.mp4"
-    frames = frames_of(whole[F1])
-    video.write_mp4(source, frames[:24], fps=30)
+    video.write_mp4(source, moving_bars(frames), fps=30)
+    given = np.stack(list(video.read_frames(source)))[: frames - (frames - 1) % 4]
     encoder = watch_encoder(monkeypatch)
     run = make(
         tmp_path / "run", "--sections", 1, "--extend", source, "--height", HEIGHT, "--width", WIDTH,
-        schedule=F1, image=False,
+        image=False,
     )  # fmt: skip
-    assert run.record["frames"] == 21 + 8
-    given = video.read_mp4(source)[0][:21]
-    encoded = conditioning.clip_latents(
-        pipe.vae.cfg, pipe.vae.params, given[None], pipe.latent_mean, pipe.latent_std
-    )
-    latents = run.latents()
-    ours = np.stack([latents[p] for p in range(6)])
-    assert relative_error(ours, np.asarray(encoded)[0]) < 1e-5
-    np.testing.assert_array_equal(encoder[0], given[:16])
+    assert run.record["frames"] == len(given) + 8
+    # The clip of the new section begins two latents before it, and is blended in from there.
+    kept = len(given) - 5
+    np.testing.assert_array_equal(encoder[0], given[:kept])
+    latents, before = run.latents(), len(given) // 4 + 1
+    # Of a longer video, the first latent of the clip stands for one frame instead of four.
+    positions = [0, *range(max(1, before - 20), before)]
+    known = dict(zip(positions, pipe.encode_clip(given[-81:]), strict=True))
+    if len(given) > 81:
+        known[0] = pipe.encode_clip(given[:1])[0]
+    assert latents.keys() == known.keys() | {before, before + 1}
+    for position, z in known.items():
+        np.testing.assert_array_equal(latents[position], z, err_msg=str(position))
 
-
-def test_extended_in_python_as_by_command(whole, pipe, tmp_path, monkeypatch) -> None:
-    source = whole[F1].folder / "video.mp4"
-    given = watch_encoder(monkeypatch)
-    run = make(
-        tmp_path / "run", "--sections", 1, "--extend", source, "--height", HEIGHT,
-        "--width", WIDTH, image=False,
-    )  # fmt: skip
     footage = footage_of(pipe.geometry, video.read_frames(source), HEIGHT, WIDTH)
     options = {"sections": 1, "height": HEIGHT, "width": WIDTH, "footage": footage}
     (span,) = pipe.stream(None, "", **options, settings=pipeline.Settings(steps=2))
-    assert span.start == 20 and span.positions == (7, 8)
-    np.testing.assert_array_equal(span.frames, given[20])
+    assert span.start == kept and span.positions == (before, before + 1)
+    np.testing.assert_array_equal(span.frames, encoder[kept])
     for position, z in zip(span.positions, span.latents, strict=True):
         np.testing.assert_array_equal(z, run.latents()[position])
 

@@ -123,7 +123,7 @@ def _files(shot: Shot) -> list[Path]:
     """The files that the flags of a video name."""
     files = [shot.image, shot.end_image, *(Path(k.partition("=")[2]) for k in shot.key_frame)]
     if shot.extend is not None:
-        files.append(footage_file(shot)[0])
+        files.append(footage_file(shot))
     return [file for file in files if file is not None]
 
 

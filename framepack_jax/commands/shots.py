@@ -19,8 +19,10 @@ from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
 from framepack_jax.models.vae import Tiling
 from framepack_jax.pipeline import FramePack, Settings
+from framepack_jax.processes import is_first
+from framepack_jax.progress import Bar
 from framepack_jax.prompts import timed_prompts
-from framepack_jax.request import Footage, Layout, Request, footage_of, lay_out
+from framepack_jax.request import Footage, Layout, Request, lay_out, read_footage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +186,14 @@ def read(
     count = beginning_of(pipe, layout)
     if not count:
         return request, None
-    frames = itertools.islice(video.read_frames(*footage_file(shot)), count)
-    size = layout.height, layout.width
-    return request, (video.resize_center_crop(frame, *size) for frame in frames)
+    return request, _kept_frames(shot, count, (layout.height, layout.width))
+
+
+def _kept_frames(shot: Shot, count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The first frames of a video that is extended, scaled, with a progress bar."""
+    frames = itertools.islice(video.read_frames(footage_file(shot), shot.fps), count)
+    for frame in Bar(frames, "copying", count, leave=False, unit="frame", disable=not is_first()):
+        yield video.resize_center_crop(frame, *size)
 
 
 def beginning_of(pipe: FramePack, layout: Layout) -> int:
@@ -269,11 +276,9 @@ def read_request(pipe: FramePack, shot: Shot) -> Request:
     )
 
 
-def footage_file(shot: Shot) -> tuple[Path, float | None]:
-    """The video file to extend, and the rate it is brought to."""
-    if shot.extend.is_dir():
-        return shot.extend / "video.mp4", None
-    return shot.extend, shot.fps
+def footage_file(shot: Shot) -> Path:
+    """Return the video file to extend."""
+    return shot.extend / "video.mp4" if shot.extend.is_dir() else shot.extend
 
 
 def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
@@ -283,8 +288,9 @@ def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
         run = Run.open(shot.extend)
         height, width = _size_of(run, shot)
         latents = run.latents()
-    frames = video.read_frames(*footage_file(shot))
-    footage = footage_of(pipe.geometry, frames, height, width, latents)
+    path = footage_file(shot)
+    print(f"{path}: reading its first frame and its end")
+    footage = read_footage(pipe.geometry, path, shot.fps, height, width, latents)
     if latents is not None:
         before = 1 + (footage.frames - 1) // pipe.geometry.time_compression
         missing = set(pipe.geometry.footage_positions(before)) - set(latents)
