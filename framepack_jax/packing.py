@@ -222,12 +222,15 @@ def plan(
     *,
     before: int | None = None,
     after: int = 0,
+    guide: bool = False,
 ) -> list[Section]:
-    """The sections of a video in the order of their making.
+    """Return the sections of a video in the order of their making.
 
     `before` frames are known at the start (by default those that the schedule needs, a start
-    image; more where a video is extended), `after` frames at the end (an end image), which only an
-    order that reads ahead can use. Raises ScheduleError for what cannot be sampled, by name.
+    image; more where a video is extended), `after` frames at the end (an end image). With `guide`,
+    the frame that follows the last one is known, too: the section made first reads it, and it is
+    not a part of the video. Only an order that reads ahead can use `after` and `guide`. Raises
+    ScheduleError for what cannot be sampled, by name.
     """
     schedule = parse(schedule) if isinstance(schedule, str) else schedule
     if not 1 <= sections <= MAX_SECTIONS:
@@ -237,10 +240,10 @@ def plan(
     before = least if before is None else before
     if before < least:
         raise ScheduleError(f"schedule {schedule}: {before} frames are known, {least} are needed")
-    if after and not reads_ahead(order):
+    if (after or guide) and not reads_ahead(order):
         raise ScheduleError(f"schedule {schedule} in order {order!r} reads no frames after its own")
     if order == "inverted":
-        return _plan_inverted(layout, sections, before, after)
+        return _plan_inverted(layout, sections, before, after, guide)
     return _plan_forward(layout, sections, before)
 
 
@@ -321,14 +324,17 @@ def inverted_paddings(sections: int) -> list[int]:
     return [3, *[2] * (sections - 3), 1, 0]
 
 
-def _plan_inverted(layout: _Layout, sections: int, before: int, after: int) -> list[Section]:
+def _plan_inverted(
+    layout: _Layout, sections: int, before: int, after: int, guide: bool
+) -> list[Section]:
     anchor, history, w = layout
     end = before + sections * w + after
     plans = []
     for s, padding in zip(reversed(range(sections)), inverted_paddings(sections), strict=True):
         first = before + s * w
         index = anchor.frames + padding * w
-        reads = [p if p < end else MISSING for p in _span(first + w, history.frames)]
+        known = end + (guide and s == sections - 1)
+        reads = [p if p < known else MISSING for p in _span(first + w, history.frames)]
         groups = _groups(anchor, _span(before - anchor.frames, anchor.frames), range(index))
         groups += _groups(history, reads, _span(index + w, history.frames))
         last = end if s == sections - 1 else min(first + 2 * w, end)

@@ -319,6 +319,7 @@ class FramePack:
         *,
         negative_prompt: str = "",
         end_image: np.ndarray | None = None,
+        end_image_as: str = "auto",
         key_frames: Mapping[float, np.ndarray] | None = None,
         footage: Footage | None = None,
         seconds: float = 5.0,
@@ -336,16 +337,18 @@ class FramePack:
 
         `image` (height, width, 3) uint8 is the first frame, None for text alone; it is scaled and
         cropped to the bundle's bucket nearest to its shape, or to `height` x `width` pixels, any
-        even numbers. `end_image` is the last frame, `key_frames` are images by seconds, `footage`
-        is a video to go on from, whose frames before the first span stay as they are. The length of
-        what is made is `sections` latent windows, else the number nearest to `seconds`.
-        `prompt_blend` seconds around a change of prompt both count. `on_section(number,
-        positions, latents)` has the latents of a section before they are decoded. Raises
-        ValueError for impossible sizes and durations, NotFinite where latents stop being finite.
+        even numbers. `end_image` is what the video ends with, as `end_image_as` says (see
+        `Request`), `key_frames` are images by seconds, `footage` is a video to go on from, whose
+        frames before the first span stay as they are. The length of what is made is `sections`
+        latent windows, else the number nearest to `seconds`. `prompt_blend` seconds around a change
+        of prompt both count. `on_section(number, positions, latents)` has the latents of a section
+        before they are decoded.
+
+        Raises ValueError for impossible sizes and durations, NotFinite if latents are not finite.
         """
         request = Request(
             prompt, image, negative_prompt, seed, end_image,
-            tuple(sorted((key_frames or {}).items())), footage,
+            tuple(sorted((key_frames or {}).items())), footage, end_image_as,
         )  # fmt: skip
         layout = lay_out(
             self.geometry, request,
@@ -423,7 +426,8 @@ class FramePack:
         return tuple((text, s) for text, s in zip(texts, shares, strict=True) if s > 0)
 
     def known_latents(self, request: Request, layout: Layout) -> dict[int, np.ndarray]:
-        """Latents (H, W, C) of a prepared request by position: start image or footage, stills."""
+        """Return the latents (H, W, C) of a prepared request by position: of the start image or the
+        footage, of key frames and end image."""
         known = {}
         if request.footage is None:
             known[0] = self.encode_clip(request.image[None])[0]
@@ -432,10 +436,14 @@ class FramePack:
         pictures = [image for _, image in request.key_frames]
         pictures += [] if request.end_image is None else [request.end_image]
         for position, picture in zip(layout.stills, pictures, strict=True):
-            # Only the first latent of a video is one frame; this one stands for several.
-            still = np.stack([picture] * (1 + self.vae.cfg.time_compression))
-            known[position] = self.encode_clip(still)[1]
+            known[position] = self._still(picture, guide=position == layout.length)
         return known
+
+    def _still(self, picture: np.ndarray, guide: bool) -> np.ndarray:
+        """Return the latent (H, W, C) of one frame for a guide, else of `time_compression` frames:
+        only the first latent of a video stands for one."""
+        frames = 1 if guide else 1 + self.vae.cfg.time_compression
+        return self.encode_clip(np.stack([picture] * frames))[-1]
 
     def encode_clip(self, frames: np.ndarray) -> np.ndarray:
         """The normalised latents (F, H, W, C) of a clip (P, height, width, 3) uint8."""
@@ -457,9 +465,11 @@ class FramePack:
         return known
 
     def timeline(self, plan: Sequence[Section], known: Mapping[int, np.ndarray]) -> Timeline:
-        """A timeline that holds what is known, latents (B, H, W, C) by position."""
+        """Return a timeline of the video, and of a guide that may follow it, with what is known:
+        latents (B, H, W, C) by position."""
         batch, *frame = next(iter(known.values())).shape
-        timeline = Timeline(packing.length(plan), tuple(frame), batch)
+        length = max(packing.length(plan), 1 + max(known))
+        timeline = Timeline(length, tuple(frame), batch)
         for position, latents in known.items():
             timeline.write([position], latents[:, None])
         return timeline

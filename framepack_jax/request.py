@@ -16,7 +16,7 @@ from framepack_jax import packing
 from framepack_jax.buckets import BUCKETS_480P, find_bucket
 from framepack_jax.packing import Section
 from framepack_jax.prompts import timed_prompts
-from framepack_jax.video import resize_center_crop
+from framepack_jax.video import count_frames, read_frames, read_span, resize_center_crop
 
 # Latent frames that an image gives.
 START_FRAMES = 1
@@ -25,6 +25,8 @@ LEAST_SIDE, LARGEST_SIDE = 16, 4096
 # Without an image: the shape that decides the bucket, and the colour that the video begins with.
 TEXT_CANVAS = (480, 832)
 BLANK = 0
+# How an end image is used: see `Request`.
+END_IMAGE_USES = ("auto", "guide", "still")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,13 @@ class Request:
     """What one video shows. Images are (height, width, 3) uint8 of any size.
 
     `prompt` may change with time, "0s: she waves 4s: she bows". The video begins with `image`, or
-    with `footage`; with neither, from black, led by text alone. `end_image` is its last frame,
-    `key_frames` are (seconds, image). Times count from where that begins which is made: in footage
-    from its last frame.
+    with `footage`; with neither, from black, led by text alone. `key_frames` are (seconds, image).
+    Times count from where that begins which is made: in footage from its last frame.
+
+    `end_image_as` says what `end_image` is. "guide": one latent frame that follows the video, which
+    the section made first reads and which is not a part of the video; only an order that reads
+    ahead can use it. "still": the last `time_compression` frames of the video. "auto": a guide
+    where the order reads ahead, else a still.
     """
 
     prompt: str
@@ -102,6 +108,7 @@ class Request:
     end_image: np.ndarray | None = None
     key_frames: tuple[tuple[float, np.ndarray], ...] = ()
     footage: Footage | None = None
+    end_image_as: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +116,8 @@ class Layout:
     """Where everything of a video lies: its plan, its size in pixels and frames a second, the
     `canvas` in pixels that is sampled (the video is its middle), the number of latent frames that
     are known `before` the first section, and the positions of the `stills`: key frames in the order
-    of the request, then the end image.
+    of the request, then the end image. As a guide, it lies at `length`, the position that follows
+    the video.
     """
 
     plan: tuple[Section, ...]
@@ -169,22 +177,42 @@ def lay_out(
                 f"the video to extend has {footage.frames} whole frame; at least"
                 f" {1 + compression} are needed: give that frame as the start image instead"
             )
+    use = end_image_use(geometry.order, request.end_image_as)
     ends = request.end_image is not None and packing.reads_ahead(geometry.order)
-    plan = packing.plan(geometry.schedule, geometry.order, sections, before=before, after=int(ends))
+    plan = packing.plan(
+        geometry.schedule, geometry.order, sections,
+        before=before, after=int(ends and use == "still"), guide=ends and use == "guide",
+    )  # fmt: skip
     layout = Layout(tuple(plan), *size, canvas, fps, before, ())
     end = compression * (layout.length - layout.before) / fps
     if late := [time for time, _ in timed_prompts(request.prompt) if time >= end]:
         raise ValueError(f"prompt at {late[0]:g} s: what is made is {end:.2f} s long")
-    return dataclasses.replace(layout, stills=_stills(request, layout, compression))
+    end = layout.length if use == "guide" else layout.length - 1
+    return dataclasses.replace(layout, stills=_stills(request, layout, compression, end))
 
 
-def _stills(request: Request, layout: Layout, compression: int) -> tuple[int, ...]:
-    """Positions of the key frames and, last, of the end image. Raises ValueError."""
+def end_image_use(order: str, wanted: str) -> str:
+    """Return "guide" or "still" for one of END_IMAGE_USES. Raises ValueError for another one, and
+    for a guide in an order that does not read ahead."""
+    if wanted not in END_IMAGE_USES:
+        raise ValueError(f"end_image_as = {wanted!r}: expected one of {', '.join(END_IMAGE_USES)}")
+    if wanted == "guide" and not packing.reads_ahead(order):
+        raise ValueError(
+            f"end_image_as = 'guide': sections in order {order!r} read no frames that come after"
+            " them; take 'still', or a bundle or schedule in inverted order"
+        )
+    if wanted == "auto":
+        return "guide" if packing.reads_ahead(order) else "still"
+    return wanted
+
+
+def _stills(request: Request, layout: Layout, compression: int, end: int) -> tuple[int, ...]:
+    """Return the positions of the key frames and, last, the `end` image's. Raises ValueError."""
     stills, last = [], layout.length - 1
     taken = {}
     if request.end_image is not None:
         _check_image("end image", request.end_image)
-        taken[last] = "the end image"
+        taken[end] = "the end image"
     for seconds, image in request.key_frames:
         name = f"key frame at {seconds:g} s"
         _check_image(name, image)
@@ -202,7 +230,7 @@ def _stills(request: Request, layout: Layout, compression: int) -> tuple[int, ..
             )
         taken[position] = f"the {name}"
         stills.append(position)
-    return (*stills, *([last] if request.end_image is not None else []))
+    return (*stills, *([end] if request.end_image is not None else []))
 
 
 def footage_of(

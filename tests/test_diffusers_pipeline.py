@@ -33,6 +33,7 @@ from transformers import (
 
 from framepack_jax import conditioning, packing
 from framepack_jax.commands import convert
+from framepack_jax.packing import Section
 from framepack_jax.pipeline import FramePack, Inputs, Settings
 from framepack_jax.request import Request, lay_out, prepare
 
@@ -46,10 +47,17 @@ FACTS = json.loads((GOLDEN / "diffusers_pipeline" / "reference.json").read_text(
 
 def inputs_of(pipe: FramePack, image, prompt: str, negative: str, settings: Settings) -> Inputs:
     """Inputs of a video of the image's size; of one section, so that they serve all."""
-    request = Request(prompt, image, negative)
-    height, width = image.shape[:2]
-    layout = lay_out(pipe.geometry, request, sections=1, height=height, width=width)
-    return pipe.encode([prepare(pipe.geometry, request, layout)], layout, settings)
+    return planned(pipe, Request(prompt, image, negative), settings)[1]
+
+
+def planned(
+    pipe: FramePack, request: Request, settings: Settings, sections: int = 1
+) -> tuple[tuple[Section, ...], Inputs]:
+    """The plan and the inputs of a video of the image's size."""
+    height, width = request.image.shape[:2]
+    layout = lay_out(pipe.geometry, request, sections=sections, height=height, width=width)
+    inputs = pipe.encode([prepare(pipe.geometry, request, layout)], layout, settings)
+    return layout.plan, inputs
 
 
 def pixels(pipe: FramePack, plan, inputs, settings, noise) -> np.ndarray:
@@ -186,11 +194,16 @@ def live(folder) -> HunyuanVideoFramepackPipeline:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("sampling", SCHEDULES)
-def test_live_pipeline_end_to_end(live, image, tmp_path, monkeypatch, sampling: str) -> None:
-    """Saved by diffusers, converted, sampled with the same noise, image and prompt."""
+@pytest.mark.parametrize(
+    ("sampling", "ends"), [("inverted", False), ("inverted", True), ("vanilla", False)]
+)
+def test_live_pipeline_end_to_end(
+    live, image, tmp_path, monkeypatch, sampling: str, ends: bool
+) -> None:
+    """Saved by diffusers, converted, sampled with the same noise, images and prompt."""
     window, sections, steps, prompt = 2, 2, 3, "a red circle moves left, 日本語"
     picture = Image.fromarray(image).resize((80, 112))
+    last = picture.transpose(Image.Transpose.ROTATE_180) if ends else None
     noise = torch.randn((sections, 1, 16, window, 14, 10), generator=torch.manual_seed(5))
     drawn = iter(noise)
     encode = live.vae.encode
@@ -209,7 +222,8 @@ def test_live_pipeline_end_to_end(live, image, tmp_path, monkeypatch, sampling: 
     monkeypatch.setattr(live, "prepare_latents", lambda *args, **kwargs: next(drawn).clone())
     live.set_progress_bar_config(disable=True)
     theirs = live(
-        image=picture, prompt=prompt, height=112, width=80, latent_window_size=window,
+        image=picture, last_image=last, prompt=prompt, height=112, width=80,
+        latent_window_size=window,
         num_frames=sections * (4 * (window - 1) + 1), num_inference_steps=steps,
         guidance_scale=7.0, prompt_template=FACTS["prompt_template"], output_type="np",
         sampling_type=FramepackSamplingType(
@@ -228,10 +242,10 @@ def test_live_pipeline_end_to_end(live, image, tmp_path, monkeypatch, sampling: 
     )
     pipe = FramePack.load(root, dtype="float32")
     settings = Settings(steps=steps, sampler="euler", guidance=7.0)
-    inputs = inputs_of(pipe, np.asarray(picture), prompt, "", settings)
-    ours = pixels(
-        pipe, packing.plan(schedule, pipe.order, sections), inputs, settings,
-        [rearrange(x.numpy(), "b c t h w -> b t h w c") for x in noise],
-    )  # fmt: skip
+    end = None if last is None else np.asarray(last)
+    request = Request(prompt, np.asarray(picture), end_image=end)
+    plan, inputs = planned(pipe, request, settings, sections)
+    noise = [rearrange(x.numpy(), "b c t h w -> b t h w c") for x in noise]
+    ours = pixels(pipe, plan, inputs, settings, noise)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() < 1e-3

@@ -282,6 +282,20 @@ def test_sections_after_a_known_beginning(order: str, before: int, sections: int
 def test_an_end_image_needs_an_order_that_reads_it() -> None:
     with pytest.raises(ScheduleError, match="'forward'"):
         packing.plan(packing.RELEASED_F1, "forward", 1, after=1)
+    with pytest.raises(ScheduleError, match="reads no frames after its own"):
+        packing.plan(packing.RELEASED_F1, "forward", 1, guide=True)
+
+
+def test_a_guide_is_read_by_the_section_made_first_and_is_no_frame() -> None:
+    with_guide = packing.plan("f1k1_x_g9_f1k1f2k2f16k4_td", "inverted", 3, guide=True)
+    without = packing.plan("f1k1_x_g9_f1k1f2k2f16k4_td", "inverted", 3)
+    assert with_guide[1:] == without[1:] and packing.length(with_guide) == 1 + 3 * 9
+    first, plain = with_guide[0], without[0]
+    assert (first.targets, first.decode) == (plain.targets, plain.decode)
+    reads = [p for group in first.groups for p in group.reads if p != MISSING]
+    assert reads == [0, 28] and [g.indices for g in first.groups] == [
+        g.indices for g in plain.groups
+    ]
     with pytest.raises(ScheduleError, match="0 frames are known, 1 are needed"):
         packing.plan(packing.RELEASED_INVERTED, "inverted", 1, before=0)
     with pytest.raises(ScheduleError, match="10001"):

@@ -60,8 +60,20 @@ def test_what_is_no_image(image) -> None:
 def test_key_frames_in_the_order_of_the_request_and_the_end_last() -> None:
     request = Request("", IMAGE, end_image=IMAGE, key_frames=((1.0, IMAGE), (0.5, IMAGE)))
     assert lay_out(F1, request, sections=1).stills == (8, 4, 9)
-    # What is sampled grows by the end image, which an inverted order reads.
-    assert lay_out(INVERTED, request, sections=1).stills == (8, 4, 10)
+    # In an inverted order, a guide follows the video, which a still is a part of.
+    for use, length in (("auto", 10), ("guide", 10), ("still", 11)):
+        layout = lay_out(INVERTED, dataclasses.replace(request, end_image_as=use), sections=1)
+        assert layout.stills == (8, 4, 10) and layout.length == length
+
+
+@pytest.mark.parametrize(
+    ("geometry", "use", "named"),
+    [(F1, "guide", r"order 'forward' read no frames"), (INVERTED, "last", "expected one of auto")],
+)
+def test_end_images_that_cannot_be_used(geometry, use: str, named: str) -> None:
+    request = Request("", IMAGE, end_image=IMAGE, end_image_as=use)
+    with pytest.raises(ValueError, match=f"end_image_as = '{use}'.*{named}"):
+        lay_out(geometry, request, sections=1)
 
 
 def test_the_image_that_leads() -> None:
@@ -90,20 +102,6 @@ def test_footage_is_whole_latents_at_its_end(frames: int, kept: int) -> None:
     assert (footage.first == 0).all()
 
 
-@pytest.mark.parametrize("frames", [0, 1, 4])
-def test_too_little_footage(frames: int) -> None:
-    with pytest.raises(ValueError, match="video to extend has"):
-        footage = footage_of(F1, np.zeros((frames, 32, 32, 3), np.uint8), 32, 32)
-        lay_out(F1, Request("", footage=footage), sections=1, height=32, width=32)
-
-
-def test_no_picture_is_zoomed_for_the_canvas() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (58, 46, 3), np.uint8)
-    layout = lay_out(F1, Request("", image), height=58, width=46)
-    prepared = prepare(F1, Request("", image), layout).image
-    assert prepared.shape == (64, 48, 3)
-
-
 @pytest.mark.parametrize("fps", [24, 30, 60])
 def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int) -> None:
     """Of which the first and those at the end are scaled, no others."""
@@ -124,6 +122,19 @@ def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int
     np.testing.assert_array_equal(footage.first, whole.first)
     np.testing.assert_array_equal(footage.last, whole.last)
 
+
+@pytest.mark.parametrize("frames", [0, 1, 4])
+def test_too_little_footage(frames: int) -> None:
+    with pytest.raises(ValueError, match="video to extend has"):
+        footage = footage_of(F1, np.zeros((frames, 32, 32, 3), np.uint8), 32, 32)
+        lay_out(F1, Request("", footage=footage), sections=1, height=32, width=32)
+
+
+def test_no_picture_is_zoomed_for_the_canvas() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (58, 46, 3), np.uint8)
+    layout = lay_out(F1, Request("", image), height=58, width=46)
+    prepared = prepare(F1, Request("", image), layout).image
+    assert prepared.shape == (64, 48, 3)
     np.testing.assert_array_equal(prepared[3:61, 1:47], image)
     np.testing.assert_array_equal(prepared[0], prepared[3])
 

@@ -210,14 +210,14 @@ def test_frames_are_those_of_stream(whole, pipe, tmp_path, monkeypatch) -> None:
     assert covered == list(range(25))
 
 
-def still(pipe: FramePack, image: np.ndarray) -> np.ndarray:
-    """The latent of five equal frames that stands for the last four."""
+def still(pipe: FramePack, image: np.ndarray, frames: int = 5) -> np.ndarray:
+    """The last latent of a clip of equal frames: of five, it stands for the last four."""
     image = video.resize_center_crop(image, HEIGHT, WIDTH)
     cfg, params = pipe.vae.cfg, pipe.vae.params
-    clip = np.stack([image] * 5)[None]
+    clip = np.stack([image] * frames)[None]
     return np.asarray(
         conditioning.clip_latents(cfg, params, clip, pipe.latent_mean, pipe.latent_std)
-    )[0, 1]
+    )[0, -1]
 
 
 @pytest.fixture(scope="module")
@@ -230,23 +230,46 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / f"{name}.png" for name in ("end", "key")}
 
 
-@pytest.mark.parametrize("schedule", [INVERTED, F1])
+@pytest.mark.parametrize(
+    ("schedule", "use", "end", "frames"),
+    [
+        # A guide follows the video, a still is its last latent; forward, it is the last target.
+        (INVERTED, "auto", 5, 17),
+        (INVERTED, "still", 5, 21),
+        (F1, "auto", 4, 17),
+    ],
+)
 def test_end_image_and_key_frames_lie_where_they_should(
-    pipe, pictures, tmp_path, schedule: str
+    pipe, pictures, tmp_path, schedule: str, use: str, end: int, frames: int
 ) -> None:
     # 0.4 s is frame 12, the last of the four frames of position 3; 0.41 s rounds to it, too.
     run = make(
-        tmp_path / "run", "--sections", 2, "--end-image", pictures["end"],
+        tmp_path / "run", "--sections", 2, "--end-image", pictures["end"], "--end-image-as", use,
         "--key-frame", f"0.41s={pictures['key']}", schedule=schedule,
     )  # fmt: skip
-    latents = run.latents()
-    # An inverted order reads the end image as what comes after; forward, it is the last target.
-    last = 5 if schedule == INVERTED else 4
-    assert sorted(latents) == list(range(last + 1))
-    for position, name in ((3, "key"), (last, "end")):
-        expected = still(pipe, video.load_image(pictures[name]))
+    latents, guide = run.latents(), frames == 4 * end - 3
+    assert sorted(latents) == list(range(end + 1))
+    for position, name, alone in ((3, "key", False), (end, "end", guide)):
+        expected = still(pipe, video.load_image(pictures[name]), frames=1 if alone else 5)
         np.testing.assert_array_equal(latents[position], expected)
-    assert len(frames_of(run)) == run.record["frames"] == 4 * last + 1
+    assert len(frames_of(run)) == run.record["frames"] == frames
+    assert run.record["flags"]["end_image_as"] == ("guide" if guide else "still")
+
+
+def test_runs_from_before_there_were_guides_go_on_as_they_were(pictures, tmp_path) -> None:
+    flags = ("--sections", 2, "--end-image", pictures["end"], "--latents-only")
+    whole = make(tmp_path / "whole", *flags, "--end-image-as", "still")
+    run = copy(whole, tmp_path / "run")
+    (run.folder / "latents" / "section_001.npz").unlink()
+    del run.record["flags"]["end_image_as"]
+    run.write_record(status="begun")
+    # A job that says nothing of it is that run, one that says otherwise is not.
+    with pytest.raises(SystemExit, match=r"holds a run of these flags, begun; go on with --resume"):
+        command(run.folder, *flags)
+    with pytest.raises(SystemExit, match="end_image_as = 'still' there, 'guide' here"):
+        command(run.folder, *flags, "--end-image-as", "guide")
+    sample.main(["--resume", str(run.folder), "--latents-only"])
+    assert_same_latents(run, whole)
 
 
 def test_the_end_image_is_read_by_what_comes_before(pipe, pictures, tmp_path) -> None:
@@ -354,27 +377,7 @@ def test_extended_videos_of_any_length(pipe, tmp_path, monkeypatch, frames: int)
     assert span.start == kept and span.positions == (before, before + 1)
     np.testing.assert_array_equal(span.frames, encoder[kept])
     for position, z in zip(span.positions, span.latents, strict=True):
-        np.testing.assert_array_equal(z, run.latents()[position])
-
-
-def test_of_a_long_video_the_end_is_enough(pipe, monkeypatch) -> None:
-    """The first frame and as many as sections can read; each at its place on the timeline."""
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (4 * 30 + 1, 16, 16, 3), dtype=np.uint8)
-    needed = pipe.geometry.footage_frames
-    assert needed == 4 * 20 + 1
-    footage = Footage(len(frames), frames[0], frames[-needed:])
-    clips = []
-
-    def latents(_: FramePack, clip: np.ndarray) -> np.ndarray:
-        clips.append(len(clip))
-        return clip[::4, :1, :1, 0].astype(np.float32)
-
-    monkeypatch.setattr(FramePack, "encode_clip", latents)
-    known = pipe._known_footage(footage, 31)
-    assert sorted(known) == [0, *range(11, 31)] and sorted(clips) == [1, needed]
-    for position, z in known.items():
-        assert z[0, 0] == frames[4 * position, 0, 0, 0]
+        np.testing.assert_array_equal(latents[position], z, err_msg=str(position))
 
 
 def test_text_alone_begins_from_black(pipe, tmp_path) -> None:

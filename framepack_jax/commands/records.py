@@ -70,7 +70,10 @@ def new_record(flags: Any, shot: Shot, pipe: FramePack, path: str | Path) -> dic
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """In what a run that is there differs from one that is asked for, or "". Files that are gone by
     now do not count."""
-    old, new = EARLIER | there["flags"], here["flags"]
+    old, new = EARLIER | there["flags"], dict(here["flags"])
+    if new["end_image_as"] == "auto":
+        # The run has what this meant when it was begun.
+        new["end_image_as"] = old["end_image_as"]
     found = [
         f"{name} = {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())

@@ -3,7 +3,8 @@
     run.json                        flags, seed, schedule and order, hashes, versions, timings
     run.lock                        empty; locked by the process that makes the run
     inputs/                         its pictures as they are used, and the end of extended footage
-    latents/known.npz               latents given: start image, end image, key frames, footage
+    latents/known.npz               latents given: start image, end image (as a guide: at the
+                                    position that follows the video), key frames, footage
     latents/section_000.npz         latents of a section, written before they are decoded
     segments/frames_00000000.mp4    frames that are final, from that number on, each encoded once
     video.mp4                       the segments from the first that touch each other, copied
@@ -101,6 +102,9 @@ class Run:
                 raise ValueError(f"its format is {record['format']}, expected {FORMAT}")
             if missing := [name for name in NEEDED if name not in record]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
+            # Runs from before there was this flag.
+            flags = record["flags"]
+            flags.setdefault("end_image_as", "still" if flags.get("end_image") else "auto")
             return record
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
@@ -216,6 +220,7 @@ class Run:
             negative_prompt=flags["negative_prompt"],
             seed=flags["seed"],
             end_image=_open_picture(end) if end.exists() else None,
+            end_image_as=flags["end_image_as"],
             key_frames=tuple(
                 (seconds, _open_picture(inputs / f"{_key_frame(i)}.png"))
                 for i, seconds in enumerate(self.record["key_frames"])

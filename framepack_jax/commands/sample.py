@@ -69,7 +69,7 @@ from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.pipeline import FramePack
 from framepack_jax.processes import Terminated, check_same, in_all, in_first, is_first, join
 from framepack_jax.prompts import timed_prompts
-from framepack_jax.request import Request, lay_out
+from framepack_jax.request import Request, end_image_use, lay_out
 
 # The backends that attention kernels are made for; the others run on any.
 KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
@@ -84,7 +84,7 @@ ON_THIS_MACHINE = ("bundle", "mesh", "memory", "attention", "vae_tile")
 # Flags that a dry run would ignore.
 NOT_COMPILED = (
     "resume", "decode", "jobs", "output", "overwrite", "latents_only", "extend", "end_image",
-    "key_frame", "lora", "merge_lora", *CLUSTER,
+    "end_image_as", "key_frame", "lora", "merge_lora", *CLUSTER,
 )  # fmt: skip
 
 
@@ -563,6 +563,8 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
         raise ValueError(f"--output {folder} holds what --extend names; choose another --output")
     request = in_all(read_request, pipe, shot)
     layout = lay_out_shot(pipe, shot, request)
+    if request.end_image is not None:
+        record["flags"]["end_image_as"] = end_image_use(pipe.order, shot.end_image_as)
     check_folder(folder)
     record |= {
         "sections": len(layout.plan),

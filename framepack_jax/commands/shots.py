@@ -37,7 +37,11 @@ class Shot:
     negative_prompt: str = ""
     """What should not happen; counts only with --cfg other than 1."""
     end_image: Path | None = None
-    """Last frame."""
+    """Image that the video ends with."""
+    end_image_as: Literal["auto", "guide", "still"] = "auto"
+    """guide: the section made first reads it as the frame that follows, and it is not a part of the
+    video, as in the released demo's variant with an end frame and in diffusers; inverted schedules
+    only. still: the last four frames. auto: guide with an inverted schedule, else still."""
     key_frame: tuple[str, ...] = ()
     """Images at times: 3.5s=photo.png 7s=other.png."""
     extend: Path | None = None
@@ -271,6 +275,7 @@ def read_request(pipe: FramePack, shot: Shot) -> Request:
         negative_prompt=shot.negative_prompt,
         seed=shot.seed,
         end_image=None if shot.end_image is None else video.load_image(shot.end_image),
+        end_image_as=shot.end_image_as,
         key_frames=tuple(sorted(keys, key=lambda key: key[0])),
         footage=None if shot.extend is None else _read_footage(pipe, shot),
     )
