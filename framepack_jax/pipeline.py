@@ -34,6 +34,7 @@ from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
 from framepack_jax.encoders import load_encoders
 from framepack_jax.lora import LoRA, attach
 from framepack_jax.lora import merge as merge_lora
+from framepack_jax.models import stack
 from framepack_jax.models.vae import Tiling, check_tiling
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.processes import fetch, in_first
@@ -51,6 +52,8 @@ from framepack_jax.splice import Interval, Splicer, to_uint8
 
 # (section from 0, step from 0, the sample as predicted now (B, w, H, W, C))
 OnStep = Callable[[int, int, jax.Array], None]
+# Called when a transformer block that is not on the device has been computed.
+OnBlock = Callable[[], None]
 OnSection = Callable[[int, tuple[int, ...], np.ndarray], None]
 DEFAULT_TILING = Tiling()
 MAX_STEPS = 1000
@@ -485,14 +488,18 @@ class FramePack:
         timeline: Timeline | None = None,
         done: int = 0,
         on_step: OnStep | None = None,
+        on_block: OnBlock | None = None,
     ) -> Iterator[tuple[Section, Timeline]]:
         """Denoise section after section; yields each with the timeline that now holds it.
 
         The noise of section i, in the order of making, is drawn from fold_in(seed, i) for every
         sample, or taken from `noise` (B, w, H, W, C). To go on with an earlier run, `timeline` has
         its latents and `done` is the number of its sections. `on_step(section, step, x0)` is
-        called after each step. Raises NotFinite.
+        called after each step, `on_block()` after each block inside a step, if blocks are streamed.
+        Raises NotFinite.
         """
+        model, cfg, params = self.transformer
+        params = params if on_block is None else stack.watched(params, on_block)
         timeline = self.timeline(plan, inputs.known) if timeline is None else timeline
         _, _, *frame = timeline.latents.shape
         sigmas = flow.sigmas(
@@ -508,7 +515,7 @@ class FramePack:
             target, known = packing.read_target(section, timeline)
             with self._on_mesh():
                 result = sampler.denoise(
-                    *self.transformer, x, sigmas, table,
+                    model, cfg, params, x, sigmas, table,
                     packing.read_context(section, timeline),
                     inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
                     target=target, known=known,

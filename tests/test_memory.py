@@ -83,6 +83,25 @@ def test_the_same_latents_bit_for_bit(high, low, options) -> None:
     np.testing.assert_array_equal(latents(low, **options), latents(high, **options))
 
 
+@pytest.mark.parametrize(("cfg", "passes"), [(1.0, 1), (2.0, 2)])
+def test_progress_is_told_block_by_block_and_step_by_step(low, cfg: float, passes: int) -> None:
+    """And no step later: of four blocks, the step that they belong to is told before the next."""
+    settings, told = Settings(steps=3, cfg=cfg), []
+    request = Request("she waves", IMAGE)
+    layout = lay_out(low.geometry, request, sections=2, height=64, width=64)
+    inputs = low.encode([prepare(low.geometry, request, layout)], layout, settings)
+    made = low.sample(
+        layout.plan, inputs, settings,
+        on_step=lambda section, step, _: told.append((section, step)),
+        on_block=lambda: told.append("block"),
+    )  # fmt: skip
+    *_, (_, timeline) = made
+    blocks = ["block"] * (4 * passes)
+    steps = [(section, step) for section in range(2) for step in range(3)]
+    assert told == [event for step in steps for event in (*blocks, step)]
+    np.testing.assert_array_equal(timeline.latents, latents(low, cfg=cfg))
+
+
 def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:
     ran = []
     layer = stack._layer
@@ -380,7 +399,8 @@ def test_from_the_command_line(tmp_path, capsys) -> None:
     sample.main([*flags, "--output", str(tmp_path / "high"), "--memory", "high"])
     assert "memory high: all networks stay on the device" in capsys.readouterr().out
     sample.main([*flags, "--output", str(tmp_path / "low"), "--memory", "low"])
-    assert re.search(r"memory low: 0 of 4 blocks stay on the device", capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert re.search(r"memory low: 0 of 4 blocks stay on the device", out) and "blocks: " in err
     high, low = (Run.open(tmp_path / name).latents() for name in ("high", "low"))
     for position, z in low.items():
         np.testing.assert_array_equal(z, high[position])

@@ -14,6 +14,7 @@ import numpy as np
 from framepack_jax import video
 from framepack_jax.commands.decoding import Decoder, Later
 from framepack_jax.commands.runs import Busy, DamagedFile, Run, record_text
+from framepack_jax.models import stack
 from framepack_jax.packing import Timeline
 from framepack_jax.pipeline import FramePack, NotFinite, Settings
 from framepack_jax.processes import (
@@ -232,7 +233,9 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     seeds = [task.request.seed for task in tasks]
     encoded = time.monotonic()
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
-    with Progress(tasks, done) as progress, Later() as frames:
+    passes = 1 if inputs.negative is None else 2
+    blocks = passes * stack.streamed_layers(pipe.transformer.params)
+    with Progress(tasks, done, blocks) as progress, Later() as frames:
 
         def on_step(*step: Any) -> None:
             # The device has the next step at hand (unless blocks are streamed): time for the frames
@@ -242,7 +245,8 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
 
         made = pipe.sample(
             layout.plan, inputs, settings,
-            seeds=seeds, timeline=timeline, done=done, on_step=on_step,
+            seeds=seeds, timeline=timeline, done=done,
+            on_step=on_step, on_block=progress.block,
         )  # fmt: skip
         section_from = time.monotonic()
         for number, (section, _) in enumerate(made, start=done):
@@ -343,9 +347,10 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """Two bars, sections and steps, and the live preview of what is being made."""
+    """Bars for sections and steps, and for the `blocks` of a step if they are streamed; and the
+    live preview of what is being made."""
 
-    def __init__(self, tasks: Sequence[Task], done: int) -> None:
+    def __init__(self, tasks: Sequence[Task], done: int, blocks: int) -> None:
         self.tasks, self.steps = tasks, tasks[0].settings.steps
         self.sections = len(tasks[0].layout.plan)
         quiet = not is_first()
@@ -355,6 +360,9 @@ class Progress:
         self.bars = [
             Bar(total=self.sections, initial=done, desc="sections", unit="section", disable=quiet),
             Bar(total=self.steps, desc="steps", unit="step", leave=False, disable=quiet),
+            Bar(
+                total=blocks, desc="blocks", unit="block", leave=False, disable=quiet or not blocks
+            ),
         ]
 
     def __enter__(self) -> "Progress":
@@ -364,12 +372,18 @@ class Progress:
         for bar in reversed(self.bars):
             bar.close()
 
+    def block(self) -> None:
+        """Called after every block of a streamed step."""
+        self.bars[2].update()
+
     def step(self, section: int, step: int, x0: jax.Array) -> None:
         """Called after every step with its prediction (B, w, H, W, C)."""
-        sections, steps = self.bars
+        sections, steps, blocks = self.bars
         if step == 0:
             steps.reset()
         steps.update()
+        # Blocks that a step cache leaves out are not counted.
+        blocks.reset()
         if step + 1 == self.steps:
             sections.update()
         stop_if_asked()

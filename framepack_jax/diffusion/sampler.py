@@ -106,10 +106,11 @@ def denoise(
     matrix products are float32 too.
 
     `on_step(step, x0)` is called after each step with the prediction x0 (B, w, H, W, C), on the
-    device, one step late, so that the device always has the next step at hand. Nothing else waits
-    for the device before the end, so that a sample which is not finite does not stop the others:
-    see `finite_step`. Raises ValueError where shapes of target and known, or sigmas and table, do
-    not go together.
+    device. If a step is one program, the next one is started before, so that the device always has
+    work at hand; a step of streamed layers has ended by then. Nothing else waits for the device
+    before the end, so that a sample which is not finite does not stop the others: see
+    `finite_step`. Raises ValueError where shapes of target and known, or sigmas and table, do not
+    go together.
     """
     target, known = _known(target, known, noise.shape)
     if len(sigmas) != len(table) + 1:
@@ -136,15 +137,22 @@ def denoise(
     state = put(solver.start(noise))
     cached = put(start_caches(*fixed, params, inputs, state.x))
     finite, ran = [], []
+
+    def show(step: int, x0: jax.Array) -> None:
+        if on_step is not None:
+            on_step(step, fetch(x0).block_until_ready())
+
     for i, at in enumerate(_steps(sigmas, table, cache)):
-        late = state.history[0]
+        before = state.history[0]
         state, cached, ok, blocks = advance(*fixed, params, inputs, at, state, cached)
         finite.append(ok)
         ran.append(blocks)
-        if on_step is not None and i > 0:
-            on_step(i - 1, fetch(late).block_until_ready())
-    if on_step is not None:
-        on_step(len(finite) - 1, fetch(state.history[0]).block_until_ready())
+        if not compiled:
+            show(i, state.history[0])
+        elif i > 0:
+            show(i - 1, before)
+    if compiled:
+        show(len(finite) - 1, state.history[0])
     latents, finite, ran = jax.device_get(fetch((state.x, finite, ran)))
     bad = ~np.stack(finite)
     finite_step = np.where(bad.any(axis=0), bad.argmax(axis=0), -1)

@@ -62,23 +62,41 @@ class Streamed:
     """The layers of a stack, wherever they lie: in host memory, on a disk, some on the device.
 
     `layers[i]` gives the parameters of one, arrays of numpy or JAX; what those of JAX say of
-    devices other than their kind of memory is where they are computed.
+    devices other than their kind of memory is where they are computed. `on_layer()` is called
+    whenever a layer has been computed.
     """
 
     layers: Sequence[Params]
+    on_layer: Callable[[], None] | None = None
 
     def map(self, change: Callable[[int, Params], Params]) -> "Streamed":
         """With `change(i, layer)` for each layer, those on a disk whenever they are read."""
         if not isinstance(self.layers, Layers):
-            return Streamed([change(i, layer) for i, layer in enumerate(self.layers)])
+            changed = [change(i, layer) for i, layer in enumerate(self.layers)]
+            return dataclasses.replace(self, layers=changed)
         there, read, count = self.layers.there, self.layers.read, self.layers.count
         changed = [change(i, layer) for i, layer in enumerate(there)]
-        return Streamed(Layers(changed, lambda i: change(i, read(i)), count))
+        return dataclasses.replace(
+            self, layers=Layers(changed, lambda i: change(i, read(i)), count)
+        )
 
 
 def is_streamed(params: Params) -> bool:
     """Whether some stack of a network is a `Streamed`: it is then called outside of `jax.jit`."""
     return any(isinstance(leaf, Streamed) for leaf in params.values())
+
+
+def streamed_layers(params: Params) -> int:
+    """Return the number of layers in the streamed stacks of a network."""
+    return sum(len(leaf.layers) for leaf in params.values() if isinstance(leaf, Streamed))
+
+
+def watched(params: Params, on_layer: Callable[[], None]) -> Params:
+    """Return the parameters of a network whose streamed stacks call `on_layer()` after a layer."""
+    return {
+        name: dataclasses.replace(leaf, on_layer=on_layer) if isinstance(leaf, Streamed) else leaf
+        for name, leaf in params.items()
+    }
 
 
 def shapes(params: Params) -> Params:
@@ -167,6 +185,9 @@ def _run_streamed(
         coming = None if following is None else at(params, following)
         xs = [_layer(block, here, x, *args) for x, args in zip(xs, others, strict=True)]
         here = coming
+        if params.on_layer is not None:
+            jax.block_until_ready(xs)
+            params.on_layer()
     return xs
 
 
