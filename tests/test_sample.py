@@ -76,18 +76,25 @@ def test_the_record_tells_how_to_repeat_it(photo_run) -> None:
 
 
 @pytest.mark.golden
-def test_first_frame_is_that_of_the_saved_latents(photo_run) -> None:
+def test_frames_are_those_of_the_saved_latents(photo_run, tmp_path) -> None:
+    """As far from them as the codec brings them, and no further."""
     bundle_path, output, _ = photo_run
-    saved = Run.open(output).latents()
+    saved, record = Run.open(output).latents(), Run.open(output).record
     latents = np.stack([saved[position] for position in (0, 1)])[None]
     pipe = FramePack.load(bundle_path, dtype="float32")
     model, cfg, params = pipe.vae
     z = jnp.asarray(latents * pipe.latent_std + pipe.latent_mean)
-    decoded = np.asarray(to_uint8(model.decode(cfg, params, z)))[0].astype(int)
-    encoded = video.read_mp4(output / "video.mp4")[0].astype(int)
-    distance = [np.abs(frame - encoded[0]).mean() for frame in decoded]
-    assert distance[0] < 6
-    assert distance[0] < 0.8 * min(distance[1:])
+    decoded = np.asarray(to_uint8(model.decode(cfg, params, z)))[0]
+    flags = record["flags"]
+    video.write_mp4(tmp_path / "again.mp4", decoded, fps=flags["fps"], crf=flags["crf"])
+
+    def distance(file: Path) -> np.ndarray:
+        frames = video.read_mp4(file)[0]
+        return np.abs(frames - decoded.astype(float)).mean(axis=(1, 2, 3))
+
+    codec, ours = distance(tmp_path / "again.mp4"), distance(output / "video.mp4")
+    # The encoder's threads leave it some freedom.
+    assert (ours <= 1.1 * codec).all(), (ours, codec)
 
 
 def test_the_random_bundle_makes_the_same_video_again(tmp_path) -> None:
