@@ -2,7 +2,7 @@
 
     python -m benchmarks.capped --folder DIR [--caps 24 12 6] [--weights int8] [--json FILE]
 
-Writes a bundle of random weights with the released model's shapes (42 GB; in 8 bits 30 GB), unless
+Writes a bundle of random weights with the released model's shapes (42 GB; in 8 bits 22 GB), unless
 DIR has it already. Makes the same video with all of the device and then under each cap, by
 `sample.py` with `--memory auto` in a process of its own, and reads what the run has noted and what
 the system counted of the process. `--scale toy` takes the same way with the random bundle; on a
@@ -116,10 +116,9 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
             end = bundle.role_config(known, name)[1].eos_token_id
             cfg = dataclasses.replace(cfg, eos_token_id=end)
         leaves = kinds.abstract_leaves(role.kind, cfg)
-        stacks = model.STACKS if name == "transformer" else ()
         arrays = itertools.chain.from_iterable(
             random_leaf(
-                path, leaf.shape, weights if path.partition("/")[0] in stacks else "bfloat16"
+                path, leaf.shape, weights if path.partition("/")[0] in model.STACKS else "bfloat16"
             )
             for path, leaf in leaves.items()
         )
