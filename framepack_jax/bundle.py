@@ -368,8 +368,8 @@ def load_streamed(
 
 class DeviceBytes(NamedTuple):
     """Bytes of a network on one device: of each layer that can be streamed, and of all else;
-    `largest` is the number of parameters in the largest of those layers, `quantized` whether some
-    are quantized."""
+    `largest` is the number of parameters in the largest of those layers, of all parameters if there
+    are none; `quantized` says if some are quantized."""
 
     base: int
     layers: tuple[int, ...]
@@ -384,7 +384,7 @@ def device_bytes(
     one. Raises BundleError, ValueError where the mesh does not divide them."""
     reader = _Reader.open(root, manifest, name, dtype, mesh)
     model, _ = role_config(manifest, name)
-    base, layers, counts = 0, Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    base, rest, layers, counts = 0, 0, Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for key, leaf in reader.wanted.items():
         part, number, *_ = path = key.split("/")
         shape = leaf.shape if mesh is None else leaf.sharding.shard_shape(leaf.shape)
@@ -393,10 +393,10 @@ def device_bytes(
             layers[part, number] += size
             counts[part, number] += math.prod(leaf.shape)
         else:
-            base += size
+            base, rest = base + size, rest + math.prod(leaf.shape)
     order = sorted(layers, key=lambda layer: (model.STREAMED.index(layer[0]), layer[1]))
     quantized = any(map(_is_quantized, reader.wanted.values()))
-    largest = max(counts.values(), default=0)
+    largest = max(counts.values(), default=rest)
     return DeviceBytes(base, tuple(layers[layer] for layer in order), largest, quantized)
 
 

@@ -4,7 +4,7 @@ Weights that are not needed at once can wait elsewhere: the blocks of the transf
 memory, each brought while the one before computes (`models.stack.Streamed`); the encoders on the
 disk, as they read a prompt once and are let go of. What programs need beside their weights is
 estimated, by what compilers and an H100 said of the released model (docs/scale.md,
-docs/performance.md).
+docs/performance.md). A CPU's memory is that of the process: there the estimate has all of it.
 """
 
 import dataclasses
@@ -32,6 +32,9 @@ HOSTED = 0.85
 # A step needs so many times its tokens (B, L, D) beside weights: 14 on an H100, more with a cache
 # and between programs. Decoding so many times its widest frames: 5.3 by the compiler for an H200.
 STEP_UNITS, DECODE_UNITS = 20, 5.5
+# The same by the compiler for CPUs, which multiplies float32 alone; and what Python, libraries and
+# compiled programs take of the process.
+CPU_DECODE_UNITS, PROCESS = 13.5, 1.0 * GB
 # Sides of the VAE's tiles where whole frames are too much.
 TILES = vae.Tiling(size=256, stride=192)
 # Frames that are decoded at once, and the tokens of text and image.
@@ -52,19 +55,23 @@ class Plan(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is made: sampled (height, width) in pixels, videos side by side, by a schedule."""
+    """What is made: sampled (height, width) in pixels, videos side by side, by a schedule; and how
+    many frames of the longest clip are `encoded`."""
 
     canvas: tuple[int, int]
     batch: int
     schedule: str
+    encoded: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes on a device: of the `encoders`, and what of them is there at once while they are read
     layer by layer (`reading`); of the `vae`; of the transformer's `blocks`, and of the rest of it
-    (`base`); and beside all weights, of a `step` and of a `pixel` of a tile that is decoded. Blocks
-    that wait are in the memory of a host of so many `devices`."""
+    (`base`); and beside all weights, of a `step`, of a `pixel` of a tile that is decoded, and of
+    `encoding` pictures, which are never cut. Blocks that wait are in the memory of a host of so
+    many `devices`. On a CPU, which has one memory for all, `process` is what the rest of the
+    process takes, else 0."""
 
     encoders: int
     reading: int
@@ -75,6 +82,8 @@ class Need:
     pixel: float
     canvas: tuple[int, int]
     devices: int = 1
+    process: int = 0
+    encoding: int = 0
 
     def decode(self, tiling: vae.Tiling) -> int:
         """Decoding, beside weights."""
@@ -84,13 +93,13 @@ class Need:
     def everything(self, tiling: vae.Tiling) -> int:
         """All networks stay."""
         weights = self.encoders + self.vae + self.base + sum(self.blocks)
-        return weights + max(self.step, self.decode(tiling))
+        return self.process + weights + max(self.step, self.decode(tiling), self.encoding)
 
     def streamed(self, layers: int, tiling: vae.Tiling) -> int:
         """So many blocks stay, no encoder does; of the other blocks a step has two at a time."""
         two = sum(sorted(self.blocks[layers:])[-2:])
-        stay = self.vae + self.base + sum(self.blocks[:layers])
-        return stay + max(self.step + two, self.decode(tiling), self.reading)
+        stay = self.process + self.vae + self.base + sum(self.blocks[:layers])
+        return stay + max(self.step + two, self.decode(tiling), self.reading, self.encoding)
 
 
 def plan(
@@ -159,12 +168,12 @@ def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
     parts = []
     if count:
         parts.append(f"{layers} of {count} blocks stay on the device, encoders do not")
-    hosted = None
+    hosted, taken, total = None, 0, needed.streamed(layers, tiling)
     if layers < count:
         sizes = [needed.devices * size for size in needed.blocks[layers:]]
         limit = limit_of_host()
         sums = list(itertools.accumulate(sizes))
-        fitting = len(sizes) if limit is None else sum(s <= HOSTED * limit for s in sums)
+        fitting = sum(s <= _room(limit, total if needed.process else 0) for s in sums)
         taken = sums[fitting - 1] if fitting else 0
         if fitting:
             parts.append(f"{fitting} wait in {taken / GB:.3g} GB of the host's memory")
@@ -176,9 +185,17 @@ def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
             )
     if tiling.size is not None and tiling.size < max(needed.canvas):
         parts.append(f"the VAE decodes tiles of {tiling.size} pixels")
-    parts.append(f"{needed.streamed(layers, tiling) / GB:.3g} GB are needed")
+    if needed.process and taken:
+        parts.append(f"{(total + taken) / GB:.3g} GB are needed in all, with those blocks")
+    else:
+        parts.append(f"{total / GB:.3g} GB are needed")
     why = f"{why}: {'; '.join(parts)}"
     return Plan(False, None if layers == count else layers, tiling, why, hosted)
+
+
+def _room(limit: float | None, others: int) -> float:
+    """Bytes of a host's memory for blocks that wait, where `others` are taken from it as well."""
+    return math.inf if limit is None else min(HOSTED * limit, limit - others)
 
 
 def need(
@@ -200,23 +217,38 @@ def need(
         kept = jnp.dtype("float32") if role == "vae" else computed
         return bundle.device_bytes(path, manifest, role, dtype=kept, mesh=mesh)
 
+    on_cpu = jax.default_backend() == "cpu"
+
+    def opened(role: str) -> int:
+        """Blocks that are divided are put together, and those of another type than is multiplied
+        are converted, as they run."""
+        whole = size(role, None)
+        multiplied = jnp.dtype("float32") if on_cpu else computed
+        converted = whole.quantized or multiplied != computed
+        return whole.largest * multiplied.itemsize if mesh or converted else 0
+
     network, decoder = size("transformer"), bundle.role_config(manifest, "vae")[1]
-    encoders = [size(role) for role in bundle.ROLES if role not in ("transformer", "vae")]
+    names = [role for role in bundle.ROLES if role not in ("transformer", "vae")]
+    encoders = [size(role) for role in names]
     devices = 1 if mesh is None else mesh.size
-    # Blocks that are divided are put together, and quantized ones multiplied out, as they run.
-    whole = size("transformer", None)
-    opened = whole.largest * computed.itemsize if mesh or whole.quantized else 0
+    units = CPU_DECODE_UNITS if on_cpu else DECODE_UNITS
+    # Of one frame, decoded or encoded.
+    pixel = units * decoder.channels[0] * 4 / devices
+    encoded = min(work.encoded, DECODE_FRAMES)
     return Need(
         encoders=sum(each.base + sum(each.layers) for each in encoders),
         reading=sum(each.base for each in encoders)
-        + max(sum(sorted(each.layers)[-2:]) for each in encoders),
+        + max(sum(sorted(each.layers)[-2:]) for each in encoders)
+        + (max(map(opened, names)) if on_cpu else 0),
         vae=size("vae").base,
         base=network.base,
         blocks=network.layers,
-        step=math.ceil(_step_bytes(manifest, work, computed) / devices) + opened,
-        pixel=DECODE_UNITS * DECODE_FRAMES * decoder.channels[0] * 4 / devices,
+        step=math.ceil(_step_bytes(manifest, work, computed) / devices) + opened("transformer"),
+        pixel=DECODE_FRAMES * pixel,
         canvas=work.canvas,
         devices=jax.local_device_count() if mesh else 1,
+        process=int(PROCESS) if on_cpu else 0,
+        encoding=int(encoded * pixel * math.prod(work.canvas)),
     )
 
 

@@ -263,12 +263,15 @@ class FramePack:
         canvas: tuple[int, int],
         batch: int = 1,
         roles: Sequence[str] = bundle.ROLES,
+        encoded: int = 1,
     ) -> memory.Plan:
-        """What of these networks stays on the device for a level of `memory.LEVELS`, where videos
-        sampled at canvas (height, width) are made `batch` side by side; the same in all processes.
-        Raises ValueError, BundleError."""
+        """Return what of these networks stays on the device for a level of `memory.LEVELS`, if
+        videos sampled at canvas (height, width) are made `batch` side by side, and clips of up to
+        `encoded` latent frames are encoded for them; the same in all processes. Raises ValueError,
+        BundleError."""
+        _, frames = self.geometry.frames_of(0, encoded)
         return in_first(
-            memory.plan, path, level, memory.Work(canvas, batch, self.schedule),
+            memory.plan, path, level, memory.Work(canvas, batch, self.schedule, frames),
             dtype=self.dtype, tiling=self.tiling, mesh=self.mesh, roles=roles,
         )  # fmt: skip
 

@@ -134,6 +134,12 @@ class Layout:
         return packing.length(self.plan)
 
     @property
+    def encoded(self) -> int:
+        """Latent frames of the longest clip that is encoded: of the start image or footage, or of a
+        still, which is the second latent of its clip."""
+        return max([self.before, *(2 for still in self.stills if still < self.length)])
+
+    @property
     def overlap_start(self) -> int:
         """The first position of the clips, from which on footage is cross-faded with them."""
         return min(section.decode[0] for section in self.plan)

@@ -158,6 +158,64 @@ def test_what_the_host_has_room_for(monkeypatch) -> None:
     assert plan(0).hosted == 0 and "wait in" not in plan(0).why
 
 
+def test_a_cpu_has_one_memory_for_all(monkeypatch) -> None:
+    """Blocks wait in what the rest of the process leaves, and the sum is told."""
+    needed = dataclasses.replace(RELEASED, process=int(GB))
+    monkeypatch.setattr(memory, "need", lambda *args, **options: needed)
+    blocks, rest = sum(needed.blocks), needed.streamed(0, memory.TILES)
+    work = Work((608, 640), 1, "g9")
+
+    def plan(limit: float | None) -> memory.Plan:
+        monkeypatch.setattr(memory, "limit_of_host", lambda: limit)
+        return memory.plan("", "low", work, dtype="float32", tiling=WHOLE)
+
+    said = f"{(blocks + rest) / GB:.3g} GB are needed in all, with those blocks"
+    assert plan(None).why.endswith(said)
+    assert plan(blocks / memory.HOSTED).hosted < 60
+    enough = plan(2 * (blocks + rest))
+    assert enough.hosted is None and enough.why.endswith(said)
+    few = plan(rest + sum(needed.blocks[:3]))
+    assert few.hosted == 3
+    assert few.why.endswith(f"{(rest + sum(needed.blocks[:3])) / GB:.3g} GB are needed in all,"
+                            " with those blocks")  # fmt: skip
+    assert plan(rest / 2).why.endswith(f"{rest / GB:.3g} GB are needed")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_cpu_converts_what_is_not_float32(dtype: str) -> None:
+    """Blocks one by one, and an encoder that is one program as a whole."""
+    manifest = bundle.read_manifest(RANDOM)
+    sizes = {
+        role: bundle.device_bytes(RANDOM, manifest, role, dtype=jnp.dtype(dtype))
+        for role in ("text_encoder", "text_encoder_2", "image_encoder")
+    }
+    base = sum(each.base for each in sizes.values())
+    layers = sizes["text_encoder"].layers
+    most = max(each.largest for each in sizes.values())
+    assert (
+        sizes["image_encoder"].largest == sizes["image_encoder"].base // jnp.dtype(dtype).itemsize
+    )
+    needed = memory.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype=dtype)
+    converted = 4 * most if dtype == "bfloat16" else 0
+    assert needed.reading == base + sum(sorted(layers)[-2:]) + converted
+    assert needed.process == memory.PROCESS
+
+
+def test_clips_that_are_encoded_count() -> None:
+    """Whole, however the VAE decodes, but for long ones, which it takes apart in time."""
+
+    def encoding(frames: int) -> int:
+        return memory.need(RANDOM, Work((64, 64), 1, FLAGS[5], frames), dtype="float32").encoding
+
+    assert encoding(17) == encoding(81) and encoding(17) == pytest.approx(
+        17 * encoding(1), rel=0.01
+    )
+    needed = dataclasses.replace(RELEASED, encoding=int(50 * GB))
+    assert needed.streamed(60, WHOLE) - RELEASED.streamed(60, WHOLE) == pytest.approx(
+        needed.encoding - max(RELEASED.step, RELEASED.decode(WHOLE), RELEASED.reading)
+    )
+
+
 def test_the_memory_of_the_host(monkeypatch) -> None:
     files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5 kB\n"}
     monkeypatch.setattr(memory, "_read", lambda file: files.get(file, ""))
@@ -421,7 +479,7 @@ def test_decoding_needs_the_vae_alone(tmp_path, monkeypatch, capsys) -> None:
 
 def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
     needed = memory.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype="float32")
-    for limit, said in ((1e9, "all networks stay"), (needed.streamed(1, WHOLE) / 0.95, "1 of 4 b")):
+    for limit, said in ((3e9, "all networks stay"), (needed.streamed(1, WHOLE) / 0.95, "1 of 4 b")):
         monkeypatch.setattr(memory, "limit_of_device", lambda limit=limit: limit)
         sample.main([*FLAGS, "--output", str(tmp_path / said[0]), "--latents-only"])
         assert said in capsys.readouterr().out

@@ -64,6 +64,8 @@ def test_key_frames_in_the_order_of_the_request_and_the_end_last() -> None:
     for use, length in (("auto", 10), ("guide", 10), ("still", 11)):
         layout = lay_out(INVERTED, dataclasses.replace(request, end_image_as=use), sections=1)
         assert layout.stills == (8, 4, 10) and layout.length == length
+        alone = dataclasses.replace(request, key_frames=(), end_image_as=use)
+        assert lay_out(INVERTED, alone, sections=1).encoded == (2 if use == "still" else 1)
 
 
 @pytest.mark.parametrize(
@@ -142,4 +144,5 @@ def test_no_picture_is_zoomed_for_the_canvas() -> None:
 def test_times_count_from_the_end_of_footage() -> None:
     footage = footage_of(F1, np.zeros((41, 32, 32, 3), np.uint8), 32, 32)
     request = Request("", footage=footage, key_frames=((0.4, IMAGE),))
-    assert lay_out(F1, request, sections=1, height=32, width=32).stills == (10 + 3,)
+    layout = lay_out(F1, request, sections=1, height=32, width=32)
+    assert layout.stills == (10 + 3,) and layout.encoded == 11

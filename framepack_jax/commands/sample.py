@@ -329,7 +329,8 @@ def _with_weights(
     """Load what the flags keep on the device, and say what that is."""
     canvas = max((task.layout.canvas for task in tasks), key=math.prod)
     level = flags.memory or tasks[0].run.record.get("memory", "auto")
-    plan = pipe.plan(path, level, canvas, flags.batch, roles)
+    encoded = max(task.layout.encoded for task in tasks)
+    plan = pipe.plan(path, level, canvas, flags.batch, roles, encoded)
     # What a video began with it goes on with, unless told otherwise.
     began = tasks[0].run.record.get("decode_tile")
     if began and flags.resume and not (flags.memory or flags.vae_tile):
