@@ -230,6 +230,9 @@ def need(
     network, decoder = size("transformer"), bundle.role_config(manifest, "vae")[1]
     names = [role for role in bundle.ROLES if role not in ("transformer", "vae")]
     encoders = [size(role) for role in names]
+    bases = sum(each.base for each in encoders)
+    # What a host holds to read weights from the disk is not given back at once.
+    beside = max(map(opened, names)) + min(bundle.LOAD_CHUNK, bases) if on_cpu else 0
     devices = 1 if mesh is None else mesh.size
     units = CPU_DECODE_UNITS if on_cpu else DECODE_UNITS
     # Of one frame, decoded or encoded.
@@ -237,9 +240,7 @@ def need(
     encoded = min(work.encoded, DECODE_FRAMES)
     return Need(
         encoders=sum(each.base + sum(each.layers) for each in encoders),
-        reading=sum(each.base for each in encoders)
-        + max(sum(sorted(each.layers)[-2:]) for each in encoders)
-        + (max(map(opened, names)) if on_cpu else 0),
+        reading=bases + max(sum(sorted(each.layers)[-2:]) for each in encoders) + beside,
         vae=size("vae").base,
         base=network.base,
         blocks=network.layers,

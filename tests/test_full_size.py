@@ -18,7 +18,7 @@ from framepack_jax.memory import GB
 ROOT = Path(__file__).parent.parent
 # Bytes of the bundle, in 8 bits, with the run; and of memory with all blocks in it: fewer serve,
 # but then every step reads the others from the disk.
-DISK, MEMORY = 23 * GB, 21 * GB
+DISK, MEMORY = 23 * GB, 22 * GB
 WINDOW, STEPS, SIDE = 9, 2, 64
 
 
