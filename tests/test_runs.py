@@ -706,10 +706,12 @@ def test_flags_that_change_nothing_are_told(tmp_path, recwarn) -> None:
     command(
         tmp_path / "run", "--sections", 1, "--latents-only", "--negative-prompt", "blurred",
         "--cfg-rescale", 0.7, "--prompt-blend", 2, "--seconds", 3, "--merge-lora",
+        "--end-image-as", "still",
     )  # fmt: skip
     told = {str(warning.message).partition(" ")[0] for warning in recwarn}
     assert told == {
         "--negative-prompt", "--cfg-rescale", "--prompt-blend", "--seconds", "--merge-lora",
+        "--end-image-as",
     }  # fmt: skip
 
 

@@ -109,6 +109,8 @@ def warn_of_idle(shot: Shot) -> None:
         and shot.prompt_blend != default.prompt_blend,
         "--seconds does not count beside --sections": shot.sections is not None
         and shot.seconds != default.seconds,
+        "--end-image-as counts only with --end-image": shot.end_image is None
+        and shot.end_image_as != default.end_image_as,
     }
     for message in (message for message, is_idle in idle.items() if is_idle):
         warnings.warn(message, stacklevel=1)  # one place, so that it is said once for many videos
