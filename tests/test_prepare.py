@@ -808,7 +808,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
             loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
     finally:
         for file in (real / "videos" / "moved").glob("*.mp4"):
-            shutil.move(file, real / "videos")
+            file.replace(real / "videos" / file.name)
         (real / "videos" / "moved").rmdir()
 
 
