@@ -128,8 +128,11 @@ def test_links_are_followed_and_nothing_is_taken_twice(tmp_path) -> None:
 def test_names_that_are_no_text_are_rejected_alone(folder) -> None:
     (folder / os.fsdecode(b"caf\xe9.mp4")).touch()
     os.mkfifo(folder / "pipe.mp4")
+    long = "n" * 251 + ".mp4"
+    (folder / long).touch()  # whose caption file would have too long a name
     here = list_videos(folder, empty_captions=True)
-    assert len(here) == 5
+    assert len(here) == 6 and long in found(here)
+    (folder / long).unlink()
     assert reasons(here) == {"caf\\xe9.mp4": "bad_name", "pipe.mp4": "unreadable"}
     names = ["b\0.mp4", "b\ud83d.mp4", "n" * 300 + ".mp4", "http://x.y/b.mp4", "", ".", "gone.mp4"]
     rows = [{"video": name, "caption": "x"} for name in ["a.mp4", *names]]
@@ -196,10 +199,10 @@ def test_rows_of_a_table_are_rejected_alone(folder) -> None:
     assert found(here) == {"a.mp4": ("waves",), "e.mp4": ("jumps",)}
     assert reasons(here) == {3: "bad_row", 4: "bad_caption", 5: "no_caption"}
     assert "has 3 fields, the first line 2" in {p.row: p.detail for p in here.problems()}[3]
-    text = 'video,caption\na.mp4,"says ""hi"""\nb.mp4,"open\nc.mp4,"x"\nd.mp4,y\ne.mp4,"open\n'
+    text = 'video,caption\na.mp4,"says ""hi"""\n\nb.mp4,"open\nc.mp4,"x"\nd.mp4,y\ne.mp4,"open\n'
     here = listed(folder, "list.csv", text)
-    assert found(here) == {"a.mp4": ('says "hi"',), "d.mp4": ("y",)}
-    assert reasons(here) == {3: "bad_row", 5: "bad_row"}
+    assert found(here) == {"a.mp4": ('says "hi"',), "c.mp4": ("x",), "d.mp4": ("y",)}
+    assert reasons(here) == {4: "bad_row", 7: "bad_row"}, "numbers of lines"
     assert all("is a quote left open?" in problem.detail for problem in here.problems())
 
 
@@ -215,8 +218,11 @@ def test_json_that_is_an_array_an_object_of_captions_or_lines(folder, monkeypatc
     here = listed(folder, "list.json", "\n".join(map(json.dumps, rows)))
     assert len(here) == 2
     by_name = {"a.mp4": ["waves", "bows"], "b.mp4": "jumps", "c.mp4": {"caption": "sits"}}
-    here = listed(folder, "captions.json", json.dumps(by_name, indent=1))
-    assert found(here) == {"a.mp4": ("bows", "waves"), "b.mp4": ("jumps",), "c.mp4": ("sits",)}
+    for text in (json.dumps(by_name, indent=1), json.dumps(by_name)):
+        here = listed(folder, "captions.json", text)
+        assert found(here) == {"a.mp4": ("bows", "waves"), "b.mp4": ("jumps",), "c.mp4": ("sits",)}
+    here = listed(folder, "wrapped.json", json.dumps({"data": rows[::2]}))
+    assert found(here) == {"a.mp4": ("waves",), "b.mp4": (TEXT,)}
     for text in ('[{"video": "a.mp4"}, {"video"', '[{"video": "a.mp4"}'):
         with pytest.raises(DatasetError, match="is no JSON after row 1"):
             listed(folder, "list.json", text)
@@ -247,6 +253,12 @@ def test_several_captions_and_spans_of_a_video(folder) -> None:
         ("b.mp4", 60.5, 120): ("two",), ("b.mp4", 0, float("inf")): ("all",),
     }  # fmt: skip
     assert reasons(here) == {3: "repeated"}
+    again = [rows[1], {"video": "a.mp4", "caption": ["jumps", "sits"]}]
+    here = listed(folder, "again.jsonl", "\n".join(map(json.dumps, again)))
+    assert found(here) == {"a.mp4": ("jumps", "sits")} and not reasons(here)
+    empty = {"video": None, "file_name": "a.mp4", "caption": "", "text": "waves"}
+    assert found(listed(folder, "empty.jsonl", json.dumps(empty))) == {"a.mp4": ("waves",)}
+    here = listed(folder, "list.jsonl", "\n".join(map(json.dumps, rows)))
     assert len({video.id for video in here}) == 4
 
 

@@ -32,7 +32,8 @@ from framepack_jax.data.store import Video
 from framepack_jax.processes import in_all, in_first, is_first, join
 from framepack_jax.progress import Bar
 
-FORMAT = 1
+# Raised when videos are decoded or judged differently: those in the store are then read again.
+FORMAT = 2
 THRESHOLDS = Thresholds()
 
 

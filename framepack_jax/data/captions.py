@@ -1,6 +1,7 @@
 """Read and check captions: text files in UTF-8 or UTF-16, and text from manifests."""
 
 import codecs
+import os
 import re
 from pathlib import Path
 
@@ -23,7 +24,8 @@ BYTE_ORDER_MARKS = {
 def caption_beside(video: Path) -> str | None:
     """Return the caption in the text file beside a video, stripped; None if there is no file.
     Raises Rejected if it cannot be read."""
-    file = next((f for s in SUFFIXES if (f := video.with_suffix(s)).is_file()), None)
+    # Unlike Path.is_file, this takes names that are too long.
+    file = next((f for s in SUFFIXES if os.path.isfile(f := video.with_suffix(s))), None)
     if file is None:
         return None
     try:

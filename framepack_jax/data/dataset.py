@@ -121,7 +121,7 @@ def check_videos(folder: Path, source: Path, listing: Listing) -> None:
 def _read_videos(file: Path) -> Iterator[Any]:
     """Where the videos were listed, then (name, stamp) of each."""
     with open(file) as lines:
-        head = json.loads(next(lines))
+        head = json.loads(lines.readline())
         yield head["listing"]
         if file.name == VIDEOS_BEFORE:
             yield from head["videos"].items()

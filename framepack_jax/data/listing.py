@@ -127,16 +127,16 @@ class Listing:
     def _add(self, row: Row) -> None:
         source = _name_in(self.folder, row.video)
         stamp = _stamp(self.folder / source, source)
-        for caption in self._captions(row, source):
-            added = self._base.execute(
+        name = store.video_id(source, row.start, row.end)
+        added = [
+            self._base.execute(
                 "INSERT OR IGNORE INTO videos VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    store.video_id(source, row.start, row.end), caption, source, *stamp,
-                    row.start, row.end,
-                ),
-            )  # fmt: skip
-            if not added.rowcount:
-                raise Rejected("repeated", f"{source} is there already with the same caption")
+                (name, caption, source, *stamp, row.start, row.end),
+            ).rowcount
+            for caption in self._captions(row, source)
+        ]
+        if not any(added):
+            raise Rejected("repeated", f"{source} is there already with the same caption")
 
     def _captions(self, row: Row, source: str) -> list[str]:
         """Those of the row, or of the file beside the video. Raises Rejected."""
@@ -166,7 +166,7 @@ def list_videos(source: Path, empty_captions: bool = False) -> Listing:
         _add_folder(listing)
     else:
         for number, row in manifests.read_rows(source):
-            listing.add(row, number, source.name)
+            listing.add(row, number, escaped(source.name))
     if not len(listing) and next(listing.problems(), None) is None:
         left_out = f"; left out: {say_left_out(listing.left_out)}" if listing.left_out else ""
         raise DatasetError(

@@ -7,8 +7,10 @@ common trainers and data sets: musubi-tuner (`video_path`), Hugging Face and fin
 diffusion-pipe (an object of captions by name).
 """
 
+import collections
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -76,12 +78,13 @@ def _row(fields: Any) -> Row:
             "bad_row", f'{str(fields)[:80]} is no object; expected {{"video": ..., "caption": ...}}'
         )
     given = {str(name).strip().lower(): value for name, value in fields.items()}
-    column = next((name for name in VIDEO if name in given), None)
-    if column is None:
-        columns = ", ".join(given)[:200] or "none"
+    columns = [name for name in VIDEO if name in given]
+    if not columns:
+        names = ", ".join(given)[:200] or "none"
         raise Rejected(
-            "bad_row", f"it names no video; its columns are {columns}; expected {_either(VIDEO)}"
+            "bad_row", f"it names no video; its columns are {names}; expected {_either(VIDEO)}"
         )
+    column = next((name for name in columns if given[name] not in (None, "")), columns[0])
     video, captions = given[column], _first(given, CAPTION)
     if not isinstance(video, str) or not video.strip():
         raise Rejected("bad_row", f"its {column} is {str(video)[:80]!r}, expected a path")
@@ -95,7 +98,13 @@ def _row(fields: Any) -> Row:
 
 
 def _first(given: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((given[name] for name in names if name in given), None)
+    """The first value of these names that is not empty."""
+    return next((v for name in names if (v := given.get(name)) not in (None, "")), None)
+
+
+def _names(fields: Mapping[Any, Any]) -> set[str]:
+    """The columns of a row as they are compared."""
+    return {str(name).strip().lower() for name in fields}
 
 
 def _either(names: Sequence[str]) -> str:
@@ -129,9 +138,20 @@ def _text(source: Path, newline: str = "\n") -> io.TextIOWrapper:
 def _lines(source: Path) -> Fields:
     """JSON lines. They end with \\n alone: a caption may hold other marks of an end."""
     with _text(source) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW), ""), 1):
-            if line.strip():
+        for number in itertools.count(1):
+            line = file.readline(MAX_ROW)
+            if not line:
+                return
+            if len(line) == MAX_ROW and not line.endswith("\n"):
+                _skip_line(file)
+                yield number, Rejected("bad_row", f"it has more than {MAX_ROW >> 20} MiB")
+            elif line.strip():
                 yield number, _parsed(line)
+
+
+def _skip_line(file: io.TextIOWrapper) -> None:
+    while (rest := file.readline(CHUNK)) and not rest.endswith("\n"):
+        pass
 
 
 def _parsed(line: str) -> Any:
@@ -154,9 +174,10 @@ def _json(source: Path) -> Fields:
         if first == "[":
             yield from enumerate(_array(file, source), 1)
             return
-        line = file.readline(MAX_ROW)
+        line, more = _parsed(file.readline(MAX_ROW)), file.read(CHUNK).strip()
         file.seek(0)
-        if isinstance(_parsed(line), dict) or first != "{":
+        one = isinstance(line, dict)
+        if first != "{" or (one and (more or _names(line) & set(VIDEO))):
             yield from _lines(source)
         else:
             yield from enumerate(_by_name(file, source), 1)
@@ -190,32 +211,73 @@ def _by_name(file: io.TextIOWrapper, source: Path) -> Iterator[dict[str, Any]]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{source} is no JSON ({error})") from error
-    if any(str(name).strip().lower() in VIDEO for name in rows):
+    if _names(rows) & set(VIDEO):
         yield rows
+        return
+    (first, *others) = rows.values() or (None,)
+    if not others and isinstance(first, list) and all(isinstance(row, dict) for row in first):
+        yield from first  # {"data": [rows]}
         return
     for name, row in rows.items():
         yield {"video": name, **(row if isinstance(row, dict) else {"caption": row})}
 
 
+class _Lines:
+    """The lines of a file for a reader of tables, which can go back within a row."""
+
+    def __init__(self, file: io.TextIOWrapper) -> None:
+        self._file, self._start = file, 1
+        self._row: list[str] = []
+        self._again: collections.deque[str] = collections.deque()
+
+    @property
+    def number(self) -> int:
+        """Number of the row's first line that is not blank."""
+        return self._start + next((i for i, line in enumerate(self._row) if line.strip()), 0)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else self._file.readline(MAX_ROW)
+        if not line:
+            raise StopIteration
+        self._row.append(line)
+        return line
+
+    def begin_row(self) -> None:
+        self._start += len(self._row)
+        self._row = []
+
+    def back_behind_first(self) -> None:
+        """Give the lines of the row behind its first one again."""
+        first = self.number - self._start + 1
+        self._again.extendleft(reversed(self._row[first:]))
+        self._row = self._row[:first]
+
+
 def _table(source: Path) -> Fields:
-    """Rows of a table whose first line names its columns."""
+    """Rows of a table whose first line names its columns. A row with a quote that is left open
+    swallows no other."""
     csv.field_size_limit(MAX_ROW)
     with _text(source, newline="") as file:
         delimiter = max(",\t;|", key=file.readline(MAX_ROW).count)
         file.seek(0)
-        table = csv.DictReader(file, delimiter=delimiter, strict=True)
+        lines = _Lines(file)
+        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
         _check_columns(source, table.fieldnames or ())
-        number, row = 1, {}
+        row: dict[Any, Any] | None = {}
         while row is not None:
-            number += 1
+            lines.begin_row()
             try:
                 row = next(table, None)
             except csv.Error as error:
+                lines.back_behind_first()
                 problem = f"it is no row of a table ({error}); is a quote left open?"
-                yield number, Rejected("bad_row", problem)
+                yield lines.number, Rejected("bad_row", problem)
                 continue
             if row is not None:
-                yield number, _checked(row, delimiter)
+                yield lines.number, _checked(row, delimiter)
 
 
 def _checked(row: dict[Any, Any], delimiter: str) -> Any:
