@@ -934,7 +934,35 @@ def test_the_header_says_where_a_lora_comes_from(model, tmp_path) -> None:
     with safe_open(tmp_path / "y.safetensors", "np") as file:
         assert file.metadata() == {
             "format": "pt", "ss_steps": "7", "modelspec.title": "dance",
+            "ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic",
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("naming", "said"),
+    [
+        ("kohya", ("4", "8")), ("comfyui", ("4", "8")),
+        ("diffusers", ("4", "4")), ("original", ("4", "4")),
+    ],
+)  # fmt: skip
+def test_the_header_says_rank_and_alpha_of_the_tensors(naming, said, model, tmp_path) -> None:
+    """Also after a conversion: by alpha tensors, or alpha = rank where the scale is in the
+    factors."""
+    cfg, _ = model
+    made = random_lora(cfg, 23, ranks=(4,))
+    made = {p: f._replace(scale=np.full(4, 2.0)) for p, f in made.items() if "double/00" in p}
+    about = {"ss_network_dim": "64", "ss_network_alpha": "1"}
+    for other in ("kohya", "original"):
+        files.write(tmp_path / f"{other}.safetensors", made, cfg, other, about)
+        again = files.read(tmp_path / f"{other}.safetensors", cfg).lora
+        file = tmp_path / f"from_{other}.safetensors"
+        files.write(file, again, cfg, naming, files.about(tmp_path / f"{other}.safetensors"))
+        with safe_open(file, "np") as tensors:
+            header = tensors.metadata()
+        downs = [x for n, x in load_file(file).items() if "lora_A" in n or "lora_down" in n]
+        assert {len(x) for x in downs} == {4}
+        expected = said if other == "kohya" else ("4", "4")
+        assert (header["ss_network_dim"], header["ss_network_alpha"]) == expected
 
 
 def test_files_have_the_mode_of_their_neighbours(model, tmp_path) -> None:

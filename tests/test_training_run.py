@@ -19,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from compiling import quick_flags
+from safetensors import safe_open
+from safetensors.numpy import load_file
 from test_processes import ended, launch
 from torch_reference import relative_error
 from training_data import damage, write_dataset
@@ -533,7 +535,14 @@ def check_lora_files(folder: Path, run: Path) -> None:
         assert about["modelspec.architecture"] == "framepack/lora"
         assert about["modelspec.title"] == run.name and about["ss_steps"] == "2"
         assert about["ss_sd_model_name"] == "configs/tiny_bundle.py, untrained"
-        assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("2", "4")
+        assert (about["framepack.rank"], about["framepack.alpha"]) == ("2", "4")
+        assert "rank 2 and alpha 4" in about["modelspec.description"]
+        ranks = {len(x) for key, x in load_file(folder / name).items() if "lora_A" in key}
+        with safe_open(folder / name, "np") as file:
+            header = file.metadata()
+        # Alpha is multiplied into the factors.
+        said = str(*ranks) if len(ranks) == 1 else "Dynamic"
+        assert (header["ss_network_dim"], header["ss_network_alpha"]) == (said, said)
         assert about["framepack.schedule"] in about["modelspec.description"]
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,7 +215,7 @@ def about(path: Path) -> dict[str, str]:
     """The header of a safetensors file but for what `write` says itself, and hashes of the file's
     tensors; {} for other formats."""
     header = _header(open_checkpoint(path))
-    said = re.compile(rf"format|{METADATA}|sshs_.*|modelspec\.hash_sha256")
+    said = re.compile(rf"format|{METADATA}|ss_network_(dim|alpha)|sshs_.*|modelspec\.hash_sha256")
     return {key: value for key, value in header.items() if not said.fullmatch(key)}
 
 
@@ -227,7 +227,7 @@ def write(
     about: Mapping[str, str] | None = None,
 ) -> None:
     """Write a LoRA of a network of that config as safetensors, under one of NAMINGS, whole or not
-    at all; `about` goes into the header.
+    at all; `about` goes into the header, with the rank and alpha of what is written.
 
     A naming with alpha keeps the bits of the factors, if the file that they were read from had the
     same fused matrices. One without alpha has the scale multiplied into `lora_B`. Raises
@@ -247,9 +247,8 @@ def write(
         down, up = tensors_of(step, pair)
         arrays |= {spelling.down.format(spelt): down, spelling.up.format(spelt): up}
         if spelling.alpha:
-            alpha = len(pair.down) * float(pair.scale[0])
-            arrays[spelling.alpha.format(spelt)] = np.array(alpha, np.float32)
-    metadata = dict(about or {})
+            arrays[spelling.alpha.format(spelt)] = np.array(_alpha(pair), np.float32)
+    metadata = {**(about or {}), **_rank_and_alpha([pair for _, pair in pairs.values()])}
     if naming == "diffusers":
         metadata[METADATA] = _peft_metadata({n: len(pair.down) for n, (_, pair) in pairs.items()})
     tensors = [Tensor(name, x.shape, str(x.dtype)) for name, x in arrays.items()]
@@ -257,6 +256,21 @@ def write(
     with whole(path) as partial, partial.open("wb") as file:
         values = (np.asarray(x, order="C") for x in arrays.values())
         stream_safetensors(file, tensors, values, metadata=metadata)
+
+
+def _alpha(pair: Pair) -> float:
+    """Return the alpha of a module whose ranks have one scale."""
+    return len(pair.down) * float(pair.scale[0])
+
+
+def _rank_and_alpha(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Return the rank and alpha of all modules, under the keys of kohya-ss/sd-scripts; "Dynamic" if
+    modules differ, as its `resize_lora.py` writes it. Factors with a folded scale have alpha =
+    rank."""
+    ranks = {str(len(pair.down)) for pair in pairs}
+    alphas = {f"{_alpha(pair):g}" for pair in pairs}
+    fields = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    return {k: values.pop() if len(values) == 1 else "Dynamic" for k, values in fields.items()}
 
 
 def _to_pairs(

@@ -225,7 +225,8 @@ def _lora_header(
     cfg: Config, model: state.Model, manifest: bundle.Manifest, folder: str, step: int
 ) -> dict[str, str]:
     """How adapters came about, for the header of their files, under the keys of kohya-ss/sd-scripts
-    and musubi-tuner (ss_) and of Stability AI's model metadata specification (modelspec)."""
+    and musubi-tuner (ss_) and of Stability AI's model metadata specification (modelspec). Rank and
+    alpha as trained have keys of our own: those of the tensors, which `write` adds, may differ."""
     base = str(manifest.roles["transformer"].source.get("name", "unknown"))
     schedule = cfg.schedule or manifest.schedule
     architecture, repository, version = "hunyuan-video", "Tencent/HunyuanVideo", "hunyuan_video"
@@ -237,13 +238,13 @@ def _lora_header(
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": f"https://github.com/{repository}",
         "modelspec.title": os.path.basename(os.path.normpath(folder)),
-        "modelspec.description": f"LoRA of rank {rank} and alpha {alpha} after {step} steps from"
-        f" {base}, for packing schedule {schedule}",
+        "modelspec.description": f"LoRA trained with rank {rank} and alpha {alpha} for {step} steps"
+        f" from {base}, for packing schedule {schedule}",
         "ss_base_model_version": version,
         "ss_sd_model_name": base,
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": alpha,
         "ss_steps": str(step),
+        "framepack.rank": str(rank),
+        "framepack.alpha": alpha,
         "framepack.schedule": str(schedule),
     }
 
