@@ -5,8 +5,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -579,9 +581,15 @@ def underscores_behind_prefixes(tensors: Tensors) -> Tensors:
     return {f"base_model.model.{name}": x for name, x in musubi(tensors).items()}
 
 
+def behind(prefix: str, spell: Callable[[Tensors], Tensors] = dict) -> Callable:
+    return lambda tensors: {f"{prefix}{name}": x for name, x in spell(tensors).items()}
+
+
 SPELLINGS = [
     pipeline_keys, peft_keys, default_adapter, musubi, onetrainer,
     dots_for_underscores, half_of_the_dots, underscores_behind_prefixes,
+    *(behind(f"{prefix}.") for prefix in ("net", "ema", "student", "a.b_c")), behind("lora_dit_"),
+    behind("ema.", pipeline_keys), behind("unet.", musubi), behind("net._orig_mod."),
 ]  # fmt: skip
 
 
@@ -642,7 +650,41 @@ def test_parts_of_a_file_and_what_is_not_of_the_network(peft, model, tmp_path) -
     assert files.read(tmp_path / "most.safetensors", model[0]).warning() is None
 
 
+def test_one_prefix_is_taken_off_a_file(peft, model, tmp_path) -> None:
+    """Not that of a text encoder, although some of its modules end as those of the network do."""
+    bare = load_file(peft[0])
+    tensors = behind("dit.")(bare)
+    encoder = ["llm.0.proj_out", "llm.0.q_proj", "llm.0.k_proj", "llm.1.proj_out", "llm.1.q_proj"]
+    for module, side in itertools.product(encoder, "AB"):
+        tensors[f"{module}.lora_{side}.weight"] = np.ones((2, 2), np.float32)
+    save_file(tensors, tmp_path / "x.safetensors")
+    read = files.read(tmp_path / "x.safetensors", model[0])
+    save_file(bare, tmp_path / "bare.safetensors")
+    assert_same_lora(read.lora, files.read(tmp_path / "bare.safetensors", model[0]).lora)
+    assert sorted(read.unmatched) == sorted(encoder)
+
+
 # Files that are refused
+
+
+def test_two_adapters_behind_prefixes(peft, model, tmp_path) -> None:
+    tensors = load_file(peft[0])
+    save_file(behind("net.")(tensors) | behind("ema.")(tensors), tmp_path / "x.safetensors")
+    with pytest.raises(ConversionError, match=r"'ema\.' and .* 'net\.'.*behind one prefix"):
+        files.read(tmp_path / "x.safetensors", model[0])
+
+
+def test_a_network_with_some_names_alike(model, tmp_path) -> None:
+    """Stable Diffusion's blocks end in names of FramePack's."""
+    block = ["proj_in", "proj_out", "transformer_blocks.0.ff.net.0.proj"]
+    block += [f"transformer_blocks.0.attn{i}.to_{x}" for i in (1, 2) for x in "qkv"]
+    names = [
+        f"unet.down_blocks.{i}.attentions.0.{module}.lora_{side}.weight"
+        for i, module, side in itertools.product(range(2), block, "AB")
+    ]
+    save_file({name: np.ones((2, 2), np.float32) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(ConversionError, match="none of its 18 modules is one of this network"):
+        files.read(tmp_path / "x.safetensors", model[0])
 
 
 def test_names_of_another_network(model, tmp_path) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,14 +179,14 @@ def read(path: Path, cfg: Config) -> Read:
     checkpoint = open_checkpoint(path)
     modules = _modules(checkpoint)
     places = _places(cfg)
-    matched = {module: _place(module, places) for module in modules}
+    matched = _placed(path, modules, places)
     unmatched = tuple(module for module, place in matched.items() if place is None)
     if len(unmatched) == len(modules):
         examples = [p.name for p in places.values() if "double/00/img_qkv/kernel" in p.step.targets]
         raise ConversionError(
             f"{path}: none of its {len(modules)} modules is one of this network; it names"
             f" {_some(modules)}; expected are {' or '.join(dict.fromkeys(examples))} and so on,"
-            " with dots or underscores, behind a prefix or not"
+            " with dots or underscores, all behind one prefix or none"
         )
     alphas, pairs, problems = _alphas(checkpoint), {}, []
     for module, place in matched.items():
@@ -302,6 +302,48 @@ def _places(cfg: Config) -> dict[str, Place]:
             for name in module_names(step):
                 places.setdefault(_flat(name), Place(naming, name, step))
     return places
+
+
+def _placed(
+    path: Path, modules: Collection[str], places: Mapping[str, Place]
+) -> dict[str, Place | None]:
+    """Return the place of each module: behind the known prefixes or, if no module has a place so,
+    behind one prefix of the whole file."""
+    placed = {module: _place(module, places) for module in modules}
+    if any(placed.values()):
+        return placed
+    prefix = _common_prefix(path, modules, places)
+    return {module: places.get(_flat(module.removeprefix(prefix))) for module in modules}
+
+
+def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Place]) -> str:
+    """Return the prefix that gives a place to the largest number of modules, "" if none does.
+
+    More than half of the modules behind it must have a place: a text encoder or another network
+    may have a few modules whose names end as those of the network do. Raises ConversionError if
+    two prefixes give a place to as many, such as those of plain and averaged weights.
+    """
+    before = (_before_place(module, places) for module in modules)
+    placed = collections.Counter(prefix for prefix in before if prefix)
+    found = [
+        (count, prefix)
+        for prefix, count in placed.most_common()
+        if 2 * count > sum(module.startswith(prefix) for module in modules)
+    ]
+    if len(found) > 1 and found[0][0] == found[1][0]:
+        raise ConversionError(
+            f"{path}: {found[0][0]} modules of this network are behind {found[0][1]!r} and as many"
+            f" behind {found[1][1]!r}; expected a single adapter of FramePack's or HunyuanVideo's"
+            " transformer, behind one prefix"
+        )
+    return found[0][1] if found else ""
+
+
+def _before_place(module: str, places: Mapping[str, Place]) -> str | None:
+    """Return what stands before the longest end of a module's name that has a place; None if no
+    end has."""
+    ends = (match.end() for match in re.finditer(r"[._]", module))
+    return next((module[:end] for end in ends if _flat(module[end:]) in places), None)
 
 
 def _place(module: str, places: Mapping[str, Place]) -> Place | None:
