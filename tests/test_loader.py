@@ -9,9 +9,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from training_data import SIZES, damage, write_dataset
+from training_data import SIZES, damage, random_record, write_dataset
 
-from framepack_jax import bundle, packing
+from framepack_jax import bundle, packing, video
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import checks, loader, pixels, records
 from framepack_jax.data.batch import LOST
@@ -373,7 +373,7 @@ def test_a_bucket_that_cannot_be_read_ends_the_stream_with_its_name(tmp_path) ->
     file = next((tmp_path / records.SHARDS).glob("48x32*"))
     file.write_bytes(file.read_bytes()[:3000])
     records._reader.cache_clear()
-    with pytest.raises(DatasetError, match=r"48x32-00000\.arrayrecord.* nor can 16 other"):
+    with pytest.raises(DatasetError, match=r"48x32-00000\.arrayrecord.* nor can 2 others"):
         list(itertools.islice(opened, 20))
     assert opened.bucket_at(opened.step) == (48, 32)
     shapes = opened.abstract((48, 32), INVERTED)
@@ -411,6 +411,49 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(dataset, tmp_pa
     for batch, *parts in zip(batches[4:], *halves, strict=True):
         joined = jax.tree.map(lambda *x: np.stack(x, 1).reshape(-1, *x[0].shape[1:]), *parts)
         assert bits(joined) == bits(batch)
+
+
+def test_a_readable_clip_of_a_bucket_is_always_found(tmp_path) -> None:
+    """However few there are, and whichever sample asks."""
+    clips = write_dataset(tmp_path)
+    for number in (5, 6):
+        damage(tmp_path, clips[number])
+    opened, _ = take(tmp_path, 0)
+    for element in range(2000):
+        assert opened.samples.read_or_replace(element, 5, INVERTED).clip == -6
+    opened.check_buckets()
+
+
+def test_a_bucket_of_one_clip_that_cannot_be_read_is_named_before_training(tmp_path) -> None:
+    clips = write_dataset(tmp_path, {(32, 48): (3, 3, 3), (48, 32): (3,)})
+    damage(tmp_path, clips[3])
+    opened, _ = take(tmp_path, 0)
+    named = (
+        r"48x32-00000\.arrayrecord, record 0, cannot be read .*; it is the only clip of bucket"
+        r" 48x32, which has nothing to train on\. Mend a clip of this bucket, or prepare"
+    )
+    with pytest.raises(DatasetError, match=named):
+        opened.check_buckets()
+
+
+def test_a_fault_anywhere_in_a_video_is_named(tmp_path) -> None:
+    """Also where no frame of one of the sections is damaged."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (181, 32, 48, 3), np.uint8)
+    video.write_mp4(tmp_path / "a.mp4", frames, 30)
+    data = (tmp_path / "a.mp4").read_bytes()
+    late = len(data) * 9 // 10
+    (tmp_path / "a.mp4").write_bytes(data[:late] + bytes(4000) + data[late + 4000 :])
+    record = random_record(0, 32, 48, 46)._replace(latents=None)
+    shards = records.write_shards(tmp_path, (32, 48), [(records.pack(record), 46)])
+    records.write_empty(tmp_path, record.text, record.pooled)
+    records.write_index(tmp_path, Index("pixels", tuple(shards), {}, 30.0, 4, 8, 16))
+    opened, _ = take(tmp_path, 0)
+    assert opened.samples.read(0, 0, INVERTED).clip == 0
+    with pytest.raises(ValueError, match=r"a\.mp4"):
+        for element in range(20):
+            opened.samples.read(element, 0, INVERTED)
+    assert "a.mp4" in opened.fault(0)
 
 
 @pytest.mark.parametrize("schedule", ORDERS)

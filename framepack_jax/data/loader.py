@@ -44,6 +44,8 @@ REPLACEMENT_SEED = 16265
 # Records that are tried in the place of one that cannot be read; if none of them can, the dataset
 # is gone rather than damaged.
 TRIES = 16
+# (height, width) of frames that are decoded only to see whether they can be.
+DECODED = (8, 8)
 # Reading a record or its video raises one of these.
 READ_ERRORS = (ValueError, OSError, RuntimeError)
 LEAST = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_records": 0}
@@ -165,18 +167,26 @@ class Samples:
 
     def read_or_replace(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
         """`read`, or the sample of another record of the bucket if that one cannot be read; which
-        one comes from `element` alone. Raises DatasetError if none of TRIES can be read."""
+        one comes from `element` alone. Raises DatasetError if none of up to TRIES others can be
+        read."""
         try:
             return self.read(element, number, schedule)
         except READ_ERRORS as error:
             first = error
         rng = np.random.default_rng([self.cfg.seed, REPLACEMENT_SEED, element])
-        bucket = self.streams[_places(self.index)[number]]
-        for other in rng.choice(bucket, TRIES).tolist():
+        bucket = _places(self.index)[number]
+        shuffled = rng.permutation(self.streams[bucket]).tolist()
+        others = [other for other in shuffled if other != number][:TRIES]
+        for other in others:
             with contextlib.suppress(*READ_ERRORS):
                 sample = self.read(element, other, schedule)
                 return sample.replace(clip=np.asarray(-1 - number, np.int32))
-        raise DatasetError(f"{first}; nor can {TRIES} other records of its bucket") from first
+        height, width = bucket
+        tried = f"nor can {len(others)} others" if others else "it is the only clip"
+        raise DatasetError(
+            f"{first}; {tried} of bucket {height}x{width}, which has nothing to train on. Mend a"
+            " clip of this bucket, or prepare the dataset again without its videos"
+        ) from first
 
     def read(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
         """A sample of a schedule; all that is random in it comes from `element`."""
@@ -194,6 +204,14 @@ class Samples:
         if self.index.mode == "latents":
             return latent_sample(record, section, rest)
         return self._pixel_sample(record, section, packing.span(schedule, self.order), rest)
+
+    def read_video(self, number: int) -> None:
+        """Decode all frames of a clip where the dataset keeps none, as small pictures. Raises one
+        of READ_ERRORS."""
+        if self.index.mode == "pixels":
+            clip = self.source[number].clip
+            first = round(clip.start * self.index.fps)
+            read_span(self.folder / clip.source, self.index.fps, first, clip.frames, DECODED)
 
     def length(self, record: Record) -> int:
         """Latent frames of a clip."""
@@ -407,6 +425,11 @@ class Loader:
             )
         return self._abstract[bucket, schedule]
 
+    def check_buckets(self) -> None:
+        """Raise DatasetError that names a bucket if no clip of it can be read."""
+        for bucket, schedule in itertools.product(self.buckets, self.samples.schedules):
+            self.abstract(bucket, schedule)
+
     def clip_ids(self, numbers: Sequence[int]) -> list[str]:
         """Names of clips by their numbers; of those that cannot be read, where they lie."""
         return [self._named(int(number)) for number in numbers]
@@ -417,9 +440,10 @@ class Loader:
         return self.samples.source.place(number)
 
     def fault(self, number: int) -> str | None:
-        """Why a record cannot be read; None if it can."""
+        """Return why a record, or any frame of its clip, cannot be read; None if all can."""
         try:
             self.samples.read(0, number, self.samples.schedule)
+            self.samples.read_video(number)
         except READ_ERRORS as error:
             return str(error)
         return None

@@ -303,6 +303,7 @@ class Run:
         if first >= cfg.steps:
             return first
         self.bad.check_again()
+        processes.in_all(self.loader.check_buckets)
         validates = bool(cfg.validation.every) and cfg.data.holdout > 0
         rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
         writers = processes.in_all(metrics.writers, cfg, first, self.record)
