@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import quick_flags
+from PIL import Image
 
 from framepack_jax import bundle, conditioning
 from framepack_jax.commands import train_vae
@@ -117,6 +118,12 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, place, tmp_path) -> None:
     shutil.copytree(place / "videos", tmp_path / "fewer", ignore=shutil.ignore_patterns(name))
     with pytest.raises(SystemExit, match=rf"1 videos are gone or held out: {name}"):
         train_vae.main(flags(place, tmp_path / "run", "--videos", str(tmp_path / "fewer")))
+    shutil.copytree(place / "videos", tmp_path / "more")
+    (tmp_path / "more" / "folder.mp4").mkdir()
+    pictures = [Image.new("RGB", (32, 32), (40 * i, 0, 0)) for i in range(5)]
+    pictures[0].save(tmp_path / "more" / "a.gif", save_all=True, append_images=pictures[1:])
+    with pytest.raises(SystemExit, match=r"more kinds count as .*: a\.gif; move them out"):
+        train_vae.main(flags(place, tmp_path / "run", "--videos", str(tmp_path / "more")))
     with pytest.raises(SystemExit, match="holds a run up to step 8"):
         train_vae.main(flags(place, tmp_path / "run", "--resume", "never"))
 

@@ -40,7 +40,7 @@ def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[
     are none, or some cannot be read, are shorter than `frames` or smaller than `size` (height,
     width)."""
     folder = Path(folder)
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.is_dir())
     if not files:
         raise ValueError(
             f"{folder} has no videos ({', '.join(SUFFIXES)}); framepack synthetic makes some"

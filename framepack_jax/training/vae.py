@@ -192,7 +192,7 @@ def train(
         contextlib.closing(checkpoints.manager(cfg.output, cfg.checkpoints)) as manager,
     ):
         if there:
-            _check_same_run(cfg, record)
+            _check_same_run(cfg, record, videos, held)
             abstract = jax.eval_shape(lambda: begin(cfg, tx, init(cfg, network)))
             place = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
             abstract = jax.tree.map(lambda x: place(x.shape, x.dtype), abstract)
@@ -299,21 +299,35 @@ def _count(params: stack.Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _check_same_run(cfg: Config, record: dict[str, Any]) -> None:
+def _check_same_run(
+    cfg: Config, record: dict[str, Any], videos: Sequence[Video], held: Sequence[Video]
+) -> None:
     """Raise RunError where a run was begun otherwise."""
     then, now = checkpoints.read_record(cfg.output), record
     differing = checkpoints.differences(then["config"], now["config"], FIXED)
     if then["config"]["optimizer"]["name"] != now["config"]["optimizer"]["name"]:
         differing.append("the optimizer")
-    before, videos = set(then["videos"]), set(now["videos"])
-    if gone := sorted(before - videos):
-        differing.append(f"{len(gone)} videos are gone or held out: {_some(gone)}")
-    if new := sorted(videos - before):
-        differing.append(f"{len(new)} videos are new: {_some(new)}")
+    differing += _changed_videos(then["videos"], [v.name for v in videos], [v.name for v in held])
     if differing:
         raise RunError(
             f"{cfg.output} was begun otherwise ({'; '.join(differing)}); go on with what it was"
             f" begun with, or begin another run from it: --output NEW --init {cfg.output}"
+        )
+
+
+def _changed_videos(then: Sequence[str], now: Sequence[str], held: Sequence[str]) -> Iterator[str]:
+    """Yield how the videos to train on differ from those of before; `held` are held out now."""
+    if set(then) == set(now):
+        return
+    if gone := sorted(set(then) - set(now)):
+        yield f"{len(gone)} videos are gone or held out: {_some(gone)}"
+    if new := sorted(set(now) - set(then)):
+        yield f"{len(new)} videos are new or were held out: {_some(new)}"
+    kinds = {Path(name).suffix.lower() for name in then}
+    if other := sorted(n for n in (*now, *held) if Path(n).suffix.lower() not in kinds):
+        yield (
+            f"{len(other)} are files of kinds that it had none of, and more kinds count as videos"
+            f" than in earlier versions: {_some(other)}; move them out of the folder"
         )
 
 
@@ -386,8 +400,13 @@ def _run(
 
 
 def _compiled(cfg: Config, network: vae.Config, tx: Any, mesh: Mesh, state: State) -> Any:
-    """The step of (state, clips, learning rate), which uses the state up."""
-    step = jax.jit(functools.partial(train_step, cfg, network, tx), donate_argnums=0)
+    """The step of (state, clips, learning rate), which uses the state up; it lies afterwards where
+    it lay before."""
+    step = jax.jit(
+        functools.partial(train_step, cfg, network, tx),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    )
     shape = cfg.batch, cfg.frames, *cfg.size, 3
     clips = jax.ShapeDtypeStruct(shape, np.uint8, sharding=batch_sharding(mesh))
     return step.lower(state, clips, RATE).compile()
