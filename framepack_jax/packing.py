@@ -481,10 +481,10 @@ def sections_for(seconds: float, window: int, fps: float = 30, time_compression:
     for name, value in (("seconds", seconds), ("fps", fps)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} = {value}: expected a positive number")
-    sections = max(1, round(seconds * fps / (time_compression * window)))
-    if sections > MAX_SECTIONS:
-        raise ValueError(f"seconds = {seconds} is {sections:.3g} sections; at most {MAX_SECTIONS}")
-    return sections
+    exact = seconds * fps / (time_compression * window)
+    if exact > MAX_SECTIONS + 0.5:  # which may be infinity
+        raise ValueError(f"seconds = {seconds} is {exact:.3g} sections; at most {MAX_SECTIONS}")
+    return max(1, round(exact))
 
 
 def group_tokens(frames: int, kernel: str, height: int, width: int) -> int:

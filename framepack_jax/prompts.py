@@ -76,8 +76,15 @@ def _time_marks(text: str) -> list[re.Match[str]]:
     for style in _TIME_MARKS:
         marks = list(style.finditer(text))
         if marks and not text[: marks[0].start()].strip():
-            return marks
+            return marks if _is_meant(style, marks[0]) else []
     return []
+
+
+def _is_meant(style: re.Pattern[str], first: re.Match[str]) -> bool:
+    """Return False for a prompt that begins with a time of day or a duration, as "12:30: a street"
+    and "5s - a dog runs" do: of these ways to write times, only 0 begins prompts by time."""
+    ambiguous = style is _TIME_MARKS[-1] or ":" in first["begin"]
+    return not ambiguous or _seconds(first["begin"]) == 0
 
 
 def _span(mark: re.Match[str]) -> tuple[float, float | None]:
@@ -97,6 +104,7 @@ def _text_of(mark: re.Match[str], text: str) -> str:
     opened = mark.groupdict().get("open")
     if not opened:
         return text
+    text = text.rstrip(".")
     if not text.endswith(_CLOSING[opened]):
         raise ValueError(
             f"prompt {mark[0].strip()!r}: expected {_CLOSING[opened]!r} right before the next time"

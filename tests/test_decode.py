@@ -157,9 +157,47 @@ def test_a_file_without_its_end_says_how_much_is_there(tmp_path, suffix):
     data = write(tmp_path / f"whole.{suffix}", [*bars(60)], codec).read_bytes()
     path = tmp_path / f"cut.{suffix}"
     path.write_bytes(data[: len(data) // 2])
-    frames = video.read_frames(path)
-    with pytest.raises(ValueError, match=r"cut short(:| at frame) \d+ of about (59|60)"):
-        list(frames)
+    message = r"cut short(:| at frame) \d+ of about (59|60)"
+    with pytest.raises(ValueError, match=message):
+        list(video.read_frames(path))
+    with pytest.raises(ValueError, match=message):
+        video.count_frames(path, 30)
+    with pytest.raises(ValueError, match=message):
+        list(video.read_frames(path, 30, 10))
+
+
+def test_sound_may_be_longer_than_the_picture(tmp_path):
+    """The header of a .wmv says how long the file lasts."""
+    with av.open(tmp_path / "a.wmv", "w") as container:
+        picture, sound = (container.add_stream(c, rate=r) for c, r in (("wmv2", 25), ("aac", 8000)))
+        picture.height, picture.width, picture.pix_fmt = *SIZE, "yuv420p"
+        for frame in bars(25):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(frame)))
+        for k in range(24):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 8000, 1024 * k
+            container.mux(sound.encode(frame))
+        container.mux([*picture.encode(None), *sound.encode(None)])
+    with av.open(tmp_path / "a.wmv") as container:
+        assert container.duration > 2.5 * av.time_base
+    assert len(list(video.read_frames(tmp_path / "a.wmv"))) == 25
+    assert video.count_frames(tmp_path / "a.wmv", 30) == 30
+
+
+def test_files_put_one_behind_the_other_are_refused(tmp_path):
+    data = write(tmp_path / "part.ts", [*bars(30)]).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(data + data)
+    with pytest.raises(ValueError, match=r"times jump from [\d.]+ to [\d.]+ s.*ffmpeg -f concat"):
+        list(video.read_frames(tmp_path / "joined.ts", 30))
+
+
+def test_a_video_whose_size_changes_is_deinterlaced_on(tmp_path):
+    options = {"crf": "1", "x264-params": "tff=1:keyint=6"}
+    small = write(tmp_path / "a.ts", [*bars(12)], options=options)
+    large = write(tmp_path / "b.ts", [*bars(12, (64, 96))], options=options)
+    (tmp_path / "ab.ts").write_bytes(small.read_bytes() + large.read_bytes())
+    shapes = [frame.shape[:2] for frame in video.read_frames(tmp_path / "ab.ts")]
+    assert shapes[0] == SIZE and shapes[-1] == (64, 96) and len(shapes) >= 22
 
 
 def test_a_transport_stream_cut_within_a_frame_is_damaged_there(tmp_path):

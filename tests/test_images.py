@@ -282,6 +282,15 @@ def test_png_says_its_colours_in_chunks(tmp_path):
     np.testing.assert_array_equal(seen(with_chunks(p3, usual)), linear_of(p3))
 
 
+@pytest.mark.parametrize("corners", [[0.0] * 8, [0.3127, 0.329, *[0.64, 0.33] * 2, 0.15, 0.06]])
+def test_chromaticities_that_are_no_colours_warn(tmp_path, corners):
+    chromaticities = (b"cHRM", b"".join(round(1e5 * c).to_bytes(4, "big") for c in corners))
+    gamma = (b"gAMA", (45455).to_bytes(4, "big"))
+    with pytest.warns(UserWarning, match=r"a.png: its colour profile is ignored"):
+        loaded = png_with(tmp_path / "a.png", swatches(COLOURS), gamma, chromaticities)
+    np.testing.assert_array_equal(seen(loaded), COLOURS)
+
+
 def linear_of(picture):
     return seen(np.asarray(picture))
 

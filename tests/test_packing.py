@@ -216,7 +216,7 @@ def test_context_is_read_per_sample() -> None:
     assert context.target_indices.tolist() == [[1, 2, 3]] * 2
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e308])
 def test_impossible_durations(seconds: float) -> None:
     with pytest.raises(ValueError, match="seconds"):
         packing.sections_for(seconds, 9)

@@ -115,3 +115,13 @@ def test_prompt_times_begin_at_0_and_rise(text: str) -> None:
 )
 def test_shares_of_prompts(at: float, span: float, shares: list[float]) -> None:
     assert prompt_shares([0, 4, 5], at, span) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("text", ["12:30 - a street at noon", "3:15: afternoon", "5s - a dog runs"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_times_of_day_begin_no_prompts_by_time(text) -> None:
+    assert timed_prompts(text) == [(0.0, text)]
+
+
+def test_full_stops_between_brackets_are_left_out() -> None:
+    assert timed_prompts("[0s: a]. [2s: b].") == [(0.0, "a"), (2.0, "b")]

@@ -46,7 +46,9 @@ def tidied(name: str, value: Any) -> Any:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise ValueError unless the text can be written as UTF-8."""
+    """Raise ValueError unless the text can be written as UTF-8 and has no NUL."""
+    if "\0" in text:
+        raise ValueError(f"{name} {text!r}: it has a NUL; take it out")
     try:
         text.encode()
     except UnicodeEncodeError as error:

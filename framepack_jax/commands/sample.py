@@ -304,7 +304,7 @@ def _make_new(flags: Sample) -> list[Path]:
         raise next(iter(failures.values()))
     if busy := [folder for folder, error in failures.items() if isinstance(error, Busy)]:
         print(f"left to other processes, which are making them: {', '.join(map(str, busy))}")
-    failures = {folder: failures[folder] for folder in failures.keys() - busy}
+    failures = {folder: error for folder, error in failures.items() if folder not in busy}
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(wanted)} videos were not made: "
@@ -530,11 +530,19 @@ def _new_folder(flags: Sample) -> Iterator[Path]:
 def _make_folder(flags: Sample) -> Path:
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     source = flags.jobs or flags.image or flags.extend
-    name = f"{stamp}_{source.stem if source else 'text'}"
+    # Image tools name files by their prompts: a name has 255 bytes at most.
+    stem = os.fsencode(source.stem)[:100].decode(errors="ignore") if source else "text"
+    name, outputs = f"{stamp}_{stem}", Path("outputs")
+    try:
+        outputs.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise OSError(
+            f"{outputs} is no folder, or a link to one that is not there; give --output"
+        ) from error
     for number in itertools.count(1):
-        folder = Path("outputs") / f"{name if number == 1 else f'{name}_{number}'}"
+        folder = outputs / f"{name if number == 1 else f'{name}_{number}'}"
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 

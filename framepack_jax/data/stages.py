@@ -22,7 +22,13 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from framepack_jax.buckets import find_bucket
-from framepack_jax.video import read_frames, resize_center_crop, shown_size, video_stream
+from framepack_jax.video import (
+    check_colours,
+    read_frames,
+    resize_center_crop,
+    shown_size,
+    video_stream,
+)
 
 SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
@@ -87,6 +93,7 @@ def probe(path: Path) -> Probe:
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise Rejected("unreadable", f"{path} has no frame that can be decoded")
+            _check_colours(path, frame)
             height, width = shown_size(frame, stream)
             length = container.duration
             return Probe(height, width, None if length is None else length / av.time_base)
@@ -94,6 +101,13 @@ def probe(path: Path) -> Probe:
         if isinstance(error, Rejected):
             raise
         raise Rejected("unreadable", f"{path} cannot be read ({error})") from error
+
+
+def _check_colours(path: Path, frame: av.VideoFrame) -> None:
+    try:
+        check_colours(frame)
+    except ValueError as error:
+        raise Rejected("colours", f"{path}: {error}") from error
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:

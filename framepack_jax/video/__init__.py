@@ -4,6 +4,7 @@ Files appear whole or not at all: they are written under another name in the sam
 renamed at the end. Frames on the host are uint8 RGB.
 """
 
+from framepack_jax.video.colour import check_colours
 from framepack_jax.video.decode import (
     Info,
     count_frames,
@@ -41,6 +42,7 @@ __all__ = [
     "PREVIEW_BIAS",
     "PREVIEW_WEIGHT",
     "Info",
+    "check_colours",
     "check_encoding",
     "contact_sheet",
     "contact_sheet_mp4",

@@ -19,6 +19,8 @@ from av.filter import Graph
 from av.sidedata.sidedata import Type
 from av.video.reformatter import Colorspace, Interpolation
 
+from framepack_jax.video.mp4 import UnsupportedVideo
+
 UNSPECIFIED = 2
 # Matrices that libswscale knows; 0 is RGB.
 MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
@@ -75,7 +77,7 @@ def to_srgb(colours: np.ndarray, encoding: Encoding) -> np.ndarray:
 
     Light that sRGB has not is tone-mapped; colours outside of its gamut are cut to it.
     """
-    light = _linear(np.asarray(colours, np.float32), encoding) @ _matrix(encoding.primaries).T
+    light = _linear(np.asarray(colours, np.float32), encoding) @ to_bt709(encoding.primaries).T
     if encoding.transfer == PQ:
         light = _tone_mapped(light, encoding.peak)
     elif encoding.transfer == HLG:
@@ -97,9 +99,9 @@ class ColourConverter:
     def __call__(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
         """(height, width, 3) uint8 sRGB. Transparent pixels are laid on white.
 
-        Raises ValueError if the frame's colours are of a kind that is not known.
+        Raises UnsupportedVideo if the frame's colours are of a kind that is not known.
         """
-        _check_known(frame)
+        check_colours(frame)
         transfer = VIDEO[0] if frame.color_trc == UNSPECIFIED else frame.color_trc
         encoding = Encoding.of_codes(frame.color_primaries, transfer, self._peak)
         if encoding is not None:
@@ -119,8 +121,8 @@ class ColourConverter:
         return graph.vpull()
 
 
-def _check_known(frame: av.VideoFrame) -> None:
-    """Raise ValueError for colours that would come out wrong."""
+def check_colours(frame: av.VideoFrame) -> None:
+    """Raise UnsupportedVideo for colours that would come out wrong."""
     kinds = {data.type for data in frame.side_data}
     dolby = kinds & {Type.DOVI_METADATA, Type.DOVI_RPU_BUFFER}
     if dolby and frame.color_trc == UNSPECIFIED:
@@ -129,9 +131,9 @@ def _check_known(frame: av.VideoFrame) -> None:
         kind = f"in a form other than RGB or YCbCr (matrix {frame.colorspace} of ITU-T H.273)"
     else:
         return
-    raise ValueError(
-        f"its colours are {kind}, which cannot be tone-mapped to BT.709; convert it with a player"
-        " or an editor first"
+    raise UnsupportedVideo(
+        f"its colours are {kind}, which cannot be tone-mapped to BT.709; convert it with a video"
+        " editor first"
     )
 
 
@@ -234,20 +236,31 @@ def _tone_mapped(light: np.ndarray, peak: float) -> np.ndarray:
     return light * (mapped / largest)
 
 
-def _matrix(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Linear light of these primaries -> that of BT.709, (3, 3) float32."""
+def to_bt709(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """Linear light of these primaries -> that of BT.709, (3, 3) float32. Raises ValueError for
+    chromaticities that span no triangle."""
+    if any(y <= 0 for _, y in primaries) or abs(np.linalg.det(_corners(primaries))) < 1e-9:
+        raise ValueError(f"chromaticities {primaries} are those of no colours")
     to_xyz, to_709 = (_to_xyz(p) for p in (primaries, PRIMARIES[BT709]))
     return (np.linalg.inv(to_709) @ to_xyz).astype(np.float32)
 
 
 def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
     """Linear RGB -> CIE XYZ under D65; another white is adapted by Bradford's transform."""
-    *corners, white = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in primaries)
-    columns = np.stack(corners, axis=1)
+    white, columns = _xyz(primaries[-1]), _corners(primaries)
     matrix = columns * np.linalg.solve(columns, white)
     bradford = np.array(
         [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
     )
-    x, y = D65
-    ratio = (bradford @ np.array([x / y, 1, (1 - x - y) / y])) / (bradford @ white)
+    ratio = (bradford @ _xyz(D65)) / (bradford @ white)
     return np.linalg.inv(bradford) @ (ratio[:, None] * bradford) @ matrix
+
+
+def _corners(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """XYZ of red, green and blue, each of luminance 1, in columns."""
+    return np.stack([_xyz(corner) for corner in primaries[:3]], axis=1)
+
+
+def _xyz(chromaticity: tuple[float, float]) -> np.ndarray:
+    x, y = chromaticity
+    return np.array([x / y, 1, (1 - x - y) / y])

@@ -24,7 +24,13 @@ from av.video.stream import VideoStream
 
 from framepack_jax.video.colour import ColourConverter
 from framepack_jax.video.images import resize_center_crop
-from framepack_jax.video.mp4 import check_rate, coded_packets, frame_rate, named_video
+from framepack_jax.video.mp4 import (
+    UnsupportedVideo,
+    check_rate,
+    coded_packets,
+    frame_rate,
+    named_video,
+)
 
 # Times in files are often rounded to milliseconds: a frame that is late by less is on time.
 TIME_ROUNDING = Fraction(1, 1000)
@@ -32,6 +38,9 @@ TIME_ROUNDING = Fraction(1, 1000)
 TAIL = 2
 # Formats of libavformat in which times after a seek are guessed: they are read from the start.
 SEQUENTIAL = ("avi", "mpeg")
+# Seconds from one frame to the next, at most.
+LONGEST = 3600
+NO_TIMES = "its frames have no times; put it into a container: ffmpeg -i FILE -c copy FILE.mp4"
 # Seconds by which a video may end before its header says.
 MISSING = Fraction(1, 2)
 
@@ -183,17 +192,10 @@ class _Source:
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """All frames, once. Raises ValueError if the file ends before its header says."""
-        count = 0
-        for frame in itertools.chain([self.first], self._rest):
-            count += 1
-            yield frame
-        missing = (self._said_end() or 0) - _end(frame, self.rate)
-        if missing > MISSING:
-            total = count + round(missing * self.rate)
-            raise ValueError(f"it is cut short: {count} of about {total} frames")
+        return self._whole(itertools.chain([self.first], self._rest))
 
     def frames_from(self, start: Fraction) -> Iterator[av.VideoFrame]:
-        """Frames from the last key frame at or before `start` on."""
+        """Frames from the last key frame at or before `start` on. Raises ValueError as `frames`."""
         if self.interlaced:
             start -= 1 / self.rate  # deinterlacing needs the frame before
         if start > self.origin and self.container.format.name not in SEQUENTIAL:
@@ -201,18 +203,30 @@ class _Source:
             decoded = self._decoded()
             landed = next(decoded, None)
             if landed is not None and landed.key_frame and _time(landed) <= start:
-                yield landed
-                yield from decoded
+                yield from self._whole(itertools.chain([landed], decoded))
                 return
         self.reopen()
-        yield from self._decoded()
+        yield from self._whole(self._decoded())
+
+    def _whole(self, frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        """The frames themselves, up to the end of the file, which has to be that of its header."""
+        frame = None
+        for frame in frames:
+            yield frame
+        if frame is None:
+            return
+        missing = (self._said_end() or 0) - _end(frame, self.rate)
+        if missing > MISSING:
+            count = round((_end(frame, self.rate) - self.origin) * self.rate)
+            total = count + round(missing * self.rate)
+            raise ValueError(f"it is cut short: {count} of about {total} frames")
 
     def at_rate(self, fps: Fraction, first: int = 0) -> Iterator[tuple[av.VideoFrame, int]]:
         """Each frame with how many of the times k / fps, from k = `first` on, it is shown at."""
         frames = self.frames_from(self.origin + first / fps) if first else self.frames()
         shown = next(frames)
         for frame in itertools.chain(frames, [None]):
-            end = _end(shown, self.rate) if frame is None else _time(frame)
+            end = _end(shown, self.rate) if frame is None else _after(shown, frame)
             stop = max(first, _times_before(end - self.origin, fps))
             yield shown, stop - first
             shown, first = frame, stop
@@ -236,13 +250,15 @@ class _Source:
         start = Fraction(self.container.start_time or 0, av.time_base)
         number = round((_time(frame) - start) * self.rate)
         total = round(Fraction(self.container.duration or 0, av.time_base) * self.rate)
-        raise ValueError(f"it is damaged or cut short at frame {number} of about {total}")
+        of = f" of about {total}" if total else ""
+        raise ValueError(f"it is damaged or cut short at frame {number}{of}")
 
     def _said_end(self) -> Fraction | None:
         """When the stream ends by its header, if it has one that the frames do not depend on."""
         if self.container.format.name.startswith("mov,"):
             return None  # a damaged mp4 shows when its frames are read
-        if self.stream.duration:
+        # ASF says how long a file lasts, not a stream.
+        if self.stream.duration and self.container.format.name != "asf":
             start = self.stream.start_time or 0
             return (start + self.stream.duration) * self.stream.time_base
         said = _clock_seconds(self.stream.metadata.get("DURATION", ""))
@@ -290,7 +306,7 @@ def _scan(path: str | os.PathLike) -> tuple[Info, list[Fraction]]:
         packets = coded_packets(source.container, source.stream)
         ticks = [getattr(p, timed) for p in packets if p.size and not p.is_discard]
         if None in ticks:
-            raise ValueError("its frames have no times")
+            raise UnsupportedVideo(NO_TIMES)
         # What comes before the first frame cannot be decoded: the file begins within it.
         every = sorted(tick * source.stream.time_base for tick in ticks)
         times = [time for time in every if time >= source.origin]
@@ -327,39 +343,58 @@ def _timed_by_packets(container: InputContainer, stream: VideoStream) -> Iterato
 
 def _deinterlaced(frames: Iterable[av.VideoFrame], stream: VideoStream) -> Iterator[av.VideoFrame]:
     """Make frames whose rows are of two times whole by those around them; leave others alone."""
-    graph = None
+    graph, kind = None, None
     for frame in frames:
+        here = frame.width, frame.height, frame.format.name
+        if graph is not None and here != kind:
+            yield from _pulled(graph, last=True)
+            graph = None
         if graph is None and frame.interlaced_frame:
-            graph = filters(stream, ("bwdif", "mode=send_frame:deint=interlaced"))
+            graph, kind = _deinterlacer(frame, stream), here
         if graph is None:
             yield frame
         else:
             graph.push(frame)
             yield from _pulled(graph)
     if graph is not None:
-        graph.push(None)
-        yield from _pulled(graph)
+        yield from _pulled(graph, last=True)
 
 
-def filters(stream: VideoStream, *chain: tuple[str, str]) -> Graph:
-    """A chain of libavfilter's filters for frames of a stream."""
+def _deinterlacer(frame: av.VideoFrame, stream: VideoStream) -> Graph:
+    """libavfilter's deinterlacer for frames like this one."""
     graph = Graph()
-    nodes = [graph.add_buffer(template=stream), *(graph.add(*step) for step in chain)]
-    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
+    )
+    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
     return graph
 
 
-def _pulled(graph: Graph) -> Iterator[av.VideoFrame]:
-    """The frames that a graph has ready."""
+def _pulled(graph: Graph, last: bool = False) -> Iterator[av.VideoFrame]:
+    """The frames that a graph has ready; with `last`, all that it holds back."""
+    if last:
+        graph.push(None)
     with contextlib.suppress(av.BlockingIOError, av.EOFError):
         while True:
             yield graph.vpull()
 
 
+def _after(frame: av.VideoFrame, following: av.VideoFrame) -> Fraction:
+    """When the following frame is shown. Raises UnsupportedVideo if that is not soon after."""
+    before, time = _time(frame), _time(following)
+    if not before <= time < before + LONGEST:
+        raise UnsupportedVideo(
+            f"its times jump from {float(before):.2f} to {float(time):.2f} s, as if files were put"
+            " one behind the other; join them with ffmpeg -f concat, or give the parts"
+        )
+    return time
+
+
 def _time(frame: av.VideoFrame) -> Fraction:
     """When a frame is shown, in seconds."""
     if frame.pts is None:
-        raise ValueError("its frames have no times")
+        raise UnsupportedVideo(NO_TIMES)
     return frame.pts * frame.time_base
 
 

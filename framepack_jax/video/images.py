@@ -169,12 +169,16 @@ def _by_profile(path: str | os.PathLike, image: Image.Image) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         return _to_srgb(image, profile)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        warnings.warn(
-            f"image {os.fspath(path)}: its colour profile is ignored ({error}), so its colours may"
-            " be wrong; save the image as sRGB",
-            stacklevel=2,
-        )
+        _warn_of_profile(path, error)
         return image
+
+
+def _warn_of_profile(path: str | os.PathLike, error: Exception) -> None:
+    warnings.warn(
+        f"image {os.fspath(path)}: its colour profile is ignored ({error}), so its colours may be"
+        " wrong; save the image as sRGB",
+        stacklevel=2,
+    )
 
 
 def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
@@ -207,6 +211,11 @@ def _encoding(path: str | os.PathLike, image: Image.Image) -> colour.Encoding | 
     if "srgb" in image.info or gamma is None or not 0.1 < gamma < 10:
         return None
     white, *corners = _pairs(image.info.get("chromaticity", SRGB_CHROMATICITIES))
+    try:
+        colour.to_bt709((*corners, white))
+    except ValueError as error:
+        _warn_of_profile(path, error)
+        return None
     if abs(gamma - SRGB_GAMMA) > 0.001:
         return colour.Encoding((*corners, white), gamma=1 / gamma)
     if np.allclose([white, *corners], _pairs(SRGB_CHROMATICITIES), rtol=0, atol=0.002):

@@ -114,11 +114,17 @@ def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> 
             done += count
 
 
+class UnsupportedVideo(ValueError):
+    """A whole video that cannot be read as players show it; its message says what to do."""
+
+
 @contextlib.contextmanager
 def named_video(path: str | os.PathLike) -> Iterator[None]:
     """Turn errors of reading `path` into ValueError with its name."""
     try:
         yield
+    except UnsupportedVideo as error:
+        raise UnsupportedVideo(f"video {os.fspath(path)} cannot be read: {error}") from error
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise ValueError(
             f"video {os.fspath(path)} cannot be read ({error}); give a whole video file"
@@ -212,8 +218,10 @@ def _packets(segment: str | os.PathLike, fps: Fraction) -> Iterator[av.Packet]:
 
 
 def coded_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """Yield the packets of a stream; the last is empty. Raises ValueError for damaged ones."""
+    """Yield the packets of a stream; the last is empty. Raises ValueError for damaged ones, but not
+    in transport streams, where whole packets are marked so if files were joined."""
+    strict = container.format.name != "mpegts"
     for number, packet in enumerate(container.demux(stream)):
-        if packet.is_corrupt:
+        if packet.is_corrupt and strict:
             raise ValueError(f"it is damaged or cut short at frame {number}")
         yield packet
