@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import weakref
 from pathlib import Path
 
@@ -453,7 +454,8 @@ def test_levels(monkeypatch) -> None:
         memory.plan(RANDOM, "medium", work, **options)
 
 
-def test_from_the_command_line(tmp_path, capsys) -> None:
+def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where progress is bars
     flags = (*FLAGS, "--latents-only")
     sample.main([*flags, "--output", str(tmp_path / "high"), "--memory", "high"])
     assert "memory high: all networks stay on the device" in capsys.readouterr().out
