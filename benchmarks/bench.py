@@ -20,7 +20,7 @@ from framepack_jax import packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.models import packed_dit, vae
 from framepack_jax.models.flops import attention_flops, forward_flops
-from framepack_jax.topology import chip_of
+from framepack_jax.parallel.hardware import chip_of
 
 ROUNDS, LEAST_SECONDS = 3, 0.25
 IMAGE_TOKENS = 729

@@ -213,7 +213,7 @@ def load_on_mesh(root: str) -> int:
 
 
 def _mesh() -> Any:
-    from framepack_jax import sharding
+    from framepack_jax.parallel import sharding
 
     return sharding.make_mesh(fsdp=DEVICES)
 

@@ -49,11 +49,12 @@ from benchmarks.bench import (
     step_work,
     timed,
 )
-from framepack_jax import bundle, packing, sharding
+from framepack_jax import bundle, packing
 from framepack_jax.commands.dry_run_train import abstract_samples
 from framepack_jax.commands.records import path_of
 from framepack_jax.diffusion import cache, flow, sampler, solver_table
 from framepack_jax.models import packed_dit, stack, vae
+from framepack_jax.parallel import sharding
 from framepack_jax.training import state
 from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA

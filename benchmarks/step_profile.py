@@ -26,9 +26,9 @@ import tyro
 from jax.profiler import ProfileData
 
 from benchmarks import bench, gpu
-from framepack_jax import sharding
 from framepack_jax.commands import hlo
 from framepack_jax.models import packed_dit, vae
+from framepack_jax.parallel import sharding
 
 # Parts that take less of the time are one row together.
 SMALL = 0.005

@@ -27,9 +27,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
-from framepack_jax import lora, sharding
+from framepack_jax import lora
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.models import kinds, stack
+from framepack_jax.parallel import sharding
 
 FORMAT = 1
 MANIFEST = "bundle.json"

@@ -20,9 +20,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from framepack_jax import sharding
 from framepack_jax.models import stack
 from framepack_jax.models.stack import LORA_A, LORA_B
+from framepack_jax.parallel import sharding
 
 # Small beside the kernels: every device has the whole of both.
 SHARDINGS = ((rf".*/({LORA_A}|{LORA_B})", ()),)

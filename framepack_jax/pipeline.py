@@ -37,7 +37,7 @@ from framepack_jax.lora import merge as merge_lora
 from framepack_jax.models import stack
 from framepack_jax.models.vae import Tiling, check_tiling
 from framepack_jax.packing import Section, Timeline
-from framepack_jax.processes import fetch, in_first
+from framepack_jax.parallel.multihost import fetch, in_first
 from framepack_jax.prompts import prompt_shares, timed_prompts
 from framepack_jax.request import (
     START_FRAMES,

@@ -18,12 +18,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA writes of programs that do not fit; so do the rows.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from framepack_jax import packing, topology
+from framepack_jax import packing
 from framepack_jax.commands.dry_run import Program, Report, dry_run
 from framepack_jax.commands.dry_run_train import TrainingReport, dry_run_training
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.shots import open_pipe
 from framepack_jax.commands.train import read_config
+from framepack_jax.parallel import hardware
 from framepack_jax.pipeline import Settings
 from framepack_jax.request import Request, lay_out
 from framepack_jax.training.config import Config
@@ -121,13 +122,13 @@ def training(rows: list[str]) -> None:
 
 def training_report(cfg: Config, machine: str, batch: int) -> TrainingReport:
     cfg = dataclasses.replace(cfg, batch=batch)
-    return dry_run_training(cfg, path_of(cfg.bundle), topology.parse(machine))
+    return dry_run_training(cfg, path_of(cfg.bundle), hardware.parse(machine))
 
 
 def largest(cfg: Config, machine: str) -> TrainingReport:
     """With as many samples a chip as fit: memory grows by as much with each, so two compilations
     tell how many, and a third shows it."""
-    chips = topology.parse(machine).count
+    chips = hardware.parse(machine).count
     one, two = (training_report(cfg, machine, n * chips) for n in (1, 2))
     print(f"  {one.total / GB:.1f} and {two.total / GB:.1f} GB with 1 and 2 samples", flush=True)
     if not two.fits:
@@ -165,7 +166,7 @@ def report_of(name: str, decode: bool) -> Report:
     path = path_of(BUNDLE)
     pipe = open_pipe(path, "bfloat16", None, None)
     layout = lay_out(pipe.geometry, Request("", None), sections=1, height=HEIGHT, width=WIDTH)
-    return dry_run(pipe, path, layout, Settings(), topology.parse(name), decode=decode)
+    return dry_run(pipe, path, layout, Settings(), hardware.parse(name), decode=decode)
 
 
 def fits_cells(report: Report) -> list[str]:

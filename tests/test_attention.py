@@ -19,9 +19,9 @@ import pytest
 from einops import reduce, repeat
 from torch_reference import relative_error
 
-from framepack_jax import sharding
 from framepack_jax.ops import attention, cudnn, splash
 from framepack_jax.ops.attention import attend
+from framepack_jax.parallel import sharding
 
 MARKS = {"cpu": [], "tpu": ["tpu_custom_call"], "cuda": ["__cudnn$fmhaSoftmax"]}
 

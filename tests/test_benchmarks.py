@@ -29,12 +29,13 @@ from benchmarks import (
 )
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
-from framepack_jax import bundle, packing, topology
+from framepack_jax import bundle, packing
 from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import engine
 from framepack_jax.data.encode import Encoder
 from framepack_jax.models import kinds, packed_dit, stack
 from framepack_jax.models.flops import forward_flops
+from framepack_jax.parallel import hardware
 
 SECTIONS, STEPS, SIDE = 5, 2, 32
 F1 = "f1k1_x_f16k4f2k2f1k1_g1"
@@ -198,7 +199,7 @@ def briefly(monkeypatch) -> Iterator[None]:
     rates as shares of an H100's."""
     monkeypatch.setattr(bench, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(peers, "ROUNDS", 1)
-    monkeypatch.setattr(bench, "chip_of", lambda device: topology.CHIPS["h100"])
+    monkeypatch.setattr(bench, "chip_of", lambda device: hardware.CHIPS["h100"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

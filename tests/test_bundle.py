@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from framepack_jax import bundle, sharding
+from framepack_jax import bundle
 from framepack_jax.bundle import BundleError, Manifest, Role
 from framepack_jax.models import clip, kinds, stack
+from framepack_jax.parallel import sharding
 
 CFG = clip.Config(vocab_size=7, width=4, layers=3, heads=2, mlp_width=6, max_tokens=5)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from framepack_jax import sharding, topology
 from framepack_jax.commands import dry_run, hlo, sample, train
 from framepack_jax.commands.dry_run_train import TrainingReport
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.shots import open_pipe
+from framepack_jax.parallel import hardware, sharding
 from framepack_jax.pipeline import Settings
 from framepack_jax.request import Request, lay_out
 
@@ -46,7 +46,7 @@ for nodes in ((), [0, 0, 0, 0, 1, 1, 1, 1]):
 
 @pytest.fixture
 def this_cpu(monkeypatch):
-    monkeypatch.setattr(topology, "compile_devices", lambda machine: jax.devices()[: machine.count])
+    monkeypatch.setattr(hardware, "compile_devices", lambda machine: jax.devices()[: machine.count])
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ DECODING = dataclasses.replace(
 
 def report(machine: str = "h100:16", **fields) -> dry_run.Report:
     made = dry_run.Report(
-        machine=topology.parse(machine),
+        machine=hardware.parse(machine),
         mesh={"fsdp": 8, "context": 2},
         networks={
             "transformer": dry_run.Weights(80, 40),
@@ -284,7 +284,7 @@ def test_the_verdict_says_what_helps(monkeypatch) -> None:
 
 def of_memory(total: float, resident: float, machine: str, **mesh: int) -> str:
     """The verdict on a step that needs this much of a chip's memory, as do its weights."""
-    memory = topology.parse(machine).chip.memory
+    memory = hardware.parse(machine).chip.memory
     weights = int(resident * memory)
     step = dataclasses.replace(
         PROGRAM_OF_STEP, weights=weights, arguments=int(total * memory), temporaries=0, outputs=0,
@@ -320,11 +320,11 @@ def test_what_jax_would_not_take_of_a_gpu_is_said() -> None:
 
 @pytest.mark.parametrize(("batch", "more"), [(1, 8), (12, 16)])
 def test_chips_that_would_repeat_work_are_refused(monkeypatch, batch: int, more: int) -> None:
-    monkeypatch.setattr(topology, "compile_devices", lambda machine: jax.devices()[:1] * 8)
+    monkeypatch.setattr(hardware, "compile_devices", lambda machine: jax.devices()[:1] * 8)
     path = path_of("random")
     pipe = open_pipe(path, "float32", None, None)
     layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
-    run = pipe, path, layout, Settings(), topology.parse("h200:8"), {"data": -1}, batch
+    run = pipe, path, layout, Settings(), hardware.parse("h200:8"), {"data": -1}, batch
     with pytest.raises(ValueError, match=rf"batch = {batch} on data=8: .* give --batch {more}, "):
         dry_run.dry_run(*run)
 

@@ -8,7 +8,7 @@ PACKAGE = ROOT / "framepack_jax"
 
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
-    {"sharding", "topology", "processes", "progress"},
+    {"parallel", "progress"},
     {"ops", "diffusion", "packing", "buckets", "prompts", "splice", "video"},
     {"models", "request"},
     {"lora"},

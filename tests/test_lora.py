@@ -27,13 +27,14 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from framepack_jax import lora, sharding
+from framepack_jax import lora
 from framepack_jax.conversion import engine, lora_layout, readers, tables
 from framepack_jax.conversion import lora as files
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.lora import Factors
 from framepack_jax.models import kinds, packed_dit, stack
 from framepack_jax.packing import PackedContext
+from framepack_jax.parallel import sharding
 from framepack_jax.training import state
 from framepack_jax.training.config import Config, LoRA
 from tests.test_sources import comfyui as renamed_by_comfyui

@@ -14,9 +14,10 @@ import pytest
 from compiling import quick_flags
 from torch_reference import relative_error
 
-from framepack_jax import processes, video
+from framepack_jax import video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
+from framepack_jax.parallel import multihost
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
@@ -230,6 +231,6 @@ def test_numbers_that_do_not_go_together(flags, named) -> None:
 
 
 def test_one_process_talks_to_nobody() -> None:
-    assert processes.is_first() and not processes.stopping()
-    assert processes.in_first(max, 1, 2) == processes.in_all(max, 1, 2) == 2
-    processes.check_same("anything", 1)
+    assert multihost.is_first() and not multihost.stopping()
+    assert multihost.in_first(max, 1, 2) == multihost.in_all(max, 1, 2) == 2
+    multihost.check_same("anything", 1)

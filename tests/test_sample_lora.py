@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from framepack_jax import bundle, lora, sharding
+from framepack_jax import bundle, lora
 from framepack_jax.commands import convert, records, sample
 from framepack_jax.commands.records import EMBEDDED
 from framepack_jax.commands.runs import Run
 from framepack_jax.conversion.lora import write
 from framepack_jax.models import kinds, packed_dit
+from framepack_jax.parallel import sharding
 from tests import test_sharding
 from tests.compiling import quick_flags
 from tests.torch_reference import relative_error

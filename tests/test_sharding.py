@@ -21,12 +21,13 @@ import pytest
 from compiling import quick_flags
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from framepack_jax import bundle, sharding
+from framepack_jax import bundle
 from framepack_jax.commands.records import path_of
 from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import kinds, packed_dit, vae
 from framepack_jax.ops import attention
 from framepack_jax.packing import PackedContext
+from framepack_jax.parallel import sharding
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "sharding.md"

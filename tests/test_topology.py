@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from framepack_jax import topology
+from framepack_jax.parallel import hardware
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,14 @@ from framepack_jax import topology
     ],
 )
 def test_machines(name: str, printed: str, chips: int) -> None:
-    machine = topology.parse(name)
+    machine = hardware.parse(name)
     assert str(machine) == printed and machine.count == chips
     assert machine.chip.memory > 1e10 and machine.chip.flops > 1e13
 
 
 def test_gpus_make_nodes_of_eight() -> None:
-    assert topology.parse("h100:64").shape == (8, 8)
-    assert topology.parse("h100:4").shape == (1, 4)
+    assert hardware.parse("h100:64").shape == (8, 8)
+    assert hardware.parse("h100:4").shape == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_gpus_make_nodes_of_eight() -> None:
     ],
 )
 def test_a_corner_of_a_slice_has_half_of_its_links_unless_sides_are_rings(name, links) -> None:
-    assert topology.parse(name).links == links * 1e9
+    assert hardware.parse(name).links == links * 1e9
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_corner_of_a_slice_has_half_of_its_links_unless_sides_are_rings(name, 
     ],
 )
 def test_the_tpu_compiler_knows_the_topology(name: str, kind: str) -> None:
-    machine = topology.parse(name)
-    devices = topology.compile_devices(machine)
+    machine = hardware.parse(name)
+    devices = hardware.compile_devices(machine)
     assert len(devices) == machine.count
     assert {device.device_kind for device in devices} == {kind}
 
@@ -91,7 +91,7 @@ def test_a_tpu_that_is_there_is_not_described(monkeypatch) -> None:
     # JAX sets the variable, on import, where it sees no TPU.
     for variables, kind in (({}, None), ({"TPU_SKIP_MDS_QUERY": "1"}, "v5litepod-4")):
         monkeypatch.setattr(os, "environ", variables)
-        topology.quiet_libtpu()
+        hardware.quiet_libtpu()
         assert variables.get("TPU_ACCELERATOR_TYPE") == kind
 
 
@@ -112,11 +112,11 @@ def test_a_tpu_that_is_there_is_not_described(monkeypatch) -> None:
 )
 def test_machines_that_are_not_known(name: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        topology.parse(name)
+        hardware.parse(name)
 
 
 def test_a_missing_compiler_names_its_extra(monkeypatch) -> None:
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     for name, extra in (("v5e:2x2", "tpu"), ("h200:1", "cuda13")):
         with pytest.raises(ValueError, match=rf"framepack-jax\[{extra}\]"):
-            topology.compile_devices(topology.parse(name))
+            hardware.compile_devices(hardware.parse(name))

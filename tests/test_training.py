@@ -23,12 +23,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_reference import relative_error
 from training_data import write_dataset
 
-from framepack_jax import bundle, lora, sharding
+from framepack_jax import bundle, lora
 from framepack_jax.commands.records import path_of
 from framepack_jax.data.loader import Config as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
 from framepack_jax.models import packed_dit, stack
+from framepack_jax.parallel import sharding
 from framepack_jax.training import loop, metrics, optimizer, state, step, summary, validation
 from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Times, Validation
 from framepack_jax.training.feed import local_share, place

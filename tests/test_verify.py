@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from framepack_jax import bundle, sharding
+from framepack_jax import bundle
 from framepack_jax.bundle import BundleError
 from framepack_jax.commands.convert import Convert, convert, main
 from framepack_jax.commands.export import compare
@@ -18,6 +18,7 @@ from framepack_jax.conversion import engine, export, transformer, verify
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import kinds, packed_dit, stack
 from framepack_jax.packing import PackedContext
+from framepack_jax.parallel import sharding
 
 CFG = packed_dit.Config(
     heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, mlp_ratio=2.0,

@@ -19,16 +19,17 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from framepack_jax import bundle, packing, sharding, topology
+from framepack_jax import bundle, packing
 from framepack_jax.commands.hlo import Traffic, collectives, kernels
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.models.flops import forward_flops
 from framepack_jax.models.vae import Tiling
 from framepack_jax.packing import Timeline
+from framepack_jax.parallel import hardware, sharding
+from framepack_jax.parallel.hardware import Machine
 from framepack_jax.pipeline import FramePack, Settings
 from framepack_jax.request import Layout
-from framepack_jax.topology import Machine
 
 GB = 1e9
 # The share of a GPU that JAX takes, unless told otherwise by an environment variable, and what
@@ -232,7 +233,7 @@ class Report:
             return f"more chips: --mesh fsdp={fsdp}{rest}"
         least = max(4, count + 1, math.ceil(whole / chip.memory))
         chips = 1 << (least - 1).bit_length()
-        return f"a machine of more chips, as {topology.parse(f'{chip.name}-{chips * chip.cores}')}"
+        return f"a machine of more chips, as {hardware.parse(f'{chip.name}-{chips * chip.cores}')}"
 
 
 def traffic_lines(made: Program | Report) -> list[str]:
@@ -268,7 +269,7 @@ def dry_run(
     configs = {role: cfg for role, (_, cfg) in kinds.items()}
     model, cfg, _ = pipe.transformer
     sizes = mesh or sharding.default_sizes(machine.count, cfg.heads)
-    devices = sharding.make_mesh(**sizes, devices=topology.compile_devices(machine))
+    devices = sharding.make_mesh(**sizes, devices=hardware.compile_devices(machine))
     model.check_mesh(cfg, devices)
     _check_batch(batch, devices.shape["data"])
     params = {
@@ -308,7 +309,7 @@ def dry_run(
     )
 
 
-def large_share(chip: topology.Chip, needed: int) -> str:
+def large_share(chip: hardware.Chip, needed: int) -> str:
     """What to set where a GPU has the memory, but JAX would not take it; else nothing."""
     share = needed / chip.memory
     if chip.platform != "cuda" or share <= GPU_SHARE:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from framepack_jax import bundle, packing, sharding, topology
+from framepack_jax import bundle, packing
 from framepack_jax.commands.dry_run import (
     GB,
     Program,
@@ -27,8 +27,9 @@ from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data.batch import Batch
 from framepack_jax.diffusion import sampler
 from framepack_jax.packing import Timeline
-from framepack_jax.sharding import BATCH
-from framepack_jax.topology import Machine
+from framepack_jax.parallel import hardware, sharding
+from framepack_jax.parallel.hardware import Machine
+from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.training.config import Config
 from framepack_jax.training.loop import RATE, Setup, jitted_step, set_up
 from framepack_jax.training.metrics import COST, sample_cost
@@ -111,7 +112,7 @@ def dry_run_training(
     """
     manifest = bundle.read_manifest(bundle_path)
     sizes = mesh or {"fsdp": machine.count}
-    devices = sharding.make_mesh(**sizes, devices=topology.compile_devices(machine))
+    devices = sharding.make_mesh(**sizes, devices=hardware.compile_devices(machine))
     setup = set_up(cfg, manifest, devices)
     batch = abstract_samples(setup, size)
 

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from framepack_jax import bundle, topology
+from framepack_jax import bundle
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of, weights
 from framepack_jax.evaluation import cases, footage, parts, results, rows, summary
 from framepack_jax.evaluation.parts import Part, Row
+from framepack_jax.parallel import hardware
 from framepack_jax.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
 from framepack_jax.progress import Bar
 
@@ -123,7 +124,7 @@ def evaluate(flags: Evaluate) -> Path:
     )
     size = _check(flags)
     keep_compiled()
-    topology.quiet_libtpu()
+    hardware.quiet_libtpu()
     models = open_models(flags)
     for model in models:
         if any(side % model.pipe.geometry.unit for side in size):

@@ -16,8 +16,7 @@ from framepack_jax.commands.decoding import Decoder, Later
 from framepack_jax.commands.runs import Busy, DamagedFile, Run, record_text
 from framepack_jax.models import stack
 from framepack_jax.packing import Timeline
-from framepack_jax.pipeline import FramePack, NotFinite, Settings
-from framepack_jax.processes import (
+from framepack_jax.parallel.multihost import (
     check_same,
     in_all,
     in_first,
@@ -25,6 +24,7 @@ from framepack_jax.processes import (
     is_shared,
     stop_if_asked,
 )
+from framepack_jax.pipeline import FramePack, NotFinite, Settings
 from framepack_jax.progress import Bar
 from framepack_jax.request import Layout, Request, prepare
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from framepack_jax import bundle, packing, topology
+from framepack_jax import bundle, packing
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.flags import parse
@@ -29,7 +29,8 @@ from framepack_jax.data.loader import made_by
 from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.data.stages import Cut, Settings, Thresholds
 from framepack_jax.data.store import Video
-from framepack_jax.processes import in_all, in_first, is_first, join
+from framepack_jax.parallel import hardware
+from framepack_jax.parallel.multihost import in_all, in_first, is_first, join
 from framepack_jax.progress import Bar
 
 # Raised when videos are decoded or judged differently: those in the store are then read again.
@@ -115,7 +116,7 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
 def prepare(flags: Prepare) -> dataset.Packed:
     """Make the dataset of `flags`. Raises ValueError for what cannot be, OSError."""
     keep_compiled()
-    topology.quiet_libtpu()
+    hardware.quiet_libtpu()
     if flags.coordinator is not None:
         join(flags.coordinator, flags.processes, flags.process)
     path = path_of(flags.bundle)

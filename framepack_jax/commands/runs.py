@@ -33,7 +33,7 @@ from PIL import Image
 
 from framepack_jax import video
 from framepack_jax.packing import Section
-from framepack_jax.processes import in_first, is_first
+from framepack_jax.parallel.multihost import in_first, is_first
 from framepack_jax.request import Footage, Request
 from framepack_jax.video.files import whole
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 
-from framepack_jax import bundle, lora, sharding, topology, video
+from framepack_jax import bundle, lora, video
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run import dry_run
 from framepack_jax.commands.flags import parse
@@ -66,8 +66,16 @@ from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.memory import TILES
 from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention
+from framepack_jax.parallel import hardware, sharding
+from framepack_jax.parallel.multihost import (
+    Terminated,
+    check_same,
+    in_all,
+    in_first,
+    is_first,
+    join,
+)
 from framepack_jax.pipeline import FramePack
-from framepack_jax.processes import Terminated, check_same, in_all, in_first, is_first, join
 from framepack_jax.prompts import timed_prompts
 from framepack_jax.request import Request, end_image_use, lay_out
 
@@ -172,7 +180,7 @@ class Sample(Shot):
 def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
     flags = parse(Sample, args, prog)
-    topology.quiet_libtpu()
+    hardware.quiet_libtpu()
     keep_compiled()
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -242,7 +250,7 @@ def _dry_run(flags: Sample) -> list[Path]:
     jax.config.update("jax_enable_compilation_cache", False)
     # Whatever this machine has is not needed, and compiling must not take it.
     jax.config.update("jax_platforms", "cpu")
-    machine = topology.parse(flags.dry_run)
+    machine = hardware.parse(flags.dry_run)
     _check_kernel(flags.attention, "gpu" if machine.chip.platform == "cuda" else "tpu")
     mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
     path = path_of(_bundle(flags))

@@ -14,12 +14,13 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
-from framepack_jax import bundle, sharding, topology
+from framepack_jax import bundle
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run_train import dry_run_training
 from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
-from framepack_jax.processes import in_first, join
+from framepack_jax.parallel import hardware, sharding
+from framepack_jax.parallel.multihost import in_first, join
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
 from framepack_jax.training.export import export
@@ -94,7 +95,7 @@ def _run(flags: Train) -> None:
         return _dry_run(cfg, flags)
     _check(cfg)
     keep_compiled()
-    topology.quiet_libtpu()
+    hardware.quiet_libtpu()
     if flags.coordinator is not None:
         join(flags.coordinator, flags.processes, flags.process)
     elif flags.processes is not None or flags.process is not None:
@@ -137,7 +138,7 @@ def _dry_run(cfg: Config, flags: Train) -> None:
     if not size:
         raise ValueError(f"--dry-run-size {flags.dry_run_size}: expected HEIGHTxWIDTH, as 608x640")
     report = dry_run_training(
-        cfg, path_of(cfg.bundle), topology.parse(flags.dry_run),
+        cfg, path_of(cfg.bundle), hardware.parse(flags.dry_run),
         sharding.parse_mesh(flags.mesh) if flags.mesh else None, (int(size[1]), int(size[2])),
     )  # fmt: skip
     print(report)

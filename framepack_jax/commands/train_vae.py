@@ -7,11 +7,11 @@ from typing import Literal
 
 import jax
 
-from framepack_jax import sharding, topology
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.train import defaults, told
+from framepack_jax.parallel import hardware, sharding
 from framepack_jax.training import vae
 
 
@@ -46,7 +46,7 @@ def _run(flags: TrainVae) -> None:
     if absent := [flag for flag, given in required.items() if not given]:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")
     keep_compiled()
-    topology.quiet_libtpu()
+    hardware.quiet_libtpu()
     path = path_of(cfg.bundle)
     mesh = sharding.make_mesh(data=jax.device_count())
     step = vae.train(cfg, path, mesh, resume=flags.resume == "auto")

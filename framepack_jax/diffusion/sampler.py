@@ -31,8 +31,8 @@ import numpy as np
 
 from framepack_jax.diffusion import cache as step_cache
 from framepack_jax.diffusion import flow, guidance, solver
-from framepack_jax.processes import fetch, place
-from framepack_jax.sharding import constrain
+from framepack_jax.parallel.multihost import fetch, place
+from framepack_jax.parallel.sharding import constrain
 
 OnStep = Callable[[int, jax.Array], None]
 Caches = tuple[step_cache.State | None, ...]

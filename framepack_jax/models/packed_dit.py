@@ -31,7 +31,7 @@ from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend, to_heads, to_tokens
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
 from framepack_jax.packing import PackedContext, kernel_shape, parse
-from framepack_jax.sharding import BATCH, TOKENS, constrain, dividing, fitting
+from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain, dividing, fitting
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
 STREAMED = ("double", "single")

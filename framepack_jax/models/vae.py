@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from framepack_jax.models import stack
 from framepack_jax.ops.attention import attend
 from framepack_jax.ops.conv import causal_conv3d
-from framepack_jax.sharding import BATCH, constrain
+from framepack_jax.parallel.sharding import BATCH, constrain
 
 STACKS: dict[str, str] = {}
 STREAMED: tuple[str, ...] = ()

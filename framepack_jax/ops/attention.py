@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from framepack_jax.ops import cudnn, splash
-from framepack_jax.sharding import BATCH, TOKENS, constrain, dividing
+from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain, dividing
 
 QUERY_CHUNK = 256
 # Below this many queries or keys the chunks are few and small: no kernel is tried, none is missed.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from framepack_jax.data.records import DatasetError
-from framepack_jax.processes import in_first, is_first
+from framepack_jax.parallel.multihost import in_first, is_first
 from framepack_jax.progress import Bar
 
 SHOWN = 3

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from framepack_jax.sharding import BATCH
+from framepack_jax.parallel.sharding import BATCH
 
 AHEAD = 2
 

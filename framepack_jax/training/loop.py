@@ -26,12 +26,13 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from framepack_jax import bundle, packing, processes, video
+from framepack_jax import bundle, packing, video
 from framepack_jax.data import loader as loading
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.records import DatasetError
 from framepack_jax.diffusion import sampler
 from framepack_jax.models import stack
+from framepack_jax.parallel import multihost
 from framepack_jax.progress import Bar
 from framepack_jax.training import checkpoints, metrics, optimizer, state, summary, validation
 from framepack_jax.training.bad_records import BadRecords
@@ -133,7 +134,7 @@ def train(
     share = local_share(mesh, cfg.batch)
     schedule = cfg.schedule or manifest.schedule
     order = packing.default_order(schedule) if cfg.schedule else manifest.order
-    loader = processes.in_all(loading.open_loader, cfg.data, schedule, order, cfg.batch, share)
+    loader = multihost.in_all(loading.open_loader, cfg.data, schedule, order, cfg.batch, share)
     loading.check_bundle(loader.index, manifest)
     setup = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
     record = {
@@ -141,16 +142,16 @@ def train(
         "fingerprint": loader.fingerprint,
         "weights": manifest.roles["transformer"].source.get("sha256"),
     }
-    there = processes.in_first(checkpoints.steps_of, cfg.output)
+    there = multihost.in_first(checkpoints.steps_of, cfg.output)
     if there and not resume:
         raise RunError(
             f"{cfg.output} holds a run up to step {there[-1]}; choose another --output, or go on"
             " with it: --resume auto"
         )
     if there:
-        other = processes.in_first(checkpoints.read_record, cfg.output)
+        other = multihost.in_first(checkpoints.read_record, cfg.output)
     elif cfg.init not in ("bundle", "scratch"):
-        other = processes.in_first(_record_of, cfg.init)
+        other = multihost.in_first(_record_of, cfg.init)
         _check_init(cfg, record, other)
     else:
         other = {"began": cfg.init}
@@ -171,7 +172,7 @@ def train(
                 unread: list[int] = []
                 begun, frozen, origin = first_state(setup, bundle_path)
                 say(f"{cfg.output}: begins from {origin}")
-        processes.in_first(checkpoints.write_record, cfg.output, record)
+        multihost.in_first(checkpoints.write_record, cfg.output, record)
         bad = BadRecords(loader, unread)
         return Run(setup, bundle_path, loader, manager, frozen, record, bad, say).go(begun)
 
@@ -303,16 +304,16 @@ class Run:
         if first >= cfg.steps:
             return first
         self.bad.check_again()
-        processes.in_all(self.loader.check_buckets)
+        multihost.in_all(self.loader.check_buckets)
         validates = bool(cfg.validation.every) and cfg.data.holdout > 0
         rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
-        writers = processes.in_all(metrics.writers, cfg, first, self.record)
+        writers = multihost.in_all(metrics.writers, cfg, first, self.record)
         self.log = metrics.Log(cfg, rate, writers)
         with contextlib.ExitStack() as exits:
             exits.enter_context(contextlib.closing(self.log))
             if validates:
                 # Reads the held-out clips.
-                self.validator = processes.in_all(
+                self.validator = multihost.in_all(
                     Validator, self.setup, self.path, self.loader, self.vae
                 )
             for line in summary.run_lines(self.setup, self.loader, first, validates):
@@ -387,7 +388,7 @@ class Run:
         """Take the figures of a step that is over, or about to be; `now` is the newest state.
         Raises NotFinite, DatasetError."""
         step, cfg = late.step, self.cfg
-        figures = Metrics(*jax.device_get(processes.fetch(tuple(late.figures))))
+        figures = Metrics(*jax.device_get(multihost.fetch(tuple(late.figures))))
         if (figures.clips == LOST).any():
             self._end_before(step, now, first)
         self.position = late.position
@@ -463,7 +464,7 @@ class Run:
         params = now.params if now.ema is None else now.ema
         log.write(step, self.validator.losses(params, self.frozen))
         for number, frames in enumerate(self.validator.videos(params, self.frozen)):
-            processes.in_first(save_video, self.cfg.output, step, number, frames)
+            multihost.in_first(save_video, self.cfg.output, step, number, frames)
 
 
 class Validator:
@@ -539,7 +540,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         before = {number: signal.signal(number, handle) for number in caught}
 
     def stopping() -> bool:
-        return processes.stopping() if several else asked.is_set()
+        return multihost.stopping() if several else asked.is_set()
 
     try:
         yield stopping

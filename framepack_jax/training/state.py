@@ -18,8 +18,9 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from framepack_jax import bundle, lora, sharding
+from framepack_jax import bundle, lora
 from framepack_jax.models import stack
+from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
 from framepack_jax.training.config import Config, LoRA
 

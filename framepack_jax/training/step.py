@@ -19,7 +19,7 @@ from einops import rearrange
 from framepack_jax.data.pixels import PixelBatch, to_batch
 from framepack_jax.diffusion import flow
 from framepack_jax.packing import PackedContext, group_tokens
-from framepack_jax.sharding import BATCH, constrain
+from framepack_jax.parallel.sharding import BATCH, constrain
 from framepack_jax.training.config import Config, Times
 from framepack_jax.training.state import Model, Params, State, factor_scale, united, updated
 

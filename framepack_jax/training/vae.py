@@ -29,8 +29,8 @@ from framepack_jax import bundle, video
 from framepack_jax.data.clips import Clips, Video, find_videos, hold_out, read_clip
 from framepack_jax.data.pixels import signed
 from framepack_jax.models import stack, vae
+from framepack_jax.parallel.sharding import BATCH, constrain
 from framepack_jax.progress import Bar
-from framepack_jax.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Checkpoints, Optimizer
