@@ -60,7 +60,7 @@ from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA
 from framepack_jax.training.loop import RATE, jitted_step, set_up
 from framepack_jax.training.metrics import COST
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 ROOT = Path(__file__).parent.parent
 SECTION_STEPS = 25

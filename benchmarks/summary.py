@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import Row
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 # The parts whose rows are what the device can do, and those that are measured against it.
 DEVICE = ("matmul", "copy", "attention", "conv", "streaming")

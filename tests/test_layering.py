@@ -8,7 +8,7 @@ PACKAGE = ROOT / "framepack_jax"
 
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
-    {"parallel", "progress"},
+    {"parallel", "utils"},
     {"ops", "diffusion", "packing", "buckets", "prompts", "splice", "video"},
     {"models", "request"},
     {"lora"},
@@ -65,10 +65,10 @@ def test_every_unit_has_a_row() -> None:
 
 
 def test_bars_are_lines_in_a_log() -> None:
-    """All of them come from `progress`."""
+    """All of them come from `utils.progress`."""
     for path in PACKAGE.rglob("*.py"):
         if any(module.startswith("tqdm") for module in imported_modules(path)):
-            assert path == PACKAGE / "progress.py", path
+            assert path == PACKAGE / "utils" / "progress.py", path
 
 
 def test_torch_is_imported_for_checkpoints_and_a_users_metrics_only() -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from framepack_jax import progress
+from framepack_jax.utils import progress
 
 
 @pytest.mark.parametrize("terminal", [False, True])

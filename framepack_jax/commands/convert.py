@@ -14,7 +14,6 @@ from etils import epath
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.commands.export import byte_bar, compare, export_lora, export_role
-from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import (
@@ -32,6 +31,7 @@ from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.lora import file_of
 from framepack_jax.models import kinds, stack
 from framepack_jax.models.packed_dit import context_kernels
+from framepack_jax.utils.flags import parse
 
 Dtype = Literal[
     "float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"

@@ -6,8 +6,8 @@ from typing import Annotated
 import tyro
 
 from framepack_jax import packing
-from framepack_jax.commands.flags import parse
 from framepack_jax.packing import Context, Generate, Skip
+from framepack_jax.utils.flags import parse
 
 BAR = 32
 

@@ -7,7 +7,7 @@ from framepack_jax import bundle
 from framepack_jax.conversion import export, hub, lora, tables, verify
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import packed_dit, stack
-from framepack_jax.progress import Bar
+from framepack_jax.utils.progress import Bar
 
 
 def compare(source: Path, root: str, prefix: str | None = None) -> list[verify.Comparison]:

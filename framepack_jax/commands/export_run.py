@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.training import checkpoints
 from framepack_jax.training.export import export
+from framepack_jax.utils.flags import parse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from framepack_jax.parallel.multihost import (
     stop_if_asked,
 )
 from framepack_jax.pipeline import FramePack, NotFinite, Settings
-from framepack_jax.progress import Bar
 from framepack_jax.request import Layout, Request, prepare
+from framepack_jax.utils.progress import Bar
 
 # What a disk, a device or a full memory does.
 FAILURES = (OSError, MemoryError, jax.errors.JaxRuntimeError)

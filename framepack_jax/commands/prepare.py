@@ -19,7 +19,6 @@ import tyro
 from framepack_jax import bundle, packing
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.commands import keep_compiled
-from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.data import cluster, dataset, stages, store
 from framepack_jax.data.captions import NOT_TEXT, escaped
@@ -31,7 +30,8 @@ from framepack_jax.data.stages import Cut, Settings, Thresholds
 from framepack_jax.data.store import Video
 from framepack_jax.parallel import hardware
 from framepack_jax.parallel.multihost import in_all, in_first, is_first, join
-from framepack_jax.progress import Bar
+from framepack_jax.utils.flags import parse
+from framepack_jax.utils.progress import Bar
 
 # Raised when videos are decoded or judged differently: those in the store are then read again.
 FORMAT = 2

@@ -21,7 +21,6 @@ import jax
 from framepack_jax import bundle, lora, video
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run import dry_run
-from framepack_jax.commands.flags import parse
 from framepack_jax.commands.making import (
     FAILURES,
     Task,
@@ -78,6 +77,7 @@ from framepack_jax.parallel.multihost import (
 from framepack_jax.pipeline import FramePack
 from framepack_jax.prompts import timed_prompts
 from framepack_jax.request import Request, end_image_use, lay_out
+from framepack_jax.utils.flags import parse
 
 # The backends that attention kernels are made for; the others run on any.
 KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}

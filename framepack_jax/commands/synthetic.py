@@ -7,9 +7,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from framepack_jax.commands.flags import parse
 from framepack_jax.data import synthetic
-from framepack_jax.progress import Bar
+from framepack_jax.utils.flags import parse
+from framepack_jax.utils.progress import Bar
 
 
 @dataclasses.dataclass(frozen=True)

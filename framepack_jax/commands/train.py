@@ -17,7 +17,6 @@ import jax
 from framepack_jax import bundle
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run_train import dry_run_training
-from framepack_jax.commands.flags import parse
 from framepack_jax.commands.records import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import in_first, join
@@ -25,6 +24,7 @@ from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
 from framepack_jax.training.export import export
 from framepack_jax.training.loop import NotFinite, train
+from framepack_jax.utils.flags import parse
 
 INTERRUPTED = 130
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from framepack_jax.conversion.formats import (
     TORCH_SUFFIXES,
     ConversionError,
 )
-from framepack_jax.progress import Plain
+from framepack_jax.utils.progress import Plain
 
 HUNYUAN, REDUX = "hunyuanvideo-community/HunyuanVideo", "lllyasviel/flux_redux_bfl"
 SHARED = {

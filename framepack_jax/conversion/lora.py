@@ -41,7 +41,7 @@ from framepack_jax.conversion.readers import (
 )
 from framepack_jax.lora import Factors, LoRA
 from framepack_jax.models.packed_dit import Config
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 # Tencent's names and those of ComfyUI are alike in part; the first that has one takes it.
 TABLES = {

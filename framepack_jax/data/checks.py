@@ -12,7 +12,7 @@ from typing import Any
 from framepack_jax.data import dataset, store
 from framepack_jax.data.records import DatasetError, Index, Source
 from framepack_jax.parallel.multihost import is_first
-from framepack_jax.progress import Bar
+from framepack_jax.utils.progress import Bar
 
 SHOWN = 3
 THREADS = 16

@@ -25,7 +25,7 @@ from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
 from framepack_jax.data.stages import Thresholds
 from framepack_jax.data.store import Video
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"
 # What videos the dataset is of: a line that says where they were listed, and one for each with its

@@ -26,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 FORMAT = 2
 INDEX, EMPTY, SHARDS, NEW = "dataset.json", "empty.safetensors", "shards", "dataset.new"

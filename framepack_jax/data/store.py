@@ -21,7 +21,7 @@ from PIL import Image
 from framepack_jax.data import records, stages
 from framepack_jax.data.records import Clip, DatasetError, Record
 from framepack_jax.data.stages import Rejected, Settings
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 STORE = "clips"
 THUMBNAIL = 160

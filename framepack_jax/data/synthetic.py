@@ -22,8 +22,8 @@ import numpy as np
 
 from framepack_jax.data import drawing
 from framepack_jax.data.drawing import COLOURS, FORMS
+from framepack_jax.utils.files import whole
 from framepack_jax.video import write_mp4
-from framepack_jax.video.files import whole
 
 SIZES = {"small": 0.10, "large": 0.15}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

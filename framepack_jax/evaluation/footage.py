@@ -12,7 +12,7 @@ from framepack_jax.evaluation import metrics, plots, pretrained, report
 from framepack_jax.evaluation.drift import Estimate, drift, ends, mean
 from framepack_jax.evaluation.metrics import METRICS
 from framepack_jax.evaluation.report import Table
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 ROWS = {
     "first 15 %": lambda values: ends(values)[0],

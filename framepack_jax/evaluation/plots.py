@@ -8,7 +8,7 @@ import numpy as np
 
 from framepack_jax.evaluation.drift import SHARE, Estimate
 from framepack_jax.evaluation.metrics import Metric
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 SIZE = 7.5, 4.0
 POINTS = 150

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from framepack_jax.evaluation.cases import Case, Figures
+from framepack_jax.utils.files import whole
 from framepack_jax.video import write_mp4
-from framepack_jax.video.files import whole
 
 SETTINGS = "evaluation.json"
 FORMAT = 1

@@ -13,7 +13,7 @@ from framepack_jax.data.synthetic import FPS
 from framepack_jax.evaluation import parts, plots, report, results
 from framepack_jax.evaluation.parts import ByRow, Part
 from framepack_jax.evaluation.report import Table
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 SHEETS = 3
 """Cases of a part that are shown."""

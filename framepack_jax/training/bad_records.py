@@ -12,7 +12,7 @@ import numpy as np
 
 from framepack_jax.data.records import DatasetError
 from framepack_jax.parallel.multihost import in_first, is_first
-from framepack_jax.progress import Bar
+from framepack_jax.utils.progress import Bar
 
 SHOWN = 3
 

@@ -33,7 +33,6 @@ from framepack_jax.data.records import DatasetError
 from framepack_jax.diffusion import sampler
 from framepack_jax.models import stack
 from framepack_jax.parallel import multihost
-from framepack_jax.progress import Bar
 from framepack_jax.training import checkpoints, metrics, optimizer, state, summary, validation
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.checkpoints import RunError
@@ -41,6 +40,7 @@ from framepack_jax.training.config import Config
 from framepack_jax.training.feed import Fed, check_batch, feed, local_share, place
 from framepack_jax.training.state import Model, Params, State
 from framepack_jax.training.step import Metrics, losses_at, train_step
+from framepack_jax.utils.progress import Bar
 
 # Fields of a configuration that a run keeps from its first step to its last.
 FIXED = (

@@ -30,7 +30,6 @@ from framepack_jax.data.clips import Clips, Video, find_videos, hold_out, read_c
 from framepack_jax.data.pixels import signed
 from framepack_jax.models import stack, vae
 from framepack_jax.parallel.sharding import BATCH, constrain
-from framepack_jax.progress import Bar
 from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Checkpoints, Optimizer
@@ -38,6 +37,7 @@ from framepack_jax.training.export import provenance, write_bundle
 from framepack_jax.training.feed import batch_sharding, check_batch, feed, local_share
 from framepack_jax.training.loop import RATE, stop_signal
 from framepack_jax.training.state import State, updated
+from framepack_jax.utils.progress import Bar
 
 # Fields that a run keeps from its first step to its last. Where the videos lie is none of them.
 FIXED = ("init", "trainable", "network", "frames", "size", "batch", "holdout", "kl", "seed", "ema")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from framepack_jax.utils.files import whole
 from framepack_jax.video import colour
-from framepack_jax.video.files import whole
 
 MIN_SIDE = 16
 """Fewest pixels of an image's shorter side: two latent pixels."""

@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from av.video.stream import VideoStream
 
-from framepack_jax.video.files import whole
+from framepack_jax.utils.files import whole
 
 DEFAULT_CRF = 16
 MIN_FPS, MAX_FPS = 0.1, 1000

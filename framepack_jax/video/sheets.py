@@ -12,8 +12,8 @@ import numpy as np
 from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
 
+from framepack_jax.utils.files import whole
 from framepack_jax.video.decode import mp4_info, read_frames, read_frames_at
-from framepack_jax.video.files import whole
 
 PREVIEW_BIAS = np.array([0.0259, -0.0192, -0.0761], np.float32)
 PREVIEW_WEIGHT = np.array(
