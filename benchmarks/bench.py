@@ -18,8 +18,8 @@ import numpy as np
 
 from framepack_jax import packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.models import packed_dit, vae
-from framepack_jax.models.flops import attention_flops, forward_flops
+from framepack_jax.models.hunyuan import transformer, vae
+from framepack_jax.models.hunyuan.flops import attention_flops, forward_flops
 from framepack_jax.parallel.hardware import chip_of
 
 ROUNDS, LEAST_SECONDS = 3, 0.25
@@ -38,7 +38,7 @@ class Scale:
     """Sizes of what is measured; `convs` are (frames, height, width, channels in and out), and
     `lengths` (tokens, valid ones of them) those that kernels of attention are known to fail at."""
 
-    dit: packed_dit.Config
+    dit: transformer.Config
     vae: vae.Config
     pixels: tuple[int, int]
     square: int
@@ -51,7 +51,7 @@ class Scale:
 
 
 FULL = Scale(
-    dit=packed_dit.Config(),
+    dit=transformer.Config(),
     vae=vae.Config(),
     pixels=(608, 640),
     square=8192,
@@ -66,7 +66,7 @@ FULL = Scale(
     remats=("attention", "dots", "full"),
 )  # fmt: skip
 TOY = Scale(
-    dit=packed_dit.Config(
+    dit=transformer.Config(
         heads=2, head_dim=32, double_layers=1, single_layers=2, refiner_layers=1,
         rope_axes=(8, 12, 12),
     ),
@@ -212,10 +212,10 @@ def denoiser_inputs(scale: Scale, batch: int = 1, weights: bool = True) -> tuple
     )
     params = None
     if weights:
-        params = jax.eval_shape(lambda: packed_dit.init(dit, jax.random.key(0)))
+        params = jax.eval_shape(lambda: transformer.init(dit, jax.random.key(0)))
         params = filled(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, BF16), params))
     valid = jnp.broadcast_to(jnp.arange(MAX_PROMPT_TOKENS) < 100, (batch, MAX_PROMPT_TOKENS))
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         normal(5, batch, MAX_PROMPT_TOKENS, dit.text_dim), valid,
         normal(6, batch, dit.pooled_dim), normal(7, batch, IMAGE_TOKENS, dit.image_dim),
         jnp.full(batch, 10.0),

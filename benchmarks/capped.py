@@ -30,7 +30,7 @@ from configs import tiny_bundle
 from framepack_jax import bundle
 from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import engine
-from framepack_jax.models import kinds, stack
+from framepack_jax.models import registry, scan
 
 ROOT = Path(__file__).parent.parent
 GB = 1e9
@@ -115,7 +115,7 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
         if name == "text_encoder_2":
             end = bundle.role_config(known, name)[1].eos_token_id
             cfg = dataclasses.replace(cfg, eos_token_id=end)
-        leaves = kinds.abstract_leaves(role.kind, cfg)
+        leaves = registry.abstract_leaves(role.kind, cfg)
         arrays = itertools.chain.from_iterable(
             random_leaf(
                 path, leaf.shape, weights if path.partition("/")[0] in model.STACKS else "bfloat16"
@@ -148,10 +148,10 @@ def random_leaf(path: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple
     spread = inputs**-0.5 if kind == "kernel" else 0.02
     numbers = np.random.default_rng(zlib.crc32(path.encode())).normal(0, spread, DRAWN)
     numbers = numbers.astype("bfloat16")
-    if kind == "kernel" and dtype in stack.QUANTIZED:
+    if kind == "kernel" and dtype in scan.QUANTIZED:
         # As one channel; all have its scale.
         numbers, scale = engine.quantize(path, numbers[:, None], dtype)
-        yield path.removesuffix("kernel") + stack.SCALE, np.resize(scale, shape[1:])
+        yield path.removesuffix("kernel") + scan.SCALE, np.resize(scale, shape[1:])
     yield path, np.resize(numbers, shape)
 
 

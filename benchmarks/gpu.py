@@ -53,7 +53,8 @@ from framepack_jax import bundle, packing
 from framepack_jax.commands.dry_run_train import abstract_samples
 from framepack_jax.commands.records import path_of
 from framepack_jax.diffusion import cache, flow, sampler, solver_table
-from framepack_jax.models import packed_dit, stack, vae
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
 from framepack_jax.training import state
 from framepack_jax.training.config import Config as Training
@@ -72,7 +73,7 @@ ASKED = 300.0
 
 def measure_step(bench: Bench) -> None:
     """A forward pass of the transformer in bfloat16, and with the blocks' kernels in 8 bits."""
-    run = functools.partial(packed_dit.velocity, bench.scale.dit, dtype=BF16)
+    run = functools.partial(transformer.velocity, bench.scale.dit, dtype=BF16)
 
     def step(name: str, dtype: str | None = None) -> jax.Array | None:
         params, *args = denoiser_inputs(bench.scale)
@@ -85,13 +86,13 @@ def measure_step(bench: Bench) -> None:
         )  # fmt: skip
 
     exact = step("denoising step")
-    for dtype in stack.QUANTIZED:
+    for dtype in scan.QUANTIZED:
         got = step(f"denoising step, {dtype} weights", dtype)
         if got is not None and exact is not None:
             bench.rows[-1]["relative_error"] = relative_error(got, exact)
 
 
-def quantized(params: stack.Params, dtype: str) -> stack.Params:
+def quantized(params: scan.Params, dtype: str) -> scan.Params:
     """The same network with the kernels of its blocks in 8 bits, each layer as
     `conversion.engine.quantize` makes it. The kernels in `params` are deleted, each when its own
     is made, so that a device never has them all twice."""
@@ -115,9 +116,9 @@ def quantized(params: stack.Params, dtype: str) -> stack.Params:
         return jax.lax.map(layer, kernel)
 
     leaves = flatten_dict(params)
-    for path in [path for path in leaves if path[-1] == "kernel" and path[0] in packed_dit.STACKS]:
+    for path in [path for path in leaves if path[-1] == "kernel" and path[0] in transformer.STACKS]:
         kernel = leaves[path]
-        leaves[path], leaves[(*path[:-1], stack.SCALE)] = jax.block_until_ready(eighth(kernel))
+        leaves[path], leaves[(*path[:-1], scan.SCALE)] = jax.block_until_ready(eighth(kernel))
         kernel.delete()
     return unflatten_dict(leaves)
 
@@ -142,10 +143,10 @@ def measure_section(bench: Bench) -> None:
     frames = scale.vae.time_compression * len(noise[0])
     work = {kind: SECTION_STEPS * flops for kind, flops in step_work(scale).items()}
 
-    def measure(name: str, params: stack.Params, config: cache.Config | None = None) -> None:
+    def measure(name: str, params: scan.Params, config: cache.Config | None = None) -> None:
         def run() -> sampler.Denoised:
             return sampler.denoise(
-                packed_dit, scale.dit, params, noise, sigmas, table, context, conditions,
+                transformer, scale.dit, params, noise, sigmas, table, context, conditions,
                 dtype="bfloat16", cache=config,
             )  # fmt: skip
 
@@ -161,7 +162,7 @@ def measure_section(bench: Bench) -> None:
     for kind in cache.THRESHOLDS:
         measure(f"section, step cache {kind}", params, cache.Config(kind))
     del params
-    for dtype in stack.QUANTIZED:
+    for dtype in scan.QUANTIZED:
         measure(f"section, {dtype} weights", quantized(denoiser_inputs(scale)[0], dtype))
 
 

@@ -25,7 +25,8 @@ from benchmarks.bench import (
     step_work,
 )
 from framepack_jax.conversion import engine, readers, tables
-from framepack_jax.models import packed_dit, stack
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan import transformer
 
 # What attention may run on; of those that refuse, rows say so.
 BACKENDS = {
@@ -74,7 +75,7 @@ def _torch_makes(dtype: Any, device: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _model(dit: packed_dit.Config) -> Any:
+def _model(dit: transformer.Config) -> Any:
     """diffusers' transformer of these sizes, with random weights."""
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
@@ -176,10 +177,10 @@ def measure_error(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
         plan = engine.plan(tables.recognise(readers.open_checkpoint(Path(folder)), "transformer"))
-        params = stack.cast(stack.join(dict(plan.leaves()), packed_dit.STACKS), BF16)
+        params = scan.cast(scan.join(dict(plan.leaves()), transformer.STACKS), BF16)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     args = params, x, sigma, context, conditions
-    ours = jax.jit(functools.partial(packed_dit.velocity, plan.cfg, dtype=BF16))(*args)
+    ours = jax.jit(functools.partial(transformer.velocity, plan.cfg, dtype=BF16))(*args)
     ours = rearrange(np.asarray(ours, np.float32), "b t h w c -> b c t h w")
     theirs = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -27,7 +27,7 @@ from jax.profiler import ProfileData
 
 from benchmarks import bench, gpu
 from framepack_jax.commands import hlo
-from framepack_jax.models import packed_dit, vae
+from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
 
 # Parts that take less of the time are one row together.
@@ -89,7 +89,7 @@ def main(args: list[str] | None = None) -> Profile:
 def denoise(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
     """A forward pass of the transformer in bfloat16."""
     args = bench.denoiser_inputs(scale)
-    return _program(functools.partial(packed_dit.velocity, scale.dit, dtype=bench.BF16), *args)
+    return _program(functools.partial(transformer.velocity, scale.dit, dtype=bench.BF16), *args)
 
 
 def decode(scale: bench.Scale, _: contextlib.ExitStack) -> Program:

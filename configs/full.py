@@ -13,7 +13,7 @@ from pathlib import Path
 from framepack_jax import packing
 from framepack_jax.bundle import Manifest, Role, write_manifest
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.models import kinds
+from framepack_jax.models import registry
 
 SCALING_FACTOR = 0.476986
 SCHEDULES = {"framepack_i2v": packing.RELEASED_INVERTED, "framepack_f1": packing.RELEASED_F1}
@@ -29,7 +29,7 @@ KINDS = {
 def get_config(schedule: str) -> Manifest:
     """The networks' defaults are the released sizes."""
     roles = {
-        role: Role(kind, dataclasses.asdict(kinds.KINDS[kind].Config()), role)
+        role: Role(kind, dataclasses.asdict(registry.KINDS[kind].Config()), role)
         for role, kind in KINDS.items()
     }
     return Manifest(

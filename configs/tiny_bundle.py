@@ -24,7 +24,10 @@ from framepack_jax import packing
 from framepack_jax.bundle import Manifest, Role, write_manifest, write_params
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.data import synthetic
-from framepack_jax.models import clip, kinds, llama, packed_dit, siglip, stack, vae
+from framepack_jax.models import registry, scan
+from framepack_jax.models.encoders import clip, llama, siglip
+from framepack_jax.models.hunyuan import transformer as transformer_model
+from framepack_jax.models.hunyuan import vae
 
 CORPUS = (
     "a red circle moves left over a green board, then orbits the blue square",
@@ -38,7 +41,7 @@ CORPUS = (
 class TinyBundle:
     """Configs of all roles, and how the untrained weights are drawn and stored."""
 
-    transformer: packed_dit.Config
+    transformer: transformer_model.Config
     vae: vae.Config
     text_encoder: llama.Config
     text_encoder_2: clip.Config
@@ -55,7 +58,7 @@ class TinyBundle:
 def get_config() -> TinyBundle:
     """Widths of tens where the real networks have thousands."""
     return TinyBundle(
-        transformer=packed_dit.Config(
+        transformer=transformer_model.Config(
             heads=2, head_dim=16, double_layers=2, single_layers=2, text_dim=32, pooled_dim=24,
             image_dim=24, rope_axes=(4, 6, 6),
         ),
@@ -76,7 +79,7 @@ def get_world_config() -> TinyBundle:
     """Encoders that read the captions of the demo world, word by word."""
     captions = tuple(synthetic.scene(0, number).caption for number in range(500))
     return TinyBundle(
-        transformer=packed_dit.Config(
+        transformer=transformer_model.Config(
             heads=2, head_dim=64, double_layers=2, single_layers=4, refiner_layers=1, text_dim=96,
             pooled_dim=48, image_dim=32, rope_axes=(16, 24, 24),
         ),
@@ -107,12 +110,12 @@ def write(config: TinyBundle, output: Path) -> None:
     }
     roles = {}
     for number, (role, (kind, cfg)) in enumerate(networks.items()):
-        model = kinds.KINDS[kind]
+        model = registry.KINDS[kind]
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), number)
         params = jax.jit(model.init, static_argnums=0)(cfg, key)
         if config.looking_back and role == "text_encoder":
             params = look_back(cfg, params)
-        leaves = stack.split(stack.cast(params, jnp.dtype(config.dtype)), model.STACKS)
+        leaves = scan.split(scan.cast(params, jnp.dtype(config.dtype)), model.STACKS)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
         source = {"name": "configs/tiny_bundle.py, untrained"}
         source |= write_params(output / role, arrays)._asdict()

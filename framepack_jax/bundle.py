@@ -27,9 +27,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
-from framepack_jax import lora
 from framepack_jax.buckets import BUCKETS_480P
-from framepack_jax.models import kinds, stack
+from framepack_jax.models import lora, registry, scan
 from framepack_jax.parallel import sharding
 
 FORMAT = 1
@@ -226,12 +225,12 @@ def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
             f" --{name.replace('_', '-')} FILE_OR_FOLDER --encoders-from THIS_BUNDLE --output NEW"
         )
     role = manifest.roles[name]
-    if not isinstance(role.kind, str) or role.kind not in kinds.KINDS:
-        raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(kinds.KINDS)}")
-    model = kinds.KINDS[role.kind]
+    if not isinstance(role.kind, str) or role.kind not in registry.KINDS:
+        raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(registry.KINDS)}")
+    model = registry.KINDS[role.kind]
     cfg = config_from_json(model.Config, role.config)
     try:
-        kinds.abstract_leaves(role.kind, cfg)
+        registry.abstract_leaves(role.kind, cfg)
     except Exception as error:  # of many kinds, by what does not go together
         line = str(error).partition("\n")[0]
         raise BundleError(
@@ -324,7 +323,7 @@ def load_params(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
-) -> stack.Params:
+) -> scan.Params:
     """Parameters of a role on the device, layers stacked; `dtype` None keeps what is stored.
 
     On a `mesh` they are divided by the rules of their kind, and every device holds its slices only.
@@ -344,7 +343,7 @@ def load_streamed(
     mesh: Mesh | None = None,
     resident: int = 0,
     hosted: int | None = None,
-) -> stack.Params:
+) -> scan.Params:
     """The same with the large stacks of the network (`STREAMED` of its kind) as `stack.Streamed`:
     their first `resident` layers on the device, the next `hosted`, by default all, in host memory.
     Others stay on the disk, and are read whenever they are needed.
@@ -359,9 +358,9 @@ def load_streamed(
         count, read = getattr(cfg, model.STACKS[part]), functools.partial(reader.layer, part)
         here = min(resident, count)
         there = count - here if hosted is None else min(hosted, count - here)
-        layers = [stack.on_device(read(i)) for i in range(here)]
-        layers += [stack.on_host(read(i)) for i in range(here, here + there)]
-        params[part] = stack.Streamed(stack.Layers(layers, read, count))
+        layers = [scan.on_device(read(i)) for i in range(here)]
+        layers += [scan.on_host(read(i)) for i in range(here, here + there)]
+        params[part] = scan.Streamed(scan.Layers(layers, read, count))
         resident -= here
         hosted = None if hosted is None else hosted - there
     return params
@@ -432,7 +431,7 @@ class _Reader:
             }
         return cls(root, name, path, model.STACKS, dtype, stored, wanted, divided)
 
-    def stacked(self, leaves: Iterable[str]) -> stack.Params:
+    def stacked(self, leaves: Iterable[str]) -> scan.Params:
         """These leaves on the device, layers stacked."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for key in leaves:
@@ -440,7 +439,7 @@ class _Reader:
         placed = {}
         for keys in _batches(groups.values(), self.stored, LOAD_CHUNK):
             loaded = self._load(keys)
-            joined = flatten_dict(stack.join(loaded, self.stacks, list))
+            joined = flatten_dict(scan.join(loaded, self.stacks, list))
             loaded.clear()
             for leaf in list(joined):
                 # Let go of once its layers are stacked: not all layers are there twice.
@@ -453,7 +452,7 @@ class _Reader:
                 )
         return unflatten_dict(placed)
 
-    def layer(self, part: str, number: int) -> stack.Params:
+    def layer(self, part: str, number: int) -> scan.Params:
         """One layer of a stack: arrays of numpy, or of JAX where there is a mesh."""
         start = f"{part}/{number:02d}/"
         loaded = self._load([key for key in self.stored if key.startswith(start)])
@@ -470,7 +469,7 @@ class _Reader:
 
     def _dtype(self, path: Sequence[str]) -> Any:
         """What a leaf is to be, None as it is stored: scales of kernels stay in float32."""
-        return None if path[-1] == stack.SCALE else self.dtype
+        return None if path[-1] == scan.SCALE else self.dtype
 
 
 def _opened(
@@ -480,7 +479,7 @@ def _opened(
     those of its config. Raises BundleError."""
     _, cfg = role_config(manifest, name)
     path = _present(root, manifest, name)
-    expected = kinds.abstract_leaves(manifest.roles[name].kind, cfg)
+    expected = registry.abstract_leaves(manifest.roles[name].kind, cfg)
     tree = ocp.metadata(path).metadata
     stored = {"/".join(key): leaf for key, leaf in flatten_dict(tree).items()}
     if problems := _differences(expected, stored):
@@ -563,7 +562,7 @@ def _shardings(
     shardings = flatten_dict(sharding.shard(params, rules, mesh))
     for leaf in stored:
         path = _stacked(leaf, model.STACKS)
-        if path[-1] == stack.SCALE:
+        if path[-1] == scan.SCALE:
             axes = tuple(shardings[(*path[:-1], "kernel")].spec)
             shardings[path] = NamedSharding(mesh, PartitionSpec(*axes[:1], *axes[2:]))
     return shardings
@@ -615,7 +614,7 @@ def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return jnp.dtype(leaf.dtype).name in stack.QUANTIZED
+    return jnp.dtype(leaf.dtype).name in scan.QUANTIZED
 
 
 def _is_cast(leaf: Any) -> bool:
@@ -633,7 +632,7 @@ def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     expected = {path: leaf.shape for path, leaf in expected.items()}
     for path, leaf in stored.items():
         if _is_quantized(leaf) and path.endswith("/kernel") and path in expected:
-            expected[path.removesuffix("kernel") + stack.SCALE] = expected[path][1:]
+            expected[path.removesuffix("kernel") + scan.SCALE] = expected[path][1:]
     parts = []
     if missing := sorted(expected.keys() - stored.keys()):
         parts.append(f"{len(missing)} missing ({', '.join(missing[:3])})")

@@ -23,8 +23,10 @@ from etils import epath
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from framepack_jax.models import clip, llama, siglip, stack, vae
-from framepack_jax.models.stack import Params
+from framepack_jax.models import scan
+from framepack_jax.models.encoders import clip, llama, siglip
+from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.scan import Params
 
 MAX_PROMPT_TOKENS = 256
 PROMPT_TEMPLATE = (
@@ -191,7 +193,7 @@ def encode_each(encoders: Encoders, batches: Sequence[Sequence[str]]) -> list[Pr
         ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
         _check_ids("tokenizer", ids, cfg.vocab_size)
         tokens.append((ids, valid))
-    if stack.is_streamed(params):
+    if scan.is_streamed(params):
         read = llama.hidden_states_of_each(cfg, params, tokens)
     else:
         read = [_text_states(cfg, params, *each) for each in tokens]

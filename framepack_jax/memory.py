@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from framepack_jax import bundle, packing
-from framepack_jax.models import vae
+from framepack_jax.models.hunyuan import vae
 
 LEVELS = ("auto", "high", "low")
 GB = 1e9

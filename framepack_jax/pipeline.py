@@ -32,10 +32,10 @@ from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
 from framepack_jax.encoders import load_encoders
-from framepack_jax.lora import LoRA, attach
-from framepack_jax.lora import merge as merge_lora
-from framepack_jax.models import stack
-from framepack_jax.models.vae import Tiling, check_tiling
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan.vae import Tiling, check_tiling
+from framepack_jax.models.lora import LoRA, attach
+from framepack_jax.models.lora import merge as merge_lora
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.parallel.multihost import fetch, in_first
 from framepack_jax.prompts import prompt_shares, timed_prompts
@@ -502,7 +502,7 @@ class FramePack:
         Raises NotFinite.
         """
         model, cfg, params = self.transformer
-        params = params if on_block is None else stack.watched(params, on_block)
+        params = params if on_block is None else scan.watched(params, on_block)
         timeline = self.timeline(plan, inputs.known) if timeline is None else timeline
         _, _, *frame = timeline.latents.shape
         sigmas = flow.sigmas(

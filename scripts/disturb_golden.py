@@ -382,9 +382,9 @@ def prepare(work: Path) -> Path:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     from framepack_jax import bundle
-    from framepack_jax.models import kinds
+    from framepack_jax.models import registry
 
-    kinds.abstract_leaves = functools.cache(kinds.abstract_leaves)
+    registry.abstract_leaves = functools.cache(registry.abstract_leaves)
     bundle.ocp = Memory()
     return root
 

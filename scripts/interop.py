@@ -34,10 +34,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from framepack_jax.conversion import lora
-from framepack_jax.models import packed_dit
+from framepack_jax.models.hunyuan import transformer as transformer_model
 
 WIDTH, MLP, RANK, ALPHA = 3072, 12288, 4, 1.0
-CFG = dataclasses.replace(packed_dit.Config(), double_layers=1, single_layers=1)
+CFG = dataclasses.replace(transformer_model.Config(), double_layers=1, single_layers=1)
 # {module in diffusers' names: (outputs, inputs)}; q, k and v share their first factor.
 MODULES = {
     **{f"transformer_blocks.0.attn.{n}": (WIDTH, WIDTH) for n in ("to_q", "to_k", "to_v")},
@@ -406,7 +406,8 @@ def _vae_of_comfyui(folder: Path) -> Row:
     import jax
 
     from framepack_jax.conversion import engine, readers, tables
-    from framepack_jax.models import stack, vae
+    from framepack_jax.models import scan
+    from framepack_jax.models.hunyuan import vae
 
     what = "VAE of ComfyUI, its names"
     sizes = {
@@ -435,7 +436,7 @@ def _vae_of_comfyui(folder: Path) -> Row:
         plan = engine.plan(tables.recognise(readers.open_checkpoint(file), "vae"))
     except readers.ConversionError as error:
         return Row("framepack-jax", what, f"{type(error).__name__}: not read", "-")
-    params = stack.join(dict(plan.leaves()), vae.STACKS, np.stack)
+    params = scan.join(dict(plan.leaves()), vae.STACKS, np.stack)
     # One frame: ComfyUI lets a frame attend to later ones, Tencent's VAE does not.
     latents = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 4), np.float32)
     mine = np.asarray(jax.jit(lambda p, z: vae.decode(plan.cfg, p, z))(params, latents))
@@ -593,7 +594,7 @@ def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Mod
     return Row(program, "our transformer, a folder", arrived, _velocities(cfg, params, model))
 
 
-def _velocities(cfg: packed_dit.Config, params: Any, model: torch.nn.Module) -> str:
+def _velocities(cfg: transformer_model.Config, params: Any, model: torch.nn.Module) -> str:
     """The largest relative difference of the two networks' velocity on the same input."""
     import jax
 
@@ -610,10 +611,10 @@ def _velocities(cfg: packed_dit.Config, params: Any, model: torch.nn.Module) -> 
     context = PackedContext(
         tuple(video[k] for k in kernels), tuple(index[k] for k in kernels), index["target"], kernels
     )
-    conditions = packed_dit.Conditions(
+    conditions = transformer_model.Conditions(
         text, np.arange(5)[None] < 4, pooled, image, np.array([6.0], np.float32)
     )
-    velocity = jax.jit(packed_dit.velocity, static_argnames=("cfg",))
+    velocity = jax.jit(transformer_model.velocity, static_argnames=("cfg",))
     ours = velocity(cfg, params, video["target"], np.array([0.7], np.float32), context, conditions)
     of = {k: torch.from_numpy(x.transpose(0, 4, 1, 2, 3).copy()) for k, x in video.items()}
     at = {k: torch.from_numpy(x).long() for k, x in index.items()}

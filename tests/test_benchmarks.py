@@ -33,8 +33,9 @@ from framepack_jax import bundle, packing
 from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import engine
 from framepack_jax.data.encode import Encoder
-from framepack_jax.models import kinds, packed_dit, stack
-from framepack_jax.models.flops import forward_flops
+from framepack_jax.models import registry, scan
+from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.parallel import hardware
 
 SECTIONS, STEPS, SIDE = 5, 2, 32
@@ -110,12 +111,12 @@ def test_too_few_sections_are_refused(capsys) -> None:
 
 @pytest.mark.parametrize("schedule", [F1, "f1k1_x_g2_f1k1f2k2f16k4_td"])
 def test_flops_are_those_of_the_traced_network(schedule: str) -> None:
-    cfg = packed_dit.Config(
+    cfg = transformer.Config(
         heads=2, head_dim=16, double_layers=3, single_layers=2, refiner_layers=2,
         text_dim=20, pooled_dim=12, image_dim=28, rope_axes=(4, 6, 6),
     )  # fmt: skip
     rows, columns, text, image = 6, 8, 7, 5
-    traced = jax.make_jaxpr(packed_dit.velocity, static_argnums=0)(
+    traced = jax.make_jaxpr(transformer.velocity, static_argnums=0)(
         cfg, *_abstract(cfg, schedule, rows, columns, text, image)
     )
     counted = forward_flops(cfg, schedule, rows, columns, text, image)
@@ -128,8 +129,8 @@ def _abstract(cfg, schedule: str, rows: int, columns: int, text: int, image: int
     plan = packing.plan(schedule, packing.default_order(schedule), 1)
     timeline = packing.Timeline(packing.length(plan), (rows, columns, cfg.in_channels))
     timeline.known[:] = True
-    params = jax.eval_shape(lambda key: packed_dit.init(cfg, key), jax.random.key(0))
-    conditions = packed_dit.Conditions(
+    params = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
+    conditions = transformer.Conditions(
         jnp.zeros((1, text, cfg.text_dim)), jnp.ones((1, text), bool),
         jnp.zeros((1, cfg.pooled_dim)), jnp.zeros((1, image, cfg.image_dim)), jnp.ones(1),
     )  # fmt: skip
@@ -155,7 +156,7 @@ def test_a_conversion_is_measured_and_cleaned_up(tmp_path, capfd) -> None:
     """Verified by the command itself, whose exit code would stop the benchmark."""
     figures = conversion.main(["--scale", "toy", "--folder", str(tmp_path), "--no-loading"])
     parameters = sum(
-        leaf.size for leaf in kinds.abstract_leaves(TRANSFORMER, conversion.TOY).values()
+        leaf.size for leaf in registry.abstract_leaves(TRANSFORMER, conversion.TOY).values()
     )
     assert figures["bytes"] == 2 * parameters
     assert figures["times_copy"] == figures["convert_seconds"] / figures["copy_seconds"]
@@ -168,7 +169,7 @@ def test_the_deepest_model_leaves_room_on_the_disk() -> None:
     whole = conversion._deepest(10**12)
     assert (whole.double_layers, whole.single_layers) == (20, 40)
     cfg = conversion._deepest(40 * 10**9)
-    size = 2 * sum(leaf.size for leaf in kinds.abstract_leaves(TRANSFORMER, cfg).values())
+    size = 2 * sum(leaf.size for leaf in registry.abstract_leaves(TRANSFORMER, cfg).values())
     assert 0 < 40e9 - 2 * size - conversion.SHARD - conversion.SPARE < 2 * 1.3e9
     assert (cfg.heads, cfg.single_layers) == (24, 2 * cfg.double_layers)
     with pytest.raises(SystemExit, match="too few for one layer"):
@@ -214,7 +215,7 @@ def test_what_a_gpu_does_is_measured(tmp_path, briefly) -> None:
     step, *small = figures["step"]
     assert step["tflop_s"] * step["ms"] == pytest.approx(bench.step_flops(bench.TOY) / 1e9)
     assert step["mfu"] == pytest.approx(step["tflop_s"] / 989)
-    assert len(small) == len(stack.QUANTIZED)
+    assert len(small) == len(scan.QUANTIZED)
     for row in small:
         assert row["weights"] < step["weights"] and 0 < row["relative_error"] < 0.05
     (errors,) = figures["peer-error"]
@@ -258,7 +259,7 @@ def test_the_vae_of_diffusers_is_measured(briefly) -> None:
     assert len(rows) == 6 and all(row["ms"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+@pytest.mark.parametrize("dtype", scan.QUANTIZED)
 def test_weights_in_8_bits_are_those_of_a_converted_bundle(dtype: str) -> None:
     kernel = np.random.default_rng(0).normal(size=(3, 16, 4, 6)).astype("bfloat16")
     # Channels of zeros, of what the type itself holds, and whose largest is its largest.
@@ -275,11 +276,11 @@ def test_weights_in_8_bits_are_those_of_a_converted_bundle(dtype: str) -> None:
         np.testing.assert_array_equal(found["kernel"], numbers)
         used = numbers.any(axis=0)
         tolerance = 1e-6 if dtype == "int8" else 0
-        np.testing.assert_allclose(found[stack.SCALE][used], scale[used], rtol=tolerance)
-        assert found[stack.SCALE].all() and np.count_nonzero(~used) == 1
+        np.testing.assert_allclose(found[scan.SCALE][used], scale[used], rtol=tolerance)
+        assert found[scan.SCALE].all() and np.count_nonzero(~used) == 1
     assert params["single"]["qkv"]["kernel"].is_deleted()
     assert got["head"]["kernel"].dtype == jnp.float32 and set(got["single"]["qkv"]) == {
-        "kernel", "bias", stack.SCALE
+        "kernel", "bias", scan.SCALE
     }  # fmt: skip
 
 
@@ -546,7 +547,7 @@ def test_instructions_are_those_of_one_device() -> None:
     assert found == [("fusion.3", 1e-6)]
 
 
-@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+@pytest.mark.parametrize("dtype", scan.QUANTIZED)
 def test_a_bundle_for_videos_under_caps(tmp_path, monkeypatch, capsys, dtype: str) -> None:
     """Which takes no other's place; and the order of the runs, which are stood in for."""
     row = {"cap": None, "host_bytes": 1, "error": "none"}
@@ -563,9 +564,9 @@ def test_a_bundle_for_videos_under_caps(tmp_path, monkeypatch, capsys, dtype: st
         capped.main(flags)
     manifest = bundle.read_manifest(tmp_path / "bundle")
     params = bundle.load_params(tmp_path / "bundle", manifest, "transformer")
-    qkv = stack.at(params["single"]["qkv"], 0)
+    qkv = scan.at(params["single"]["qkv"], 0)
     assert qkv["kernel"].dtype == dtype and len(np.unique(qkv["kernel"])) > 100
-    assert float(np.std(stack.cast(qkv, "float32")["kernel"])) == pytest.approx(32**-0.5, rel=0.05)
+    assert float(np.std(scan.cast(qkv, "float32")["kernel"])) == pytest.approx(32**-0.5, rel=0.05)
     assert params["single"]["q_norm"]["scale"].dtype == jnp.bfloat16
 
 

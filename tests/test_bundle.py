@@ -12,7 +12,8 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError, Manifest, Role
-from framepack_jax.models import clip, kinds, stack
+from framepack_jax.models import registry, scan
+from framepack_jax.models.encoders import clip
 from framepack_jax.parallel import sharding
 
 CFG = clip.Config(vocab_size=7, width=4, layers=3, heads=2, mlp_width=6, max_tokens=5)
@@ -20,7 +21,7 @@ CFG = clip.Config(vocab_size=7, width=4, layers=3, heads=2, mlp_width=6, max_tok
 
 def leaves(dtype=ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    shapes = kinds.abstract_leaves("clip_text", CFG)
+    shapes = registry.abstract_leaves("clip_text", CFG)
     return {name: random.standard_normal(leaf.shape).astype(dtype) for name, leaf in shapes.items()}
 
 
@@ -68,7 +69,7 @@ def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
     written = bundle.write_params(tmp_path / "text_encoder_2", leaves().items())
     assert written.bytes == sum(leaf.nbytes for leaf in leaves().values())
     params = bundle.load_params(tmp_path, manifest(), "text_encoder_2")
-    assert stack.split(params, clip.STACKS).keys() == leaves().keys()
+    assert scan.split(params, clip.STACKS).keys() == leaves().keys()
 
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 1}])

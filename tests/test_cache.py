@@ -18,7 +18,8 @@ from framepack_jax import packing
 from framepack_jax.conversion import engine, readers, tables
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.diffusion.cache import Config, first_block, run_or_skip, start, tea
-from framepack_jax.models import packed_dit, stack
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan import transformer
 
 TAG = "teacache_n1_w3_s25"
 WINDOW, SIZE, TEXT = 2, 6, 8
@@ -81,10 +82,10 @@ def context_of(arrays) -> packing.PackedContext:
     )
 
 
-def conditions_of(arrays, prefix: str = "") -> packed_dit.Conditions:
+def conditions_of(arrays, prefix: str = "") -> transformer.Conditions:
     text, pooled = arrays[f"{prefix}text"], arrays[f"{prefix}pooled"]
     guidance = np.full(len(text), 6.0, np.float32)
-    return packed_dit.Conditions(
+    return transformer.Conditions(
         text, np.ones(text.shape[:2], bool), pooled, arrays["image"], guidance
     )
 
@@ -92,7 +93,7 @@ def conditions_of(arrays, prefix: str = "") -> packed_dit.Conditions:
 def denoise(network, arrays, cache: Config | None, prefix: str = "", **options):
     context, conditions = context_of(arrays), conditions_of(arrays, prefix)
     return sampler.denoise(
-        packed_dit, *network, arrays["noise"], SIGMAS, EULER, context, conditions,
+        transformer, *network, arrays["noise"], SIGMAS, EULER, context, conditions,
         cache=cache, **options,
     )  # fmt: skip
 
@@ -105,7 +106,7 @@ def alone(arrays, sample: int):
 def test_teacache_equals_the_release(golden) -> None:
     checkpoint = readers.open_checkpoint(golden / "transformer")
     plan = engine.plan(tables.recognise(checkpoint, "transformer"))
-    network = plan.cfg, stack.join(dict(plan.leaves()), packed_dit.STACKS)
+    network = plan.cfg, scan.join(dict(plan.leaves()), transformer.STACKS)
     reference = {
         name: rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x
         for name, x in load_file(golden / "pipeline.safetensors").items()
@@ -114,7 +115,7 @@ def test_teacache_equals_the_release(golden) -> None:
     (section,) = packing.plan(schedule, "inverted", 1)
     timeline = packing.Timeline(4, reference["start_latent"].shape[2:], 1)
     timeline.write(range(1), reference["start_latent"])
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         reference["prompt_embeds"], reference["prompt_mask"].astype(bool), reference["pooled"],
         reference["image_embeds"], np.full(1, 10.0, np.float32),
     )  # fmt: skip
@@ -122,7 +123,7 @@ def test_teacache_equals_the_release(golden) -> None:
     tokens = packing.target_tokens(schedule, *noise.shape[2:4])
     sigmas = flow.sigmas(len(ran), flow.shift_mu(tokens))
     done = sampler.denoise(
-        packed_dit, *network, noise, sigmas, solver_table("unipc", sigmas),
+        transformer, *network, noise, sigmas, solver_table("unipc", sigmas),
         packing.read_context(section, timeline), conditions, cache=Config("tea"),
     )  # fmt: skip
     np.testing.assert_array_equal(done.blocks_run[:, 0, 0].astype(int), ran)
@@ -277,7 +278,7 @@ def test_what_slow_changes_are_measured_from(kind) -> None:
 def test_teacache_goes_on_after_a_change_that_is_no_number() -> None:
     """Once 0 / 0 entered the sum, no sum would ever reach the threshold again."""
     state = start((1, 2, 3), jnp.float32)
-    need, state = tea(state, state.signal, jnp.array(False), 0.15, packed_dit.TEACACHE)
+    need, state = tea(state, state.signal, jnp.array(False), 0.15, transformer.TEACACHE)
     assert need.all() and state.total == 0
 
 
@@ -299,7 +300,7 @@ def lowered(cfg, params, arrays, kind: str | None, dtype: str, passes: int = 1):
     at = sampler.At(
         scalar, abstract(EULER[0], np.float32), jax.ShapeDtypeStruct((), bool) if kind else None
     )
-    fixed = packed_dit, cfg, dtype, kind, abstract(params, jnp.dtype(dtype)), request
+    fixed = transformer, cfg, dtype, kind, abstract(params, jnp.dtype(dtype)), request
     cached = jax.eval_shape(lambda: sampler.start_caches(*fixed, noise))
     return sampler.step.lower(*fixed, at, jax.eval_shape(solver.start, noise), cached)
 
@@ -331,7 +332,7 @@ def test_the_state_of_a_cache_keeps_its_types(network, arrays) -> None:
 
 def test_parameters_are_not_copied(network, arrays) -> None:
     cfg = dataclasses.replace(network[0], heads=4, double_layers=12)
-    params = jax.eval_shape(functools.partial(packed_dit.init, cfg), jax.random.key(0))
+    params = jax.eval_shape(functools.partial(transformer.init, cfg), jax.random.key(0))
     size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params["double"]))
     fast = {"xla_backend_optimization_level": 0}
     compiled = lowered(cfg, params, arrays, "first-block", "float32").compile(fast)

@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from framepack_jax import conditioning
-from framepack_jax.models import clip, llama, siglip, stack, vae
+from framepack_jax.models import scan
+from framepack_jax.models.encoders import clip, llama, siglip
+from framepack_jax.models.hunyuan import vae
 from tests.test_encoders import clip_params, llama_params, siglip_params
 from tests.test_vae import vae_params
 from tests.torch_reference import relative_error
@@ -189,7 +191,7 @@ def test_image_processor_equals_the_live_one(encoders, folder, size):
 def test_conditions_in_bfloat16(encoders, image):
     names = ("text_encoder", "text_encoder_2", "image_encoder")
     half = {
-        name: (cfg, stack.cast(jax.tree.map(jnp.asarray, params), jnp.bfloat16))
+        name: (cfg, scan.cast(jax.tree.map(jnp.asarray, params), jnp.bfloat16))
         for name in names
         for cfg, params in [getattr(encoders, name)]
     }

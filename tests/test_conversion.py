@@ -30,8 +30,9 @@ from framepack_jax.commands.records import path_of
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import engine, inspect, readers, tables, transformer
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import packed_dit, vae
-from framepack_jax.models.packed_dit import Config
+from framepack_jax.models.hunyuan import transformer as transformer_model
+from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.hunyuan.transformer import Config
 from framepack_jax.packing import PackedContext
 from tests.torch_reference import randomize, relative_error
 
@@ -676,13 +677,13 @@ def test_from_base_embeds_enlarged_latents_alike(kernel: str, base, tmp_path) ->
     plan = engine.plan(dataclasses.replace(source, table=table))
     leaves = dict(plan.leaves())
     assert plan.cfg == dataclasses.replace(CFG, context_kernels=(kernel,))
-    shape = packed_dit.kernel_shape(kernel)
+    shape = transformer_model.kernel_shape(kernel)
     small = np.random.default_rng(0).standard_normal((1, 3, 4, 6, 16)).astype(np.float32)
     times = (shape[0], shape[1] // 2, shape[2] // 2)
     large = small
     for axis, n in enumerate(times, 1):
         large = np.repeat(large, n, axis=axis)
-    embed = packed_dit.ContextEmbed(plan.cfg)
+    embed = transformer_model.ContextEmbed(plan.cfg)
 
     def tokens(name: str, latents: np.ndarray, kernel: str) -> jax.Array:
         params = {k: jnp.asarray(leaves[f"embed/{name}/{k}"]) for k in ("kernel", "bias")}
@@ -735,13 +736,13 @@ def test_original_transformer_agrees(original, golden) -> None:
     assert cfg.context_kernels == () and cfg.image_dim is None and cfg.guidance
     params = bundle.load_params(original, manifest, "transformer")
     x = np.moveaxis(reference["latents"], 1, -1)
-    conditions = packed_dit.Conditions(
+    conditions = transformer_model.Conditions(
         jnp.asarray(reference["text"]), jnp.asarray(reference["text_mask"] != 0),
         jnp.asarray(reference["pooled"]), None, jnp.asarray(reference["guidance"] / 1000),
     )  # fmt: skip
     context = PackedContext((), (), jnp.arange(x.shape[1])[None, :], ())
     sigma = jnp.asarray(reference["timestep"] / 1000)
-    ours = packed_dit.velocity(cfg, params, jnp.asarray(x), sigma, context, conditions)
+    ours = transformer_model.velocity(cfg, params, jnp.asarray(x), sigma, context, conditions)
     assert relative_error(np.moveaxis(ours, -1, 1), reference["output"]) <= PARITY
 
 

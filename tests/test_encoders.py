@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from framepack_jax.models import clip, kinds, llama, siglip, stack
-from framepack_jax.models.encoder_block import ACTIVATIONS
+from framepack_jax.models import registry, scan
+from framepack_jax.models.encoders import clip, llama, siglip
+from framepack_jax.models.encoders.block import ACTIVATIONS
 from tests.torch_reference import randomize, relative_error
 
 LLAMA = llama.Config(
@@ -33,7 +34,7 @@ def state_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {k: v.numpy() for k, v in module.state_dict().items()}
 
 
-def llama_params(state: dict[str, np.ndarray], cfg: llama.Config) -> stack.Params:
+def llama_params(state: dict[str, np.ndarray], cfg: llama.Config) -> scan.Params:
     """Our parameters from a transformers state dict; layers beyond cfg.layers are left out."""
     state = {re.sub(r"^model\.", "", k): v for k, v in state.items()}
     leaves = {"embed/embedding": state["embed_tokens.weight"]}
@@ -47,7 +48,7 @@ def llama_params(state: dict[str, np.ndarray], cfg: llama.Config) -> stack.Param
             leaves[f"layers/{i:02d}/{ours}/kernel"] = layer[f"{theirs}_proj.weight"].T
         leaves[f"layers/{i:02d}/input_norm/scale"] = layer["input_layernorm.weight"]
         leaves[f"layers/{i:02d}/mlp_norm/scale"] = layer["post_attention_layernorm.weight"]
-    return stack.join(leaves, llama.STACKS)
+    return scan.join(leaves, llama.STACKS)
 
 
 def encoder_layers(state: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
@@ -71,7 +72,7 @@ def encoder_layers(state: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
     return leaves
 
 
-def clip_params(state: dict[str, np.ndarray], cfg: clip.Config) -> stack.Params:
+def clip_params(state: dict[str, np.ndarray], cfg: clip.Config) -> scan.Params:
     state = {re.sub(r"^text_model\.", "", k): v for k, v in state.items()}
     leaves = {
         "token_embedding/embedding": state["embeddings.token_embedding.weight"],
@@ -79,10 +80,10 @@ def clip_params(state: dict[str, np.ndarray], cfg: clip.Config) -> stack.Params:
         "final_norm/scale": state["final_layer_norm.weight"],
         "final_norm/bias": state["final_layer_norm.bias"],
     }
-    return stack.join(leaves | encoder_layers(state, cfg), clip.STACKS)
+    return scan.join(leaves | encoder_layers(state, cfg), clip.STACKS)
 
 
-def siglip_params(state: dict[str, np.ndarray], cfg: siglip.Config) -> stack.Params:
+def siglip_params(state: dict[str, np.ndarray], cfg: siglip.Config) -> scan.Params:
     state = {re.sub(r"^vision_model\.", "", k): v for k, v in state.items()}
     patch = state["embeddings.patch_embedding.weight"]
     leaves = {
@@ -92,7 +93,7 @@ def siglip_params(state: dict[str, np.ndarray], cfg: siglip.Config) -> stack.Par
         "final_norm/scale": state["post_layernorm.weight"],
         "final_norm/bias": state["post_layernorm.bias"],
     }
-    return stack.join(leaves | encoder_layers(state, cfg), siglip.STACKS)
+    return scan.join(leaves | encoder_layers(state, cfg), siglip.STACKS)
 
 
 @functools.cache
@@ -197,7 +198,7 @@ def test_activations():
     [("llama", 7_068_958_720), ("clip_text", 123_060_480), ("siglip_vision", 412_987_248)],
 )
 def test_full_size(kind, count):
-    assert kinds.parameter_count(kind, kinds.KINDS[kind].Config()) == count
+    assert registry.parameter_count(kind, registry.KINDS[kind].Config()) == count
 
 
 # Kind -> config, function, random parameters by way of transformers, inputs.
@@ -227,7 +228,7 @@ CASES = {
 def test_bfloat16(kind):
     cfg, function, params, inputs = CASES[kind]
     exact = function(cfg, params(), *inputs)
-    rounded = function(cfg, *stack.cast([params(), *map(jnp.asarray, inputs)], jnp.bfloat16))
+    rounded = function(cfg, *scan.cast([params(), *map(jnp.asarray, inputs)], jnp.bfloat16))
     assert (exact.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
     assert relative_error(rounded, exact) < 0.05
 
@@ -236,6 +237,6 @@ def test_bfloat16(kind):
 def test_parameter_paths(kind):
     """What init makes has the paths and shapes that the parity tests feed in."""
     cfg, _, params, _ = CASES[kind]
-    fed = stack.split(params(), kinds.KINDS[kind].STACKS)
-    made = kinds.abstract_leaves(kind, cfg)
+    fed = scan.split(params(), registry.KINDS[kind].STACKS)
+    made = registry.abstract_leaves(kind, cfg)
     assert {k: v.shape for k, v in fed.items()} == {k: v.shape for k, v in made.items()}

@@ -30,7 +30,9 @@ from framepack_jax.bundle import Manifest, Role
 from framepack_jax.commands.convert import Convert, convert, main
 from framepack_jax.conversion import engine, export, lora, readers, tables
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import clip, kinds, packed_dit, siglip, vae
+from framepack_jax.models import registry
+from framepack_jax.models.encoders import clip, siglip
+from framepack_jax.models.hunyuan import transformer, vae
 from tests.test_conversion import CLIP, SIGLIP, SIZES
 from tests.torch_reference import randomize
 
@@ -165,9 +167,9 @@ def test_the_original_file_comes_back(golden, tmp_path) -> None:
 
 
 @st.composite
-def configs(draw, framepack: bool) -> packed_dit.Config:
+def configs(draw, framepack: bool) -> transformer.Config:
     """Small transformers of every shape that the tables tell apart."""
-    return packed_dit.Config(
+    return transformer.Config(
         in_channels=draw(st.sampled_from([4, 16])),
         out_channels=draw(st.sampled_from([4, 16])),
         heads=draw(st.integers(1, 3)),
@@ -186,12 +188,12 @@ def configs(draw, framepack: bool) -> packed_dit.Config:
 
 
 def random_bundle(
-    root: Path, cfg: packed_dit.Config, seed: int, scale: float = 1
+    root: Path, cfg: transformer.Config, seed: int, scale: float = 1
 ) -> dict[str, np.ndarray]:
     """A bundle of random bits in several dtypes; returns its leaves."""
     random = np.random.default_rng(seed)
     leaves = {}
-    for path, leaf in kinds.abstract_leaves("hunyuan_packed_dit", cfg).items():
+    for path, leaf in registry.abstract_leaves("hunyuan_packed_dit", cfg).items():
         half = "mod" in path and scale == 1
         dtype = "float32" if "norm" in path else "float16" if half else "bfloat16"
         values = scale * random.standard_normal(leaf.shape, np.float32)
@@ -273,7 +275,7 @@ def test_other_networks_lose_no_bit_either(role, data, seed, tmp_path_factory) -
         path: random.standard_normal(leaf.shape, np.float32).astype(
             jnp.dtype("float32" if "norm" in path else "bfloat16")
         )
-        for path, leaf in kinds.abstract_leaves(OTHERS[role], cfg).items()
+        for path, leaf in registry.abstract_leaves(OTHERS[role], cfg).items()
     }
     bundle.write_params(root / role, leaves.items())
     fields = json.loads(json.dumps(dataclasses.asdict(cfg)))
@@ -308,7 +310,7 @@ def test_types_can_be_changed_on_the_way_out(tmp_path) -> None:
 
 def test_names_of_a_single_file(tmp_path) -> None:
     """A base model goes out in the original names, a FramePack model, which has none, does not."""
-    cfg = packed_dit.Config(
+    cfg = transformer.Config(
         heads=1, head_dim=16, double_layers=1, single_layers=1, refiner_layers=1, text_dim=2,
         pooled_dim=2, image_dim=3, rope_axes=(4, 6, 6),
     )  # fmt: skip
@@ -354,7 +356,7 @@ def test_a_lora_goes_out_in_other_names(framepack_bundle, tmp_path, capsys) -> N
 
 
 def test_numbers_that_a_type_cannot_hold_do_not_go_out(tmp_path) -> None:
-    cfg = packed_dit.Config(
+    cfg = transformer.Config(
         heads=1, head_dim=16, double_layers=1, single_layers=1, refiner_layers=1, text_dim=2,
         pooled_dim=2, image_dim=3, rope_axes=(4, 6, 6),
     )  # fmt: skip
@@ -411,7 +413,7 @@ def test_llama_and_other_kernels_do_not_go_out(framepack_bundle, tmp_path) -> No
     with pytest.raises(ConversionError, match="make no whole model"):
         export._steps("text_encoder", "diffusers", None)
     role = manifest.roles["transformer"]
-    cfg = bundle.config_from_json(packed_dit.Config, {**role.config, "context_kernels": ["k1"]})
+    cfg = bundle.config_from_json(transformer.Config, {**role.config, "context_kernels": ["k1"]})
     with pytest.raises(ConversionError, match="embeds context with k1; diffusers'"):
         export.CONFIGS["transformer"](cfg, manifest)
 

@@ -11,7 +11,6 @@ ROWS = [
     {"parallel", "utils"},
     {"ops", "diffusion", "packing", "buckets", "prompts", "splice", "video"},
     {"models", "request"},
-    {"lora"},
     {"bundle", "conditioning"},
     {"encoders", "memory"},
     {"pipeline", "data", "conversion"},

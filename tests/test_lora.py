@@ -27,12 +27,12 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from framepack_jax import lora
 from framepack_jax.conversion import engine, lora_layout, readers, tables
 from framepack_jax.conversion import lora as files
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.lora import Factors
-from framepack_jax.models import kinds, packed_dit, stack
+from framepack_jax.models import lora, registry, scan
+from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.lora import Factors
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 from framepack_jax.training import state
@@ -45,7 +45,7 @@ TIMES = {"k4": range(6, 22), "k2": (4, 5), "k1": (0,), "target": (1, 2)}
 ROWS, COLUMNS, TEXT = 4, 6, 5
 # The programs are tiny: making them fast takes longer than running them slowly.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-velocity = jax.jit(packed_dit.velocity, static_argnames=("cfg", "dtype"), compiler_options=QUICK)
+velocity = jax.jit(transformer.velocity, static_argnames=("cfg", "dtype"), compiler_options=QUICK)
 
 Tensors = dict[str, np.ndarray]
 
@@ -86,7 +86,7 @@ def arguments(inputs):
         tuple(inputs[k] for k in kernels), tuple(indices[k] for k in kernels), indices["target"],
         kernels,
     )  # fmt: skip
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         inputs["text"], np.arange(TEXT)[None, :] < 4, inputs["pooled"], inputs["image"],
         np.array([6.0], np.float32),
     )  # fmt: skip
@@ -152,7 +152,7 @@ def random_lora(cfg, seed: int, ranks=(1, 2, 3), share: float = 1.0) -> lora.LoR
     """Factors for a share of all kernels, of ranks that vary from kernel to kernel."""
     random = np.random.default_rng(seed)
     made = {}
-    for path, leaf in kinds.abstract_leaves("hunyuan_packed_dit", cfg).items():
+    for path, leaf in registry.abstract_leaves("hunyuan_packed_dit", cfg).items():
         if path.endswith("/kernel") and random.random() < share:
             rank = int(random.choice(ranks))
             a = random.standard_normal((leaf.shape[0], rank), np.float32)
@@ -208,11 +208,11 @@ def test_without_a_lora_nothing_is_added(model, arguments, monkeypatch) -> None:
     cfg, params = model
 
     def traced() -> str:
-        compute = jax.jit(lambda p, *args: packed_dit.velocity(cfg, p, *args))
+        compute = jax.jit(lambda p, *args: transformer.velocity(cfg, p, *args))
         return compute.lower(params, *arguments).as_text()
 
     as_it_is = traced()
-    monkeypatch.setattr(stack, "factors_beside_kernels", contextlib.nullcontext)
+    monkeypatch.setattr(scan, "factors_beside_kernels", contextlib.nullcontext)
     assert traced() == as_it_is
 
 
@@ -222,13 +222,13 @@ def test_parts_of_the_pass_for_step_caches(model) -> None:
     attached = lora.attach(params, few(random_lora(cfg, 1), "double"))
     random = np.random.default_rng(2)
     img, txt = (random.standard_normal((1, n, cfg.width), np.float32) for n in (6, 4))
-    rope = packed_dit.rope_table(np.arange(1)[None, :], 2, 3, cfg.rope_axes, cfg.rope_theta)
-    tokens = packed_dit.Tokens(img, txt, img[:, 0], rope, np.ones((1, 10), bool))
+    rope = transformer.rope_table(np.arange(1)[None, :], 2, 3, cfg.rope_axes, cfg.rope_theta)
+    tokens = transformer.Tokens(img, txt, img[:, 0], rope, np.ones((1, 10), bool))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def parts(params):
-        first = packed_dit.first_block(cfg, params, tokens)
-        return packed_dit.block_input(cfg, params, tokens), first.img, first.txt
+        first = transformer.first_block(cfg, params, tokens)
+        return transformer.block_input(cfg, params, tokens), first.img, first.txt
 
     ours, merged, plain = map(parts, (attached, lora.merge(attached), params))
     for part in range(len(ours)):
@@ -252,14 +252,14 @@ class Bent(nn.Module):
 
 def test_a_gradient_keeps_the_sum_of_what_kernel_and_factors_give() -> None:
     x = jnp.zeros((4, 6))
-    params = stack.init(Bent(), jax.random.key(0), 2, x)
+    params = scan.init(Bent(), jax.random.key(0), 2, x)
     factors = Factors(np.zeros((6, 3), np.float32), np.zeros((3, 6), np.float32), np.ones(3))
     made = {f"stack/0{i}/out/kernel": factors for i in range(2)}
     attached = lora.attach({"stack": params}, made)["stack"]
 
-    def kept(params: stack.Params, remat: str) -> list[tuple[int, ...]]:
-        def residuals(params: stack.Params) -> Any:
-            return jax.vjp(lambda p: stack.run(Bent(), p, x, remat=remat), params)[1]
+    def kept(params: scan.Params, remat: str) -> list[tuple[int, ...]]:
+        def residuals(params: scan.Params) -> Any:
+            return jax.vjp(lambda p: scan.run(Bent(), p, x, remat=remat), params)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params))
         return [leaf.shape for leaf in leaves if leaf.shape[:2] == (2, 4)]
@@ -271,7 +271,7 @@ def test_a_gradient_keeps_the_sum_of_what_kernel_and_factors_give() -> None:
 
 
 def test_factors_take_the_dtype_of_their_block() -> None:
-    params = stack.init(Projections(), jax.random.key(0), 2, jnp.zeros((4, 6)))
+    params = scan.init(Projections(), jax.random.key(0), 2, jnp.zeros((4, 6)))
     random = np.random.default_rng(0)
     made = {
         f"stack/0{i}/{name}/kernel": Factors(
@@ -284,15 +284,15 @@ def test_factors_take_the_dtype_of_their_block() -> None:
     }
     attached = lora.attach({"stack": params}, made)["stack"]
     x = jnp.asarray(random.standard_normal((4, 6)), jnp.bfloat16)
-    y = stack.run(Projections(), attached, x)
-    exact = stack.run(Projections(), lora.merge({"stack": attached})["stack"], np.float32(x))
+    y = scan.run(Projections(), attached, x)
+    exact = scan.run(Projections(), lora.merge({"stack": attached})["stack"], np.float32(x))
     assert y.dtype == jnp.bfloat16 and relative_error(y, exact) < 0.05
-    text = str(jax.make_jaxpr(lambda p, x: stack.run(Projections(), p, x))(attached, x))
+    text = str(jax.make_jaxpr(lambda p, x: scan.run(Projections(), p, x))(attached, x))
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 6 and all(":bf16[" in line for line in products)
 
 
-@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+@pytest.mark.parametrize("dtype", scan.QUANTIZED)
 def test_beside_kernels_of_eight_bits(dtype) -> None:
     """What is added does not pass through the eight bits."""
     random = np.random.default_rng(1)
@@ -302,7 +302,7 @@ def test_beside_kernels_of_eight_bits(dtype) -> None:
     exact = kernel.astype(np.float32) * scale[:, None, :] + np.float32(
         [np.zeros((6, 6)), factors.a @ factors.b]
     )
-    params = {"kernel": jnp.asarray(kernel), stack.SCALE: jnp.asarray(scale)}
+    params = {"kernel": jnp.asarray(kernel), scan.SCALE: jnp.asarray(scale)}
     attached = lora.attach({"s": {"out": params}}, {"s/01/out/kernel": factors})["s"]
     x = random.standard_normal((4, 6), np.float32)
 
@@ -311,7 +311,7 @@ def test_beside_kernels_of_eight_bits(dtype) -> None:
         def __call__(self, x: jax.Array) -> jax.Array:
             return nn.Dense(6, use_bias=False, name="out")(x)
 
-    y = stack.run(Block(), attached, jnp.asarray(x))
+    y = scan.run(Block(), attached, jnp.asarray(x))
     assert relative_error(y, x @ exact[0] @ exact[1]) < 1e-5
     # A kernel that could be merged comes first, and is kept.
     floating = lora.attach({"a": {"kernel": jnp.ones((6, 6))}}, {"a/kernel": factors})
@@ -324,7 +324,7 @@ def test_the_head_multiplies_factors_as_it_does_kernels(model) -> None:
     cfg, params = model
     attached = lora.attach(params, random_lora(cfg, 2))
     tokens, vec = jnp.zeros((1, 6, cfg.width), jnp.bfloat16), jnp.zeros((1, cfg.width))
-    trace = jax.make_jaxpr(lambda p: packed_dit.head(cfg, p, tokens, vec, (1, 1, 4, 6, 16)))
+    trace = jax.make_jaxpr(lambda p: transformer.head(cfg, p, tokens, vec, (1, 1, 4, 6, 16)))
     (program,) = trace(attached).eqns
     inner = program.params["jaxpr"].eqns
     products = [e for e in inner if e.primitive.name == "dot_general"]
@@ -342,11 +342,11 @@ def test_several_with_weights_are_the_sum_of_their_changes(model) -> None:
     assert {f.rank for f in both.values()} >= {1, 2, 3, 4, 5, 6}
     # Nothing is rounded yet.
     assert {s for f in both.values() for s in f.scale} == {0.35, -0.65}
-    leaves = stack.split(jax.device_get(params), packed_dit.STACKS)
+    leaves = scan.split(jax.device_get(params), transformer.STACKS)
     for weight, made in ((0.7, one), (-1.3, two)):
         for path, change in changes(made).items():
             leaves[path] = leaves[path] + weight * change
-    expected = stack.join(leaves, packed_dit.STACKS, np.stack)
+    expected = scan.join(leaves, transformer.STACKS, np.stack)
     attached = lora.attach(params, both)
     error = jax.tree.map(relative_error, lora.merge(attached), expected)
     assert max(jax.tree.leaves(error)) < 1e-6
@@ -376,7 +376,7 @@ def test_merging_in_place_uses_the_kernels_up(model) -> None:
 def test_merging_rounds_once(model) -> None:
     """Into bfloat16 kernels: the float32 sum, rounded."""
     cfg, params = model
-    half = stack.cast(params, jnp.bfloat16)
+    half = scan.cast(params, jnp.bfloat16)
     made = few(random_lora(cfg, 8), "single")
     merged = lora.merge(lora.attach(half, made))["single"]["qkv"]["kernel"][1]
     change = made["single/01/qkv/kernel"]
@@ -408,7 +408,7 @@ def test_on_a_mesh_by_its_rules(model) -> None:
     attached = lora.attach(params, random_lora(cfg, 12), mesh=mesh, dtype=jnp.bfloat16)
     leaf = attached["double"]["img_qkv"]["lora_b"]
     assert leaf.sharding == jax.NamedSharding(mesh, jax.P()) and leaf.dtype == jnp.bfloat16
-    sharding.resolve([*packed_dit.SHARDINGS, *lora.SHARDINGS], attached)
+    sharding.resolve([*transformer.SHARDINGS, *lora.SHARDINGS], attached)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ class Original:
     """Tencent's toy network: config, its tensors, the leaves they become, and its matrices adapted
     at random, {module: (down, up, alpha)}."""
 
-    cfg: packed_dit.Config
+    cfg: transformer.Config
     tensors: Tensors
     leaves: Tensors
     adapters: dict[str, tuple[np.ndarray, np.ndarray, float]]
@@ -945,10 +945,10 @@ def test_diffusers_and_peft_agree_with_us(module, model, arguments, inputs, tmp_
     made = {p: f._replace(scale=f.scale * (0.1 + 0.2 * i)) for i, (p, f) in enumerate(made.items())}
     file = tmp_path / "x.safetensors"
     files.write(file, made, cfg)
-    leaves = stack.split(jax.device_get(params), packed_dit.STACKS)
+    leaves = scan.split(jax.device_get(params), transformer.STACKS)
     for path, change in changes(files.read(file, cfg).lora).items():
         leaves[path] = leaves[path] + np.float32(change)
-    ours = velocity(cfg, stack.join(leaves, packed_dit.STACKS, np.stack), *arguments)
+    ours = velocity(cfg, scan.join(leaves, transformer.STACKS, np.stack), *arguments)
     assert relative_error(ours, torch_velocity(module, inputs)) > 0.05
     tensors, metadata = HunyuanVideoFramepackPipeline.lora_state_dict(
         file, return_lora_metadata=True

@@ -20,8 +20,9 @@ from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
 from framepack_jax.encoders import load_encoders
 from framepack_jax.memory import GB, Need, Plan, Work
-from framepack_jax.models import packed_dit, stack
-from framepack_jax.models.vae import Tiling
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.pipeline import FramePack, Settings, Video
 from framepack_jax.request import Request, lay_out, prepare
 
@@ -70,8 +71,8 @@ TEA, FIRST_BLOCK = cache.Config("tea"), cache.Config("first-block")
 
 
 def test_the_same_video_bit_for_bit(high, low) -> None:
-    assert stack.is_streamed(low.transformer.params)
-    assert not stack.is_streamed(high.transformer.params)
+    assert scan.is_streamed(low.transformer.params)
+    assert not scan.is_streamed(high.transformer.params)
     theirs, ours = video(high, sections=2), video(low, sections=2)
     np.testing.assert_array_equal(ours.latents, theirs.latents)
     np.testing.assert_array_equal(ours.frames, theirs.frames)
@@ -105,13 +106,13 @@ def test_progress_is_told_block_by_block_and_step_by_step(low, cfg: float, passe
 
 def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:
     ran = []
-    layer = stack._layer
-    monkeypatch.setattr(stack, "_layer", lambda *args: ran.append(args[0]) or layer(*args))
+    layer = scan._layer
+    monkeypatch.setattr(scan, "_layer", lambda *args: ran.append(args[0]) or layer(*args))
 
     def count(**options) -> int:
         ran.clear()
         latents(low, **options)
-        return sum(isinstance(b, packed_dit.DoubleBlock | packed_dit.SingleBlock) for b in ran)
+        return sum(isinstance(b, transformer.DoubleBlock | transformer.SingleBlock) for b in ran)
 
     # Of two sections three steps; with the cache only the first and the last.
     assert count() == 2 * 3 * 4
@@ -124,7 +125,7 @@ def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
     params = pipe.transformer.params
     kinds = [
         {leaf.sharding.memory_kind for leaf in jax.tree.leaves(layer)}
-        for part in packed_dit.STREAMED
+        for part in transformer.STREAMED
         for layer in params[part].layers
     ]
     assert kinds == [{"device"}] * resident + [{"pinned_host"}] * (4 - resident)
@@ -134,7 +135,7 @@ def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
 
 def test_blocks_that_the_host_has_no_room_for_are_read_from_the_disk(high) -> None:
     pipe = load(LOW._replace(layers=1, hosted=2))
-    layers = [pipe.transformer.params[part].layers for part in packed_dit.STREAMED]
+    layers = [pipe.transformer.params[part].layers for part in transformer.STREAMED]
     kinds = [
         leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "disk"
         for part in layers
@@ -233,7 +234,7 @@ def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) ->
     """So that two blocks are on the device at most. And it is asked for before this one starts, as
     GPUs copy to fresh memory when all that was started has ended."""
     events, alive, placed = [], [], []
-    put, layer, wait = stack.on_device, stack._layer, jax.block_until_ready
+    put, layer, wait = scan.on_device, scan._layer, jax.block_until_ready
 
     def copied(params):
         here = put(params)
@@ -250,11 +251,11 @@ def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) ->
         events.append("wait")
         return wait(x)
 
-    monkeypatch.setattr(stack, "on_device", copied)
-    monkeypatch.setattr(stack, "_layer", started)
-    monkeypatch.setattr(stack.jax, "block_until_ready", waited)
+    monkeypatch.setattr(scan, "on_device", copied)
+    monkeypatch.setattr(scan, "_layer", started)
+    monkeypatch.setattr(scan.jax, "block_until_ready", waited)
     double = low.transformer.params["double"]
-    stack.run(packed_dit.DoubleBlock(low.transformer.cfg), double, *double_inputs(low))
+    scan.run(transformer.DoubleBlock(low.transformer.cfg), double, *double_inputs(low))
     assert events == ["copy", "wait", "copy", "start", "wait", "start"]
     assert max(alive) == 2
 
@@ -268,12 +269,12 @@ def double_inputs(pipe: FramePack) -> tuple:
 
 
 def test_every_kind_of_block_is_one_program(low) -> None:
-    stack._layer.clear_cache()
-    packed_dit._embed.clear_cache()
+    scan._layer.clear_cache()
+    transformer._embed.clear_cache()
     latents(low)
     # Of the text encoder, and of double and single blocks.
-    assert stack._layer._cache_size() == 3
-    assert packed_dit._embed._cache_size() == 1
+    assert scan._layer._cache_size() == 3
+    assert transformer._embed._cache_size() == 1
 
 
 def test_encoders_are_let_go_of(low, monkeypatch) -> None:
@@ -295,17 +296,17 @@ def test_encoders_are_let_go_of(low, monkeypatch) -> None:
 
 def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
     """And every layer once, for all prompts."""
-    read, get = [], stack.Layers.__getitem__
+    read, get = [], scan.Layers.__getitem__
 
     def noted(self, layer):
         read.append(layer)
         return get(self, layer)
 
-    monkeypatch.setattr(stack.Layers, "__getitem__", noted)
+    monkeypatch.setattr(scan.Layers, "__getitem__", noted)
     manifest = bundle.read_manifest(RANDOM)
     whole = load_encoders(RANDOM, manifest, jnp.float32)
     streamed = load_encoders(RANDOM, manifest, jnp.float32, streamed=True)
-    assert stack.is_streamed(streamed.text_encoder[1])
+    assert scan.is_streamed(streamed.text_encoder[1])
     prompts = ["", "the red circle moves left"]
     ours = conditioning.encode_each(streamed, [[prompt] for prompt in prompts])
     assert read == list(range(manifest.roles["text_encoder"].config["layers"]))
@@ -314,7 +315,7 @@ def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
             np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+@pytest.mark.parametrize("dtype", scan.QUANTIZED)
 def test_eight_bits_stay_so_in_host_memory(dtype, tmp_path) -> None:
     path = quantized(tmp_path, dtype)
     ours, theirs = load(LOW, path), load(None, path)
@@ -336,7 +337,7 @@ def quantized(folder: Path, dtype: str) -> Path:
     leaves = {}
     for name, leaf in bundle.read_leaves(RANDOM, manifest, "transformer", names):
         leaves[name] = leaf
-        if name.startswith(packed_dit.STREAMED) and name.endswith("/kernel"):
+        if name.startswith(transformer.STREAMED) and name.endswith("/kernel"):
             leaves[name], scale = engine.quantize(name, leaf, dtype)
             leaves[name.replace("/kernel", "/kernel_scale")] = scale
     bundle.write_params(folder / "transformer", leaves.items())
@@ -491,7 +492,7 @@ def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
 
 def test_in_python() -> None:
     pipe = FramePack.load(RANDOM, memory="low")
-    assert stack.is_streamed(pipe.transformer.params) and callable(pipe.encoders)
+    assert scan.is_streamed(pipe.transformer.params) and callable(pipe.encoders)
     with pytest.raises(ValueError, match="memory 'medium'"):
         FramePack.load(RANDOM, memory="medium")
 

@@ -11,13 +11,14 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel, HunyuanVideoTrans
 from einops import rearrange
 from torch_reference import convert_module, randomize, relative_error
 
-from framepack_jax.models import kinds, packed_dit, stack
+from framepack_jax.models import registry, scan
+from framepack_jax.models.hunyuan import transformer
 from framepack_jax.packing import PackedContext, group_tokens
 
 WINDOW, HEIGHT, WIDTH, TEXT = 3, 10, 14, 20
 LENGTHS = np.array([[TEXT], [7]])
 INDICES = {"k4": range(10, 26), "k2": (8, 9), "k1": (0, 7), "target": (4, 5, 6)}
-velocity = jax.jit(packed_dit.velocity, static_argnames=("cfg", "dtype"))
+velocity = jax.jit(transformer.velocity, static_argnames=("cfg", "dtype"))
 
 
 def torch_video(x: np.ndarray) -> torch.Tensor:
@@ -68,7 +69,7 @@ def ours_of(inputs):
         target_indices=indices("target"),
         kernels=("k4", "k2", "k1", "k1"),
     )
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         inputs["text"],
         np.arange(TEXT)[None, :] < LENGTHS,
         inputs["pooled"],
@@ -125,7 +126,7 @@ def captured(module, inputs):
 @pytest.fixture(scope="module")
 def tokens(model, inputs):
     cfg, params = model
-    return jax.jit(packed_dit.embed, static_argnums=0)(cfg, params, *ours_of(inputs))
+    return jax.jit(transformer.embed, static_argnums=0)(cfg, params, *ours_of(inputs))
 
 
 def valid_rows(streams, valid: np.ndarray) -> np.ndarray:
@@ -150,7 +151,7 @@ def test_double_block(model, tokens, captured) -> None:
     cfg, params = model
     first = jax.tree.map(lambda x: x[0], params["double"])
     img, txt, *rest = tokens
-    ours = jax.jit(packed_dit.DoubleBlock(cfg).apply)({"params": first}, (img, txt), *rest)
+    ours = jax.jit(transformer.DoubleBlock(cfg).apply)({"params": first}, (img, txt), *rest)
     valid = np.asarray(tokens.valid)
     assert relative_error(valid_rows(ours, valid), valid_rows(captured["double"], valid)) < 2e-4
 
@@ -160,7 +161,7 @@ def test_single_block(model, tokens, captured) -> None:
     first = jax.tree.map(lambda x: x[0], params["single"])
     both = np.concatenate([x.numpy() for x in captured["single_in"]], axis=1)
     _, _, *rest = tokens
-    ours = jax.jit(packed_dit.SingleBlock(cfg).apply)({"params": first}, both, *rest)
+    ours = jax.jit(transformer.SingleBlock(cfg).apply)({"params": first}, both, *rest)
     valid = np.asarray(tokens.valid)
     assert relative_error(np.asarray(ours)[valid], valid_rows(captured["single"], valid)) < 2e-4
 
@@ -168,7 +169,7 @@ def test_single_block(model, tokens, captured) -> None:
 def test_head(model, inputs, tokens, captured) -> None:
     cfg, params = model
     img = captured["head_in"][0].numpy()
-    ours = packed_dit.head(cfg, params, img, captured["vec"][0].numpy(), inputs["x"].shape)
+    ours = transformer.head(cfg, params, img, captured["vec"][0].numpy(), inputs["x"].shape)
     assert relative_error(ours, rearrange(captured["x"], "b c t h w -> b t h w c")) < 2e-4
 
 
@@ -231,7 +232,7 @@ def test_base_model(tmp_path) -> None:
     x = random.standard_normal((1, 2, 6, 8, 16), dtype=np.float32)
     text = random.standard_normal((1, 5, 32), dtype=np.float32)
     pooled = random.standard_normal((1, 24), dtype=np.float32)
-    conditions = packed_dit.Conditions(text, np.ones((1, 5), bool), pooled)
+    conditions = transformer.Conditions(text, np.ones((1, 5), bool), pooled)
     context = PackedContext((), (), np.arange(2, dtype=np.int32)[None, :], ())
     ours = velocity(cfg, params, x, np.array([0.3], np.float32), context, conditions)
     with torch.no_grad():
@@ -243,16 +244,16 @@ def test_base_model(tmp_path) -> None:
 
 
 def test_parameter_counts_at_full_size() -> None:
-    full = packed_dit.Config()
-    assert kinds.parameter_count("hunyuan_packed_dit", full) == 12_874_314_816
+    full = transformer.Config()
+    assert registry.parameter_count("hunyuan_packed_dit", full) == 12_874_314_816
     base = dataclasses.replace(full, context_kernels=(), image_dim=None)
-    assert kinds.parameter_count("hunyuan_packed_dit", base) == 12_821_012_544
+    assert registry.parameter_count("hunyuan_packed_dit", base) == 12_821_012_544
 
 
 def test_full_size_step_by_shapes() -> None:
     """608 x 640, latent window 9: 17500 image tokens."""
-    cfg = packed_dit.Config()
-    params = jax.eval_shape(lambda key: packed_dit.init(cfg, key), jax.random.key(0))
+    cfg = transformer.Config()
+    params = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
 
     def shape(*dims, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(dims, dtype)
@@ -266,36 +267,36 @@ def test_full_size_step_by_shapes() -> None:
         shape(1, 9, dtype=jnp.int32),
         kernels,
     )
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         shape(1, 256, 4096), shape(1, 256, dtype=bool), shape(1, 768), shape(1, 729, 1152), shape(1)
     )
     args = (params, x, shape(1), context, conditions)
-    embed = jax.eval_shape(lambda *a: packed_dit.embed(cfg, *a, dtype=jnp.bfloat16), *args)
+    embed = jax.eval_shape(lambda *a: transformer.embed(cfg, *a, dtype=jnp.bfloat16), *args)
     assert embed.img.shape == (1, 17500, 3072) and embed.img.dtype == jnp.bfloat16
     assert embed.txt.shape == (1, 985, 3072)
-    out = jax.eval_shape(lambda *a: packed_dit.velocity(cfg, *a, dtype=jnp.bfloat16), *args)
+    out = jax.eval_shape(lambda *a: transformer.velocity(cfg, *a, dtype=jnp.bfloat16), *args)
     assert out.shape == x.shape and out.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("kernel", ["k1", "k2", "k4", "k8", "k16", "k1h4w4", "k1h2w6"])
 def test_every_kernel_embeds(kernel: str) -> None:
     """Tokens and RoPE tables of any kernel have the length that `packing` says."""
-    stored = packed_dit.POOLED_KERNELS.get(kernel, kernel)
-    cfg = packed_dit.Config(
+    stored = transformer.POOLED_KERNELS.get(kernel, kernel)
+    cfg = transformer.Config(
         heads=1, head_dim=8, double_layers=1, single_layers=1, refiner_layers=1, text_dim=4,
         pooled_dim=4, image_dim=4, rope_axes=(2, 2, 4), context_kernels=(stored,),
     )  # fmt: skip
-    params = jax.eval_shape(lambda key: packed_dit.init(cfg, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
     index = jnp.zeros((1, 5), jnp.int32)
     latents = jnp.ones((1, 5, 10, 14, 16))
     context = PackedContext((latents,), (index,), index[:, :1], (kernel,))
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         jnp.ones((1, 2, 4)), jnp.ones((1, 2), bool), jnp.ones((1, 4)), jnp.ones((1, 3, 4)),
         jnp.ones(1),
     )  # fmt: skip
     args = (cfg, params, latents[:, :1], jnp.ones(1), context, conditions)
-    tokens = jax.eval_shape(lambda: packed_dit.embed(*args))
+    tokens = jax.eval_shape(lambda: transformer.embed(*args))
     length = group_tokens(5, kernel, 10, 14) + 35
     assert tokens.img.shape == (1, length, 8)
     assert tokens.rope[0].shape == (1, length, 4)
@@ -316,7 +317,7 @@ def test_what_does_not_fit_is_named(model, inputs) -> None:
 
 def test_layers_split_and_join(model) -> None:
     _, params = model
-    leaves = stack.split(params, packed_dit.STACKS)
+    leaves = scan.split(params, transformer.STACKS)
     assert {"double/01/img_qkv/kernel", "single/00/mod/bias", "embed/patch/bias"} <= set(leaves)
-    again = stack.join(leaves, packed_dit.STACKS)
+    again = scan.join(leaves, transformer.STACKS)
     jax.tree.map(np.testing.assert_array_equal, again, params)

@@ -16,7 +16,7 @@ from framepack_jax import FramePack, conditioning, packing, pipeline, video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import sampler
-from framepack_jax.models import vae
+from framepack_jax.models.hunyuan import vae
 from framepack_jax.request import footage_of
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from framepack_jax import bundle, lora
+from framepack_jax import bundle
 from framepack_jax.commands import convert, records, sample
 from framepack_jax.commands.records import EMBEDDED
 from framepack_jax.commands.runs import Run
 from framepack_jax.conversion.lora import write
-from framepack_jax.models import kinds, packed_dit
+from framepack_jax.models import lora, registry
+from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
 from tests import test_sharding
 from tests.compiling import quick_flags
@@ -41,10 +42,10 @@ def make_lora(path: Path, seed: int) -> None:
     write(path, random_lora(cfg, seed, ("/img_qkv/kernel", "mlp_out/kernel")), cfg, "kohya")
 
 
-def random_lora(cfg: packed_dit.Config, seed: int, ends: tuple[str, ...]) -> lora.LoRA:
+def random_lora(cfg: transformer.Config, seed: int, ends: tuple[str, ...]) -> lora.LoRA:
     """Random factors for the kernels whose names end so."""
     random = np.random.default_rng(seed)
-    leaves = kinds.abstract_leaves("hunyuan_packed_dit", cfg)
+    leaves = registry.abstract_leaves("hunyuan_packed_dit", cfg)
     kernels = [name for name in leaves if name.endswith(ends)]
     factors = {}
     for name in kernels:
@@ -170,14 +171,14 @@ def test_on_eight_devices_as_on_one() -> None:
 
 def main() -> None:
     """Print how far the velocity of adapters on all kernels, unmerged, is from one device's."""
-    cfg = packed_dit.Config(
+    cfg = transformer.Config(
         in_channels=4, out_channels=4, heads=4, head_dim=6, double_layers=1, single_layers=1,
         refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
         rope_axes=(2, 2, 2), context_kernels=("k1",),
     )  # fmt: skip
     params, arrays, _ = test_sharding.example(cfg)
     adapters = random_lora(cfg, 0, ("/kernel",))
-    velocity = jax.jit(packed_dit.velocity, static_argnums=0)
+    velocity = jax.jit(transformer.velocity, static_argnums=0)
     expected = jax.device_get(velocity(cfg, lora.attach(params, adapters), *arrays))
     mesh = sharding.make_mesh(**sharding.parse_mesh("fsdp=2,context=2,tensor=2"))
     placed = lora.attach(test_sharding.on_devices(params, mesh), adapters, mesh=mesh)

@@ -11,7 +11,7 @@ from torch_reference import relative_error
 
 from framepack_jax import packing
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver, solver_table
-from framepack_jax.models import packed_dit
+from framepack_jax.models.hunyuan import transformer
 
 SHAPE = (2, 3, 4, 4, 2)
 STEPS = 7
@@ -35,7 +35,7 @@ class Network:
     def embed(cfg, params, x, sigma, context, conditions, dtype):
         img = x.reshape(len(x), -1, x.shape[-1])
         rope = valid = jnp.zeros(())
-        return packed_dit.Tokens(img, conditions, sigma, rope, valid)
+        return transformer.Tokens(img, conditions, sigma, rope, valid)
 
     @staticmethod
     def block_input(cfg, params, tokens):
@@ -177,19 +177,19 @@ def test_sigmas_of_another_table_are_refused(noise) -> None:
 
 @pytest.fixture(scope="module")
 def network():
-    cfg = packed_dit.Config(
+    cfg = transformer.Config(
         in_channels=4, out_channels=4, heads=2, head_dim=6, double_layers=2, single_layers=1,
         refiner_layers=1, text_dim=8, pooled_dim=8, image_dim=None, rope_axes=(2, 2, 2),
     )  # fmt: skip
-    shapes = jax.eval_shape(functools.partial(packed_dit.init, cfg), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(transformer.init, cfg), jax.random.key(0))
     random = np.random.default_rng(0)
     weights = jax.tree.map(lambda p: 0.3 * random.standard_normal(p.shape, np.float32), shapes)
     return cfg, jax.device_put(weights)
 
 
-def conditions() -> packed_dit.Conditions:
+def conditions() -> transformer.Conditions:
     text, valid = np.ones((1, 3, 8), np.float32), np.ones((1, 3), bool)
-    return packed_dit.Conditions(text, valid, np.ones((1, 8), np.float32), None, np.ones(1))
+    return transformer.Conditions(text, valid, np.ones((1, 8), np.float32), None, np.ones(1))
 
 
 @pytest.mark.parametrize("kind", [None, "tea", "first-block"])
@@ -205,7 +205,7 @@ def test_one_program_for_all_steps_and_sections(network, kind) -> None:
         noise = np.full((1, 2, 4, 4, 4), i + 1, np.float32)
         known = {} if i else {"target": noise, "known": np.array([True, False])}
         done = sampler.denoise(
-            packed_dit, *network, noise, sigmas, solver_table(("unipc", "euler")[i % 2], sigmas),
+            transformer, *network, noise, sigmas, solver_table(("unipc", "euler")[i % 2], sigmas),
             packing.read_context(section, timeline), conditions(), cache=config, **known,
         )  # fmt: skip
         timeline.write(section.targets, done.latents)
@@ -222,7 +222,7 @@ def test_float32_means_float32(network, dtype, exact) -> None:
     )
     at = sampler.At(jnp.ones(()), jnp.zeros(9), None)
     lowered = sampler.step.lower(
-        packed_dit, network[0], dtype, None, network[1], request, at, solver.start(x), (None,)
+        transformer, network[0], dtype, None, network[1], request, at, solver.start(x), (None,)
     )
     products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
     # The head is exact whatever the type.

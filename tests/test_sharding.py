@@ -24,7 +24,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from framepack_jax import bundle
 from framepack_jax.commands.records import path_of
 from framepack_jax.diffusion import flow, sampler, solver_table
-from framepack_jax.models import kinds, packed_dit, vae
+from framepack_jax.models import registry
+from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.ops import attention
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
@@ -58,7 +59,7 @@ def abstract_mesh(**sizes: int) -> AbstractMesh:
 @functools.cache
 def full_size(kind: str, cfg=None):
     """Shapes of all parameters, in bfloat16, and their specs."""
-    model = kinds.KINDS[kind]
+    model = registry.KINDS[kind]
     params = jax.eval_shape(lambda: model.init(cfg or model.Config(), jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
     return params, sharding.resolve(model.SHARDINGS, params)
@@ -106,7 +107,7 @@ def test_a_mesh_that_is_not_of_the_devices_is_refused(sizes, message):
 def test_devices_are_divided_for_one_video(count, heads, fsdp, context):
     sizes = sharding.default_sizes(count, heads)
     assert sizes == {"fsdp": fsdp, "context": context}
-    packed_dit.check_mesh(packed_dit.Config(heads=heads), sizes)
+    transformer.check_mesh(transformer.Config(heads=heads), sizes)
 
 
 def test_every_network_of_the_released_bundle_loads_on_the_mesh_of_its_devices():
@@ -123,7 +124,7 @@ def test_every_network_of_the_released_bundle_loads_on_the_mesh_of_its_devices()
             continue
         mesh = abstract_mesh(**sizes)
         assert mesh.size == count
-        packed_dit.check_mesh(cfg, mesh)
+        transformer.check_mesh(cfg, mesh)
         for params, specs in trees:
             sharding.shard(params, specs, mesh)
     assert set(range(1, 65)) - set(refused) == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}
@@ -150,9 +151,9 @@ def test_devices_for_no_video_are_refused():
 def test_a_mesh_that_does_not_divide_the_heads_is_refused(sizes, message):
     for mesh in (sizes, abstract_mesh(**sizes)):
         with pytest.raises(ValueError, match=message):
-            packed_dit.check_mesh(packed_dit.Config(), mesh)
+            transformer.check_mesh(transformer.Config(), mesh)
     # What is left after the heads divides queries.
-    packed_dit.check_mesh(packed_dit.Config(), abstract_mesh(fsdp=16, context=2))
+    transformer.check_mesh(transformer.Config(), abstract_mesh(fsdp=16, context=2))
 
 
 def test_rules_are_matched_to_whole_paths():
@@ -221,19 +222,19 @@ def test_a_mesh_made_elsewhere_is_refused(names):
         sharding.shard({}, {}, mesh)
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_rule_of_a_network_has_parameters(kind):
-    model = kinds.KINDS[kind]
+    model = registry.KINDS[kind]
     params, _ = full_size(kind)
     paths = [path for path, _ in sharding._leaves(params)]
     unused = [p for p, _ in model.SHARDINGS if not any(re.fullmatch(p, path) for path in paths)]
     assert not unused
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_layers_are_never_divided(kind):
     _, specs = full_size(kind)
-    for name in kinds.KINDS[kind].STACKS:
+    for name in registry.KINDS[kind].STACKS:
         for spec in jax.tree.leaves(specs[name], is_leaf=lambda x: isinstance(x, PartitionSpec)):
             assert not spec or spec[0] is None, spec
 
@@ -271,7 +272,7 @@ def test_the_document_says_what_the_code_resolves(tmp_path):
 def tables() -> str:
     """The part of the document that is made from the code."""
     sections, sizes = [], []
-    for kind in kinds.KINDS:
+    for kind in registry.KINDS:
         params, specs = full_size(kind)
         shardings = {
             name: sharding.shard(params, specs, abstract_mesh(**mesh))
@@ -453,7 +454,7 @@ def test_a_picture_is_divided_by_rows(measured):
 
 def main(meshes: list[str]) -> None:
     """Print, for each mesh, how far velocity and gradient are from those of one device."""
-    cfg = packed_dit.Config(
+    cfg = transformer.Config(
         in_channels=4, out_channels=4, heads=12, head_dim=6, double_layers=2, single_layers=2,
         refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
         rope_axes=(2, 2, 2), context_kernels=("k1",),
@@ -461,7 +462,7 @@ def main(meshes: list[str]) -> None:
     params, arrays, target = example(cfg)
 
     def loss(params, arrays, target):
-        velocity = packed_dit.velocity(cfg, params, *arrays)
+        velocity = transformer.velocity(cfg, params, *arrays)
         return jnp.mean((velocity - target) ** 2), velocity
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -505,7 +506,7 @@ def on_mesh(name: str, gradient, params, batch, expected) -> dict:
 
 
 def on_devices(params, mesh):
-    specs = sharding.resolve(packed_dit.SHARDINGS, params)
+    specs = sharding.resolve(transformer.SHARDINGS, params)
     return jax.device_put(params, sharding.shard(params, specs, mesh))
 
 
@@ -517,7 +518,7 @@ def of_sampler(cfg, params, arrays) -> float:
     def denoise(params) -> np.ndarray:
         table = solver_table("unipc", sigmas)
         inputs = x, sigmas, table, context, conditions
-        return sampler.denoise(packed_dit, cfg, params, *inputs).latents
+        return sampler.denoise(transformer, cfg, params, *inputs).latents
 
     mesh = sharding.make_mesh(**sharding.parse_mesh(SAMPLER))
     expected = denoise(params)
@@ -554,7 +555,7 @@ def of_vae() -> dict:
     }
 
 
-def example(cfg: packed_dit.Config):
+def example(cfg: transformer.Config):
     """Random parameters, biases and norms too, and a batch of 8 with prompts of all lengths:
     (params, inputs of `velocity`, target)."""
     random = np.random.default_rng(0)
@@ -565,12 +566,12 @@ def example(cfg: packed_dit.Config):
     def frames(*indices: int) -> np.ndarray:
         return np.tile(np.asarray(indices, np.int32), (8, 1))
 
-    shapes = jax.eval_shape(lambda: packed_dit.init(cfg, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: 0.2 * normal(*leaf.shape), shapes)
     x = normal(8, 2, 4, 6, cfg.in_channels)
     latents = normal(8, 1, 4, 6, cfg.in_channels)
     context = PackedContext((latents,), (frames(0),), frames(1, 2), ("k1",))
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         normal(8, 5, cfg.text_dim),
         np.arange(5)[None, :] < 1 + np.arange(8)[:, None] % 5,
         normal(8, cfg.pooled_dim),

@@ -23,12 +23,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_reference import relative_error
 from training_data import write_dataset
 
-from framepack_jax import bundle, lora
+from framepack_jax import bundle
 from framepack_jax.commands.records import path_of
 from framepack_jax.data.loader import Config as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
-from framepack_jax.models import packed_dit, stack
+from framepack_jax.models import lora, scan
+from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
 from framepack_jax.training import loop, metrics, optimizer, state, step, summary, validation
 from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Times, Validation
@@ -140,7 +141,7 @@ def perturbed(params, key=0):
     return jax.tree.unflatten(tree, moved)
 
 
-@pytest.mark.parametrize("remat", [name for name in stack.REMAT if name != "none"])
+@pytest.mark.parametrize("remat", [name for name in scan.REMAT if name != "none"])
 def test_what_is_kept_does_not_change_the_gradient(batches, remat) -> None:
     expected = gradient(BASE, batches[0])
     found = gradient(changed(remat=remat), batches[0])
@@ -189,10 +190,10 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     )  # fmt: skip
     x = np.asarray(batch.target, np.float32)
     sigma = np.asarray(sigmas)[:, None, None, None, None]
-    conditions = packed_dit.Conditions(
+    conditions = transformer.Conditions(
         batch.text, batch.text_valid, batch.pooled, batch.image, jnp.ones(4)
     )
-    denoise = functools.partial(packed_dit.velocity, setup.model.cfg)
+    denoise = functools.partial(transformer.velocity, setup.model.cfg)
     velocity = jax.jit(denoise, compiler_options=QUICK)(
         begun.params, (1 - sigma) * x + sigma * noise, sigmas,
         jax.tree.map(jnp.asarray, batch.context), conditions,
@@ -275,7 +276,7 @@ def test_adapters_merged_are_adapters_applied(batches) -> None:
     params = perturbed(begun.params)
     applied = values(cfg, batches[0], params, frozen)
     merged = lora.merge(state.united(params, frozen, state.factor_scale(cfg)))
-    assert not any(path[-1] in (stack.LORA_A, stack.LORA_B) for path in flatten_dict(merged))
+    assert not any(path[-1] in (scan.LORA_A, scan.LORA_B) for path in flatten_dict(merged))
     assert abs(applied - values(BASE, batches[0], merged, {})) < 1e-5 * applied
     assert abs(applied - values(BASE, batches[0], frozen, {})) > 1e-3
     attached = lora.attach(frozen, state.to_lora(cfg, params))
@@ -508,8 +509,8 @@ def test_the_released_model_shards_with_its_optimizer(name) -> None:
     model = state.model_of(cfg, manifest)
     trained, _ = state.abstract_params(cfg, model)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 12_874_314_816
-    specs = sharding.resolve((*packed_dit.SHARDINGS, *lora.SHARDINGS), trained)
-    tx = optimizer.make(cfg.optimizer, packed_dit.STACKS)
+    specs = sharding.resolve((*transformer.SHARDINGS, *lora.SHARDINGS), trained)
+    tx = optimizer.make(cfg.optimizer, transformer.STACKS)
     opt_state = jax.eval_shape(tx.init, trained)
     found = optimizer.state_specs(opt_state, trained, specs)
     bytes_, held = 0, 0
@@ -618,7 +619,7 @@ def test_every_optimizer_does_on_eight_devices_what_it_does_on_one(tmp_path) -> 
         assert error < most[name], (name, error)
 
 
-@pytest.mark.parametrize("dtype", stack.QUANTIZED)
+@pytest.mark.parametrize("dtype", scan.QUANTIZED)
 def test_quantized_weights_are_not_trained(monkeypatch, dtype) -> None:
     monkeypatch.setattr(bundle, "stored_dtypes", lambda *_: {"a": "bfloat16", "b": dtype})
     with pytest.raises(ValueError, match=f"bundle made keeps its transformer in {dtype}"):

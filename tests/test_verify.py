@@ -16,11 +16,12 @@ from framepack_jax.commands.convert import Convert, convert, main
 from framepack_jax.commands.export import compare
 from framepack_jax.conversion import engine, export, transformer, verify
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import kinds, packed_dit, stack
+from framepack_jax.models import registry, scan
+from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 
-CFG = packed_dit.Config(
+CFG = transformer_model.Config(
     heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, mlp_ratio=2.0,
     text_dim=20, pooled_dim=12, image_dim=10, rope_axes=(4, 6, 6),
 )  # fmt: skip
@@ -28,7 +29,7 @@ BASE = dataclasses.replace(CFG, context_kernels=(), image_dim=None)
 LEAF = "double/01/img_qkv/kernel"
 
 
-def write_checkpoint(file: Path, cfg: packed_dit.Config, dtype: str = "bfloat16") -> Path:
+def write_checkpoint(file: Path, cfg: transformer_model.Config, dtype: str = "bfloat16") -> Path:
     """Random weights in diffusers' names."""
     random = np.random.default_rng(0)
     tensors = [
@@ -41,7 +42,7 @@ def write_checkpoint(file: Path, cfg: packed_dit.Config, dtype: str = "bfloat16"
     return file
 
 
-def make(folder: Path, cfg: packed_dit.Config = CFG, **flags) -> tuple[Path, str]:
+def make(folder: Path, cfg: transformer_model.Config = CFG, **flags) -> tuple[Path, str]:
     """(checkpoint, bundle)."""
     source = write_checkpoint(folder / "source.safetensors", cfg)
     root = str(folder / "bundle")
@@ -67,7 +68,7 @@ def test_the_same_is_the_same(made, capsys) -> None:
     source, root = made
     main(["--verify", str(source), root])
     said = capsys.readouterr().out
-    leaves = kinds.abstract_leaves("hunyuan_packed_dit", CFG)
+    leaves = registry.abstract_leaves("hunyuan_packed_dit", CFG)
     size = sum(2 * leaf.size for leaf in leaves.values())
     assert f"transformer     {len(leaves):8,} {size:16,} {0:10,}" in said
     assert "differs" not in said and "cast" not in said
@@ -97,7 +98,7 @@ def test_a_zero_of_the_other_sign_differs() -> None:
     assert verify._same_bits(nan, nan.copy()) and not verify._same_bits(nan, nan.T)
 
 
-@pytest.mark.parametrize("dtype", ["float32", *stack.QUANTIZED])
+@pytest.mark.parametrize("dtype", ["float32", *scan.QUANTIZED])
 def test_other_types_are_compared_after_the_same_cast(dtype, tmp_path) -> None:
     source, root = make(tmp_path, dtype=dtype)
     (result,) = compare(source, root)
@@ -165,7 +166,7 @@ def test_inspect_is_there(made, capsys) -> None:
 # Eight bits
 
 
-@pytest.fixture(scope="module", params=stack.QUANTIZED)
+@pytest.fixture(scope="module", params=scan.QUANTIZED)
 def small(tmp_path_factory, request) -> tuple[Path, str, str]:
     return *make(tmp_path_factory.mktemp("small"), dtype=request.param), request.param
 
@@ -179,7 +180,7 @@ def test_numbers_move_by_half_a_step_at_most(small) -> None:
     kernels = {path for path, kept in types.items() if kept == dtype}
     assert kernels == {p for p in exact if p.endswith("/kernel") and p[:4] not in ("embe", "head")}
     for path in kernels:
-        scale = stored[path.removesuffix("kernel") + stack.SCALE]
+        scale = stored[path.removesuffix("kernel") + scan.SCALE]
         numbers = stored[path].astype(np.float32)
         largest = np.abs(numbers).max(axis=0)
         if dtype == "int8":
@@ -209,11 +210,11 @@ def test_an_empty_channel_and_numbers_that_are_not_finite() -> None:
     quantized, scale = engine.quantize("x/kernel", kernel, "float8_e4m3fn")
     np.testing.assert_array_equal(quantized.astype(np.float32), [[0, 128], [0, -256]])
     np.testing.assert_array_equal(scale, [1, 2**-7])
-    for least, dtype in itertools.product((1e-45, 9e-43, 1e-40), stack.QUANTIZED):
+    for least, dtype in itertools.product((1e-45, 9e-43, 1e-40), scan.QUANTIZED):
         kernel = np.array([[0.0, least]], np.float32)
         quantized, scale = engine.quantize("x/kernel", kernel, dtype)
         np.testing.assert_allclose(quantized.astype(np.float32) * scale, kernel, atol=2.0**-127)
-    for bad, dtype in itertools.product((np.nan, np.inf, -np.inf), stack.QUANTIZED):
+    for bad, dtype in itertools.product((np.nan, np.inf, -np.inf), scan.QUANTIZED):
         with pytest.raises(ConversionError, match=f"numbers that are not finite; {dtype} cannot"):
             engine.quantize("x/kernel", np.array([[0.0, bad]], np.float32), dtype)
 
@@ -236,7 +237,7 @@ def inputs() -> tuple:
     context = PackedContext(
         (normal(1, 1, 4, 4, 16),), (jnp.array([[0]]),), jnp.array([[5, 6]]), ("k1",)
     )
-    conditions = packed_dit.Conditions(
+    conditions = transformer_model.Conditions(
         normal(1, 3, 20), jnp.ones((1, 3), bool), normal(1, 12), normal(1, 4, 10), jnp.ones(1)
     )
     return normal(1, 2, 4, 4, 16), jnp.full(1, 0.5), context, conditions
@@ -248,18 +249,18 @@ def test_kernels_compute_as_their_products_with_the_scales(small) -> None:
     manifest = bundle.read_manifest(root)
     params = bundle.load_params(root, manifest, "transformer", dtype=jnp.bfloat16)
     assert params["double"]["img_qkv"]["kernel"].dtype == jnp.dtype(dtype)
-    assert params["double"]["img_qkv"][stack.SCALE].dtype == jnp.float32
-    assert params["double"]["img_qkv"][stack.SCALE].shape == (2, 3, 2, 16)
+    assert params["double"]["img_qkv"][scan.SCALE].dtype == jnp.float32
+    assert params["double"]["img_qkv"][scan.SCALE].shape == (2, 3, 2, 16)
     assert params["embed"]["patch"]["kernel"].dtype == jnp.bfloat16
     wide = {
-        name: stack.cast(part, jnp.float32)
-        if name not in packed_dit.STACKS
-        else jax.vmap(lambda layer: stack.cast(layer, jnp.float32))(part)
+        name: scan.cast(part, jnp.float32)
+        if name not in transformer_model.STACKS
+        else jax.vmap(lambda layer: scan.cast(layer, jnp.float32))(part)
         for name, part in params.items()
     }
-    assert stack.SCALE not in wide["double"]["img_qkv"]
-    ours = packed_dit.velocity(CFG, params, *inputs())
-    theirs = packed_dit.velocity(CFG, wide, *inputs())
+    assert scan.SCALE not in wide["double"]["img_qkv"]
+    ours = transformer_model.velocity(CFG, params, *inputs())
+    theirs = transformer_model.velocity(CFG, wide, *inputs())
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -269,7 +270,7 @@ def test_eight_bits_change_the_velocity_little(small, made) -> None:
 
     def velocity(root: str) -> np.ndarray:
         params = bundle.load_params(root, bundle.read_manifest(root), "transformer")
-        return np.asarray(packed_dit.velocity(CFG, params, *x))
+        return np.asarray(transformer_model.velocity(CFG, params, *x))
 
     ours, theirs = velocity(small[1]), velocity(made[1])
     error = np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2))
@@ -287,7 +288,7 @@ def test_eight_bits_on_a_mesh(small) -> None:
     jax.tree.map(np.testing.assert_array_equal, params, plain)
     qkv = params["double"]["img_qkv"]
     layers, _, *outputs = qkv["kernel"].sharding.spec
-    assert tuple(qkv[stack.SCALE].sharding.spec) == (layers, *outputs)
+    assert tuple(qkv[scan.SCALE].sharding.spec) == (layers, *outputs)
     assert any(outputs), "the rule divides outputs"
 
 

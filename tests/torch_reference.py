@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from framepack_jax.conversion import engine, readers, tables
-from framepack_jax.models import kinds, stack
+from framepack_jax.models import registry, scan
 
 
 @torch.no_grad()
@@ -45,5 +45,5 @@ def convert_module(module: torch.nn.Module, role: str, folder: Path):
     """A diffusers or transformers module saved to `folder` -> (config, params) of ours."""
     module.save_pretrained(folder)
     plan = engine.plan(tables.recognise(readers.open_checkpoint(folder), role))
-    stacks = kinds.KINDS[plan.source.table.kind].STACKS
-    return plan.cfg, stack.join(dict(plan.leaves()), stacks)
+    stacks = registry.KINDS[plan.source.table.kind].STACKS
+    return plan.cfg, scan.join(dict(plan.leaves()), stacks)

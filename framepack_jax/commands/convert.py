@@ -28,9 +28,9 @@ from framepack_jax.conversion import (
     verify,
 )
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.lora import file_of
-from framepack_jax.models import kinds, stack
-from framepack_jax.models.packed_dit import context_kernels
+from framepack_jax.models import registry, scan
+from framepack_jax.models.hunyuan.transformer import context_kernels
+from framepack_jax.models.lora import file_of
 from framepack_jax.utils.flags import parse
 
 Dtype = Literal[
@@ -263,7 +263,7 @@ def summary(output: epath.PathLike, manifest: Manifest, *, assumed: bool = False
     lines = [f"{output}: schedule {manifest.schedule}, order {manifest.order}{said}"]
     for name, role in manifest.roles.items():
         _, cfg = bundle.role_config(manifest, name)
-        count = kinds.parameter_count(role.kind, cfg) / 1e6
+        count = registry.parameter_count(role.kind, cfg) / 1e6
         lines.append(
             f"  {name:15} {role.kind:19} {count:10,.1f} M parameters  {_where(name, role)}"
         )
@@ -316,7 +316,7 @@ def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
     remote = {name: there for name, there in given.items() if there}
     if len(remote) > 1:
         output = None if "://" in flags.output else Path(flags.output)
-        hub.check_space(remote, output, 0.5 if flags.dtype in stack.QUANTIZED else 1.0)
+        hub.check_space(remote, output, 0.5 if flags.dtype in scan.QUANTIZED else 1.0)
     paths = {n: hub.fetch(*there, pipeline=n == "pipeline") for n, there in remote.items()}
     origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
     return dataclasses.replace(flags, **paths), origins

@@ -23,8 +23,8 @@ from framepack_jax import bundle, packing
 from framepack_jax.commands.hlo import Traffic, collectives, kernels
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
-from framepack_jax.models.flops import forward_flops
-from framepack_jax.models.vae import Tiling
+from framepack_jax.models.hunyuan.flops import forward_flops
+from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine

@@ -6,7 +6,8 @@ from pathlib import Path
 from framepack_jax import bundle
 from framepack_jax.conversion import export, hub, lora, tables, verify
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import packed_dit, stack
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan import transformer
 from framepack_jax.utils.progress import Bar
 
 
@@ -36,7 +37,7 @@ def export_role(
     ConversionError, BundleError."""
     if root is None:
         raise ConversionError("--export needs --bundle, the bundle to take the network from")
-    if dtype in stack.QUANTIZED:
+    if dtype in scan.QUANTIZED:
         raise ConversionError(
             f"--export --dtype {dtype}: weights are exported in 16 or 32 bits; leave it out"
         )
@@ -69,7 +70,7 @@ def export_lora(file: Path, target: Path, names: str | None, root: str | None) -
         raise ConversionError(
             f"--lora {file} --names {names}: expected one of {', '.join(lora.NAMINGS)}"
         )
-    target, cfg = _here(target), packed_dit.Config()
+    target, cfg = _here(target), transformer.Config()
     if target.exists():
         raise ConversionError(f"{target} is there already; choose another file, or take it away")
     if root:

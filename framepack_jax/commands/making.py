@@ -14,7 +14,7 @@ import numpy as np
 from framepack_jax import video
 from framepack_jax.commands.decoding import Decoder, Later
 from framepack_jax.commands.runs import Busy, DamagedFile, Run, record_text
-from framepack_jax.models import stack
+from framepack_jax.models import scan
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import (
     check_same,
@@ -234,7 +234,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     encoded = time.monotonic()
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
     passes = 1 if inputs.negative is None else 2
-    blocks = passes * stack.streamed_layers(pipe.transformer.params)
+    blocks = passes * scan.streamed_layers(pipe.transformer.params)
     with Progress(tasks, done, blocks) as progress, Later() as frames:
 
         def on_step(*step: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 
-from framepack_jax import bundle, lora, video
+from framepack_jax import bundle, video
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run import dry_run
 from framepack_jax.commands.making import (
@@ -63,6 +63,7 @@ from framepack_jax.commands.shots import (
 )
 from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.memory import TILES
+from framepack_jax.models import lora
 from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.parallel import hardware, sharding

@@ -16,7 +16,7 @@ import numpy as np
 from framepack_jax import bundle, video
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
-from framepack_jax.models.vae import Tiling
+from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.parallel import sharding
 from framepack_jax.parallel.multihost import is_first
 from framepack_jax.pipeline import FramePack, Settings

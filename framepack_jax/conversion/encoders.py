@@ -22,7 +22,7 @@ from framepack_jax.conversion.transforms import (
     linear,
     norm,
 )
-from framepack_jax.models import clip, llama, siglip
+from framepack_jax.models.encoders import clip, llama, siglip
 
 # Llama's last layers, whose output nothing reads.
 UNUSED_LAYERS = 2

@@ -25,7 +25,7 @@ import numpy as np
 from framepack_jax import bundle
 from framepack_jax.conversion.readers import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.conversion.transforms import Row, Shape
-from framepack_jax.models import kinds, stack
+from framepack_jax.models import registry, scan
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHOWN = 4
@@ -222,12 +222,12 @@ class Plan:
         )
 
     def _is_quantized(self, path: str, dtype: str | None) -> bool:
-        stacks = kinds.KINDS[self.source.table.kind].STACKS
+        stacks = registry.KINDS[self.source.table.kind].STACKS
         in_a_stack = path.endswith("/kernel") and path.partition("/")[0] in stacks
-        return dtype in stack.QUANTIZED and in_a_stack
+        return dtype in scan.QUANTIZED and in_a_stack
 
     def _target(self, step: Step, dtype: str | None) -> str:
-        return self._dtype(step) if dtype in (None, *stack.QUANTIZED) else dtype
+        return self._dtype(step) if dtype in (None, *scan.QUANTIZED) else dtype
 
     def _dtype(self, step: Step) -> str:
         """The narrowest that holds all of a step's tensors; leaves without a tensor take the one
@@ -244,7 +244,7 @@ def plan(source: Source) -> Plan:
     its sizes make no network."""
     cfg = source.table.config(source)
     try:
-        kinds.abstract_leaves(source.table.kind, cfg)
+        registry.abstract_leaves(source.table.kind, cfg)
     except NO_NETWORK as error:
         line = str(error).partition("\n")[0]
         raise ConversionError(
@@ -271,7 +271,7 @@ def steps_of(table: Table, cfg: Any, prefix: str = "") -> list[Step]:
         for part, target in enumerate(row.targets)
     ]
     groups: dict[Any, tuple[Row, dict[str, int], dict[int, tuple[str, Shape]]]] = {}
-    for path, leaf in kinds.abstract_leaves(table.kind, cfg).items():
+    for path, leaf in registry.abstract_leaves(table.kind, cfg).items():
         found = [(row, part, m) for row, part, e in patterns if (m := e.fullmatch(path))]
         if len(found) != 1:
             raise LookupError(f"table of {table.what}: {len(found)} rows for {path}")
@@ -331,7 +331,7 @@ def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.
 
 
 def _quantized_paths(path: str) -> tuple[str, str]:
-    return path, path.removesuffix("kernel") + stack.SCALE
+    return path, path.removesuffix("kernel") + scan.SCALE
 
 
 def _release(files: Iterable[Path]) -> None:

@@ -28,8 +28,10 @@ from framepack_jax.conversion import encoders, engine, transformer, vae
 from framepack_jax.conversion.engine import Advance, Step, Table
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape, Swapped, Transform
-from framepack_jax.models import clip, packed_dit, siglip, stack
-from framepack_jax.models import vae as vae_model
+from framepack_jax.models import scan
+from framepack_jax.models.encoders import clip, siglip
+from framepack_jax.models.hunyuan import transformer as transformer_model
+from framepack_jax.models.hunyuan import vae as vae_model
 
 SHARD = 5_000_000_000
 # Names of types in the header of a safetensors file.
@@ -81,7 +83,7 @@ class Export:
         self.root, self.manifest, self.role = root, manifest, role
         _, self.cfg = bundle.role_config(manifest, role)
         stored = bundle.stored_dtypes(root, manifest, role)
-        if kept := set(stack.QUANTIZED).intersection(stored.values()):
+        if kept := set(scan.QUANTIZED).intersection(stored.values()):
             raise ConversionError(
                 f"bundle {root}: {role} is kept in {kept.pop()}, and need not have the numbers"
                 " that it was made of any more; export the bundle that it was converted from"
@@ -299,7 +301,7 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _transformer_config(cfg: packed_dit.Config, manifest: Manifest) -> dict[str, Any]:
+def _transformer_config(cfg: transformer_model.Config, manifest: Manifest) -> dict[str, Any]:
     fields = {
         "_class_name": "HunyuanVideoTransformer3DModel",
         "in_channels": cfg.in_channels,
@@ -329,7 +331,7 @@ def _transformer_config(cfg: packed_dit.Config, manifest: Manifest) -> dict[str,
     return fields | {
         "_class_name": "HunyuanVideoFramepackTransformer3DModel",
         "has_image_proj": cfg.image_dim is not None,
-        "image_proj_dim": cfg.image_dim or packed_dit.Config().image_dim,
+        "image_proj_dim": cfg.image_dim or transformer_model.Config().image_dim,
         "has_clean_x_embedder": bool(cfg.context_kernels),
     }
 

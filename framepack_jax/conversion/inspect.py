@@ -19,7 +19,7 @@ from framepack_jax.conversion.readers import (
     open_checkpoint,
     read_json,
 )
-from framepack_jax.models import kinds
+from framepack_jax.models import registry
 
 MODEL_INDEX = "model_index.json"
 # How the names of a LoRA's modules spell the transformer's blocks.
@@ -61,7 +61,7 @@ def _bundle(path: Path) -> list[tuple[str, str]]:
     rows = [("format", "bundle"), ("schedule", f"{manifest.schedule}, order {manifest.order}")]
     for name, role in manifest.roles.items():
         _, cfg = bundle.role_config(manifest, name)
-        count = _millions(kinds.parameter_count(role.kind, cfg))
+        count = _millions(registry.parameter_count(role.kind, cfg))
         stored = _stored_dtypes((path / role.path).resolve())
         where = "" if role.path == name else f", stays in {role.path}"
         origin = role.source.get("naming", "")

@@ -39,8 +39,8 @@ from framepack_jax.conversion.readers import (
     open_checkpoint,
     read_json,
 )
-from framepack_jax.lora import Factors, LoRA
-from framepack_jax.models.packed_dit import Config
+from framepack_jax.models.hunyuan.transformer import Config
+from framepack_jax.models.lora import Factors, LoRA
 from framepack_jax.utils.files import whole
 
 # Tencent's names and those of ComfyUI are alike in part; the first that has one takes it.

@@ -26,8 +26,8 @@ import numpy as np
 
 from framepack_jax.conversion.engine import Step, Table, steps_of
 from framepack_jax.conversion.transforms import Linear, Patch, Swapped
-from framepack_jax.lora import Factors, alike
-from framepack_jax.models.packed_dit import Config
+from framepack_jax.models.hunyuan.transformer import Config
+from framepack_jax.models.lora import Factors, alike
 
 
 class Pair(NamedTuple):

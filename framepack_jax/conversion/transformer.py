@@ -23,7 +23,7 @@ from framepack_jax.conversion.transforms import (
     linear,
     norm,
 )
-from framepack_jax.models.packed_dit import PATCH, Config
+from framepack_jax.models.hunyuan.transformer import PATCH, Config
 from framepack_jax.packing import kernel_shape
 
 KIND = "hunyuan_packed_dit"

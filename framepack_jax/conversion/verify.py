@@ -13,7 +13,7 @@ from framepack_jax.bundle import Manifest
 from framepack_jax.conversion import engine, readers, tables, transformer
 from framepack_jax.conversion.engine import Advance, Plan
 from framepack_jax.conversion.readers import ConversionError
-from framepack_jax.models import stack
+from framepack_jax.models import scan
 
 SHOWN = 10
 
@@ -83,7 +83,7 @@ def compare(
     Raises ConversionError, BundleError where either cannot be read.
     """
     types = bundle.stored_dtypes(root, manifest, role)
-    dtype = next((each for each in stack.QUANTIZED if each in types.values()), None)
+    dtype = next((each for each in scan.QUANTIZED if each in types.values()), None)
     result = Comparison(role, casts={dtype} if dtype else set())
     paths = list(made.paths(dtype))
     stored = bundle.read_leaves(root, manifest, role, paths)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from framepack_jax import packing
-from framepack_jax.models.flops import forward_flops
+from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.parallel.hardware import chip_of
 from framepack_jax.parallel.multihost import is_first
 from framepack_jax.training.config import Config

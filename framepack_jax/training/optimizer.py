@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from framepack_jax.models.stack import LORA_A, LORA_B
+from framepack_jax.models.scan import LORA_A, LORA_B
 from framepack_jax.training.config import Optimizer
 
 MATRICES = ("kernel", "embedding", LORA_A, LORA_B)

@@ -28,7 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle, video
 from framepack_jax.data.clips import Clips, Video, find_videos, hold_out, read_clip
 from framepack_jax.data.pixels import signed
-from framepack_jax.models import stack, vae
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan import vae
 from framepack_jax.parallel.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
@@ -120,7 +121,7 @@ class Figures(NamedTuple):
 
 
 def losses(
-    cfg: vae.Config, params: stack.Params, clips: jax.Array, key: jax.Array
+    cfg: vae.Config, params: scan.Params, clips: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(squared error, that of the first frames alone, divergence a latent number) of clips
     (B, T, H, W, C) in [-1, 1], through a sample of their latents."""
@@ -147,7 +148,7 @@ def train_step(
     clips = signed(constrain(clips, BATCH, *[None] * 4))
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
 
-    def loss(params: stack.Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def loss(params: scan.Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         if cfg.trainable == "decoder":
             params = params | {"encoder": jax.lax.stop_gradient(params["encoder"])}
         error, still, kl = losses(network, params, clips, key)
@@ -227,14 +228,14 @@ def network_of(cfg: Config, manifest: bundle.Manifest) -> vae.Config:
     return network
 
 
-def init(cfg: Config, network: vae.Config) -> stack.Params:
+def init(cfg: Config, network: vae.Config) -> scan.Params:
     """Random parameters."""
     return vae.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
 
 
 def first_params(
     cfg: Config, network: vae.Config, manifest: bundle.Manifest, bundle_path: epath.PathLike
-) -> stack.Params:
+) -> scan.Params:
     """Parameters before the first step. Raises BundleError, RunError."""
     if cfg.init == "scratch":
         return init(cfg, network)
@@ -248,7 +249,7 @@ def first_params(
     return params if knew_motion or cfg.frames == 1 else inflated(params)
 
 
-def inflated(params: stack.Params) -> stack.Params:
+def inflated(params: scan.Params) -> scan.Params:
     """A VAE of single frames that makes of a clip what it made of its frames: of a single frame
     every tap in time sees the same, so what all weigh is given to the last, which sees the frame
     itself (inflation as in Carreira & Zisserman, arXiv 1705.07750, made causal)."""
@@ -263,16 +264,16 @@ def inflated(params: stack.Params) -> stack.Params:
     return unflatten_dict({p: last(x) if p in convolutions else x for p, x in leaves.items()})
 
 
-def trained_params(network: vae.Config, run: str, step: int) -> stack.Params:
+def trained_params(network: vae.Config, run: str, step: int) -> scan.Params:
     """The parameters of a run, their moving average where it keeps one. Raises RunError."""
     part = "ema" if checkpoints.read_record(run)["config"]["ema"] else "params"
     abstract = jax.eval_shape(lambda: vae.init(network, jax.random.key(0)))
     return checkpoints.restore_params(run, step, abstract, part)
 
 
-def begin(cfg: Config, tx: Any, params: stack.Params) -> State:
+def begin(cfg: Config, tx: Any, params: scan.Params) -> State:
     """The state before the first step."""
-    params = stack.cast(params, jnp.float32)
+    params = scan.cast(params, jnp.float32)
     ema = jax.tree.map(jnp.copy, params) if cfg.ema else None
     zero = functools.partial(jnp.zeros, [], jnp.int32)
     return State(zero(), params, tx.init(params), ema, zero(), zero())
@@ -295,7 +296,7 @@ def _run_lines(
     yield "compiling    the step, before the first one"
 
 
-def _count(params: stack.Params) -> int:
+def _count(params: scan.Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -424,14 +425,14 @@ def _said(figures: Mapping[str, float]) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def reconstruct(cfg: vae.Config, params: stack.Params, clips: jax.Array) -> jax.Array:
+def reconstruct(cfg: vae.Config, params: scan.Params, clips: jax.Array) -> jax.Array:
     """Clips (B, T, H, W, C) in [-1, 1] through the modes of their latents."""
     mean, _ = vae.encode(cfg, params, clips, vae.Tiling(frames=None))
     return jnp.clip(vae.decode(cfg, params, mean, vae.Tiling(frames=None)), -1, 1)
 
 
 def validate(
-    network: vae.Config, params: stack.Params, held: Sequence[Video], frames: int, folder: Path,
+    network: vae.Config, params: scan.Params, held: Sequence[Video], frames: int, folder: Path,
     step: int,
 ) -> dict[str, float]:  # fmt: skip
     """Signal to noise of the middle clips of held-out videos, whole pictures, and of their first
@@ -462,7 +463,7 @@ def validate(
 
 
 def latent_statistics(
-    network: vae.Config, params: stack.Params, videos: Sequence[Video], frames: int
+    network: vae.Config, params: scan.Params, videos: Sequence[Video], frames: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, standard deviation) of each latent channel over the middle clips of videos."""
     encode = jax.jit(lambda p, x: vae.encode(network, p, x, vae.Tiling(frames=None))[0])
@@ -499,7 +500,7 @@ def export(
         mean, std = latent_statistics(network, params, videos[:256], frames)
     leaves = (
         (name, np.asarray(leaf).astype(jnp.dtype(dtype)))
-        for name, leaf in stack.split(params, vae.STACKS).items()
+        for name, leaf in scan.split(params, vae.STACKS).items()
     )
     manifest = dataclasses.replace(manifest, latent_mean=mean, latent_std=std)
     made = manifest.roles["vae"].kind, dataclasses.asdict(network)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from framepack_jax.models import stack
-from framepack_jax.models.encoder_block import EncoderBlock, layer_norm
+from framepack_jax.models import scan
+from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
 
 STACKS = {"layers": "layers"}
 STREAMED: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class Config:
         return self.image_size // self.patch_size
 
 
-def hidden_states(cfg: Config, params: stack.Params, pixels: jax.Array) -> jax.Array:
+def hidden_states(cfg: Config, params: scan.Params, pixels: jax.Array) -> jax.Array:
     """Normalised pixels (B, H, W, C) -> states (B, L, D) after the final norm, in pixels' dtype.
 
     Raises ValueError where the image is not of the config's size.
@@ -67,14 +67,14 @@ def hidden_states(cfg: Config, params: stack.Params, pixels: jax.Array) -> jax.A
         pixels[:, :whole, :whole],
         "b (h ph) (w pw) c -> b (h w) (ph pw c)", ph=cfg.patch_size, pw=cfg.patch_size,
     )  # fmt: skip
-    outer = stack.cast({k: v for k, v in params.items() if k not in STACKS}, pixels.dtype)
+    outer = scan.cast({k: v for k, v in params.items() if k not in STACKS}, pixels.dtype)
     x = nn.Dense(cfg.width).apply({"params": outer["patch"]}, patches)
     x += outer["position_embedding"]["embedding"][None, :, :]
-    x = stack.run(EncoderBlock(cfg), params["layers"], x, False)
+    x = scan.run(EncoderBlock(cfg), params["layers"], x, False)
     return layer_norm(cfg).apply({"params": outer["final_norm"]}, x)
 
 
-def init(cfg: Config, key: jax.Array) -> stack.Params:
+def init(cfg: Config, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     patch, position, layers, norm = jax.random.split(key, 4)
     pixels = jnp.zeros((1, 1, cfg.patch_size**2 * cfg.channels))
@@ -82,6 +82,6 @@ def init(cfg: Config, key: jax.Array) -> stack.Params:
     return {
         "patch": nn.Dense(cfg.width).init(patch, pixels)["params"],
         "position_embedding": nn.Embed(cfg.grid**2, cfg.width).init(position, index)["params"],
-        "layers": stack.init(EncoderBlock(cfg), layers, cfg.layers, x, False),
+        "layers": scan.init(EncoderBlock(cfg), layers, cfg.layers, x, False),
         "final_norm": layer_norm(cfg).init(norm, x)["params"],
     }

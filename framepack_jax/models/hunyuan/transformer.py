@@ -27,7 +27,7 @@ from einops import rearrange, reduce
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from framepack_jax.models import stack
+from framepack_jax.models import scan
 from framepack_jax.ops.attention import attend, to_heads, to_tokens
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
 from framepack_jax.packing import PackedContext, kernel_shape, parse
@@ -117,7 +117,7 @@ class Tokens(NamedTuple):
 
 def velocity(
     cfg: Config,
-    params: stack.Params,
+    params: scan.Params,
     x: jax.Array,
     sigma: jax.Array,
     context: PackedContext,
@@ -137,7 +137,7 @@ def velocity(
 
 def embed(
     cfg: Config,
-    params: stack.Params,
+    params: scan.Params,
     x: jax.Array,
     sigma: jax.Array,
     context: PackedContext,
@@ -154,59 +154,55 @@ def embed(
 def _embed(
     cfg: Config,
     dtype: Any,
-    params: stack.Params,
+    params: scan.Params,
     x: jax.Array,
     sigma: jax.Array,
     context: PackedContext,
     conditions: Conditions,
 ) -> Tokens:
-    cast = stack.cast({"x": x, "context": context, "conditions": conditions}, dtype)
+    cast = scan.cast({"x": x, "context": context, "conditions": conditions}, dtype)
     # The embedding of context is no Dense layer, so low-rank factors go into its kernel.
     embedders = {
-        name: stack.folded(leaves) if name.startswith("context_") else leaves
+        name: scan.folded(leaves) if name.startswith("context_") else leaves
         for name, leaves in params["embed"].items()
     }
-    with stack.factors_beside_kernels():
+    with scan.factors_beside_kernels():
         img, image, text, vec, text_vec = Embed(cfg).apply(
-            {"params": stack.cast(embedders, dtype)},
+            {"params": scan.cast(embedders, dtype)},
             cast["x"], sigma, cast["context"], cast["conditions"], conditions.guidance,
         )  # fmt: skip
     valid = conditions.text_valid
     # A prompt without any token must still have one to attend to.
     readable = jnp.asarray(valid).at[:, 0].set(True)
-    text = stack.run(RefinerBlock(cfg), params["refiner"], text, text_vec, readable)
+    text = scan.run(RefinerBlock(cfg), params["refiner"], text, text_vec, readable)
     txt = jnp.concatenate([image, text], axis=1)
     unmasked = jnp.ones((x.shape[0], img.shape[1] + image.shape[1]), bool)
     valid = jnp.concatenate([unmasked, valid], axis=1)
     return Tokens(_divided(img), _divided(txt), vec, _rope(cfg, x.shape, context), valid)
 
 
-def block_input(cfg: Config, params: stack.Params, tokens: Tokens) -> jax.Array:
+def block_input(cfg: Config, params: scan.Params, tokens: Tokens) -> jax.Array:
     """What the first double block projects of the image: its modulated norm (B, L_img, D)."""
-    modulation = stack.at(params["double"], 0, parts=["img_mod"])
+    modulation = scan.at(params["double"], 0, parts=["img_mod"])
     return _block_input(cfg, modulation, tokens.img, tokens.vec)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _block_input(
-    cfg: Config, modulation: stack.Params, img: jax.Array, vec: jax.Array
-) -> jax.Array:
-    modulation = stack.cast(modulation, img.dtype)
-    with stack.factors_beside_kernels():
+def _block_input(cfg: Config, modulation: scan.Params, img: jax.Array, vec: jax.Array) -> jax.Array:
+    modulation = scan.cast(modulation, img.dtype)
+    with scan.factors_beside_kernels():
         return BlockInput(cfg).apply({"params": modulation}, img, vec)
 
 
-def first_block(cfg: Config, params: stack.Params, tokens: Tokens) -> Tokens:
+def first_block(cfg: Config, params: scan.Params, tokens: Tokens) -> Tokens:
     """The tokens after the first double block."""
     img, txt, *inputs = tokens
-    img, txt = stack.run(
-        DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=slice(0, 1)
-    )
+    img, txt = scan.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=slice(0, 1))
     return tokens._replace(img=img, txt=txt)
 
 
 def blocks(
-    cfg: Config, params: stack.Params, tokens: Tokens, first: int = 0, remat: str = "none"
+    cfg: Config, params: scan.Params, tokens: Tokens, first: int = 0, remat: str = "none"
 ) -> jax.Array:
     """Image tokens (B, L_img, D) after all double and single blocks.
 
@@ -214,7 +210,7 @@ def blocks(
     """
     img, txt, *inputs = tokens
     layers = slice(first, None) if first else slice(None)
-    run = functools.partial(stack.run, remat=remat)
+    run = functools.partial(scan.run, remat=remat)
     img, txt = run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=layers)
     both = run(SingleBlock(cfg), params["single"], _joined(img, txt), *inputs)
     return both[:, : img.shape[1]]
@@ -226,7 +222,7 @@ def _joined(img: jax.Array, txt: jax.Array) -> jax.Array:
 
 
 def head(
-    cfg: Config, params: stack.Params, img: jax.Array, vec: jax.Array, shape: tuple[int, ...]
+    cfg: Config, params: scan.Params, img: jax.Array, vec: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
     """Velocity (B, T, H, W, C) of the target, whose tokens are the last of `img`; float32."""
     return _head(cfg, shape, params["head"], img, vec)
@@ -234,11 +230,11 @@ def head(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "shape"))
 def _head(
-    cfg: Config, shape: tuple[int, ...], params: stack.Params, img: jax.Array, vec: jax.Array
+    cfg: Config, shape: tuple[int, ...], params: scan.Params, img: jax.Array, vec: jax.Array
 ) -> jax.Array:
     _, t, h, w, _ = shape
     tokens = img[:, -t * (h // 2) * (w // 2) :]
-    with stack.factors_beside_kernels():
+    with scan.factors_beside_kernels():
         out = Head(cfg).apply({"params": params}, tokens, vec)
     return rearrange(
         out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
@@ -251,13 +247,13 @@ class Program(NamedTuple):
 
     name: str
     runs: int
-    weights: stack.Params
+    weights: scan.Params
     lower: Callable[[], jax.stages.Lowered]
 
 
 def programs(
     cfg: Config,
-    params: stack.Params,
+    params: scan.Params,
     x: jax.ShapeDtypeStruct,
     sigma: jax.ShapeDtypeStruct,
     context: PackedContext,
@@ -272,7 +268,7 @@ def programs(
         where = NamedSharding(mesh, fitting(axes or (None,) * len(x.shape), x.shape, mesh))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    def layer(part: str) -> stack.Params:
+    def layer(part: str) -> scan.Params:
         def first(p: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             where = NamedSharding(mesh, PartitionSpec(*p.sharding.spec[1:]))
             return jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=where)
@@ -294,11 +290,11 @@ def programs(
     return [
         Program(
             "double block", cfg.double_layers, double,
-            functools.partial(stack.lower, DoubleBlock(cfg), double, (img, txt), *inputs),
+            functools.partial(scan.lower, DoubleBlock(cfg), double, (img, txt), *inputs),
         ),
         Program(
             "single block", cfg.single_layers, single,
-            functools.partial(stack.lower, SingleBlock(cfg), single, both, *inputs),
+            functools.partial(scan.lower, SingleBlock(cfg), single, both, *inputs),
         ),
         Program("embedding", 1, small, functools.partial(_embed.lower, cfg, dtype, *embedded)),
         Program(
@@ -364,7 +360,7 @@ def _rope(cfg: Config, shape: tuple[int, ...], context: PackedContext) -> Table:
     return cos, sin
 
 
-def init(cfg: Config, key: jax.Array) -> stack.Params:
+def init(cfg: Config, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     keys = dict(zip(("embed", "head", *STACKS), jax.random.split(key, 5), strict=True))
     kernels = cfg.context_kernels
@@ -378,8 +374,8 @@ def init(cfg: Config, key: jax.Array) -> stack.Params:
     tokens, vec = jnp.zeros((1, 1, cfg.width)), jnp.zeros((1, cfg.width))
     rope = rope_table(index, 1, 1, cfg.rope_axes, cfg.rope_theta)
 
-    def layers(name: str, block: nn.Module, *args: Any) -> stack.Params:
-        return stack.init(block, keys[name], getattr(cfg, STACKS[name]), *args)
+    def layers(name: str, block: nn.Module, *args: Any) -> scan.Params:
+        return scan.init(block, keys[name], getattr(cfg, STACKS[name]), *args)
 
     return {
         "embed": Embed(cfg).init(keys["embed"], x, one, context, conditions, one)["params"],

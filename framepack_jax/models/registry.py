@@ -17,10 +17,12 @@ from typing import Any
 
 import jax
 
-from framepack_jax.models import clip, llama, packed_dit, siglip, stack, vae
+from framepack_jax.models import scan
+from framepack_jax.models.encoders import clip, llama, siglip
+from framepack_jax.models.hunyuan import transformer, vae
 
 KINDS: dict[str, ModuleType] = {
-    "hunyuan_packed_dit": packed_dit,
+    "hunyuan_packed_dit": transformer,
     "hunyuan_vae": vae,
     "llama": llama,
     "clip_text": clip,
@@ -39,7 +41,7 @@ def _leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     model = KINDS[kind]
     # The key is made inside, so that no accelerator is started for the sake of shapes.
     params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    return stack.split(params, model.STACKS)
+    return scan.split(params, model.STACKS)
 
 
 def parameter_count(kind: str, cfg: Any) -> int:

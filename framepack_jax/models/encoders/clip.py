@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from framepack_jax.models import stack
-from framepack_jax.models.encoder_block import EncoderBlock, layer_norm
+from framepack_jax.models import scan
+from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
 
 STACKS = {"layers": "layers"}
 STREAMED: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Config:
     eos_token_id: int = LEGACY_EOS
 
 
-def pooled(cfg: Config, params: stack.Params, ids: jax.Array) -> jax.Array:
+def pooled(cfg: Config, params: scan.Params, ids: jax.Array) -> jax.Array:
     """Token ids (B, L), L at most `max_tokens` -> the final state at the end of text (B, D).
 
     Attention is causal, so the padding behind the end of text cannot be seen from there and needs
@@ -57,9 +57,9 @@ def pooled(cfg: Config, params: stack.Params, ids: jax.Array) -> jax.Array:
     """
     positions = params["position_embedding"]["embedding"][: ids.shape[1]]
     x = params["token_embedding"]["embedding"][ids] + positions[None, :, :]
-    x = stack.run(EncoderBlock(cfg), params["layers"], x, True)
+    x = scan.run(EncoderBlock(cfg), params["layers"], x, True)
     x = x[jnp.arange(ids.shape[0]), end_of_text(cfg, ids)]
-    return layer_norm(cfg).apply({"params": stack.cast(params["final_norm"], x.dtype)}, x)
+    return layer_norm(cfg).apply({"params": scan.cast(params["final_norm"], x.dtype)}, x)
 
 
 def end_of_text(cfg: Config, ids: jax.Array) -> jax.Array:
@@ -70,13 +70,13 @@ def end_of_text(cfg: Config, ids: jax.Array) -> jax.Array:
     return jnp.argmax(ids == cfg.eos_token_id, axis=-1)
 
 
-def init(cfg: Config, key: jax.Array) -> stack.Params:
+def init(cfg: Config, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     token, position, layers, norm = jax.random.split(key, 4)
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))
     return {
         "token_embedding": nn.Embed(cfg.vocab_size, cfg.width).init(token, ids)["params"],
         "position_embedding": nn.Embed(cfg.max_tokens, cfg.width).init(position, ids)["params"],
-        "layers": stack.init(EncoderBlock(cfg), layers, cfg.layers, x, True),
+        "layers": scan.init(EncoderBlock(cfg), layers, cfg.layers, x, True),
         "final_norm": layer_norm(cfg).init(norm, x)["params"],
     }

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from framepack_jax.models import stack
+from framepack_jax.models import scan
 from framepack_jax.ops.attention import attend
 
 STACKS = {"layers": "layers"}
@@ -47,7 +47,7 @@ class Config:
     norm_eps: float = 1e-5
 
 
-def hidden_states(cfg: Config, params: stack.Params, ids: jax.Array, valid: jax.Array) -> jax.Array:
+def hidden_states(cfg: Config, params: scan.Params, ids: jax.Array, valid: jax.Array) -> jax.Array:
     """Token ids (B, L) -> states (B, L, D) after all blocks, not normalised.
 
     `valid` (B, L) is True where a token counts, a prefix; rows behind it are meaningless. Computes
@@ -57,23 +57,23 @@ def hidden_states(cfg: Config, params: stack.Params, ids: jax.Array, valid: jax.
 
 
 def hidden_states_of_each(
-    cfg: Config, params: stack.Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
+    cfg: Config, params: scan.Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
 ) -> list[jax.Array]:
     """`hidden_states` for several (ids, valid), each as if it were alone; of layers that are not on
     the device, each is brought once."""
     embedding = params["embed"]["embedding"]
     each = [(embedding[ids], _angles(cfg, ids.shape[1]), valid) for ids, valid in inputs]
-    return stack.run_each(Block(cfg), params["layers"], each)
+    return scan.run_each(Block(cfg), params["layers"], each)
 
 
-def init(cfg: Config, key: jax.Array) -> stack.Params:
+def init(cfg: Config, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     embed, layers = jax.random.split(key)
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))
     args = (x, _angles(cfg, 1), jnp.ones((1, 1), bool))
     return {
         "embed": nn.Embed(cfg.vocab_size, cfg.width).init(embed, ids)["params"],
-        "layers": stack.init(Block(cfg), layers, cfg.layers, *args),
+        "layers": scan.init(Block(cfg), layers, cfg.layers, *args),
     }
 
 

@@ -6,7 +6,7 @@ A compiler's own count takes the body of a loop once, however often it runs.
 import math
 
 from framepack_jax import packing
-from framepack_jax.models.packed_dit import PATCH, POOLED_KERNELS, Config
+from framepack_jax.models.hunyuan.transformer import PATCH, POOLED_KERNELS, Config
 
 
 def forward_flops(

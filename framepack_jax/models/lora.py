@@ -20,8 +20,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from framepack_jax.models import stack
-from framepack_jax.models.stack import LORA_A, LORA_B
+from framepack_jax.models import scan
+from framepack_jax.models.scan import LORA_A, LORA_B
 from framepack_jax.parallel import sharding
 
 # Small beside the kernels: every device has the whole of both.
@@ -107,12 +107,12 @@ def scaled(factors: Factors) -> np.ndarray:
 
 
 def attach(
-    params: stack.Params,
+    params: scan.Params,
     lora: Mapping[str, Factors],
     *,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-) -> stack.Params:
+) -> scan.Params:
     """The parameters (layers stacked, arrays or `jax.ShapeDtypeStruct`s) with a LoRA beside its
     kernels: leaves `lora_a` (in, r) and `lora_b` (r, ...out) of `dtype`, scale multiplied in, with
     a leading layer axis in a stack.
@@ -121,7 +121,7 @@ def attach(
     On a `mesh` they lie by SHARDINGS. Raises ValueError that names what does not fit.
     """
     leaves = flatten_dict(params)
-    shapes = flatten_dict(stack.shapes(params))
+    shapes = flatten_dict(scan.shapes(params))
     _check(shapes, lora)
     groups: dict[tuple[str, ...], dict[int | None, Factors]] = {}
     for path, factors in lora.items():
@@ -132,7 +132,7 @@ def attach(
         shape = shapes[*module, "kernel"].shape
         for name, array in zip((LORA_A, LORA_B), _stacked(layers, shape), strict=True):
             added[*module, name] = array.astype(dtype)
-    streamed = {name for name, leaf in params.items() if isinstance(leaf, stack.Streamed)}
+    streamed = {name for name, leaf in params.items() if isinstance(leaf, scan.Streamed)}
     beside = {path: leaf for path, leaf in added.items() if path[0] not in streamed}
     made = unflatten_dict(leaves | flatten_dict(_on_devices(unflatten_dict(beside), mesh)))
     for name in streamed:
@@ -141,7 +141,7 @@ def attach(
     return made
 
 
-def _on_devices(factors: stack.Params, mesh: Mesh | None) -> stack.Params:
+def _on_devices(factors: scan.Params, mesh: Mesh | None) -> scan.Params:
     if mesh is None:
         return jax.device_put(factors)
     specs = sharding.resolve(SHARDINGS, factors)
@@ -149,19 +149,19 @@ def _on_devices(factors: stack.Params, mesh: Mesh | None) -> stack.Params:
 
 
 def _beside_layers(
-    layers: stack.Streamed, factors: Mapping[tuple[str, ...], np.ndarray], mesh: Mesh | None
-) -> stack.Streamed:
+    layers: scan.Streamed, factors: Mapping[tuple[str, ...], np.ndarray], mesh: Mesh | None
+) -> scan.Streamed:
     """Stacked factors beside the kernels of every layer, where those lie."""
 
-    def beside(number: int, layer: stack.Params) -> stack.Params:
+    def beside(number: int, layer: scan.Params) -> scan.Params:
         own = unflatten_dict({path: leaf[number] for path, leaf in factors.items()})
-        own = stack.put(_on_devices(own, mesh), _memory_kind(layer))
+        own = scan.put(_on_devices(own, mesh), _memory_kind(layer))
         return unflatten_dict(flatten_dict(layer) | flatten_dict(own))
 
     return layers.map(beside)
 
 
-def _memory_kind(layer: stack.Params) -> str:
+def _memory_kind(layer: scan.Params) -> str:
     """Where a layer lies; the device for one that was just read, for that is where it goes."""
     leaf = jax.tree.leaves(layer)[0]
     return leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "device"
@@ -213,7 +213,7 @@ def _stacked(
     return a, b
 
 
-def extract(params: stack.Params) -> LoRA:
+def extract(params: scan.Params) -> LoRA:
     """The LoRA that lies in parameters, layer by layer, of scale 1; the inverse of `attach` up to
     the rank: ranks and layers that are zero in both factors are left out."""
     lora = {}
@@ -238,7 +238,7 @@ def _nonzero(path: str, a: np.ndarray, b: np.ndarray) -> LoRA:
     return {path: Factors(a[:, used], b[used], np.ones(used.sum()))}
 
 
-def merge(params: stack.Params, *, donate: bool = False) -> stack.Params:
+def merge(params: scan.Params, *, donate: bool = False) -> scan.Params:
     """Parameters with attached factors -> parameters without, their kernels W + a b.
 
     Computed in float32, one layer at a time, and rounded to the kernel's dtype. Other leaves are
@@ -246,18 +246,18 @@ def merge(params: stack.Params, *, donate: bool = False) -> stack.Params:
     up, which a network that fills most of a device needs. Raises ValueError where a kernel is
     quantized, before any is changed.
     """
-    streamed = [leaf for leaf in params.values() if isinstance(leaf, stack.Streamed)]
+    streamed = [leaf for leaf in params.values() if isinstance(leaf, scan.Streamed)]
     for part in (params, *(leaf.layers[0] for leaf in streamed)):
         leaves = flatten_dict(part)
         for *module, name in leaves:
             if name == LORA_A:
-                stack.check_foldable(leaves[*module, "kernel"])
+                scan.check_foldable(leaves[*module, "kernel"])
     return dict(_merged(params, donate))
 
 
 def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]]:
     for name, leaf in params.items():
-        if isinstance(leaf, stack.Streamed):
+        if isinstance(leaf, scan.Streamed):
             yield name, leaf.map(lambda _, layer: _merged_layer(layer, donate))
         elif not isinstance(leaf, dict):
             yield name, leaf
@@ -272,17 +272,17 @@ def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]
             yield name, rest | {"kernel": jax.device_put(summed, kernel.sharding)}
 
 
-def _merged_layer(layer: stack.Params, donate: bool) -> stack.Params:
+def _merged_layer(layer: scan.Params, donate: bool) -> scan.Params:
     """A layer of its own, added up on the device and brought back to where it lies."""
     kind = _memory_kind(layer)
     donate &= kind == "device"
-    return jax.block_until_ready(stack.put(dict(_merged(stack.on_device(layer), donate)), kind))
+    return jax.block_until_ready(scan.put(dict(_merged(scan.on_device(layer), donate)), kind))
 
 
 @functools.partial(jax.jit, donate_argnames="kernel")
 def _add_layers(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     def fold(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return stack.folded({"kernel": kernel, LORA_A: a, LORA_B: b})["kernel"]
+        return scan.folded({"kernel": kernel, LORA_A: a, LORA_B: b})["kernel"]
 
     if a.ndim == 2:
         return fold(kernel, a, b)

@@ -6,7 +6,7 @@ every layer stands by itself, as `double/07/img_qkv/kernel`; `split` and `join` 
 
 Beside the kernel of a linear layer may lie low-rank factors (LoRA, arXiv 2106.09685), `lora_a`
 (in, r) and `lora_b` (r, ...out): the layer then gives x W + (x a) b. They are parameters like
-others, with a layer axis in a stack; `framepack_jax.lora` puts them there.
+others, with a layer axis in a stack; `framepack_jax.models.lora` puts them there.
 
 Where a device is too small for all layers, they stand in a `Streamed`: each is brought to the
 device while the one before computes, and runs as a program of its own. (Inside one program XLA
