@@ -34,9 +34,9 @@ from framepack_jax.commands import sample
 from framepack_jax.commands.making import Progress
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import sampler
+from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
+from framepack_jax.generation.request import Layout, Request, lay_out, prepare
 from framepack_jax.models.hunyuan.flops import forward_flops
-from framepack_jax.pipeline import FramePack, Inputs, Settings
-from framepack_jax.request import Layout, Request, lay_out, prepare
 
 ROOT = Path(__file__).parent.parent
 COMPILED = "/jax/core/compile/backend_compile_duration"

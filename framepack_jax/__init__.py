@@ -13,7 +13,7 @@ __all__ = ["FramePack"]
 def __getattr__(name: str) -> Any:
     """Load the pipeline on first use: `import framepack_jax.packing` alone stays light."""
     if name == "FramePack":
-        from framepack_jax.pipeline import FramePack
+        from framepack_jax.generation.pipeline import FramePack
 
         return FramePack
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

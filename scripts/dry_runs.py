@@ -24,9 +24,9 @@ from framepack_jax.commands.dry_run_train import TrainingReport, dry_run_trainin
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.shots import open_pipe
 from framepack_jax.commands.train import read_config
+from framepack_jax.generation.pipeline import Settings
+from framepack_jax.generation.request import Request, lay_out
 from framepack_jax.parallel import hardware
-from framepack_jax.pipeline import Settings
-from framepack_jax.request import Request, lay_out
 from framepack_jax.training.config import Config
 
 BUNDLE, HEIGHT, WIDTH = "framepack_i2v", 608, 640

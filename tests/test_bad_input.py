@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from framepack_jax import bundle, pipeline, video
+from framepack_jax import bundle, video
 from framepack_jax.commands import runs, sample
+from framepack_jax.generation import pipeline
 
 ROOT = Path(__file__).parent.parent
 RANDOM = sample.EMBEDDED["random"]

@@ -33,9 +33,9 @@ from transformers import (
 
 from framepack_jax import conditioning, packing
 from framepack_jax.commands import convert
+from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
+from framepack_jax.generation.request import Request, lay_out, prepare
 from framepack_jax.packing import Section
-from framepack_jax.pipeline import FramePack, Inputs, Settings
-from framepack_jax.request import Request, lay_out, prepare
 
 SCHEDULES = {
     "inverted": "f1k1_x_g{}_f1k1f2k2f16k4_td",

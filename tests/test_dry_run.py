@@ -15,9 +15,9 @@ from framepack_jax.commands import dry_run, hlo, sample, train
 from framepack_jax.commands.dry_run_train import TrainingReport
 from framepack_jax.commands.records import path_of
 from framepack_jax.commands.shots import open_pipe
+from framepack_jax.generation.pipeline import Settings
+from framepack_jax.generation.request import Request, lay_out
 from framepack_jax.parallel import hardware, sharding
-from framepack_jax.pipeline import Settings
-from framepack_jax.request import Request, lay_out
 
 ROOT = Path(__file__).parent.parent
 # A loop of five rounds that gathers 8 x 4 float32 in each, and one sum outside of it.

@@ -28,7 +28,7 @@ from framepack_jax.evaluation import (
 from framepack_jax.evaluation.drift import Estimate
 from framepack_jax.evaluation.metrics import Metric
 from framepack_jax.evaluation.objects import Cast
-from framepack_jax.pipeline import Settings
+from framepack_jax.generation.pipeline import Settings
 
 SIDE, FPS = 96, 30.0
 GREY = (112, 104, 120)

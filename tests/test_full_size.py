@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks import capped
-from framepack_jax import memory, video
+from framepack_jax import video
 from framepack_jax.commands.runs import Run
-from framepack_jax.memory import GB
+from framepack_jax.generation import offload_plan
+from framepack_jax.generation.offload_plan import GB
 
 ROOT = Path(__file__).parent.parent
 # Bytes of the bundle, in 8 bits, with the run; and of memory with all blocks in it: fewer serve,
@@ -31,7 +32,7 @@ def folder(tmp_path):
 
 def check_room(folder: Path) -> None:
     """Skip the test if disk or memory cannot hold the bundle."""
-    free, host = shutil.disk_usage(folder).free, memory.limit_of_host()
+    free, host = shutil.disk_usage(folder).free, offload_plan.limit_of_host()
     for needed, there, what in ((DISK, free, f"disk at {folder}"), (MEMORY, host, "memory")):
         if there is not None and there < needed:
             pytest.skip(f"needs {needed / GB:.0f} GB of {what}, {there / GB:.1f} GB are free")

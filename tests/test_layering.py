@@ -9,11 +9,11 @@ PACKAGE = ROOT / "framepack_jax"
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
     {"parallel", "utils"},
-    {"ops", "diffusion", "packing", "buckets", "prompts", "splice", "video"},
-    {"models", "request"},
+    {"ops", "diffusion", "packing", "buckets", "video"},
+    {"models"},
     {"bundle", "conditioning"},
-    {"encoders", "memory"},
-    {"pipeline", "data", "conversion"},
+    {"encoders"},
+    {"generation", "data", "conversion"},
     {"training", "evaluation"},
     {"commands", "__main__", "__init__"},
 ]

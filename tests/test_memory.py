@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from test_sample_lora import random_lora
 
-from framepack_jax import bundle, conditioning, memory
+from framepack_jax import bundle, conditioning
 from framepack_jax.commands import sample
 from framepack_jax.commands.records import EMBEDDED
 from framepack_jax.commands.runs import Run
 from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
 from framepack_jax.encoders import load_encoders
-from framepack_jax.memory import GB, Need, Plan, Work
+from framepack_jax.generation import offload_plan
+from framepack_jax.generation.offload_plan import GB, Need, Plan, Work
+from framepack_jax.generation.pipeline import FramePack, Settings, Video
+from framepack_jax.generation.request import Request, lay_out, prepare
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.vae import Tiling
-from framepack_jax.pipeline import FramePack, Settings, Video
-from framepack_jax.request import Request, lay_out, prepare
 
 RANDOM = EMBEDDED["random"]
 WHOLE = Tiling()
@@ -146,16 +147,16 @@ def test_blocks_that_the_host_has_no_room_for_are_read_from_the_disk(high) -> No
 
 
 def test_what_the_host_has_room_for(monkeypatch) -> None:
-    monkeypatch.setattr(memory, "need", lambda *args, **options: RELEASED)
+    monkeypatch.setattr(offload_plan, "need", lambda *args, **options: RELEASED)
     block, work = RELEASED.blocks[-1], Work((608, 640), 1, "g9")
 
-    def plan(limit: float | None) -> memory.Plan:
-        monkeypatch.setattr(memory, "limit_of_host", lambda: limit)
-        return memory.plan("", "low", work, dtype="bfloat16", tiling=WHOLE)
+    def plan(limit: float | None) -> offload_plan.Plan:
+        monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
+        return offload_plan.plan("", "low", work, dtype="bfloat16", tiling=WHOLE)
 
     assert plan(None).hosted is None and "60 wait in" in plan(None).why
     doubles = sum(RELEASED.blocks[:20])
-    few = plan((doubles + 3.5 * block) / memory.HOSTED)
+    few = plan((doubles + 3.5 * block) / offload_plan.HOSTED)
     assert few.hosted == 23 and "37 are read from the disk at every step" in few.why
     assert plan(0).hosted == 0 and "wait in" not in plan(0).why
 
@@ -163,17 +164,17 @@ def test_what_the_host_has_room_for(monkeypatch) -> None:
 def test_a_cpu_has_one_memory_for_all(monkeypatch) -> None:
     """Blocks wait in what the rest of the process leaves, and the sum is told."""
     needed = dataclasses.replace(RELEASED, process=int(GB))
-    monkeypatch.setattr(memory, "need", lambda *args, **options: needed)
-    blocks, rest = sum(needed.blocks), needed.streamed(0, memory.TILES)
+    monkeypatch.setattr(offload_plan, "need", lambda *args, **options: needed)
+    blocks, rest = sum(needed.blocks), needed.streamed(0, offload_plan.TILES)
     work = Work((608, 640), 1, "g9")
 
-    def plan(limit: float | None) -> memory.Plan:
-        monkeypatch.setattr(memory, "limit_of_host", lambda: limit)
-        return memory.plan("", "low", work, dtype="float32", tiling=WHOLE)
+    def plan(limit: float | None) -> offload_plan.Plan:
+        monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
+        return offload_plan.plan("", "low", work, dtype="float32", tiling=WHOLE)
 
     said = f"{(blocks + rest) / GB:.3g} GB are needed in all, with those blocks"
     assert plan(None).why.endswith(said)
-    assert plan(blocks / memory.HOSTED).hosted < 60
+    assert plan(blocks / offload_plan.HOSTED).hosted < 60
     enough = plan(2 * (blocks + rest))
     assert enough.hosted is None and enough.why.endswith(said)
     few = plan(rest + sum(needed.blocks[:3]))
@@ -197,18 +198,20 @@ def test_a_cpu_converts_what_is_not_float32(dtype: str) -> None:
     assert (
         sizes["image_encoder"].largest == sizes["image_encoder"].base // jnp.dtype(dtype).itemsize
     )
-    needed = memory.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype=dtype)
+    needed = offload_plan.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype=dtype)
     converted = 4 * most if dtype == "bfloat16" else 0
     # And once more what has just been read, which is little here.
     assert needed.reading == base + sum(sorted(layers)[-2:]) + converted + base
-    assert needed.process == memory.PROCESS
+    assert needed.process == offload_plan.PROCESS
 
 
 def test_clips_that_are_encoded_count() -> None:
     """Whole, however the VAE decodes, but for long ones, which it takes apart in time."""
 
     def encoding(frames: int) -> int:
-        return memory.need(RANDOM, Work((64, 64), 1, FLAGS[5], frames), dtype="float32").encoding
+        return offload_plan.need(
+            RANDOM, Work((64, 64), 1, FLAGS[5], frames), dtype="float32"
+        ).encoding
 
     assert encoding(17) == encoding(81) and encoding(17) == pytest.approx(
         17 * encoding(1), rel=0.01
@@ -221,13 +224,13 @@ def test_clips_that_are_encoded_count() -> None:
 
 def test_the_memory_of_the_host(monkeypatch) -> None:
     files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5 kB\n"}
-    monkeypatch.setattr(memory, "_read", lambda file: files.get(file, ""))
-    assert memory.limit_of_host() == 5120
+    monkeypatch.setattr(offload_plan, "_read", lambda file: files.get(file, ""))
+    assert offload_plan.limit_of_host() == 5120
     for said, limit in (("max\n", 5120), ("4096\n", 4096), ("8192\n", 5120)):
         files["/sys/fs/cgroup/memory.max"] = said
-        assert memory.limit_of_host() == limit
+        assert offload_plan.limit_of_host() == limit
     files.clear()
-    assert memory.limit_of_host() is None
+    assert offload_plan.limit_of_host() is None
 
 
 def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) -> None:
@@ -324,7 +327,7 @@ def test_eight_bits_stay_so_in_host_memory(dtype, tmp_path) -> None:
     assert layer["qkv"]["kernel_scale"].dtype == jnp.float32
     # A block is multiplied out as it runs.
     work = Work((64, 64), 1, FLAGS[5])
-    steps = [memory.need(where, work, dtype="float32").step for where in (path, RANDOM)]
+    steps = [offload_plan.need(where, work, dtype="float32").step for where in (path, RANDOM)]
     sizes = bundle.device_bytes(path, bundle.read_manifest(path), "transformer", dtype=jnp.float32)
     assert steps[0] - steps[1] == 4 * sizes.largest > 0
     np.testing.assert_array_equal(latents(ours), latents(theirs))
@@ -428,31 +431,31 @@ def test_tiles_are_for_decoding_alone(high) -> None:
     ],
 )
 def test_what_stays_is_what_fits(monkeypatch, limit, encoders, whole, tiled, least, most) -> None:
-    monkeypatch.setattr(memory, "need", lambda *args, **options: RELEASED)
+    monkeypatch.setattr(offload_plan, "need", lambda *args, **options: RELEASED)
     work = Work((608, 640), 1, "g9")
-    made = memory.plan("", "auto", work, dtype="bfloat16", tiling=WHOLE, limit=limit * GB)
+    made = offload_plan.plan("", "auto", work, dtype="bfloat16", tiling=WHOLE, limit=limit * GB)
     assert made.encoders == encoders
     assert (made.layers is None) == whole
     assert (made.tiling.size is not None) == tiled
     assert least <= (60 if made.layers is None else made.layers) <= most
     if limit > 3 and not made.encoders:
         layers = 60 if made.layers is None else made.layers
-        assert RELEASED.streamed(layers, made.tiling) <= memory.USABLE * limit * GB
+        assert RELEASED.streamed(layers, made.tiling) <= offload_plan.USABLE * limit * GB
         assert f"{limit:.1f} GB" in made.why
 
 
 def test_levels(monkeypatch) -> None:
     work = Work((64, 64), 1, "f1k1_x_f16k4f2k2f1k1_g2")
     options = {"dtype": "float32", "tiling": WHOLE}
-    assert memory.plan(RANDOM, "high", work, **options)[:3] == (True, None, WHOLE)
+    assert offload_plan.plan(RANDOM, "high", work, **options)[:3] == (True, None, WHOLE)
     # A CPU does not count its memory, and everything is there.
-    assert memory.plan(RANDOM, "auto", work, **options)[:3] == (True, None, WHOLE)
-    made = memory.plan(RANDOM, "low", work, **options)
-    assert made.layers == 0 and not made.encoders and made.tiling == memory.TILES
+    assert offload_plan.plan(RANDOM, "auto", work, **options)[:3] == (True, None, WHOLE)
+    made = offload_plan.plan(RANDOM, "low", work, **options)
+    assert made.layers == 0 and not made.encoders and made.tiling == offload_plan.TILES
     own = Tiling(size=128, stride=96)
-    assert memory.plan(RANDOM, "low", work, dtype="float32", tiling=own).tiling == own
+    assert offload_plan.plan(RANDOM, "low", work, dtype="float32", tiling=own).tiling == own
     with pytest.raises(ValueError, match="memory 'medium': expected one of auto, high, low"):
-        memory.plan(RANDOM, "medium", work, **options)
+        offload_plan.plan(RANDOM, "medium", work, **options)
 
 
 def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
@@ -475,16 +478,16 @@ def test_decoding_needs_the_vae_alone(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "vae").symlink_to(RANDOM / "vae")
     bundle.write_manifest(tmp_path / "bundle", manifest)
-    monkeypatch.setattr(memory, "limit_of_device", lambda: 1000)
+    monkeypatch.setattr(offload_plan, "limit_of_device", lambda: 1000)
     sample.main(["--decode", str(tmp_path / "run"), "--bundle", str(tmp_path / "bundle")])
     assert "memory auto, as all would be" in capsys.readouterr().out
     assert (tmp_path / "run" / "video.mp4").exists()
 
 
 def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
-    needed = memory.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype="float32")
+    needed = offload_plan.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype="float32")
     for limit, said in ((3e9, "all networks stay"), (needed.streamed(1, WHOLE) / 0.95, "1 of 4 b")):
-        monkeypatch.setattr(memory, "limit_of_device", lambda limit=limit: limit)
+        monkeypatch.setattr(offload_plan, "limit_of_device", lambda limit=limit: limit)
         sample.main([*FLAGS, "--output", str(tmp_path / said[0]), "--latents-only"])
         assert said in capsys.readouterr().out
     assert Run.open(tmp_path / "1").record["memory"] == "auto"

@@ -16,7 +16,7 @@ from torch_reference import relative_error
 from framepack_jax import bundle, packing
 from framepack_jax.commands import convert
 from framepack_jax.diffusion import sampler
-from framepack_jax.pipeline import FramePack, Inputs, Network, NotFinite, Settings
+from framepack_jax.generation.pipeline import FramePack, Inputs, Network, NotFinite, Settings
 
 # Kind, sections, latent window, steps; guidance is 10, but 6 with classifier-free guidance.
 TAG = re.compile(r"(inverted|f1)_n(\d+)_w(\d+)_s(\d+)(?:_cfg([\d.]+)_rescale([\d.]+))?")

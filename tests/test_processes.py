@@ -28,7 +28,7 @@ TALK = """
 import sys
 import jax, numpy as np
 from framepack_jax import processes
-from framepack_jax.pipeline import NotFinite
+from framepack_jax.generation.pipeline import NotFinite
 
 me = int(sys.argv[-1])
 processes.join(sys.argv[1], 2, me)

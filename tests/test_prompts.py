@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from framepack_jax.prompts import prompt_shares, timed_prompts
+from framepack_jax.generation.prompts import prompt_shares, timed_prompts
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from framepack_jax import packing, video
-from framepack_jax.request import (
+from framepack_jax.generation.request import (
     Footage,
     Geometry,
     Request,
@@ -115,7 +115,7 @@ def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int
         scaled.append(frame)
         return video.resize_center_crop(frame, height, width)
 
-    monkeypatch.setattr("framepack_jax.request.resize_center_crop", scale)
+    monkeypatch.setattr("framepack_jax.generation.request.resize_center_crop", scale)
     frames = video.read_frames(tmp_path / "video.mp4", 30.0)
     whole = footage_of(F1, frames, 16, 20)
     assert len(scaled) == 82

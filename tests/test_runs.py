@@ -12,12 +12,13 @@ import pytest
 from PIL import Image, ImageSequence
 from torch_reference import relative_error
 
-from framepack_jax import FramePack, conditioning, packing, pipeline, video
+from framepack_jax import FramePack, conditioning, packing, video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import sampler
+from framepack_jax.generation import pipeline
+from framepack_jax.generation.request import footage_of
 from framepack_jax.models.hunyuan import vae
-from framepack_jax.request import footage_of
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
 INVERTED, F1 = "f1k1_x_g2_f1k1f2k2f16k4_td", "f1k1_x_f16k4f2k2f1k1_g2"

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from configs import tiny_bundle
-from framepack_jax import FramePack, __main__, bundle, pipeline, video
+from framepack_jax import FramePack, __main__, bundle, video
 from framepack_jax.commands import sample
 from framepack_jax.commands.runs import Run
-from framepack_jax.splice import to_uint8
+from framepack_jax.generation import pipeline
+from framepack_jax.generation.crossfade import to_uint8
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "examples" / "astronaut.jpg"

@@ -9,7 +9,7 @@ import pytest
 from einops import rearrange
 from safetensors.numpy import load_file
 
-from framepack_jax.splice import Interval, Splicer, cross_fade, to_uint8
+from framepack_jax.generation.crossfade import Interval, Splicer, cross_fade, to_uint8
 
 # By time: a short clip inside its neighbour's start, overlaps of 1 to 6 frames, one that is all
 # overlap (12..16), neighbours that only touch (at 25), and a last clip inside the one before it.

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from framepack_jax.commands.runs import Run
+from framepack_jax.generation.crossfade import Splicer, to_uint8
+from framepack_jax.generation.pipeline import FramePack
+from framepack_jax.generation.request import Footage, Layout
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import Terminated
-from framepack_jax.pipeline import FramePack
-from framepack_jax.request import Footage, Layout
-from framepack_jax.splice import Splicer, to_uint8
 
 
 class Later:

@@ -23,13 +23,13 @@ from framepack_jax import bundle, packing
 from framepack_jax.commands.hlo import Traffic, collectives, kernels
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
+from framepack_jax.generation.pipeline import FramePack, Settings
+from framepack_jax.generation.request import Layout
 from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
-from framepack_jax.pipeline import FramePack, Settings
-from framepack_jax.request import Layout
 
 GB = 1e9
 # The share of a GPU that JAX takes, unless told otherwise by an environment variable, and what

@@ -14,6 +14,8 @@ import numpy as np
 from framepack_jax import video
 from framepack_jax.commands.decoding import Decoder, Later
 from framepack_jax.commands.runs import Busy, DamagedFile, Run, record_text
+from framepack_jax.generation.pipeline import FramePack, NotFinite, Settings
+from framepack_jax.generation.request import Layout, Request, prepare
 from framepack_jax.models import scan
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import (
@@ -24,8 +26,6 @@ from framepack_jax.parallel.multihost import (
     is_shared,
     stop_if_asked,
 )
-from framepack_jax.pipeline import FramePack, NotFinite, Settings
-from framepack_jax.request import Layout, Request, prepare
 from framepack_jax.utils.progress import Bar
 
 # What a disk, a device or a full memory does.

@@ -17,8 +17,8 @@ from framepack_jax import bundle
 from framepack_jax.commands.runs import FORMAT, Run
 from framepack_jax.commands.shots import Shot, footage_file
 from framepack_jax.conversion.lora import files_of as lora_files
+from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.models.lora import parse_weight
-from framepack_jax.pipeline import FramePack
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # The last two have no weights: see configs/full.py.

@@ -32,9 +32,9 @@ import numpy as np
 from PIL import Image
 
 from framepack_jax import video
+from framepack_jax.generation.request import Footage, Request
 from framepack_jax.packing import Section
 from framepack_jax.parallel.multihost import in_first, is_first
-from framepack_jax.request import Footage, Request
 from framepack_jax.utils.files import whole
 
 P = ParamSpec("P")

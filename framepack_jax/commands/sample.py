@@ -62,7 +62,10 @@ from framepack_jax.commands.shots import (
     warn_of_idle,
 )
 from framepack_jax.conversion.lora import read as read_lora
-from framepack_jax.memory import TILES
+from framepack_jax.generation.offload_plan import TILES
+from framepack_jax.generation.pipeline import FramePack
+from framepack_jax.generation.prompts import timed_prompts
+from framepack_jax.generation.request import Request, end_image_use, lay_out
 from framepack_jax.models import lora
 from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention
@@ -75,9 +78,6 @@ from framepack_jax.parallel.multihost import (
     is_first,
     join,
 )
-from framepack_jax.pipeline import FramePack
-from framepack_jax.prompts import timed_prompts
-from framepack_jax.request import Request, end_image_use, lay_out
 from framepack_jax.utils.flags import parse
 
 # The backends that attention kernels are made for; the others run on any.

@@ -13,7 +13,7 @@ from framepack_jax.evaluation.cases import Case, Figures
 from framepack_jax.evaluation.drift import drift, estimate, mean
 from framepack_jax.evaluation.metrics import METRICS, Metric
 from framepack_jax.evaluation.report import Table
-from framepack_jax.pipeline import FramePack, Settings
+from framepack_jax.generation.pipeline import FramePack, Settings
 
 TRUTH, VAE, FROZEN, REPEATED = (
     "ground truth", "its VAE reconstruction", "frozen first frame", "repeated short image-to-video",

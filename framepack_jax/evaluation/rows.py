@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from framepack_jax import packing
+from framepack_jax.generation.crossfade import to_uint8
+from framepack_jax.generation.pipeline import FramePack, Settings
+from framepack_jax.generation.request import Layout, Request, lay_out, prepare
 from framepack_jax.packing import Section, Timeline
-from framepack_jax.pipeline import FramePack, Settings
-from framepack_jax.request import Layout, Request, lay_out, prepare
-from framepack_jax.splice import to_uint8
 
 CLIP_LATENTS = 18
 """Latents of a clip that the VAE encodes at a time, beside its first."""

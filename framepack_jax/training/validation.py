@@ -19,9 +19,9 @@ from framepack_jax import packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data.pixels import PixelBatch
 from framepack_jax.data.records import Record
+from framepack_jax.generation.crossfade import to_uint8
+from framepack_jax.generation.pipeline import FramePack, Inputs, Network, Settings
 from framepack_jax.parallel.multihost import fetch
-from framepack_jax.pipeline import FramePack, Inputs, Network, Settings
-from framepack_jax.splice import to_uint8
 from framepack_jax.training.state import Model
 
 # (batch on the devices, one of other clips, sigma, context groups that are blank, groups of the

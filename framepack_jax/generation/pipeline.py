@@ -27,19 +27,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from framepack_jax import bundle, conditioning, memory, packing
+from framepack_jax import bundle, conditioning, packing
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
 from framepack_jax.encoders import load_encoders
-from framepack_jax.models import scan
-from framepack_jax.models.hunyuan.vae import Tiling, check_tiling
-from framepack_jax.models.lora import LoRA, attach
-from framepack_jax.models.lora import merge as merge_lora
-from framepack_jax.packing import Section, Timeline
-from framepack_jax.parallel.multihost import fetch, in_first
-from framepack_jax.prompts import prompt_shares, timed_prompts
-from framepack_jax.request import (
+from framepack_jax.generation import offload_plan
+from framepack_jax.generation.crossfade import Interval, Splicer, to_uint8
+from framepack_jax.generation.prompts import prompt_shares, timed_prompts
+from framepack_jax.generation.request import (
     START_FRAMES,
     Footage,
     Geometry,
@@ -48,7 +44,12 @@ from framepack_jax.request import (
     lay_out,
     prepare,
 )
-from framepack_jax.splice import Interval, Splicer, to_uint8
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan.vae import Tiling, check_tiling
+from framepack_jax.models.lora import LoRA, attach
+from framepack_jax.models.lora import merge as merge_lora
+from framepack_jax.packing import Section, Timeline
+from framepack_jax.parallel.multihost import fetch, in_first
 
 # (section from 0, step from 0, the sample as predicted now (B, w, H, W, C))
 OnStep = Callable[[int, int, jax.Array], None]
@@ -229,7 +230,7 @@ class FramePack:
         self,
         path: epath.PathLike,
         roles: Sequence[str] = bundle.ROLES,
-        plan: memory.Plan | None = None,
+        plan: offload_plan.Plan | None = None,
     ) -> "FramePack":
         """The same with the weights of the bundle at `path`, and with the tokenizers where `roles`
         are all of them; decoding needs `("vae",)` only. They lie where the `plan` says, by default
@@ -264,14 +265,14 @@ class FramePack:
         batch: int = 1,
         roles: Sequence[str] = bundle.ROLES,
         encoded: int = 1,
-    ) -> memory.Plan:
+    ) -> offload_plan.Plan:
         """Return what of these networks stays on the device for a level of `memory.LEVELS`, if
         videos sampled at canvas (height, width) are made `batch` side by side, and clips of up to
         `encoded` latent frames are encoded for them; the same in all processes. Raises ValueError,
         BundleError."""
         _, frames = self.geometry.frames_of(0, encoded)
         return in_first(
-            memory.plan, path, level, memory.Work(canvas, batch, self.schedule, frames),
+            offload_plan.plan, path, level, offload_plan.Work(canvas, batch, self.schedule, frames),
             dtype=self.dtype, tiling=self.tiling, mesh=self.mesh, roles=roles,
         )  # fmt: skip
 
