@@ -28,8 +28,8 @@ import tyro
 from benchmarks import lengths
 from configs import tiny_bundle
 from framepack_jax import bundle
-from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import engine
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 
 ROOT = Path(__file__).parent.parent

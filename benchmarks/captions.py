@@ -21,13 +21,13 @@ import numpy as np
 import tyro
 
 from framepack_jax import bundle, packing
-from framepack_jax.commands.records import path_of
 from framepack_jax.data import synthetic
 from framepack_jax.data.batch import Batch
 from framepack_jax.data.encode import Encoder
 from framepack_jax.data.loader import conditions_of, latent_sample
 from framepack_jax.data.records import Clip
 from framepack_jax.evaluation.drift import estimate
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.training import state, step
 from framepack_jax.training.config import Config as Training
 

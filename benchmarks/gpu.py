@@ -51,8 +51,8 @@ from benchmarks.bench import (
 )
 from framepack_jax import bundle, packing
 from framepack_jax.commands.dry_run_train import abstract_samples
-from framepack_jax.commands.records import path_of
 from framepack_jax.diffusion import cache, flow, sampler, solver_table
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding

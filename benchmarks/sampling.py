@@ -31,11 +31,11 @@ import tyro
 
 from framepack_jax import packing, video
 from framepack_jax.commands import sample
-from framepack_jax.commands.making import Progress
-from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
 from framepack_jax.generation.request import Layout, Request, lay_out, prepare
+from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.runner import Progress
 from framepack_jax.models.hunyuan.flops import forward_flops
 
 ROOT = Path(__file__).parent.parent

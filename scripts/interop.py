@@ -579,7 +579,7 @@ def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Mod
     """The transformer of the bundle `random` in another program's code: its velocity."""
     from framepack_jax import bundle
     from framepack_jax.commands.convert import main
-    from framepack_jax.commands.records import path_of
+    from framepack_jax.jobs.provenance import path_of
 
     random = path_of("random")
     with contextlib.redirect_stdout(sys.stderr):

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from framepack_jax import bundle, video
-from framepack_jax.commands import runs, sample
+from framepack_jax.commands import sample
 from framepack_jax.generation import pipeline
+from framepack_jax.jobs import run_dir
 
 ROOT = Path(__file__).parent.parent
 RANDOM = sample.EMBEDDED["random"]
@@ -431,14 +432,14 @@ def test_what_cannot_be_made_again_is_named(stopped, whole, name, named) -> None
 def test_a_full_disk_stops_a_run_that_goes_on_later(
     tmp_path, whole, monkeypatch, capsys, name
 ) -> None:
-    begin = runs.Run.begin
+    begin = run_dir.Run.begin
 
-    def begin_on_full_disk(self: runs.Run, *given: object) -> None:
+    def begin_on_full_disk(self: run_dir.Run, *given: object) -> None:
         begin(self, *given)
         # All that is written to this file meets a full disk; once it is removed, there is space.
         (self.folder / f"{name}.part").symlink_to("/dev/full")
 
-    monkeypatch.setattr(runs.Run, "begin", begin_on_full_disk)
+    monkeypatch.setattr(run_dir.Run, "begin", begin_on_full_disk)
     message = refused(tmp_path)
     assert "No space left on device" in message and str(tmp_path / name) in message
     assert record_of(tmp_path)["status"] == "failed"
@@ -452,14 +453,14 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(
 
 @pytest.mark.parametrize("name", ["inputs/image.png", "latents/known.npz", "run.json"])
 def test_a_full_disk_at_the_beginning(tmp_path, whole, monkeypatch, name) -> None:
-    prepare = runs._pictures
+    prepare = run_dir._pictures
 
     def fill_disk(request: object) -> dict:
         (tmp_path / f"{name}.part").symlink_to("/dev/full")
         return prepare(request)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_pictures", fill_disk)
+        patch.setattr(run_dir, "_pictures", fill_disk)
         message = refused(tmp_path)
     assert "No space left on device" in message and str(tmp_path / name) in message
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "beginning"

@@ -30,9 +30,9 @@ from benchmarks import (
 from benchmarks import loader as loading
 from benchmarks import prepare as preparing
 from framepack_jax import bundle, packing
-from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import engine
 from framepack_jax.data.encode import Encoder
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.flops import forward_flops

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 
 from framepack_jax import bundle
 from framepack_jax.commands.convert import Convert, convert, main
-from framepack_jax.commands.records import path_of
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import engine, inspect, readers, tables, transformer
 from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.transformer import Config

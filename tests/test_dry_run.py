@@ -13,10 +13,10 @@ import pytest
 
 from framepack_jax.commands import dry_run, hlo, sample, train
 from framepack_jax.commands.dry_run_train import TrainingReport
-from framepack_jax.commands.records import path_of
-from framepack_jax.commands.shots import open_pipe
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, lay_out
+from framepack_jax.jobs.provenance import path_of
+from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware, sharding
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 
 from framepack_jax import FramePack, packing, video
 from framepack_jax.commands import evaluate
-from framepack_jax.commands.records import EMBEDDED
 from framepack_jax.evaluation import (
     cases,
     drift,
@@ -29,6 +28,7 @@ from framepack_jax.evaluation.drift import Estimate
 from framepack_jax.evaluation.metrics import Metric
 from framepack_jax.evaluation.objects import Cast
 from framepack_jax.generation.pipeline import Settings
+from framepack_jax.jobs.provenance import EMBEDDED
 
 SIDE, FPS = 96, 30.0
 GREY = (112, 104, 120)

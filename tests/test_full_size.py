@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks import capped
 from framepack_jax import video
-from framepack_jax.commands.runs import Run
 from framepack_jax.generation import offload_plan
 from framepack_jax.generation.offload_plan import GB
+from framepack_jax.jobs.run_dir import Run
 
 ROOT = Path(__file__).parent.parent
 # Bytes of the bundle, in 8 bits, with the run; and of memory with all blocks in it: fewer serve,

@@ -14,7 +14,7 @@ ROWS = [
     {"bundle", "conditioning"},
     {"encoders"},
     {"generation", "data", "conversion"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "jobs"},
     {"commands", "__main__", "__init__"},
 ]
 TORCH_ONLY_IN = ("conversion", "evaluation/pretrained.py")

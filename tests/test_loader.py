@@ -12,11 +12,11 @@ import pytest
 from training_data import SIZES, damage, random_record, write_dataset
 
 from framepack_jax import bundle, packing, video
-from framepack_jax.commands.records import path_of
 from framepack_jax.data import checks, loader, pixels, records
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.loader import Config, DatasetError, open_loader
 from framepack_jax.data.records import Index
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.packing import Timeline
 
 # Window 2, so that short clips have several sections.

@@ -14,8 +14,6 @@ from test_sample_lora import random_lora
 
 from framepack_jax import bundle, conditioning
 from framepack_jax.commands import sample
-from framepack_jax.commands.records import EMBEDDED
-from framepack_jax.commands.runs import Run
 from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
 from framepack_jax.encoders import load_encoders
@@ -23,6 +21,8 @@ from framepack_jax.generation import offload_plan
 from framepack_jax.generation.offload_plan import GB, Need, Plan, Work
 from framepack_jax.generation.pipeline import FramePack, Settings, Video
 from framepack_jax.generation.request import Request, lay_out, prepare
+from framepack_jax.jobs.provenance import EMBEDDED
+from framepack_jax.jobs.run_dir import Run
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.vae import Tiling

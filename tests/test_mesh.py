@@ -14,7 +14,7 @@ from compiling import quick_flags
 from torch_reference import relative_error
 
 from framepack_jax.commands import sample
-from framepack_jax.commands.runs import Run
+from framepack_jax.jobs.run_dir import Run
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (

@@ -26,7 +26,6 @@ from test_processes import ended, launch
 
 from framepack_jax import bundle, conditioning, video
 from framepack_jax.commands import prepare
-from framepack_jax.commands.records import path_of
 from framepack_jax.data import (
     cluster,
     dataset,
@@ -41,6 +40,7 @@ from framepack_jax.data import (
 )
 from framepack_jax.data.records import DatasetError, Record, Source
 from framepack_jax.data.stages import Rejected, Settings, Thresholds
+from framepack_jax.jobs.provenance import path_of
 
 ROOT = Path(__file__).parent.parent
 BUCKETS = ((32, 48), (48, 32))

@@ -16,7 +16,7 @@ from torch_reference import relative_error
 
 from framepack_jax import video
 from framepack_jax.commands import sample
-from framepack_jax.commands.runs import Run
+from framepack_jax.jobs.run_dir import Run
 from framepack_jax.parallel import multihost
 
 ROOT = Path(__file__).parent.parent

@@ -14,10 +14,10 @@ from torch_reference import relative_error
 
 from framepack_jax import FramePack, conditioning, packing, video
 from framepack_jax.commands import sample
-from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.request import footage_of
+from framepack_jax.jobs.run_dir import Run
 from framepack_jax.models.hunyuan import vae
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"

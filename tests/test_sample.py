@@ -15,9 +15,9 @@ from PIL import Image
 from configs import tiny_bundle
 from framepack_jax import FramePack, __main__, bundle, video
 from framepack_jax.commands import sample
-from framepack_jax.commands.runs import Run
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.crossfade import to_uint8
+from framepack_jax.jobs.run_dir import Run
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "examples" / "astronaut.jpg"

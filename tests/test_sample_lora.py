@@ -17,10 +17,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from framepack_jax import bundle
-from framepack_jax.commands import convert, records, sample
-from framepack_jax.commands.records import EMBEDDED
-from framepack_jax.commands.runs import Run
+from framepack_jax.commands import convert, sample
 from framepack_jax.conversion.lora import write
+from framepack_jax.jobs import provenance
+from framepack_jax.jobs.provenance import EMBEDDED
+from framepack_jax.jobs.run_dir import Run
 from framepack_jax.models import lora, registry
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
@@ -121,14 +122,14 @@ def test_what_a_lora_is_read_from_is_hashed(files, tmp_path) -> None:
     def begin(path: Path) -> SimpleNamespace:
         weights.write_bytes(files[0].read_bytes())
         settings.write_text(json.dumps({"lora_alpha": 4}))
-        hashes = {str(path): records._lora_sha256(path)}
+        hashes = {str(path): provenance._lora_sha256(path)}
         record = {"flags": {"lora": [f"{path}:0.5"]}, "files_sha256": hashes}
         return SimpleNamespace(folder=tmp_path, record=record)
 
     for path in (folder, weights):
         run = begin(path)
         (folder / "README.md").write_text("not read")
-        records.check_loras(run)
+        provenance.check_loras(run)
         changes = (
             lambda: settings.write_text(json.dumps({"lora_alpha": 8})),
             lambda: weights.write_bytes(files[1].read_bytes()),
@@ -139,12 +140,12 @@ def test_what_a_lora_is_read_from_is_hashed(files, tmp_path) -> None:
             begin(path)
             change()
             with pytest.raises(ValueError, match=r"begun with another LoRA than .*adapter"):
-                records.check_loras(run)
+                provenance.check_loras(run)
     # What could never be read is not taken for what it was.
     missing = str(tmp_path / "missing.safetensors")
     run.record |= {"flags": {"lora": [missing]}, "files_sha256": {missing: None}}
     with pytest.raises(ValueError, match="if it is there"):
-        records.check_loras(run)
+        provenance.check_loras(run)
 
 
 def test_a_file_of_another_kind_is_named_before_weights_are_read(tmp_path, monkeypatch) -> None:

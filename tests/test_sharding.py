@@ -22,8 +22,8 @@ from compiling import quick_flags
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
-from framepack_jax.commands.records import path_of
 from framepack_jax.diffusion import flow, sampler, solver_table
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.ops import attention

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from framepack_jax import bundle
 from framepack_jax.commands.convert import Convert, convert, main
 from framepack_jax.commands.export import compare
-from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import encoders, engine, export, float8, inspect, readers, tables
 from framepack_jax.conversion.readers import ConversionError, Entry
+from framepack_jax.jobs.provenance import path_of
 from tests.test_conversion import LLAMA, RELEASED, SIZES, assert_same, plan_of
 from tests.torch_reference import randomize
 

@@ -10,10 +10,10 @@ import pytest
 
 from configs import tiny_bundle
 from framepack_jax import FramePack, bundle, conditioning
-from framepack_jax.commands.records import ASSETS, EMBEDDED
 from framepack_jax.evaluation import cases, metrics, rows
 from framepack_jax.evaluation.rows import Ask
 from framepack_jax.generation.pipeline import Settings
+from framepack_jax.jobs.provenance import ASSETS, EMBEDDED
 from framepack_jax.models.encoders import llama
 
 SIZE = (128, 128)

@@ -16,8 +16,8 @@ from PIL import Image
 
 from framepack_jax import bundle, conditioning
 from framepack_jax.commands import train_vae
-from framepack_jax.commands.records import path_of
 from framepack_jax.data import clips, synthetic
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import vae as model
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.training import checkpoints, vae

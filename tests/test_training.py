@@ -24,10 +24,10 @@ from torch_reference import relative_error
 from training_data import write_dataset
 
 from framepack_jax import bundle
-from framepack_jax.commands.records import path_of
 from framepack_jax.data.loader import Config as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import lora, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding

@@ -27,10 +27,10 @@ from training_data import damage, write_dataset
 
 from framepack_jax import FramePack, bundle, video
 from framepack_jax.commands import convert, export_run, sample, train
-from framepack_jax.commands.records import path_of
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import loader, records
 from framepack_jax.data.records import read_index
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import lora
 from framepack_jax.parallel import sharding
 from framepack_jax.training import checkpoints, export, state, vae

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from framepack_jax import bundle
-from framepack_jax.commands.records import path_of
 from framepack_jax.data import loader, records
 from framepack_jax.data.records import BFLOAT16, Clip, Index, Record
+from framepack_jax.jobs.provenance import path_of
 
 SIZES = {(32, 48): (7, 4, 9, 5, 3), (48, 32): (5, 6, 3)}
 TEXT, POOLED, IMAGE, TOKENS = 32, 24, 24, 9

@@ -14,7 +14,6 @@ from etils import epath
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.commands.export import byte_bar, compare, export_lora, export_role
-from framepack_jax.commands.records import path_of
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import (
     assets,
@@ -28,6 +27,7 @@ from framepack_jax.conversion import (
     verify,
 )
 from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan.transformer import context_kernels
 from framepack_jax.models.lora import file_of

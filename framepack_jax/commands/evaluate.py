@@ -16,10 +16,10 @@ import tyro
 
 from framepack_jax import bundle
 from framepack_jax.commands import keep_compiled
-from framepack_jax.commands.records import path_of, weights
 from framepack_jax.evaluation import cases, footage, parts, results, rows, summary
 from framepack_jax.evaluation.parts import Part, Row
 from framepack_jax.generation.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
+from framepack_jax.jobs.provenance import path_of, weights
 from framepack_jax.parallel import hardware
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import Bar

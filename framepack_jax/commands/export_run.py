@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from framepack_jax.commands.records import path_of
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.training import checkpoints
 from framepack_jax.training.export import export
 from framepack_jax.utils.flags import parse

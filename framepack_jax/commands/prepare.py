@@ -19,7 +19,6 @@ import tyro
 from framepack_jax import bundle, packing
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.commands import keep_compiled
-from framepack_jax.commands.records import path_of
 from framepack_jax.data import cluster, dataset, stages, store
 from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.encode import TILING, Encoder
@@ -28,6 +27,7 @@ from framepack_jax.data.loader import made_by
 from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.data.stages import Cut, Settings, Thresholds
 from framepack_jax.data.store import Video
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware
 from framepack_jax.parallel.multihost import in_all, in_first, is_first, join
 from framepack_jax.utils.flags import parse

@@ -21,15 +21,12 @@ import jax
 from framepack_jax import bundle, video
 from framepack_jax.commands import keep_compiled
 from framepack_jax.commands.dry_run import dry_run
-from framepack_jax.commands.making import (
-    FAILURES,
-    Task,
-    decode_again,
-    explained,
-    make_all,
-    peak_memory,
-)
-from framepack_jax.commands.records import (
+from framepack_jax.conversion.lora import read as read_lora
+from framepack_jax.generation.offload_plan import TILES
+from framepack_jax.generation.pipeline import FramePack
+from framepack_jax.generation.prompts import timed_prompts
+from framepack_jax.generation.request import Request, end_image_use, lay_out
+from framepack_jax.jobs.provenance import (
     EMBEDDED,
     absolute,
     check_loras,
@@ -39,15 +36,9 @@ from framepack_jax.commands.records import (
     path_of,
     weights,
 )
-from framepack_jax.commands.runs import (
-    RECORD,
-    Busy,
-    Run,
-    check_folder,
-    check_free,
-    record_text,
-)
-from framepack_jax.commands.shots import (
+from framepack_jax.jobs.run_dir import RECORD, Busy, Run, check_folder, check_free, record_text
+from framepack_jax.jobs.runner import FAILURES, Task, decode_again, explained, make_all, peak_memory
+from framepack_jax.jobs.spec import (
     SHOT_FIELDS,
     Shot,
     beginning_of,
@@ -61,11 +52,6 @@ from framepack_jax.commands.shots import (
     tiling_of,
     warn_of_idle,
 )
-from framepack_jax.conversion.lora import read as read_lora
-from framepack_jax.generation.offload_plan import TILES
-from framepack_jax.generation.pipeline import FramePack
-from framepack_jax.generation.prompts import timed_prompts
-from framepack_jax.generation.request import Request, end_image_use, lay_out
 from framepack_jax.models import lora
 from framepack_jax.ops.attention import Kernel
 from framepack_jax.ops.attention import use as use_attention

@@ -8,8 +8,8 @@ from typing import Literal
 import jax
 
 from framepack_jax.commands import keep_compiled
-from framepack_jax.commands.records import path_of
 from framepack_jax.commands.train import defaults, told
+from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.training import vae
 from framepack_jax.utils.flags import parse

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from framepack_jax.commands.runs import Run
 from framepack_jax.generation.crossfade import Splicer, to_uint8
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.request import Footage, Layout
+from framepack_jax.jobs.run_dir import Run
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import Terminated
 

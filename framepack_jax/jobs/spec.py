@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from framepack_jax import bundle, video
-from framepack_jax.commands.runs import Run
 from framepack_jax.diffusion import cache
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.prompts import timed_prompts
 from framepack_jax.generation.request import Footage, Layout, Request, lay_out, read_footage
+from framepack_jax.jobs.run_dir import Run
 from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.parallel import sharding
 from framepack_jax.parallel.multihost import is_first

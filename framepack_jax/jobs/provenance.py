@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from framepack_jax import bundle
-from framepack_jax.commands.runs import FORMAT, Run
-from framepack_jax.commands.shots import Shot, footage_file
 from framepack_jax.conversion.lora import files_of as lora_files
 from framepack_jax.generation.pipeline import FramePack
+from framepack_jax.jobs.run_dir import FORMAT, Run
+from framepack_jax.jobs.spec import Shot, footage_file
 from framepack_jax.models.lora import parse_weight
 
 ASSETS = Path(__file__).parent.parent / "assets"

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from framepack_jax import video
-from framepack_jax.commands.decoding import Decoder, Later
-from framepack_jax.commands.runs import Busy, DamagedFile, Run, record_text
 from framepack_jax.generation.pipeline import FramePack, NotFinite, Settings
 from framepack_jax.generation.request import Layout, Request, prepare
+from framepack_jax.jobs.decoder import Decoder, Later
+from framepack_jax.jobs.run_dir import Busy, DamagedFile, Run, record_text
 from framepack_jax.models import scan
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import (
