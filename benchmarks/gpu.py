@@ -50,12 +50,12 @@ from benchmarks.bench import (
     timed,
 )
 from framepack_jax import bundle, packing
-from framepack_jax.commands.dry_run_train import abstract_samples
 from framepack_jax.diffusion import cache, flow, sampler, solver_table
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
+from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
 from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA

@@ -26,9 +26,9 @@ import tyro
 from jax.profiler import ProfileData
 
 from benchmarks import bench, gpu
-from framepack_jax.commands import hlo
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
+from framepack_jax.planning import hlo
 
 # Parts that take less of the time are one row together.
 SMALL = 0.005

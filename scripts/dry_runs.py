@@ -19,14 +19,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from framepack_jax import packing
-from framepack_jax.commands.dry_run import Program, Report, dry_run
-from framepack_jax.commands.dry_run_train import TrainingReport, dry_run_training
 from framepack_jax.commands.train import read_config
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, lay_out
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware
+from framepack_jax.planning.sampling import Program, Report, dry_run
+from framepack_jax.planning.training import TrainingReport, dry_run_training
 from framepack_jax.training.config import Config
 
 BUNDLE, HEIGHT, WIDTH = "framepack_i2v", 608, 640

@@ -11,20 +11,21 @@ from pathlib import Path
 import jax
 import pytest
 
-from framepack_jax.commands import dry_run, hlo, sample, train
-from framepack_jax.commands.dry_run_train import TrainingReport
+from framepack_jax.commands import sample, train
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, lay_out
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware, sharding
+from framepack_jax.planning import hlo, sampling
+from framepack_jax.planning.training import TrainingReport
 
 ROOT = Path(__file__).parent.parent
 # A loop of five rounds that gathers 8 x 4 float32 in each, and one sum outside of it.
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from framepack_jax.commands.hlo import collectives
+from framepack_jax.planning.hlo import collectives
 
 mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 rows, whole = NamedSharding(mesh, P(None, "x")), NamedSharding(mesh, P())
@@ -50,7 +51,7 @@ def this_cpu(monkeypatch):
 
 
 @pytest.fixture
-def reports(monkeypatch) -> list[dry_run.Report]:
+def reports(monkeypatch) -> list[sampling.Report]:
     """What dry runs of `sample` report, in order."""
     made = []
     real = sample.dry_run
@@ -234,7 +235,7 @@ def test_the_real_step_is_compiled(this_cpu, capsys, more) -> None:
     assert "64 x 80 pixels" in printed and "counted from the config" in printed
 
 
-PROGRAM_OF_STEP = dry_run.Program(
+PROGRAM_OF_STEP = sampling.Program(
     "step", "fewer pixels", weights=40, arguments=45, temporaries=20, outputs=5,
     collectives={"all-gather": hlo.Traffic(3, 900 * 10**9, 0)}, kernels={}, compile_seconds=1.0,
 )  # fmt: skip
@@ -244,14 +245,14 @@ DECODING = dataclasses.replace(
 )  # fmt: skip
 
 
-def report(machine: str = "h100:16", **fields) -> dry_run.Report:
-    made = dry_run.Report(
+def report(machine: str = "h100:16", **fields) -> sampling.Report:
+    made = sampling.Report(
         machine=hardware.parse(machine),
         mesh={"fsdp": 8, "context": 2},
         networks={
-            "transformer": dry_run.Weights(80, 40),
-            "vae": dry_run.Weights(5, 10),
-            "text_encoder": dry_run.Weights(7, 14),
+            "transformer": sampling.Weights(80, 40),
+            "vae": sampling.Weights(5, 10),
+            "text_encoder": sampling.Weights(7, 14),
         },
         programs=(PROGRAM_OF_STEP,),
         flops=2 * 16 * 989 * 10**12,
@@ -290,7 +291,7 @@ def of_memory(total: float, resident: float, machine: str, **mesh: int) -> str:
         PROGRAM_OF_STEP, weights=weights, arguments=int(total * memory), temporaries=0, outputs=0,
         collectives={},
     )  # fmt: skip
-    networks = {"transformer": dry_run.Weights(weights, weights)}
+    networks = {"transformer": sampling.Weights(weights, weights)}
     return str(report(machine, mesh=mesh, networks=networks, programs=(step, DECODING)))
 
 
@@ -326,7 +327,7 @@ def test_chips_that_would_repeat_work_are_refused(monkeypatch, batch: int, more:
     layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
     run = pipe, path, layout, Settings(), hardware.parse("h200:8"), {"data": -1}, batch
     with pytest.raises(ValueError, match=rf"batch = {batch} on data=8: .* give --batch {more}, "):
-        dry_run.dry_run(*run)
+        sampling.dry_run(*run)
 
 
 def test_bytes_from_other_nodes_go_at_the_rate_of_the_network() -> None:
@@ -381,8 +382,8 @@ def test_decoding_is_compiled_for_the_largest_tile() -> None:
         pipe = open_pipe(path, "float32", None, tile)
         layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        weights = dry_run._abstract(*pipe.vae[:2], "float32", mesh)
-        decoding = dry_run._decode(pipe, weights, layout, 1, mesh)
+        weights = sampling._abstract(*pipe.vae[:2], "float32", mesh)
+        decoding = sampling._decode(pipe, weights, layout, 1, mesh)
         side = tile or 64
         assert decoding.outputs == 17 * side**2 * 3 * 4
         assert decoding.held == 2 * 37 * 64**2 * 3 * 4
@@ -395,7 +396,7 @@ def test_decoding_is_compiled_for_the_largest_tile() -> None:
 
 
 def test_what_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(dry_run.Report, "total", property(lambda report: 200 * 10**9))
+    monkeypatch.setattr(sampling.Report, "total", property(lambda report: 200 * 10**9))
     with pytest.raises(SystemExit) as ended:
         sample.main([*FLAGS, "--dry-run", "h200:1"])
     assert ended.value.code == 1

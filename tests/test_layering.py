@@ -15,6 +15,7 @@ ROWS = [
     {"encoders"},
     {"generation", "data", "conversion"},
     {"training", "evaluation", "jobs"},
+    {"planning"},
     {"commands", "__main__", "__init__"},
 ]
 TORCH_ONLY_IN = ("conversion", "evaluation/pretrained.py")

@@ -20,7 +20,6 @@ import jax
 
 from framepack_jax import bundle, video
 from framepack_jax.commands import keep_compiled
-from framepack_jax.commands.dry_run import dry_run
 from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.generation.offload_plan import TILES
 from framepack_jax.generation.pipeline import FramePack
@@ -64,6 +63,7 @@ from framepack_jax.parallel.multihost import (
     is_first,
     join,
 )
+from framepack_jax.planning.sampling import dry_run
 from framepack_jax.utils.flags import parse
 
 # The backends that attention kernels are made for; the others run on any.

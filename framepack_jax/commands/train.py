@@ -16,10 +16,10 @@ import jax
 
 from framepack_jax import bundle
 from framepack_jax.commands import keep_compiled
-from framepack_jax.commands.dry_run_train import dry_run_training
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import in_first, join
+from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
 from framepack_jax.training.export import export

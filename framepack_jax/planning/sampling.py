@@ -20,7 +20,6 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing
-from framepack_jax.commands.hlo import Traffic, collectives, kernels
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.generation.pipeline import FramePack, Settings
@@ -30,6 +29,7 @@ from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
+from framepack_jax.planning.hlo import Traffic, collectives, kernels
 
 GB = 1e9
 # The share of a GPU that JAX takes, unless told otherwise by an environment variable, and what

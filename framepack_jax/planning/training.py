@@ -14,7 +14,14 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing
-from framepack_jax.commands.dry_run import (
+from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+from framepack_jax.data.batch import Batch
+from framepack_jax.diffusion import sampler
+from framepack_jax.packing import Timeline
+from framepack_jax.parallel import hardware, sharding
+from framepack_jax.parallel.hardware import Machine
+from framepack_jax.parallel.sharding import BATCH
+from framepack_jax.planning.sampling import (
     GB,
     Program,
     compiled_program,
@@ -23,13 +30,6 @@ from framepack_jax.commands.dry_run import (
     placed_bytes,
     traffic_lines,
 )
-from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.data.batch import Batch
-from framepack_jax.diffusion import sampler
-from framepack_jax.packing import Timeline
-from framepack_jax.parallel import hardware, sharding
-from framepack_jax.parallel.hardware import Machine
-from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.training.config import Config
 from framepack_jax.training.loop import RATE, Setup, jitted_step, set_up
 from framepack_jax.training.metrics import COST, sample_cost
