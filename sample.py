@@ -1,6 +1,6 @@
 """Make a video from an image and a prompt: python sample.py --help."""
 
-from framepack_jax.commands.sample import main
+from framepack_jax.cli.sample import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Train a FramePack model: python train.py --help."""
 
-from framepack_jax.commands.train import main
+from framepack_jax.cli.train import main
 
 if __name__ == "__main__":
     main()

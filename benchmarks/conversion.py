@@ -51,7 +51,7 @@ def peak():
 COMMAND = (
     PEAK
     + """
-from framepack_jax.commands.convert import main
+from framepack_jax.cli.convert import main
 try:
     main(sys.argv[1:])
 finally:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import tyro
 
 from framepack_jax import packing, video
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
 from framepack_jax.generation.request import Layout, Request, lay_out, prepare

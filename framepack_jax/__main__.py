@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> None:
     """Run one command; without one, or with --help, list them."""
     args = sys.argv[1:] if args is None else args
     if args and args[0] in COMMANDS:
-        command = importlib.import_module(f"framepack_jax.commands.{args[0].replace('-', '_')}")
+        command = importlib.import_module(f"framepack_jax.cli.{args[0].replace('-', '_')}")
         return command.main(args[1:], prog=f"framepack {args[0]}")
     lines = [f"  {name:11}{what}" for name, what in COMMANDS.items()]
     usage = "\n".join(["usage: framepack COMMAND [--help]", "", *lines])

@@ -19,7 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from framepack_jax import packing
-from framepack_jax.commands.train import read_config
+from framepack_jax.cli.train import read_config
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, lay_out
 from framepack_jax.jobs.provenance import path_of

@@ -371,7 +371,7 @@ def _network_of_comfyui(folder: Path) -> Row:
     import comfy.supported_models
     from diffusers import HunyuanVideoTransformer3DModel
 
-    from framepack_jax.commands.convert import main
+    from framepack_jax.cli.convert import main
 
     what = "our export of a base HunyuanVideo transformer, `original` names"
     torch.manual_seed(0)
@@ -578,7 +578,7 @@ def framepack(files: Mapping[str, Path], folder: Path) -> Iterator[Row]:
 def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Module]) -> Row:
     """The transformer of the bundle `random` in another program's code: its velocity."""
     from framepack_jax import bundle
-    from framepack_jax.commands.convert import main
+    from framepack_jax.cli.convert import main
     from framepack_jax.jobs.provenance import path_of
 
     random = path_of("random")

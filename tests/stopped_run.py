@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from framepack_jax import bundle, video
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 
 COMPILED = {
     "jax_enable_compilation_cache": True,

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from framepack_jax import bundle, video
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.generation import pipeline
 from framepack_jax.jobs import run_dir
 

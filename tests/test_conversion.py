@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from framepack_jax import bundle
-from framepack_jax.commands.convert import Convert, convert, main
+from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import engine, inspect, readers, tables, transformer
 from framepack_jax.conversion.readers import ConversionError

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from framepack_jax import conditioning, packing
-from framepack_jax.commands import convert
+from framepack_jax.cli import convert
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
 from framepack_jax.generation.request import Request, lay_out, prepare
 from framepack_jax.packing import Section

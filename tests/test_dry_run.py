@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from framepack_jax.commands import sample, train
+from framepack_jax.cli import sample, train
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, lay_out
 from framepack_jax.jobs.provenance import path_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from framepack_jax.__main__ import main as framepack
-from framepack_jax.commands.evaluate import Evaluate, make_all
+from framepack_jax.cli.evaluate import Evaluate, make_all
 from framepack_jax.evaluation import cases, results
 from framepack_jax.evaluation.parts import Part, Row
 from framepack_jax.generation.pipeline import Settings

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from framepack_jax import FramePack, packing, video
-from framepack_jax.commands import evaluate
+from framepack_jax.cli import evaluate
 from framepack_jax.evaluation import (
     cases,
     drift,

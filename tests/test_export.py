@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest, Role
-from framepack_jax.commands.convert import Convert, convert, main
+from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conversion import engine, export, lora, readers, tables
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import registry
@@ -481,7 +481,7 @@ KILLED = """
 import os, random, sys
 from pathlib import Path
 from framepack_jax import bundle
-from framepack_jax.commands import convert
+from framepack_jax.cli import convert
 from framepack_jax.conversion import engine
 
 source, output = sys.argv[1:]

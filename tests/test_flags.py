@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from framepack_jax.commands.convert import Convert
-from framepack_jax.commands.evaluate import Evaluate
-from framepack_jax.commands.prepare import Prepare
-from framepack_jax.commands.sample import Sample
-from framepack_jax.commands.train import Config, Train, defaults
+from framepack_jax.cli.convert import Convert
+from framepack_jax.cli.evaluate import Evaluate
+from framepack_jax.cli.prepare import Prepare
+from framepack_jax.cli.sample import Sample
+from framepack_jax.cli.train import Config, Train, defaults
 from framepack_jax.jobs.spec import SHOT_FIELDS, Shot, read_jobs
 from framepack_jax.utils.flags import parse
 

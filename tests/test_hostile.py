@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransforme
 from safetensors.torch import save, save_file
 
 from framepack_jax import bundle
-from framepack_jax.commands.convert import Convert, convert, main
+from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conversion import engine, export, inspect, readers, tables, vae
 from framepack_jax.conversion.readers import ConversionError, Entry, open_checkpoint
 from tests.test_conversion import RELEASED, SIZES, plan_of

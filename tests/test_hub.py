@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from safetensors.numpy import save
 
 from framepack_jax import bundle
-from framepack_jax.commands.convert import Convert, _is_assumed, convert
+from framepack_jax.cli.convert import Convert, _is_assumed, convert
 from framepack_jax.conversion import hub, readers
 from framepack_jax.conversion.readers import ConversionError
 

@@ -16,7 +16,7 @@ ROWS = [
     {"generation", "data", "conversion"},
     {"training", "evaluation", "jobs"},
     {"planning"},
-    {"commands", "__main__", "__init__"},
+    {"cli", "__main__", "__init__"},
 ]
 TORCH_ONLY_IN = ("conversion", "evaluation/pretrained.py")
 

@@ -13,7 +13,7 @@ import pytest
 from test_sample_lora import random_lora
 
 from framepack_jax import bundle, conditioning
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
 from framepack_jax.encoders import load_encoders

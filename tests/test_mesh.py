@@ -13,7 +13,7 @@ import pytest
 from compiling import quick_flags
 from torch_reference import relative_error
 
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.jobs.run_dir import Run
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ PROGRAM = """
 import sys
 import jax
 from framepack_jax import bundle
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 
 load, shares = bundle.load_params, []

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framepack_jax import packing
-from framepack_jax.commands import explain
+from framepack_jax.cli import explain
 from framepack_jax.packing import MISSING, ScheduleError, Timeline
 
 VANILLA = "td_f16k4f2k2f1k1_g9"

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from torch_reference import relative_error
 
 from framepack_jax import bundle, packing
-from framepack_jax.commands import convert
+from framepack_jax.cli import convert
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Network, NotFinite, Settings
 

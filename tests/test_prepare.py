@@ -25,7 +25,7 @@ from PIL import Image
 from test_processes import ended, launch
 
 from framepack_jax import bundle, conditioning, video
-from framepack_jax.commands import prepare
+from framepack_jax.cli import prepare
 from framepack_jax.data import (
     cluster,
     dataset,

@@ -15,7 +15,7 @@ from compiling import quick_flags
 from torch_reference import relative_error
 
 from framepack_jax import video
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.jobs.run_dir import Run
 from framepack_jax.parallel import multihost
 

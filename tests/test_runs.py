@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from torch_reference import relative_error
 
 from framepack_jax import FramePack, conditioning, packing, video
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.request import footage_of

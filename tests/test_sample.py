@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs import tiny_bundle
 from framepack_jax import FramePack, __main__, bundle, video
-from framepack_jax.commands import sample
+from framepack_jax.cli import sample
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.jobs.run_dir import Run
@@ -183,7 +183,7 @@ def test_commands_are_listed(capsys) -> None:
 
 def test_compiled_programs_are_kept_for_the_next_run(tmp_path) -> None:
     """In the user's cache folder, unless JAX is told another or none."""
-    program = "from framepack_jax.commands import keep_compiled; import jax; keep_compiled();"
+    program = "from framepack_jax.cli import keep_compiled; import jax; keep_compiled();"
     program += "print(jax.config.jax_compilation_cache_dir)"
 
     def run(program: str, **env: str) -> subprocess.CompletedProcess:

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from framepack_jax import bundle
-from framepack_jax.commands import convert, sample
+from framepack_jax.cli import convert, sample
 from framepack_jax.conversion.lora import write
 from framepack_jax.jobs import provenance
 from framepack_jax.jobs.provenance import EMBEDDED

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransforme
 from safetensors.torch import save_file
 
 from framepack_jax import bundle
-from framepack_jax.commands.convert import Convert, convert, main
-from framepack_jax.commands.export import compare
+from framepack_jax.cli.convert import Convert, convert, main
+from framepack_jax.cli.export import compare
 from framepack_jax.conversion import encoders, engine, export, float8, inspect, readers, tables
 from framepack_jax.conversion.readers import ConversionError, Entry
 from framepack_jax.jobs.provenance import path_of

@@ -15,7 +15,7 @@ from compiling import quick_flags
 from PIL import Image
 
 from framepack_jax import bundle, conditioning
-from framepack_jax.commands import train_vae
+from framepack_jax.cli import train_vae
 from framepack_jax.data import clips, synthetic
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import vae as model

@@ -26,7 +26,7 @@ from torch_reference import relative_error
 from training_data import damage, write_dataset
 
 from framepack_jax import FramePack, bundle, video
-from framepack_jax.commands import convert, export_run, sample, train
+from framepack_jax.cli import convert, export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import loader, records
 from framepack_jax.data.records import read_index

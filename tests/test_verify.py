@@ -12,8 +12,8 @@ import pytest
 
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError
-from framepack_jax.commands.convert import Convert, convert, main
-from framepack_jax.commands.export import compare
+from framepack_jax.cli.convert import Convert, convert, main
+from framepack_jax.cli.export import compare
 from framepack_jax.conversion import engine, export, transformer, verify
 from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.models import registry, scan

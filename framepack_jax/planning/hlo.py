@@ -309,6 +309,6 @@ def _item_bits(kind: str) -> int:
     if not bits and kind != "pred":
         raise ValueError(
             f"array of type {kind!r} in a compiled program: expected pred or a type of XLA's with"
-            " its bits in its name, as bf16; teach commands/hlo.py its size"
+            " its bits in its name, as bf16; teach planning/hlo.py its size"
         )
     return int(bits[1]) if bits else 8

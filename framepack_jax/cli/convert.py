@@ -13,7 +13,7 @@ from etils import epath
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
-from framepack_jax.commands.export import byte_bar, compare, export_lora, export_role
+from framepack_jax.cli.export import byte_bar, compare, export_lora, export_role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import (
     assets,

@@ -7,8 +7,8 @@ from typing import Literal
 
 import jax
 
-from framepack_jax.commands import keep_compiled
-from framepack_jax.commands.train import defaults, told
+from framepack_jax.cli import keep_compiled
+from framepack_jax.cli.train import defaults, told
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.training import vae

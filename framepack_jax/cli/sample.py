@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 
 from framepack_jax import bundle, video
-from framepack_jax.commands import keep_compiled
+from framepack_jax.cli import keep_compiled
 from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.generation.offload_plan import TILES
 from framepack_jax.generation.pipeline import FramePack

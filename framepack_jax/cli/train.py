@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from framepack_jax import bundle
-from framepack_jax.commands import keep_compiled
+from framepack_jax.cli import keep_compiled
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import in_first, join

@@ -18,7 +18,7 @@ import tyro
 
 from framepack_jax import bundle, packing
 from framepack_jax.buckets import BUCKETS_480P
-from framepack_jax.commands import keep_compiled
+from framepack_jax.cli import keep_compiled
 from framepack_jax.data import cluster, dataset, stages, store
 from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.encode import TILING, Encoder

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from framepack_jax import bundle
-from framepack_jax.commands import keep_compiled
+from framepack_jax.cli import keep_compiled
 from framepack_jax.evaluation import cases, footage, parts, results, rows, summary
 from framepack_jax.evaluation.parts import Part, Row
 from framepack_jax.generation.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
