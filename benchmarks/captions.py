@@ -21,13 +21,13 @@ import numpy as np
 import tyro
 
 from framepack_jax import bundle, packing
-from framepack_jax.data import synthetic
 from framepack_jax.data.batch import Batch
 from framepack_jax.data.encode import Encoder
 from framepack_jax.data.loader import conditions_of, latent_sample
 from framepack_jax.data.records import Clip
 from framepack_jax.evaluation.drift import estimate
 from framepack_jax.jobs.provenance import path_of
+from framepack_jax.toy import world
 from framepack_jax.training import state, step
 from framepack_jax.training.config import Config as Training
 
@@ -103,9 +103,9 @@ def batch_of(
     frames = 1 + 4 * packing.parse(manifest.schedule).window
     samples = []
     for number in range(flags.pairs):
-        for scene in synthetic.counterfactual(flags.seed, number, *size):
+        for scene in world.counterfactual(flags.seed, number, *size):
             clip = Clip(f"{number}-0", str(number), 0.0, frames, *size, scene.caption, {})
-            pictures = np.stack(list(synthetic.frames(scene, frames / synthetic.FPS)))
+            pictures = np.stack(list(world.frames(scene, frames / world.FPS)))
             (record,) = encoder.records([clip], pictures)
             numbers = {"element": number, "section": 0, "sections": 1, "clip": number}
             rest = {name: np.asarray(value, np.int32) for name, value in numbers.items()}

@@ -21,10 +21,11 @@ import tyro
 
 from framepack_jax import bundle, video
 from framepack_jax.buckets import BUCKETS_480P
-from framepack_jax.data import records, stages, synthetic
+from framepack_jax.data import records, stages
 from framepack_jax.data.encode import Encoder
 from framepack_jax.data.records import Clip, Index, Record
 from framepack_jax.jobs.provenance import path_of
+from framepack_jax.toy import world
 
 SIZES = {"full": ((480, 832), BUCKETS_480P, 5.0), "toy": ((64, 96), ((32, 48),), 1.5)}
 
@@ -51,8 +52,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     size, buckets, seconds = SIZES[flags.scale]
     with tempfile.TemporaryDirectory() as name:
         files = [
-            synthetic.write(Path(name), number, 0, seconds, size)
-            for number in range(flags.clips + 1)
+            world.write(Path(name), number, 0, seconds, size) for number in range(flags.clips + 1)
         ]
         figures = measure(files, buckets, flags, Path(name))
     figures = {f"{stage}_clips_per_second": rate for stage, rate in figures.items()}

@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerFast
 from framepack_jax import packing
 from framepack_jax.bundle import Manifest, Role, write_manifest, write_params
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.data import synthetic
 from framepack_jax.models import registry, scan
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.toy import world
 
 CORPUS = (
     "a red circle moves left over a green board, then orbits the blue square",
@@ -77,7 +77,7 @@ def get_config() -> TinyBundle:
 
 def get_world_config() -> TinyBundle:
     """Encoders that read the captions of the demo world, word by word."""
-    captions = tuple(synthetic.scene(0, number).caption for number in range(500))
+    captions = tuple(world.scene(0, number).caption for number in range(500))
     return TinyBundle(
         transformer=transformer_model.Config(
             heads=2, head_dim=64, double_layers=2, single_layers=4, refiner_layers=1, text_dim=96,

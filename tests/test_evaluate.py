@@ -9,49 +9,49 @@ import pytest
 
 from framepack_jax.__main__ import main as framepack
 from framepack_jax.cli.evaluate import Evaluate, make_all
-from framepack_jax.evaluation import cases, results
-from framepack_jax.evaluation.parts import Part, Row
 from framepack_jax.generation.pipeline import Settings
+from framepack_jax.toy import results, scenes
+from framepack_jax.toy.suites import Part, Row
 
 SIZE = 64, 64
 
 
-def mean(figures: list[cases.Figures], name: str) -> float:
+def mean(figures: list[scenes.Figures], name: str) -> float:
     return float(np.nanmean(np.concatenate([np.ravel(each[name]) for each in figures])))
 
 
 def test_the_truth_is_itself_and_does_what_it_says() -> None:
-    made = cases.drift_cases(0, 8, 120, SIZE, "drift")
-    truth = [cases.drift_figures(case, case.truth()) for case in made]
+    made = scenes.drift_cases(0, 8, 120, SIZE, "drift")
+    truth = [scenes.drift_figures(case, case.truth()) for case in made]
     assert mean(truth, "identity") > 0.97 and mean(truth, "caption") > 0.95
-    frozen = [cases.drift_figures(c, np.repeat(c.image[None], c.frames, 0)) for c in made]
+    frozen = [scenes.drift_figures(c, np.repeat(c.image[None], c.frames, 0)) for c in made]
     assert mean(frozen, "caption") < 0.6 and mean(frozen, "dynamics") < 1e-3
     # Seen in other videos, the sprites are gone or do something else.
     after = made[1:] + made[:1]
-    others = [cases.drift_figures(c, o.truth()) for c, o in zip(made, after, strict=True)]
+    others = [scenes.drift_figures(c, o.truth()) for c, o in zip(made, after, strict=True)]
     assert mean(others, "identity") < 0.4 and mean(others, "caption") < 0.4
 
 
 @pytest.mark.parametrize("hidden", [0.5, 2.0])
 def test_a_sprite_that_comes_back_is_told_from_one_that_does_not(hidden) -> None:
-    made = cases.hiding_cases(0, 4, hidden, SIZE, "forgetting")
-    truth = [cases.forgetting_figures(case, case.truth()) for case in made]
+    made = scenes.hiding_cases(0, 4, hidden, SIZE, "forgetting")
+    truth = [scenes.forgetting_figures(case, case.truth()) for case in made]
     assert mean(truth, "identity") > 0.95 and mean(truth, "hidden") > 0.95
     assert mean(truth, "place") < 0.02
     for case in made:
         frames = case.truth()
         frames[case.back] = frames[case.away.start + 2]
-        figures = cases.forgetting_figures(case, frames)
+        figures = scenes.forgetting_figures(case, frames)
         assert figures["identity"] == 0 and np.isnan(figures["place"])
 
 
 def test_of_two_motions_the_one_that_was_asked_for_is_found() -> None:
-    made = cases.counterfactual_cases(0, 8, 60, SIZE, "prompts")
+    made = scenes.counterfactual_cases(0, 8, 60, SIZE, "prompts")
     assert len(made) == 16
-    truth = [cases.prompt_figures(case, case.truth()) for case in made]
+    truth = [scenes.prompt_figures(case, case.truth()) for case in made]
     assert mean(truth, "match") == 1 and mean(truth, "psnr") == 99
     pairs = [made[i ^ 1] for i in range(16)]
-    swapped = [cases.prompt_figures(c, o.truth()) for c, o in zip(made, pairs, strict=True)]
+    swapped = [scenes.prompt_figures(c, o.truth()) for c, o in zip(made, pairs, strict=True)]
     assert mean(swapped, "match") == 0 and mean(swapped, "psnr") == 99
 
 
@@ -95,7 +95,7 @@ def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
 
     rows = [Row(n, None, functools.partial(make, n), n == "onward") for n in ("onward", "back")]
     short, long = (
-        Part(name, cases.drift_cases(0, 3, frames, SIZE, name), rows, cases.drift_figures)
+        Part(name, scenes.drift_cases(0, 3, frames, SIZE, name), rows, scenes.drift_figures)
         for name, frames in (("drift_1s", 33), ("drift_2s", 65))
     )  # fmt: skip
     todo = [short, dataclasses.replace(long, shorter=(short,))]

@@ -11,24 +11,13 @@ from PIL import Image, ImageDraw
 
 from framepack_jax import FramePack, packing, video
 from framepack_jax.cli import evaluate
-from framepack_jax.evaluation import (
-    cases,
-    drift,
-    metrics,
-    motions,
-    objects,
-    parts,
-    plots,
-    pretrained,
-    report,
-    results,
-    rows,
-)
+from framepack_jax.evaluation import clip_score, drift, metrics, plots, tables
 from framepack_jax.evaluation.drift import Estimate
 from framepack_jax.evaluation.metrics import Metric
-from framepack_jax.evaluation.objects import Cast
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.jobs.provenance import EMBEDDED
+from framepack_jax.toy import baselines, motion_labels, results, scenes, suites, tracking
+from framepack_jax.toy.tracking import Cast
 
 SIDE, FPS = 96, 30.0
 GREY = (112, 104, 120)
@@ -196,12 +185,12 @@ def test_a_sprite_is_itself_and_no_other(shape: str) -> None:
         frame = drawn([(PALETTE["red"], form, RADII[size], x, y)]).astype(np.float32)
         frame = (frame + rng.normal(0, 8, frame.shape)).clip(0, 255).astype(np.uint8)
         for other in TEMPLATES:
-            seen = objects.watch(frame[None], cast(("red", other)), np.ones((1, 1)))
+            seen = tracking.watch(frame[None], cast(("red", other)), np.ones((1, 1)))
             assert seen.present.all() or other.startswith("large")
             assert seen.identity[0, 0] == float(other == shape)
             if other == shape:
                 np.testing.assert_allclose(seen.centres[0, 0], (x, y), atol=1)
-        gone = objects.watch(frame[None], cast(("blue", shape)), np.ones((1, 1)))
+        gone = tracking.watch(frame[None], cast(("blue", shape)), np.ones((1, 1)))
         assert not gone.present.any() and gone.identity[0, 0] == 0
         assert np.isnan(gone.centres).all()
 
@@ -210,14 +199,14 @@ def test_what_is_like_no_form_is_no_sprite() -> None:
     frame = np.full((SIDE, SIDE, 3), GREY, np.uint8)
     frame[45:49, 5:90] = PALETTE["red"]
     for shape in TEMPLATES:
-        seen = objects.watch(frame[None], cast(("red", shape)), np.ones((1, 1)))
+        seen = tracking.watch(frame[None], cast(("red", shape)), np.ones((1, 1)))
         assert seen.present.all() and seen.identity[0, 0] == 0
 
 
 def test_what_is_covered_is_not_held_against_a_sprite() -> None:
     large = RADII["large"]
     red, blue = ((PALETTE[c], "circle", large, x, 48) for c, x in (("red", 40), ("blue", 62)))
-    seen = objects.watch(
+    seen = tracking.watch(
         drawn([red, blue])[None],
         cast(("red", "large circle"), ("blue", "large circle")),
         np.ones((1, 2)),
@@ -226,7 +215,7 @@ def test_what_is_covered_is_not_held_against_a_sprite() -> None:
     # Most of it covered, or out of sight in truth: it is not judged.
     over = (PALETTE["blue"], "square", 1.1 * large, 50, 48)
     for frame, visible in ((drawn([red, over]), (1, 0)), (drawn([red]), (0.5, 0))):
-        seen = objects.watch(
+        seen = tracking.watch(
             frame[None],
             cast(("red", "large circle"), ("blue", "large square")),
             np.asarray([visible]),
@@ -241,7 +230,7 @@ def test_a_sprite_may_be_under_another_one_for_a_while() -> None:
         for colour, x in (("red", 40), ("blue", 41), ("blue", 75))
     )
     frames = np.stack([drawn(on) for on in ([red, away], [red, over], [away], [])])
-    seen = objects.watch(
+    seen = tracking.watch(
         frames, cast(("red", "large square"), ("blue", "large square")), np.ones((4, 2)), every=1
     )
     np.testing.assert_array_equal(seen.identity, [[1, 1], [np.nan, 1], [0, 1], [0, 0]])
@@ -252,7 +241,7 @@ def test_pieces_and_stray_pixels() -> None:
     mask[2:12, 2:12] = mask[14:20, 2:12] = True
     stray = mask.copy()
     stray[25, 25] = stray[28, 3:5] = True
-    np.testing.assert_array_equal(objects.pieces(stray), mask)
+    np.testing.assert_array_equal(tracking.pieces(stray), mask)
 
 
 def track(kind: str, turn: float = 1.5, n: int = 30) -> np.ndarray:
@@ -269,23 +258,23 @@ def test_words_of_motions(kind: str) -> None:
     anchor = np.full((30, 2), 0.5)
     shaken = track(kind) + np.random.default_rng(4).normal(0, 0.004, (30, 2))
     shaken[7:12] = np.nan
-    assert motions.word(shaken, anchor) == kind
-    assert motions.word(track("orbit", -1.2), anchor) == "orbit"
+    assert motion_labels.word(shaken, anchor) == kind
+    assert motion_labels.word(track("orbit", -1.2), anchor) == "orbit"
     shaken[:20] = np.nan
-    assert motions.word(shaken, anchor) == ""
+    assert motion_labels.word(shaken, anchor) == ""
 
 
 def test_an_orbit_goes_with_its_anchor() -> None:
     moving = np.linspace(0, 1, 30)[:, None] * np.asarray([[0.3, -0.2]])
-    assert motions.word(track("orbit") + moving, 0.5 + moving) == "orbit"
-    assert motions.word(track("left"), 0.5 + moving) == "left"
+    assert motion_labels.word(track("orbit") + moving, 0.5 + moving) == "orbit"
+    assert motion_labels.word(track("left"), 0.5 + moving) == "left"
 
 
 def test_agreement_counts_windows_of_one_word() -> None:
     tracks = np.concatenate([track("left"), track("up"), track("left")])[:, None]
     words = [["left"]] * 30 + [["down"]] * 30 + [["left"]] * 10 + [["up"]] * 20 + [["behind"]] * 30
     tracks = np.concatenate([tracks, tracks[60:]])
-    found = motions.agreement(tracks, words, [None], FPS)[:, 0]
+    found = motion_labels.agreement(tracks, words, [None], FPS)[:, 0]
     assert (found[:30] == 1).all() and (found[30:60] == 0).all() and np.isnan(found[60:]).all()
 
 
@@ -293,8 +282,8 @@ def test_the_nearest_of_two_tracks() -> None:
     left, right = track("left"), track("right")
     half = track("stay") + 0.5 * (left - track("stay"))
     half[3:20] = np.nan
-    assert motions.nearest(half, [right, left]) == 1
-    assert motions.nearest(np.full((30, 2), np.nan), [right, left]) is None
+    assert motion_labels.nearest(half, [right, left]) == 1
+    assert motion_labels.nearest(np.full((30, 2), np.nan), [right, left]) is None
 
 
 @pytest.mark.parametrize("schedule", [packing.RELEASED_INVERTED, packing.RELEASED_F1])
@@ -317,61 +306,61 @@ def pipe() -> FramePack:
     return FramePack.load(EMBEDDED["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
 
 
-def asks(count: int) -> list[rows.Ask]:
-    return [rows.Ask(texture(i)[:32, :32], "a red circle moves left", i) for i in range(count)]
+def asks(count: int) -> list[baselines.Ask]:
+    return [baselines.Ask(texture(i)[:32, :32], "a red circle moves left", i) for i in range(count)]
 
 
 def test_repeated_sections_know_nothing_of_each_other(pipe) -> None:
     settings = Settings(steps=1)
-    made = rows.repeated(pipe, asks(2), 2, settings)
+    made = baselines.repeated(pipe, asks(2), 2, settings)
     assert made.shape == (2, 17, 32, 32, 3) and made.dtype == np.uint8
-    first = rows.sampled(pipe, asks(2), 1, settings)
+    first = baselines.sampled(pipe, asks(2), 1, settings)
     np.testing.assert_array_equal(made[:, :9], first)
     # What follows depends on the last frame alone.
-    again = [rows.Ask(made[i, 8], "a red circle moves left", 7919 + i) for i in range(2)]
-    np.testing.assert_array_equal(made[:, 9:], rows.sampled(pipe, again, 1, settings)[:, 1:])
+    again = [baselines.Ask(made[i, 8], "a red circle moves left", 7919 + i) for i in range(2)]
+    np.testing.assert_array_equal(made[:, 9:], baselines.sampled(pipe, again, 1, settings)[:, 1:])
 
 
 def test_blanked_context_changes_what_is_made(pipe) -> None:
     settings = Settings(steps=1)
     made, blank, all_of_it = (
-        rows.sampled(pipe, asks(1), 2, settings, kernels) for kernels in ((), ("k2",), ())
+        baselines.sampled(pipe, asks(1), 2, settings, kernels) for kernels in ((), ("k2",), ())
     )
     np.testing.assert_array_equal(made, all_of_it)
     assert not np.array_equal(made, blank)
 
 
 def test_reconstruction_has_every_frame_once(pipe, monkeypatch) -> None:
-    monkeypatch.setattr(rows, "CLIP_LATENTS", 2)
+    monkeypatch.setattr(baselines, "CLIP_LATENTS", 2)
     frames = np.stack([np.roll(texture()[:32, :32], i, 0) for i in range(17)])
-    made = rows.reconstructed(pipe, frames)
+    made = baselines.reconstructed(pipe, frames)
     assert made.shape == frames.shape
-    np.testing.assert_array_equal(made[:9], rows.reconstructed(pipe, frames[:9]))
-    np.testing.assert_array_equal(made[9:], rows.reconstructed(pipe, frames[8:])[1:])
+    np.testing.assert_array_equal(made[:9], baselines.reconstructed(pipe, frames[:9]))
+    np.testing.assert_array_equal(made[9:], baselines.reconstructed(pipe, frames[8:])[1:])
 
 
 def test_tables_in_markdown_and_json() -> None:
     columns = {"a": Metric("Smoothness", "share", 1, 2), "b": Metric("Motion", "heights", 0, 1)}
     cells = {
-        parts.TRUTH: (Estimate(0.4, 0.01, 4), Estimate(5.0, 0.5, 4)),
-        parts.FROZEN: (Estimate(1.0, None, 1), Estimate(0.0, 0.0, 4)),
+        suites.TRUTH: (Estimate(0.4, 0.01, 4), Estimate(5.0, 0.5, 4)),
+        suites.FROZEN: (Estimate(1.0, None, 1), Estimate(0.0, 0.0, 4)),
         "model": (Estimate(0.5, 0.125, 4), Estimate(7.0, 0.25, 4)),
         "empty": (None, None),
     }
-    table = report.Table(
+    table = tables.Table(
         "T",
         "About.",
         columns,
         {row: dict(zip("ab", cell, strict=True)) for row, cell in cells.items()},
     )
-    notes = report.against(table, parts.TRUTH, parts.FROZEN, ["model"])
+    notes = tables.against(table, suites.TRUTH, suites.FROZEN, ["model"])
     assert notes == [
         "Against model, the frozen first frame is better in smoothness; worse in motion."
     ]
-    text = report.markdown(table, notes)
+    text = tables.markdown(table, notes)
     assert "| model | 0.50 ± 0.12 | 7.0 ± 0.2 |" in text and "| empty | - | - |" in text
     assert "| frozen first frame | 1.00 | 0.0 ± 0.0 |" in text and notes[0] in text
-    plain = json.loads(json.dumps(report.plain(table), allow_nan=False))
+    plain = json.loads(json.dumps(tables.plain(table), allow_nan=False))
     assert plain["rows"]["model"]["a"] == {"mean": 0.5, "error": 0.125, "videos": 4}
     assert plain["rows"]["empty"]["a"] is None
 
@@ -433,7 +422,7 @@ def test_a_pretrained_clip_measures_each_frame(clip) -> None:
     folder, model = clip
     frames = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), dtype=np.uint8)
     frames[7] = frames[0]
-    found = pretrained.measure(folder, iter(frames), "the red circle moves left")
+    found = clip_score.measure(folder, iter(frames), "the red circle moves left")
     processor = transformers.CLIPProcessor.from_pretrained(folder)
     inputs = processor(text=["the red circle moves left"], images=list(frames), return_tensors="pt")
     with torch.inference_mode():
@@ -443,7 +432,7 @@ def test_a_pretrained_clip_measures_each_frame(clip) -> None:
     likeness = (reference.image_embeds @ reference.image_embeds[0]).numpy()
     np.testing.assert_allclose(found["likeness"], likeness, atol=1e-5)
     assert found["likeness"][7] == pytest.approx(1) and found["likeness"][1:7].max() < 1 - 1e-3
-    assert "agreement" not in pretrained.measure(folder, frames[:2], "")
+    assert "agreement" not in clip_score.measure(folder, frames[:2], "")
 
 
 def test_a_video_file_by_a_pretrained_clip(clip, tmp_path, capsys) -> None:
@@ -492,12 +481,12 @@ WORLD = 64, 64
 
 
 @pytest.fixture(scope="module")
-def truths() -> list[tuple[cases.Case, np.ndarray]]:
-    return [(case, case.truth()) for case in cases.drift_cases(0, 8, 121, WORLD, "drift")]
+def truths() -> list[tuple[scenes.Case, np.ndarray]]:
+    return [(case, case.truth()) for case in scenes.drift_cases(0, 8, 121, WORLD, "drift")]
 
 
 def test_the_truth_of_the_world_agrees_with_itself(truths) -> None:
-    found = [cases.drift_figures(case, frames) for case, frames in truths]
+    found = [scenes.drift_figures(case, frames) for case, frames in truths]
     assert np.mean([drift.mean(f["identity"]) for f in found]) > 0.97
     # Of a sprite behind the wall nothing is said that could be looked for.
     assert np.nanmean([drift.mean(f["caption"]) for f in found]) > 0.95
@@ -506,13 +495,13 @@ def test_the_truth_of_the_world_agrees_with_itself(truths) -> None:
 def test_captions_of_others_agree_by_chance(truths) -> None:
     agreed = []
     for (case, frames), (other, _) in zip(truths, truths[1:] + truths[:1], strict=True):
-        tracks = cases.tracks_of(case.scene, frames)
-        words = cases.words_of(other.scene, len(frames))
+        tracks = scenes.tracks_of(case.scene, frames)
+        words = scenes.words_of(other.scene, len(frames))
         count = min(tracks.shape[1], len(words[0]))
-        anchors = [a if a is None or a < count else None for a in cases.anchors_of(case.scene)]
+        anchors = [a if a is None or a < count else None for a in scenes.anchors_of(case.scene)]
         agreed.append(
             drift.mean(
-                motions.agreement(
+                motion_labels.agreement(
                     tracks[:, :count], [w[:count] for w in words], anchors[:count], FPS
                 )
             )
@@ -522,31 +511,31 @@ def test_captions_of_others_agree_by_chance(truths) -> None:
 
 def test_a_hidden_sprite_is_gone_and_comes_back_in_truth() -> None:
     for hidden in (0.5, 1.0):
-        for case in cases.hiding_cases(0, 2, hidden, WORLD, "forgetting"):
+        for case in scenes.hiding_cases(0, 2, hidden, WORLD, "forgetting"):
             frames = case.truth()
-            found = cases.forgetting_figures(case, frames)
+            found = scenes.forgetting_figures(case, frames)
             assert found["hidden"] > 0.95 and found["identity"] > 0.95 and found["place"] < 0.03
             assert abs((case.away.stop - case.away.start) / FPS - hidden) < 0.2
             # Without the sprite, or with the beginning for all of it.
-            still = cases.forgetting_figures(case, np.repeat(frames[:1], len(frames), 0))
+            still = scenes.forgetting_figures(case, np.repeat(frames[:1], len(frames), 0))
             assert still["hidden"] < 0.05 and still["place"] > 0.1
             empty = np.full_like(frames, GREY)
-            lost = cases.forgetting_figures(case, empty)
+            lost = scenes.forgetting_figures(case, empty)
             assert lost["hidden"] == 1 and lost["identity"] == 0 and np.isnan(lost["place"])
 
 
 def test_counterfactual_truth_matches_its_own_caption() -> None:
-    made = cases.counterfactual_cases(0, 3, 73, WORLD, "prompts")
+    made = scenes.counterfactual_cases(0, 3, 73, WORLD, "prompts")
     assert len(made) == 6 and {case.name for case in made} >= {"000a", "000b", "002b"}
     for case, twin in zip(made[::2], made[1::2], strict=True):
         assert case.scene.caption != twin.scene.caption and case.seed == twin.seed
         np.testing.assert_array_equal(case.image, twin.image)
         assert {case.shuffled, twin.shuffled}.isdisjoint((case.scene.caption, twin.scene.caption))
         mine, others = case.truth(), twin.truth()
-        found = cases.prompt_figures(case, mine)
+        found = scenes.prompt_figures(case, mine)
         assert found["match"] == 1 and found["psnr"] == 99 and found["dynamics"] > 0
-        assert cases.prompt_figures(case, others)["match"] == 0
-        assert cases.prompt_figures(twin, others)["match"] == 1
+        assert scenes.prompt_figures(case, others)["match"] == 0
+        assert scenes.prompt_figures(twin, others)["match"] == 1
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> None:
@@ -556,7 +545,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> No
         "--hidden", "0.5", "--pairs", "1", "--pair-seconds", "0.3", "--output", str(tmp_path),
     ]  # fmt: skip
     # Few shapes to compile: clips of 9 frames, 2 videos side by side.
-    monkeypatch.setattr(rows, "CLIP_LATENTS", 2)
+    monkeypatch.setattr(baselines, "CLIP_LATENTS", 2)
     stopped, save = [], results.save
 
     def stop_in_time(*args) -> None:
@@ -584,10 +573,10 @@ def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> No
         "Counterfactual",
     ]
     for table in found["tables"]:
-        assert {*parts.REFERENCES, name} <= set(table["rows"])
+        assert {*suites.REFERENCES, name} <= set(table["rows"])
         assert all(set(cells) == set(table["columns"]) for cells in table["rows"].values())
     assert f"{name}, without k2 and k4" in found["tables"][2]["rows"]
-    frozen = found["tables"][0]["rows"][parts.FROZEN]
+    frozen = found["tables"][0]["rows"][suites.FROZEN]
     assert frozen["dynamics"] == {"mean": 0.0, "error": 0.0, "videos": 2}
     text = (tmp_path / "report.md").read_text()
     for picture in re.findall(r"\]\((.+?\.png)\)", text):

@@ -15,10 +15,10 @@ ROWS = [
     {"encoders"},
     {"generation", "data", "conversion"},
     {"training", "evaluation", "jobs"},
-    {"planning"},
+    {"planning", "toy"},
     {"cli", "__main__", "__init__"},
 ]
-TORCH_ONLY_IN = ("conversion", "evaluation/pretrained.py")
+TORCH_ONLY_IN = ("conversion", "evaluation/clip_score.py")
 
 
 def unit_of(path: Path) -> str:

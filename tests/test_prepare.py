@@ -36,11 +36,11 @@ from framepack_jax.data import (
     records,
     stages,
     store,
-    synthetic,
 )
 from framepack_jax.data.records import DatasetError, Record, Source
 from framepack_jax.data.stages import Rejected, Settings, Thresholds
 from framepack_jax.jobs.provenance import path_of
+from framepack_jax.toy import world
 
 ROOT = Path(__file__).parent.parent
 BUCKETS = ((32, 48), (48, 32))
@@ -49,8 +49,8 @@ SETTINGS = Settings(buckets=BUCKETS)
 
 def scene_frames(number: int, seconds: float, height=64, width=96):
     """Under a moving camera, so that all of every picture changes, whatever the scene is."""
-    scene = dataclasses.replace(synthetic.scene(0, number, height, width), camera="left")
-    return list(synthetic.frames(scene, seconds))
+    scene = dataclasses.replace(world.scene(0, number, height, width), camera="left")
+    return list(world.frames(scene, seconds))
 
 
 def write_video(path: Path, frames, fps=30, caption: str | None = "waves") -> Path:
@@ -672,7 +672,7 @@ def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     (folder / "videos").mkdir()
     for number in range(5):
-        scene = synthetic.scene(0, number)
+        scene = world.scene(0, number)
         frames = scene_frames(number, 1.7)
         write_video(folder / "videos" / f"{number}.mp4", frames, caption=scene.caption)
     run(folder / "videos", folder / "whole")

@@ -7,13 +7,13 @@ import pytest
 
 from framepack_jax import video
 from framepack_jax.__main__ import main as framepack
-from framepack_jax.data import drawing, synthetic
+from framepack_jax.toy import render, world
 
 SIZE = 96, 128
 
 
-def scenes(count: int, **options: str) -> list[synthetic.Scene]:
-    return [synthetic.scene(7, number, *SIZE, **options) for number in range(count)]
+def scenes(count: int, **options: str) -> list[world.Scene]:
+    return [world.scene(7, number, *SIZE, **options) for number in range(count)]
 
 
 def test_videos_are_the_same_whatever_their_number(tmp_path, capsys) -> None:
@@ -32,14 +32,14 @@ def test_videos_are_the_same_whatever_their_number(tmp_path, capsys) -> None:
 
 
 def test_sizes_are_buckets_of_one_area() -> None:
-    sizes = {(s.height, s.width) for s in (synthetic.scene(0, i) for i in range(5))}
+    sizes = {(s.height, s.width) for s in (world.scene(0, i) for i in range(5))}
     assert (128, 128) in sizes and len(sizes) == 5
     assert all(h % 16 == w % 16 == 0 and abs(h * w / 128**2 - 1) < 0.1 for h, w in sizes)
 
 
 def test_a_longer_video_begins_like_a_shorter_one() -> None:
     for scene in scenes(4):
-        short, long = (np.stack(list(synthetic.frames(scene, s))) for s in (0.5, 1.0))
+        short, long = (np.stack(list(world.frames(scene, s))) for s in (0.5, 1.0))
         assert np.array_equal(short, long[:15]) and len(long) == 30
         assert not np.array_equal(long[0], long[29])
 
@@ -47,55 +47,55 @@ def test_a_longer_video_begins_like_a_shorter_one() -> None:
 def test_what_is_held_out_is_in_no_training_scene() -> None:
     train, held = scenes(400), scenes(400, split="held-out")
     pairs = {(s.colour, s.form) for scene in train for s in scene.sprites}
-    assert not pairs & synthetic.HELD_OUT
-    assert len(pairs) == len(drawing.COLOURS) * len(drawing.FORMS) - len(synthetic.HELD_OUT)
-    new = [{(s.colour, s.form) for s in scene.sprites} & synthetic.HELD_OUT for scene in held]
-    assert all(new) and set().union(*new) == synthetic.HELD_OUT
+    assert not pairs & world.HELD_OUT
+    assert len(pairs) == len(render.COLOURS) * len(render.FORMS) - len(world.HELD_OUT)
+    new = [{(s.colour, s.form) for s in scene.sprites} & world.HELD_OUT for scene in held]
+    assert all(new) and set().union(*new) == world.HELD_OUT
     assert len({scene.caption for scene in train}) > 300
     with pytest.raises(ValueError, match="split 'test'"):
-        synthetic.scene(0, 0, split="test")
+        world.scene(0, 0, split="test")
 
 
 @pytest.mark.parametrize("size", [(128, 128), (112, 144), (144, 112), (96, 176), (176, 96)])
 def test_there_is_room_for_what_is_drawn(size) -> None:
     """Nothing begins behind anything, motions can be seen before they bounce, nothing is rare."""
-    made = [synthetic.scene(3, number, *size) for number in range(150)]
+    made = [world.scene(3, number, *size) for number in range(150)]
     kinds = [sprite.motions[-1].kind for scene in made for sprite in scene.sprites]
     if size[1] >= size[0]:
         assert kinds.count("orbit") > 30 and kinds.count("behind") > 20
-        made += [synthetic.hiding(3, number, 1.0, *size) for number in range(30)]
+        made += [world.hiding(3, number, 1.0, *size) for number in range(30)]
     else:
         assert not {"orbit", "behind"} & set(kinds)
         with pytest.raises(ValueError, match="leave no room"):
-            synthetic.hiding(3, 0, 1.0, *size)
+            world.hiding(3, 0, 1.0, *size)
     for scene in made:
-        assert synthetic.truth(scene, 1 / 30).visible.min() > 0.95
+        assert world.truth(scene, 1 / 30).visible.min() > 0.95
         for sprite in scene.sprites:
-            if sprite.motions[0].kind in synthetic.DIRECTIONS:
-                way = np.subtract(synthetic.position(scene, sprite, 1.0), sprite.start)
-                np.testing.assert_allclose(np.abs(way).max(), synthetic.SPEED, rtol=1e-6)
+            if sprite.motions[0].kind in world.DIRECTIONS:
+                way = np.subtract(world.position(scene, sprite, 1.0), sprite.start)
+                np.testing.assert_allclose(np.abs(way).max(), world.SPEED, rtol=1e-6)
 
 
 def test_all_words_and_motions_occur_in_both_splits() -> None:
     kinds, words = [], []
-    for split in synthetic.SPLITS:
+    for split in world.SPLITS:
         made = scenes(400, split=split)
         kinds.append({m.kind for s in made for sprite in s.sprites for m in sprite.motions})
         words.append({w for s in made for w in s.caption.replace(",", "").replace(";", "").split()})
         assert {len(s.sprites) for s in made} == {1, 2, 3}
-    assert kinds[0] == kinds[1] == {*synthetic.DIRECTIONS, "stay", "orbit", "behind"}
+    assert kinds[0] == kinds[1] == {*world.DIRECTIONS, "stay", "orbit", "behind"}
     assert words[0] == words[1] and len(words[0]) < 60
 
 
 def test_sprites_are_drawn_where_the_truth_has_them() -> None:
     seen = 0
     for scene in scenes(25):
-        truth = synthetic.truth(scene, 2.0)
+        truth = world.truth(scene, 2.0)
         rows, columns = np.arange(SIZE[0]) + 0.5, np.arange(SIZE[1]) + 0.5
         for number, i in itertools.product((0, 30, 59), range(len(scene.sprites))):
             if truth.visible[number, i] < 0.999:
                 continue
-            mask = synthetic.masks(scene, number)[i]
+            mask = world.masks(scene, number)[i]
             x = (mask.sum(0) * columns).sum() / mask.sum()
             y = (mask.sum(1) * rows).sum() / mask.sum()
             np.testing.assert_allclose((x, y), truth.centres[number, i], atol=0.2)
@@ -105,14 +105,14 @@ def test_sprites_are_drawn_where_the_truth_has_them() -> None:
 
 def test_sprites_keep_their_colour_and_nothing_else_has_it() -> None:
     """Found by colour, each is where it covers a pixel wholly, and nowhere else."""
-    palette = np.asarray(list(drawing.COLOURS.values()), np.float32)
+    palette = np.asarray(list(render.COLOURS.values()), np.float32)
     for scene in scenes(8):
-        for number, frame in enumerate(synthetic.frames(scene, 2.0)):
+        for number, frame in enumerate(world.frames(scene, 2.0)):
             if number % 20:
                 continue
-            masks = synthetic.masks(scene, number)
+            masks = world.masks(scene, number)
             for mask, sprite in zip(masks, scene.sprites, strict=True):
-                assert (frame[mask == 1] == drawing.COLOURS[sprite.colour]).all()
+                assert (frame[mask == 1] == render.COLOURS[sprite.colour]).all()
             free = frame[masks.sum(0) == 0].astype(np.float32)
             distance = np.linalg.norm(free[:, None] - palette[None], axis=-1)
             assert distance.min() > 60
@@ -121,7 +121,7 @@ def test_sprites_keep_their_colour_and_nothing_else_has_it() -> None:
 def test_nobody_leaves_the_picture() -> None:
     for scene in scenes(30):
         for sprite in scene.sprites:
-            places = [synthetic.position(scene, sprite, t) for t in np.arange(0, 20, 0.23)]
+            places = [world.position(scene, sprite, t) for t in np.arange(0, 20, 0.23)]
             x, y = np.transpose(places)
             assert (sprite.radius - 1e-4 < x).all() and (
                 x < scene.aspect - sprite.radius + 1e-4
@@ -130,13 +130,13 @@ def test_nobody_leaves_the_picture() -> None:
 
 
 def test_sprites_do_what_the_caption_says() -> None:
-    counted = dict.fromkeys([*synthetic.DIRECTIONS, "stay", "orbit"], 0)
+    counted = dict.fromkeys([*world.DIRECTIONS, "stay", "orbit"], 0)
     for scene, sprite in ((s, sprite) for s in scenes(80) for sprite in s.sprites):
-        kind = synthetic.motion_at(sprite, 0.0)
-        start, later = (np.asarray(synthetic.position(scene, sprite, t)) for t in (0.0, 0.9))
-        if kind in synthetic.DIRECTIONS:
+        kind = world.motion_at(sprite, 0.0)
+        start, later = (np.asarray(world.position(scene, sprite, t)) for t in (0.0, 0.9))
+        if kind in world.DIRECTIONS:
             assert f"{sprite.name} moves {kind}" in scene.caption
-            expected = np.asarray(synthetic.DIRECTIONS[kind]) * 0.9 * synthetic.SPEED
+            expected = np.asarray(world.DIRECTIONS[kind]) * 0.9 * world.SPEED
             np.testing.assert_allclose(later - start, expected, atol=1e-6)
         elif kind == "stay":
             assert f"{sprite.name} stays" in scene.caption and (later == start).all()
@@ -146,7 +146,7 @@ def test_sprites_do_what_the_caption_says() -> None:
             middle = np.asarray(around.start)
             radii = [np.linalg.norm(p - middle) for p in (start, later)]
             np.testing.assert_allclose(radii[0], radii[1], rtol=1e-5)
-            way = 2 * radii[0] * np.sin(0.9 * synthetic.SPEED / radii[0] / 2)
+            way = 2 * radii[0] * np.sin(0.9 * world.SPEED / radii[0] / 2)
             np.testing.assert_allclose(np.linalg.norm(later - start), way, rtol=1e-5)
         counted[kind] = counted.get(kind, 0) + 1
     assert min(counted.values()) > 3
@@ -154,25 +154,25 @@ def test_sprites_do_what_the_caption_says() -> None:
 
 def test_two_prompts_from_one_picture() -> None:
     for number in range(20):
-        first, second = synthetic.counterfactual(0, number, 64, 64)
+        first, second = world.counterfactual(0, number, 64, 64)
         assert first.caption != second.caption
-        actor = synthetic.different(first, second)
-        assert (synthetic.truth(first, 1 / 30).visible > 0.95).all()  # but for pixels
-        films = [np.stack(list(synthetic.frames(s, 1.0))) for s in (first, second)]
+        actor = world.different(first, second)
+        assert (world.truth(first, 1 / 30).visible > 0.95).all()  # but for pixels
+        films = [np.stack(list(world.frames(s, 1.0))) for s in (first, second)]
         assert np.array_equal(films[0][0], films[1][0])
-        ways = [np.subtract(synthetic.position(s, s.sprites[actor], 0.8), s.sprites[actor].start)
+        ways = [np.subtract(world.position(s, s.sprites[actor], 0.8), s.sprites[actor].start)
                 for s in (first, second)]  # fmt: skip
         cosine = np.dot(*ways) / np.prod([np.linalg.norm(way) for way in ways])
         assert cosine < 0.1
 
 
-@pytest.mark.parametrize("hidden", synthetic.HIDDEN)
+@pytest.mark.parametrize("hidden", world.HIDDEN)
 def test_behind_the_wall_a_sprite_is_out_of_sight_as_long_as_stated(hidden) -> None:
     for number in range(8):
-        scene = synthetic.hiding(0, number, hidden, 128, 128)
-        who = synthetic.hider(scene)
-        assert f"goes behind the wall for {synthetic.HIDDEN[hidden]}" in scene.caption
-        visible = synthetic.truth(scene, hidden + 4).visible[:, who]
+        scene = world.hiding(0, number, hidden, 128, 128)
+        who = world.hider(scene)
+        assert f"goes behind the wall for {world.HIDDEN[hidden]}" in scene.caption
+        visible = world.truth(scene, hidden + 4).visible[:, who]
         runs = [(seen, len(list(group))) for seen, group in itertools.groupby(visible > 0.003)]
         assert [seen for seen, _ in runs[:3]] == [True, False, True]
         assert abs(runs[1][1] - 30 * hidden) <= 1.5

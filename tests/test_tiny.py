@@ -10,11 +10,12 @@ import pytest
 
 from configs import tiny_bundle
 from framepack_jax import FramePack, bundle, conditioning
-from framepack_jax.evaluation import cases, metrics, rows
-from framepack_jax.evaluation.rows import Ask
+from framepack_jax.evaluation import metrics
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.jobs.provenance import ASSETS, EMBEDDED
 from framepack_jax.models.encoders import llama
+from framepack_jax.toy import baselines, scenes
+from framepack_jax.toy.baselines import Ask
 
 SIZE = (128, 128)
 
@@ -52,17 +53,17 @@ def test_both_orders_share_all_but_the_transformer(pipe) -> None:
 def test_the_vae_gives_back_held_out_clips(pipe) -> None:
     """30 dB on average over scenes with forms in colours that it has not seen together."""
     found = []
-    for case in cases.drift_cases(1, 8, 17, SIZE, "vae"):
+    for case in scenes.drift_cases(1, 8, 17, SIZE, "vae"):
         truth = case.truth()
-        found.append(metrics.psnr(rows.reconstructed(pipe, truth), truth))
+        found.append(metrics.psnr(baselines.reconstructed(pipe, truth), truth))
     assert np.mean(found) >= 30, found
 
 
 def test_a_video_begins_with_its_image(pipe) -> None:
     """28 dB at least: it is what the VAE makes of the image."""
-    (case,) = cases.drift_cases(2, 1, 37, SIZE, "first")
+    (case,) = scenes.drift_cases(2, 1, 37, SIZE, "first")
     ask = Ask(case.image, case.scene.caption, 0)
-    (frames,) = rows.sampled(pipe, [ask], 1, Settings(steps=4))
+    (frames,) = baselines.sampled(pipe, [ask], 1, Settings(steps=4))
     assert frames.shape == (37, *SIZE, 3)
     assert metrics.psnr(frames[0], case.image) >= 28
 

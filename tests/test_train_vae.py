@@ -16,10 +16,11 @@ from PIL import Image
 
 from framepack_jax import bundle, conditioning
 from framepack_jax.cli import train_vae
-from framepack_jax.data import clips, synthetic
+from framepack_jax.data import clips
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import vae as model
 from framepack_jax.ops.conv import causal_conv3d
+from framepack_jax.toy import world
 from framepack_jax.training import checkpoints, vae
 from framepack_jax.training.config import Optimizer
 
@@ -53,7 +54,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     (folder / "videos").mkdir()
     for number in range(8):
-        synthetic.write(folder / "videos", number, 0, 0.5, (32, 32))
+        world.write(folder / "videos", number, 0, 0.5, (32, 32))
     (folder / "config.py").write_text(CONFIG)
     return folder
 

@@ -16,15 +16,16 @@ import tyro
 
 from framepack_jax import bundle
 from framepack_jax.cli import keep_compiled
-from framepack_jax.evaluation import cases, footage, parts, results, rows, summary
-from framepack_jax.evaluation.parts import Part, Row
+from framepack_jax.evaluation import video_file
 from framepack_jax.generation.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
 from framepack_jax.jobs.provenance import path_of, weights
 from framepack_jax.parallel import hardware
+from framepack_jax.toy import baselines, report, results, scenes, suites
+from framepack_jax.toy.suites import Part, Row
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import Bar
 
-FPS = cases.FPS
+FPS = scenes.FPS
 MOST_SECONDS = 600.0
 
 
@@ -114,7 +115,7 @@ def _evaluate_file(flags: Evaluate) -> str:
         raise ValueError("--video measures a file alone; leave out --bundle")
     if flags.caption and flags.clip is None:
         raise ValueError("--caption is compared by a pretrained model: give --clip FOLDER")
-    return footage.evaluate(flags.video, flags.output, flags.clip, flags.caption)
+    return video_file.evaluate(flags.video, flags.output, flags.clip, flags.caption)
 
 
 def evaluate(flags: Evaluate) -> Path:
@@ -139,11 +140,11 @@ def evaluate(flags: Evaluate) -> Path:
         (part, {row.name: _figures(flags.output, row, part) for row in part.rows}) for part in todo
     ]
     about = json.loads((flags.output / results.SETTINGS).read_text())
-    tables = summary.write(flags.output, made, [model.name for model in models], about)
+    tables = report.write(flags.output, made, [model.name for model in models], about)
     return flags.output / "report.md" if tables else flags.output
 
 
-def _figures(folder: Path, row: Row, part: Part) -> dict[str, cases.Figures]:
+def _figures(folder: Path, row: Row, part: Part) -> dict[str, scenes.Figures]:
     return {case.name: results.load(folder, row.name, case) for case in part.cases}
 
 
@@ -199,7 +200,7 @@ def open_models(flags: Evaluate) -> list[Model]:
             f"--bundle: two are called {twice}; their folders need different names, which tables"
             " have"
         )
-    if taken := set(names) & set(parts.REFERENCES):
+    if taken := set(names) & set(suites.REFERENCES):
         raise ValueError(
             f"--bundle {taken.pop()}: a reference row has that name; rename the folder"
         )
@@ -217,7 +218,7 @@ def _settings(flags: Evaluate, size: tuple[int, int], models: Sequence[Model]) -
         "cfg": flags.cfg,
         "seed": flags.seed,
         "dtype": first.pipe.dtype,
-        "world": cases.fingerprint(flags.seed, size),
+        "world": scenes.fingerprint(flags.seed, size),
         "references": {"bundle": first.name, "weights": _hashes(first)},
         "rows": {
             model.name: {
@@ -239,32 +240,32 @@ def _parts(flags: Evaluate, size: tuple[int, int], models: Sequence[Model]) -> I
     pipe = models[0].pipe
 
     def frames(seconds: float) -> int:
-        return rows.frames_for(pipe, rows.sections_for(pipe, seconds, FPS))
+        return baselines.frames_for(pipe, baselines.sections_for(pipe, seconds, FPS))
 
     def under_test(rows_of: Callable[[str, int, str], list[Row]]) -> list[Row]:
         each = [rows_of(m.name, i, m.pipe.schedule) for i, m in enumerate(models)]
-        return [*parts.references(), *itertools.chain(*each)]
+        return [*suites.references(), *itertools.chain(*each)]
 
     if flags.videos:
         found: list[Part] = []
         for seconds in sorted(flags.seconds):
             part, count = f"drift_{seconds:g}s", frames(seconds)
-            made = cases.drift_cases(flags.seed, flags.videos, count, size, part)
+            made = scenes.drift_cases(flags.seed, flags.videos, count, size, part)
             found.append(
-                Part(part, made, under_test(parts.drift_rows), cases.drift_figures, tuple(found))
+                Part(part, made, under_test(suites.drift_rows), scenes.drift_figures, tuple(found))
             )
         yield from found
     if flags.hiding_videos:
         for hidden in flags.hidden:
             part = f"forgetting_{hidden:g}s"
-            made = cases.hiding_cases(flags.seed, flags.hiding_videos, hidden, size, part)
-            whole = rows.frames_for(pipe, parts.sections_of(pipe, made[0].frames))
+            made = scenes.hiding_cases(flags.seed, flags.hiding_videos, hidden, size, part)
+            whole = baselines.frames_for(pipe, suites.sections_of(pipe, made[0].frames))
             made = [dataclasses.replace(case, frames=whole) for case in made]
-            yield Part(part, made, under_test(parts.forgetting_rows), cases.forgetting_figures)
+            yield Part(part, made, under_test(suites.forgetting_rows), scenes.forgetting_figures)
     if flags.pairs:
         part, count = f"prompts_{flags.pair_seconds:g}s", frames(flags.pair_seconds)
-        made = cases.counterfactual_cases(flags.seed, flags.pairs, count, size, part)
-        yield Part(part, made, under_test(parts.prompt_rows), cases.prompt_figures)
+        made = scenes.counterfactual_cases(flags.seed, flags.pairs, count, size, part)
+        yield Part(part, made, under_test(suites.prompt_rows), scenes.prompt_figures)
 
 
 def make_all(
@@ -293,7 +294,7 @@ def make_all(
 
 
 def _keep(
-    folder: Path, row: Row, part: Part, asked: Sequence[cases.Case], made: Sequence[np.ndarray],
+    folder: Path, row: Row, part: Part, asked: Sequence[scenes.Case], made: Sequence[np.ndarray],
     pool: ThreadPoolExecutor,
 ) -> None:  # fmt: skip
     """Measure and save the videos of cases, cut to their length, but for those that are there."""

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from framepack_jax.data import synthetic
+from framepack_jax.toy import world
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import Bar
 
@@ -26,7 +26,7 @@ class Synthetic:
     """Length of each, at 30 frames a second."""
     size: str = "128x128"
     """Height and width in pixels; or buckets, for several shapes of about that area."""
-    split: synthetic.Split = "train"
+    split: world.Split = "train"
     """Each held-out video has a form in a colour that no training video shows together."""
     workers: int = 2
     """Processes that draw."""
@@ -69,9 +69,7 @@ def _run(flags: Synthetic) -> None:
     # Fresh processes: one that has threads, as JAX's, cannot be copied safely.
     with ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
         made = [
-            pool.submit(
-                synthetic.write, flags.output, i, flags.seed, flags.seconds, size, flags.split
-            )
+            pool.submit(world.write, flags.output, i, flags.seed, flags.seconds, size, flags.split)
             for i in range(flags.clips)
         ]
         for each in Bar(made, desc="drawing", unit="clip"):

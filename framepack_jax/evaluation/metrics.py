@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 
-from framepack_jax.evaluation.flow import Flow, grey, warped
+from framepack_jax.evaluation.optical_flow import Flow, grey, warped
 
 # The difference of two Laplacians: blind to planes and edges of constant slope.
 NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)

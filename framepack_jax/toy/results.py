@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from framepack_jax.evaluation.cases import Case, Figures
+from framepack_jax.toy.scenes import Case, Figures
 from framepack_jax.utils.files import whole
 from framepack_jax.video import write_mp4
 

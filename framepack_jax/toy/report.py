@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from framepack_jax import video
-from framepack_jax.data.synthetic import FPS
-from framepack_jax.evaluation import parts, plots, report, results
-from framepack_jax.evaluation.parts import ByRow, Part
-from framepack_jax.evaluation.report import Table
+from framepack_jax.evaluation import plots, tables
+from framepack_jax.evaluation.tables import Table
+from framepack_jax.toy import results, suites
+from framepack_jax.toy.suites import ByRow, Part
+from framepack_jax.toy.world import FPS
 from framepack_jax.utils.files import whole
 
 SHEETS = 3
@@ -27,36 +28,36 @@ def write(
     about: Mapping[str, Any],
 ) -> list[Table]:
     """Write everything; the tables come back. A sheet shows the same case in all rows."""
-    tables, text, hiding = [], [_head(about)], {}
+    written, text, hiding = [], [_head(about)], {}
     for part, found in made:
         kind, _, amount = part.name.partition("_")
         count = max(case.frames for case in part.cases)
         lengths = count / FPS
         if kind == "drift":
-            new = [parts.quality(lengths, found), parts.drifting(lengths, found)]
+            new = [suites.quality(lengths, found), suites.drifting(lengths, found)]
             pictures = _over_time(folder, part.name, found)
         elif kind == "forgetting":
             hidden = float(amount.removesuffix("s"))
-            new, pictures = [parts.forgetting(hidden, found)], []
+            new, pictures = [suites.forgetting(hidden, found)], []
             hiding[hidden] = new[0]
         else:
-            new, pictures = [parts.prompting(lengths, found)], []
-        tables += new
+            new, pictures = [suites.prompting(lengths, found)], []
+        written += new
         for table in new:
-            notes = report.against(
-                table, parts.TRUTH, parts.FROZEN, [m for m in models if m in found]
+            notes = tables.against(
+                table, suites.TRUTH, suites.FROZEN, [m for m in models if m in found]
             )
-            text.append(report.markdown(table, notes))
+            text.append(tables.markdown(table, notes))
         pictures += _sheets(folder, part, list(found))
         text.append(_shown(pictures))
     if hiding:
         text.append("## Forgetting over the time hidden\n\n" + _shown(_over_hiding(folder, hiding)))
     with whole(folder / "report.json") as partial:
-        plain = {"about": about, "tables": [report.plain(table) for table in tables]}
+        plain = {"about": about, "tables": [tables.plain(table) for table in written]}
         partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
     with whole(folder / "report.md") as partial:
         partial.write_text("\n".join(text))
-    return tables
+    return written
 
 
 def _head(about: Mapping[str, Any]) -> str:
@@ -73,7 +74,7 @@ def _shown(pictures: Sequence[str]) -> str:
 
 def _over_time(folder: Path, part: str, found: ByRow) -> list[str]:
     names = []
-    for name, metric in parts.DRIFT_METRICS.items():
+    for name, metric in suites.DRIFT_METRICS.items():
         curves = {row: [figures[name] for figures in by.values()] for row, by in found.items()}
         names.append(f"plots/{part}_{name}.png")
         plots.over_time(folder / names[-1], metric, curves, FPS)
@@ -83,7 +84,7 @@ def _over_time(folder: Path, part: str, found: ByRow) -> list[str]:
 def _over_hiding(folder: Path, tables: Mapping[float, Table]) -> list[str]:
     names = []
     rows = list(dict.fromkeys(row for table in tables.values() for row in table.rows))
-    for name, metric in parts.FORGETTING_METRICS.items():
+    for name, metric in suites.FORGETTING_METRICS.items():
         points = {
             row: {hidden: table.rows[row][name] for hidden, table in tables.items()} for row in rows
         }

@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from framepack_jax.data import drawing
-from framepack_jax.data.drawing import COLOURS, FORMS
+from framepack_jax.toy import render
+from framepack_jax.toy.render import COLOURS, FORMS
 from framepack_jax.utils.files import whole
 from framepack_jax.video import write_mp4
 
@@ -430,7 +430,7 @@ def _behind(scene: Scene, sprite: Sprite, motion: Motion, span: float) -> float:
     middle, wide = scene.wall
     way = abs(middle - sprite.start[0])
     # It is out of sight while its sides are behind those of the wall.
-    wait = motion.hidden - (wide - 2 * drawing.HALF_WIDTHS[sprite.form] * sprite.radius) / SPEED
+    wait = motion.hidden - (wide - 2 * render.HALF_WIDTHS[sprite.form] * sprite.radius) / SPEED
     arrival = way / SPEED
     moved = min(span, arrival) + max(0.0, span - arrival - wait)
     return math.copysign(SPEED * moved, middle - sprite.start[0])
@@ -446,21 +446,21 @@ def _fold(x: float, low: float, high: float) -> float:
 def frames(scene: Scene, seconds: float) -> Iterator[np.ndarray]:
     """The frames (H, W, 3) uint8, 30 a second."""
     dx, dy = DIRECTIONS.get(scene.camera, (0, 0))
-    texture = drawing.Texture(scene.texture, scene.height, scene.width)
+    texture = render.Texture(scene.texture, scene.height, scene.width)
     for number in range(round(seconds * FPS)):
         moved = PAN * number / FPS
         picture = texture.seen(dx * moved, dy * moved)
         for sprite, (box, cover) in zip(scene.sprites, _covers(scene, number), strict=True):
-            drawing.paint(picture, box, cover, COLOURS[sprite.colour])
+            render.paint(picture, box, cover, COLOURS[sprite.colour])
         if scene.wall is not None:
-            drawing.paint_wall(picture, *scene.wall)
+            render.paint_wall(picture, *scene.wall)
         yield picture.round().astype(np.uint8)
 
 
-def _covers(scene: Scene, number: int) -> list[tuple[drawing.Box, np.ndarray]]:
+def _covers(scene: Scene, number: int) -> list[tuple[render.Box, np.ndarray]]:
     """Where each sprite is in a frame, and how much of each pixel there it covers."""
     return [
-        drawing.cover(
+        render.cover(
             sprite.form, sprite.radius, position(scene, sprite, number / FPS),
             scene.height, scene.width,
         )
@@ -473,11 +473,11 @@ def masks(scene: Scene, number: int) -> np.ndarray:
     return _seen(scene, _covers(scene, number))
 
 
-def _seen(scene: Scene, covers: list[tuple[drawing.Box, np.ndarray]]) -> np.ndarray:
+def _seen(scene: Scene, covers: list[tuple[render.Box, np.ndarray]]) -> np.ndarray:
     seen = np.zeros((len(covers), scene.height, scene.width), np.float32)
     left = np.ones((scene.height, scene.width), np.float32)
     if scene.wall is not None:
-        left -= drawing.wall_cover(*scene.wall, scene.height, scene.width)[None, :]
+        left -= render.wall_cover(*scene.wall, scene.height, scene.width)[None, :]
     for i in reversed(range(len(covers))):
         box, cover = covers[i]
         seen[i][box] = cover * left[box]
@@ -501,7 +501,7 @@ def truth(scene: Scene, seconds: float) -> Truth:
 def full_area(form: str, radius: float) -> float:
     """Pixels that a sprite of a radius in pixels covers where nothing hides it."""
     side = 4 * math.ceil(radius)
-    _, cover = drawing.cover(form, radius / side, (0.5, 0.5), side, side)
+    _, cover = render.cover(form, radius / side, (0.5, 0.5), side, side)
     return float(cover.sum())
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from framepack_jax import packing
-from framepack_jax.evaluation import cases, rows
-from framepack_jax.evaluation.cases import Case, Figures
 from framepack_jax.evaluation.drift import drift, estimate, mean
 from framepack_jax.evaluation.metrics import METRICS, Metric
-from framepack_jax.evaluation.report import Table
+from framepack_jax.evaluation.tables import Table
 from framepack_jax.generation.pipeline import FramePack, Settings
+from framepack_jax.toy import baselines, scenes
+from framepack_jax.toy.scenes import Case, Figures
 
 TRUTH, VAE, FROZEN, REPEATED = (
     "ground truth", "its VAE reconstruction", "frozen first frame", "repeated short image-to-video",
@@ -74,7 +74,7 @@ def references() -> list[Row]:
         Row(TRUTH, None, lambda pipe, asked, settings: [case.truth() for case in asked]),
         Row(
             VAE, 0,
-            lambda pipe, asked, settings: [rows.reconstructed(pipe, c.truth()) for c in asked],
+            lambda pipe, asked, settings: [baselines.reconstructed(pipe, c.truth()) for c in asked],
         ),
         Row(
             FROZEN, None,
@@ -84,7 +84,7 @@ def references() -> list[Row]:
         ),
         Row(
             REPEATED, 0,
-            lambda pipe, asked, settings: rows.repeated(
+            lambda pipe, asked, settings: baselines.repeated(
                 pipe, _asks(asked), _sections(pipe, asked), settings
             ),
         ),
@@ -122,12 +122,12 @@ def _sample(
     pipe: FramePack, asked: Sequence[Case], settings: Settings, blank=(), shuffled=False
 ) -> np.ndarray:
     asks = _asks(asked, shuffled)
-    return rows.sampled(pipe, asks, _sections(pipe, asked), settings, blank)
+    return baselines.sampled(pipe, asks, _sections(pipe, asked), settings, blank)
 
 
-def _asks(asked: Sequence[Case], shuffled: bool = False) -> list[rows.Ask]:
+def _asks(asked: Sequence[Case], shuffled: bool = False) -> list[baselines.Ask]:
     return [
-        rows.Ask(case.image, case.shuffled if shuffled else case.scene.caption, case.seed)
+        baselines.Ask(case.image, case.shuffled if shuffled else case.scene.caption, case.seed)
         for case in asked
     ]
 
@@ -180,7 +180,7 @@ def forgetting(hidden: float, found: ByRow) -> Table:
     """What is left of a sprite that was hidden."""
     return _means(
         f"Forgetting: a sprite hidden for {hidden:g} s",
-        f"In the {cases.AFTER:g} s after it should be out again; place where it is found.",
+        f"In the {scenes.AFTER:g} s after it should be out again; place where it is found.",
         FORGETTING_METRICS,
         found,
     )

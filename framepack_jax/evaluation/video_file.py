@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from framepack_jax import video
-from framepack_jax.evaluation import metrics, plots, pretrained, report
+from framepack_jax.evaluation import clip_score, metrics, plots, tables
 from framepack_jax.evaluation.drift import Estimate, drift, ends, mean
 from framepack_jax.evaluation.metrics import METRICS
-from framepack_jax.evaluation.report import Table
+from framepack_jax.evaluation.tables import Table
 from framepack_jax.utils.files import whole
 
 ROWS = {
@@ -22,7 +22,7 @@ ROWS = {
 }
 
 
-ALL_METRICS = METRICS | pretrained.METRICS
+ALL_METRICS = METRICS | clip_score.METRICS
 
 
 def evaluate(
@@ -36,9 +36,9 @@ def evaluate(
     info = video.mp4_info(file)
     figures = metrics.measure(video.read_frames(file), info.fps)
     if clip is not None:
-        figures |= pretrained.measure(clip, video.read_frames(file), caption)
+        figures |= clip_score.measure(clip, video.read_frames(file), caption)
     table = table_of(f"{file.name}: {info.frames} frames, {info.fps:g} a second", figures)
-    text = report.markdown(table)
+    text = tables.markdown(table)
     if output is not None:
         _write(output, file, table, figures, info.fps)
     return text
@@ -69,7 +69,7 @@ def _write(
     video.save_png(output / "sheet.png", video.contact_sheet_mp4(file))
     shown = [f"![{Path(name).stem}]({name})" for name in ("sheet.png", *names)]
     with whole(output / "report.json") as partial:
-        plain = report.plain(table) | {
+        plain = tables.plain(table) | {
             "frames": {
                 name: [None if np.isnan(v) else round(float(v), 6) for v in values]
                 for name, values in figures.items()
@@ -78,4 +78,4 @@ def _write(
         }
         partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
     with whole(output / "report.md") as partial:
-        partial.write_text(report.markdown(table, shown))
+        partial.write_text(tables.markdown(table, shown))

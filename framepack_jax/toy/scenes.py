@@ -15,11 +15,11 @@ import math
 
 import numpy as np
 
-from framepack_jax.data import drawing, synthetic
-from framepack_jax.data.synthetic import DIRECTIONS, FPS, Scene
-from framepack_jax.evaluation import metrics, motions, objects
+from framepack_jax.evaluation import metrics
 from framepack_jax.evaluation.drift import mean
-from framepack_jax.evaluation.objects import Cast
+from framepack_jax.toy import motion_labels, render, tracking, world
+from framepack_jax.toy.tracking import Cast
+from framepack_jax.toy.world import DIRECTIONS, FPS, Scene
 
 AFTER = 1.0
 """Seconds after a hidden sprite is out again for which it is looked for."""
@@ -53,23 +53,23 @@ class Case:
     @functools.cached_property
     def image(self) -> np.ndarray:
         """The first frame (H, W, 3) uint8."""
-        return next(iter(synthetic.frames(self.scene, 1 / FPS)))
+        return next(iter(world.frames(self.scene, 1 / FPS)))
 
     def truth(self) -> np.ndarray:
         """The frames as they are, (P, H, W, 3)."""
-        return np.stack(list(synthetic.frames(self.scene, self.frames / FPS)))
+        return np.stack(list(world.frames(self.scene, self.frames / FPS)))
 
 
 def fingerprint(seed: int, size: tuple[int, int]) -> str:
     """A hash that changes where the scenes of a seed do."""
-    scene = synthetic.scene(seed, 0, *size, split="held-out")
-    frame = next(iter(synthetic.frames(scene, 1 / FPS)))
+    scene = world.scene(seed, 0, *size, split="held-out")
+    frame = next(iter(world.frames(scene, 1 / FPS)))
     return hashlib.sha256(scene.caption.encode() + frame.tobytes()).hexdigest()[:16]
 
 
 def drift_cases(seed: int, count: int, frames: int, size: tuple[int, int], part: str) -> list[Case]:
     """Held-out scenes as long as wanted."""
-    scenes = [synthetic.scene(seed, i, *size, split="held-out") for i in range(count)]
+    scenes = [world.scene(seed, i, *size, split="held-out") for i in range(count)]
     return [Case(part, f"{i:03d}", scene, frames, seed + i) for i, scene in enumerate(scenes)]
 
 
@@ -79,8 +79,8 @@ def hiding_cases(
     """Scenes with a sprite that is hidden for so many seconds, long enough to see it back."""
     made = []
     for number in range(count):
-        scene = synthetic.hiding(seed, number, hidden, *size)
-        sprite = synthetic.hider(scene)
+        scene = world.hiding(seed, number, hidden, *size)
+        sprite = world.hider(scene)
         away, back = hidden_span(scene, sprite, hidden + LATEST)
         made.append((scene, sprite, away, back))
     frames = max(back.stop for *_, back in made)
@@ -94,14 +94,14 @@ def counterfactual_cases(
     seed: int, count: int, frames: int, size: tuple[int, int], part: str
 ) -> list[Case]:
     """Two cases for each of `count` first frames, with the same seed of noise."""
-    pairs = [synthetic.counterfactual(seed, i, *size) for i in range(count)]
+    pairs = [world.counterfactual(seed, i, *size) for i in range(count)]
     rng = np.random.default_rng([seed, 2])
     cases = []
     for i, pair in enumerate(pairs):
         strange = [scene.caption for scene in pairs[(i + 1) % count]]
         shuffled = [strange[k] for k in rng.permutation(2)]
         for k, (scene, other) in enumerate((pair, pair[::-1])):
-            sprite = synthetic.different(*pair)
+            sprite = world.different(*pair)
             name = f"{i:03d}{'ab'[k]}"
             cases.append(
                 Case(part, name, scene, frames, seed + i, sprite, other=other, shuffled=shuffled[k])
@@ -112,14 +112,14 @@ def counterfactual_cases(
 def hidden_span(scene: Scene, sprite: int, seconds: float) -> tuple[slice, slice]:
     """Frames in which a sprite is hidden, and those just after, in which all of it is in sight
     again. Raises ValueError where it is never hidden, or does not come back."""
-    visible = synthetic.truth(scene, seconds).visible[:, sprite]
+    visible = world.truth(scene, seconds).visible[:, sprite]
     gone = np.flatnonzero(visible <= GONE)
     if not gone.size:
         raise ValueError(f"{scene.sprites[sprite].name} of a scene is never hidden")
     first = int(gone[0])
     back = np.flatnonzero(visible[first:] > GONE)
     last = first + int(back[0]) if back.size else len(visible)
-    clear = np.flatnonzero(visible[last:] >= objects.CLEAR)
+    clear = np.flatnonzero(visible[last:] >= tracking.CLEAR)
     if not clear.size:
         raise ValueError(f"{scene.sprites[sprite].name} of a scene does not come back")
     out = last + int(clear[0])
@@ -128,9 +128,9 @@ def hidden_span(scene: Scene, sprite: int, seconds: float) -> tuple[slice, slice
 
 def cast_of(scene: Scene) -> Cast:
     """The sprites of a scene as they are looked for."""
-    names = list(synthetic.COLOURS)
+    names = list(world.COLOURS)
     return Cast(
-        palette=np.asarray([synthetic.COLOURS[name] for name in names], np.float32),
+        palette=np.asarray([world.COLOURS[name] for name in names], np.float32),
         colours=tuple(names.index(sprite.colour) for sprite in scene.sprites),
         shapes=tuple(f"{sprite.size} {sprite.form}" for sprite in scene.sprites),
         templates=templates(scene.height),
@@ -141,9 +141,9 @@ def cast_of(scene: Scene) -> Cast:
 def templates(height: int) -> dict[str, np.ndarray]:
     """Masks of all forms in all sizes, in pictures of so many rows."""
     made = {}
-    for (size, radius), form in itertools.product(synthetic.SIZES.items(), synthetic.FORMS):
+    for (size, radius), form in itertools.product(world.SIZES.items(), world.FORMS):
         side = 2 * math.ceil(1.2 * radius * height) + 1
-        _, cover = drawing.cover(form, radius * height / side, (0.5, 0.5), side, side)
+        _, cover = render.cover(form, radius * height / side, (0.5, 0.5), side, side)
         made[f"{size} {form}"] = cover >= 0.5
     return made
 
@@ -151,11 +151,11 @@ def templates(height: int) -> dict[str, np.ndarray]:
 def drift_figures(case: Case, frames: np.ndarray) -> Figures:
     """Of every frame, (P,): all that `metrics.measure` gives, identity and caption agreement."""
     scene = case.scene
-    truth = synthetic.truth(scene, len(frames) / FPS)
-    seen = objects.watch(frames, cast_of(scene), truth.visible)
+    truth = world.truth(scene, len(frames) / FPS)
+    seen = tracking.watch(frames, cast_of(scene), truth.visible)
     words = words_of(scene, len(frames))
     tracks = seen.centres / scene.height
-    agreed = motions.agreement(tracks, words, anchors_of(scene), FPS)
+    agreed = motion_labels.agreement(tracks, words, anchors_of(scene), FPS)
     return metrics.measure(frames, FPS) | {
         "identity": over_sprites(seen.identity),
         "caption": over_sprites(agreed),
@@ -167,14 +167,14 @@ def words_of(scene: Scene, frames: int) -> list[list[str]]:
     bounces off an edge, and after that to both: along an axis."""
     words = [[] for _ in range(frames)]
     for sprite in scene.sprites:
-        places = [synthetic.position(scene, sprite, n / FPS) for n in range(frames + 1)]
+        places = [world.position(scene, sprite, n / FPS) for n in range(frames + 1)]
         before = None
         for number, step in enumerate(np.diff(places, axis=0)):
-            said = synthetic.motion_at(sprite, number / FPS)
+            said = world.motion_at(sprite, number / FPS)
             if said != before:
                 before, bounced = said, False
             bounced |= said in DIRECTIONS and np.dot(step, DIRECTIONS[said]) < 0
-            words[number].append(motions.AXES[said] if bounced else said)
+            words[number].append(motion_labels.AXES[said] if bounced else said)
     return words
 
 
@@ -189,7 +189,7 @@ def anchors_of(scene: Scene) -> list[int | None]:
 def tracks_of(scene: Scene, frames: np.ndarray) -> np.ndarray:
     """Where the sprites of a scene are seen in frames, (P, S, 2) in picture heights."""
     everyone = np.zeros((len(frames), len(scene.sprites)))
-    return objects.watch(frames, cast_of(scene), everyone).centres / scene.height
+    return tracking.watch(frames, cast_of(scene), everyone).centres / scene.height
 
 
 def over_sprites(values: np.ndarray) -> np.ndarray:
@@ -205,10 +205,10 @@ def forgetting_figures(case: Case, frames: np.ndarray) -> Figures:
     `identity`, that in which it is itself when it is out again; `place`, its mean distance from
     where it should be then, in picture heights, nan where it is not there."""
     scene, sprite, away, back = case.scene, case.sprite, case.away, case.back
-    truth = synthetic.truth(scene, len(frames) / FPS)
+    truth = world.truth(scene, len(frames) / FPS)
     cast = cast_of(scene)
-    hidden = objects.watch(frames[away], cast, 0 * truth.visible[away]).present[:, sprite]
-    seen = objects.watch(frames[back], cast, truth.visible[back], every=1)
+    hidden = tracking.watch(frames[away], cast, 0 * truth.visible[away]).present[:, sprite]
+    seen = tracking.watch(frames[back], cast, truth.visible[back], every=1)
     apart = np.hypot(*(seen.centres - truth.centres[back])[:, sprite].T) / scene.height
     return {
         "hidden": np.float32(1 - hidden.mean()),
@@ -221,9 +221,9 @@ def prompt_figures(case: Case, frames: np.ndarray) -> Figures:
     """`match`, whether the sprite's motion is nearer to what its caption says than to the other
     caption's; `dynamics` of the video; `psnr` of its first frame to the image."""
     cast, sprite = cast_of(case.scene), case.sprite
-    truths = [synthetic.truth(scene, len(frames) / FPS) for scene in (case.scene, case.other)]
-    seen = objects.watch(frames, cast, 0 * truths[0].visible)
-    near = motions.nearest(
+    truths = [world.truth(scene, len(frames) / FPS) for scene in (case.scene, case.other)]
+    seen = tracking.watch(frames, cast, 0 * truths[0].visible)
+    near = motion_labels.nearest(
         seen.centres[1:, sprite], [truth.centres[1:, sprite] for truth in truths]
     )
     return {
