@@ -22,13 +22,13 @@ import tyro
 
 from framepack_jax import bundle, packing
 from framepack_jax.data.batch import Batch
-from framepack_jax.data.encode import Encoder
 from framepack_jax.data.loader import conditions_of, latent_sample
+from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip
 from framepack_jax.evaluation.drift import estimate
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.toy import world
-from framepack_jax.training import state, step
+from framepack_jax.training import flow_matching, state
 from framepack_jax.training.config import Config as Training
 
 
@@ -80,9 +80,9 @@ def measure(flags: Config, size: tuple[int, int]) -> dict[str, Any]:
     swapped = own.replace(
         text=own.text[other], text_valid=own.text_valid[other], pooled=own.pooled[other]
     )
-    keys = step.sample_keys(flags.seed, own.element)
+    keys = flow_matching.sample_keys(flags.seed, own.element)
     losses = jax.jit(
-        lambda batch, sigma: step.sample_losses(
+        lambda batch, sigma: flow_matching.sample_losses(
             cfg, model, params, {}, batch, keys, jnp.full(keys.shape, sigma)
         )
     )

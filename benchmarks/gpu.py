@@ -59,8 +59,8 @@ from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
 from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA
-from framepack_jax.training.loop import RATE, jitted_step, set_up
 from framepack_jax.training.metrics import COST
+from framepack_jax.training.trainer import RATE, jitted_step, set_up
 from framepack_jax.utils.files import whole
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from benchmarks.bench import (
     step_flops,
     step_work,
 )
-from framepack_jax.conversion import engine, readers, tables
+from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 
@@ -176,7 +176,9 @@ def measure_error(bench: Bench) -> None:
             model = _model(cfg)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
-        plan = engine.plan(tables.recognise(readers.open_checkpoint(Path(folder)), "transformer"))
+        plan = engine.plan(
+            tables.recognise(weight_files.open_checkpoint(Path(folder)), "transformer")
+        )
         params = scan.cast(scan.join(dict(plan.leaves()), transformer.STACKS), BF16)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     args = params, x, sigma, context, conditions

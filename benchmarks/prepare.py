@@ -21,8 +21,8 @@ import tyro
 
 from framepack_jax import bundle, video
 from framepack_jax.buckets import BUCKETS_480P
-from framepack_jax.data import records, stages
-from framepack_jax.data.encode import Encoder
+from framepack_jax.data import filters, records
+from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip, Index, Record
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.toy import world
@@ -67,8 +67,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 def measure(files: list[Path], buckets: Any, flags: Config, folder: Path) -> dict[str, float]:
     """Clips a second of each stage; the first file is not counted."""
     rates = {"read": timed(lambda file: list(video.read_frames(file, 30)), files)[0]}
-    settings = stages.Settings(buckets=buckets, cut=1.0)
-    rates["read_cut_and_score"], cuts = timed(lambda f: next(stages.clips(f, settings)), files)
+    settings = filters.Settings(buckets=buckets, cut=1.0)
+    rates["read_cut_and_score"], cuts = timed(lambda f: next(filters.clips(f, settings)), files)
     if not flags.encode:
         return rates
     path = path_of(flags.bundle)

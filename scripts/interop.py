@@ -405,7 +405,7 @@ def _vae_of_comfyui(folder: Path) -> Row:
     import comfy.ldm.models.autoencoder
     import jax
 
-    from framepack_jax.conversion import engine, readers, tables
+    from framepack_jax.conversion import engine, tables, weight_files
     from framepack_jax.models import scan
     from framepack_jax.models.hunyuan import vae
 
@@ -433,8 +433,8 @@ def _vae_of_comfyui(folder: Path) -> Row:
     file.with_name("config.json").write_text(json.dumps(config))
     save_file({name: x.contiguous() for name, x in theirs.state_dict().items()}, file)
     try:
-        plan = engine.plan(tables.recognise(readers.open_checkpoint(file), "vae"))
-    except readers.ConversionError as error:
+        plan = engine.plan(tables.recognise(weight_files.open_checkpoint(file), "vae"))
+    except weight_files.ConversionError as error:
         return Row("framepack-jax", what, f"{type(error).__name__}: not read", "-")
     params = scan.join(dict(plan.leaves()), vae.STACKS, np.stack)
     # One frame: ComfyUI lets a frame attend to later ones, Tencent's VAE does not.

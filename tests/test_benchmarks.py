@@ -31,7 +31,7 @@ from benchmarks import loader as loading
 from benchmarks import prepare as preparing
 from framepack_jax import bundle, packing
 from framepack_jax.conversion import engine
-from framepack_jax.data.encode import Encoder
+from framepack_jax.data.precompute import Encoder
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan import transformer

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch_reference import convert_module, randomize, relative_error
 
 from framepack_jax import packing
-from framepack_jax.conversion import engine, readers, tables
+from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.diffusion.cache import Config, first_block, run_or_skip, start, tea
 from framepack_jax.models import scan
@@ -104,7 +104,7 @@ def alone(arrays, sample: int):
 
 @pytest.mark.golden
 def test_teacache_equals_the_release(golden) -> None:
-    checkpoint = readers.open_checkpoint(golden / "transformer")
+    checkpoint = weight_files.open_checkpoint(golden / "transformer")
     plan = engine.plan(tables.recognise(checkpoint, "transformer"))
     network = plan.cfg, scan.join(dict(plan.leaves()), transformer.STACKS)
     reference = {

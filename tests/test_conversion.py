@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from framepack_jax import bundle
 from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.conversion import engine, inspect, readers, tables, transformer
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion import engine, inspect, tables, transformer, weight_files
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
@@ -86,7 +86,7 @@ def autoencoder() -> torch.nn.Module:
 
 
 def plan_of(path: Path, role: str = "transformer", **given) -> engine.Plan:
-    source = tables.recognise(readers.open_checkpoint(path), role)
+    source = tables.recognise(weight_files.open_checkpoint(path), role)
     return engine.plan(dataclasses.replace(source, given=given))
 
 
@@ -352,10 +352,10 @@ def test_siglip_without_its_head(tmp_path) -> None:
     np.testing.assert_array_equal(leaves["patch/kernel"][(3 * 7 + 5) * 3 + 2], theirs[:, 2, 3, 5])
 
 
-def abstract_checkpoint(state: dict[str, torch.Tensor], path: Path) -> readers.Checkpoint:
+def abstract_checkpoint(state: dict[str, torch.Tensor], path: Path) -> weight_files.Checkpoint:
     """Shapes without weights, and no config."""
-    entries = {k: readers.Entry(tuple(v.shape), "bfloat16", None) for k, v in state.items()}
-    return readers.Checkpoint(path / "lone.safetensors", [], entries)
+    entries = {k: weight_files.Entry(tuple(v.shape), "bfloat16", None) for k, v in state.items()}
+    return weight_files.Checkpoint(path / "lone.safetensors", [], entries)
 
 
 # One thin layer (three for Llama) of the released widths, without a config.
@@ -451,8 +451,10 @@ def test_names_are_gone_through_once(tmp_path, monkeypatch) -> None:
         state = HunyuanVideoFramepackTransformer3DModel(
             **SIZES, has_image_proj=True, image_proj_dim=10, has_clean_x_embedder=True
         ).state_dict()
-    names, calls = readers.Checkpoint.names, []
-    monkeypatch.setattr(readers.Checkpoint, "names", lambda self: calls.append(1) or names(self))
+    names, calls = weight_files.Checkpoint.names, []
+    monkeypatch.setattr(
+        weight_files.Checkpoint, "names", lambda self: calls.append(1) or names(self)
+    )
     counts = []
     for whole in (True, False):
         kept = {k: v for k, v in state.items() if whole or ".norm" not in k}
@@ -468,7 +470,9 @@ def test_names_are_gone_through_once(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("field", ["heads", "norm_groups"])
 def test_sizes_that_make_no_network(field: str, autoencoder, framepack, tmp_path) -> None:
     model, role = (autoencoder, "vae") if field == "norm_groups" else (framepack, "transformer")
-    source = tables.recognise(readers.open_checkpoint(write_folder(model, tmp_path / role)), role)
+    source = tables.recognise(
+        weight_files.open_checkpoint(write_folder(model, tmp_path / role)), role
+    )
     cfg = dataclasses.replace(source.table.config(source), **{field: 0})
     source = dataclasses.replace(
         source, table=dataclasses.replace(source.table, config=lambda _: cfg)
@@ -618,7 +622,7 @@ def damaged(tmp_path: Path, model) -> dict[str, tuple[Path, str]]:
 def test_bad_files_are_named(base, tmp_path) -> None:
     for name, (path, said) in damaged(tmp_path, base).items():
         with pytest.raises(ConversionError, match=said) as error:
-            readers.open_checkpoint(path)
+            weight_files.open_checkpoint(path)
         assert str(path) in str(error.value), name
 
 
@@ -643,7 +647,7 @@ def test_pt_without_torch_names_the_extra(tmp_path, monkeypatch) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "x.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConversionError, match=r"pip install 'framepack-jax\[torch\]'"):
-        readers.open_checkpoint(tmp_path / "x.pt")
+        weight_files.open_checkpoint(tmp_path / "x.pt")
 
 
 def test_few_tensors_are_read_at_a_time(framepack, tmp_path, monkeypatch) -> None:
@@ -651,9 +655,11 @@ def test_few_tensors_are_read_at_a_time(framepack, tmp_path, monkeypatch) -> Non
     each of three tensors at most."""
     path = write_folder(framepack, tmp_path / "model")
     read = []
-    original = readers.Checkpoint.read
+    original = weight_files.Checkpoint.read
     monkeypatch.setattr(
-        readers.Checkpoint, "read", lambda self, name: read.append(name) or original(self, name)
+        weight_files.Checkpoint,
+        "read",
+        lambda self, name: read.append(name) or original(self, name),
     )
     leaves = plan_of(path).leaves()
     assert read == []
@@ -671,7 +677,7 @@ def test_few_tensors_are_read_at_a_time(framepack, tmp_path, monkeypatch) -> Non
 @pytest.mark.parametrize("kernel", ["k1", "k2", "k4", "k8", "k1h4w4"])
 def test_from_base_embeds_enlarged_latents_alike(kernel: str, base, tmp_path) -> None:
     source = tables.recognise(
-        readers.open_checkpoint(write_folder(base, tmp_path / "m")), "transformer"
+        weight_files.open_checkpoint(write_folder(base, tmp_path / "m")), "transformer"
     )
     table = transformer.from_base(source.table, (kernel,), 10)
     plan = engine.plan(dataclasses.replace(source, table=table))

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.cli.convert import Convert, convert, main
-from framepack_jax.conversion import engine, export, lora, readers, tables
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion import engine, export, lora, tables, weight_files
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, siglip
 from framepack_jax.models.hunyuan import transformer, vae
@@ -224,7 +224,7 @@ def test_in_and_out_again_no_bit_is_lost(form, framepack, data, seed, tmp_path_f
     target = root / (form if form == "folder" else "out.safetensors")
     with mock.patch.object(export, "SHARD", 20_000):
         (network.folder if form == "folder" else network.single)(target)
-    source = tables.recognise(readers.open_checkpoint(target), "transformer")
+    source = tables.recognise(weight_files.open_checkpoint(target), "transformer")
     plan = engine.plan(dataclasses.replace(source, given={"rope_axes": (4, 6, 6)}))
     assert plan.cfg == cfg if form == "folder" else plan.cfg.width == cfg.width
     again = dict(plan.leaves())
@@ -290,7 +290,7 @@ def test_other_networks_lose_no_bit_either(role, data, seed, tmp_path_factory) -
         (root / name / file).write_text("{}")
     naming = export.default_naming(bundle.read_manifest(root), role)
     export.Export(root, bundle.read_manifest(root), role, naming).folder(root / "out")
-    plan = engine.plan(tables.recognise(readers.open_checkpoint(root / "out"), role))
+    plan = engine.plan(tables.recognise(weight_files.open_checkpoint(root / "out"), role))
     assert plan.cfg == cfg
     again = dict(plan.leaves())
     assert again.keys() == leaves.keys()

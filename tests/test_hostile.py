@@ -17,8 +17,8 @@ from safetensors.torch import save, save_file
 
 from framepack_jax import bundle
 from framepack_jax.cli.convert import Convert, convert, main
-from framepack_jax.conversion import engine, export, inspect, readers, tables, vae
-from framepack_jax.conversion.readers import ConversionError, Entry, open_checkpoint
+from framepack_jax.conversion import engine, export, inspect, tables, vae, weight_files
+from framepack_jax.conversion.weight_files import ConversionError, Entry, open_checkpoint
 from tests.test_conversion import RELEASED, SIZES, plan_of
 
 NUMPY = {
@@ -172,7 +172,7 @@ def test_an_index_without_a_map(weight_map, tmp_path) -> None:
 def test_deep_json_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"a":' * 100_000)
     with pytest.raises(ConversionError, match="is no JSON file"):
-        readers.read_json(tmp_path / "config.json")
+        weight_files.read_json(tmp_path / "config.json")
 
 
 # What does not fit
@@ -303,7 +303,7 @@ def test_no_shapes_crash(role: str, framepack, tmp_path) -> None:
     table = tables.TABLES[role][0]
     random, refused = np.random.default_rng(3), 0
     for _ in range(200):
-        checkpoint = readers.Checkpoint(
+        checkpoint = weight_files.Checkpoint(
             tmp_path / "x.safetensors", [], strange_shapes(entries, random, len(entries) // 4)
         )
         source = engine.Source(checkpoint, table, "", {"rope_axes": (4, 6, 6)})

@@ -21,8 +21,8 @@ from safetensors.numpy import save
 
 from framepack_jax import bundle
 from framepack_jax.cli.convert import Convert, _is_assumed, convert
-from framepack_jax.conversion import hub, readers
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion import hub, weight_files
+from framepack_jax.conversion.weight_files import ConversionError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "people/model"
@@ -187,7 +187,7 @@ def assert_whole(folder: Path) -> None:
     """The network as the server has it, and readable."""
     for name in WANTED:
         assert (folder / name).read_bytes() == repository()[f"vae/{name}"], name
-    assert readers.open_checkpoint(folder).names() == ["layer.1", "layer.2"]
+    assert weight_files.open_checkpoint(folder).names() == ["layer.1", "layer.2"]
 
 
 def test_only_what_is_read_is_fetched_and_once(served) -> None:

@@ -12,7 +12,7 @@ import pytest
 from training_data import SIZES, damage, random_record, write_dataset
 
 from framepack_jax import bundle, packing, video
-from framepack_jax.data import checks, loader, pixels, records
+from framepack_jax.data import checks, loader, pixel_batch, records
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.loader import Config, DatasetError, open_loader
 from framepack_jax.data.records import Index
@@ -462,10 +462,10 @@ def test_windows_hold_what_sections_read(schedule) -> None:
     for sections in (1, 2, 5, 16):
         length = 1 + 2 * sections
         for section in packing.plan(schedule, order, sections):
-            window = pixels.window_of(section, length, size)
+            window = pixel_batch.window_of(section, length, size)
             assert window.first >= 1
             table = [None, 0, *range(window.first, window.first + size)]
             for positions in (section.targets, *(group.reads for group in section.groups)):
-                at = pixels.rows(positions, window)
+                at = pixel_batch.rows(positions, window)
                 read = [table[row] for row in at]
                 assert read == [None if p == packing.MISSING else p for p in positions]

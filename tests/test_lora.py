@@ -27,9 +27,9 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from framepack_jax.conversion import engine, lora_layout, readers, tables
+from framepack_jax.conversion import engine, lora_fusion, tables, weight_files
 from framepack_jax.conversion import lora as files
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import lora, registry, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.lora import Factors
@@ -432,7 +432,7 @@ def test_a_flag_without_a_file() -> None:
 
 
 def plan_of(file: Path) -> engine.Plan:
-    source = tables.recognise(readers.open_checkpoint(file), "transformer")
+    source = tables.recognise(weight_files.open_checkpoint(file), "transformer")
     return engine.plan(dataclasses.replace(source, given={"rope_axes": (4, 6, 6)}))
 
 
@@ -715,7 +715,7 @@ def test_other_kinds_of_adapter(tensor: str, kind: str, peft, model, tmp_path) -
     with pytest.raises(ConversionError, match=f"{kind}.*not supported") as error:
         files.read(file, model[0])
     assert tensor in str(error.value)
-    assert files.is_lora(readers.open_checkpoint(file))
+    assert files.is_lora(weight_files.open_checkpoint(file))
 
 
 def test_what_is_wrong_is_named_together(peft, model, tmp_path) -> None:
@@ -761,7 +761,7 @@ def test_no_lora_at_all(module, model, tmp_path) -> None:
     with pytest.raises(ConversionError, match="is no LoRA") as error:
         files.read(tmp_path, model[0])
     assert "lora_down" in str(error.value)
-    assert not files.is_lora(readers.open_checkpoint(tmp_path))
+    assert not files.is_lora(weight_files.open_checkpoint(tmp_path))
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ConversionError, match=r"cut\.safetensors"):
         files.read(tmp_path / "cut.safetensors", model[0])
@@ -1028,20 +1028,20 @@ def test_joining_and_cutting_are_exact(data: st.DataObject) -> None:
         return np.array(cells, np.float32).reshape(rows, columns)
 
     shared = matrix(2, 3)
-    parts: list[lora_layout.Pair | None] = []
+    parts: list[lora_fusion.Pair | None] = []
     for size in sizes:
         down = shared if data.draw(st.booleans()) else matrix(data.draw(st.integers(1, 3)), 3)
         scale = np.full(len(down), data.draw(st.sampled_from([1, 0.5])))
-        pair = lora_layout.Pair(down, matrix(size, len(down)), scale)
+        pair = lora_fusion.Pair(down, matrix(size, len(down)), scale)
         parts.append(data.draw(st.sampled_from([pair, None])) if any(parts) else pair)
 
-    def change(pair: lora_layout.Pair | None, size: int) -> np.ndarray:
+    def change(pair: lora_fusion.Pair | None, size: int) -> np.ndarray:
         return np.zeros((size, 3)) if pair is None else pair.up * pair.scale @ pair.down
 
     expected = [change(part, size) for part, size in zip(parts, sizes, strict=True)]
-    fused = lora_layout._join(parts, sizes)
+    fused = lora_fusion._join(parts, sizes)
     np.testing.assert_array_equal(change(fused, 0), np.concatenate(expected))
-    cut = lora_layout._cut(fused, sizes)
+    cut = lora_fusion._cut(fused, sizes)
     for part, size, whole in zip(cut, sizes, expected, strict=True):
         np.testing.assert_array_equal(change(part, size), whole)
 

@@ -27,18 +27,18 @@ from test_processes import ended, launch
 from framepack_jax import bundle, conditioning, video
 from framepack_jax.cli import prepare
 from framepack_jax.data import (
-    cluster,
-    dataset,
-    encode,
+    build,
+    clip_cache,
+    filters,
     listing,
     loader,
-    pixels,
+    pixel_batch,
+    precompute,
+    ray_backend,
     records,
-    stages,
-    store,
 )
+from framepack_jax.data.filters import Rejected, Settings, Thresholds
 from framepack_jax.data.records import DatasetError, Record, Source
-from framepack_jax.data.stages import Rejected, Settings, Thresholds
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.toy import world
 
@@ -102,29 +102,29 @@ def run(videos: Path, output: Path, *more: str) -> dict:
 def test_a_scene_ends_where_the_picture_changes(tmp_path) -> None:
     parts = [scene_frames(n, 1.0) for n in (0, 1, 2)]
     file = write_video(tmp_path / "a.mp4", itertools.chain(*parts))
-    cuts = list(stages.clips(file, SETTINGS))
+    cuts = list(filters.clips(file, SETTINGS))
     assert [cut.first for cut in cuts] == [0, 30, 60]
     assert [len(cut.frames) for cut in cuts] == [29, 29, 29]
-    whole = list(stages.clips(file, dataclasses.replace(SETTINGS, cut=1.0)))
+    whole = list(filters.clips(file, dataclasses.replace(SETTINGS, cut=1.0)))
     assert [len(cut.frames) for cut in whole] == [89]
 
 
 def test_motion_is_no_cut() -> None:
     for number in range(8):
-        frames = [stages._small(frame) for frame in scene_frames(number, 1.0)]
-        assert not any(stages.is_cut(a, b, SETTINGS.cut) for a, b in itertools.pairwise(frames))
+        frames = [filters._small(frame) for frame in scene_frames(number, 1.0)]
+        assert not any(filters.is_cut(a, b, SETTINGS.cut) for a, b in itertools.pairwise(frames))
 
 
 def test_long_scenes_are_divided(tmp_path) -> None:
     file = write_video(tmp_path / "a.mp4", scene_frames(0, 3.0))
-    cuts = list(stages.clips(file, dataclasses.replace(SETTINGS, max_frames=41)))
+    cuts = list(filters.clips(file, dataclasses.replace(SETTINGS, max_frames=41)))
     assert [(cut.first, len(cut.frames)) for cut in cuts] == [(0, 41), (41, 41), (82, 5)]
 
 
 def test_clips_are_resampled_by_time_and_cropped(tmp_path) -> None:
     frames = scene_frames(3, 2.0)
     slow = write_video(tmp_path / "slow.mp4", frames[::2], fps=15)
-    (cut,) = stages.clips(slow, SETTINGS)
+    (cut,) = filters.clips(slow, SETTINGS)
     assert cut.frames.shape == (57, 32, 48, 3)
     shown = [video.resize_center_crop(frame, 32, 48) for frame in video.read_frames(slow)]
     for k in range(57):
@@ -135,7 +135,7 @@ def test_clips_are_resampled_by_time_and_cropped(tmp_path) -> None:
 def test_a_clip_goes_to_the_bucket_of_its_shape(tmp_path, turned) -> None:
     size = (96, 64) if turned else (64, 96)
     file = write_video(tmp_path / "a.mp4", scene_frames(0, 1.0, *size))
-    (cut,) = stages.clips(file, SETTINGS)
+    (cut,) = filters.clips(file, SETTINGS)
     assert cut.frames.shape[1:3] == ((48, 32) if turned else (32, 48))
 
 
@@ -148,13 +148,13 @@ def test_scores_say_what_they_mean() -> None:
     barred = moving.copy()
     barred[:, :8] = barred[:, -8:] = 0
     clips = {"moving": moving, "still": still, "blurred": blurred, "barred": barred}
-    found = {name: stages.scores(clip) for name, clip in clips.items()}
+    found = {name: filters.scores(clip) for name, clip in clips.items()}
     assert found["still"]["motion"] == 0 and found["still"]["still"] == 1
     assert found["moving"]["motion"] > 0.5 and found["moving"]["still"] == 0
     assert found["blurred"]["sharpness"] < found["moving"]["sharpness"] / 5
     assert found["barred"]["black_bars"] == 0.25 and found["moving"]["black_bars"] == 0
-    assert found["moving"]["hash"] != stages.scores(moving[:, :, ::-1])["hash"]
-    dark = stages.scores(moving // 20)
+    assert found["moving"]["hash"] != filters.scores(moving[:, :, ::-1])["hash"]
+    dark = filters.scores(moving // 20)
     assert dark["brightness"] < 8 < found["moving"]["brightness"]
 
 
@@ -162,10 +162,10 @@ def test_scores_say_what_they_mean() -> None:
 def test_frames_that_are_repeated_for_the_rate_are_not_still(tmp_path, fps) -> None:
     """Of an animation every frame differs from the one before; at 30 a second most do not."""
     frames = [np.roll(scene_frames(0, 0.1)[0], 3 * k, axis=1) for k in range(3 * fps)]
-    (cut,) = stages.clips(write_video(tmp_path / "a.mp4", frames, fps), SETTINGS)
+    (cut,) = filters.clips(write_video(tmp_path / "a.mp4", frames, fps), SETTINGS)
     assert len(cut.frames) == 89 and cut.scores["still"] == 0
     repeated = [frames[k - k % 3] for k in range(3 * fps)]
-    (cut,) = stages.clips(write_video(tmp_path / "b.mp4", repeated, fps), SETTINGS)
+    (cut,) = filters.clips(write_video(tmp_path / "b.mp4", repeated, fps), SETTINGS)
     assert cut.scores["still"] > 0.5, "those of the video itself are"
 
 
@@ -275,8 +275,8 @@ def test_two_hours_are_streamed(tmp_path, monkeypatch) -> None:
         for read in range(2 * 3600 * 30):  # noqa: B007
             yield picture
 
-    monkeypatch.setattr(stages, "read_frames", endless)
-    clips = stages.clips(file, dataclasses.replace(SETTINGS, max_frames=61))
+    monkeypatch.setattr(filters, "read_frames", endless)
+    clips = filters.clips(file, dataclasses.replace(SETTINGS, max_frames=61))
     for number, cut in enumerate(itertools.islice(clips, 5)):
         assert len(cut.frames) == 61 and read == 61 * (number + 1)
     clips.close()
@@ -345,7 +345,7 @@ def test_each_caption_and_span_of_a_video_makes_records(tmp_path, fake) -> None:
     assert len({r.clip.id for r in found}) == 3 and len({r.clip.video for r in found}) == 1
     (shard,) = index.shards
     assert len(set(shard.videos)) == 1
-    (cut,) = stages.clips(file, SETTINGS, 3.0)
+    (cut,) = filters.clips(file, SETTINGS, 3.0)
     expected = [video.resize_center_crop(f, 32, 48) for f in list(video.read_frames(file, 30))[90:]]
     np.testing.assert_array_equal(cut.frames, expected[:57])
     manifest.write_text("\n".join(map(json.dumps, rows)))
@@ -373,11 +373,11 @@ def test_the_summary_counts_cut_captions_and_files_left_out(tmp_path, capsys) ->
 
 def test_a_dataset_from_before_says_its_videos_in_one_object(three, fake) -> None:
     """It is known by them, and replaced with all of its files."""
-    lines = (three / "out" / dataset.VIDEOS).read_text().splitlines()
+    lines = (three / "out" / build.VIDEOS).read_text().splitlines()
     head, *rows = map(json.loads, lines)
     stamps = {row["video"]: row["stamp"] for row in rows}
-    (three / "out" / dataset.VIDEOS).unlink()
-    old = three / "out" / dataset.VIDEOS_BEFORE
+    (three / "out" / build.VIDEOS).unlink()
+    old = three / "out" / build.VIDEOS_BEFORE
     old.write_text(json.dumps(head | {"videos": stamps}) + "\n")
     (three / "others").mkdir()
     write_video(three / "others" / "0.mp4", scene_frames(7, 2.0))
@@ -385,7 +385,7 @@ def test_a_dataset_from_before_says_its_videos_in_one_object(three, fake) -> Non
         run(three / "others", three / "out")
     (three / "videos").rename(three / "moved")
     run(three / "moved", three / "out")
-    assert not old.exists() and (three / "out" / dataset.VIDEOS).exists() and fake.calls == 3
+    assert not old.exists() and (three / "out" / build.VIDEOS).exists() and fake.calls == 3
 
 
 def test_memory_does_not_grow_with_the_videos_that_wait(monkeypatch) -> None:
@@ -395,7 +395,7 @@ def test_memory_does_not_grow_with_the_videos_that_wait(monkeypatch) -> None:
     def videos():
         for number in range(1_000_000):
             asked.append(number)
-            yield store.Video(str(number), "", Path(f"/nowhere/{number}.mp4"), ("waves",))
+            yield clip_cache.Video(str(number), "", Path(f"/nowhere/{number}.mp4"), ("waves",))
 
     found = prepare.decoded(videos(), SETTINGS, 3)
     for number in range(5):
@@ -489,8 +489,8 @@ def test_a_dataset_stays_until_the_next_is_whole(three, fake, monkeypatch, what)
         if what in name:
             patched.setattr(records, name[what], fail)
         else:
-            patched.setattr(store, "is_done", lambda *_: True)
-            next((three / "out" / store.STORE).glob("*/*.rec")).unlink()
+            patched.setattr(clip_cache, "is_done", lambda *_: True)
+            next((three / "out" / clip_cache.STORE).glob("*/*.rec")).unlink()
         with pytest.raises(SystemExit, match=r"No space|No such file|interrupted"):
             run(three / "videos", three / "out", "--min-seconds", "0.5")
     assert hashes(three / "out") == before
@@ -541,7 +541,7 @@ def test_killed_at_any_moment_a_dataset_is_the_old_one_the_new_one_or_none(
 
 def test_a_record_that_is_gone_is_encoded_again(three, fake) -> None:
     before, calls = hashes(three / "out"), fake.calls
-    stored = sorted((three / "out" / store.STORE).glob("*/000.*"))
+    stored = sorted((three / "out" / clip_cache.STORE).glob("*/000.*"))
     assert len(stored) == 6
     for number, file in enumerate(stored[1:3], 1):
         file.unlink()
@@ -571,7 +571,7 @@ def test_a_dataset_of_other_videos_is_not_replaced_unasked(three, fake) -> None:
     assert records.read_index(three / "out").clips == 1
     with pytest.raises(SystemExit, match=r"of the videos of .*/others, and --videos .*/videos has"):
         run(three / "videos", three / "out")
-    (three / "out" / dataset.VIDEOS).write_text("{}")
+    (three / "out" / build.VIDEOS).write_text("{}")
     with pytest.raises(SystemExit, match=r"videos\.json.* is damaged.*give --replace"):
         run(three / "videos", three / "out")
 
@@ -593,7 +593,7 @@ def test_videos_that_were_moved_are_not_encoded_again(three, fake, mode) -> None
     else:
         assert sources == {"1.mp4", "2.mp4"}
         now = hashes(three / "out")
-        assert [name for name in now if now[name] != before[name]] == [dataset.VIDEOS]
+        assert [name for name in now if now[name] != before[name]] == [build.VIDEOS]
     # Another video of the same name is another.
     write_video(three / "moved" / "2.mp4", scene_frames(9, 2.0))
     run(three / "moved", three / "out", "--mode", mode)
@@ -732,7 +732,7 @@ def test_records_are_what_sampling_encodes(real) -> None:
     record = Source(real / "whole", index.shards)[0]
     manifest = bundle.read_manifest(path_of("random"))
     loader.check_bundle(index, manifest)
-    encoder = encode.Encoder.load(path_of("random"), manifest, pixels=False)
+    encoder = precompute.Encoder.load(path_of("random"), manifest, pixels=False)
     file = Path(record.clip.source)
     frames = np.stack(list(video.read_frames(real / "videos" / file, 30)))[: record.clip.frames]
     frames = np.stack([video.resize_center_crop(f, 32, 48) for f in frames])
@@ -763,15 +763,15 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     schedule = "f1k1_x_g2_f1k1f2k2f16k4_td"
     opened = loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
     batch = next(opened)
-    assert isinstance(batch, pixels.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
+    assert isinstance(batch, pixel_batch.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
     source = Source(output, opened.index.shards)
-    encoder = encode.Encoder.load(
+    encoder = precompute.Encoder.load(
         path_of("random"), bundle.read_manifest(path_of("random")), pixels=False
     )
     for i in range(4):
         clip = source[batch.clip[i]].clip
         assert source[batch.clip[i]].latents is None
-        (cut,) = stages.clips(real / "videos" / Path(clip.source), SETTINGS)
+        (cut,) = filters.clips(real / "videos" / Path(clip.source), SETTINGS)
         np.testing.assert_array_equal(batch.start_frame[i, 0], cut.frames[0])
         # Clips here are shorter than a window: all of it, and then the last frame again.
         count = len(cut.frames)
@@ -784,10 +784,10 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
             conditioning.clip_latents(*encoder.vae, pictures, encoder.mean, encoder.std)
         )
 
-    made = pixels.to_batch(batch, encoded)
+    made = pixel_batch.to_batch(batch, encoded)
     whole = encoder.latents(batch.frames[0])
     for j, at in enumerate(batch.target_at[0]):
-        expected = whole[int(at) - pixels.WINDOW + 1]
+        expected = whole[int(at) - pixel_batch.WINDOW + 1]
         difference = np.asarray(made.target[0, j], np.float32) - expected
         assert np.abs(difference).max() < 0.02 * np.abs(whole).max()
     assert made.context.kernels == batch.kernels
@@ -819,13 +819,15 @@ def test_clips_from_a_cluster_are_those_of_threads(tmp_path) -> None:
     (tmp_path / "b.mp4").write_text("no video")
     fields = dataclasses.asdict(SETTINGS)
     whole = {"number": 0, "start": 0.0, "end": math.inf}
-    rows = cluster.clip_rows(whole | {"path": str(file)}, fields)
-    for ours, theirs in zip(cluster.cuts(iter(rows)), stages.clips(file, SETTINGS), strict=True):
+    rows = ray_backend.clip_rows(whole | {"path": str(file)}, fields)
+    for ours, theirs in zip(
+        ray_backend.cuts(iter(rows)), filters.clips(file, SETTINGS), strict=True
+    ):
         assert (ours.first, ours.scores) == (theirs.first, theirs.scores)
         np.testing.assert_array_equal(ours.frames, theirs.frames)
-    rows = cluster.clip_rows(whole | {"path": str(tmp_path / "b.mp4")}, fields)
+    rows = ray_backend.clip_rows(whole | {"path": str(tmp_path / "b.mp4")}, fields)
     with pytest.raises(Rejected, match="cannot be read"):
-        list(cluster.cuts(iter(rows)))
+        list(ray_backend.cuts(iter(rows)))
 
 
 def test_a_cluster_sends_clips_as_they_come(tmp_path, monkeypatch) -> None:
@@ -835,20 +837,22 @@ def test_a_cluster_sends_clips_as_they_come(tmp_path, monkeypatch) -> None:
     def clips(path, settings, start, end):
         for number in range(3):
             given.append(number)
-            yield stages.Cut(number, np.zeros((5, 2, 2, 3), np.uint8), {})
+            yield filters.Cut(number, np.zeros((5, 2, 2, 3), np.uint8), {})
         raise Rejected("damaged", "its end is missing")
 
-    monkeypatch.setattr(stages, "clips", clips)
+    monkeypatch.setattr(filters, "clips", clips)
     row = {"number": 0, "path": "a.mp4", "start": 0.0, "end": math.inf}
-    rows = cluster.clip_rows(row, dataclasses.asdict(SETTINGS))
+    rows = ray_backend.clip_rows(row, dataclasses.asdict(SETTINGS))
     assert next(rows)["first"] == 0 and given == [0]
-    assert [cut.first for cut in cluster.cuts(itertools.islice(rows, 2))] == [1, 2]
+    assert [cut.first for cut in ray_backend.cuts(itertools.islice(rows, 2))] == [1, 2]
     with pytest.raises(Rejected, match="its end is missing"):
-        list(cluster.cuts(rows))
+        list(ray_backend.cuts(rows))
 
 
 def test_store_names_are_readable_and_differ() -> None:
-    names = [store.video_id(source) for source in ("a/b c.mp4", "b c.mp4", "a/b-c.mp4", "ä.mp4")]
+    names = [
+        clip_cache.video_id(source) for source in ("a/b c.mp4", "b c.mp4", "a/b-c.mp4", "ä.mp4")
+    ]
     assert len(set(names)) == 4 and names[0].startswith("b_c-")
     # Of a million sources, two share 64 bits once in 37 million times.
     assert {len(name.rpartition("-")[2]) for name in names} == {16}
@@ -857,5 +861,5 @@ def test_store_names_are_readable_and_differ() -> None:
 def test_probe_raises_only_rejections(tmp_path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"\0" * 500)
     with pytest.raises(Rejected) as error:
-        stages.probe(tmp_path / "a.mp4")
+        filters.probe(tmp_path / "a.mp4")
     assert error.value.reason == "unreadable"

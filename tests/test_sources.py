@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from framepack_jax import bundle
 from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.cli.export import compare
-from framepack_jax.conversion import encoders, engine, export, float8, inspect, readers, tables
-from framepack_jax.conversion.readers import ConversionError, Entry
+from framepack_jax.conversion import encoders, engine, export, float8, inspect, tables, weight_files
+from framepack_jax.conversion.weight_files import ConversionError, Entry
 from framepack_jax.jobs.provenance import path_of
 from tests.test_conversion import LLAMA, RELEASED, SIZES, assert_same, plan_of
 from tests.torch_reference import randomize
@@ -325,7 +325,7 @@ def test_plain_weights_beside_averaged_ones(framepack, tmp_path) -> None:
     with pytest.raises(ConversionError, match=r"choose one with --prefix '' or --prefix ema\.$"):
         plan_of(file)
     assert inspect.describe(file).count("transformer in diffusers' naming") == 2
-    source = tables.recognise(readers.open_checkpoint(file), "transformer", "")
+    source = tables.recognise(weight_files.open_checkpoint(file), "transformer", "")
     leaves = dict(engine.plan(dataclasses.replace(source, given=AXES)).leaves())
     assert_same(leaves, leaves_of(write(framepack, tmp_path / "plain.safetensors"), **AXES))
 
@@ -426,7 +426,7 @@ def test_a_whole_checkpoint_of_released_sizes_fits_without_a_config(framepack, t
     entries, _ = float8.unpack(path, [], entries)
     # Belongs to none of them.
     (tmp_path / "config.json").write_text("{}")
-    found = tables.networks(readers.Checkpoint(path, [], entries))
+    found = tables.networks(weight_files.Checkpoint(path, [], entries))
     assert list(found) == list(ENCODERS)
     for role in ENCODERS[1:]:
         (source,) = found[role]
@@ -516,7 +516,7 @@ def test_every_8_bit_number_times_a_scale_is_rounded_once(tmp_path) -> None:
     codes = codes[codes.float().isfinite()]
     for scale in (1.0, 0.3, 1e-5):
         state = {"a.weight": codes, "a.scale_weight": torch.tensor(scale)}
-        checkpoint = readers.open_checkpoint(write(state, tmp_path / "x.safetensors"))
+        checkpoint = weight_files.open_checkpoint(write(state, tmp_path / "x.safetensors"))
         assert checkpoint.names() == ["a.weight"]
         read = checkpoint.read("a.weight").view(np.int16)
         meant = (codes.float() * torch.tensor(scale)).to(torch.bfloat16).view(torch.int16)
@@ -605,7 +605,7 @@ def float8_scaled(state: State) -> dict[str, Entry]:
 def test_repackaged_encoders_fit_without_a_config(role: str, tmp_path) -> None:
     path = tmp_path / "encoder.safetensors"
     entries, _ = float8.unpack(path, [], repackaged(role))
-    plan = engine.plan(tables.recognise(readers.Checkpoint(path, [], entries), role))
+    plan = engine.plan(tables.recognise(weight_files.Checkpoint(path, [], entries), role))
     assert plan.cfg.layers == 1 and plan.cfg.width == RELEASED[role][1]["hidden_size"]
 
 

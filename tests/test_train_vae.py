@@ -16,7 +16,7 @@ from PIL import Image
 
 from framepack_jax import bundle, conditioning
 from framepack_jax.cli import train_vae
-from framepack_jax.data import clips
+from framepack_jax.data import vae_clips
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import vae as model
 from framepack_jax.ops.conv import causal_conv3d
@@ -129,7 +129,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, place, tmp_path) -> None:
 
 
 def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeypatch) -> None:
-    read, steps = clips.read_clip, []
+    read, steps = vae_clips.read_clip, []
 
     def gone_after_two_steps(*args) -> np.ndarray:
         if len(steps) >= 2:
@@ -142,8 +142,8 @@ def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeyp
             super().update(n)
 
     monkeypatch.setattr(vae, "Bar", CountingBar)
-    monkeypatch.setattr(clips, "read_clip", gone_after_two_steps)
-    monkeypatch.setattr(clips, "KEPT_BYTES", 0)
+    monkeypatch.setattr(vae_clips, "read_clip", gone_after_two_steps)
+    monkeypatch.setattr(vae_clips, "KEPT_BYTES", 0)
     with pytest.raises(SystemExit) as left:
         train_vae.main([*flags(place, tmp_path / "run"), "--steps", "60"])
     step = max(checkpoints.steps_of(tmp_path / "run"))
@@ -165,11 +165,11 @@ def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> N
     np.testing.assert_allclose(
         params["encoder"]["conv_in"]["kernel"], trained["encoder"]["conv_in"]["kernel"], rtol=1e-2
     )
-    found = clips.find_videos(place / "videos", 5, (16, 24))
-    train, held = clips.hold_out(found, 2)
+    found = vae_clips.find_videos(place / "videos", 5, (16, 24))
+    train, held = vae_clips.hold_out(found, 2)
     latents = np.concatenate([
         conditioning.clip_latents(
-            cfg, params, clips.read_clip(video, (video.frames - 5) // 2, 5)[None],
+            cfg, params, vae_clips.read_clip(video, (video.frames - 5) // 2, 5)[None],
             manifest.latent_mean, manifest.latent_std,
         )
         for video in train
@@ -188,9 +188,9 @@ def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> N
 
 
 def test_the_stream_of_clips_does_not_depend_on_hosts(place) -> None:
-    videos = clips.find_videos(place / "videos", 5, (16, 24))
-    alone = clips.Clips(videos, 5, (16, 24), 4, seed=3)
-    shares = [clips.Clips(videos, 5, (16, 24), 4, seed=3, share=(i, 2)) for i in range(2)]
+    videos = vae_clips.find_videos(place / "videos", 5, (16, 24))
+    alone = vae_clips.Clips(videos, 5, (16, 24), 4, seed=3)
+    shares = [vae_clips.Clips(videos, 5, (16, 24), 4, seed=3, share=(i, 2)) for i in range(2)]
     batches = [next(alone) for _ in range(3)]
     assert batches[0].shape == (4, 5, 16, 24, 3) and batches[0].dtype == np.uint8
     for batch in batches:
@@ -200,20 +200,20 @@ def test_the_stream_of_clips_does_not_depend_on_hosts(place) -> None:
         assert np.array_equal(joined, batch)
     state = alone.get_state()
     after = next(alone)
-    again = clips.Clips(videos, 5, (16, 24), 4, seed=3)
+    again = vae_clips.Clips(videos, 5, (16, 24), 4, seed=3)
     again.set_state(state)
     assert np.array_equal(next(again), after)
     assert not np.array_equal(after, batches[0])
 
 
 def test_held_out_videos_stay_when_others_come(place) -> None:
-    videos = clips.find_videos(place / "videos", 5, (16, 24))
-    few, held = clips.hold_out(videos[:6], 2)
+    videos = vae_clips.find_videos(place / "videos", 5, (16, 24))
+    few, held = vae_clips.hold_out(videos[:6], 2)
     assert {*few, *held} == set(videos[:6]) and len(held) == 2
-    more, _ = clips.hold_out(videos, 4)
-    assert len(more) == 4 and not set(more) & set(clips.hold_out(videos, 2)[1])
+    more, _ = vae_clips.hold_out(videos, 4)
+    assert len(more) == 4 and not set(more) & set(vae_clips.hold_out(videos, 2)[1])
     with pytest.raises(ValueError, match="--holdout 8 leaves none of 8"):
-        clips.hold_out(videos, 8)
+        vae_clips.hold_out(videos, 8)
 
 
 def test_noise_ratio_and_divergence() -> None:

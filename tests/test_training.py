@@ -31,9 +31,17 @@ from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import lora, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
-from framepack_jax.training import loop, metrics, optimizer, state, step, summary, validation
+from framepack_jax.training import (
+    flow_matching,
+    metrics,
+    optimizer,
+    state,
+    summary,
+    trainer,
+    validation,
+)
 from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Times, Validation
-from framepack_jax.training.feed import local_share, place
+from framepack_jax.training.prefetch import local_share, place
 
 ROOT = Path(__file__).parent.parent
 SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
@@ -50,7 +58,7 @@ def train_of(cfg: Config):
     """The compiled step of (state, frozen, vae, batch), which uses nothing up."""
     setup = set_up(cfg)
     fixed = cfg, setup.model, setup.tx, setup.encode
-    return jax.jit(functools.partial(step.train_step, *fixed), compiler_options=QUICK)
+    return jax.jit(functools.partial(flow_matching.train_step, *fixed), compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +85,9 @@ def begun_once(cfg: Config):
 
 
 @functools.cache
-def set_up(cfg: Config) -> loop.Setup:
+def set_up(cfg: Config) -> trainer.Setup:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return loop.set_up(cfg, bundle.read_manifest(path_of("random")), mesh)
+    return trainer.set_up(cfg, bundle.read_manifest(path_of("random")), mesh)
 
 
 def begin(cfg: Config):
@@ -91,8 +99,8 @@ def begin(cfg: Config):
 def values(cfg: Config, batch, params, frozen) -> float:
     """The loss alone."""
     setup = set_up(cfg)
-    keys = step.sample_keys(cfg.seed, batch.element)
-    compute = functools.partial(step.sample_losses, cfg, setup.model)
+    keys = flow_matching.sample_keys(cfg.seed, batch.element)
+    compute = functools.partial(flow_matching.sample_losses, cfg, setup.model)
     losses = jax.jit(compute, compiler_options=QUICK)(
         params, frozen, batch, keys, jnp.asarray([0.1, 0.4, 0.7, 1.0])
     )
@@ -114,11 +122,11 @@ def on(setup, batch):
 def gradient(cfg: Config, batch, params=None):
     """Loss and gradient of the trained parameters."""
     setup, begun, frozen = begin(cfg)
-    keys = step.sample_keys(cfg.seed, batch.element)
-    sigmas = step.draw_sigmas(cfg.times, keys, 0.7)
+    keys = flow_matching.sample_keys(cfg.seed, batch.element)
+    sigmas = flow_matching.draw_sigmas(cfg.times, keys, 0.7)
 
     def loss(params):
-        losses = step.sample_losses(cfg, setup.model, params, frozen, batch, keys, sigmas)
+        losses = flow_matching.sample_losses(cfg, setup.model, params, frozen, batch, keys, sigmas)
         return jnp.mean(losses)
 
     compute = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
@@ -178,9 +186,9 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     """Against the formula, with the network that sampling calls."""
     setup, begun, frozen = begin(BASE)
     batch = batches[0]
-    keys = step.sample_keys(BASE.seed, batch.element)
+    keys = flow_matching.sample_keys(BASE.seed, batch.element)
     sigmas = jnp.asarray([0.1, 0.4, 0.7, 1.0])
-    compute = functools.partial(step.sample_losses, BASE, setup.model)
+    compute = functools.partial(flow_matching.sample_losses, BASE, setup.model)
     compute = jax.jit(compute, compiler_options=QUICK)
     found = compute(begun.params, frozen, batch, keys, sigmas)
     noise = np.stack(
@@ -203,13 +211,13 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
 
 
 def test_noise_levels_are_shifted_as_in_sampling() -> None:
-    keys = step.sample_keys(3, jnp.arange(20_000))
+    keys = flow_matching.sample_keys(3, jnp.arange(20_000))
     mu = 0.9
-    uniform = step.draw_sigmas(Times("uniform"), keys, mu)
+    uniform = flow_matching.draw_sigmas(Times("uniform"), keys, mu)
     # Quantiles of the uniform t are those of the sampler's grid.
     grid = flow.sigmas(4, mu)[::-1]
     np.testing.assert_allclose(np.quantile(uniform, [0.25, 0.5, 0.75]), grid[1:4], atol=0.01)
-    normal = step.draw_sigmas(Times(mean=0.3, std=0.8, shift=0.0), keys, mu)
+    normal = flow_matching.draw_sigmas(Times(mean=0.3, std=0.8, shift=0.0), keys, mu)
     logits = np.log(normal) - np.log1p(-np.asarray(normal))
     assert abs(logits.mean() - 0.3) < 0.02 and abs(logits.std() - 0.8) < 0.02
     assert len(np.unique(uniform)) > 19_000
@@ -220,13 +228,13 @@ def test_the_shift_is_that_of_the_section(batches) -> None:
 
     rows, columns = batches[0].target.shape[2:4]
     expected = flow.shift_mu(packing.target_tokens(SCHEDULE, rows, columns))
-    assert step.section_mu(batches[0].target.shape) == expected
+    assert flow_matching.section_mu(batches[0].target.shape) == expected
 
 
 def test_history_noise_leaves_what_is_missing(batches) -> None:
     context = jax.tree.map(jnp.asarray, batches[0].context)
-    keys = step.sample_keys(0, jnp.asarray(batches[0].element))
-    moved = step.noised_context(context, keys, 0.5)
+    keys = flow_matching.sample_keys(0, jnp.asarray(batches[0].element))
+    moved = flow_matching.noised_context(context, keys, 0.5)
     missing = 0
     for old, new in zip(context.latents, moved.latents, strict=True):
         there = np.asarray(old != 0).any(axis=(2, 3, 4))
@@ -329,12 +337,12 @@ def test_no_frozen_kernel_has_a_gradient(batches) -> None:
     for trainable in ("all", "lora"):
         cfg = changed(trainable=trainable, lora=LoRA(rank=1, alpha=1.0))
         setup, begun, frozen = begin(cfg)
-        keys = step.sample_keys(cfg.seed, batch.element)
+        keys = flow_matching.sample_keys(cfg.seed, batch.element)
 
         def loss(params, cfg=cfg, setup=setup, frozen=frozen, keys=keys):
             sigmas = jnp.full(4, 0.5)
             arguments = cfg, setup.model, params, frozen
-            return step.sample_losses(*arguments, batch, keys, sigmas).mean()
+            return flow_matching.sample_losses(*arguments, batch, keys, sigmas).mean()
 
         program = jax.make_jaxpr(jax.value_and_grad(loss))(begun.params).jaxpr
         costs[trainable] = products(program)
@@ -623,7 +631,7 @@ def test_every_optimizer_does_on_eight_devices_what_it_does_on_one(tmp_path) -> 
 def test_quantized_weights_are_not_trained(monkeypatch, dtype) -> None:
     monkeypatch.setattr(bundle, "stored_dtypes", lambda *_: {"a": "bfloat16", "b": dtype})
     with pytest.raises(ValueError, match=f"bundle made keeps its transformer in {dtype}"):
-        loop.load_network(set_up(BASE), "made")
+        trainer.load_network(set_up(BASE), "made")
 
 
 def test_state_of_no_parameter_is_named() -> None:
@@ -651,8 +659,8 @@ def test_steps_and_learning_rate_are_not_in_the_program(batches) -> None:
 
     def program(**fields) -> str:
         setup = set_up(changed(**fields))
-        arguments = setup.abstract, setup.frozen, {}, batch, loop.RATE
-        return loop.jitted_step(setup).lower(*arguments).as_text()
+        arguments = setup.abstract, setup.frozen, {}, batch, trainer.RATE
+        return trainer.jitted_step(setup).lower(*arguments).as_text()
 
     other = Optimizer(learning_rate=3e-5, warmup_steps=7, schedule="cosine")
     assert program() == program(steps=77, optimizer=other)
@@ -689,7 +697,9 @@ def test_rates_do_not_depend_on_how_often_they_are_logged(monkeypatch, every) ->
     log = metrics.Log(BASE, lambda step: 0.1, [writer()])
     one = np.float32(0.5)
     log.begin()
-    figures = step.Metrics(one, one, False, 0, *[np.full(4, 0.5)] * 2, *[np.zeros(4, int)] * 2)
+    figures = flow_matching.Metrics(
+        one, one, False, 0, *[np.full(4, 0.5)] * 2, *[np.zeros(4, int)] * 2
+    )
     for number in range(1, 13):
         now += 0.25
         log.wait(0.25)

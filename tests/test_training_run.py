@@ -37,8 +37,8 @@ from framepack_jax.training import checkpoints, export, state, vae
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
 from framepack_jax.training.export import provenance
-from framepack_jax.training.feed import check_batch
 from framepack_jax.training.metrics import Jsonl, WandB
+from framepack_jax.training.prefetch import check_batch
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

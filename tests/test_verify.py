@@ -15,7 +15,7 @@ from framepack_jax.bundle import BundleError
 from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.cli.export import compare
 from framepack_jax.conversion import engine, export, transformer, verify
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.packing import PackedContext

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import torch
 
-from framepack_jax.conversion import engine, readers, tables
+from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.models import registry, scan
 
 
@@ -44,6 +44,6 @@ def to_jax(x: torch.Tensor) -> jax.Array:
 def convert_module(module: torch.nn.Module, role: str, folder: Path):
     """A diffusers or transformers module saved to `folder` -> (config, params) of ours."""
     module.save_pretrained(folder)
-    plan = engine.plan(tables.recognise(readers.open_checkpoint(folder), role))
+    plan = engine.plan(tables.recognise(weight_files.open_checkpoint(folder), role))
     stacks = registry.KINDS[plan.source.table.kind].STACKS
     return plan.cfg, scan.join(dict(plan.leaves()), stacks)

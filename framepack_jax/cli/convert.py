@@ -16,17 +16,17 @@ from framepack_jax.bundle import Manifest, Role
 from framepack_jax.cli.export import byte_bar, compare, export_lora, export_role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import (
-    assets,
     engine,
     hub,
     inspect,
-    readers,
     tables,
+    tokenizers,
     transformer,
     vae,
     verify,
+    weight_files,
 )
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan.transformer import context_kernels
@@ -246,11 +246,11 @@ def convert(flags: Convert) -> Manifest:
         source = {**roles[name].source, **written._asdict()}
         roles[name] = dataclasses.replace(roles[name], source=source)
     if shared:
-        names = assets.MARKERS.keys() - files.keys()
+        names = tokenizers.MARKERS.keys() - files.keys()
         kept = {name: epath.Path(flags.encoders_from) / name for name in names}
         files |= {name: folder for name, folder in kept.items() if folder.exists()}
     for name, folder in files.items():
-        assets.copy(name, folder, output)
+        tokenizers.copy(name, folder, output)
     bundle.write_manifest(output, dataclasses.replace(manifest, roles=roles))
     (output / bundle.UNFINISHED).unlink()
     return bundle.read_manifest(output)
@@ -307,7 +307,7 @@ def _where(name: str, role: Role) -> str:
 def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
     """The flags with paths here for what they take from the hub, and the parts that come from there
     with the names that they have there. Raises ConversionError."""
-    names = ("pipeline", *bundle.ROLES, *assets.MARKERS)
+    names = ("pipeline", *bundle.ROLES, *tokenizers.MARKERS)
     given = {name: hub.split(str(path)) for name in names if (path := getattr(flags, name))}
     if flags.framepack:
         released = hub.FRAMEPACK[flags.framepack]
@@ -353,12 +353,12 @@ def _files(flags: Convert, paths: dict[str, Path], plans: Iterable[str]) -> dict
     """Return the folders of the tokenizers and the image processor that the bundle takes, by name.
     Raises one ConversionError for all that are missing."""
     files, problems = {}, []
-    for role, name in assets.FOLDERS.items():
+    for role, name in tokenizers.FOLDERS.items():
         given = getattr(flags, name)
         if role not in plans and not given:
             continue
         try:
-            files[name] = assets.find(role, paths.get(role), given)
+            files[name] = tokenizers.find(role, paths.get(role), given)
         except ConversionError as error:
             released = "/".join(filter(None, hub.SHARED[name]))
             problems.append(f"{error}; that of the released models is {released}")
@@ -382,7 +382,7 @@ def _paths(flags: Convert) -> dict[str, Path]:
 def _pipeline_paths(pipeline: Path) -> dict[str, Path]:
     """Return where each role of a pipeline is: a folder of it, or the file that holds them all."""
     if not pipeline.is_dir():
-        if held := tables.networks(readers.open_checkpoint(pipeline)):
+        if held := tables.networks(weight_files.open_checkpoint(pipeline)):
             return dict.fromkeys(held, pipeline)
         raise ConversionError(
             f"{pipeline} holds no network that is known by its tensors; see what it is with"
@@ -394,7 +394,7 @@ def _pipeline_paths(pipeline: Path) -> dict[str, Path]:
             f"{pipeline} is no diffusers pipeline (it has no {index.name}); give single networks"
             " with --transformer, --vae and so on"
         )
-    held = readers.read_json(index)
+    held = weight_files.read_json(index)
     return {role: pipeline / role for role in bundle.ROLES if any(held.get(role) or ())}
 
 
@@ -460,7 +460,7 @@ def _parts(output: epath.Path) -> list[epath.Path]:
     orbax puts behind it)."""
     if not output.exists():
         return []
-    names = "|".join((*bundle.ROLES, *assets.MARKERS))
+    names = "|".join((*bundle.ROLES, *tokenizers.MARKERS))
     pattern = re.compile(rf"({names})(\.partial_save.*)?")
     return [part for part in output.iterdir() if pattern.fullmatch(part.name)]
 
@@ -472,7 +472,7 @@ def _plans(
     the image encoder."""
     plans = {}
     for role in sorted(paths, key=lambda role: role == "transformer"):
-        source = tables.recognise(readers.open_checkpoint(paths[role]), role, flags.prefix)
+        source = tables.recognise(weight_files.open_checkpoint(paths[role]), role, flags.prefix)
         if shared and role in shared.roles:
             source = dataclasses.replace(source, like=bundle.role_config(shared, role)[1])
         if role == "transformer":
@@ -545,7 +545,7 @@ def _role(name: str, plans: dict[str, engine.Plan], origin: str | None) -> Role:
     return Role(plan.source.table.kind, dataclasses.asdict(plan.cfg), name, source)
 
 
-def _not_taken(checkpoint: readers.Checkpoint, plans: dict[str, engine.Plan]) -> list[str]:
+def _not_taken(checkpoint: weight_files.Checkpoint, plans: dict[str, engine.Plan]) -> list[str]:
     """Return the roles of the networks in a checkpoint that are not taken from it."""
     taken = {role for role, plan in plans.items() if plan.source.checkpoint.path == checkpoint.path}
     return [role for role in tables.networks(checkpoint) if role not in taken]

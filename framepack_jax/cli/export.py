@@ -5,7 +5,7 @@ from pathlib import Path
 
 from framepack_jax import bundle
 from framepack_jax.conversion import export, hub, lora, tables, verify
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.utils.progress import Bar

@@ -19,14 +19,14 @@ import tyro
 from framepack_jax import bundle, packing
 from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.cli import keep_compiled
-from framepack_jax.data import cluster, dataset, stages, store
+from framepack_jax.data import build, clip_cache, filters, ray_backend
 from framepack_jax.data.captions import NOT_TEXT, escaped
-from framepack_jax.data.encode import TILING, Encoder
+from framepack_jax.data.clip_cache import Video
+from framepack_jax.data.filters import Cut, Settings, Thresholds
 from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.loader import made_by
+from framepack_jax.data.precompute import TILING, Encoder
 from framepack_jax.data.records import INDEX, DatasetError, Index
-from framepack_jax.data.stages import Cut, Settings, Thresholds
-from framepack_jax.data.store import Video
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware
 from framepack_jax.parallel.multihost import in_all, in_first, is_first, join
@@ -113,7 +113,7 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
         )
 
 
-def prepare(flags: Prepare) -> dataset.Packed:
+def prepare(flags: Prepare) -> build.Packed:
     """Make the dataset of `flags`. Raises ValueError for what cannot be, OSError."""
     keep_compiled()
     hardware.quiet_libtpu()
@@ -125,18 +125,18 @@ def prepare(flags: Prepare) -> dataset.Packed:
     listing = in_all(list_videos, flags.videos, flags.empty_captions)
     _check_output(flags.output)
     if not flags.replace:
-        in_first(dataset.check_videos, flags.output, flags.videos, listing)
-    in_first(dataset.check_any, flags.output, flags.videos, listing)
+        in_first(build.check_videos, flags.output, flags.videos, listing)
+    in_first(build.check_any, flags.output, flags.videos, listing)
     made = _made(flags, manifest, settings)
     encoder = Encoder.load(path, manifest, flags.mode == "pixels")
     in_all(_encode, flags, listing, encoder, settings, made)
     index = _index(flags, manifest, settings)
     packed = in_first(
-        dataset.pack, flags.output, flags.videos, listing, flags.thresholds, index,
+        build.pack, flags.output, flags.videos, listing, flags.thresholds, index,
         encoder.prompt(""),
     )  # fmt: skip
     if not flags.keep_clips:
-        in_first(shutil.rmtree, flags.output / store.STORE)
+        in_first(shutil.rmtree, flags.output / clip_cache.STORE)
     if not packed.clips:
         raise DatasetError(
             f"none of {len(listing)} videos gave a clip that gets in; {flags.output}/rejected.jsonl"
@@ -158,7 +158,7 @@ def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:
         raise ValueError(f"--workers {flags.workers}: expected 1 or more")
     most = int(flags.max_seconds * Settings.fps) if 0 < flags.max_seconds < 3600 else 0
     most -= (most - 1) % vae.time_compression
-    if most < stages.LEAST_FRAMES:
+    if most < filters.LEAST_FRAMES:
         raise ValueError(f"--max-seconds {flags.max_seconds}: expected between 0.2 and 3600 s")
     return Settings(
         max_frames=most, cut=flags.cut, buckets=buckets, time_compression=vae.time_compression
@@ -188,7 +188,7 @@ def _check_output(output: Path) -> None:
     """Never write among other files, nor where the writer of shards cannot."""
     if NOT_TEXT.search(str(output)):
         raise DatasetError(f"--output {escaped(str(output))} is no name in UTF-8; choose another")
-    names = (store.STORE, INDEX, dataset.REJECTED)
+    names = (clip_cache.STORE, INDEX, build.REJECTED)
     ours = not output.exists() or any((output / name).exists() for name in names)
     if not ours and any(output.iterdir()):
         raise DatasetError(f"--output {output} is no dataset and not empty; choose another folder")
@@ -236,16 +236,16 @@ def _encode(
 
         def todo() -> Iterator[Video]:
             for video in listing.share(index, count):
-                if store.is_done(flags.output, video, made):
+                if clip_cache.is_done(flags.output, video, made):
                     bar.update()
                 else:
                     yield video
 
         source = decoded(todo(), settings, flags.workers)
         if flags.ray is not None:
-            source = cluster.decoded(todo(), settings, flags.ray)
+            source = ray_backend.decoded(todo(), settings, flags.ray)
         for video, cuts in source:
-            store.add(flags.output, video, cuts, encoder.records, settings, made, advance)
+            clip_cache.add(flags.output, video, cuts, encoder.records, settings, made, advance)
             bar.update()
 
 
@@ -289,7 +289,7 @@ class _Decoding:
     def _work(self) -> None:
         try:
             span = self.video.start, self.video.end
-            for cut in stages.clips(self.video.path, self.settings, *span):
+            for cut in filters.clips(self.video.path, self.settings, *span):
                 if not self._put(cut):
                     return
             self._put(None)

@@ -23,7 +23,7 @@ from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
 from framepack_jax.training.export import export
-from framepack_jax.training.loop import NotFinite, train
+from framepack_jax.training.trainer import NotFinite, train
 from framepack_jax.utils.flags import parse
 
 INTERRUPTED = 130

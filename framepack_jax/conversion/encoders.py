@@ -12,7 +12,6 @@ from typing import Any
 from transformers import AutoConfig
 
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.readers import ConversionError, make_config, reading_shapes
 from framepack_jax.conversion.transforms import (
     Patch,
     Row,
@@ -22,6 +21,7 @@ from framepack_jax.conversion.transforms import (
     linear,
     norm,
 )
+from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
 from framepack_jax.models.encoders import clip, llama, siglip
 
 # Llama's last layers, whose output nothing reads.

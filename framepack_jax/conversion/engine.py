@@ -23,8 +23,8 @@ import ml_dtypes
 import numpy as np
 
 from framepack_jax import bundle
-from framepack_jax.conversion.readers import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.conversion.transforms import Row, Shape
+from framepack_jax.conversion.weight_files import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.models import registry, scan
 
 DTYPES = ("float32", "bfloat16", "float16")

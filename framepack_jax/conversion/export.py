@@ -26,8 +26,8 @@ from framepack_jax import bundle
 from framepack_jax.bundle import Manifest
 from framepack_jax.conversion import encoders, engine, transformer, vae
 from framepack_jax.conversion.engine import Advance, Step, Table
-from framepack_jax.conversion.readers import ConversionError
 from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape, Swapped, Transform
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import scan
 from framepack_jax.models.encoders import clip, siglip
 from framepack_jax.models.hunyuan import transformer as transformer_model

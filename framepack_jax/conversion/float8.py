@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from framepack_jax.conversion.formats import (
+from framepack_jax.conversion.file_formats import (
     FLOAT8,
     TORCH_SUFFIXES,
     ConversionError,

@@ -16,8 +16,8 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import tqdm
 
 from framepack_jax import packing
-from framepack_jax.conversion import assets
-from framepack_jax.conversion.formats import (
+from framepack_jax.conversion import tokenizers
+from framepack_jax.conversion.file_formats import (
     SAFETENSORS_SUFFIXES,
     TORCH_SUFFIXES,
     ConversionError,
@@ -44,7 +44,7 @@ SCHEDULES = {"i2v": packing.RELEASED_INVERTED, "f1": packing.RELEASED_F1}
 
 WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)
 INDEX, TORCH_INDEX = ".safetensors.index.json", ".bin.index.json"
-SMALL_FILES = {"config.json", *assets.TOKENIZER_FILES, *assets.MARKERS.values()}
+SMALL_FILES = {"config.json", *tokenizers.TOKENIZER_FILES, *tokenizers.MARKERS.values()}
 MODEL_INDEX = "model_index.json"
 # Folders of a diffusers pipeline that a bundle has a place for.
 PIPELINE_FOLDERS = {

@@ -13,7 +13,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from framepack_jax import bundle
 from framepack_jax.conversion import engine, lora, tables
 from framepack_jax.conversion.engine import Source
-from framepack_jax.conversion.readers import (
+from framepack_jax.conversion.weight_files import (
     Checkpoint,
     ConversionError,
     open_checkpoint,

@@ -21,7 +21,7 @@ import safetensors
 from framepack_jax.conversion import transformer
 from framepack_jax.conversion.engine import DTYPES, Step, Table
 from framepack_jax.conversion.export import Tensor, stream_safetensors
-from framepack_jax.conversion.lora_layout import (
+from framepack_jax.conversion.lora_fusion import (
     Pair,
     folded,
     kernel_steps,
@@ -33,7 +33,7 @@ from framepack_jax.conversion.lora_layout import (
     to_modules,
     trimmed,
 )
-from framepack_jax.conversion.readers import (
+from framepack_jax.conversion.weight_files import (
     Checkpoint,
     ConversionError,
     open_checkpoint,

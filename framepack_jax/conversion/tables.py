@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from framepack_jax.conversion import encoders, transformer, vae
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.readers import Checkpoint, ConversionError
+from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
 
 TABLES: dict[str, tuple[Table, ...]] = {
     # The landmark of one may stand in those before it too.

@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.readers import ConversionError, make_config, reading_shapes
 from framepack_jax.conversion.transforms import (
     Fresh,
     Inflate,
@@ -23,6 +22,7 @@ from framepack_jax.conversion.transforms import (
     linear,
     norm,
 )
+from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
 from framepack_jax.models.hunyuan.transformer import PATCH, Config
 from framepack_jax.packing import kernel_shape
 

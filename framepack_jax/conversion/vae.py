@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.readers import ConversionError, make_config, reading_shapes
 from framepack_jax.conversion.transforms import Conv, Pointwise, Row, each, kernel, linear, norm
+from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
 from framepack_jax.models.hunyuan.vae import Config
 
 SCALING_FACTOR = 0.476986

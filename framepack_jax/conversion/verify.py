@@ -10,9 +10,9 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import engine, readers, tables, transformer
+from framepack_jax.conversion import engine, tables, transformer, weight_files
 from framepack_jax.conversion.engine import Advance, Plan
-from framepack_jax.conversion.readers import ConversionError
+from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import scan
 
 SHOWN = 10
@@ -35,10 +35,10 @@ def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
     checkpoint of one network or several. Raises ConversionError where there is nothing to compare.
     """
     if (path / "model_index.json").exists():
-        held = readers.read_json(path / "model_index.json")
+        held = weight_files.read_json(path / "model_index.json")
         found = {role: path / role for role in manifest.roles if any(held.get(role) or ())}
     else:
-        held = tables.networks(readers.open_checkpoint(path))
+        held = tables.networks(weight_files.open_checkpoint(path))
         found = {role: path for role in manifest.roles if role in held}
     if not found:
         raise ConversionError(
@@ -52,7 +52,7 @@ def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -
     `tables.recognise`. Raises ConversionError, also where it would have made a network of another
     config."""
     _, cfg = bundle.role_config(manifest, role)
-    source = tables.recognise(readers.open_checkpoint(path), role, prefix)
+    source = tables.recognise(weight_files.open_checkpoint(path), role, prefix)
     source = dataclasses.replace(source, like=cfg)
     if role == "transformer":
         source = dataclasses.replace(source, given={"rope_axes": cfg.rope_axes})

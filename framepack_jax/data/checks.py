@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from framepack_jax.data import dataset, store
+from framepack_jax.data import build, clip_cache
 from framepack_jax.data.records import DatasetError, Index, Source
 from framepack_jax.parallel.multihost import is_first
 from framepack_jax.utils.progress import Bar
@@ -67,7 +67,7 @@ def check_sources(folder: Path, index: Index) -> None:
         videos, sizes = _sources(folder, index), _prepared_sizes(folder)
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(
-            f"{folder / dataset.MANIFEST}, or {VIDEOS[0]} beside it, is damaged ({error}); prepare"
+            f"{folder / build.MANIFEST}, or {VIDEOS[0]} beside it, is damaged ({error}); prepare"
             " the dataset again"
         ) from error
     found = _mapped(lambda v: _fault(v[0], sizes.get(v[1])), videos, "looking for videos")
@@ -98,7 +98,7 @@ def _sources(folder: Path, index: Index) -> list[tuple[Path, str]]:
 
 def _clips(folder: Path, index: Index) -> Iterator[tuple[str, str]]:
     """(video, name) of each clip."""
-    manifest = folder / dataset.MANIFEST
+    manifest = folder / build.MANIFEST
     if not manifest.exists():
         source = Source(folder, index.shards)
         yield from ((clip.source, clip.id) for clip in (source[n].clip for n in range(len(source))))
@@ -117,7 +117,7 @@ def _prepared_sizes(folder: Path) -> dict[str, int]:
     # A line for each video behind the first, or all of them in that.
     head, *rows = map(json.loads, file.read_text().splitlines())
     stamps = head.get("videos") or {row["video"]: row["stamp"] for row in rows}
-    return {store.video_id(source): size for source, (size, _) in stamps.items()}
+    return {clip_cache.video_id(source): size for source, (size, _) in stamps.items()}
 
 
 def _mapped(function: Any, items: Sequence[Any], what: str) -> list[Any]:

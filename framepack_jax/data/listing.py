@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from framepack_jax.data import captions, manifests, store
+from framepack_jax.data import captions, clip_cache, manifests
 from framepack_jax.data.captions import NOT_TEXT, escaped
+from framepack_jax.data.clip_cache import Video
+from framepack_jax.data.filters import SUFFIXES, Rejected
 from framepack_jax.data.manifests import Row
 from framepack_jax.data.records import DatasetError
-from framepack_jax.data.stages import SUFFIXES, Rejected
-from framepack_jax.data.store import Video
 
 # Kinds of files in the summary of those left out.
 KINDS_SHOWN = 12
@@ -94,7 +94,7 @@ class Listing:
         """Return whether a video of this name and stamp is listed, or a span of one."""
         found = self._base.execute(
             "SELECT 1 FROM videos WHERE id >= ? AND id < ? AND size = ? AND changed = ?",
-            (store.video_id(source), store.video_id(source) + "A", *stamp),
+            (clip_cache.video_id(source), clip_cache.video_id(source) + "A", *stamp),
         )
         return found.fetchone() is not None
 
@@ -127,7 +127,7 @@ class Listing:
     def _add(self, row: Row) -> None:
         source = _name_in(self.folder, row.video)
         stamp = _stamp(self.folder / source, source)
-        name = store.video_id(source, row.start, row.end)
+        name = clip_cache.video_id(source, row.start, row.end)
         added = [
             self._base.execute(
                 "INSERT OR IGNORE INTO videos VALUES (?, ?, ?, ?, ?, ?, ?)",

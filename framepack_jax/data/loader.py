@@ -26,9 +26,9 @@ from absl import flags
 from framepack_jax import packing
 from framepack_jax.bundle import BundleError, Manifest
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.data import checks, pixels, records
+from framepack_jax.data import checks, pixel_batch, records
 from framepack_jax.data.batch import LOST, Batch
-from framepack_jax.data.pixels import PixelBatch
+from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, Source
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.video import read_span
@@ -221,7 +221,7 @@ class Samples:
         self, record: Record, section: Section, span: int, rest: dict[str, Any]
     ) -> PixelBatch:
         clip = record.clip
-        window = pixels.window_of(section, self.length(record), span)
+        window = pixel_batch.window_of(section, self.length(record), span)
         offset = round(clip.start * self.index.fps)
         first, count = window.frames(self.index.time_compression)
         path = self.folder / clip.source  # an absolute path stays itself
@@ -235,8 +235,8 @@ class Samples:
             if first == 0
             else read_span(path, self.index.fps, offset, 1, size),
             frames=frames,
-            target_at=pixels.rows(section.targets, window),
-            reads_at=tuple(pixels.rows(group.reads, window) for group in section.groups),
+            target_at=pixel_batch.rows(section.targets, window),
+            reads_at=tuple(pixel_batch.rows(group.reads, window) for group in section.groups),
             indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
             target_indices=np.asarray(section.indices, np.int32),
             kernels=tuple(group.kernel for group in section.groups),

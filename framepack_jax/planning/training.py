@@ -31,8 +31,8 @@ from framepack_jax.planning.sampling import (
     traffic_lines,
 )
 from framepack_jax.training.config import Config
-from framepack_jax.training.loop import RATE, Setup, jitted_step, set_up
 from framepack_jax.training.metrics import COST, sample_cost
+from framepack_jax.training.trainer import RATE, Setup, jitted_step, set_up
 
 
 @dataclasses.dataclass(frozen=True)

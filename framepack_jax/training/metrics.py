@@ -24,7 +24,7 @@ from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.parallel.hardware import chip_of
 from framepack_jax.parallel.multihost import is_first
 from framepack_jax.training.config import Config
-from framepack_jax.training.step import Metrics
+from framepack_jax.training.flow_matching import Metrics
 
 LOG = "log.jsonl"
 # Noise levels from low to high, and sections by the order of making.

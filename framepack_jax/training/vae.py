@@ -26,8 +26,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, video
-from framepack_jax.data.clips import Clips, Video, find_videos, hold_out, read_clip
-from framepack_jax.data.pixels import signed
+from framepack_jax.data.pixel_batch import signed
+from framepack_jax.data.vae_clips import Clips, Video, find_videos, hold_out, read_clip
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.parallel.sharding import BATCH, constrain
@@ -35,9 +35,9 @@ from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Checkpoints, Optimizer
 from framepack_jax.training.export import provenance, write_bundle
-from framepack_jax.training.feed import batch_sharding, check_batch, feed, local_share
-from framepack_jax.training.loop import RATE, stop_signal
+from framepack_jax.training.prefetch import batch_sharding, check_batch, feed, local_share
 from framepack_jax.training.state import State, updated
+from framepack_jax.training.trainer import RATE, stop_signal
 from framepack_jax.utils.progress import Bar
 
 # Fields that a run keeps from its first step to its last. Where the videos lie is none of them.

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from framepack_jax import packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.data.pixels import PixelBatch
+from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.generation.pipeline import FramePack, Inputs, Network, Settings

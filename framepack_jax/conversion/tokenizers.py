@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from etils import epath
 
-from framepack_jax.conversion.formats import ConversionError, check_contents
+from framepack_jax.conversion.file_formats import ConversionError, check_contents
 
 AnyPath = TypeVar("AnyPath", Path, epath.Path)
 # Role of the network -> folder of its files in a bundle.

@@ -1,5 +1,5 @@
 """The CPU stages of preparing on a Ray cluster (extra `ray`): videos are read, cut, judged and
-cropped on its nodes, by the functions of `stages`, and their clips come here to be encoded.
+cropped on its nodes, by the functions of `filters`, and their clips come here to be encoded.
 
 All nodes must see the videos under the same paths.
 """
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from framepack_jax.data import stages
-from framepack_jax.data.stages import Cut, Rejected, Settings
-from framepack_jax.data.store import Video
+from framepack_jax.data import filters
+from framepack_jax.data.clip_cache import Video
+from framepack_jax.data.filters import Cut, Rejected, Settings
 
 # Videos that the cluster is told of at a time.
 AT_ONCE = 4096
@@ -61,7 +61,7 @@ def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[st
     end |= {"reason": "", "detail": ""}
     try:
         span = row["start"], row["end"]
-        for cut in stages.clips(Path(row["path"]), Settings(**settings), *span):
+        for cut in filters.clips(Path(row["path"]), Settings(**settings), *span):
             clip = {"first": cut.first, "scores": cut.scores, "shape": list(cut.frames.shape)}
             yield end | clip | {"frames": cut.frames.tobytes()}
     except Rejected as error:

@@ -37,9 +37,9 @@ from framepack_jax.training import checkpoints, metrics, optimizer, state, summa
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
-from framepack_jax.training.feed import Fed, check_batch, feed, local_share, place
+from framepack_jax.training.flow_matching import Metrics, losses_at, train_step
+from framepack_jax.training.prefetch import Fed, check_batch, feed, local_share, place
 from framepack_jax.training.state import Model, Params, State
-from framepack_jax.training.step import Metrics, losses_at, train_step
 from framepack_jax.utils.progress import Bar
 
 # Fields of a configuration that a run keeps from its first step to its last.

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from framepack_jax.data import records, stages
+from framepack_jax.data import filters, records
+from framepack_jax.data.filters import Rejected, Settings
 from framepack_jax.data.records import Clip, DatasetError, Record
-from framepack_jax.data.stages import Rejected, Settings
 from framepack_jax.utils.files import whole
 
 STORE = "clips"
@@ -68,7 +68,7 @@ def is_done(folder: Path, video: Video, made: Mapping[str, Any]) -> bool:
 def add(
     folder: Path,
     video: Video,
-    cuts: Iterator[stages.Cut],
+    cuts: Iterator[filters.Cut],
     encode: Callable[[Sequence[Clip], np.ndarray], Iterable[Record]],
     settings: Settings,
     made: Mapping[str, Any],
@@ -95,7 +95,7 @@ def add(
             advance()
         if not clips:
             raise Rejected(
-                "too_short", f"{video.path} has no scene of {stages.LEAST_FRAMES} frames"
+                "too_short", f"{video.path} has no scene of {filters.LEAST_FRAMES} frames"
             )
     except Rejected as error:
         # By its name too: where it lies may be another place when this is read.
@@ -107,7 +107,7 @@ def add(
         partial.write_text(text)
 
 
-def _describe(video: Video, cut: stages.Cut, number: int, settings: Settings) -> list[Clip]:
+def _describe(video: Video, cut: filters.Cut, number: int, settings: Settings) -> list[Clip]:
     """The clips of a cut, one a caption, numbered from `number` on."""
     return [
         Clip(

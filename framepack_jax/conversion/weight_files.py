@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from framepack_jax.conversion import float8, formats
-from framepack_jax.conversion.formats import SAFETENSORS_DTYPES, ConversionError, Entry
+from framepack_jax.conversion import file_formats, float8
+from framepack_jax.conversion.file_formats import SAFETENSORS_DTYPES, ConversionError, Entry
 
 __all__ = [
     "SAFETENSORS_DTYPES", "Checkpoint", "ConversionError", "Entry", "count_not_finite",
@@ -114,7 +114,7 @@ class Checkpoint:
     @property
     def format(self) -> str:
         """The sort and number of files, and what was done to names and 8-bit weights."""
-        torch = any(file.suffix in formats.TORCH_SUFFIXES for file in self.files)
+        torch = any(file.suffix in file_formats.TORCH_SUFFIXES for file in self.files)
         sort = "PyTorch" if torch else "safetensors"
         files = f", {len(self.files)} files" if len(self.files) > 1 else ""
         return "; ".join([f"{sort}{files}", *self._notes])
@@ -132,7 +132,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     entries: dict[str, Entry] = {}
     notes: list[str] = []
     for file in files:
-        held, note = formats.entries_of(file)
+        held, note = file_formats.entries_of(file)
         notes += [note] if note not in ("", *notes) else []
         for name, entry in held.items():
             # A second tensor of one name has no place in a model: under a name of its own it is
@@ -150,7 +150,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises ConversionError where the file holds anything else."""
-    formats.check_contents(file)
+    file_formats.check_contents(file)
     try:
         fields = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -218,7 +218,7 @@ def _files_of(folder: Path) -> list[Path]:
                 f" {', '.join(missing[:SHOWN])}; download the missing shards"
             )
         return shards
-    for suffixes in (formats.SAFETENSORS_SUFFIXES, formats.TORCH_SUFFIXES):
+    for suffixes in (file_formats.SAFETENSORS_SUFFIXES, file_formats.TORCH_SUFFIXES):
         files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
         if len(files) == 1:
             return files
@@ -232,9 +232,10 @@ def _files_of(folder: Path) -> list[Path]:
             f"{folder} is a checkpoint of torch.distributed; make one file of it with: python -m"
             f" torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
         )
+    suffixes = ", ".join("*" + suffix for suffix in file_formats.TORCH_SUFFIXES)
     raise ConversionError(
         f"{folder} has no checkpoint; expected *.safetensors, with *.safetensors.index.json where"
-        f" it is sharded, or one of {', '.join('*' + suffix for suffix in formats.TORCH_SUFFIXES)}"
+        f" it is sharded, or one of {suffixes}"
     )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from framepack_jax.data.pixels import PixelBatch, to_batch
+from framepack_jax.data.pixel_batch import PixelBatch, to_batch
 from framepack_jax.diffusion import flow
 from framepack_jax.packing import PackedContext, group_tokens
 from framepack_jax.parallel.sharding import BATCH, constrain

@@ -20,11 +20,11 @@ from PIL import Image
 
 from framepack_jax import video as pictures
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.data import records, store
+from framepack_jax.data import clip_cache, records
+from framepack_jax.data.clip_cache import Video
+from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
-from framepack_jax.data.stages import Thresholds
-from framepack_jax.data.store import Video
 from framepack_jax.utils.files import whole
 
 MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"
@@ -195,7 +195,7 @@ class Judged:
         for problem in listing.problems():
             self._reject(problem.as_dict())
         for video in listing:
-            clips, problem = store.clips_of(self.folder, video)
+            clips, problem = clip_cache.clips_of(self.folder, video)
             if problem is not None:
                 self._reject({"source": video.source, **problem})
             self._judge(self._placed(clips, video), thresholds)
@@ -286,7 +286,7 @@ def _stored(judged: Judged, bucket: tuple[int, int]) -> Iterator[tuple[bytes, in
     height, width = bucket
     mine = f"reason IS NULL AND height = {height} AND width = {width}"
     for clip, _ in judged.clips(mine):
-        data = store.record_file(judged.folder, clip).read_bytes()
+        data = clip_cache.record_file(judged.folder, clip).read_bytes()
         if judged.index.mode == "pixels":
             data = records.pack(records.unpack(data)._replace(clip=clip))
         yield data, 1 + (clip.frames - 1) // judged.index.time_compression
@@ -327,5 +327,5 @@ def _write_sheets(new: Path, judged: Judged) -> None:
 
 
 def _picture(folder: Path, clip: Clip) -> np.ndarray:
-    with Image.open(store.record_file(folder, clip).with_suffix(".png")) as image:
+    with Image.open(clip_cache.record_file(folder, clip).with_suffix(".png")) as image:
         return np.asarray(image.convert("RGB"))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from framepack_jax.data.stages import SUFFIXES, probe
+from framepack_jax.data.filters import SUFFIXES, probe
 from framepack_jax.video import count_frames, read_span
 
 FPS = 30.0
