@@ -20,11 +20,11 @@ import numpy as np
 import tyro
 
 from framepack_jax import bundle, video
-from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.data import filters, records
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip, Index, Record
 from framepack_jax.jobs.provenance import path_of
+from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.toy import world
 
 SIZES = {"full": ((480, 832), BUCKETS_480P, 5.0), "toy": ((64, 96), ((32, 48),), 1.5)}

@@ -27,8 +27,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
-from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.models import lora, registry, scan
+from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel import sharding
 
 FORMAT = 1

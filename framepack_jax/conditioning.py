@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from framepack_jax import bundle
 from framepack_jax.models import scan
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
@@ -40,6 +42,7 @@ PROMPT_TEMPLATE = (
     "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 # Words shown of a prompt that is cut, of its beginning and of its end.
 KEPT_WORDS = 8
 
@@ -294,3 +297,33 @@ def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
 
 def _dtype(params: Params) -> Any:
     return jax.tree.leaves(params)[0].dtype
+
+
+def load_encoders(
+    path: epath.PathLike,
+    manifest: bundle.Manifest,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    streamed: bool = False,
+) -> Encoders:
+    """Tokenizers, image processor, and the networks with parameters of `dtype`, divided over a
+    mesh if there is one; `streamed`, the layers of large ones are read from the disk as they are
+    needed. Raises BundleError, ValueError."""
+    root = epath.Path(path)
+    load = bundle.load_params
+    if streamed:
+        load = functools.partial(bundle.load_streamed, hosted=0)
+    networks = {
+        name: (
+            bundle.role_config(manifest, name)[1],
+            load(root, manifest, name, dtype=dtype, mesh=mesh),
+        )
+        for name in ENCODERS
+    }
+    return Encoders(
+        tokenizer=load_tokenizer(root / "tokenizer"),
+        tokenizer_2=load_tokenizer(root / "tokenizer_2"),
+        image_processor=load_image_processor(root / "image_processor"),
+        template=manifest.prompt_template,
+        **networks,
+    )

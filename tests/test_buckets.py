@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from framepack_jax.buckets import BUCKETS_480P, find_bucket
+from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
 
 
 @pytest.mark.golden

@@ -9,10 +9,10 @@ PACKAGE = ROOT / "framepack_jax"
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
     {"parallel", "utils"},
-    {"ops", "diffusion", "packing", "buckets", "video"},
+    {"ops", "diffusion", "packing", "video"},
     {"models"},
-    {"bundle", "conditioning"},
-    {"encoders"},
+    {"bundle"},
+    {"conditioning"},
     {"generation", "data", "conversion"},
     {"training", "evaluation", "jobs"},
     {"planning", "toy"},

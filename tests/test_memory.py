@@ -14,9 +14,9 @@ from test_sample_lora import random_lora
 
 from framepack_jax import bundle, conditioning
 from framepack_jax.cli import sample
+from framepack_jax.conditioning import load_encoders
 from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
-from framepack_jax.encoders import load_encoders
 from framepack_jax.generation import offload_plan
 from framepack_jax.generation.offload_plan import GB, Need, Plan, Work
 from framepack_jax.generation.pipeline import FramePack, Settings, Video

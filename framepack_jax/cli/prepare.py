@@ -17,7 +17,6 @@ import jax
 import tyro
 
 from framepack_jax import bundle, packing
-from framepack_jax.buckets import BUCKETS_480P
 from framepack_jax.cli import keep_compiled
 from framepack_jax.data import build, clip_cache, filters, ray_backend
 from framepack_jax.data.captions import NOT_TEXT, escaped
@@ -28,6 +27,7 @@ from framepack_jax.data.loader import made_by
 from framepack_jax.data.precompute import TILING, Encoder
 from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.jobs.provenance import path_of
+from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel import hardware
 from framepack_jax.parallel.multihost import in_all, in_first, is_first, join
 from framepack_jax.utils.flags import parse

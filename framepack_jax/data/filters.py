@@ -21,7 +21,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
-from framepack_jax.buckets import find_bucket
+from framepack_jax.packing.buckets import find_bucket
 from framepack_jax.video import (
     check_colours,
     read_frames,

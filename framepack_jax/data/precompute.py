@@ -12,9 +12,8 @@ import numpy as np
 from etils import epath
 
 from framepack_jax import bundle, conditioning
-from framepack_jax.conditioning import Encoders
+from framepack_jax.conditioning import Encoders, load_encoders
 from framepack_jax.data.records import Clip, Record
-from framepack_jax.encoders import load_encoders
 from framepack_jax.models.hunyuan.vae import Tiling
 
 TILING = Tiling()

@@ -28,10 +28,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from framepack_jax import bundle, conditioning, packing
-from framepack_jax.buckets import BUCKETS_480P
-from framepack_jax.conditioning import Encoders, PromptStates
+from framepack_jax.conditioning import Encoders, PromptStates, load_encoders
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
-from framepack_jax.encoders import load_encoders
 from framepack_jax.generation import offload_plan
 from framepack_jax.generation.crossfade import Interval, Splicer, to_uint8
 from framepack_jax.generation.prompts import prompt_shares, timed_prompts
@@ -49,6 +47,7 @@ from framepack_jax.models.hunyuan.vae import Tiling, check_tiling
 from framepack_jax.models.lora import LoRA, attach
 from framepack_jax.models.lora import merge as merge_lora
 from framepack_jax.packing import Section, Timeline
+from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel.multihost import fetch, in_first
 
 # (section from 0, step from 0, the sample as predicted now (B, w, H, W, C))

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from framepack_jax import packing
-from framepack_jax.buckets import BUCKETS_480P, find_bucket
 from framepack_jax.generation.prompts import timed_prompts
 from framepack_jax.packing import Section
+from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
 from framepack_jax.video import count_frames, read_frames, read_span, resize_center_crop
 
 # Latent frames that an image gives.

@@ -1,0 +1,94 @@
+"""The FramePack idea: which frames a section of video sees, how strongly compressed, and where.
+
+schedule    the grammar of a packing schedule
+sections    the plan: what every section writes and reads
+timeline    latent frames at absolute positions, and the context gathered from them
+tokens      seconds, frames, sections and tokens
+buckets     canvas sizes
+"""
+
+from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
+from framepack_jax.packing.schedule import (
+    DEFAULT_CODEBOOK,
+    RELEASED_F1,
+    RELEASED_INVERTED,
+    Context,
+    Generate,
+    Item,
+    Run,
+    Schedule,
+    ScheduleError,
+    Skip,
+    Tail,
+    default_order,
+    kernel_shape,
+    parse,
+)
+from framepack_jax.packing.sections import (
+    MAX_SECTIONS,
+    MISSING,
+    ORDERS,
+    Group,
+    Section,
+    anchor_position,
+    blanked,
+    inverted_paddings,
+    length,
+    plan,
+    reads_ahead,
+    span,
+    start_frames,
+)
+from framepack_jax.packing.timeline import PackedContext, Timeline, read_context, read_target
+from framepack_jax.packing.tokens import (
+    context_tokens,
+    frame_bound,
+    frames_of,
+    group_tokens,
+    position_at,
+    sections_for,
+    target_tokens,
+)
+
+__all__ = [
+    "BUCKETS_480P",
+    "DEFAULT_CODEBOOK",
+    "MAX_SECTIONS",
+    "MISSING",
+    "ORDERS",
+    "RELEASED_F1",
+    "RELEASED_INVERTED",
+    "Context",
+    "Generate",
+    "Group",
+    "Item",
+    "PackedContext",
+    "Run",
+    "Schedule",
+    "ScheduleError",
+    "Section",
+    "Skip",
+    "Tail",
+    "Timeline",
+    "anchor_position",
+    "blanked",
+    "context_tokens",
+    "default_order",
+    "find_bucket",
+    "frame_bound",
+    "frames_of",
+    "group_tokens",
+    "inverted_paddings",
+    "kernel_shape",
+    "length",
+    "parse",
+    "plan",
+    "position_at",
+    "read_context",
+    "read_target",
+    "reads_ahead",
+    "sections_for",
+    "span",
+    "start_frames",
+    "target_tokens",
+]

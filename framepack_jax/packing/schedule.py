@@ -1,0 +1,168 @@
+"""The packing schedule: which frames a section reads, how strongly compressed, as one string.
+
+Source: arXiv 2504.12626, sections 3.1 to 3.4, whose variant strings are the grammar here.
+
+    schedule = item ("_" item)* ["+D" [number]]      f1k1_x_g9_f1k1f2k2f16k4_td
+    item     = context | "g" frames | "x" | tail
+    context  = ("f" frames kernel)+                  contiguous frames, earlier to the left
+    kernel   = "k" n | "k" t "h" h "w" w             k1 = (1,2,2), k2 = (2,4,4), k4 = (4,8,8), ...
+    tail     = "td" | "ta" | "tc"                    delete | append | compress the far history
+
+Items stand in time order. An *order* says in which sequence sections are generated.
+"""
+
+import dataclasses
+import re
+
+RELEASED_INVERTED = "f1k1_x_g9_f1k1f2k2f16k4_td"
+RELEASED_F1 = "f1k1_x_f16k4f2k2f1k1_g9"
+DEFAULT_CODEBOOK = 128
+
+_NUMBER = "[1-9][0-9]*"
+_RUN = re.compile(rf"f({_NUMBER})(k{_NUMBER}(?:h{_NUMBER}w{_NUMBER})?)")
+_KERNEL = re.compile(rf"k({_NUMBER})(?:h({_NUMBER})w({_NUMBER}))?")
+
+
+class ScheduleError(ValueError):
+    """A schedule or order that cannot be read, or not be sampled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Contiguous frames under one patch kernel, `f16k4`."""
+
+    frames: int
+    kernel: str
+
+    def __str__(self) -> str:
+        return f"f{self.frames}{self.kernel}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Contiguous context frames, `f1k1f2k2f16k4`."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def frames(self) -> int:
+        return sum(run.frames for run in self.runs)
+
+    def __str__(self) -> str:
+        return "".join(map(str, self.runs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Frames to be made, `g9`: the latent window of a section."""
+
+    frames: int
+
+    def __str__(self) -> str:
+        return f"g{self.frames}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """Frames that are left out, `x`."""
+
+    def __str__(self) -> str:
+        return "x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """What happens to history past the schedule: `td`, `ta` or `tc`."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+Item = Context | Generate | Skip | Tail
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A parsed schedule; `str` gives back the spelling that was parsed.
+
+    `discretize` is None, or the text after "+D": "" for the default codebook size, or a number.
+    """
+
+    items: tuple[Item, ...]
+    discretize: str | None = None
+
+    def __str__(self) -> str:
+        suffix = "" if self.discretize is None else f"+D{self.discretize}"
+        return "_".join(map(str, self.items)) + suffix
+
+    @property
+    def window(self) -> int:
+        """Latent window: frames of the only `g`. Raises ScheduleError where it is not one."""
+        windows = [item.frames for item in self.items if isinstance(item, Generate)]
+        if len(windows) != 1:
+            raise ScheduleError(f"schedule {self} has {len(windows)} items g, expected one")
+        return windows[0]
+
+    def with_window(self, window: int) -> "Schedule":
+        """The same with another latent window. Raises ScheduleError where it has not one."""
+        old = Generate(self.window)
+        items = tuple(Generate(window) if item == old else item for item in self.items)
+        return dataclasses.replace(self, items=items)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All context runs in time order."""
+        return tuple(r for item in self.items if isinstance(item, Context) for r in item.runs)
+
+    @property
+    def codebook(self) -> int | None:
+        """Entries of the history codebook, None without discretization."""
+        return None if self.discretize is None else int(self.discretize or DEFAULT_CODEBOOK)
+
+
+def parse(text: str) -> Schedule:
+    """Read a schedule. Raises ScheduleError that names the item which cannot be read."""
+    body, plus, discretize = text.partition("+")
+    if plus and not re.fullmatch(rf"D({_NUMBER})?", discretize):
+        raise ScheduleError(
+            f"schedule {text!r}: cannot read {plus + discretize!r}; expected +D or +D128"
+        )
+    items = tuple(_parse_item(item, text) for item in body.split("_"))
+    return Schedule(items, discretize[1:] if plus else None)
+
+
+def _parse_item(item: str, schedule: str) -> Item:
+    if item == "x":
+        return Skip()
+    if item in ("td", "ta", "tc"):
+        return Tail(item)
+    if re.fullmatch(f"g{_NUMBER}", item):
+        return Generate(int(item[1:]))
+    if item and re.fullmatch(f"(?:{_RUN.pattern})+", item):
+        return Context(tuple(Run(int(run[1]), run[2]) for run in _RUN.finditer(item)))
+    raise ScheduleError(
+        f"schedule {schedule!r}: cannot read item {item!r}; expected frames with kernels"
+        " (f1k1f2k2), frames to generate (g9), a gap (x) or a tail (td, ta, tc)"
+    )
+
+
+def kernel_shape(kernel: str) -> tuple[int, int, int]:
+    """(time, height, width) of a kernel name in latent cells: "k2" -> (2, 4, 4)."""
+    match = _KERNEL.fullmatch(kernel)
+    if not match:
+        raise ScheduleError(f"kernel {kernel!r}: expected a name such as k1, k4 or k1h4w4")
+    time, height, width = match.groups()
+    return int(time), int(height or 2 * int(time)), int(width or 2 * int(time))
+
+
+def default_order(schedule: str | Schedule) -> str:
+    """The order that the released models, or the paper, use with a schedule of this form."""
+    schedule = parse(schedule) if isinstance(schedule, str) else schedule
+    windows = [i for i, item in enumerate(schedule.items) if isinstance(item, Generate)]
+    if not windows:
+        raise ScheduleError(f"schedule {schedule} generates nothing: it has no item g")
+    after = any(isinstance(item, Context) for item in schedule.items[windows[0] + 1 :])
+    before = windows[0] > 0 and isinstance(schedule.items[windows[0] - 1], Context)
+    return "endpoint" if before and after else "inverted" if after else "forward"

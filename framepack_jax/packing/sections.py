@@ -1,0 +1,232 @@
+"""The plan of a video: for every section, the positions it writes and reads, and RoPE indices.
+
+Schedule, order and number of sections give the plan. Positions count latent frames from the start
+of the video. Source: arXiv 2504.12626, sections 3.1 to 3.4, and the frame indices of the authors'
+two released models. Sampling and training both plan here.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from framepack_jax.packing.schedule import (
+    RELEASED_F1,
+    RELEASED_INVERTED,
+    Context,
+    Generate,
+    Schedule,
+    ScheduleError,
+    Skip,
+    Tail,
+    kernel_shape,
+    parse,
+)
+
+MISSING = -1
+MAX_SECTIONS = 10_000
+ORDERS = ("inverted", "forward", "endpoint", "planned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Context frames under one kernel: absolute positions (or MISSING) and RoPE frame indices."""
+
+    kernel: str
+    reads: tuple[int, ...]
+    indices: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One section: positions to write, RoPE frame indices, what it reads, what it lets us decode.
+
+    `groups` stand in sequence order, coarsest kernel first, then in time. `decode` is the range
+    (first, last + 1) of positions that is decoded when the section is done.
+    """
+
+    targets: tuple[int, ...]
+    indices: tuple[int, ...]
+    groups: tuple[Group, ...]
+    decode: tuple[int, int]
+
+
+class _Layout(NamedTuple):
+    """A schedule as the two orders that can be sampled use it."""
+
+    anchor: Context | None
+    history: Context
+    window: int
+
+
+def plan(
+    schedule: str | Schedule,
+    order: str,
+    sections: int,
+    *,
+    before: int | None = None,
+    after: int = 0,
+    guide: bool = False,
+) -> list[Section]:
+    """Return the sections of a video in the order of their making.
+
+    `before` frames are known at the start (by default those that the schedule needs, a start
+    image; more where a video is extended), `after` frames at the end (an end image). With `guide`,
+    the frame that follows the last one is known, too: the section made first reads it, and it is
+    not a part of the video. Only an order that reads ahead can use `after` and `guide`. Raises
+    ScheduleError for what cannot be sampled, by name.
+    """
+    schedule = parse(schedule) if isinstance(schedule, str) else schedule
+    if not 1 <= sections <= MAX_SECTIONS:
+        raise ScheduleError(f"sections = {sections}: expected 1 to {MAX_SECTIONS}")
+    layout = _layout(schedule, order)
+    least = start_frames(schedule, order)
+    before = least if before is None else before
+    if before < least:
+        raise ScheduleError(f"schedule {schedule}: {before} frames are known, {least} are needed")
+    if (after or guide) and not reads_ahead(order):
+        raise ScheduleError(f"schedule {schedule} in order {order!r} reads no frames after its own")
+    if order == "inverted":
+        return _plan_inverted(layout, sections, before, after, guide)
+    return _plan_forward(layout, sections, before)
+
+
+def _layout(schedule: Schedule, order: str) -> _Layout:
+    name = order.partition("(")[0]
+    if name not in ORDERS:
+        raise ScheduleError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
+    if name in ("endpoint", "planned"):
+        raise ScheduleError(f"order {order!r} cannot be sampled yet; use inverted or forward")
+    if schedule.discretize is not None:
+        raise ScheduleError(
+            f"schedule {schedule}: history discretization (+D) is not supported yet"
+        )
+    for tail in schedule.items:
+        if isinstance(tail, Tail) and tail.kind != "td":
+            raise ScheduleError(f"schedule {schedule}: tail {tail} is not supported yet; use td")
+    match order, schedule.items:
+        case "inverted", (Context() as anchor, Skip(), Generate(w), Context() as history, Tail()):
+            return _Layout(anchor, history, w)
+        case "forward", (Context() as anchor, Skip(), Context() as history, Generate(w)):
+            return _Layout(anchor, history, w)
+        case "forward", (Tail(), Context() as history, Generate(w)):
+            return _Layout(None, history, w)
+    form = RELEASED_INVERTED if order == "inverted" else f"{RELEASED_F1} or td_f16k4f2k2f1k1_g9"
+    raise ScheduleError(
+        f"schedule {schedule} cannot be sampled in order {order!r}: expected the form of {form}"
+    )
+
+
+def start_frames(schedule: str | Schedule, order: str) -> int:
+    """Latent frames at the start of the timeline that must be known before sampling."""
+    schedule = parse(schedule) if isinstance(schedule, str) else schedule
+    anchor = _layout(schedule, order).anchor
+    return anchor.frames if anchor else 1
+
+
+def span(schedule: str | Schedule, order: str) -> int:
+    """Most latent frames, next to each other, that a section writes and reads beside the anchor."""
+    schedule = parse(schedule) if isinstance(schedule, str) else schedule
+    layout = _layout(schedule, order)
+    return layout.window + layout.history.frames
+
+
+def blanked(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:
+    """The plan without the context under these kernels, which is missing as it is before a video
+    begins: what a model makes then shows what it takes from there."""
+
+    def blank(group: Group) -> Group:
+        missing = group.kernel in kernels
+        return dataclasses.replace(group, reads=(MISSING,) * len(group.reads)) if missing else group
+
+    return [dataclasses.replace(s, groups=tuple(map(blank, s.groups))) for s in plan]
+
+
+def length(plan: Sequence[Section]) -> int:
+    """Latent frames of the video that a plan makes, with all that is known beside it."""
+    return max(section.decode[1] for section in plan)
+
+
+def reads_ahead(order: str) -> bool:
+    """Whether sections read frames that come after them, as the end of a video."""
+    return order == "inverted"
+
+
+def anchor_position(order: str, before: int) -> int:
+    """Where the image lies that leads every section, `before` frames being known at the start: the
+    last of them where sections are made towards it, else the first."""
+    return before - 1 if order == "inverted" else 0
+
+
+def inverted_paddings(sections: int) -> list[int]:
+    """Windows between start and target, in generation order (the released rule).
+
+    Long videos reuse small distances, which the model has seen in training.
+    """
+    if sections <= 4:
+        return list(range(sections))[::-1]
+    return [3, *[2] * (sections - 3), 1, 0]
+
+
+def _plan_inverted(
+    layout: _Layout, sections: int, before: int, after: int, guide: bool
+) -> list[Section]:
+    anchor, history, w = layout
+    end = before + sections * w + after
+    plans = []
+    for s, padding in zip(reversed(range(sections)), inverted_paddings(sections), strict=True):
+        first = before + s * w
+        index = anchor.frames + padding * w
+        known = end + (guide and s == sections - 1)
+        reads = [p if p < known else MISSING for p in _span(first + w, history.frames)]
+        groups = _groups(anchor, _span(before - anchor.frames, anchor.frames), range(index))
+        groups += _groups(history, reads, _span(index + w, history.frames))
+        last = end if s == sections - 1 else min(first + 2 * w, end)
+        plans.append(
+            Section(
+                tuple(_span(first, w)), tuple(_span(index, w)), _pack(groups),
+                (_decoded_from(s, first, before, w, 0), last),
+            )
+        )  # fmt: skip
+    return plans
+
+
+def _plan_forward(layout: _Layout, sections: int, before: int) -> list[Section]:
+    anchor, history, w = layout
+    offset = anchor.frames if anchor else 0
+    index = offset + history.frames
+    plans = []
+    for s in range(sections):
+        first = before + s * w
+        reads = [p if p >= 0 else MISSING for p in _span(first - history.frames, history.frames)]
+        groups = _groups(anchor, range(offset), range(offset)) if anchor else []
+        groups += _groups(history, reads, _span(offset, history.frames))
+        plans.append(
+            Section(
+                tuple(_span(first, w)), tuple(_span(index, w)), _pack(groups),
+                (_decoded_from(s, first, before, w, w), first + w),
+            )
+        )  # fmt: skip
+    return plans
+
+
+def _decoded_from(section: int, first: int, before: int, window: int, overlap: int) -> int:
+    """Where the clip of a section begins: the first in time takes in what is known before it."""
+    return max(0, before - window) if section == 0 else first - overlap
+
+
+def _span(first: int, count: int) -> range:
+    return range(first, first + count)
+
+
+def _groups(context: Context, reads: Sequence[int], indices: Sequence[int]) -> list[Group]:
+    groups, at = [], 0
+    for run in context.runs:
+        end = at + run.frames
+        groups.append(Group(run.kernel, tuple(reads[at:end]), tuple(indices[at:end])))
+        at = end
+    return groups
+
+
+def _pack(groups: list[Group]) -> tuple[Group, ...]:
+    """Sequence order: coarsest kernel first; groups of one kernel stay in time order."""
+    return tuple(sorted(groups, key=lambda g: kernel_shape(g.kernel), reverse=True))

@@ -1,0 +1,61 @@
+"""Lengths: seconds, video frames, latent positions, sections and tokens."""
+
+import math
+
+from framepack_jax.packing.schedule import Run, Schedule, kernel_shape, parse
+from framepack_jax.packing.sections import MAX_SECTIONS
+
+
+def position_at(seconds: float, fps: float = 30, time_compression: int = 4) -> int:
+    """The latent position of the frame that is shown at a time: the first latent is one frame,
+    every other `time_compression`. Raises ValueError for a time that is negative or not finite."""
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"time {seconds} s: expected a number of seconds, 0 or more")
+    return -(-round(seconds * fps) // time_compression)
+
+
+def frames_of(first: int, last: int, time_compression: int = 4) -> tuple[int, int]:
+    """(first frame, last frame + 1) of latent positions first .. last - 1 decoded as one clip,
+    whose first latent gives one frame."""
+    return first * time_compression, (last - 1) * time_compression + 1
+
+
+def sections_for(seconds: float, window: int, fps: float = 30, time_compression: int = 4) -> int:
+    """Sections that come closest to a duration (the released rule, with Python's round).
+
+    Raises ValueError unless seconds and fps are positive, finite numbers.
+    """
+    for name, value in (("seconds", seconds), ("fps", fps)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} = {value}: expected a positive number")
+    exact = seconds * fps / (time_compression * window)
+    if exact > MAX_SECTIONS + 0.5:  # which may be infinity
+        raise ValueError(f"seconds = {seconds} is {exact:.3g} sections; at most {MAX_SECTIONS}")
+    return max(1, round(exact))
+
+
+def group_tokens(frames: int, kernel: str, height: int, width: int) -> int:
+    """Tokens of frames at (height, width) latent cells; ragged edges are padded to the kernel."""
+    shape = kernel_shape(kernel)
+    return math.prod(-(-n // k) for n, k in zip((frames, height, width), shape, strict=True))
+
+
+def target_tokens(schedule: str | Schedule, height: int, width: int) -> int:
+    """Tokens of the section that is made, which decide the flow shift."""
+    schedule = parse(schedule) if isinstance(schedule, str) else schedule
+    return group_tokens(schedule.window, "k1", height, width)
+
+
+def context_tokens(schedule: str | Schedule, height: int, width: int) -> list[tuple[Run, int]]:
+    """(run, tokens) of every context run in time order: constant, whatever the video's length."""
+    schedule = parse(schedule) if isinstance(schedule, str) else schedule
+    return [(r, group_tokens(r.frames, r.kernel, height, width)) for r in schedule.runs]
+
+
+def frame_bound(window: int, ratio: float = 2) -> float:
+    """The paper's limit for the length of target and endless history, in whole frames.
+
+    window + ratio / (ratio - 1), every older frame being `ratio` times shorter than the one after
+    it (arXiv 2504.12626, section 3.1).
+    """
+    return window + ratio / (ratio - 1)
