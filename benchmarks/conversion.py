@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 
 from framepack_jax import bundle
+from framepack_jax.bundle import loader
 from framepack_jax.conversion import engine, export, transformer
 from framepack_jax.models.hunyuan import transformer as transformer_model
 
@@ -183,9 +184,9 @@ def read_share(root: str, device: int) -> int:
 
     manifest, mesh = bundle.read_manifest(root), _mesh()
     model, cfg = bundle.role_config(manifest, "transformer")
-    path, stored = bundle._opened(root, manifest, "transformer")
-    where = bundle._layer_shardings(
-        stored, bundle._shardings(model, cfg, mesh, stored), model.STACKS
+    path, stored = loader._opened(root, manifest, "transformer")
+    where = loader._layer_shardings(
+        stored, loader._shardings(model, cfg, mesh, stored), model.STACKS
     )
     kept = []
     for name, leaf in stored.items():

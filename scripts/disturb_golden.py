@@ -381,11 +381,11 @@ def prepare(work: Path) -> Path:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    from framepack_jax import bundle
+    from framepack_jax.bundle import loader, writer
     from framepack_jax.models import registry
 
     registry.abstract_leaves = functools.cache(registry.abstract_leaves)
-    bundle.ocp = Memory()
+    loader.ocp = writer.ocp = Memory()
     return root
 
 

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from framepack_jax import bundle
-from framepack_jax.bundle import BundleError, Manifest, Role
+from framepack_jax.bundle import BundleError, Manifest, Role, loader, writer
 from framepack_jax.models import registry, scan
 from framepack_jax.models.encoders import clip
 from framepack_jax.parallel import sharding
@@ -65,7 +65,7 @@ def test_round_trip_is_bitwise(root) -> None:
 
 
 def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(bundle, "WRITE_CHUNK", 100)
+    monkeypatch.setattr(writer, "WRITE_CHUNK", 100)
     written = bundle.write_params(tmp_path / "text_encoder_2", leaves().items())
     assert written.bytes == sum(leaf.nbytes for leaf in leaves().values())
     params = bundle.load_params(tmp_path, manifest(), "text_encoder_2")
@@ -76,14 +76,14 @@ def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
 def test_weights_are_read_a_few_at_a_time(root, monkeypatch, mesh) -> None:
     mesh = mesh and sharding.make_mesh(**mesh, devices=jax.devices()[:1])
     whole = bundle.load_params(root, manifest(), "text_encoder_2")
-    asked, load = [], bundle._load
+    asked, load = [], loader._load
 
     def watched(root, name, path, wanted):
         asked.append(sorted(wanted))
         return load(root, name, path, wanted)
 
-    monkeypatch.setattr(bundle, "_load", watched)
-    monkeypatch.setattr(bundle, "LOAD_CHUNK", 100)
+    monkeypatch.setattr(loader, "_load", watched)
+    monkeypatch.setattr(loader, "LOAD_CHUNK", 100)
     parts = bundle.load_params(root, manifest(), "text_encoder_2", mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
     # All layers of a leaf together, every leaf once, and never much more than was asked for.

@@ -34,6 +34,7 @@ from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.transformer import Config
 from framepack_jax.packing import PackedContext
+from framepack_jax.utils import prefetch
 from tests.torch_reference import randomize, relative_error
 
 PARITY = 2e-4
@@ -666,7 +667,7 @@ def test_few_tensors_are_read_at_a_time(framepack, tmp_path, monkeypatch) -> Non
     next(leaves)
     time.sleep(0.5)
     few = len(read)
-    assert 1 <= few <= 3 * (1 + bundle.AHEAD)
+    assert 1 <= few <= 3 * (1 + prefetch.AHEAD)
     list(leaves)
     assert len(read) > 2 * few
 

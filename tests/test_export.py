@@ -481,13 +481,14 @@ KILLED = """
 import os, random, sys
 from pathlib import Path
 from framepack_jax import bundle
+from framepack_jax.bundle import writer
 from framepack_jax.cli import convert
 from framepack_jax.conversion import engine
 
 source, output = sys.argv[1:]
 flags = convert.Convert(output=output, transformer=Path(source))
 leaves = engine.Plan.leaves
-bundle.WRITE_CHUNK = 5_000
+writer.WRITE_CHUNK = 5_000
 
 def cut_after(count):
     def cut(self, dtype=None):

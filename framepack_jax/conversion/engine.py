@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from framepack_jax import bundle
 from framepack_jax.conversion.transforms import Row, Shape
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.models import registry, scan
+from framepack_jax.utils import prefetch
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHOWN = 4
@@ -173,15 +173,15 @@ class Plan:
     steps: list[Step]
 
     def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, array) of every leaf, holding the tensors of `bundle.AHEAD` rows
+        """(path, array) of every leaf, holding the tensors of `prefetch.AHEAD` rows
         and one more.
 
-        `dtype` None keeps what is stored; one of `stack.QUANTIZED` is for the kernels that are cast
+        `dtype` None keeps what is stored; one of `scan.QUANTIZED` is for the kernels that are cast
         layer by layer (see `quantize`), puts their scales behind them, and keeps the rest. Raises
         ConversionError where a tensor cannot be read or quantized, and where `dtype` cannot hold a
         number.
         """
-        for step, tensors in bundle.ahead(self._read()):
+        for step, tensors in prefetch.ahead(self._read()):
             # numpy joins no float16 with bfloat16.
             tensors = [tensor.astype(self._dtype(step), copy=False) for tensor in tensors]
             arrays = step.row.transform(tensors, list(step.targets.values()))
@@ -306,8 +306,8 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(in, ...out) -> the same shape in one of `stack.QUANTIZED`, and a float32 scale (...out) for
-    each output channel; `stack.cast` multiplies again.
+    """(in, ...out) -> the same shape in one of `scan.QUANTIZED`, and a float32 scale (...out) for
+    each output channel; `scan.cast` multiplies again.
 
     "int8": a channel's largest magnitude becomes 127, so that no number moves by more than half a
     scale, 1/254 of that. "float8_e4m3fn": scales are powers of two, as small as lets the largest

@@ -21,6 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from framepack_jax import bundle, packing
+from framepack_jax.bundle import loader
 from framepack_jax.models.hunyuan import vae
 
 LEVELS = ("auto", "high", "low")
@@ -232,7 +233,7 @@ def need(
     encoders = [size(role) for role in names]
     bases = sum(each.base for each in encoders)
     # What a host holds to read weights from the disk is not given back at once.
-    beside = max(map(opened, names)) + min(bundle.LOAD_CHUNK, bases) if on_cpu else 0
+    beside = max(map(opened, names)) + min(loader.LOAD_CHUNK, bases) if on_cpu else 0
     devices = 1 if mesh is None else mesh.size
     units = CPU_DECODE_UNITS if on_cpu else DECODE_UNITS
     # Of one frame, decoded or encoded.

@@ -174,8 +174,9 @@ class FramePack:
         accelerator, float32 on a CPU); the VAE stays in float32. With float32, matrix products are
         float32 too; otherwise the VAE's are what the device does by default (TF32, bfloat16).
         `schedule` replaces that of the bundle. On a `mesh` (of `sharding.make_mesh`) weights and
-        work are divided. `memory`, one of `memory.LEVELS`, says how much stays on the device, for
-        one video of the bundle's largest size. Raises BundleError, ScheduleError, ValueError.
+        work are divided. `memory`, one of `offload_plan.LEVELS`, says how much stays on the
+        device, for one video of the bundle's largest size. Raises BundleError, ScheduleError,
+        ValueError.
         """
         pipe = cls.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=mesh)
         return pipe.with_weights(
@@ -265,7 +266,7 @@ class FramePack:
         roles: Sequence[str] = bundle.ROLES,
         encoded: int = 1,
     ) -> offload_plan.Plan:
-        """Return what of these networks stays on the device for a level of `memory.LEVELS`, if
+        """Return what of these networks stays on the device for one of `offload_plan.LEVELS`, if
         videos sampled at canvas (height, width) are made `batch` side by side, and clips of up to
         `encoded` latent frames are encoded for them; the same in all processes. Raises ValueError,
         BundleError."""

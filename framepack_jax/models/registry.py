@@ -4,7 +4,7 @@ The module of a kind offers six names:
 
 - `Config`, a frozen dataclass of everything that decides the parameters' shapes;
 - `STACKS`, {top-level parameter name: the Config field that holds its number of layers};
-- `STREAMED`, those of the stacks that need not be on the device as a whole (`stack.Streamed`): the
+- `STREAMED`, those of the stacks that need not be on the device as a whole (`scan.Streamed`): the
   functions then are called outside of `jax.jit`;
 - `SHARDINGS`, the rules of `sharding.resolve` by which its parameters are divided over a mesh;
 - `init(cfg, key) -> params`, layers of a stack on a leading axis;

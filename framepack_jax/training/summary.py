@@ -78,7 +78,7 @@ def _trained(cfg: Config, trained: Params, frozen: Params) -> str:
 
 
 def run_lines(setup: Any, loader: Any, first: int, validates: bool) -> list[str]:
-    """All of the above of a run (`loop.Setup`) that goes on after step `first`."""
+    """All of the above of a run (`trainer.Setup`) that goes on after step `first`."""
     cfg = setup.cfg
     counts = {bucket: len(numbers) for bucket, numbers in loader.streams.items()}
     epochs = cfg.steps * cfg.batch / sum(counts.values())

@@ -128,7 +128,7 @@ def velocity(
     """The denoiser: noisy section x (B, T, H, W, C) at noise level sigma (B,) -> velocity, float32.
 
     H and W are even. Blocks compute in `dtype`; `remat` is what their gradient keeps
-    (`stack.REMAT`). Where blocks are streamed, it is called outside of `jax.jit`. Raises ValueError
+    (`scan.REMAT`). Where blocks are streamed, it is called outside of `jax.jit`. Raises ValueError
     where the context uses a kernel that the network has no embedding for, or sizes are odd.
     """
     tokens = embed(cfg, params, x, sigma, context, conditions, dtype)

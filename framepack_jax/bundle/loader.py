@@ -1,23 +1,11 @@
-"""A bundle: one folder with every network, tokenizer and setting that makes a video.
-
-    bundle.json            the manifest below
-    transformer/ vae/ ...  parameters, one orbax leaf per layer and tensor
-    tokenizer/ tokenizer_2/ image_processor/   files of the transformers library
-
-A role's path may point into another bundle, so that two transformers share their encoders.
-`bundle.json` is written last: a folder without it is no bundle.
-"""
+"""Load the parameters of a bundle, a few leaves at a time, onto one device or a mesh."""
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
-import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,251 +15,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
-from framepack_jax.models import lora, registry, scan
-from framepack_jax.packing.buckets import BUCKETS_480P
+from framepack_jax.bundle.manifest import (
+    ROLES,
+    BundleError,
+    Manifest,
+    absolute,
+    check_reference,
+    read_manifest,
+    role_config,
+)
+from framepack_jax.models import registry, scan
 from framepack_jax.parallel import sharding
 
-FORMAT = 1
-MANIFEST = "bundle.json"
-# A file that is there from the first write until the bundle is whole.
-UNFINISHED = "unfinished"
-ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
-# Bytes of one partial save: each looks through all leaves that are there already.
-WRITE_CHUNK = 1 << 29
-LOAD_CHUNK = 1 << 30
-# Leaves that are made while others are written.
-AHEAD = 4
-# Beyond any network.
-MOST, MOST_LAYERS = 10**9, 1000
-Item = TypeVar("Item")
-
-
-class BundleError(ValueError):
-    """A bundle that is missing, unfinished, of another format or without a needed part."""
-
-
-class Written(NamedTuple):
-    """Size and hash of a network's parameters: SHA-256 over names, types, shapes and values."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Role:
-    """One network of a bundle: its kind (a key of `kinds.KINDS`), its config, where it lies, and
-    where it came from, with the fields of `Written`."""
-
-    kind: str
-    config: dict[str, Any]
-    path: str
-    source: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What `bundle.json` says.
-
-    `latent_mean` and `latent_std` hold one number a latent channel: the transformer sees
-    (latent - mean) / std. `prompt_template` has one `{}` for the prompt. `schedule` and `order`
-    are those of `framepack_jax.packing`. `buckets` are the sizes, (height, width) in pixels, that
-    the transformer was trained at.
-    """
-
-    roles: dict[str, Role]
-    latent_mean: tuple[float, ...]
-    latent_std: tuple[float, ...]
-    prompt_template: str
-    schedule: str
-    order: str
-    buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
-
-
-def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]]) -> Written:
-    """Write (leaf path, array) pairs as one checkpoint, a few at a time.
-
-    Leaves are made while the ones before are hashed and written; about twice `WRITE_CHUNK` bytes of
-    arrays, and `AHEAD` leaves, are held. The checkpoint appears at `path` when all is written, and
-    never half.
-    """
-    path = absolute(path)
-    partial = path.parent / f"{path.name}.partial_save"
-    for leftover in (path, partial):
-        if leftover.exists():
-            leftover.rmtree()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written, held, size, digest = 0, {}, 0, hashlib.sha256()
-    with _uncompressed():
-        writing = None
-        try:
-            for name, array in ahead(leaves):
-                array = np.ascontiguousarray(array)
-                digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-                digest.update(array.reshape(-1).view(np.uint8))
-                held[tuple(name.split("/"))] = array.view(_Settled)
-                size += array.nbytes
-                if size >= WRITE_CHUNK:
-                    _finish(writing)
-                    writing = ocp.partial.save_async(path, unflatten_dict(held))
-                    written, held, size = written + size, {}, 0
-        finally:
-            # Also where making leaves failed: a later attempt must not meet this one's writing.
-            _finish(writing)
-        if held:
-            ocp.partial.save(path, unflatten_dict(held))
-        ocp.partial.finalize(path)
-    return Written(written + size, digest.hexdigest())
-
-
-def ahead(items: Iterable[Item], count: int = AHEAD) -> Iterator[Item]:
-    """The same items, made in a thread of its own while those before are dealt with, at most
-    `count` of them at a time."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as maker:
-        coming = deque(maker.submit(next, iterator, end) for _ in range(count))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(maker.submit(next, iterator, end))
-            yield item
-
-
-class _Settled(np.ndarray):
-    """An array that nobody changes any more: orbax need not copy it before it writes, for which
-    numpy would take longer than the disk, bfloat16 being new to it."""
-
-    def __deepcopy__(self, memo: Any) -> "_Settled":
-        return self
-
-
-def _finish(writing: Any) -> None:
-    if writing is not None:
-        writing.result()
-
-
-def _uncompressed() -> ocp.Context:
-    """Weights hardly shrink, and compression takes three times as long as writing them."""
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    return context
-
-
-def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
-    """Finish a bundle: the manifest is there whole, or not at all."""
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1)
-    partial = epath.Path(root) / f".{MANIFEST}.partial"
-    partial.write_text(text + "\n")
-    partial.replace(epath.Path(root) / MANIFEST)
-
-
-def read_manifest(root: epath.PathLike) -> Manifest:
-    """Read and check `bundle.json`. Raises BundleError."""
-    root = epath.Path(root)
-    if not (root / MANIFEST).exists():
-        raise BundleError(_what_it_is(root))
-    try:
-        fields = json.loads((root / MANIFEST).read_text())
-        version = fields.pop("format")
-        if version != FORMAT:
-            raise BundleError(
-                f"bundle {root} has format {version}, this version reads format {FORMAT};"
-                " convert the weights again"
-            )
-        fields["roles"] = {name: Role(**role) for name, role in fields["roles"].items()}
-        fields["latent_mean"] = tuple(fields["latent_mean"])
-        fields["latent_std"] = tuple(fields["latent_std"])
-        # Bundles of before had none.
-        fields["buckets"] = _buckets(fields.get("buckets", BUCKETS_480P))
-        return Manifest(**fields)
-    except BundleError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BundleError(
-            f"bundle {root}: {MANIFEST} is damaged ({error}); convert again"
-        ) from error
-
-
-def _what_it_is(root: epath.Path) -> str:
-    """Describe a folder that is no bundle, and what to give in its place."""
-    if (root / lora.FILE).exists():
-        return (
-            f"{root} holds a LoRA ({lora.FILE}) and no bundle; give the bundle that it was trained"
-            f" from as --bundle, and beside it --lora {root / lora.FILE} to sample with it, or"
-            " --init RUN to train on from its run"
-        )
-    if (root / "checkpoints").exists():
-        return (
-            f"{root} is a training run and no bundle; its model is {root / 'bundle'}, for --bundle,"
-            f" or {root / 'bundle' / lora.FILE}, for --lora; framepack export-run {root} makes it"
-        )
-    return (
-        f"{root} is no bundle (it has no {MANIFEST}); make one with convert_weights.py, and if"
-        " a conversion was interrupted, run it again"
-    )
-
-
-def _buckets(fields: Any) -> tuple[tuple[int, int], ...]:
-    """Raises TypeError, ValueError where these are no sizes."""
-    sizes = tuple((int(height), int(width)) for height, width in fields)
-    if not sizes or any(min(size) < 1 for size in sizes):
-        raise ValueError(f"buckets {fields}: expected pairs of height and width")
-    return sizes
-
-
-def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
-    """(module of the kind, its Config) of a role. Raises BundleError where it is absent, or its
-    config makes no network."""
-    if name not in manifest.roles:
-        raise BundleError(
-            f"the bundle has no {name}; make one that has it with: python convert_weights.py"
-            f" --{name.replace('_', '-')} FILE_OR_FOLDER --encoders-from THIS_BUNDLE --output NEW"
-        )
-    role = manifest.roles[name]
-    if not isinstance(role.kind, str) or role.kind not in registry.KINDS:
-        raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(registry.KINDS)}")
-    model = registry.KINDS[role.kind]
-    cfg = config_from_json(model.Config, role.config)
-    try:
-        registry.abstract_leaves(role.kind, cfg)
-    except Exception as error:  # of many kinds, by what does not go together
-        line = str(error).partition("\n")[0]
-        raise BundleError(
-            f"{name}: its config in {MANIFEST} makes no network ({line}): {role.config}; convert"
-            " again"
-        ) from error
-    return model, cfg
-
-
-def config_from_json(config_class: type, fields: dict[str, Any]) -> Any:
-    """A config dataclass from JSON fields; lists become tuples. Raises BundleError for unknown
-    names, and numbers that are none, not above 0, or beyond all networks (counting to them would
-    take forever)."""
-    what = config_class.__qualname__
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    if not isinstance(fields, dict):
-        raise BundleError(f"{what}: a JSON {type(fields).__name__}, expected an object")
-    if unknown := sorted(set(fields) - defaults.keys()):
-        raise BundleError(f"{what}: unknown fields {unknown}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    for name, value in values.items():
-        if not _is_alike(value, defaults[name], MOST_LAYERS if "layers" in name else MOST):
-            raise BundleError(
-                f"{what}: {name} is {value!r:.60}; expected something like {defaults[name]!r}"
-            )
-    try:
-        return config_class(**values)
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise BundleError(f"{what}: {error}") from error
-
-
-def _is_alike(value: Any, default: Any, most: int) -> bool:
-    """Whether a value is of the sort of a field's default."""
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(_is_alike(v, default[0], most) for v in value)
-    if isinstance(default, bool | str):
-        return type(value) is type(default)
-    if value is None:
-        return True
-    kinds_of = (int, float) if isinstance(default, float) else (int,)
-    return type(value) in kinds_of and 0 < value <= most
+# Bytes of arrays on the host at a time: of `read_leaves`, and of loading onto a device.
+READ_CHUNK, LOAD_CHUNK = 1 << 29, 1 << 30
 
 
 def stored_dtypes(root: epath.PathLike, manifest: Manifest, name: str) -> dict[str, str]:
@@ -294,9 +51,9 @@ def read_leaves(
     root: epath.PathLike, manifest: Manifest, name: str, leaves: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of these leaves of a role, in this order, as they are stored, about
-    `WRITE_CHUNK` bytes at a time. Raises BundleError."""
+    `READ_CHUNK` bytes at a time. Raises BundleError."""
     path, stored = _opened(root, manifest, name)
-    for keys in _batches(([leaf] for leaf in leaves), stored, WRITE_CHUNK):
+    for keys in _batches(([leaf] for leaf in leaves), stored, READ_CHUNK):
         loaded = _load(root, name, path, {key: stored[key] for key in keys})
         # Each is let go of, so that what the reader is done with need not stay.
         yield from ((key, loaded.pop(key)) for key in keys)
@@ -344,7 +101,7 @@ def load_streamed(
     resident: int = 0,
     hosted: int | None = None,
 ) -> scan.Params:
-    """The same with the large stacks of the network (`STREAMED` of its kind) as `stack.Streamed`:
+    """The same with the large stacks of the network (`STREAMED` of its kind) as `scan.Streamed`:
     their first `resident` layers on the device, the next `hosted`, by default all, in host memory.
     Others stay on the disk, and are read whenever they are needed.
 
@@ -506,7 +263,7 @@ def _present(root: epath.PathLike, manifest: Manifest, name: str) -> epath.Path:
             f"bundle {root}: the parameters of {name} are missing at {path}"
             f"{'' if path.parent == absolute(root) else elsewhere}"
         )
-    _check_reference(root, path, manifest.roles[name])
+    check_reference(root, path, manifest.roles[name])
     return path
 
 
@@ -589,30 +346,6 @@ def _stacked(leaf: str, stacks: Iterable[str]) -> tuple[str, ...]:
     return (path[0], *path[2:]) if path[0] in stacks else path
 
 
-def reference(path: epath.PathLike, root: epath.PathLike) -> str:
-    """How a bundle at `root` points to parameters at `path`: relative, but for object stores."""
-    if "://" in f"{path}{root}":
-        return str(path)
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(root))
-
-
-def _check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
-    """Raise BundleError where a network of another bundle is not the one that was pointed to."""
-    if path.parent == absolute(root):
-        return
-    if not (path.parent / MANIFEST).exists():
-        raise BundleError(
-            f"bundle {root} points to {path}, in a folder that is no whole bundle (it has no"
-            f" {MANIFEST}); finish its conversion, or convert this one again with --encoders-from"
-        )
-    there = read_manifest(path.parent).roles.get(path.name)
-    if there and there.source.get("sha256") != role.source.get("sha256"):
-        raise BundleError(
-            f"bundle {root} points to {path}, which has been replaced by other weights since;"
-            " convert again with --encoders-from"
-        )
-
-
 def _is_quantized(leaf: Any) -> bool:
     return jnp.dtype(leaf.dtype).name in scan.QUANTIZED
 
@@ -620,11 +353,6 @@ def _is_quantized(leaf: Any) -> bool:
 def _is_cast(leaf: Any) -> bool:
     """Whether a leaf's type may be another on the device."""
     return jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_quantized(leaf)
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-    """A path as orbax takes it; those of object stores are absolute already."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:

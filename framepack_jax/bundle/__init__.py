@@ -1,0 +1,42 @@
+"""A bundle: one folder with every network, tokenizer and setting that makes a video.
+
+    bundle.json            the manifest below
+    transformer/ vae/ ...  parameters, one orbax leaf per layer and tensor
+    tokenizer/ tokenizer_2/ image_processor/   files of the transformers library
+
+A role's path may point into another bundle, so that two transformers share their encoders.
+`bundle.json` is written last: a folder without it is no bundle.
+"""
+
+from framepack_jax.bundle.loader import (
+    DeviceBytes,
+    check_present,
+    device_bytes,
+    load_params,
+    load_streamed,
+    read_leaves,
+    stored_bytes,
+    stored_dtypes,
+)
+from framepack_jax.bundle.manifest import (
+    MANIFEST,
+    ROLES,
+    UNFINISHED,
+    BundleError,
+    Manifest,
+    Role,
+    absolute,
+    config_from_json,
+    read_manifest,
+    reference,
+    role_config,
+    write_manifest,
+)
+from framepack_jax.bundle.writer import Written, write_params
+
+__all__ = [
+    "MANIFEST", "ROLES", "UNFINISHED", "BundleError", "DeviceBytes", "Manifest", "Role", "Written",
+    "absolute", "check_present", "config_from_json", "device_bytes", "load_params", "load_streamed",
+    "read_leaves", "read_manifest", "reference", "role_config", "stored_bytes", "stored_dtypes",
+    "write_manifest", "write_params",
+]  # fmt: skip

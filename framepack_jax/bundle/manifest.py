@@ -1,0 +1,202 @@
+"""`bundle.json`: the networks of a bundle, where they lie, and what they were trained with."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from framepack_jax.models import lora, registry
+from framepack_jax.packing.buckets import BUCKETS_480P
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+# A file that is there from the first write until the bundle is whole.
+UNFINISHED = "unfinished"
+ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+# Beyond any network.
+MOST, MOST_LAYERS = 10**9, 1000
+
+
+class BundleError(ValueError):
+    """A bundle that is missing, unfinished, of another format or without a needed part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One network of a bundle: its kind (a key of `kinds.KINDS`), its config, where it lies, and
+    where it came from, with the fields of `Written`."""
+
+    kind: str
+    config: dict[str, Any]
+    path: str
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `bundle.json` says.
+
+    `latent_mean` and `latent_std` hold one number a latent channel: the transformer sees
+    (latent - mean) / std. `prompt_template` has one `{}` for the prompt. `schedule` and `order`
+    are those of `framepack_jax.packing`. `buckets` are the sizes, (height, width) in pixels, that
+    the transformer was trained at.
+    """
+
+    roles: dict[str, Role]
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    prompt_template: str
+    schedule: str
+    order: str
+    buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
+
+
+def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
+    """Finish a bundle: the manifest is there whole, or not at all."""
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1)
+    partial = epath.Path(root) / f".{MANIFEST}.partial"
+    partial.write_text(text + "\n")
+    partial.replace(epath.Path(root) / MANIFEST)
+
+
+def read_manifest(root: epath.PathLike) -> Manifest:
+    """Read and check `bundle.json`. Raises BundleError."""
+    root = epath.Path(root)
+    if not (root / MANIFEST).exists():
+        raise BundleError(_what_it_is(root))
+    try:
+        fields = json.loads((root / MANIFEST).read_text())
+        version = fields.pop("format")
+        if version != FORMAT:
+            raise BundleError(
+                f"bundle {root} has format {version}, this version reads format {FORMAT};"
+                " convert the weights again"
+            )
+        fields["roles"] = {name: Role(**role) for name, role in fields["roles"].items()}
+        fields["latent_mean"] = tuple(fields["latent_mean"])
+        fields["latent_std"] = tuple(fields["latent_std"])
+        # Bundles of before had none.
+        fields["buckets"] = _buckets(fields.get("buckets", BUCKETS_480P))
+        return Manifest(**fields)
+    except BundleError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BundleError(
+            f"bundle {root}: {MANIFEST} is damaged ({error}); convert again"
+        ) from error
+
+
+def _what_it_is(root: epath.Path) -> str:
+    """Describe a folder that is no bundle, and what to give in its place."""
+    if (root / lora.FILE).exists():
+        return (
+            f"{root} holds a LoRA ({lora.FILE}) and no bundle; give the bundle that it was trained"
+            f" from as --bundle, and beside it --lora {root / lora.FILE} to sample with it, or"
+            " --init RUN to train on from its run"
+        )
+    if (root / "checkpoints").exists():
+        return (
+            f"{root} is a training run and no bundle; its model is {root / 'bundle'}, for --bundle,"
+            f" or {root / 'bundle' / lora.FILE}, for --lora; framepack export-run {root} makes it"
+        )
+    return (
+        f"{root} is no bundle (it has no {MANIFEST}); make one with convert_weights.py, and if"
+        " a conversion was interrupted, run it again"
+    )
+
+
+def _buckets(fields: Any) -> tuple[tuple[int, int], ...]:
+    """Raises TypeError, ValueError where these are no sizes."""
+    sizes = tuple((int(height), int(width)) for height, width in fields)
+    if not sizes or any(min(size) < 1 for size in sizes):
+        raise ValueError(f"buckets {fields}: expected pairs of height and width")
+    return sizes
+
+
+def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
+    """(module of the kind, its Config) of a role. Raises BundleError where it is absent, or its
+    config makes no network."""
+    if name not in manifest.roles:
+        raise BundleError(
+            f"the bundle has no {name}; make one that has it with: python convert_weights.py"
+            f" --{name.replace('_', '-')} FILE_OR_FOLDER --encoders-from THIS_BUNDLE --output NEW"
+        )
+    role = manifest.roles[name]
+    if not isinstance(role.kind, str) or role.kind not in registry.KINDS:
+        raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(registry.KINDS)}")
+    model = registry.KINDS[role.kind]
+    cfg = config_from_json(model.Config, role.config)
+    try:
+        registry.abstract_leaves(role.kind, cfg)
+    except Exception as error:  # of many kinds, by what does not go together
+        line = str(error).partition("\n")[0]
+        raise BundleError(
+            f"{name}: its config in {MANIFEST} makes no network ({line}): {role.config}; convert"
+            " again"
+        ) from error
+    return model, cfg
+
+
+def config_from_json(config_class: type, fields: dict[str, Any]) -> Any:
+    """A config dataclass from JSON fields; lists become tuples. Raises BundleError for unknown
+    names, and numbers that are none, not above 0, or beyond all networks (counting to them would
+    take forever)."""
+    what = config_class.__qualname__
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    if not isinstance(fields, dict):
+        raise BundleError(f"{what}: a JSON {type(fields).__name__}, expected an object")
+    if unknown := sorted(set(fields) - defaults.keys()):
+        raise BundleError(f"{what}: unknown fields {unknown}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    for name, value in values.items():
+        if not _is_alike(value, defaults[name], MOST_LAYERS if "layers" in name else MOST):
+            raise BundleError(
+                f"{what}: {name} is {value!r:.60}; expected something like {defaults[name]!r}"
+            )
+    try:
+        return config_class(**values)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise BundleError(f"{what}: {error}") from error
+
+
+def _is_alike(value: Any, default: Any, most: int) -> bool:
+    """Whether a value is of the sort of a field's default."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(_is_alike(v, default[0], most) for v in value)
+    if isinstance(default, bool | str):
+        return type(value) is type(default)
+    if value is None:
+        return True
+    kinds_of = (int, float) if isinstance(default, float) else (int,)
+    return type(value) in kinds_of and 0 < value <= most
+
+
+def reference(path: epath.PathLike, root: epath.PathLike) -> str:
+    """How a bundle at `root` points to parameters at `path`: relative, but for object stores."""
+    if "://" in f"{path}{root}":
+        return str(path)
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(root))
+
+
+def check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
+    """Raise BundleError where a network of another bundle is not the one that was pointed to."""
+    if path.parent == absolute(root):
+        return
+    if not (path.parent / MANIFEST).exists():
+        raise BundleError(
+            f"bundle {root} points to {path}, in a folder that is no whole bundle (it has no"
+            f" {MANIFEST}); finish its conversion, or convert this one again with --encoders-from"
+        )
+    there = read_manifest(path.parent).roles.get(path.name)
+    if there and there.source.get("sha256") != role.source.get("sha256"):
+        raise BundleError(
+            f"bundle {root} points to {path}, which has been replaced by other weights since;"
+            " convert again with --encoders-from"
+        )
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path as orbax takes it; those of object stores are absolute already."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
