@@ -61,7 +61,7 @@ from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA
 from framepack_jax.training.metrics import COST
 from framepack_jax.training.trainer import RATE, jitted_step, set_up
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
 SECTION_STEPS = 25
@@ -311,7 +311,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
     def keep() -> None:
         if config.json is not None:
-            with whole(config.json) as partial:
+            with atomic_write(config.json) as partial:
                 partial.write_text(json.dumps(results, indent=1))
 
     keep()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import Row
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 # The parts whose rows are what the device can do, and those that are measured against it.
 DEVICE = ("matmul", "copy", "attention", "conv", "streaming")
@@ -25,7 +25,7 @@ def put(document: Path, results: dict[str, Any]) -> None:
     """Write the tables into a Markdown file, in place of those of the same device, else at its end.
     Raises ValueError as `around`."""
     before, after = around(document, results["device"])
-    with whole(document) as partial:
+    with atomic_write(document) as partial:
         partial.write_text(before + markdown(results) + after)
 
 

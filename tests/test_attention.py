@@ -413,8 +413,8 @@ def test_what_a_mesh_divides(sizes, batch, heads, expected) -> None:
 ON_MESH = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
-from framepack_jax import sharding
 from framepack_jax.ops import attention, splash
+from framepack_jax.parallel import sharding
 
 interpreted = functools.partial(splash.attend, interpret=True)
 attention._FUSED = {"splash": attention._Fused("cpu", "cpu", splash.refusal, interpreted)}

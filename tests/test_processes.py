@@ -27,11 +27,11 @@ FLAGS = (
 TALK = """
 import sys
 import jax, numpy as np
-from framepack_jax import processes
+from framepack_jax.parallel import multihost
 from framepack_jax.generation.pipeline import NotFinite
 
 me = int(sys.argv[-1])
-processes.join(sys.argv[1], 2, me)
+multihost.join(sys.argv[1], 2, me)
 
 def fails(error):
     raise error
@@ -42,23 +42,23 @@ def told(call, *args):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-print(processes.in_first(lambda: {"from": me, "big": "x" * 9000})["from"])
-print(told(processes.in_first, fails, OSError(f"full in {me}")))
-print(told(processes.in_first, fails, NotFinite(f"no number in {me}", [1])))
-print(processes.in_all(lambda: me))
-print(told(processes.in_all, lambda: me and fails(ValueError(f"missing in {me}"))))
-print(processes.in_all(lambda: processes.in_first(lambda: 10 + me)))
-print(told(processes.check_same, "the seeds", 1, np.arange(3)))
-print(told(processes.check_same, "the seeds", me, np.arange(3)))
+print(multihost.on_primary(lambda: {"from": me, "big": "x" * 9000})["from"])
+print(told(multihost.on_primary, fails, OSError(f"full in {me}")))
+print(told(multihost.on_primary, fails, NotFinite(f"no number in {me}", [1])))
+print(multihost.on_all_hosts(lambda: me))
+print(told(multihost.on_all_hosts, lambda: me and fails(ValueError(f"missing in {me}"))))
+print(multihost.on_all_hosts(lambda: multihost.on_primary(lambda: 10 + me)))
+print(told(multihost.assert_same_on_hosts, "the seeds", 1, np.arange(3)))
+print(told(multihost.assert_same_on_hosts, "the seeds", me, np.arange(3)))
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 with jax.set_mesh(mesh):
-    whole = processes.place(np.arange(4.0))
+    whole = multihost.place(np.arange(4.0))
     halves = jax.jit(
         lambda x: 2 * x,
         out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp")),
     )(whole)
     mine = halves.addressable_data(0).tolist()
-print(mine, (processes.fetch(halves) + 1).tolist())
+print(mine, (multihost.fetch(halves) + 1).tolist())
 """
 
 
@@ -175,7 +175,7 @@ def test_what_fails_in_one_ends_both(tmp_path, flags, named) -> None:
     (folders[0] / "only_here.jpg").symlink_to(ROOT / "examples" / "astronaut.jpg")
     (folders[0] / "only_here").symlink_to(ROOT / "framepack_jax" / "assets" / "random")
     for code, _, errors in ended(sample_in(folders, *FLAGS, *flags, "--output", "run")):
-        assert code == 1
+        assert code == 1, errors
         assert "error: " in errors and named in errors and "Traceback" not in errors
     assert not any((folder / "run").exists() for folder in folders)
 
@@ -231,6 +231,6 @@ def test_numbers_that_do_not_go_together(flags, named) -> None:
 
 
 def test_one_process_talks_to_nobody() -> None:
-    assert multihost.is_first() and not multihost.stopping()
-    assert multihost.in_first(max, 1, 2) == multihost.in_all(max, 1, 2) == 2
-    multihost.check_same("anything", 1)
+    assert multihost.is_primary() and not multihost.stopping()
+    assert multihost.on_primary(max, 1, 2) == multihost.on_all_hosts(max, 1, 2) == 2
+    multihost.assert_same_on_hosts("anything", 1)

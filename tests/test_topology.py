@@ -78,7 +78,7 @@ def test_the_tpu_compiler_knows_the_topology(name: str, kind: str) -> None:
 
 
 def test_libtpu_is_quiet_where_there_is_no_tpu() -> None:
-    program = "from framepack_jax import topology; import jax; topology.quiet_libtpu();"
+    program = "from framepack_jax.parallel import hardware; import jax; hardware.quiet_libtpu();"
     env = {name: x for name, x in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
     done = subprocess.run(
         [sys.executable, "-c", program + "print(jax.devices())"],

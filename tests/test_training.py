@@ -548,7 +548,7 @@ ON_EIGHT = """
 import json, sys
 sys.path.insert(0, "tests")
 import test_training as t
-from framepack_jax import sharding
+from framepack_jax.parallel import sharding
 jax, np, RATE = t.jax, t.np, t.np.float32(1e-3)
 
 def setup_of(name, mesh):

@@ -10,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.experimental import v1 as ocp
 
 from framepack_jax.bundle.manifest import absolute
-from framepack_jax.utils.prefetch import ahead
+from framepack_jax.utils.prefetch import prefetch
 
 # Bytes of one partial save: each looks through all leaves that are there already.
 WRITE_CHUNK = 1 << 29
@@ -40,7 +40,7 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
     with _uncompressed():
         writing = None
         try:
-            for name, array in ahead(leaves):
+            for name, array in prefetch(leaves):
                 array = np.ascontiguousarray(array)
                 digest.update(f"{name} {array.dtype} {array.shape} ".encode())
                 digest.update(array.reshape(-1).view(np.uint8))

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from framepack_jax import bundle
-from framepack_jax.cli import keep_compiled
+from framepack_jax.cli import enable_compilation_cache
 from framepack_jax.evaluation import video_file
 from framepack_jax.generation.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
 from framepack_jax.jobs.provenance import path_of, weights
@@ -124,7 +124,7 @@ def evaluate(flags: Evaluate) -> Path:
         steps=flags.steps, sampler=flags.sampler, guidance=flags.guidance, cfg=flags.cfg
     )
     size = _check(flags)
-    keep_compiled()
+    enable_compilation_cache()
     hardware.quiet_libtpu()
     models = open_models(flags)
     for model in models:

@@ -17,7 +17,7 @@ import jax
 import tyro
 
 from framepack_jax import bundle, packing
-from framepack_jax.cli import keep_compiled
+from framepack_jax.cli import enable_compilation_cache
 from framepack_jax.data import build, clip_cache, filters, ray_backend
 from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.clip_cache import Video
@@ -29,7 +29,7 @@ from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel import hardware
-from framepack_jax.parallel.multihost import in_all, in_first, is_first, join
+from framepack_jax.parallel.multihost import is_primary, join, on_all_hosts, on_primary
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import Bar
 
@@ -106,7 +106,7 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
         ) from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
-    if is_first():
+    if is_primary():
         print(packed)
         print(
             f"{flags.output / INDEX}: {packed.clips} clips; {time.monotonic() - began:.1f} s in all"
@@ -115,28 +115,28 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
 
 def prepare(flags: Prepare) -> build.Packed:
     """Make the dataset of `flags`. Raises ValueError for what cannot be, OSError."""
-    keep_compiled()
+    enable_compilation_cache()
     hardware.quiet_libtpu()
     if flags.coordinator is not None:
         join(flags.coordinator, flags.processes, flags.process)
     path = path_of(flags.bundle)
     manifest = bundle.read_manifest(path)
     settings = _settings(flags, manifest)
-    listing = in_all(list_videos, flags.videos, flags.empty_captions)
+    listing = on_all_hosts(list_videos, flags.videos, flags.empty_captions)
     _check_output(flags.output)
     if not flags.replace:
-        in_first(build.check_videos, flags.output, flags.videos, listing)
-    in_first(build.check_any, flags.output, flags.videos, listing)
+        on_primary(build.check_videos, flags.output, flags.videos, listing)
+    on_primary(build.check_any, flags.output, flags.videos, listing)
     made = _made(flags, manifest, settings)
     encoder = Encoder.load(path, manifest, flags.mode == "pixels")
-    in_all(_encode, flags, listing, encoder, settings, made)
+    on_all_hosts(_encode, flags, listing, encoder, settings, made)
     index = _index(flags, manifest, settings)
-    packed = in_first(
+    packed = on_primary(
         build.pack, flags.output, flags.videos, listing, flags.thresholds, index,
         encoder.prompt(""),
     )  # fmt: skip
     if not flags.keep_clips:
-        in_first(shutil.rmtree, flags.output / clip_cache.STORE)
+        on_primary(shutil.rmtree, flags.output / clip_cache.STORE)
     if not packed.clips:
         raise DatasetError(
             f"none of {len(listing)} videos gave a clip that gets in; {flags.output}/rejected.jsonl"
@@ -226,7 +226,7 @@ def _encode(
     """Bring the videos of this process into the store, behind a bar."""
     index, count = jax.process_index(), jax.process_count()
     total = len(range(index, len(listing), count))
-    with Bar(total=total, desc="videos", unit="video", disable=not is_first()) as bar:
+    with Bar(total=total, desc="videos", unit="video", disable=not is_primary()) as bar:
         clips = 0
 
         def advance() -> None:

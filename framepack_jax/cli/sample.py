@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 
 from framepack_jax import bundle, video
-from framepack_jax.cli import keep_compiled
+from framepack_jax.cli import enable_compilation_cache
 from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.generation.offload_plan import TILES
 from framepack_jax.generation.pipeline import FramePack
@@ -57,11 +57,11 @@ from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import (
     Terminated,
-    check_same,
-    in_all,
-    in_first,
-    is_first,
+    assert_same_on_hosts,
+    is_primary,
     join,
+    on_all_hosts,
+    on_primary,
 )
 from framepack_jax.planning.sampling import dry_run
 from framepack_jax.utils.flags import parse
@@ -168,7 +168,7 @@ def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
     flags = parse(Sample, args, prog)
     hardware.quiet_libtpu()
-    keep_compiled()
+    enable_compilation_cache()
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -194,8 +194,8 @@ def _join(flags: Sample) -> None:
     else:
         # Ctrl-C, as SIGTERM, ends all of them after a step.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    check_same("flags", dataclasses.replace(flags, process=None))
-    if not is_first():
+    assert_same_on_hosts("flags", dataclasses.replace(flags, process=None))
+    if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -271,11 +271,11 @@ def _make_new(flags: Sample) -> list[Path]:
     if flags.merge_lora and not flags.lora:
         warnings.warn("--merge-lora counts only with --lora", stacklevel=1)
     path = path_of(_bundle(flags))
-    pipe = in_all(open_pipe, path, flags.dtype, flags.schedule, flags.vae_tile, flags.mesh)
+    pipe = on_all_hosts(open_pipe, path, flags.dtype, flags.schedule, flags.vae_tile, flags.mesh)
     _check_bundle(path, bundle.ROLES)
     _check_devices(pipe, flags.batch)
     wanted = list(_wanted(flags))
-    check_same("the jobs", repr(wanted))
+    assert_same_on_hosts("the jobs", repr(wanted))
     alone = flags.jobs is None and len(wanted) == 1
     tasks, failures = [], {}
     for folder, shot in wanted:
@@ -291,7 +291,7 @@ def _make_new(flags: Sample) -> list[Path]:
             failures[folder] = error
             print(f"{folder}: error: {error}", file=sys.stderr)
     if tasks:
-        adapters = in_all(_read_loras, pipe, flags.lora)
+        adapters = on_all_hosts(_read_loras, pipe, flags.lora)
         pipe = _with_weights(pipe, path, flags, tasks)
         pipe = pipe.with_lora(adapters, merge=flags.merge_lora) if adapters else pipe
         failures |= _make(pipe, tasks, flags, began)
@@ -310,8 +310,10 @@ def _make_new(flags: Sample) -> list[Path]:
 
 def _check_bundle(path: str | Path, roles: Sequence[str]) -> None:
     """Raise ValueError in all processes where one lacks these networks, or has others."""
-    in_all(bundle.check_present, path, roles)
-    check_same("the weights of the bundle", [weights(path)[role].get("sha256") for role in roles])
+    on_all_hosts(bundle.check_present, path, roles)
+    assert_same_on_hosts(
+        "the weights of the bundle", [weights(path)[role].get("sha256") for role in roles]
+    )
 
 
 def _with_weights(
@@ -417,7 +419,7 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
 
 
 def _is_finished(run: Run) -> bool:
-    return run.record["status"] == "finished" and in_first((run.folder / "video.mp4").exists)
+    return run.record["status"] == "finished" and on_primary((run.folder / "video.mp4").exists)
 
 
 def _finish(run: Run, flags: Sample, began: float) -> None:
@@ -426,9 +428,9 @@ def _finish(run: Run, flags: Sample, began: float) -> None:
     pipe, task = _saved(run, flags)
     run.record["dtype"] = pipe.dtype
     print(f"{folder}: {_describe(pipe, task)}")
-    in_all(check_loras, run)
+    on_all_hosts(check_loras, run)
     saved = run.record["flags"]
-    adapters = in_all(_read_loras, pipe, saved.get("lora", ()))
+    adapters = on_all_hosts(_read_loras, pipe, saved.get("lora", ()))
     pipe = _with_weights(pipe, run.record["bundle"], flags, [task])
     pipe = pipe.with_lora(adapters, merge=saved["merge_lora"]) if adapters else pipe
     if failures := _make(pipe, [task], flags, began):
@@ -479,9 +481,9 @@ def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tupl
         record["bundle"] = absolute(path_of(flags.bundle))
     elif record["flags"]["bundle"] in EMBEDDED:
         record["bundle"] = absolute(path_of(record["flags"]["bundle"]))
-    in_all(check_weights, run, roles)
+    on_all_hosts(check_weights, run, roles)
     _check_bundle(record["bundle"], roles)
-    pipe = in_all(
+    pipe = on_all_hosts(
         open_pipe,
         record["bundle"],
         flags.dtype or record["dtype"],
@@ -499,7 +501,7 @@ def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
         if len(flags.prompt) > 1 or len(flags.seed) > 1:
             raise ValueError("--jobs with several prompts or seeds: put them into the file")
         base |= {"prompt": flags.prompt[0], "seed": flags.seed[0]}
-        yield from in_all(list, read_jobs(flags.jobs, base, output))
+        yield from on_all_hosts(list, read_jobs(flags.jobs, base, output))
         return
     if not flags.prompt or not flags.seed:
         raise ValueError('give at least one prompt (it may be "") and one seed')
@@ -513,11 +515,11 @@ def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
 @contextlib.contextmanager
 def _new_folder(flags: Sample) -> Iterator[Path]:
     """A new folder under outputs/ for this process alone; taken away again if it stays empty."""
-    folder = in_first(_make_folder, flags)
+    folder = on_primary(_make_folder, flags)
     try:
         yield folder
     finally:
-        if is_first():
+        if is_primary():
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -544,11 +546,11 @@ def _make_folder(flags: Sample) -> Path:
 def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool) -> Task | None:
     """What is to be made in a folder, checked as far as it can be without weights; None where it is
     finished already. Raises ValueError, OSError."""
-    asked, shot = shot, in_first(_with_seed, shot, folder, flags.overwrite)
+    asked, shot = shot, on_primary(_with_seed, shot, folder, flags.overwrite)
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
     warn_of_idle(shot)
-    record = in_first(new_record, flags, shot, pipe, path_of(flags.bundle))
+    record = on_primary(new_record, flags, shot, pipe, path_of(flags.bundle))
     # What another process has made since is not made again, not even with --overwrite.
     kept = dataclasses.replace(flags, overwrite=False)
     seen = record_text(folder)
@@ -561,11 +563,11 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
             done = "sampled" if flags.latents_only else "finished"
             if _is_done(there, record, alone, done):
                 return None
-            in_all(check_weights, there)
+            on_all_hosts(check_weights, there)
             return Task(there, lay_out_saved(pipe, there), settings, seen=seen, look=look)
     if shot.extend is not None and shot.extend.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--output {folder} holds what --extend names; choose another --output")
-    request = in_all(read_request, pipe, shot)
+    request = on_all_hosts(read_request, pipe, shot)
     layout = lay_out_shot(pipe, shot, request)
     if request.end_image is not None:
         record["flags"]["end_image_as"] = end_image_use(pipe.order, shot.end_image_as)

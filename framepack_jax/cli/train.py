@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from framepack_jax import bundle
-from framepack_jax.cli import keep_compiled
+from framepack_jax.cli import enable_compilation_cache
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
-from framepack_jax.parallel.multihost import in_first, join
+from framepack_jax.parallel.multihost import join, on_primary
 from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Config
@@ -70,12 +70,12 @@ CONFIG_FIELDS = [field.name for field in dataclasses.fields(Config)]
 def main(args: list[str] | None = None, prog: str = "train.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
-    with told():
+    with cli_errors():
         _run(parse(Train, args, prog, defaults(Train, Config, args)))
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def cli_errors() -> Iterator[None]:
     """A training command: how long it took, or what was wrong and exit code 1."""
     began = time.monotonic()
     try:
@@ -94,7 +94,7 @@ def _run(flags: Train) -> None:
     if flags.dry_run is not None:
         return _dry_run(cfg, flags)
     _check(cfg)
-    keep_compiled()
+    enable_compilation_cache()
     hardware.quiet_libtpu()
     if flags.coordinator is not None:
         join(flags.coordinator, flags.processes, flags.process)
@@ -105,12 +105,12 @@ def _run(flags: Train) -> None:
     path = path_of(cfg.bundle)
     step = train(cfg, path, mesh, resume=flags.resume == "auto", say=in_first_only(print))
     if step < cfg.steps:
-        in_first(print, f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved;"
+        on_primary(print, f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved;"
                  " the same command goes on")  # fmt: skip
         return
-    in_first(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the figures")
+    on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the figures")
     if flags.export:
-        in_first(print, in_first(_export, f"{cfg.output}@{step}", path))
+        on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
 
 
 def _export(run: str, path: Any) -> str:

@@ -7,8 +7,8 @@ from typing import Literal
 
 import jax
 
-from framepack_jax.cli import keep_compiled
-from framepack_jax.cli.train import defaults, told
+from framepack_jax.cli import enable_compilation_cache
+from framepack_jax.cli.train import cli_errors, defaults
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.training import vae
@@ -35,7 +35,7 @@ class TrainVae(vae.Config):
 def main(args: list[str] | None = None, prog: str = "framepack train-vae") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
-    with told():
+    with cli_errors():
         _run(parse(TrainVae, args, prog, defaults(TrainVae, vae.Config, args)))
 
 
@@ -45,7 +45,7 @@ def _run(flags: TrainVae) -> None:
     required = {"--videos": cfg.videos, "--bundle": cfg.bundle, "--output": cfg.output}
     if absent := [flag for flag, given in required.items() if not given]:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")
-    keep_compiled()
+    enable_compilation_cache()
     hardware.quiet_libtpu()
     path = path_of(cfg.bundle)
     mesh = sharding.make_mesh(data=jax.device_count())

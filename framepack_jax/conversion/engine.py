@@ -181,7 +181,7 @@ class Plan:
         ConversionError where a tensor cannot be read or quantized, and where `dtype` cannot hold a
         number.
         """
-        for step, tensors in prefetch.ahead(self._read()):
+        for step, tensors in prefetch.prefetch(self._read()):
             # numpy joins no float16 with bfloat16.
             tensors = [tensor.astype(self._dtype(step), copy=False) for tensor in tensors]
             arrays = step.row.transform(tensors, list(step.targets.values()))

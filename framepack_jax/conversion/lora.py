@@ -41,7 +41,7 @@ from framepack_jax.conversion.weight_files import (
 )
 from framepack_jax.models.hunyuan.transformer import Config
 from framepack_jax.models.lora import Factors, LoRA
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 # Tencent's names and those of ComfyUI are alike in part; the first that has one takes it.
 TABLES = {
@@ -253,7 +253,7 @@ def write(
         metadata[METADATA] = _peft_metadata({n: len(pair.down) for n, (_, pair) in pairs.items()})
     tensors = [Tensor(name, x.shape, str(x.dtype)) for name, x in arrays.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         values = (np.asarray(x, order="C") for x in arrays.values())
         stream_safetensors(file, tensors, values, metadata=metadata)
 

@@ -25,7 +25,7 @@ from framepack_jax.data.clip_cache import Video
 from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"
 # What videos the dataset is of: a line that says where they were listed, and one for each with its
@@ -309,7 +309,7 @@ def _write_tables(new: Path, judged: Judged) -> None:
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    with whole(path) as partial, open(partial, "w") as file:
+    with atomic_write(path) as partial, open(partial, "w") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 

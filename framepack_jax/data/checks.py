@@ -11,7 +11,7 @@ from typing import Any
 
 from framepack_jax.data import build, clip_cache
 from framepack_jax.data.records import DatasetError, Index, Source
-from framepack_jax.parallel.multihost import is_first
+from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.utils.progress import Bar
 
 SHOWN = 3
@@ -124,7 +124,7 @@ def _mapped(function: Any, items: Sequence[Any], what: str) -> list[Any]:
     """Results in order, computed in threads behind a bar that shows where it takes long."""
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(function, items)
-        return list(Bar(done, total=len(items), desc=what, delay=2, disable=not is_first()))
+        return list(Bar(done, total=len(items), desc=what, delay=2, disable=not is_primary()))
 
 
 def _some(texts: Sequence[str]) -> str:

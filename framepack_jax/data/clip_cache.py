@@ -21,7 +21,7 @@ from PIL import Image
 from framepack_jax.data import filters, records
 from framepack_jax.data.filters import Rejected, Settings
 from framepack_jax.data.records import Clip, DatasetError, Record
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 STORE = "clips"
 THUMBNAIL = 160
@@ -88,7 +88,7 @@ def add(
             described = _describe(video, cut, len(clips), settings)
             for record in encode(described, cut.frames):
                 file = record_file(folder, record.clip)
-                with whole(file) as partial:
+                with atomic_write(file) as partial:
                     partial.write_bytes(records.pack(record))
                 _thumbnail(file.with_suffix(".png"), cut.frames[len(cut.frames) // 2])
                 clips.append(dataclasses.asdict(record.clip))
@@ -103,7 +103,7 @@ def add(
         clips, rejected = [], {"reason": error.reason, "detail": detail}
     marker = {"key": _key(video, made), "source": video.source, "clips": clips}
     text = json.dumps(marker | {"rejected": rejected}, indent=1, sort_keys=True)
-    with whole(_marker_file(folder, video.id)) as partial:
+    with atomic_write(_marker_file(folder, video.id)) as partial:
         partial.write_text(text)
 
 
@@ -154,5 +154,5 @@ def _read_marker(folder: Path, name: str) -> dict[str, Any] | None:
 def _thumbnail(path: Path, frame: np.ndarray) -> None:
     picture = Image.fromarray(frame)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial, format="PNG")

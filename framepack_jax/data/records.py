@@ -26,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 FORMAT = 2
 INDEX, EMPTY, SHARDS, NEW = "dataset.json", "empty.safetensors", "shards", "dataset.new"
@@ -176,7 +176,7 @@ def _write_shard(
     lengths, videos, tokens, size = [], [], [], 0
     try:
         with (
-            whole(path) as partial,
+            atomic_write(path) as partial,
             contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer,
         ):
             for data, length in itertools.chain([first], rest):
@@ -197,7 +197,7 @@ def _write_shard(
 def write_index(folder: Path, index: Index) -> None:
     """Finish a dataset: the index is there whole, or not at all."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(index)}, indent=1)
-    with whole(Path(folder) / INDEX) as partial:
+    with atomic_write(Path(folder) / INDEX) as partial:
         partial.write_text(text + "\n")
 
 
@@ -238,7 +238,7 @@ def read_index(folder: Path) -> Index:
 def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> None:
     """Keep the states (n, D) and (D,) of the empty prompt."""
     stored = {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
-    with whole(Path(folder) / EMPTY) as partial:
+    with atomic_write(Path(folder) / EMPTY) as partial:
         partial.write_bytes(safetensors.numpy.save(stored))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from framepack_jax.evaluation.drift import SHARE, Estimate
 from framepack_jax.evaluation.metrics import Metric
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 SIZE = 7.5, 4.0
 POINTS = 150
@@ -85,5 +85,5 @@ def _axes(metric: Metric, time: str):
 def _save(figure, axes, path: Path) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

@@ -12,7 +12,7 @@ from framepack_jax.evaluation import clip_score, metrics, plots, tables
 from framepack_jax.evaluation.drift import Estimate, drift, ends, mean
 from framepack_jax.evaluation.metrics import METRICS
 from framepack_jax.evaluation.tables import Table
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 ROWS = {
     "first 15 %": lambda values: ends(values)[0],
@@ -68,7 +68,7 @@ def _write(
         plots.over_time(output / names[-1], metric, {file.name: [figures[name]]}, fps)
     video.save_png(output / "sheet.png", video.contact_sheet_mp4(file))
     shown = [f"![{Path(name).stem}]({name})" for name in ("sheet.png", *names)]
-    with whole(output / "report.json") as partial:
+    with atomic_write(output / "report.json") as partial:
         plain = tables.plain(table) | {
             "frames": {
                 name: [None if np.isnan(v) else round(float(v), 6) for v in values]
@@ -77,5 +77,5 @@ def _write(
             "metrics": {name: dataclasses.asdict(metric) for name, metric in table.columns.items()},
         }
         partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
-    with whole(output / "report.md") as partial:
+    with atomic_write(output / "report.md") as partial:
         partial.write_text(tables.markdown(table, shown))

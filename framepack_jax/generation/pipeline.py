@@ -48,7 +48,7 @@ from framepack_jax.models.lora import LoRA, attach
 from framepack_jax.models.lora import merge as merge_lora
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.packing.buckets import BUCKETS_480P
-from framepack_jax.parallel.multihost import fetch, in_first
+from framepack_jax.parallel.multihost import fetch, on_primary
 
 # (section from 0, step from 0, the sample as predicted now (B, w, H, W, C))
 OnStep = Callable[[int, int, jax.Array], None]
@@ -271,7 +271,7 @@ class FramePack:
         `encoded` latent frames are encoded for them; the same in all processes. Raises ValueError,
         BundleError."""
         _, frames = self.geometry.frames_of(0, encoded)
-        return in_first(
+        return on_primary(
             offload_plan.plan, path, level, offload_plan.Work(canvas, batch, self.schedule, frames),
             dtype=self.dtype, tiling=self.tiling, mesh=self.mesh, roles=roles,
         )  # fmt: skip

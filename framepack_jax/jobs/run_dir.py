@@ -34,8 +34,8 @@ from PIL import Image
 from framepack_jax import video
 from framepack_jax.generation.request import Footage, Request
 from framepack_jax.packing import Section
-from framepack_jax.parallel.multihost import in_first, is_first
-from framepack_jax.utils.files import whole
+from framepack_jax.parallel.multihost import is_primary, on_primary
+from framepack_jax.utils.files import atomic_write
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def _by_first(
         def work() -> tuple[T, dict[str, Any]]:
             return method(self, *args, **kwargs), self.record
 
-        result, self.record = in_first(work)
+        result, self.record = on_primary(work)
         return result
 
     return call
@@ -92,7 +92,7 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> "Run":
         """Read the record. Raises ValueError where there is none, or none that can be read."""
-        return cls(folder, in_first(cls._read_record, folder))
+        return cls(folder, on_primary(cls._read_record, folder))
 
     @staticmethod
     def _read_record(folder: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Run:
         run = cls.open(folder)
         run.lock()
         try:
-            run.record = in_first(cls._read_record, folder)
+            run.record = on_primary(cls._read_record, folder)
             yield run
         finally:
             run.unlock()
@@ -201,7 +201,7 @@ class Run:
         """Write how a run ended, without word to the other processes, which may be gone; where the
         disk is full, nothing else is lost by it."""
         self.record["status"] = status
-        if is_first():
+        if is_primary():
             with contextlib.suppress(OSError):
                 self._write_record()
 
@@ -357,13 +357,13 @@ def record_text(folder: Path) -> str | None:
             return (folder / RECORD).read_text()
         return None
 
-    return in_first(read)
+    return on_primary(read)
 
 
 def check_folder(folder: Path) -> None:
     """Make a folder for a run. Raises ValueError where it holds files of another kind under the
     names that a run needs, OSError where it cannot be written."""
-    in_first(_check_folder, folder)
+    on_primary(_check_folder, folder)
 
 
 def _check_folder(folder: Path) -> None:
@@ -396,7 +396,7 @@ class DamagedFile(ValueError):
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there in full, also after a crash, or not at all."""
     try:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(data)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror}") from error

@@ -19,11 +19,11 @@ from framepack_jax.jobs.run_dir import Busy, DamagedFile, Run, record_text
 from framepack_jax.models import scan
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import (
-    check_same,
-    in_all,
-    in_first,
-    is_first,
-    is_shared,
+    assert_same_on_hosts,
+    is_collective_error,
+    is_primary,
+    on_all_hosts,
+    on_primary,
     stop_if_asked,
 )
 from framepack_jax.utils.progress import Bar
@@ -150,7 +150,7 @@ def _make_group(
                 _begin(pipe, task)
                 begun.append(task)
             except (ValueError, *FAILURES) as error:
-                if not is_shared(error):
+                if not is_collective_error(error):
                     raise
                 yield task, explained(error)
         while begun:
@@ -162,7 +162,7 @@ def _make_group(
                 # The others go on without them, from their last finished section.
                 failed, reason = [begun[i] for i in error.samples], error.with_traceback(None)
             except (ValueError, *FAILURES) as error:
-                if not is_shared(error):
+                if not is_collective_error(error):
                     raise
                 failed, reason = begun, explained(error)
             begun = [task for task in begun if task not in failed]
@@ -200,8 +200,8 @@ def _begin(pipe: FramePack, task: Task) -> None:
         task.request = task.run.request()
         _mend_known(pipe, task)
         return
-    request, beginning = in_all(task.read)
-    check_same("images, prompts and seeds", request)
+    request, beginning = on_all_hosts(task.read)
+    assert_same_on_hosts("images, prompts and seeds", request)
     task.request = prepare(pipe.geometry, request, task.layout)
     known = pipe.known_latents(task.request, task.layout)
     task.run.begin(task.request, known, beginning)
@@ -273,7 +273,7 @@ def finish(task: Task, decode: bool) -> None:
     """The contact sheet, a GIF where it is wanted, and the last word in the record."""
     run = task.run
     if decode:
-        in_first(_save_pictures, run.folder, run.record["flags"].get("gif", False))
+        on_primary(_save_pictures, run.folder, run.record["flags"].get("gif", False))
     timings = run.record["timings"]
     # Earlier versions noted two parts of a section.
     seconds = float(sum(map(np.sum, timings.get("section_seconds", []))))
@@ -323,7 +323,7 @@ def decode_again(pipe: FramePack, task: Task) -> int:
     decoder = _decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
     with Later() as frames:
-        for number in Bar(range(done), desc="decoding", unit="section", disable=not is_first()):
+        for number in Bar(range(done), desc="decoding", unit="section", disable=not is_primary()):
             frames.add(decoder.start, number)
             stop_if_asked()
     if whole:
@@ -353,7 +353,7 @@ class Progress:
     def __init__(self, tasks: Sequence[Task], done: int, blocks: int) -> None:
         self.tasks, self.steps = tasks, tasks[0].settings.steps
         self.sections = len(tasks[0].layout.plan)
-        quiet = not is_first()
+        quiet = not is_primary()
         self.shown = {
             round(self.steps * i / PREVIEWS_PER_SECTION) for i in range(1, PREVIEWS_PER_SECTION + 1)
         }
@@ -389,7 +389,7 @@ class Progress:
         stop_if_asked()
         if step + 1 in self.shown and x0.shape[-1] == PREVIEW_CHANNELS:
             caption = f"section {section + 1} of {self.sections}, step {step + 1} of {self.steps}"
-            in_first(self._show, np.asarray(x0), caption)
+            on_primary(self._show, np.asarray(x0), caption)
 
     def _show(self, x0: np.ndarray, caption: str) -> None:
         # What is not a number is told at the end of the section; here it is shown as grey.

@@ -21,7 +21,7 @@ from framepack_jax.generation.request import Footage, Layout, Request, lay_out, 
 from framepack_jax.jobs.run_dir import Run
 from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.parallel import sharding
-from framepack_jax.parallel.multihost import is_first
+from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.utils.flags import check_text, tidied
 from framepack_jax.utils.progress import Bar
 
@@ -199,7 +199,7 @@ def read(
 def _kept_frames(shot: Shot, count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The first frames of a video that is extended, scaled, with a progress bar."""
     frames = itertools.islice(video.read_frames(footage_file(shot), shot.fps), count)
-    for frame in Bar(frames, "copying", count, leave=False, unit="frame", disable=not is_first()):
+    for frame in Bar(frames, "copying", count, leave=False, unit="frame", disable=not is_primary()):
         yield video.resize_center_crop(frame, *size)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 P = ParamSpec("P")
 T = TypeVar("T")
 # Seconds until the others notice that a process is gone, or leaves alone.
-PATIENCE = 30
+HEARTBEAT_TIMEOUT_S = 30
 # Bytes of the smallest message; longer ones are padded to powers of two, for few compilations.
 MESSAGE = 1 << 12
 # Whether work is under way that talks to no other process.
@@ -48,9 +48,12 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
         address = coordinator
     try:
         jax.distributed.initialize(
-            address, count, index,
-            heartbeat_timeout_seconds=PATIENCE, shutdown_timeout_seconds=PATIENCE,
-        )  # fmt: skip
+            address,
+            count,
+            index,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        )
     except (ValueError, RuntimeError) as error:
         line = str(error).partition("\n")[0]
         raise ValueError(
@@ -59,35 +62,35 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
         ) from error
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether files are written here."""
     return jax.process_index() == 0
 
 
-def in_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def on_primary(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `work` in the first process; all get its result, or raise its error.
 
     Results and errors are pickled. All processes must come here in the same order.
     """
     if jax.process_count() == 1 or _inside:
         return work(*args, **kwargs)
-    outcome = _outcome(work, *args, **kwargs) if is_first() else None
-    return _opened(_told(outcome, 0))
+    outcome = _call_locally(work, *args, **kwargs) if is_primary() else None
+    return _unwrap(_broadcast(outcome, 0))
 
 
-def in_all(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def on_all_hosts(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `work` in each process for itself; where it fails in one, all raise the error of the
     first of those."""
     if jax.process_count() == 1 or _inside:
         return work(*args, **kwargs)
-    outcome = _outcome(work, *args, **kwargs)
+    outcome = _call_locally(work, *args, **kwargs)
     failed = multihost_utils.process_allgather(np.int32(not outcome[0]))
     if failed.any():
-        outcome = _told(outcome, int(failed.argmax()))
-    return _opened(outcome)
+        outcome = _broadcast(outcome, int(failed.argmax()))
+    return _unwrap(outcome)
 
 
-def check_same(what: str, *values: Any) -> None:
+def assert_same_on_hosts(what: str, *values: Any) -> None:
     """Raise ValueError in all processes where they differ in values (which are pickled)."""
     if jax.process_count() == 1:
         return
@@ -100,7 +103,7 @@ def check_same(what: str, *values: Any) -> None:
         )
 
 
-def is_shared(error: Exception) -> bool:
+def is_collective_error(error: Exception) -> bool:
     """Whether all processes have this error: they were told of it, or all came to it alike."""
     return jax.process_count() == 1 or isinstance(error, ValueError) or hasattr(error, "told")
 
@@ -163,8 +166,8 @@ def _gather(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _outcome(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[bool, Any]:
-    """(whether it succeeded, result or error); within it, `in_first` and `in_all` only call."""
+def _call_locally(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[bool, Any]:
+    """(whether it succeeded, result or error); in it `on_primary` and `on_all_hosts` call."""
     global _inside
     _inside = True
     try:
@@ -175,7 +178,7 @@ def _outcome(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[b
         _inside = False
 
 
-def _told(value: Any, source: int) -> Any:
+def _broadcast(value: Any, source: int) -> Any:
     """The value of process `source`, in all."""
     mine = jax.process_index() == source
     data = np.frombuffer(_pickled(value) if mine else b"", np.uint8)
@@ -196,7 +199,7 @@ def _pickled(value: tuple[bool, Any]) -> bytes:
     return data
 
 
-def _opened(outcome: tuple[bool, Any]) -> Any:
+def _unwrap(outcome: tuple[bool, Any]) -> Any:
     succeeded, value = outcome
     if not succeeded:
         value.told = True

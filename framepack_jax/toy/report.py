@@ -14,7 +14,7 @@ from framepack_jax.evaluation.tables import Table
 from framepack_jax.toy import results, suites
 from framepack_jax.toy.suites import ByRow, Part
 from framepack_jax.toy.world import FPS
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 SHEETS = 3
 """Cases of a part that are shown."""
@@ -52,10 +52,10 @@ def write(
         text.append(_shown(pictures))
     if hiding:
         text.append("## Forgetting over the time hidden\n\n" + _shown(_over_hiding(folder, hiding)))
-    with whole(folder / "report.json") as partial:
+    with atomic_write(folder / "report.json") as partial:
         plain = {"about": about, "tables": [tables.plain(table) for table in written]}
         partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
-    with whole(folder / "report.md") as partial:
+    with atomic_write(folder / "report.md") as partial:
         partial.write_text("\n".join(text))
     return written
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from framepack_jax.toy.scenes import Case, Figures
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 from framepack_jax.video import write_mp4
 
 SETTINGS = "evaluation.json"
@@ -39,7 +39,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--output {folder} is no evaluation and not empty; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -94,5 +94,5 @@ def save(
     file = video_file(folder, row, case)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(file, frames, fps)
-    with whole(file.with_suffix(".npz")) as partial, open(partial, "wb") as opened:
+    with atomic_write(file.with_suffix(".npz")) as partial, open(partial, "wb") as opened:
         np.savez_compressed(opened, **figures)

@@ -22,7 +22,7 @@ import numpy as np
 
 from framepack_jax.toy import render
 from framepack_jax.toy.render import COLOURS, FORMS
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 from framepack_jax.video import write_mp4
 
 SIZES = {"small": 0.10, "large": 0.15}
@@ -516,6 +516,6 @@ def write(
     if file.exists() and file.with_suffix(".txt").exists():
         return file
     write_mp4(file, frames(made, seconds), FPS)
-    with whole(file.with_suffix(".txt")) as partial:
+    with atomic_write(file.with_suffix(".txt")) as partial:
         partial.write_text(made.caption + "\n")
     return file

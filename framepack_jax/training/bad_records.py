@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from framepack_jax.data.records import DatasetError
-from framepack_jax.parallel.multihost import in_first, is_first
+from framepack_jax.parallel.multihost import is_primary, on_primary
 from framepack_jax.utils.progress import Bar
 
 SHOWN = 3
@@ -38,7 +38,7 @@ class BadRecords:
         new = {-1 - clip for clip in clips.tolist() if clip < 0} - self.numbers
         for number in sorted(new):
             self.numbers.add(number)
-            if is_first():
+            if is_primary():
                 count = f"{len(self.numbers)} of --data.max-bad-records {self.most}"
                 text = f"{self._fault(number)}; another clip takes its place ({count})"
                 Bar.write(f"warning: step {step}: {text}", file=sys.stderr)
@@ -49,7 +49,7 @@ class BadRecords:
         still are."""
         if self.too_many:
             self.numbers -= set(
-                in_first(lambda: [n for n in self.numbers if not self.loader.fault(n)])
+                on_primary(lambda: [n for n in self.numbers if not self.loader.fault(n)])
             )
         self.check()
 

@@ -22,7 +22,7 @@ import numpy as np
 from framepack_jax import packing
 from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.parallel.hardware import chip_of
-from framepack_jax.parallel.multihost import is_first
+from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.training.config import Config
 from framepack_jax.training.flow_matching import Metrics
 
@@ -109,7 +109,7 @@ class WandB:
 
 def writers(cfg: Config, step: int, record: dict[str, Any]) -> list[Writer]:
     """Those of a run that goes on after `step`, in the first process. Raises ValueError."""
-    if not is_first():
+    if not is_primary():
         return []
     folder = Path(cfg.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,4 +230,4 @@ def sample_cost(cfg: Any, schedule: str, batch: Any, size: tuple[int, int]) -> C
 
 def is_quiet() -> bool:
     """Whether progress bars are left out: not the first process, or told so."""
-    return not is_first() or bool(os.environ.get("FRAMEPACK_NO_PROGRESS"))
+    return not is_primary() or bool(os.environ.get("FRAMEPACK_NO_PROGRESS"))

@@ -134,7 +134,9 @@ def train(
     share = local_share(mesh, cfg.batch)
     schedule = cfg.schedule or manifest.schedule
     order = packing.default_order(schedule) if cfg.schedule else manifest.order
-    loader = multihost.in_all(loading.open_loader, cfg.data, schedule, order, cfg.batch, share)
+    loader = multihost.on_all_hosts(
+        loading.open_loader, cfg.data, schedule, order, cfg.batch, share
+    )
     loading.check_bundle(loader.index, manifest)
     setup = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
     record = {
@@ -142,16 +144,16 @@ def train(
         "fingerprint": loader.fingerprint,
         "weights": manifest.roles["transformer"].source.get("sha256"),
     }
-    there = multihost.in_first(checkpoints.steps_of, cfg.output)
+    there = multihost.on_primary(checkpoints.steps_of, cfg.output)
     if there and not resume:
         raise RunError(
             f"{cfg.output} holds a run up to step {there[-1]}; choose another --output, or go on"
             " with it: --resume auto"
         )
     if there:
-        other = multihost.in_first(checkpoints.read_record, cfg.output)
+        other = multihost.on_primary(checkpoints.read_record, cfg.output)
     elif cfg.init not in ("bundle", "scratch"):
-        other = multihost.in_first(_record_of, cfg.init)
+        other = multihost.on_primary(_record_of, cfg.init)
         _check_init(cfg, record, other)
     else:
         other = {"began": cfg.init}
@@ -172,7 +174,7 @@ def train(
                 unread: list[int] = []
                 begun, frozen, origin = first_state(setup, bundle_path)
                 say(f"{cfg.output}: begins from {origin}")
-        multihost.in_first(checkpoints.write_record, cfg.output, record)
+        multihost.on_primary(checkpoints.write_record, cfg.output, record)
         bad = BadRecords(loader, unread)
         return Run(setup, bundle_path, loader, manager, frozen, record, bad, say).go(begun)
 
@@ -304,16 +306,16 @@ class Run:
         if first >= cfg.steps:
             return first
         self.bad.check_again()
-        multihost.in_all(self.loader.check_buckets)
+        multihost.on_all_hosts(self.loader.check_buckets)
         validates = bool(cfg.validation.every) and cfg.data.holdout > 0
         rate = optimizer.learning_rate(cfg.optimizer, cfg.steps)
-        writers = multihost.in_all(metrics.writers, cfg, first, self.record)
+        writers = multihost.on_all_hosts(metrics.writers, cfg, first, self.record)
         self.log = metrics.Log(cfg, rate, writers)
         with contextlib.ExitStack() as exits:
             exits.enter_context(contextlib.closing(self.log))
             if validates:
                 # Reads the held-out clips.
-                self.validator = multihost.in_all(
+                self.validator = multihost.on_all_hosts(
                     Validator, self.setup, self.path, self.loader, self.vae
                 )
             for line in summary.run_lines(self.setup, self.loader, first, validates):
@@ -464,7 +466,7 @@ class Run:
         params = now.params if now.ema is None else now.ema
         log.write(step, self.validator.losses(params, self.frozen))
         for number, frames in enumerate(self.validator.videos(params, self.frozen)):
-            multihost.in_first(save_video, self.cfg.output, step, number, frames)
+            multihost.on_primary(save_video, self.cfg.output, step, number, frames)
 
 
 class Validator:

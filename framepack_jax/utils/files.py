@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A name to write to that becomes `path` at the end, or disappears on an error."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.part")

@@ -10,7 +10,7 @@ AHEAD = 4
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterable[Item], count: int = AHEAD) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], count: int = AHEAD) -> Iterator[Item]:
     """The same items, made in a thread of its own while those before are dealt with, at most
     `count` of them at a time."""
     iterator, end = iter(items), object()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 from framepack_jax.video import colour
 
 MIN_SIDE = 16
@@ -77,7 +77,7 @@ def resize_center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 to `path`. Raises OSError with its name where that cannot be."""
     try:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             Image.fromarray(image).save(partial, format="PNG")
     except OSError as error:
         raise OSError(f"{os.fspath(path)} cannot be written: {error.strerror or error}") from error

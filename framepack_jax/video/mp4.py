@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from av.video.stream import VideoStream
 
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 
 DEFAULT_CRF = 16
 MIN_FPS, MAX_FPS = 0.1, 1000
@@ -74,7 +74,7 @@ def write_mp4(
     shape = np.shape(first)
     if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
         raise ValueError(f"frames are {shape}; mp4 needs (H, W, 3) with an even height and width")
-    with whole(path) as partial, _h264(partial, shape[:2], fps, crf) as encode:
+    with atomic_write(path) as partial, _h264(partial, shape[:2], fps, crf) as encode:
         encode(_yuv(first, shape))
         for frame in frames:
             encode(_yuv(frame, shape))
@@ -96,7 +96,7 @@ def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> 
         delay = max(delay, its_delay)
     with (
         _undecoded(segments[0]) as template,
-        whole(path) as partial,
+        atomic_write(path) as partial,
         av.open(partial, "w", format="mp4", options=FASTSTART) as container,
     ):
         stream = container.add_stream_from_template(template.streams.video[0])

@@ -12,7 +12,7 @@ import numpy as np
 from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
 
-from framepack_jax.utils.files import whole
+from framepack_jax.utils.files import atomic_write
 from framepack_jax.video.decode import mp4_info, read_frames, read_frames_at
 
 PREVIEW_BIAS = np.array([0.0259, -0.0192, -0.0761], np.float32)
@@ -78,7 +78,7 @@ def save_gif(path: str | os.PathLike, source: str | os.PathLike) -> None:
     Raises ValueError where `source` is no video, OSError where `path` cannot be written.
     """
     frames = map(Image.fromarray, read_frames(source, GIF_FPS))
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         next(frames).save(
             partial, format="GIF", save_all=True, append_images=frames, loop=0,
             duration=round(1000 / GIF_FPS),
