@@ -33,8 +33,8 @@ from framepack_jax import packing, video
 from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
-from framepack_jax.generation.request import Layout, Request, lay_out, prepare
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.generation.request import Layout, Request, fit_images, make_layout
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.jobs.runner import Progress
 from framepack_jax.models.hunyuan.flops import forward_flops
 
@@ -148,7 +148,7 @@ def measure(config: Config, schedule: str) -> dict[str, Any]:
         second = _watch(again)
         denoised = _watch(alone)
         decoded = _watch(sample.Sample(decode=alone.output))
-        record = Run.open(long.output).record
+        record = RunDir.open(long.output).record
         memory = _memory(long.output)
     seconds = _seconds(first, denoised, decoded)
     in_run = 1e3 * statistics.median(seconds["denoising"]) / config.steps
@@ -180,7 +180,7 @@ def _flags(config: Config, schedule: str, sections: int, output: Path) -> sample
 
 def _memory(folder: Path) -> dict[str, dict[str, int]]:
     """Peak memory of the process that made a run, and what it has saved of latents, in bytes."""
-    record = Run.open(folder).record
+    record = RunDir.open(folder).record
     saved = sum(file.stat().st_size for file in (folder / "latents").iterdir())
     peak = record["timings"]["peak_memory_bytes"]
     return {str(record["sections"]): {"peak": peak, "saved_latents": saved}}
@@ -201,7 +201,7 @@ class Log:
 
 
 # The calls that write files, and the one after each step: bars and live preview.
-PROBED = {"save_section": Run, "add_span": Run, "join": Run, "step": Progress}
+PROBED = {"save_section": RunDir, "add_span": RunDir, "join": RunDir, "step": Progress}
 
 
 def _watch(flags: sample.Sample) -> Log:
@@ -327,10 +327,10 @@ def _step(config: Config, schedule: str) -> dict[str, Any]:
 def _inputs(pipe: FramePack, config: Config) -> tuple[Layout, Inputs]:
     """What the first section of a run is sampled from."""
     request = Request("", video.load_image(config.image))
-    layout = lay_out(
+    layout = make_layout(
         pipe.geometry, request, sections=1, height=config.height, width=config.width
     )  # fmt: skip
-    request = prepare(pipe.geometry, request, layout)
+    request = fit_images(pipe.geometry, request, layout)
     return layout, pipe.encode([request], layout, Settings())
 
 

@@ -21,7 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from framepack_jax import packing
 from framepack_jax.cli.train import read_config
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.generation.request import Request, lay_out
+from framepack_jax.generation.request import Request, make_layout
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware
@@ -165,7 +165,7 @@ def report_of(name: str, decode: bool) -> Report:
     """What `sample.py --dry-run` reports of a machine. Raises ValueError."""
     path = path_of(BUNDLE)
     pipe = open_pipe(path, "bfloat16", None, None)
-    layout = lay_out(pipe.geometry, Request("", None), sections=1, height=HEIGHT, width=WIDTH)
+    layout = make_layout(pipe.geometry, Request("", None), sections=1, height=HEIGHT, width=WIDTH)
     return dry_run(pipe, path, layout, Settings(), hardware.parse(name), decode=decode)
 
 

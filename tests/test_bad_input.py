@@ -432,14 +432,14 @@ def test_what_cannot_be_made_again_is_named(stopped, whole, name, named) -> None
 def test_a_full_disk_stops_a_run_that_goes_on_later(
     tmp_path, whole, monkeypatch, capsys, name
 ) -> None:
-    begin = run_dir.Run.begin
+    begin = run_dir.RunDir.begin
 
-    def begin_on_full_disk(self: run_dir.Run, *given: object) -> None:
+    def begin_on_full_disk(self: run_dir.RunDir, *given: object) -> None:
         begin(self, *given)
         # All that is written to this file meets a full disk; once it is removed, there is space.
         (self.folder / f"{name}.part").symlink_to("/dev/full")
 
-    monkeypatch.setattr(run_dir.Run, "begin", begin_on_full_disk)
+    monkeypatch.setattr(run_dir.RunDir, "begin", begin_on_full_disk)
     message = refused(tmp_path)
     assert "No space left on device" in message and str(tmp_path / name) in message
     assert record_of(tmp_path)["status"] == "failed"

@@ -34,7 +34,7 @@ from transformers import (
 from framepack_jax import conditioning, packing
 from framepack_jax.cli import convert
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
-from framepack_jax.generation.request import Request, lay_out, prepare
+from framepack_jax.generation.request import Request, fit_images, make_layout
 from framepack_jax.packing import Section
 
 SCHEDULES = {
@@ -55,8 +55,8 @@ def planned(
 ) -> tuple[tuple[Section, ...], Inputs]:
     """The plan and the inputs of a video of the image's size."""
     height, width = request.image.shape[:2]
-    layout = lay_out(pipe.geometry, request, sections=sections, height=height, width=width)
-    inputs = pipe.encode([prepare(pipe.geometry, request, layout)], layout, settings)
+    layout = make_layout(pipe.geometry, request, sections=sections, height=height, width=width)
+    inputs = pipe.encode([fit_images(pipe.geometry, request, layout)], layout, settings)
     return layout.plan, inputs
 
 

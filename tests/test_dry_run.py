@@ -13,7 +13,7 @@ import pytest
 
 from framepack_jax.cli import sample, train
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.generation.request import Request, lay_out
+from framepack_jax.generation.request import Request, make_layout
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware, sharding
@@ -324,7 +324,7 @@ def test_chips_that_would_repeat_work_are_refused(monkeypatch, batch: int, more:
     monkeypatch.setattr(hardware, "compile_devices", lambda machine: jax.devices()[:1] * 8)
     path = path_of("random")
     pipe = open_pipe(path, "float32", None, None)
-    layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
+    layout = make_layout(pipe.geometry, Request("", None), sections=1, height=64, width=64)
     run = pipe, path, layout, Settings(), hardware.parse("h200:8"), {"data": -1}, batch
     with pytest.raises(ValueError, match=rf"batch = {batch} on data=8: .* give --batch {more}, "):
         sampling.dry_run(*run)
@@ -380,7 +380,7 @@ def test_decoding_is_compiled_for_the_largest_tile() -> None:
     temporaries = []
     for tile in (None, 32):
         pipe = open_pipe(path, "float32", None, tile)
-        layout = lay_out(pipe.geometry, Request("", None), sections=1, height=64, width=64)
+        layout = make_layout(pipe.geometry, Request("", None), sections=1, height=64, width=64)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         weights = sampling._abstract(*pipe.vae[:2], "float32", mesh)
         decoding = sampling._decode(pipe, weights, layout, 1, mesh)

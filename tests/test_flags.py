@@ -9,7 +9,7 @@ from framepack_jax.cli.evaluate import Evaluate
 from framepack_jax.cli.prepare import Prepare
 from framepack_jax.cli.sample import Sample
 from framepack_jax.cli.train import Config, Train, defaults
-from framepack_jax.jobs.spec import SHOT_FIELDS, Shot, read_jobs
+from framepack_jax.jobs.spec import SHOT_FIELDS, VideoSpec, read_jobs
 from framepack_jax.utils.flags import parse
 
 HOME = Path("/home/someone")
@@ -58,10 +58,10 @@ def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
     assert evaluate.bundle == (f"{tmp_path}/b",) and evaluate.caption == "~"
 
 
-def jobs(tmp_path, line: str) -> Shot | ValueError:
+def jobs(tmp_path, line: str) -> VideoSpec | ValueError:
     """What a jobs file of one line gives."""
     (tmp_path / "jobs.jsonl").write_text(line)
-    base = {name: getattr(Shot(), name) for name in SHOT_FIELDS}
+    base = {name: getattr(VideoSpec(), name) for name in SHOT_FIELDS}
     ((_, shot),) = read_jobs(tmp_path / "jobs.jsonl", base, tmp_path)
     return shot
 

@@ -14,7 +14,7 @@ from benchmarks import capped
 from framepack_jax import video
 from framepack_jax.generation import offload_plan
 from framepack_jax.generation.offload_plan import GB
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 # Bytes of the bundle, in 8 bits, with the run; and of memory with all blocks in it: fewer serve,
@@ -66,7 +66,7 @@ def test_one_section_of_the_released_sizes(folder) -> None:
     printed, used = sampled(folder / "bundle", folder / "run")
     frames, _ = video.read_mp4(folder / "run" / "video.mp4")
     assert frames.shape == (4 * WINDOW + 1, SIDE, SIDE, 3) and frames.std() > 1
-    latents = np.stack(list(Run.open(folder / "run").latents().values()))
+    latents = np.stack(list(RunDir.open(folder / "run").latents().values()))
     assert latents.shape[0] == WINDOW + 1 and np.isfinite(latents).all() and latents.std() > 0.1
     assert "memory low: 0 of 60 blocks stay on the device" in printed
     said = float(re.search(r"([\d.]+) GB are needed", printed)[1]) * GB

@@ -18,18 +18,18 @@ from framepack_jax.conditioning import load_encoders
 from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
 from framepack_jax.generation import offload_plan
-from framepack_jax.generation.offload_plan import GB, Need, Plan, Work
+from framepack_jax.generation.offload_plan import GB, Need, OffloadPlan, Work
 from framepack_jax.generation.pipeline import FramePack, Settings, Video
-from framepack_jax.generation.request import Request, lay_out, prepare
+from framepack_jax.generation.request import Request, fit_images, make_layout
 from framepack_jax.jobs.provenance import EMBEDDED
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.vae import Tiling
 
 RANDOM = EMBEDDED["random"]
 WHOLE = Tiling()
-LOW = Plan(encoders=False, layers=0, tiling=WHOLE, why="")
+LOW = OffloadPlan(encoders=False, layers=0, tiling=WHOLE, why="")
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
 FLAGS = (
     "--bundle", "random", "--image", str(Path(__file__).parent.parent / "examples/sprites.png"),
@@ -38,7 +38,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def load(plan: Plan | None, path: Path = RANDOM) -> FramePack:
+def load(plan: OffloadPlan | None, path: Path = RANDOM) -> FramePack:
     schedule = "f1k1_x_f16k4f2k2f1k1_g2"
     return FramePack.open(path, dtype="float32", schedule=schedule).with_weights(path, plan=plan)
 
@@ -52,8 +52,8 @@ def latents(pipe: FramePack, **options) -> np.ndarray:
     """Those of a video of two sections, which is not decoded."""
     settings = Settings(steps=3, **options)
     request = Request("she waves", IMAGE)
-    layout = lay_out(pipe.geometry, request, sections=2, height=64, width=64)
-    inputs = pipe.encode([prepare(pipe.geometry, request, layout)], layout, settings)
+    layout = make_layout(pipe.geometry, request, sections=2, height=64, width=64)
+    inputs = pipe.encode([fit_images(pipe.geometry, request, layout)], layout, settings)
     *_, (_, timeline) = pipe.sample(layout.plan, inputs, settings)
     return timeline.latents
 
@@ -91,8 +91,8 @@ def test_progress_is_told_block_by_block_and_step_by_step(low, cfg: float, passe
     """And no step later: of four blocks, the step that they belong to is told before the next."""
     settings, told = Settings(steps=3, cfg=cfg), []
     request = Request("she waves", IMAGE)
-    layout = lay_out(low.geometry, request, sections=2, height=64, width=64)
-    inputs = low.encode([prepare(low.geometry, request, layout)], layout, settings)
+    layout = make_layout(low.geometry, request, sections=2, height=64, width=64)
+    inputs = low.encode([fit_images(low.geometry, request, layout)], layout, settings)
     made = low.sample(
         layout.plan, inputs, settings,
         on_step=lambda section, step, _: told.append((section, step)),
@@ -150,7 +150,7 @@ def test_what_the_host_has_room_for(monkeypatch) -> None:
     monkeypatch.setattr(offload_plan, "need", lambda *args, **options: RELEASED)
     block, work = RELEASED.blocks[-1], Work((608, 640), 1, "g9")
 
-    def plan(limit: float | None) -> offload_plan.Plan:
+    def plan(limit: float | None) -> offload_plan.OffloadPlan:
         monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
         return offload_plan.plan("", "low", work, dtype="bfloat16", tiling=WHOLE)
 
@@ -168,7 +168,7 @@ def test_a_cpu_has_one_memory_for_all(monkeypatch) -> None:
     blocks, rest = sum(needed.blocks), needed.streamed(0, offload_plan.TILES)
     work = Work((608, 640), 1, "g9")
 
-    def plan(limit: float | None) -> offload_plan.Plan:
+    def plan(limit: float | None) -> offload_plan.OffloadPlan:
         monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
         return offload_plan.plan("", "low", work, dtype="float32", tiling=WHOLE)
 
@@ -466,7 +466,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     sample.main([*flags, "--output", str(tmp_path / "low"), "--memory", "low"])
     out, err = capsys.readouterr()
     assert re.search(r"memory low: 0 of 4 blocks stay on the device", out) and "blocks: " in err
-    high, low = (Run.open(tmp_path / name).latents() for name in ("high", "low"))
+    high, low = (RunDir.open(tmp_path / name).latents() for name in ("high", "low"))
     for position, z in low.items():
         np.testing.assert_array_equal(z, high[position])
 
@@ -490,7 +490,7 @@ def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
         monkeypatch.setattr(offload_plan, "limit_of_device", lambda limit=limit: limit)
         sample.main([*FLAGS, "--output", str(tmp_path / said[0]), "--latents-only"])
         assert said in capsys.readouterr().out
-    assert Run.open(tmp_path / "1").record["memory"] == "auto"
+    assert RunDir.open(tmp_path / "1").record["memory"] == "auto"
 
 
 def test_in_python() -> None:
@@ -504,9 +504,9 @@ def test_a_run_goes_on_with_less_memory(tmp_path) -> None:
     sample.main([*FLAGS, "--output", str(tmp_path / "whole"), "--latents-only"])
     folder = tmp_path / "stopped"
     sample.main([*FLAGS, "--output", str(folder), "--latents-only"])
-    whole = Run.open(tmp_path / "whole").latents()
+    whole = RunDir.open(tmp_path / "whole").latents()
     last = sorted((folder / "latents").glob("section_*"))[-1]
     last.unlink()
     sample.main(["--resume", str(folder), "--memory", "low", "--latents-only"])
-    for position, z in Run.open(folder).latents().items():
+    for position, z in RunDir.open(folder).latents().items():
         np.testing.assert_array_equal(z, whole[position])

@@ -14,7 +14,7 @@ from compiling import quick_flags
 from torch_reference import relative_error
 
 from framepack_jax.cli import sample
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
@@ -55,10 +55,10 @@ def on_devices(count: int, *flags: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Run:
+def alone(tmp_path_factory) -> RunDir:
     folder = tmp_path_factory.mktemp("alone")
     sample.main([*FLAGS, "--output", str(folder)])
-    return Run.open(folder)
+    return RunDir.open(folder)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_many_devices_make_the_same_video(alone, tmp_path, mesh: str) -> None:
     share = float(printed.split("share ")[1].split()[0])
     assert share < (0.25 if mesh == "fsdp=8" else 0.4)
     assert "programs 1\n" in printed, "the step was compiled again"
-    ours, theirs = Run.open(tmp_path), alone
+    ours, theirs = RunDir.open(tmp_path), alone
     assert ours.record["frames"] == theirs.record["frames"]
     for position, z in theirs.latents().items():
         assert relative_error(ours.latents()[position], z) < 1e-4

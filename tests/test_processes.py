@@ -16,7 +16,7 @@ from torch_reference import relative_error
 
 from framepack_jax import video
 from framepack_jax.cli import sample
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.parallel import multihost
 
 ROOT = Path(__file__).parent.parent
@@ -125,11 +125,11 @@ def resumed(hosts, stopped) -> list[tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Run:
+def alone(tmp_path_factory) -> RunDir:
     folder = tmp_path_factory.mktemp("alone")
     image = str(ROOT / "examples" / "astronaut.jpg")
     sample.main([*FLAGS, "--image", image, "--output", str(folder)])
-    return Run.open(folder)
+    return RunDir.open(folder)
 
 
 def test_a_signal_to_one_stops_both(stopped) -> None:
@@ -139,7 +139,7 @@ def test_a_signal_to_one_stops_both(stopped) -> None:
 
 def test_two_processes_make_the_video_of_one(hosts, resumed, alone) -> None:
     assert [code for code, *_ in resumed] == [0, 0], resumed
-    run = Run.open(hosts[0] / "run")
+    run = RunDir.open(hosts[0] / "run")
     assert run.record["status"] == "finished"
     for position, z in alone.latents().items():
         assert relative_error(run.latents()[position], z) < 1e-4

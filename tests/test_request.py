@@ -7,13 +7,13 @@ import pytest
 
 from framepack_jax import packing, video
 from framepack_jax.generation.request import (
-    Footage,
     Geometry,
     Request,
+    SourceVideo,
+    fit_images,
     footage_of,
-    lay_out,
-    prepare,
-    read_footage,
+    make_layout,
+    read_source,
 )
 
 INVERTED = Geometry(packing.RELEASED_INVERTED, "inverted", 4, 16)
@@ -24,13 +24,13 @@ IMAGE = np.zeros((50, 40, 3), np.uint8)
 def test_sizes() -> None:
     """The bucket of the image, or any even size, sampled at what the VAE divides."""
     small = dataclasses.replace(F1, buckets=((64, 96), (96, 64)))
-    assert lay_out(small, Request("", IMAGE)).canvas == (96, 64)
-    assert lay_out(small, Request("")).canvas == (64, 96)
-    assert lay_out(F1, Request("", IMAGE)).canvas == (704, 544)
-    assert lay_out(F1, Request("")).canvas == (480, 832)
-    layout = lay_out(F1, Request("", IMAGE), height=90, width=50)
+    assert make_layout(small, Request("", IMAGE)).canvas == (96, 64)
+    assert make_layout(small, Request("")).canvas == (64, 96)
+    assert make_layout(F1, Request("", IMAGE)).canvas == (704, 544)
+    assert make_layout(F1, Request("")).canvas == (480, 832)
+    layout = make_layout(F1, Request("", IMAGE), height=90, width=50)
     assert (layout.height, layout.width, layout.canvas) == (90, 50, (96, 64))
-    assert prepare(F1, Request("", IMAGE), layout).image.shape == (96, 64, 3)
+    assert fit_images(F1, Request("", IMAGE), layout).image.shape == (96, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_sizes() -> None:
 )
 def test_impossible_sizes(size, named) -> None:
     with pytest.raises(ValueError, match=named):
-        lay_out(F1, Request("", IMAGE), height=size[0], width=size[1])
+        make_layout(F1, Request("", IMAGE), height=size[0], width=size[1])
 
 
 @pytest.mark.parametrize(
@@ -54,18 +54,18 @@ def test_impossible_sizes(size, named) -> None:
 def test_what_is_no_image(image) -> None:
     for request in (Request("", image), Request("", IMAGE, end_image=image)):
         with pytest.raises(ValueError, match=r"image of shape .* uint8"):
-            lay_out(F1, request)
+            make_layout(F1, request)
 
 
 def test_key_frames_in_the_order_of_the_request_and_the_end_last() -> None:
     request = Request("", IMAGE, end_image=IMAGE, key_frames=((1.0, IMAGE), (0.5, IMAGE)))
-    assert lay_out(F1, request, sections=1).stills == (8, 4, 9)
+    assert make_layout(F1, request, sections=1).stills == (8, 4, 9)
     # In an inverted order, a guide follows the video, which a still is a part of.
     for use, length in (("auto", 10), ("guide", 10), ("still", 11)):
-        layout = lay_out(INVERTED, dataclasses.replace(request, end_image_as=use), sections=1)
+        layout = make_layout(INVERTED, dataclasses.replace(request, end_image_as=use), sections=1)
         assert layout.stills == (8, 4, 10) and layout.length == length
         alone = dataclasses.replace(request, key_frames=(), end_image_as=use)
-        assert lay_out(INVERTED, alone, sections=1).encoded == (2 if use == "still" else 1)
+        assert make_layout(INVERTED, alone, sections=1).encoded == (2 if use == "still" else 1)
 
 
 @pytest.mark.parametrize(
@@ -75,24 +75,24 @@ def test_key_frames_in_the_order_of_the_request_and_the_end_last() -> None:
 def test_end_images_that_cannot_be_used(geometry, use: str, named: str) -> None:
     request = Request("", IMAGE, end_image=IMAGE, end_image_as=use)
     with pytest.raises(ValueError, match=f"end_image_as = '{use}'.*{named}"):
-        lay_out(geometry, request, sections=1)
+        make_layout(geometry, request, sections=1)
 
 
 def test_the_image_that_leads() -> None:
     """Text alone is led by black, footage by the frame that sections are anchored at."""
-    layout = lay_out(F1, Request(""), sections=1, height=32, width=32)
-    assert not prepare(F1, Request(""), layout).image.any()
+    layout = make_layout(F1, Request(""), sections=1, height=32, width=32)
+    assert not fit_images(F1, Request(""), layout).image.any()
     frames = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
-    request = Request("", footage=Footage(5, frames[0], frames))
+    request = Request("", footage=SourceVideo(5, frames[0], frames))
     for geometry, value in ((F1, 1), (INVERTED, 5)):
-        layout = lay_out(geometry, request, sections=1, height=32, width=32)
+        layout = make_layout(geometry, request, sections=1, height=32, width=32)
         assert layout.before == 2 and layout.length == 11
-        assert (prepare(geometry, request, layout).image == value).all()
+        assert (fit_images(geometry, request, layout).image == value).all()
 
 
 def test_a_prompt_after_the_end_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt at 9 s: what is made is 1.20 s long"):
-        lay_out(F1, Request("0s: a 9s: b", IMAGE), sections=1)
+        make_layout(F1, Request("0s: a 9s: b", IMAGE), sections=1)
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(5, 5), (6, 5), (8, 5), (9, 9), (400, 81)])
@@ -119,7 +119,7 @@ def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int
     frames = video.read_frames(tmp_path / "video.mp4", 30.0)
     whole = footage_of(F1, frames, 16, 20)
     assert len(scaled) == 82
-    footage = read_footage(F1, tmp_path / "video.mp4", 30.0, 16, 20)
+    footage = read_source(F1, tmp_path / "video.mp4", 30.0, 16, 20)
     assert footage.frames == whole.frames == {24: 249, 30: 197, 60: 97}[fps]
     np.testing.assert_array_equal(footage.first, whole.first)
     np.testing.assert_array_equal(footage.last, whole.last)
@@ -129,13 +129,13 @@ def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int
 def test_too_little_footage(frames: int) -> None:
     with pytest.raises(ValueError, match="video to extend has"):
         footage = footage_of(F1, np.zeros((frames, 32, 32, 3), np.uint8), 32, 32)
-        lay_out(F1, Request("", footage=footage), sections=1, height=32, width=32)
+        make_layout(F1, Request("", footage=footage), sections=1, height=32, width=32)
 
 
 def test_no_picture_is_zoomed_for_the_canvas() -> None:
     image = np.random.default_rng(0).integers(0, 256, (58, 46, 3), np.uint8)
-    layout = lay_out(F1, Request("", image), height=58, width=46)
-    prepared = prepare(F1, Request("", image), layout).image
+    layout = make_layout(F1, Request("", image), height=58, width=46)
+    prepared = fit_images(F1, Request("", image), layout).image
     assert prepared.shape == (64, 48, 3)
     np.testing.assert_array_equal(prepared[3:61, 1:47], image)
     np.testing.assert_array_equal(prepared[0], prepared[3])
@@ -144,5 +144,5 @@ def test_no_picture_is_zoomed_for_the_canvas() -> None:
 def test_times_count_from_the_end_of_footage() -> None:
     footage = footage_of(F1, np.zeros((41, 32, 32, 3), np.uint8), 32, 32)
     request = Request("", footage=footage, key_frames=((0.4, IMAGE),))
-    layout = lay_out(F1, request, sections=1, height=32, width=32)
+    layout = make_layout(F1, request, sections=1, height=32, width=32)
     assert layout.stills == (10 + 3,) and layout.encoded == 11

@@ -17,7 +17,7 @@ from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.request import footage_of
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models.hunyuan import vae
 
 PHOTO = Path(__file__).parent.parent / "examples" / "astronaut.jpg"
@@ -35,14 +35,14 @@ def command(output: Path, *flags: object, schedule: str = INVERTED, image: bool 
     sample.main([str(flag) for flag in (*common, *flags)])
 
 
-def make(output: Path, *flags: object, **options) -> Run:
+def make(output: Path, *flags: object, **options) -> RunDir:
     """`command` for one video."""
     command(output, *flags, **options)
-    return Run.open(output)
+    return RunDir.open(output)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, Run]:
+def whole(tmp_path_factory) -> dict[str, RunDir]:
     """An uninterrupted run of three sections for each order."""
     folder = tmp_path_factory.mktemp("whole")
     return {
@@ -56,11 +56,11 @@ def pipe() -> FramePack:
     return FramePack.load(sample.EMBEDDED["random"], schedule=INVERTED)
 
 
-def frames_of(run: Run) -> np.ndarray:
+def frames_of(run: RunDir) -> np.ndarray:
     return video.read_mp4(run.folder / "video.mp4")[0]
 
 
-def gif_of(run: Run) -> list[np.ndarray]:
+def gif_of(run: RunDir) -> list[np.ndarray]:
     with Image.open(run.folder / "video.gif") as gif:
         assert gif.info["loop"] == 0 and gif.info["duration"] == 50
         return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
@@ -103,8 +103,8 @@ def test_resumed_is_as_if_never_stopped(whole, tmp_path, schedule: str, kept: in
     (run.folder / "video.mp4").unlink()
     sample.main(["--resume", str(run.folder)])
     assert_same_latents(run, whole[schedule])
-    assert Run.open(run.folder).record["status"] == "finished"
-    assert Run.open(run.folder).record["spans"] == whole[schedule].record["spans"]
+    assert RunDir.open(run.folder).record["status"] == "finished"
+    assert RunDir.open(run.folder).record["spans"] == whole[schedule].record["spans"]
     # The encoder's threads leave it some freedom, the frames it is given do not change.
     assert np.abs(frames_of(run).astype(int) - frames_of(whole[schedule])).mean() < 2
 
@@ -121,7 +121,7 @@ def test_latents_now_and_frames_later(whole, tmp_path) -> None:
     assert run.record["status"] == "sampled" and not (run.folder / "video.mp4").exists()
     assert_same_latents(run, whole[INVERTED])
     sample.main(["--decode", str(run.folder)])
-    assert len(frames_of(run)) == 25 and Run.open(run.folder).record["status"] == "finished"
+    assert len(frames_of(run)) == 25 and RunDir.open(run.folder).record["status"] == "finished"
     assert gif_of(run)[0].shape == (HEIGHT, WIDTH, 3)
 
 
@@ -140,8 +140,8 @@ def test_frames_are_written_while_the_next_section_is_made(tmp_path, monkeypatch
 
     noted(sampler, "step")
     noted(FramePack, "start_clip")
-    noted(Run, "save_section")
-    noted(Run, "add_span")
+    noted(RunDir, "save_section")
+    noted(RunDir, "add_span")
     make(tmp_path / "run", "--sections", 3, schedule=F1)
     section = ["save_section", "start_clip"]
     following = ["step", "step", "add_span", *section]
@@ -163,11 +163,11 @@ def test_frames_on_their_way_are_written_before_a_stop(whole, tmp_path, monkeypa
     monkeypatch.setattr(sampler, "step", stopped)
     with pytest.raises(SystemExit):
         command(tmp_path / "run", "--sections", 3, schedule=F1)
-    run = Run.open(tmp_path / "run")
+    run = RunDir.open(tmp_path / "run")
     assert run.record["spans"] == whole[F1].record["spans"][:1] and len(frames_of(run)) == 4
     monkeypatch.setattr(sampler, "step", step)
     sample.main(["--resume", str(run.folder)])
-    assert_same_latents(Run.open(run.folder), whole[F1])
+    assert_same_latents(RunDir.open(run.folder), whole[F1])
 
 
 def test_decoding_a_part_gives_what_is_final(whole, tmp_path) -> None:
@@ -432,7 +432,7 @@ def test_a_batch_gives_the_videos_of_single_runs(tmp_path) -> None:
     for line in lines:
         flags = ("--sections", 2, "--prompt", line["prompt"], "--seed", line["seed"])
         alone = make(tmp_path / line["name"], *flags)
-        together = Run.open(tmp_path / "batch" / line["name"])
+        together = RunDir.open(tmp_path / "batch" / line["name"])
         for position, z in alone.latents().items():
             assert relative_error(together.latents()[position], z) < 1e-5
         assert np.abs(frames_of(together).astype(int) - frames_of(alone)).mean() < 2
@@ -445,7 +445,7 @@ def test_jobs_go_on_where_they_were(tmp_path, capsys) -> None:
         command(tmp_path / "out", "--sections", 1, "--jobs", jobs)
     for named in ("line 2: 'promt'", "nowhere.png", "line 5: seed = '2': expected int", "line 6"):
         assert named in str(error.value)
-    assert Run.open(tmp_path / "out" / "job_0001").record["status"] == "finished"
+    assert RunDir.open(tmp_path / "out" / "job_0001").record["status"] == "finished"
     before = (tmp_path / "out" / "job_0001" / "video.mp4").stat().st_mtime_ns
     jobs.write_text('{"seed": 1}\n')
     capsys.readouterr()
@@ -499,14 +499,14 @@ def test_a_seed_is_drawn_and_kept(tmp_path, capsys) -> None:
     jobs.write_text('{"seed": -1}\n{"seed": -1}\n')
     flags = ("--sections", 1, "--latents-only", "--jobs", jobs)
     command(tmp_path / "out", *flags)
-    seeds = [Run.open(tmp_path / "out" / f"job_000{i}").record["flags"]["seed"] for i in (1, 2)]
+    seeds = [RunDir.open(tmp_path / "out" / f"job_000{i}").record["flags"]["seed"] for i in (1, 2)]
     assert seeds[0] != seeds[1] and min(seeds) >= 0
     printed = capsys.readouterr().out
     assert all(f"seed {seed}\n" in printed for seed in seeds)
     command(tmp_path / "out", *flags)
     assert capsys.readouterr().out.count("finished already") == 2
     again = make(tmp_path / "again", "--sections", 1, "--latents-only", "--seed", seeds[0])
-    assert_same_latents(again, Run.open(tmp_path / "out" / "job_0001"))
+    assert_same_latents(again, RunDir.open(tmp_path / "out" / "job_0001"))
 
 
 def test_seeds_of_64_bits() -> None:
@@ -549,9 +549,9 @@ def test_a_failed_decoding_does_not_pass_for_a_finished_run(whole, tmp_path, mon
     monkeypatch.setattr(FramePack, "start_clip", full)
     with pytest.raises(SystemExit, match=r"error: out of memory \(RESOURCE.*--vae-tile"):
         sample.main(["--decode", str(run.folder)])
-    assert Run.open(run.folder).record["status"] == "sampled"
+    assert RunDir.open(run.folder).record["status"] == "sampled"
     sample.main(["--resume", str(run.folder)])
-    assert len(frames_of(run)) == 25 and Run.open(run.folder).record["status"] == "finished"
+    assert len(frames_of(run)) == 25 and RunDir.open(run.folder).record["status"] == "finished"
 
 
 @pytest.mark.parametrize("damage", [b"", b"not an mp4"])
@@ -568,7 +568,7 @@ def test_frames_that_are_not_finite_are_no_video(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(vae, "decode", lambda *args: decode(*args) * np.nan)
     with pytest.raises(SystemExit, match=r"latents 0 to 2 are not finite in float32"):
         command(tmp_path / "run", "--sections", 1)
-    run = Run.open(tmp_path / "run")
+    run = RunDir.open(tmp_path / "run")
     assert run.record["status"] == "failed" and sorted(run.latents()) == [0, 1, 2]
 
 
@@ -637,14 +637,14 @@ def test_one_run_is_not_made_twice_at_once(whole, tmp_path) -> None:
 
 def during_the_first_section(monkeypatch, work) -> None:
     """Call `work` once, when the next section is saved."""
-    save = Run.save_section
+    save = RunDir.save_section
 
     def saved(*args) -> None:
-        monkeypatch.setattr(Run, "save_section", save)
+        monkeypatch.setattr(RunDir, "save_section", save)
         save(*args)
         work()
 
-    monkeypatch.setattr(Run, "save_section", saved)
+    monkeypatch.setattr(RunDir, "save_section", saved)
 
 
 def job_files(folder: Path) -> tuple[tuple[object, ...], tuple[object, ...]]:
@@ -676,22 +676,22 @@ def test_what_another_process_finishes_is_not_made_again(
     assert "two: finished by another process" in capsys.readouterr().out
     now = (tmp_path / "out" / "two" / "video.mp4").stat()
     assert (now.st_ino, now.st_mtime_ns) == (made[0].st_ino, made[0].st_mtime_ns)
-    assert Run.open(tmp_path / "out" / "one").record["status"] == "finished"
+    assert RunDir.open(tmp_path / "out" / "one").record["status"] == "finished"
 
 
 def test_what_another_process_makes_is_left_to_it(tmp_path, monkeypatch, capsys) -> None:
     """Unless it ends before it has finished: then it is made by those who are left."""
     both, _ = job_files(tmp_path)
     (tmp_path / "out" / "one").mkdir(parents=True)
-    other = Run(tmp_path / "out" / "one", {})
+    other = RunDir(tmp_path / "out" / "one", {})
     other.lock()
     command(tmp_path / "out", *both, "--latents-only")
     assert "left to other processes, which are making them: " in capsys.readouterr().out
     assert not (other.folder / "run.json").exists()
-    assert Run.open(tmp_path / "out" / "two").record["status"] == "sampled"
+    assert RunDir.open(tmp_path / "out" / "two").record["status"] == "sampled"
     during_the_first_section(monkeypatch, other.unlock)
     command(tmp_path / "out", *both, "--overwrite")
-    assert Run.open(other.folder).record["status"] == "finished"
+    assert RunDir.open(other.folder).record["status"] == "finished"
 
 
 def test_output_folders_by_default_never_meet(tmp_path, monkeypatch) -> None:
@@ -724,12 +724,12 @@ def test_prompts_that_lead_no_section_are_named(tmp_path) -> None:
         )  # fmt: skip
 
 
-def copy(run: Run, folder: Path) -> Run:
+def copy(run: RunDir, folder: Path) -> RunDir:
     shutil.copytree(run.folder, folder)
-    return Run.open(folder)
+    return RunDir.open(folder)
 
 
-def assert_same_latents(run: Run, expected: Run) -> None:
+def assert_same_latents(run: RunDir, expected: RunDir) -> None:
     ours, theirs = run.latents(), expected.latents()
     assert ours.keys() == theirs.keys()
     for position, z in theirs.items():

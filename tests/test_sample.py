@@ -17,7 +17,7 @@ from framepack_jax import FramePack, __main__, bundle, video
 from framepack_jax.cli import sample
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.crossfade import to_uint8
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "examples" / "astronaut.jpg"
@@ -80,7 +80,7 @@ def test_the_record_tells_how_to_repeat_it(photo_run) -> None:
 def test_frames_are_those_of_the_saved_latents(photo_run, tmp_path) -> None:
     """As far from them as the codec brings them, and no further."""
     bundle_path, output, _ = photo_run
-    saved, record = Run.open(output).latents(), Run.open(output).record
+    saved, record = RunDir.open(output).latents(), RunDir.open(output).record
     latents = np.stack([saved[position] for position in (0, 1)])[None]
     pipe = FramePack.load(bundle_path, dtype="float32")
     model, cfg, params = pipe.vae

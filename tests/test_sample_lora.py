@@ -21,7 +21,7 @@ from framepack_jax.cli import convert, sample
 from framepack_jax.conversion.lora import write
 from framepack_jax.jobs import provenance
 from framepack_jax.jobs.provenance import EMBEDDED
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import lora, registry
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
@@ -68,7 +68,7 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 
 def latents(folder: Path, *flags: str) -> np.ndarray:
     sample.main([*FLAGS, "--output", str(folder), *flags])
-    return np.stack(list(Run.open(folder).latents().values()))
+    return np.stack(list(RunDir.open(folder).latents().values()))
 
 
 def test_beside_the_weights_or_in_them(files, tmp_path, capsys) -> None:
@@ -87,10 +87,10 @@ def test_a_run_goes_on_with_its_own(files, tmp_path) -> None:
     file.write_bytes(files[0].read_bytes())
     folder = tmp_path / "run"
     latents(folder, "--lora", f"{file}:0.5")
-    assert Run.open(folder).record["flags"]["lora"] == [f"{file}:0.5"]
+    assert RunDir.open(folder).record["flags"]["lora"] == [f"{file}:0.5"]
     with pytest.raises(SystemExit, match="lora = "):
         latents(folder)
-    Run.open(folder).write_record(status="interrupted")
+    RunDir.open(folder).write_record(status="interrupted")
     make_lora(file, 7)
     with pytest.raises(SystemExit, match=r"begun with another LoRA than .*mine.safetensors"):
         sample.main(["--resume", str(folder)])

@@ -24,7 +24,7 @@ from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.generation.offload_plan import TILES
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.prompts import timed_prompts
-from framepack_jax.generation.request import Request, end_image_use, lay_out
+from framepack_jax.generation.request import Request, end_image_use, make_layout
 from framepack_jax.jobs.provenance import (
     EMBEDDED,
     absolute,
@@ -35,21 +35,21 @@ from framepack_jax.jobs.provenance import (
     path_of,
     weights,
 )
-from framepack_jax.jobs.run_dir import RECORD, Busy, Run, check_folder, check_free, record_text
+from framepack_jax.jobs.run_dir import RECORD, Busy, RunDir, check_folder, check_free, record_text
 from framepack_jax.jobs.runner import FAILURES, Task, decode_again, explained, make_all, peak_memory
 from framepack_jax.jobs.spec import (
     SHOT_FIELDS,
-    Shot,
+    VideoSpec,
     beginning_of,
-    lay_out_saved,
-    lay_out_shot,
+    layout_of_spec,
     open_pipe,
     read,
     read_jobs,
     read_request,
-    saved_shot,
+    saved_layout,
+    saved_spec,
     tiling_of,
-    warn_of_idle,
+    warn_unused_settings,
 )
 from framepack_jax.models import lora
 from framepack_jax.ops.attention import Kernel
@@ -84,7 +84,7 @@ NOT_COMPILED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample(Shot):
+class Sample(VideoSpec):
     """Make videos from images and prompts, or go on with a run.
 
     The output folder holds video.mp4, preview.png (the section being made; at the end a contact
@@ -245,7 +245,7 @@ def _dry_run(flags: Sample) -> list[Path]:
     tile = flags.vae_tile or (TILES.size if low else None)
     pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, tile)
     request = Request("", None if flags.image is None else video.load_image(flags.image))
-    layout = lay_out(pipe.geometry, request, sections=1, height=flags.height, width=flags.width)
+    layout = make_layout(pipe.geometry, request, sections=1, height=flags.height, width=flags.width)
     report = dry_run(
         pipe, path, layout, flags.settings(), machine, mesh, flags.batch, flags.dry_run_decode,
         streamed=low,
@@ -393,7 +393,7 @@ def _make(
     return failures
 
 
-def _report(run: Run) -> None:
+def _report(run: RunDir) -> None:
     record = run.record
     if record["status"] == "sampled":
         print(f"{run.folder / 'latents'}: {record['sections']} sections; --decode {run.folder}")
@@ -409,8 +409,8 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
     """Resume a run after its last finished section."""
     began = time.monotonic()
     _check_alone(flags, "--resume", "dtype", "latents_only", *ON_THIS_MACHINE)
-    if not _is_finished(Run.open(folder)):
-        with Run.locked(folder) as run:
+    if not _is_finished(RunDir.open(folder)):
+        with RunDir.locked(folder) as run:
             if not _is_finished(run):
                 _finish(run, flags, began)
                 return [folder]
@@ -418,11 +418,11 @@ def _go_on(folder: Path, flags: Sample) -> list[Path]:
     return [folder]
 
 
-def _is_finished(run: Run) -> bool:
+def _is_finished(run: RunDir) -> bool:
     return run.record["status"] == "finished" and on_primary((run.folder / "video.mp4").exists)
 
 
-def _finish(run: Run, flags: Sample, began: float) -> None:
+def _finish(run: RunDir, flags: Sample, began: float) -> None:
     """Make what a locked run lacks."""
     folder = run.folder
     pipe, task = _saved(run, flags)
@@ -441,7 +441,7 @@ def _decode_again(folder: Path, flags: Sample) -> list[Path]:
     """Decode the latents of a run folder, whatever sections it has."""
     began = time.monotonic()
     _check_alone(flags, "--decode", *ON_THIS_MACHINE)
-    with Run.locked(folder) as run:
+    with RunDir.locked(folder) as run:
         pipe, task = _saved(run, flags, roles=("vae",))
         pipe = _with_weights(pipe, run.record["bundle"], flags, [task], roles=("vae",))
         done = decode_again(pipe, task)
@@ -471,7 +471,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tuple[FramePack, Task]:
+def _saved(
+    run: RunDir, flags: Sample, roles: Sequence[str] = bundle.ROLES
+) -> tuple[FramePack, Task]:
     """Pipeline and task of a run folder, as its record says. Raises ValueError where it has nothing
     yet, and where the bundle, which may have moved, holds other weights for these roles now."""
     record = run.record
@@ -491,10 +493,10 @@ def _saved(run: Run, flags: Sample, roles: Sequence[str] = bundle.ROLES) -> tupl
         flags.vae_tile or record["flags"]["vae_tile"],
         flags.mesh or record["flags"].get("mesh"),
     )
-    return pipe, Task(run, lay_out_saved(pipe, run), saved_shot(run).settings())
+    return pipe, Task(run, saved_layout(pipe, run), saved_spec(run).settings())
 
 
-def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
+def _wanted(flags: Sample) -> Iterator[tuple[Path, VideoSpec | ValueError]]:
     """(folder, flags) of every video, or what is wrong with its line of the jobs file."""
     output, base = flags.output, {name: getattr(flags, name) for name in SHOT_FIELDS}
     if flags.jobs is not None:
@@ -509,7 +511,7 @@ def _wanted(flags: Sample) -> Iterator[tuple[Path, Shot | ValueError]]:
     for i, (prompt, seed) in enumerate(videos):
         name = f"{i:03d}_seed_{'drawn' if seed == DRAWN else seed}"
         folder = output if len(videos) == 1 else output / name
-        yield folder, Shot(**base | {"prompt": prompt, "seed": seed})
+        yield folder, VideoSpec(**base | {"prompt": prompt, "seed": seed})
 
 
 @contextlib.contextmanager
@@ -543,13 +545,15 @@ def _make_folder(flags: Sample) -> Path:
             return folder
 
 
-def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool) -> Task | None:
+def _task(
+    pipe: FramePack, flags: Sample, shot: VideoSpec, folder: Path, alone: bool
+) -> Task | None:
     """What is to be made in a folder, checked as far as it can be without weights; None where it is
     finished already. Raises ValueError, OSError."""
     asked, shot = shot, on_primary(_with_seed, shot, folder, flags.overwrite)
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
-    warn_of_idle(shot)
+    warn_unused_settings(shot)
     record = on_primary(new_record, flags, shot, pipe, path_of(flags.bundle))
     # What another process has made since is not made again, not even with --overwrite.
     kept = dataclasses.replace(flags, overwrite=False)
@@ -558,17 +562,17 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
     if seen is not None and alone:
         check_free(folder)
     if seen is not None and not flags.overwrite:
-        there = Run.open(folder)
+        there = RunDir.open(folder)
         if there.record["status"] != "beginning":
             done = "sampled" if flags.latents_only else "finished"
             if _is_done(there, record, alone, done):
                 return None
             on_all_hosts(check_weights, there)
-            return Task(there, lay_out_saved(pipe, there), settings, seen=seen, look=look)
+            return Task(there, saved_layout(pipe, there), settings, seen=seen, look=look)
     if shot.extend is not None and shot.extend.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--output {folder} holds what --extend names; choose another --output")
     request = on_all_hosts(read_request, pipe, shot)
-    layout = lay_out_shot(pipe, shot, request)
+    layout = layout_of_spec(pipe, shot, request)
     if request.end_image is not None:
         record["flags"]["end_image_as"] = end_image_use(pipe.order, shot.end_image_as)
     check_folder(folder)
@@ -583,19 +587,19 @@ def _task(pipe: FramePack, flags: Sample, shot: Shot, folder: Path, alone: bool)
     }
     # Of many jobs the pictures would fill the memory: they are read again when it is their turn.
     later = functools.partial(read, pipe, shot, layout, request if alone else None)
-    return Task(Run(folder, record), layout, settings, later, seen=seen, look=look)
+    return Task(RunDir(folder, record), layout, settings, later, seen=seen, look=look)
 
 
-def _with_seed(shot: Shot, folder: Path, overwrite: bool) -> Shot:
+def _with_seed(shot: VideoSpec, folder: Path, overwrite: bool) -> VideoSpec:
     """The flags with a seed in place of -1: that of the run in the folder, or a drawn one."""
     if shot.seed != DRAWN:
         return shot
     there = (folder / RECORD).exists() and not overwrite
-    seed = Run.open(folder).record["flags"]["seed"] if there else secrets.randbits(32)
+    seed = RunDir.open(folder).record["flags"]["seed"] if there else secrets.randbits(32)
     return dataclasses.replace(shot, seed=seed)
 
 
-def _is_done(run: Run, record: dict[str, Any], alone: bool, done: str) -> bool:
+def _is_done(run: RunDir, record: dict[str, Any], alone: bool, done: str) -> bool:
     """Whether a run that is there already needs nothing more. Raises ValueError where it is not the
     one that is asked for, or, for a video `alone`, in any case."""
     if differing := differences(run.record, record):

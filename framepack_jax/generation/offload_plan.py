@@ -42,7 +42,7 @@ TILES = vae.Tiling(size=256, stride=192)
 DECODE_FRAMES, OTHER_TOKENS = 17, 1024
 
 
-class Plan(NamedTuple):
+class OffloadPlan(NamedTuple):
     """Where weights lie. Encoders stay on the device if `encoders`; of the transformer's blocks so
     many `layers` do, None being all of them as one, and the next `hosted` wait in host memory, None
     being all others; what is left is read from the disk at every step. The VAE decodes by `tiling`.
@@ -113,7 +113,7 @@ def plan(
     mesh: Mesh | None = None,
     limit: float | None = None,
     roles: Sequence[str] = bundle.ROLES,
-) -> Plan:
+) -> OffloadPlan:
     """What stays on the device for a `level`, one of LEVELS.
 
     "high": everything. "low": as little as can be. "auto": what fits into `limit` bytes, by default
@@ -124,10 +124,10 @@ def plan(
     if level not in LEVELS:
         raise ValueError(f"memory {level!r}: expected one of {', '.join(LEVELS)}")
     if level == "high":
-        return Plan(True, None, tiling, "memory high: all networks stay on the device")
+        return OffloadPlan(True, None, tiling, "memory high: all networks stay on the device")
     limit = limit_of_device() if limit is None else limit
     if level == "auto" and limit is None:
-        return Plan(True, None, tiling, "")
+        return OffloadPlan(True, None, tiling, "")
     needed = need(path, work, dtype=dtype, mesh=mesh, roles=roles)
     small = TILES if tiling.size is None else tiling
     if level == "low":
@@ -135,7 +135,7 @@ def plan(
     has = f"{needed.everything(tiling) / GB:.1f} of {limit / GB:.1f} GB"
     if needed.everything(tiling) <= USABLE * limit:
         why = f"memory auto: all networks stay on the device, {has}"
-        return Plan(True, None, tiling, why)
+        return OffloadPlan(True, None, tiling, why)
     choices = [(n, t) for t in (tiling, small) for n in range(len(needed.blocks), -1, -1)]
     fitting = [choice for choice in choices if needed.streamed(*choice) <= USABLE * limit]
     why = f"memory auto, as all would be {has}"
@@ -164,7 +164,7 @@ def _read(file: str) -> str:
         return ""
 
 
-def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
+def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> OffloadPlan:
     count = len(needed.blocks)
     parts = []
     if count:
@@ -191,7 +191,7 @@ def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> Plan:
     else:
         parts.append(f"{total / GB:.3g} GB are needed")
     why = f"{why}: {'; '.join(parts)}"
-    return Plan(False, None if layers == count else layers, tiling, why, hosted)
+    return OffloadPlan(False, None if layers == count else layers, tiling, why, hosted)
 
 
 def _room(limit: float | None, others: int) -> float:

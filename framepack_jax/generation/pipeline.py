@@ -35,12 +35,12 @@ from framepack_jax.generation.crossfade import Interval, Splicer, to_uint8
 from framepack_jax.generation.prompts import prompt_shares, timed_prompts
 from framepack_jax.generation.request import (
     START_FRAMES,
-    Footage,
     Geometry,
     Layout,
     Request,
-    lay_out,
-    prepare,
+    SourceVideo,
+    fit_images,
+    make_layout,
 )
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan.vae import Tiling, check_tiling
@@ -107,7 +107,7 @@ class Settings:
 DEFAULT_SETTINGS = Settings()
 
 
-class Span(NamedTuple):
+class DecodedSection(NamedTuple):
     """What one section added: its latents, and the frames that became final with it.
 
     `frames` (P, height, width, 3) uint8 are the video's frames `start` .. `start + P - 1`; there
@@ -230,7 +230,7 @@ class FramePack:
         self,
         path: epath.PathLike,
         roles: Sequence[str] = bundle.ROLES,
-        plan: offload_plan.Plan | None = None,
+        plan: offload_plan.OffloadPlan | None = None,
     ) -> "FramePack":
         """The same with the weights of the bundle at `path`, and with the tokenizers where `roles`
         are all of them; decoding needs `("vae",)` only. They lie where the `plan` says, by default
@@ -265,7 +265,7 @@ class FramePack:
         batch: int = 1,
         roles: Sequence[str] = bundle.ROLES,
         encoded: int = 1,
-    ) -> offload_plan.Plan:
+    ) -> offload_plan.OffloadPlan:
         """Return what of these networks stays on the device for one of `offload_plan.LEVELS`, if
         videos sampled at canvas (height, width) are made `batch` side by side, and clips of up to
         `encoded` latent frames are encoded for them; the same in all processes. Raises ValueError,
@@ -328,7 +328,7 @@ class FramePack:
         end_image: np.ndarray | None = None,
         end_image_as: str = "auto",
         key_frames: Mapping[float, np.ndarray] | None = None,
-        footage: Footage | None = None,
+        footage: SourceVideo | None = None,
         seconds: float = 5.0,
         sections: int | None = None,
         fps: float = 30.0,
@@ -339,8 +339,8 @@ class FramePack:
         settings: Settings = DEFAULT_SETTINGS,
         on_step: OnStep | None = None,
         on_section: OnSection | None = None,
-    ) -> Iterator[Span]:
-        """Yield a `Span` for every section as it is made, in the order of making.
+    ) -> Iterator[DecodedSection]:
+        """Yield a `DecodedSection` for every section as it is made, in the order of making.
 
         `image` (height, width, 3) uint8 is the first frame, None for text alone; it is scaled and
         cropped to the bundle's bucket nearest to its shape, or to `height` x `width` pixels, any
@@ -357,11 +357,11 @@ class FramePack:
             prompt, image, negative_prompt, seed, end_image,
             tuple(sorted((key_frames or {}).items())), footage, end_image_as,
         )  # fmt: skip
-        layout = lay_out(
+        layout = make_layout(
             self.geometry, request,
             seconds=seconds, sections=sections, fps=fps, height=height, width=width,
         )  # fmt: skip
-        request = prepare(self.geometry, request, layout)
+        request = fit_images(self.geometry, request, layout)
         inputs = self.encode([request], layout, settings, prompt_blend)
         made = self.sample(layout.plan, inputs, settings, seeds=[seed], on_step=on_step)
         if on_section is not None:
@@ -370,7 +370,7 @@ class FramePack:
         for section, start, frames, timeline in self.decode(layout.plan, made, before):
             positions = layout.new_positions(section)
             pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
-            yield Span(start, pixels, positions, timeline.read(positions)[0])
+            yield DecodedSection(start, pixels, positions, timeline.read(positions)[0])
 
     def encode(
         self,
@@ -460,7 +460,7 @@ class FramePack:
         )  # fmt: skip
         return np.asarray(encoded)[0]
 
-    def _known_footage(self, footage: Footage, before: int) -> dict[int, np.ndarray]:
+    def _known_footage(self, footage: SourceVideo, before: int) -> dict[int, np.ndarray]:
         positions = self.geometry.footage_positions(before)
         if footage.latents is not None:
             return {position: footage.latents[position] for position in positions}
@@ -550,7 +550,7 @@ class FramePack:
             )
         return Splicer(clips)
 
-    def overlap(self, layout: Layout, footage: Footage) -> jax.Array:
+    def overlap(self, layout: Layout, footage: SourceVideo) -> jax.Array:
         """The frames (1, P, height, width, 3) of prepared footage that clips are cross-faded with,
         in [-1, 1]."""
         start = self.geometry.frames_of(layout.overlap_start, layout.before)[0]

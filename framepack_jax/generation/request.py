@@ -74,7 +74,7 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Footage:
+class SourceVideo:
     """A video to be extended: its number of `frames`, 1 more than a multiple of the VAE's time
     compression; its `first` one and its `last` ones, (P, height, width, 3) uint8, at least
     `Geometry.footage_frames` or all; and its `latents` by position, each (H, W, C) normalised,
@@ -107,7 +107,7 @@ class Request:
     seed: int = 0
     end_image: np.ndarray | None = None
     key_frames: tuple[tuple[float, np.ndarray], ...] = ()
-    footage: Footage | None = None
+    footage: SourceVideo | None = None
     end_image_as: str = "auto"
 
 
@@ -155,7 +155,7 @@ class Layout:
         return tuple(range(first, last))
 
 
-def lay_out(
+def make_layout(
     geometry: Geometry,
     request: Request,
     *,
@@ -245,10 +245,10 @@ def footage_of(
     height: int | None = None,
     width: int | None = None,
     latents: Mapping[int, np.ndarray] | None = None,
-) -> Footage:
+) -> SourceVideo:
     """Return the footage of the frames (H, W, 3) uint8 of a video, scaled to the size that
     `Geometry.sizes` gives. Only the frames that are needed are kept and scaled; up to three at the
-    end, which make no whole latent, are left out. For a file, `read_footage` decodes less.
+    end, which make no whole latent, are left out. For a file, `read_source` decodes less.
 
     Raises ValueError if there are no frames.
     """
@@ -264,17 +264,17 @@ def footage_of(
     spare = (count - 1) % geometry.time_compression
     needed = list(last)[: len(last) - spare][-geometry.footage_frames :]
     first, *needed = (resize_center_crop(frame, *size) for frame in (first, *needed))
-    return Footage(count - spare, first, np.stack(needed), latents)
+    return SourceVideo(count - spare, first, np.stack(needed), latents)
 
 
-def read_footage(
+def read_source(
     geometry: Geometry,
     path: str | os.PathLike,
     fps: float,
     height: int | None = None,
     width: int | None = None,
     latents: Mapping[int, np.ndarray] | None = None,
-) -> Footage:
+) -> SourceVideo:
     """Return `footage_of` the frames of a video file brought to `fps` frames per second, decoding
     only its first frame and its end.
 
@@ -286,10 +286,10 @@ def read_footage(
     first = next(read_frames(path, fps))
     size, _ = geometry.sizes(first.shape[:2], height, width)
     last = read_span(path, fps, frames - needed, needed, size)
-    return Footage(frames, resize_center_crop(first, *size), last, latents)
+    return SourceVideo(frames, resize_center_crop(first, *size), last, latents)
 
 
-def prepare(geometry: Geometry, request: Request, layout: Layout) -> Request:
+def fit_images(geometry: Geometry, request: Request, layout: Layout) -> Request:
     """The request with its images scaled and cropped to the canvas, and with `image` the one that
     leads every section: of footage the frame that sections are anchored at, of nothing a blank."""
 

@@ -9,20 +9,20 @@ import numpy as np
 
 from framepack_jax.generation.crossfade import Splicer, to_uint8
 from framepack_jax.generation.pipeline import FramePack
-from framepack_jax.generation.request import Footage, Layout
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.generation.request import Layout, SourceVideo
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import Terminated
 
 
-class Later:
+class DeferredDecode:
     """The host's part of decoding, put off until the device has other work. At most one clip waits
     for it; what still does at the end is done there, and so it is where work is stopped."""
 
     def __init__(self) -> None:
         self._rest: Callable[[], None] | None = None
 
-    def __enter__(self) -> "Later":
+    def __enter__(self) -> "DeferredDecode":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
@@ -53,9 +53,9 @@ class Decoder:
     def __init__(
         self,
         pipe: FramePack,
-        run: Run,
+        run: RunDir,
         layout: Layout,
-        footage: Footage | None,
+        footage: SourceVideo | None,
         timeline: Timeline,
         sample: int,
     ) -> None:

@@ -16,8 +16,8 @@ import jax
 from framepack_jax import bundle
 from framepack_jax.conversion.lora import files_of as lora_files
 from framepack_jax.generation.pipeline import FramePack
-from framepack_jax.jobs.run_dir import FORMAT, Run
-from framepack_jax.jobs.spec import Shot, footage_file
+from framepack_jax.jobs.run_dir import FORMAT, RunDir
+from framepack_jax.jobs.spec import VideoSpec, source_file
 from framepack_jax.models.lora import parse_weight
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -41,7 +41,7 @@ def absolute(path: str | Path) -> str:
     return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
-def new_record(flags: Any, shot: Shot, pipe: FramePack, path: str | Path) -> dict[str, Any]:
+def new_record(flags: Any, shot: VideoSpec, pipe: FramePack, path: str | Path) -> dict[str, Any]:
     """What is known before anything is read: flags, hashes of files and weights, versions."""
     values = dataclasses.asdict(shot) | {name: getattr(flags, name) for name in PROCESS_FLAGS}
     adapters = [(absolute(file), weight) for file, weight in map(parse_weight, flags.lora)]
@@ -98,7 +98,7 @@ def weights(path: str | Path) -> dict[str, Any]:
     }
 
 
-def check_weights(run: Run, roles: Sequence[str] = bundle.ROLES) -> None:
+def check_weights(run: RunDir, roles: Sequence[str] = bundle.ROLES) -> None:
     """Raise ValueError where a run was begun with other weights than its bundle has now."""
     now = weights(run.record["bundle"])
     for role in roles:
@@ -110,7 +110,7 @@ def check_weights(run: Run, roles: Sequence[str] = bundle.ROLES) -> None:
             )
 
 
-def check_loras(run: Run) -> None:
+def check_loras(run: RunDir) -> None:
     """Raise ValueError where a run was begun with another LoRA than its file holds now."""
     for text in run.record["flags"].get("lora", ()):
         file, _ = parse_weight(text)
@@ -122,11 +122,11 @@ def check_loras(run: Run) -> None:
             )
 
 
-def _files(shot: Shot) -> list[Path]:
+def _files(shot: VideoSpec) -> list[Path]:
     """The files that the flags of a video name."""
     files = [shot.image, shot.end_image, *(Path(k.partition("=")[2]) for k in shot.key_frame)]
     if shot.extend is not None:
-        files.append(footage_file(shot))
+        files.append(source_file(shot))
     return [file for file in files if file is not None]
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from framepack_jax import video
-from framepack_jax.generation.request import Footage, Request
+from framepack_jax.generation.request import Request, SourceVideo
 from framepack_jax.packing import Section
 from framepack_jax.parallel.multihost import is_primary, on_primary
 from framepack_jax.utils.files import atomic_write
@@ -64,14 +64,14 @@ FILES = {
 }
 
 
-def _by_first(
-    method: Callable[Concatenate["Run", P], T],
-) -> Callable[Concatenate["Run", P], T]:
+def _by_primary(
+    method: Callable[Concatenate["RunDir", P], T],
+) -> Callable[Concatenate["RunDir", P], T]:
     """A method that works on files: called in the first process, its result and the record are
     those of all."""
 
     @functools.wraps(method)
-    def call(self: "Run", *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self: "RunDir", *args: P.args, **kwargs: P.kwargs) -> T:
         def work() -> tuple[T, dict[str, Any]]:
             return method(self, *args, **kwargs), self.record
 
@@ -81,7 +81,7 @@ def _by_first(
     return call
 
 
-class Run:
+class RunDir:
     """A run folder and its record, which is what `run.json` holds."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Run:
         self._lock: int | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "Run":
+    def open(cls, folder: Path) -> "RunDir":
         """Read the record. Raises ValueError where there is none, or none that can be read."""
         return cls(folder, on_primary(cls._read_record, folder))
 
@@ -118,7 +118,7 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def locked(cls, folder: Path) -> Iterator["Run"]:
+    def locked(cls, folder: Path) -> Iterator["RunDir"]:
         """Open and lock a run, so that its record is the last word. Raises Busy, ValueError."""
         run = cls.open(folder)
         run.lock()
@@ -128,7 +128,7 @@ class Run:
         finally:
             run.unlock()
 
-    @_by_first
+    @_by_primary
     def begin(
         self,
         request: Request,
@@ -157,7 +157,7 @@ class Run:
             self._write_segment(0, beginning)
         self.write_record(status="begun")
 
-    @_by_first
+    @_by_primary
     def lock(self) -> None:
         """Keep others from making the same run until `unlock` or the end of this process, however
         it ends. Raises Busy if another process has it. Warns where files cannot be locked."""
@@ -187,7 +187,7 @@ class Run:
             os.close(self._lock)
             self._lock = None
 
-    @_by_first
+    @_by_primary
     def write_record(self, **changes: Any) -> None:
         """Change the record and write it."""
         self.record |= changes
@@ -205,14 +205,14 @@ class Run:
             with contextlib.suppress(OSError):
                 self._write_record()
 
-    @_by_first
+    @_by_primary
     def request(self) -> Request:
         """The prepared request that `begin` was given. Raises ValueError where files are gone."""
         flags, inputs = self.record["flags"], self.folder / "inputs"
         footage = None
         if flags["extend"] is not None:
             kept = _load(inputs / "footage.npz", "frames", "last")
-            footage = Footage(int(kept["frames"]), kept["last"][0], kept["last"])
+            footage = SourceVideo(int(kept["frames"]), kept["last"][0], kept["last"])
         end = inputs / "end_image.png"
         return Request(
             prompt=flags["prompt"],
@@ -230,31 +230,31 @@ class Run:
 
     # Latents
 
-    @_by_first
+    @_by_primary
     def known(self) -> dict[int, np.ndarray]:
         """Given latents (H, W, C) by position. Raises DamagedFile, OSError."""
         arrays = _load(self.folder / "latents" / "known.npz", *LATENTS)
         return dict(zip(arrays["positions"].tolist(), arrays["latents"], strict=True))
 
-    @_by_first
+    @_by_primary
     def save_known(self, known: Mapping[int, np.ndarray]) -> None:
         """Keep given latents (H, W, C) by position."""
         positions = np.asarray(list(known), int)
         arrays = {"positions": positions, "latents": np.stack(list(known.values()))}
         _save(self.folder / "latents" / "known.npz", arrays)
 
-    @_by_first
+    @_by_primary
     def save_section(self, number: int, section: Section, latents: np.ndarray) -> None:
         """Keep the latents (w, H, W, C) of a section."""
         arrays = {"positions": np.asarray(section.targets), "latents": latents}
         _save(self._section_file(number), arrays)
 
-    @_by_first
+    @_by_primary
     def has_sections(self) -> bool:
         """Whether any section is done."""
         return self.record["status"] != "beginning" and self._section_file(0).exists()
 
-    @_by_first
+    @_by_primary
     def sections(self, plan: Sequence[Section], shape: tuple[int, ...]) -> list[np.ndarray]:
         """Latents (w, H, W, C) of the sections that are done, `shape` being (H, W, C).
 
@@ -277,7 +277,7 @@ class Run:
             latents.append(arrays["latents"])
         return latents
 
-    @_by_first
+    @_by_primary
     def latents(self) -> dict[int, np.ndarray]:
         """All latents (H, W, C) by position. Raises DamagedFile."""
         latents = {}
@@ -291,7 +291,7 @@ class Run:
 
     # Frames
 
-    @_by_first
+    @_by_primary
     def spans(self) -> int:
         """How many sections, from the first on, have all their frames in segments."""
         for number, (start, stop) in enumerate(self.record["spans"]):
@@ -304,7 +304,7 @@ class Run:
                 return number
         return len(self.record["spans"])
 
-    @_by_first
+    @_by_primary
     def add_span(self, number: int, start: int, frames: np.ndarray) -> None:
         """Encode the frames (P, height, width, 3) uint8 that became final with section `number`,
         and renew `video.mp4`."""
@@ -314,7 +314,7 @@ class Run:
         self.write_record(spans=spans)
         self.join()
 
-    @_by_first
+    @_by_primary
     def join(self) -> None:
         """`video.mp4` from the segments, from the first one on up to where one is missing."""
         spans = [(0, self.record["beginning"]), *map(tuple, self.record["spans"])]
@@ -339,7 +339,7 @@ class Run:
 
 def check_free(folder: Path) -> None:
     """Raise Busy if another process makes the run in a folder."""
-    run = Run(folder, {})
+    run = RunDir(folder, {})
     run.lock()
     run.unlock()
 

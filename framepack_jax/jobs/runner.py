@@ -13,9 +13,9 @@ import numpy as np
 
 from framepack_jax import video
 from framepack_jax.generation.pipeline import FramePack, NotFinite, Settings
-from framepack_jax.generation.request import Layout, Request, prepare
-from framepack_jax.jobs.decoder import Decoder, Later
-from framepack_jax.jobs.run_dir import Busy, DamagedFile, Run, record_text
+from framepack_jax.generation.request import Layout, Request, fit_images
+from framepack_jax.jobs.decoder import Decoder, DeferredDecode
+from framepack_jax.jobs.run_dir import Busy, DamagedFile, RunDir, record_text
 from framepack_jax.models import scan
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import (
@@ -47,7 +47,7 @@ class Task:
     that is left, None if that process has finished it.
     """
 
-    run: Run
+    run: RunDir
     layout: Layout
     settings: Settings
     read: Callable[[], tuple[Request, Iterator[np.ndarray] | None]] | None = None
@@ -63,7 +63,7 @@ class Task:
     @property
     def key(self) -> Any:
         """Tasks with equal ones are computed side by side."""
-        return self.group, self.company
+        return self.group, self.batch_peers
 
     def become(self, other: "Task") -> None:
         """Take over all of another task but how this machine decodes."""
@@ -72,9 +72,9 @@ class Task:
         self.run.record |= here
 
     @property
-    def company(self) -> tuple[str, ...]:
+    def batch_peers(self) -> tuple[str, ...]:
         """What its sections were computed with, by name, if it has any: to the last bit, only the
-        same company gives the same latents, and has come as far."""
+        same peers gives the same latents, and has come as far."""
         return tuple(self.run.record["batch"]) if self.run.has_sections() else ()
 
 
@@ -145,7 +145,7 @@ def _make_group(
     try:
         for task in tasks:
             try:
-                if not task.company:
+                if not task.batch_peers:
                     task.run.record["batch"] = names
                 _begin(pipe, task)
                 begun.append(task)
@@ -202,7 +202,7 @@ def _begin(pipe: FramePack, task: Task) -> None:
         return
     request, beginning = on_all_hosts(task.read)
     assert_same_on_hosts("images, prompts and seeds", request)
-    task.request = prepare(pipe.geometry, request, task.layout)
+    task.request = fit_images(pipe.geometry, request, task.layout)
     known = pipe.known_latents(task.request, task.layout)
     task.run.begin(task.request, known, beginning)
     task.read = None
@@ -235,7 +235,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
     passes = 1 if inputs.negative is None else 2
     blocks = passes * scan.streamed_layers(pipe.transformer.params)
-    with Progress(tasks, done, blocks) as progress, Later() as frames:
+    with Progress(tasks, done, blocks) as progress, DeferredDecode() as frames:
 
         def on_step(*step: Any) -> None:
             # The device has the next step at hand (unless blocks are streamed): time for the frames
@@ -322,7 +322,7 @@ def decode_again(pipe: FramePack, task: Task) -> int:
     run.write_record(spans=[], status="sampled" if whole else "interrupted")
     decoder = _decoder(pipe, task, timeline, 0)
     decoder.catch_up(0)
-    with Later() as frames:
+    with DeferredDecode() as frames:
         for number in Bar(range(done), desc="decoding", unit="section", disable=not is_primary()):
             frames.add(decoder.start, number)
             stop_if_asked()

@@ -17,8 +17,8 @@ from framepack_jax import bundle, video
 from framepack_jax.diffusion import cache
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.prompts import timed_prompts
-from framepack_jax.generation.request import Footage, Layout, Request, lay_out, read_footage
-from framepack_jax.jobs.run_dir import Run
+from framepack_jax.generation.request import Layout, Request, SourceVideo, make_layout, read_source
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.parallel import sharding
 from framepack_jax.parallel.multihost import is_primary
@@ -27,7 +27,7 @@ from framepack_jax.utils.progress import Bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Shot:
+class VideoSpec:
     """The flags of one video."""
 
     image: Path | None = None
@@ -96,9 +96,9 @@ class Shot:
         )
 
 
-def warn_of_idle(shot: Shot) -> None:
+def warn_unused_settings(shot: VideoSpec) -> None:
     """Warn of flags that change nothing beside the others."""
-    default = Shot()
+    default = VideoSpec()
     without_cfg = shot.cfg == default.cfg
     timed = len(timed_prompts(shot.prompt)) > 1
     idle = {
@@ -117,12 +117,12 @@ def warn_of_idle(shot: Shot) -> None:
         warnings.warn(message, stacklevel=1)  # one place, so that it is said once for many videos
 
 
-SHOT_FIELDS = {field.name: field for field in dataclasses.fields(Shot)}
+SHOT_FIELDS = {field.name: field for field in dataclasses.fields(VideoSpec)}
 
 
 def read_jobs(
     path: Path, base: dict[str, Any], output: Path
-) -> Iterator[tuple[Path, Shot | ValueError]]:
+) -> Iterator[tuple[Path, VideoSpec | ValueError]]:
     """Jobs by the lines of a file. A bad line is handed on as an error, so that others are made."""
     try:
         # Not splitlines, which also splits at marks that JSON allows inside a text.
@@ -148,7 +148,7 @@ def read_jobs(
             if name in seen:
                 raise ValueError(f"name {name!r} is that of an earlier line")
             seen.add(name)
-            yield folder, Shot(**base | {k: _typed(k, v) for k, v in job.items()})
+            yield folder, VideoSpec(**base | {k: _typed(k, v) for k, v in job.items()})
         except (ValueError, OverflowError, RecursionError) as error:
             yield folder, ValueError(f"{path}, line {number}: {error}")
 
@@ -186,7 +186,7 @@ def _typed(name: str, value: Any) -> Any:
 
 
 def read(
-    pipe: FramePack, shot: Shot, layout: Layout, request: Request | None
+    pipe: FramePack, shot: VideoSpec, layout: Layout, request: Request | None
 ) -> tuple[Request, Iterator[np.ndarray] | None]:
     """The request, and the frames of a video that is extended which no section changes."""
     request = request or read_request(pipe, shot)
@@ -196,9 +196,9 @@ def read(
     return request, _kept_frames(shot, count, (layout.height, layout.width))
 
 
-def _kept_frames(shot: Shot, count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+def _kept_frames(shot: VideoSpec, count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The first frames of a video that is extended, scaled, with a progress bar."""
-    frames = itertools.islice(video.read_frames(footage_file(shot), shot.fps), count)
+    frames = itertools.islice(video.read_frames(source_file(shot), shot.fps), count)
     for frame in Bar(frames, "copying", count, leave=False, unit="frame", disable=not is_primary()):
         yield video.resize_center_crop(frame, *size)
 
@@ -208,12 +208,12 @@ def beginning_of(pipe: FramePack, layout: Layout) -> int:
     return pipe.geometry.frames_of(layout.overlap_start, layout.before)[0]
 
 
-def lay_out_shot(pipe: FramePack, shot: Shot, request: Request) -> Layout:
+def layout_of_spec(pipe: FramePack, shot: VideoSpec, request: Request) -> Layout:
     """Raises ValueError where flags and what they name do not go together."""
     height, width = shot.height, shot.width
     if request.footage is not None:
         height, width = request.footage.first.shape[:2]
-    return lay_out(
+    return make_layout(
         pipe.geometry, request, seconds=shot.seconds, sections=shot.sections, fps=shot.fps,
         height=height, width=width,
     )  # fmt: skip
@@ -241,22 +241,22 @@ def open_pipe(
     return FramePack.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=devices)
 
 
-def saved_shot(run: Run) -> Shot:
+def saved_spec(run: RunDir) -> VideoSpec:
     """The flags that a run was begun with."""
     flags = {k: v for k, v in run.record["flags"].items() if k in SHOT_FIELDS}
-    return Shot(**flags | {"key_frame": tuple(flags["key_frame"])})
+    return VideoSpec(**flags | {"key_frame": tuple(flags["key_frame"])})
 
 
-def lay_out_saved(pipe: FramePack, run: Run) -> Layout:
+def saved_layout(pipe: FramePack, run: RunDir) -> Layout:
     """The layout of a run that was begun."""
     record = run.record
-    return lay_out(
+    return make_layout(
         pipe.geometry, run.request(), sections=record["sections"], fps=record["flags"]["fps"],
         height=record["height"], width=record["width"],
     )  # fmt: skip
 
 
-def read_request(pipe: FramePack, shot: Shot) -> Request:
+def read_request(pipe: FramePack, shot: VideoSpec) -> Request:
     """Read the images and the video that flags name."""
     if shot.image is not None and shot.extend is not None:
         raise ValueError("--image and --extend exclude each other: a video begins with one of them")
@@ -280,25 +280,25 @@ def read_request(pipe: FramePack, shot: Shot) -> Request:
         end_image=None if shot.end_image is None else video.load_image(shot.end_image),
         end_image_as=shot.end_image_as,
         key_frames=tuple(sorted(keys, key=lambda key: key[0])),
-        footage=None if shot.extend is None else _read_footage(pipe, shot),
+        footage=None if shot.extend is None else _read_source(pipe, shot),
     )
 
 
-def footage_file(shot: Shot) -> Path:
+def source_file(shot: VideoSpec) -> Path:
     """Return the video file to extend."""
     return shot.extend / "video.mp4" if shot.extend.is_dir() else shot.extend
 
 
-def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
+def _read_source(pipe: FramePack, shot: VideoSpec) -> SourceVideo:
     """The end of a video file, or of a run folder with its latents."""
     height, width, latents = shot.height, shot.width, None
     if shot.extend.is_dir():
-        run = Run.open(shot.extend)
+        run = RunDir.open(shot.extend)
         height, width = _size_of(run, shot)
         latents = run.latents()
-    path = footage_file(shot)
+    path = source_file(shot)
     print(f"{path}: reading its first frame and its end")
-    footage = read_footage(pipe.geometry, path, shot.fps, height, width, latents)
+    footage = read_source(pipe.geometry, path, shot.fps, height, width, latents)
     if latents is not None:
         before = 1 + (footage.frames - 1) // pipe.geometry.time_compression
         missing = set(pipe.geometry.footage_positions(before)) - set(latents)
@@ -310,7 +310,7 @@ def _read_footage(pipe: FramePack, shot: Shot) -> Footage:
     return footage
 
 
-def _size_of(run: Run, shot: Shot) -> tuple[int, int]:
+def _size_of(run: RunDir, shot: VideoSpec) -> tuple[int, int]:
     """(height, width) of a run to be extended. Raises ValueError where it cannot be, or not with
     these flags."""
     record = run.record

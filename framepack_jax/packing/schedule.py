@@ -28,7 +28,7 @@ class ScheduleError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Segment:
     """Contiguous frames under one patch kernel, `f16k4`."""
 
     frames: int
@@ -42,7 +42,7 @@ class Run:
 class Context:
     """Contiguous context frames, `f1k1f2k2f16k4`."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[Segment, ...]
 
     @property
     def frames(self) -> int:
@@ -112,7 +112,7 @@ class Schedule:
         return dataclasses.replace(self, items=items)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[Segment, ...]:
         """All context runs in time order."""
         return tuple(r for item in self.items if isinstance(item, Context) for r in item.runs)
 
@@ -141,7 +141,7 @@ def _parse_item(item: str, schedule: str) -> Item:
     if re.fullmatch(f"g{_NUMBER}", item):
         return Generate(int(item[1:]))
     if item and re.fullmatch(f"(?:{_RUN.pattern})+", item):
-        return Context(tuple(Run(int(run[1]), run[2]) for run in _RUN.finditer(item)))
+        return Context(tuple(Segment(int(run[1]), run[2]) for run in _RUN.finditer(item)))
     raise ScheduleError(
         f"schedule {schedule!r}: cannot read item {item!r}; expected frames with kernels"
         " (f1k1f2k2), frames to generate (g9), a gap (x) or a tail (td, ta, tc)"

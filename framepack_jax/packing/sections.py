@@ -130,7 +130,7 @@ def span(schedule: str | Schedule, order: str) -> int:
     return layout.window + layout.history.frames
 
 
-def blanked(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:
+def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:
     """The plan without the context under these kernels, which is missing as it is before a video
     begins: what a model makes then shows what it takes from there."""
 

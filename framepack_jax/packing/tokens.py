@@ -2,7 +2,7 @@
 
 import math
 
-from framepack_jax.packing.schedule import Run, Schedule, kernel_shape, parse
+from framepack_jax.packing.schedule import Schedule, Segment, kernel_shape, parse
 from framepack_jax.packing.sections import MAX_SECTIONS
 
 
@@ -46,7 +46,7 @@ def target_tokens(schedule: str | Schedule, height: int, width: int) -> int:
     return group_tokens(schedule.window, "k1", height, width)
 
 
-def context_tokens(schedule: str | Schedule, height: int, width: int) -> list[tuple[Run, int]]:
+def context_tokens(schedule: str | Schedule, height: int, width: int) -> list[tuple[Segment, int]]:
     """(run, tokens) of every context run in time order: constant, whatever the video's length."""
     schedule = parse(schedule) if isinstance(schedule, str) else schedule
     return [(r, group_tokens(r.frames, r.kernel, height, width)) for r in schedule.runs]

@@ -12,7 +12,7 @@ import numpy as np
 from framepack_jax import packing
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.generation.pipeline import FramePack, Settings
-from framepack_jax.generation.request import Layout, Request, lay_out, prepare
+from framepack_jax.generation.request import Layout, Request, fit_images, make_layout
 from framepack_jax.packing import Section, Timeline
 
 CLIP_LATENTS = 18
@@ -32,7 +32,7 @@ def layout_of(pipe: FramePack, ask: Ask, sections: int) -> Layout:
     """Where so many sections from an image lie. Raises ValueError."""
     height, width = ask.image.shape[:2]
     request = Request(ask.caption, ask.image, seed=ask.seed)
-    return lay_out(pipe.geometry, request, sections=sections, height=height, width=width)
+    return make_layout(pipe.geometry, request, sections=sections, height=height, width=width)
 
 
 def sections_for(pipe: FramePack, seconds: float, fps: float) -> int:
@@ -57,11 +57,11 @@ def sampled(
     `blank` is kept from the model."""
     layout = layout_of(pipe, asks[0], sections)
     requests = [
-        prepare(pipe.geometry, Request(ask.caption, ask.image, seed=ask.seed), layout)
+        fit_images(pipe.geometry, Request(ask.caption, ask.image, seed=ask.seed), layout)
         for ask in asks
     ]
     inputs = pipe.encode(requests, layout, settings)
-    plan = packing.blanked(layout.plan, blank)
+    plan = packing.drop_context(layout.plan, blank)
     made = pipe.sample(plan, inputs, settings, seeds=[ask.seed for ask in asks])
     clips = {
         start: np.asarray(to_uint8(frames, layout.height, layout.width))
