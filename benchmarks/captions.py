@@ -29,7 +29,7 @@ from framepack_jax.evaluation.drift import estimate
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.toy import world
 from framepack_jax.training import flow_matching, state
-from framepack_jax.training.config import Config as Training
+from framepack_jax.training.config import TrainConfig as Training
 
 
 @dataclasses.dataclass(frozen=True)

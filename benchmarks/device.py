@@ -254,6 +254,6 @@ def measure_streaming(bench: Bench) -> None:
     title = "layers from the host, a program each"
     bench.clock(title, from_python, x, flops=flops, moved=size)
     kernels = [scan.on_host({name: {"kernel": w[name]} for name in w}) for w in several]
-    streamed = scan.Streamed([kernels[i % 2] for i in range(layers)])
+    streamed = scan.OffloadedLayers([kernels[i % 2] for i in range(layers)])
     run = functools.partial(scan.run, Products(), streamed)
     bench.clock("layers from the host, stack.run", run, x, flops=flops, moved=size)

@@ -57,8 +57,8 @@ from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
 from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
-from framepack_jax.training.config import Config as Training
 from framepack_jax.training.config import LoRA
+from framepack_jax.training.config import TrainConfig as Training
 from framepack_jax.training.metrics import COST
 from framepack_jax.training.trainer import RATE, jitted_step, set_up
 from framepack_jax.utils.files import atomic_write
@@ -143,7 +143,9 @@ def measure_section(bench: Bench) -> None:
     frames = scale.vae.time_compression * len(noise[0])
     work = {kind: SECTION_STEPS * flops for kind, flops in step_work(scale).items()}
 
-    def measure(name: str, params: scan.Params, config: cache.Config | None = None) -> None:
+    def measure(
+        name: str, params: scan.Params, config: cache.StepCacheConfig | None = None
+    ) -> None:
         def run() -> sampler.Denoised:
             return sampler.denoise(
                 transformer, scale.dit, params, noise, sigmas, table, context, conditions,
@@ -160,7 +162,7 @@ def measure_section(bench: Bench) -> None:
 
     measure("section", params)
     for kind in cache.THRESHOLDS:
-        measure(f"section, step cache {kind}", params, cache.Config(kind))
+        measure(f"section, step cache {kind}", params, cache.StepCacheConfig(kind))
     del params
     for dtype in scan.QUANTIZED:
         measure(f"section, {dtype} weights", quantized(denoiser_inputs(scale)[0], dtype))

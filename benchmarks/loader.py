@@ -91,7 +91,7 @@ def write(folder: Path, flags: Config) -> int:
 
 def measure(folder: Path, flags: Config) -> dict[str, float]:
     """Batches for some seconds, after one that opens the files."""
-    cfg = loader.Config(path=str(folder), threads=flags.threads)
+    cfg = loader.DataConfig(path=str(folder), threads=flags.threads)
     schedule = packing.RELEASED_INVERTED
     batches = loader.open_loader(cfg, schedule, "inverted", flags.batch)
     first = next(batches)

@@ -179,7 +179,7 @@ def measure_error(bench: Bench) -> None:
         plan = engine.plan(
             tables.recognise(weight_files.open_checkpoint(Path(folder)), "transformer")
         )
-        params = scan.cast(scan.join(dict(plan.leaves()), transformer.STACKS), BF16)
+        params = scan.cast(scan.stack_layers(dict(plan.leaves()), transformer.STACKS), BF16)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     args = params, x, sigma, context, conditions
     ours = jax.jit(functools.partial(transformer.velocity, plan.cfg, dtype=BF16))(*args)

@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 def measure(files: list[Path], buckets: Any, flags: Config, folder: Path) -> dict[str, float]:
     """Clips a second of each stage; the first file is not counted."""
     rates = {"read": timed(lambda file: list(video.read_frames(file, 30)), files)[0]}
-    settings = filters.Settings(buckets=buckets, cut=1.0)
+    settings = filters.FilterSettings(buckets=buckets, cut=1.0)
     rates["read_cut_and_score"], cuts = timed(lambda f: next(filters.clips(f, settings)), files)
     if not flags.encode:
         return rates

@@ -9,14 +9,14 @@ Expect:   the loss of a released model begins near its floor and moves little: w
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Config, Optimizer, Validation
+from framepack_jax.training.config import Checkpoints, Optimizer, TrainConfig, Validation
 
 
-def get_config() -> Config:
+def get_config() -> TrainConfig:
     """Small steps: the weights are good already."""
-    return Config(
+    return TrainConfig(
         bundle="framepack_i2v",
-        data=loader.Config(holdout=32, caption_dropout=0.1),
+        data=loader.DataConfig(holdout=32, caption_dropout=0.1),
         batch=32,
         steps=10_000,
         optimizer=Optimizer(learning_rate=1e-5, warmup_steps=500),

@@ -14,15 +14,15 @@ Expect:   context embeddings begin as copies of the patch embedding, so that the
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Config, Optimizer, Validation
+from framepack_jax.training.config import Checkpoints, Optimizer, TrainConfig, Validation
 
 
-def get_config() -> Config:
+def get_config() -> TrainConfig:
     """The inverted order of the paper's best variant."""
-    return Config(
+    return TrainConfig(
         bundle="framepack_i2v",
         schedule="f1k1_x_g9_f1k1f2k2f16k4_td",
-        data=loader.Config(holdout=64, caption_dropout=0.1, sections="random"),
+        data=loader.DataConfig(holdout=64, caption_dropout=0.1, sections="random"),
         batch=64,
         steps=100_000,
         optimizer=Optimizer(learning_rate=2e-5, warmup_steps=1000),

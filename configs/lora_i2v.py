@@ -12,14 +12,14 @@ Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora 
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Validation
+from framepack_jax.training.config import Checkpoints, LoRA, Optimizer, TrainConfig, Validation
 
 
-def get_config() -> Config:
+def get_config() -> TrainConfig:
     """All linear layers of the blocks but the modulations, rank 32."""
-    return Config(
+    return TrainConfig(
         bundle="framepack_i2v",
-        data=loader.Config(holdout=8),
+        data=loader.DataConfig(holdout=8),
         trainable="lora",
         lora=LoRA(rank=32, alpha=32.0),
         batch=64,

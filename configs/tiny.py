@@ -9,13 +9,13 @@ Hardware: two CPU cores; a step takes about 1.2 s there. With --clips 16, --data
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Config, Optimizer, Validation
+from framepack_jax.training.config import Checkpoints, Optimizer, TrainConfig, Validation
 
 
-def get_config() -> Config:
+def get_config() -> TrainConfig:
     """Latents of a VAE whose weights are random: what is learned is how they move, and nothing that
     is worth watching."""
-    return Config(
+    return TrainConfig(
         bundle="random",
         output="outputs/tiny",
         init="scratch",
@@ -23,7 +23,7 @@ def get_config() -> Config:
             "heads": 4, "head_dim": 32, "double_layers": 2, "single_layers": 4,
             "refiner_layers": 1, "rope_axes": (8, 12, 12),
         },
-        data=loader.Config(path="outputs/dataset", holdout=64),
+        data=loader.DataConfig(path="outputs/dataset", holdout=64),
         batch=8,
         steps=500,
         optimizer=Optimizer(learning_rate=1e-3, warmup_steps=50, schedule="cosine"),

@@ -115,7 +115,7 @@ def write(config: TinyBundle, output: Path) -> None:
         params = jax.jit(model.init, static_argnums=0)(cfg, key)
         if config.looking_back and role == "text_encoder":
             params = look_back(cfg, params)
-        leaves = scan.split(scan.cast(params, jnp.dtype(config.dtype)), model.STACKS)
+        leaves = scan.unstack_layers(scan.cast(params, jnp.dtype(config.dtype)), model.STACKS)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
         source = {"name": "configs/tiny_bundle.py, untrained"}
         source |= write_params(output / role, arrays)._asdict()

@@ -16,16 +16,16 @@ Result:   docs/training.md, "The tiny bundle": the first learns from many small 
 
 from framepack_jax import packing
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Config, Optimizer, Times, Validation
+from framepack_jax.training.config import Checkpoints, Optimizer, Times, TrainConfig, Validation
 
 
-def get_config() -> Config:
+def get_config() -> TrainConfig:
     """Forward order. The guidance input has in training what sampling gives it by default."""
-    return Config(
+    return TrainConfig(
         bundle="outputs/world/vae/bundle",
         output="outputs/world/f1",
         init="outputs/world/sketch",
-        data=loader.Config(
+        data=loader.DataConfig(
             path="outputs/world/dataset", holdout=32, sections="random", caption_dropout=0.1,
             text_tokens=48,
         ),

@@ -14,12 +14,12 @@ Result:   700 steps of the first, of single frames, give back the frames of 16 h
 """
 
 from framepack_jax.training.config import Optimizer
-from framepack_jax.training.vae import Config
+from framepack_jax.training.vae import VaeTrainConfig
 
 
-def get_config() -> Config:
+def get_config() -> VaeTrainConfig:
     """8x in space, 4x in time, 16 channels, as the released VAE has them."""
-    return Config(
+    return VaeTrainConfig(
         videos="outputs/world/footage",
         bundle="outputs/world/encoders",
         output="outputs/world/stills",

@@ -196,7 +196,7 @@ def encode_each(encoders: Encoders, batches: Sequence[Sequence[str]]) -> list[Pr
         ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
         _check_ids("tokenizer", ids, cfg.vocab_size)
         tokens.append((ids, valid))
-    if scan.is_streamed(params):
+    if scan.is_offloaded(params):
         read = llama.hidden_states_of_each(cfg, params, tokens)
     else:
         read = [_text_states(cfg, params, *each) for each in tokens]
@@ -312,7 +312,7 @@ def load_encoders(
     root = epath.Path(path)
     load = bundle.load_params
     if streamed:
-        load = functools.partial(bundle.load_streamed, hosted=0)
+        load = functools.partial(bundle.load_offloaded, hosted=0)
     networks = {
         name: (
             bundle.role_config(manifest, name)[1],

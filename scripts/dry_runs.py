@@ -27,7 +27,7 @@ from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware
 from framepack_jax.planning.sampling import Program, Report, dry_run
 from framepack_jax.planning.training import TrainingReport, dry_run_training
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 
 BUNDLE, HEIGHT, WIDTH = "framepack_i2v", 608, 640
 FITS = (
@@ -120,12 +120,12 @@ def training(rows: list[str]) -> None:
         raise SystemExit("\n".join(["error: not compiled:", *problems]))
 
 
-def training_report(cfg: Config, machine: str, batch: int) -> TrainingReport:
+def training_report(cfg: TrainConfig, machine: str, batch: int) -> TrainingReport:
     cfg = dataclasses.replace(cfg, batch=batch)
     return dry_run_training(cfg, path_of(cfg.bundle), hardware.parse(machine))
 
 
-def largest(cfg: Config, machine: str) -> TrainingReport:
+def largest(cfg: TrainConfig, machine: str) -> TrainingReport:
     """With as many samples a chip as fit: memory grows by as much with each, so two compilations
     tell how many, and a third shows it."""
     chips = hardware.parse(machine).count

@@ -436,7 +436,7 @@ def _vae_of_comfyui(folder: Path) -> Row:
         plan = engine.plan(tables.recognise(weight_files.open_checkpoint(file), "vae"))
     except weight_files.ConversionError as error:
         return Row("framepack-jax", what, f"{type(error).__name__}: not read", "-")
-    params = scan.join(dict(plan.leaves()), vae.STACKS, np.stack)
+    params = scan.stack_layers(dict(plan.leaves()), vae.STACKS, np.stack)
     # One frame: ComfyUI lets a frame attend to later ones, Tencent's VAE does not.
     latents = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 4), np.float32)
     mine = np.asarray(jax.jit(lambda p, z: vae.decode(plan.cfg, p, z))(params, latents))

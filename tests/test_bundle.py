@@ -69,7 +69,7 @@ def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
     written = bundle.write_params(tmp_path / "text_encoder_2", leaves().items())
     assert written.bytes == sum(leaf.nbytes for leaf in leaves().values())
     params = bundle.load_params(tmp_path, manifest(), "text_encoder_2")
-    assert scan.split(params, clip.STACKS).keys() == leaves().keys()
+    assert scan.unstack_layers(params, clip.STACKS).keys() == leaves().keys()
 
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 1}])

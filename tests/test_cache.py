@@ -17,7 +17,7 @@ from torch_reference import convert_module, randomize, relative_error
 from framepack_jax import packing
 from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
-from framepack_jax.diffusion.cache import Config, first_block, run_or_skip, start, tea
+from framepack_jax.diffusion.cache import StepCacheConfig, first_block, run_or_skip, start, tea
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 
@@ -90,7 +90,7 @@ def conditions_of(arrays, prefix: str = "") -> transformer.Conditions:
     )
 
 
-def denoise(network, arrays, cache: Config | None, prefix: str = "", **options):
+def denoise(network, arrays, cache: StepCacheConfig | None, prefix: str = "", **options):
     context, conditions = context_of(arrays), conditions_of(arrays, prefix)
     return sampler.denoise(
         transformer, *network, arrays["noise"], SIGMAS, EULER, context, conditions,
@@ -106,7 +106,7 @@ def alone(arrays, sample: int):
 def test_teacache_equals_the_release(golden) -> None:
     checkpoint = weight_files.open_checkpoint(golden / "transformer")
     plan = engine.plan(tables.recognise(checkpoint, "transformer"))
-    network = plan.cfg, scan.join(dict(plan.leaves()), transformer.STACKS)
+    network = plan.cfg, scan.stack_layers(dict(plan.leaves()), transformer.STACKS)
     reference = {
         name: rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x
         for name, x in load_file(golden / "pipeline.safetensors").items()
@@ -124,7 +124,7 @@ def test_teacache_equals_the_release(golden) -> None:
     sigmas = flow.sigmas(len(ran), flow.shift_mu(tokens))
     done = sampler.denoise(
         transformer, *network, noise, sigmas, solver_table("unipc", sigmas),
-        packing.read_context(section, timeline), conditions, cache=Config("tea"),
+        packing.read_context(section, timeline), conditions, cache=StepCacheConfig("tea"),
     )  # fmt: skip
     np.testing.assert_array_equal(done.blocks_run[:, 0, 0].astype(int), ran)
     assert relative_error(done.latents, reference[f"{TAG}/section0"]) < 5e-4
@@ -184,7 +184,7 @@ def test_first_block_equals_diffusers(module, network, arrays) -> None:
     module.enable_cache(FirstBlockCacheConfig(threshold))
     latents, ran = diffusers_run(module, inputs, scale)
     module.disable_cache()
-    negative, config = conditions_of(inputs, "negative_"), Config("first-block", threshold)
+    negative, config = conditions_of(inputs, "negative_"), StepCacheConfig("first-block", threshold)
     done = denoise(network, inputs, config, negative=negative, cfg_scale=scale)
     np.testing.assert_array_equal(done.blocks_run[:, :, 0], ran)
     assert relative_error(done.latents, latents) < 2e-4
@@ -195,7 +195,7 @@ def test_first_block_equals_diffusers(module, network, arrays) -> None:
 @pytest.mark.parametrize(("scale", "kept", "prefix"), [(1.0, 0, ""), (0.0, 1, "negative_")])
 def test_passes_do_not_share_a_cache(network, arrays, scale, kept, prefix) -> None:
     """At scale 1 the negative pass changes nothing, at 0 the positive: the other is by itself."""
-    inputs, config = alone(arrays, 0), Config("tea")
+    inputs, config = alone(arrays, 0), StepCacheConfig("tea")
     both = denoise(
         network, inputs, config, negative=conditions_of(inputs, "negative_"), cfg_scale=scale
     )
@@ -206,7 +206,7 @@ def test_passes_do_not_share_a_cache(network, arrays, scale, kept, prefix) -> No
 
 
 def test_samples_of_a_batch_decide_for_themselves(network, arrays) -> None:
-    config = Config("tea", 0.2)
+    config = StepCacheConfig("tea", 0.2)
     both = denoise(network, arrays, config)
     for sample in (0, 1):
         single = denoise(network, alone(arrays, sample), config)
@@ -251,7 +251,9 @@ def test_a_sample_that_skips_keeps_its_own_residual(kind) -> None:
 def test_thresholds_from_all_to_nothing(network, arrays, kind, least) -> None:
     inputs = alone(arrays, 0)
     guided = {"negative": conditions_of(inputs, "negative_"), "cfg_scale": 2.0}
-    always, never = (denoise(network, inputs, Config(kind, t), **guided) for t in (1e-9, 1e9))
+    always, never = (
+        denoise(network, inputs, StepCacheConfig(kind, t), **guided) for t in (1e-9, 1e9)
+    )
     without = denoise(network, inputs, None, **guided)
     assert always.blocks_run.all() and without.blocks_run is None
     assert relative_error(always.latents, without.latents) < 1e-6
@@ -340,8 +342,8 @@ def test_parameters_are_not_copied(network, arrays) -> None:
 
 
 def test_thresholds_are_those_of_the_originals() -> None:
-    assert Config("tea") == Config("tea", 0.15)
-    assert Config("first-block").threshold == FirstBlockCacheConfig().threshold
+    assert StepCacheConfig("tea") == StepCacheConfig("tea", 0.15)
+    assert StepCacheConfig("first-block").threshold == FirstBlockCacheConfig().threshold
 
 
 @pytest.mark.parametrize(
@@ -356,4 +358,4 @@ def test_thresholds_are_those_of_the_originals() -> None:
 )
 def test_impossible_configs(options, named) -> None:
     with pytest.raises(ValueError, match=named):
-        Config(**options)
+        StepCacheConfig(**options)

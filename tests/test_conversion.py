@@ -86,7 +86,7 @@ def autoencoder() -> torch.nn.Module:
     return randomize(model, 3)
 
 
-def plan_of(path: Path, role: str = "transformer", **given) -> engine.Plan:
+def plan_of(path: Path, role: str = "transformer", **given) -> engine.ConversionJob:
     source = tables.recognise(weight_files.open_checkpoint(path), role)
     return engine.plan(dataclasses.replace(source, given=given))
 

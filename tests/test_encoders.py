@@ -48,7 +48,7 @@ def llama_params(state: dict[str, np.ndarray], cfg: llama.Config) -> scan.Params
             leaves[f"layers/{i:02d}/{ours}/kernel"] = layer[f"{theirs}_proj.weight"].T
         leaves[f"layers/{i:02d}/input_norm/scale"] = layer["input_layernorm.weight"]
         leaves[f"layers/{i:02d}/mlp_norm/scale"] = layer["post_attention_layernorm.weight"]
-    return scan.join(leaves, llama.STACKS)
+    return scan.stack_layers(leaves, llama.STACKS)
 
 
 def encoder_layers(state: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
@@ -80,7 +80,7 @@ def clip_params(state: dict[str, np.ndarray], cfg: clip.Config) -> scan.Params:
         "final_norm/scale": state["final_layer_norm.weight"],
         "final_norm/bias": state["final_layer_norm.bias"],
     }
-    return scan.join(leaves | encoder_layers(state, cfg), clip.STACKS)
+    return scan.stack_layers(leaves | encoder_layers(state, cfg), clip.STACKS)
 
 
 def siglip_params(state: dict[str, np.ndarray], cfg: siglip.Config) -> scan.Params:
@@ -93,7 +93,7 @@ def siglip_params(state: dict[str, np.ndarray], cfg: siglip.Config) -> scan.Para
         "final_norm/scale": state["post_layernorm.weight"],
         "final_norm/bias": state["post_layernorm.bias"],
     }
-    return scan.join(leaves | encoder_layers(state, cfg), siglip.STACKS)
+    return scan.stack_layers(leaves | encoder_layers(state, cfg), siglip.STACKS)
 
 
 @functools.cache
@@ -237,6 +237,6 @@ def test_bfloat16(kind):
 def test_parameter_paths(kind):
     """What init makes has the paths and shapes that the parity tests feed in."""
     cfg, _, params, _ = CASES[kind]
-    fed = scan.split(params(), registry.KINDS[kind].STACKS)
+    fed = scan.unstack_layers(params(), registry.KINDS[kind].STACKS)
     made = registry.abstract_leaves(kind, cfg)
     assert {k: v.shape for k, v in fed.items()} == {k: v.shape for k, v in made.items()}

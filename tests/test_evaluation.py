@@ -17,7 +17,7 @@ from framepack_jax.evaluation.metrics import Metric
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.jobs.provenance import EMBEDDED
 from framepack_jax.toy import baselines, motion_labels, results, scenes, suites, tracking
-from framepack_jax.toy.tracking import Cast
+from framepack_jax.toy.tracking import Sprites
 
 SIDE, FPS = 96, 30.0
 GREY = (112, 104, 120)
@@ -167,9 +167,9 @@ TEMPLATES = {
 }
 
 
-def cast(*sprites: tuple[str, str]) -> Cast:
+def cast(*sprites: tuple[str, str]) -> Sprites:
     names = list(PALETTE)
-    return Cast(
+    return Sprites(
         np.asarray(list(PALETTE.values()), np.float32),
         tuple(names.index(colour) for colour, _ in sprites),
         tuple(shape for _, shape in sprites),
@@ -185,12 +185,12 @@ def test_a_sprite_is_itself_and_no_other(shape: str) -> None:
         frame = drawn([(PALETTE["red"], form, RADII[size], x, y)]).astype(np.float32)
         frame = (frame + rng.normal(0, 8, frame.shape)).clip(0, 255).astype(np.uint8)
         for other in TEMPLATES:
-            seen = tracking.watch(frame[None], cast(("red", other)), np.ones((1, 1)))
+            seen = tracking.track(frame[None], cast(("red", other)), np.ones((1, 1)))
             assert seen.present.all() or other.startswith("large")
             assert seen.identity[0, 0] == float(other == shape)
             if other == shape:
                 np.testing.assert_allclose(seen.centres[0, 0], (x, y), atol=1)
-        gone = tracking.watch(frame[None], cast(("blue", shape)), np.ones((1, 1)))
+        gone = tracking.track(frame[None], cast(("blue", shape)), np.ones((1, 1)))
         assert not gone.present.any() and gone.identity[0, 0] == 0
         assert np.isnan(gone.centres).all()
 
@@ -199,14 +199,14 @@ def test_what_is_like_no_form_is_no_sprite() -> None:
     frame = np.full((SIDE, SIDE, 3), GREY, np.uint8)
     frame[45:49, 5:90] = PALETTE["red"]
     for shape in TEMPLATES:
-        seen = tracking.watch(frame[None], cast(("red", shape)), np.ones((1, 1)))
+        seen = tracking.track(frame[None], cast(("red", shape)), np.ones((1, 1)))
         assert seen.present.all() and seen.identity[0, 0] == 0
 
 
 def test_what_is_covered_is_not_held_against_a_sprite() -> None:
     large = RADII["large"]
     red, blue = ((PALETTE[c], "circle", large, x, 48) for c, x in (("red", 40), ("blue", 62)))
-    seen = tracking.watch(
+    seen = tracking.track(
         drawn([red, blue])[None],
         cast(("red", "large circle"), ("blue", "large circle")),
         np.ones((1, 2)),
@@ -215,7 +215,7 @@ def test_what_is_covered_is_not_held_against_a_sprite() -> None:
     # Most of it covered, or out of sight in truth: it is not judged.
     over = (PALETTE["blue"], "square", 1.1 * large, 50, 48)
     for frame, visible in ((drawn([red, over]), (1, 0)), (drawn([red]), (0.5, 0))):
-        seen = tracking.watch(
+        seen = tracking.track(
             frame[None],
             cast(("red", "large circle"), ("blue", "large square")),
             np.asarray([visible]),
@@ -230,7 +230,7 @@ def test_a_sprite_may_be_under_another_one_for_a_while() -> None:
         for colour, x in (("red", 40), ("blue", 41), ("blue", 75))
     )
     frames = np.stack([drawn(on) for on in ([red, away], [red, over], [away], [])])
-    seen = tracking.watch(
+    seen = tracking.track(
         frames, cast(("red", "large square"), ("blue", "large square")), np.ones((4, 2)), every=1
     )
     np.testing.assert_array_equal(seen.identity, [[1, 1], [np.nan, 1], [0, 1], [0, 0]])
@@ -306,8 +306,10 @@ def pipe() -> FramePack:
     return FramePack.load(EMBEDDED["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
 
 
-def asks(count: int) -> list[baselines.Ask]:
-    return [baselines.Ask(texture(i)[:32, :32], "a red circle moves left", i) for i in range(count)]
+def asks(count: int) -> list[baselines.Prompt]:
+    return [
+        baselines.Prompt(texture(i)[:32, :32], "a red circle moves left", i) for i in range(count)
+    ]
 
 
 def test_repeated_sections_know_nothing_of_each_other(pipe) -> None:
@@ -317,7 +319,7 @@ def test_repeated_sections_know_nothing_of_each_other(pipe) -> None:
     first = baselines.sampled(pipe, asks(2), 1, settings)
     np.testing.assert_array_equal(made[:, :9], first)
     # What follows depends on the last frame alone.
-    again = [baselines.Ask(made[i, 8], "a red circle moves left", 7919 + i) for i in range(2)]
+    again = [baselines.Prompt(made[i, 8], "a red circle moves left", 7919 + i) for i in range(2)]
     np.testing.assert_array_equal(made[:, 9:], baselines.sampled(pipe, again, 1, settings)[:, 1:])
 
 

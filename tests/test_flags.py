@@ -8,7 +8,7 @@ from framepack_jax.cli.convert import Convert
 from framepack_jax.cli.evaluate import Evaluate
 from framepack_jax.cli.prepare import Prepare
 from framepack_jax.cli.sample import Sample
-from framepack_jax.cli.train import Config, Train, defaults
+from framepack_jax.cli.train import Train, TrainConfig, defaults
 from framepack_jax.jobs.spec import SHOT_FIELDS, VideoSpec, read_jobs
 from framepack_jax.utils.flags import parse
 
@@ -40,11 +40,11 @@ def test_home_in_flags_of_sampling() -> None:
 def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.py").write_text(
-        "from framepack_jax.training.config import Config\n"
-        "def get_config(): return Config(bundle='~/b', steps=7)\n"
+        "from framepack_jax.training.config import TrainConfig\n"
+        "def get_config(): return TrainConfig(bundle='~/b', steps=7)\n"
     )
     args = ["--config=~/c.py", "--data.path=~/d", "--output", "~/o", "--init=~/run@3"]
-    train = parse(Train, args, "train.py", defaults(Train, Config, args))
+    train = parse(Train, args, "train.py", defaults(Train, TrainConfig, args))
     assert (train.bundle, train.steps) == (f"{tmp_path}/b", 7)
     assert (train.data.path, train.output, train.init) == (
         f"{tmp_path}/d", f"{tmp_path}/o", f"{tmp_path}/run@3",

@@ -14,7 +14,7 @@ from training_data import SIZES, damage, random_record, write_dataset
 from framepack_jax import bundle, packing, video
 from framepack_jax.data import checks, loader, pixel_batch, records
 from framepack_jax.data.batch import LOST
-from framepack_jax.data.loader import Config, DatasetError, open_loader
+from framepack_jax.data.loader import DataConfig, DatasetError, open_loader
 from framepack_jax.data.records import Index
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.packing import Timeline
@@ -36,7 +36,7 @@ def dataset(tmp_path_factory):
 
 def take(folder, count, *, batch=4, share=(0, 1), state=None, schedule=INVERTED, **options):
     """The loader and its next batches."""
-    cfg = Config(path=str(folder), **options)
+    cfg = DataConfig(path=str(folder), **options)
     opened = open_loader(cfg, schedule, packing.default_order(schedule), batch, share)
     if state is not None:
         opened.set_state(json.loads(json.dumps(state)))
@@ -85,7 +85,7 @@ def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
     write_dataset(tmp_path, {(32, 48): (1 + 9 * count,)})
     schedule = packing.RELEASED_INVERTED if kind == "inverted" else packing.RELEASED_F1
     order = packing.default_order(schedule)
-    opened = open_loader(Config(path=str(tmp_path)), schedule, order, 8)
+    opened = open_loader(DataConfig(path=str(tmp_path)), schedule, order, 8)
     found = {}
     for batch in itertools.islice(opened, 12):
         for i in range(8):
@@ -114,7 +114,7 @@ def test_captions_are_filled_up_to_as_many_tokens_as_asked_for(dataset) -> None:
     with pytest.raises(DatasetError, match=refused):
         take(folder, 0, text_tokens=6)
     with pytest.raises(ValueError, match=r"--data\.text-tokens 257"):
-        Config(text_tokens=257)
+        DataConfig(text_tokens=257)
 
 
 def test_captions_of_a_dataset_without_their_lengths_are_read(tmp_path) -> None:
@@ -348,7 +348,7 @@ def test_a_dataset_of_another_bundle_is_refused(dataset) -> None:
 def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
     folder, _ = dataset
     with pytest.raises(DatasetError, match=r"8 of the 8 clips .* shorter than a section of 9"):
-        open_loader(Config(path=str(folder)), packing.RELEASED_INVERTED, "inverted", 4)
+        open_loader(DataConfig(path=str(folder)), packing.RELEASED_INVERTED, "inverted", 4)
     nothing = (
         r"--data\.holdout 7 leaves nothing of the 8 .* 4 videos.* give --data\.holdout 6 or less"
     )
@@ -358,7 +358,7 @@ def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
     with pytest.raises(ValueError, match="does not divide over 3 hosts"):
         take(folder, 0, share=(0, 3))
     with pytest.raises(ValueError, match=r"--data.caption-dropout 1.5"):
-        Config(caption_dropout=1.5)
+        DataConfig(caption_dropout=1.5)
     write_dataset(tmp_path, {})
     with pytest.raises(DatasetError, match=r"is empty; .*rejected.jsonl"):
         take(tmp_path, 0)

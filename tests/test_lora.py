@@ -36,7 +36,7 @@ from framepack_jax.models.lora import Factors
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 from framepack_jax.training import state
-from framepack_jax.training.config import Config, LoRA
+from framepack_jax.training.config import LoRA, TrainConfig
 from tests.test_sources import comfyui as renamed_by_comfyui
 from tests.torch_reference import convert_module, randomize, relative_error
 
@@ -212,7 +212,7 @@ def test_without_a_lora_nothing_is_added(model, arguments, monkeypatch) -> None:
         return compute.lower(params, *arguments).as_text()
 
     as_it_is = traced()
-    monkeypatch.setattr(scan, "factors_beside_kernels", contextlib.nullcontext)
+    monkeypatch.setattr(scan, "lora_interceptor", contextlib.nullcontext)
     assert traced() == as_it_is
 
 
@@ -342,11 +342,11 @@ def test_several_with_weights_are_the_sum_of_their_changes(model) -> None:
     assert {f.rank for f in both.values()} >= {1, 2, 3, 4, 5, 6}
     # Nothing is rounded yet.
     assert {s for f in both.values() for s in f.scale} == {0.35, -0.65}
-    leaves = scan.split(jax.device_get(params), transformer.STACKS)
+    leaves = scan.unstack_layers(jax.device_get(params), transformer.STACKS)
     for weight, made in ((0.7, one), (-1.3, two)):
         for path, change in changes(made).items():
             leaves[path] = leaves[path] + weight * change
-    expected = scan.join(leaves, transformer.STACKS, np.stack)
+    expected = scan.stack_layers(leaves, transformer.STACKS, np.stack)
     attached = lora.attach(params, both)
     error = jax.tree.map(relative_error, lora.merge(attached), expected)
     assert max(jax.tree.leaves(error)) < 1e-6
@@ -431,7 +431,7 @@ def test_a_flag_without_a_file() -> None:
 # Files in
 
 
-def plan_of(file: Path) -> engine.Plan:
+def plan_of(file: Path) -> engine.ConversionJob:
     source = tables.recognise(weight_files.open_checkpoint(file), "transformer")
     return engine.plan(dataclasses.replace(source, given={"rope_axes": (4, 6, 6)}))
 
@@ -843,11 +843,11 @@ def test_what_training_makes_gives_the_same_in_diffusers(
 ) -> None:
     """The factors as the trainer keeps them, q, k and v on one; its export; PEFT's own output."""
     cfg, params = model
-    run = Config(trainable="lora", lora=LoRA(rank=3, alpha=4.5))
-    factors = state.fresh_factors(run.lora, params, jax.random.key(0))
+    run = TrainConfig(trainable="lora", lora=LoRA(rank=3, alpha=4.5))
+    factors = state.init_lora(run.lora, params, jax.random.key(0))
     random = np.random.default_rng(1)
     factors = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape, np.float32), factors)
-    applied = state.united(factors, params, state.factor_scale(run))
+    applied = state.merge_params(factors, params, state.factor_scale(run))
     ours = velocity(cfg, applied, *arguments)
     files.write(tmp_path / "lora.safetensors", state.to_lora(run, factors), cfg)
     adapted = copy.deepcopy(module)
@@ -945,10 +945,10 @@ def test_diffusers_and_peft_agree_with_us(module, model, arguments, inputs, tmp_
     made = {p: f._replace(scale=f.scale * (0.1 + 0.2 * i)) for i, (p, f) in enumerate(made.items())}
     file = tmp_path / "x.safetensors"
     files.write(file, made, cfg)
-    leaves = scan.split(jax.device_get(params), transformer.STACKS)
+    leaves = scan.unstack_layers(jax.device_get(params), transformer.STACKS)
     for path, change in changes(files.read(file, cfg).lora).items():
         leaves[path] = leaves[path] + np.float32(change)
-    ours = velocity(cfg, scan.join(leaves, transformer.STACKS, np.stack), *arguments)
+    ours = velocity(cfg, scan.stack_layers(leaves, transformer.STACKS, np.stack), *arguments)
     assert relative_error(ours, torch_velocity(module, inputs)) > 0.05
     tensors, metadata = HunyuanVideoFramepackPipeline.lora_state_dict(
         file, return_lora_metadata=True

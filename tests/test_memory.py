@@ -68,12 +68,12 @@ def low() -> FramePack:
     return load(LOW)
 
 
-TEA, FIRST_BLOCK = cache.Config("tea"), cache.Config("first-block")
+TEA, FIRST_BLOCK = cache.StepCacheConfig("tea"), cache.StepCacheConfig("first-block")
 
 
 def test_the_same_video_bit_for_bit(high, low) -> None:
-    assert scan.is_streamed(low.transformer.params)
-    assert not scan.is_streamed(high.transformer.params)
+    assert scan.is_offloaded(low.transformer.params)
+    assert not scan.is_offloaded(high.transformer.params)
     theirs, ours = video(high, sections=2), video(low, sections=2)
     np.testing.assert_array_equal(ours.latents, theirs.latents)
     np.testing.assert_array_equal(ours.frames, theirs.frames)
@@ -117,7 +117,7 @@ def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:
 
     # Of two sections three steps; with the cache only the first and the last.
     assert count() == 2 * 3 * 4
-    assert count(step_cache=cache.Config("tea", threshold=1e9)) == 2 * 2 * 4
+    assert count(step_cache=cache.StepCacheConfig("tea", threshold=1e9)) == 2 * 2 * 4
 
 
 @pytest.mark.parametrize("resident", [0, 1, 3, 4])
@@ -309,7 +309,7 @@ def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
     manifest = bundle.read_manifest(RANDOM)
     whole = load_encoders(RANDOM, manifest, jnp.float32)
     streamed = load_encoders(RANDOM, manifest, jnp.float32, streamed=True)
-    assert scan.is_streamed(streamed.text_encoder[1])
+    assert scan.is_offloaded(streamed.text_encoder[1])
     prompts = ["", "the red circle moves left"]
     ours = conditioning.encode_each(streamed, [[prompt] for prompt in prompts])
     assert read == list(range(manifest.roles["text_encoder"].config["layers"]))
@@ -495,7 +495,7 @@ def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
 
 def test_in_python() -> None:
     pipe = FramePack.load(RANDOM, memory="low")
-    assert scan.is_streamed(pipe.transformer.params) and callable(pipe.encoders)
+    assert scan.is_offloaded(pipe.transformer.params) and callable(pipe.encoders)
     with pytest.raises(ValueError, match="memory 'medium'"):
         FramePack.load(RANDOM, memory="medium")
 

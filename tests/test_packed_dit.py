@@ -317,7 +317,7 @@ def test_what_does_not_fit_is_named(model, inputs) -> None:
 
 def test_layers_split_and_join(model) -> None:
     _, params = model
-    leaves = scan.split(params, transformer.STACKS)
+    leaves = scan.unstack_layers(params, transformer.STACKS)
     assert {"double/01/img_qkv/kernel", "single/00/mod/bias", "embed/patch/bias"} <= set(leaves)
-    again = scan.join(leaves, transformer.STACKS)
+    again = scan.stack_layers(leaves, transformer.STACKS)
     jax.tree.map(np.testing.assert_array_equal, again, params)

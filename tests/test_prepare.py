@@ -37,14 +37,14 @@ from framepack_jax.data import (
     ray_backend,
     records,
 )
-from framepack_jax.data.filters import Rejected, Settings, Thresholds
-from framepack_jax.data.records import DatasetError, Record, Source
+from framepack_jax.data.filters import FilterSettings, Rejected, Thresholds
+from framepack_jax.data.records import DatasetError, Record, VideoSource
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.toy import world
 
 ROOT = Path(__file__).parent.parent
 BUCKETS = ((32, 48), (48, 32))
-SETTINGS = Settings(buckets=BUCKETS)
+SETTINGS = FilterSettings(buckets=BUCKETS)
 
 
 def scene_frames(number: int, seconds: float, height=64, width=96):
@@ -224,7 +224,9 @@ def test_bad_files_are_told_and_stop_nothing(tmp_path, fake) -> None:
     assert "has no caption; write one into untold.txt" in rejected["untold.mp4"]["detail"]
     index = records.read_index(tmp_path / "out")
     assert index.clips == 3 + (noise is None)
-    captions = [Source(tmp_path / "out", index.shards)[i].clip.caption for i in range(index.clips)]
+    captions = [
+        VideoSource(tmp_path / "out", index.shards)[i].clip.caption for i in range(index.clips)
+    ]
     assert "x" * 100_000 in captions
     for name in ("accepted.png", "rejected.png"):
         assert np.asarray(Image.open(tmp_path / "out" / name)).std() > 20
@@ -309,7 +311,7 @@ def test_a_manifest_names_videos_and_captions(tmp_path, fake, capsys) -> None:
     manifest.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     rejected = run(manifest, tmp_path / "out")
     assert rejected["gone.mp4"]["reason"] == "missing"
-    assert Source(tmp_path / "out", records.read_index(tmp_path / "out").shards)[
+    assert VideoSource(tmp_path / "out", records.read_index(tmp_path / "out").shards)[
         0
     ].clip.caption == ("she waves")
     assert "accepted  1 clips" in capsys.readouterr().out
@@ -338,7 +340,7 @@ def test_each_caption_and_span_of_a_video_makes_records(tmp_path, fake) -> None:
     manifest.write_text("\n".join(map(json.dumps, rows[:2])))
     assert not run(manifest, tmp_path / "out") and fake.calls == 2
     index = records.read_index(tmp_path / "out")
-    found = [Source(tmp_path / "out", index.shards)[i] for i in range(index.clips)]
+    found = [VideoSource(tmp_path / "out", index.shards)[i] for i in range(index.clips)]
     assert {(r.clip.caption, r.clip.start, r.clip.frames) for r in found} == {
         ("a hand moves", 0, 45), ("she waves", 0, 45), ("he bows", 3, 57),
     }  # fmt: skip
@@ -395,7 +397,9 @@ def test_memory_does_not_grow_with_the_videos_that_wait(monkeypatch) -> None:
     def videos():
         for number in range(1_000_000):
             asked.append(number)
-            yield clip_cache.Video(str(number), "", Path(f"/nowhere/{number}.mp4"), ("waves",))
+            yield clip_cache.CachedVideo(
+                str(number), "", Path(f"/nowhere/{number}.mp4"), ("waves",)
+            )
 
     found = prepare.decoded(videos(), SETTINGS, 3)
     for number in range(5):
@@ -494,7 +498,7 @@ def test_a_dataset_stays_until_the_next_is_whole(three, fake, monkeypatch, what)
         with pytest.raises(SystemExit, match=r"No space|No such file|interrupted"):
             run(three / "videos", three / "out", "--min-seconds", "0.5")
     assert hashes(three / "out") == before
-    source = Source(three / "out", records.read_index(three / "out").shards)
+    source = VideoSource(three / "out", records.read_index(three / "out").shards)
     assert len({source[number].clip.id for number in range(2)}) == 2
     run(three / "videos", three / "out", "--min-seconds", "0.5")
     assert records.read_index(three / "out").clips == 3
@@ -587,7 +591,7 @@ def test_videos_that_were_moved_are_not_encoded_again(three, fake, mode) -> None
     assert run(three / "moved", three / "out", "--mode", mode).keys() == rejected.keys()
     assert fake.calls == calls
     index = records.read_index(three / "out")
-    sources = {Source(three / "out", index.shards)[i].clip.source for i in range(2)}
+    sources = {VideoSource(three / "out", index.shards)[i].clip.source for i in range(2)}
     if mode == "pixels":
         assert sources == {str(three / "moved" / name) for name in ("1.mp4", "2.mp4")}
     else:
@@ -729,7 +733,7 @@ def test_records_are_what_sampling_encodes(real) -> None:
     """The start latent, the conditions, and the latents of the clip, by the functions of sampling
     and the VAE itself."""
     index = records.read_index(real / "whole")
-    record = Source(real / "whole", index.shards)[0]
+    record = VideoSource(real / "whole", index.shards)[0]
     manifest = bundle.read_manifest(path_of("random"))
     loader.check_bundle(index, manifest)
     encoder = precompute.Encoder.load(path_of("random"), manifest, pixels=False)
@@ -761,10 +765,10 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     output = tmp_path / "pixels"
     run(real / "videos", output, "--mode", "pixels")
     schedule = "f1k1_x_g2_f1k1f2k2f16k4_td"
-    opened = loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
+    opened = loader.open_loader(loader.DataConfig(path=str(output)), schedule, "inverted", 4)
     batch = next(opened)
     assert isinstance(batch, pixel_batch.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
-    source = Source(output, opened.index.shards)
+    source = VideoSource(output, opened.index.shards)
     encoder = precompute.Encoder.load(
         path_of("random"), bundle.read_manifest(path_of("random")), pixels=False
     )
@@ -799,14 +803,14 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
             r"5 of the 5 videos of .* missing or changed: .*0\.mp4 \(No such file.* and 2 more"
         )
         with pytest.raises(DatasetError, match=missing):
-            loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
+            loader.open_loader(loader.DataConfig(path=str(output)), schedule, "inverted", 4)
         for number in (0, 1, 2, 4):
             name = f"{number}.mp4"
             shutil.copy(real / "videos" / "moved" / name, real / "videos")
         (real / "videos" / "3.mp4").write_bytes(b"another")
         changed = r"1 of the 5 videos of .*3\.mp4 \(7 bytes, \d+ when it was prepared\); put them"
         with pytest.raises(DatasetError, match=changed):
-            loader.open_loader(loader.Config(path=str(output)), schedule, "inverted", 4)
+            loader.open_loader(loader.DataConfig(path=str(output)), schedule, "inverted", 4)
     finally:
         for file in (real / "videos" / "moved").glob("*.mp4"):
             file.replace(real / "videos" / file.name)

@@ -8,7 +8,7 @@ import pytest
 from training_data import random_record, write_dataset
 
 from framepack_jax.data import records
-from framepack_jax.data.records import DatasetError, Source
+from framepack_jax.data.records import DatasetError, VideoSource
 
 
 def test_a_record_comes_back_bit_for_bit() -> None:
@@ -42,7 +42,7 @@ def test_shards_are_the_same_each_time_and_whole(tmp_path, monkeypatch) -> None:
         files = [tmp_path / name / records.SHARDS / shard.file for name in ("a", "b")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert not list(tmp_path.rglob("*.part"))
-    source = Source(tmp_path / "a", index.shards)
+    source = VideoSource(tmp_path / "a", index.shards)
     assert [source[i].clip.id for i in range(8)] == [record.clip.id for record in made[0]]
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
         data[1000] ^= 1
     file.write_bytes({"cut": data[:3000], "bit": data, "empty": b""}[damage])
     records._reader.cache_clear()
-    source = Source(tmp_path, index.shards)
+    source = VideoSource(tmp_path, index.shards)
     with pytest.raises(DatasetError, match=r"32x48-00000\.arrayrecord, record \d"):
         [source[i] for i in range(5)]
     assert source[6].clip.id == made[6].clip.id

@@ -118,7 +118,7 @@ def test_a_known_latent_that_is_not_finite_is_reported(noise, target) -> None:
     assert denoise(noise, target=target, known=KNOWN).finite_step.tolist() == [0, -1]
 
 
-@pytest.mark.parametrize("config", [None, cache.Config("tea")])
+@pytest.mark.parametrize("config", [None, cache.StepCacheConfig("tea")])
 def test_every_step_is_reported_one_late(noise, config, monkeypatch) -> None:
     step, events = sampler.step, []
 
@@ -150,7 +150,7 @@ def test_predictions_are_those_of_the_steps(noise) -> None:
 def test_decisions_are_reported(noise) -> None:
     """The polynomial is 0.06 everywhere: the threshold is reached at every third step."""
     negative = jnp.ones((1,) * 5)
-    done = denoise(noise, cache=cache.Config("tea"), negative=negative, cfg_scale=2.0)
+    done = denoise(noise, cache=cache.StepCacheConfig("tea"), negative=negative, cfg_scale=2.0)
     assert done.blocks_run.shape == (STEPS, 2, 2)
     assert (done.blocks_run == np.array([1, 0, 0, 1, 0, 0, 1], bool)[:, None, None]).all()
 
@@ -201,7 +201,7 @@ def test_one_program_for_all_steps_and_sections(network, kind) -> None:
     timeline.write(range(1), np.ones((1, 1, 4, 4, 4), np.float32))
     sampler.step.clear_cache()
     for i, section in enumerate(plan):
-        sigmas, config = flow.sigmas(2 + i, 1.0 + i), kind and cache.Config(kind, 0.1 + i)
+        sigmas, config = flow.sigmas(2 + i, 1.0 + i), kind and cache.StepCacheConfig(kind, 0.1 + i)
         noise = np.full((1, 2, 4, 4, 4), i + 1, np.float32)
         known = {} if i else {"target": noise, "known": np.array([True, False])}
         done = sampler.denoise(

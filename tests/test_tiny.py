@@ -15,7 +15,7 @@ from framepack_jax.generation.pipeline import Settings
 from framepack_jax.jobs.provenance import ASSETS, EMBEDDED
 from framepack_jax.models.encoders import llama
 from framepack_jax.toy import baselines, scenes
-from framepack_jax.toy.baselines import Ask
+from framepack_jax.toy.baselines import Prompt
 
 SIZE = (128, 128)
 
@@ -62,7 +62,7 @@ def test_the_vae_gives_back_held_out_clips(pipe) -> None:
 def test_a_video_begins_with_its_image(pipe) -> None:
     """28 dB at least: it is what the VAE makes of the image."""
     (case,) = scenes.drift_cases(2, 1, 37, SIZE, "first")
-    ask = Ask(case.image, case.scene.caption, 0)
+    ask = Prompt(case.image, case.scene.caption, 0)
     (frames,) = baselines.sampled(pipe, [ask], 1, Settings(steps=4))
     assert frames.shape == (37, *SIZE, 3)
     assert metrics.psnr(frames[0], case.image) >= 28

@@ -26,10 +26,10 @@ from framepack_jax.training.config import Optimizer
 
 CONFIG = """
 from framepack_jax.training.config import Checkpoints, Optimizer
-from framepack_jax.training.vae import Config
+from framepack_jax.training.vae import VaeTrainConfig
 
 def get_config():
-    return Config(
+    return VaeTrainConfig(
         bundle="random", init="scratch",
         network={
             "channels": (4, 8), "layers_per_block": 1, "norm_groups": 2,
@@ -257,7 +257,7 @@ def test_bad_input_is_named(place, tmp_path, more, message) -> None:
 )
 def test_impossible_settings_are_named(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
-        vae.Config(**fields)
+        vae.VaeTrainConfig(**fields)
 
 
 def test_a_folder_without_videos_is_named(place, tmp_path) -> None:
@@ -290,7 +290,7 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
     manifest = bundle.read_manifest(path_of("random"))
     trained = params_of(whole, 8)["encoder"]["conv_in"]["kernel"]
     for folder, changed in ((whole, False), (tmp_path / "single", True)):
-        cfg = vae.Config(network=record["config"]["network"], init=str(folder), frames=5)
+        cfg = vae.VaeTrainConfig(network=record["config"]["network"], init=str(folder), frames=5)
         network = vae.network_of(cfg, manifest)
         begun = vae.first_params(cfg, network, manifest, path_of("random"))
         kernel = np.asarray(begun["encoder"]["conv_in"]["kernel"])
@@ -304,7 +304,7 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
 
 def test_a_decoder_alone_leaves_latents_as_they_are(whole, place, tmp_path) -> None:
     """No update of the encoder, also by weight decay; and the bundle's statistics are kept."""
-    cfg = vae.Config(trainable="decoder", optimizer=Optimizer("muon", weight_decay=0.1))
+    cfg = vae.VaeTrainConfig(trainable="decoder", optimizer=Optimizer("muon", weight_decay=0.1))
     params = model.init(SMALL, jax.random.key(0))
     tx = vae.transformation(cfg)
     ones = jax.tree.map(jnp.ones_like, params)

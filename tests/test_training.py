@@ -24,7 +24,7 @@ from torch_reference import relative_error
 from training_data import write_dataset
 
 from framepack_jax import bundle
-from framepack_jax.data.loader import Config as Data
+from framepack_jax.data.loader import DataConfig as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
 from framepack_jax.jobs.provenance import path_of
@@ -40,12 +40,19 @@ from framepack_jax.training import (
     trainer,
     validation,
 )
-from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Times, Validation
+from framepack_jax.training.config import (
+    Checkpoints,
+    LoRA,
+    Optimizer,
+    Times,
+    TrainConfig,
+    Validation,
+)
 from framepack_jax.training.prefetch import local_share, place
 
 ROOT = Path(__file__).parent.parent
 SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
-BASE = Config(
+BASE = TrainConfig(
     bundle="random", output="run", schedule=SCHEDULE, init="runs/base", batch=4, dtype="float32",
     network={"double_layers": 2, "single_layers": 3, "refiner_layers": 1}, remat="none",
     lora=LoRA(rank=3, alpha=6.0),
@@ -54,7 +61,7 @@ RATE = np.float32(1e-2)
 
 
 @functools.cache
-def train_of(cfg: Config):
+def train_of(cfg: TrainConfig):
     """The compiled step of (state, frozen, vae, batch), which uses nothing up."""
     setup = set_up(cfg)
     fixed = cfg, setup.model, setup.tx, setup.encode
@@ -79,24 +86,24 @@ def network():
 
 
 @functools.cache
-def begun_once(cfg: Config):
+def begun_once(cfg: TrainConfig):
     setup = set_up(cfg)
-    return state.begin(cfg, setup.model, setup.tx, setup.mesh, network())
+    return state.init_state(cfg, setup.model, setup.tx, setup.mesh, network())
 
 
 @functools.cache
-def set_up(cfg: Config) -> trainer.Setup:
+def set_up(cfg: TrainConfig) -> trainer.Setup:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return trainer.set_up(cfg, bundle.read_manifest(path_of("random")), mesh)
 
 
-def begin(cfg: Config):
+def begin(cfg: TrainConfig):
     """(setup, state, frozen parameters)."""
     setup = set_up(cfg)
     return setup, *begun_once(cfg)
 
 
-def values(cfg: Config, batch, params, frozen) -> float:
+def values(cfg: TrainConfig, batch, params, frozen) -> float:
     """The loss alone."""
     setup = set_up(cfg)
     keys = flow_matching.sample_keys(cfg.seed, batch.element)
@@ -107,19 +114,19 @@ def values(cfg: Config, batch, params, frozen) -> float:
     return float(losses.mean())
 
 
-def changed(**fields) -> Config:
+def changed(**fields) -> TrainConfig:
     return dataclasses.replace(BASE, **fields)
 
 
 # A dict in a frozen config cannot be hashed for the cache above.
-Config.__hash__ = lambda self: hash(repr(self))
+TrainConfig.__hash__ = lambda self: hash(repr(self))
 
 
 def on(setup, batch):
     return place(batch, setup.mesh, BASE.batch)
 
 
-def gradient(cfg: Config, batch, params=None):
+def gradient(cfg: TrainConfig, batch, params=None):
     """Loss and gradient of the trained parameters."""
     setup, begun, frozen = begin(cfg)
     keys = flow_matching.sample_keys(cfg.seed, batch.element)
@@ -283,7 +290,7 @@ def test_adapters_merged_are_adapters_applied(batches) -> None:
     _, begun, frozen = begin(cfg)
     params = perturbed(begun.params)
     applied = values(cfg, batches[0], params, frozen)
-    merged = lora.merge(state.united(params, frozen, state.factor_scale(cfg)))
+    merged = lora.merge(state.merge_params(params, frozen, state.factor_scale(cfg)))
     assert not any(path[-1] in (scan.LORA_A, scan.LORA_B) for path in flatten_dict(merged))
     assert abs(applied - values(BASE, batches[0], merged, {})) < 1e-5 * applied
     assert abs(applied - values(BASE, batches[0], frozen, {})) > 1e-3

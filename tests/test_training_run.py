@@ -35,7 +35,7 @@ from framepack_jax.models import lora
 from framepack_jax.parallel import sharding
 from framepack_jax.training import checkpoints, export, state, vae
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.export import provenance
 from framepack_jax.training.metrics import Jsonl, WandB
 from framepack_jax.training.prefetch import check_batch
@@ -43,14 +43,14 @@ from framepack_jax.training.prefetch import check_batch
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Config, LoRA, Optimizer, Validation
+from framepack_jax.training.config import Checkpoints, LoRA, TrainConfig, Optimizer, Validation
 
 def get_config():
-    return Config(
+    return TrainConfig(
         bundle="random", init="scratch",
         network={"double_layers": 1, "single_layers": 1, "refiner_layers": 1},
         schedule="f1k1_x_g2_f1k1f2k2f16k4_td",
-        data=loader.Config(holdout=2),
+        data=loader.DataConfig(holdout=2),
         batch=4, steps=12, dtype="float32", remat="none", ema=0.9,
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=3),
         lora=LoRA(rank=2, alpha=4.0),
@@ -206,14 +206,14 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_named(place, damaged) -> Non
 
 def test_a_disk_that_goes_ends_a_run_before_the_step(place, whole, tmp_path, monkeypatch) -> None:
     """It leaves no trace: the run goes on as if the disk had always been there."""
-    output, read, reads = tmp_path / "run", records.Source.__getitem__, itertools.count()
+    output, read, reads = tmp_path / "run", records.VideoSource.__getitem__, itertools.count()
 
-    def gone_after_a_while(source: records.Source, number: int) -> records.Record:
+    def gone_after_a_while(source: records.VideoSource, number: int) -> records.Record:
         if next(reads) > 40:
             raise OSError("the disk is gone")
         return read(source, number)
 
-    monkeypatch.setattr(records.Source, "__getitem__", gone_after_a_while)
+    monkeypatch.setattr(records.VideoSource, "__getitem__", gone_after_a_while)
     with pytest.raises(SystemExit) as left:
         train.main(flags(place, output, "--checkpoints.every", "100"))
     step = checkpoints.steps_of(output)[-1]
@@ -559,8 +559,8 @@ def check_velocities(run: Path, dataset: Path) -> None:
     factors = checkpoints.restore_params(run, cfg.steps, abstract, "params")
     base = FramePack.load(path_of("random"), dtype=cfg.dtype)
     adapted = base.with_lora(conversion_lora.read(Path(lora.file_of(run)), model.cfg).lora)
-    trained = state.united(factors, base.transformer.params, state.factor_scale(cfg))
-    batch = next(loader.open_loader(loader.Config(str(dataset)), cfg.schedule, "inverted", 2))
+    trained = state.merge_params(factors, base.transformer.params, state.factor_scale(cfg))
+    batch = next(loader.open_loader(loader.DataConfig(str(dataset)), cfg.schedule, "inverted", 2))
     noise = np.random.default_rng(0).standard_normal(batch.target.shape).astype(np.float32)
     conditions = model.module.Conditions(
         batch.text, batch.text_valid, batch.pooled, batch.image, np.full(2, 1, np.float32)
@@ -652,7 +652,9 @@ def test_configs_are_what_they_say() -> None:
         text = file.read_text()
         if "training.config" not in text:
             continue
-        config = train.read_config(file, vae.Config if "training.vae" in text else Config)
+        config = train.read_config(
+            file, vae.VaeTrainConfig if "training.vae" in text else TrainConfig
+        )
         assert f"configs/{file.name}" in file.read_text()
         assert dataclasses.asdict(config)["steps"] > 0
         found += 1

@@ -46,4 +46,4 @@ def convert_module(module: torch.nn.Module, role: str, folder: Path):
     module.save_pretrained(folder)
     plan = engine.plan(tables.recognise(weight_files.open_checkpoint(folder), role))
     stacks = registry.KINDS[plan.source.table.kind].STACKS
-    return plan.cfg, scan.join(dict(plan.leaves()), stacks)
+    return plan.cfg, scan.stack_layers(dict(plan.leaves()), stacks)

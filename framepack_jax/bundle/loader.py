@@ -91,7 +91,7 @@ def load_params(
     return reader.stacked(reader.stored)
 
 
-def load_streamed(
+def load_offloaded(
     root: epath.PathLike,
     manifest: Manifest,
     name: str,
@@ -101,9 +101,9 @@ def load_streamed(
     resident: int = 0,
     hosted: int | None = None,
 ) -> scan.Params:
-    """The same with the large stacks of the network (`STREAMED` of its kind) as `scan.Streamed`:
-    their first `resident` layers on the device, the next `hosted`, by default all, in host memory.
-    Others stay on the disk, and are read whenever they are needed.
+    """The same with the large stacks of the network (`STREAMED` of its kind) as
+    `scan.OffloadedLayers`: their first `resident` layers on the device, the next `hosted`, by
+    default all, in host memory. Others stay on the disk, and are read whenever they are needed.
 
     The host holds one layer beside those that stay there.
     """
@@ -117,7 +117,7 @@ def load_streamed(
         there = count - here if hosted is None else min(hosted, count - here)
         layers = [scan.on_device(read(i)) for i in range(here)]
         layers += [scan.on_host(read(i)) for i in range(here, here + there)]
-        params[part] = scan.Streamed(scan.Layers(layers, read, count))
+        params[part] = scan.OffloadedLayers(scan.Layers(layers, read, count))
         resident -= here
         hosted = None if hosted is None else hosted - there
     return params
@@ -196,7 +196,7 @@ class _Reader:
         placed = {}
         for keys in _batches(groups.values(), self.stored, LOAD_CHUNK):
             loaded = self._load(keys)
-            joined = flatten_dict(scan.join(loaded, self.stacks, list))
+            joined = flatten_dict(scan.stack_layers(loaded, self.stacks, list))
             loaded.clear()
             for leaf in list(joined):
                 # Let go of once its layers are stacked: not all layers are there twice.

@@ -435,7 +435,7 @@ def _check_apart(
             raise ConversionError(f"{path} lies in {output}, which would be replaced")
 
 
-def _check_space(flags: Convert, plans: dict[str, engine.Plan]) -> None:
+def _check_space(flags: Convert, plans: dict[str, engine.ConversionJob]) -> None:
     """Raise ConversionError where the disk is too small; an object store has no end."""
     if "://" in flags.output:
         return
@@ -467,7 +467,7 @@ def _parts(output: epath.Path) -> list[epath.Path]:
 
 def _plans(
     flags: Convert, paths: dict[str, Path], shared: Manifest | None
-) -> dict[str, engine.Plan]:
+) -> dict[str, engine.ConversionJob]:
     """Open, recognise and check every network; the transformer last, as it may need the width of
     the image encoder."""
     plans = {}
@@ -483,7 +483,10 @@ def _plans(
 
 
 def _transformer_source(
-    flags: Convert, source: engine.Source, plans: dict[str, engine.Plan], shared: Manifest | None
+    flags: Convert,
+    source: engine.Source,
+    plans: dict[str, engine.ConversionJob],
+    shared: Manifest | None,
 ) -> engine.Source:
     given = {"rope_axes": _rope_axes(flags.rope_axes)} if flags.rope_axes else {}
     table = source.table
@@ -508,7 +511,7 @@ def _rope_axes(text: str) -> tuple[int, ...]:
 def _manifest(
     flags: Convert,
     order: str,
-    plans: dict[str, engine.Plan],
+    plans: dict[str, engine.ConversionJob],
     shared: Manifest | None,
     origins: dict[str, str],
 ) -> Manifest:
@@ -531,7 +534,7 @@ def _manifest(
     return manifest
 
 
-def _role(name: str, plans: dict[str, engine.Plan], origin: str | None) -> Role:
+def _role(name: str, plans: dict[str, engine.ConversionJob], origin: str | None) -> Role:
     plan = plans[name]
     source = {**plan.source.checkpoint.source(), "naming": plan.source.table.what}
     more = {
@@ -545,7 +548,9 @@ def _role(name: str, plans: dict[str, engine.Plan], origin: str | None) -> Role:
     return Role(plan.source.table.kind, dataclasses.asdict(plan.cfg), name, source)
 
 
-def _not_taken(checkpoint: weight_files.Checkpoint, plans: dict[str, engine.Plan]) -> list[str]:
+def _not_taken(
+    checkpoint: weight_files.Checkpoint, plans: dict[str, engine.ConversionJob]
+) -> list[str]:
     """Return the roles of the networks in a checkpoint that are not taken from it."""
     taken = {role for role, plan in plans.items() if plan.source.checkpoint.path == checkpoint.path}
     return [role for role in tables.networks(checkpoint) if role not in taken]
@@ -582,7 +587,9 @@ def _check_parts(manifest: Manifest) -> None:
         )
 
 
-def _progress(name: str, plan: engine.Plan, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
+def _progress(
+    name: str, plan: engine.ConversionJob, dtype: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves of a plan, behind a bar of their bytes."""
     with byte_bar(name, plan.nbytes(dtype)) as bar:
         for path, array in plan.leaves(dtype):

@@ -20,8 +20,8 @@ from framepack_jax import bundle, packing
 from framepack_jax.cli import enable_compilation_cache
 from framepack_jax.data import build, clip_cache, filters, ray_backend
 from framepack_jax.data.captions import NOT_TEXT, escaped
-from framepack_jax.data.clip_cache import Video
-from framepack_jax.data.filters import Cut, Settings, Thresholds
+from framepack_jax.data.clip_cache import CachedVideo
+from framepack_jax.data.filters import Cut, FilterSettings, Thresholds
 from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.loader import made_by
 from framepack_jax.data.precompute import TILING, Encoder
@@ -70,7 +70,7 @@ class Prepare:
     release. Default: those of the bundle."""
     max_seconds: float = 20.0
     """Longer scenes are divided."""
-    cut: float = Settings.cut
+    cut: float = FilterSettings.cut
     """Change from frame to frame, 0 to 1, at which a scene ends; 1 never cuts."""
     empty_captions: bool = False
     """Take videos without a caption, under the empty prompt."""
@@ -145,7 +145,7 @@ def prepare(flags: Prepare) -> build.Packed:
     return packed
 
 
-def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:
+def _settings(flags: Prepare, manifest: bundle.Manifest) -> FilterSettings:
     """Raises ValueError for sizes and lengths that cannot be."""
     model, _ = bundle.role_config(manifest, "transformer")
     _, vae = bundle.role_config(manifest, "vae")
@@ -156,11 +156,11 @@ def _settings(flags: Prepare, manifest: bundle.Manifest) -> Settings:
         raise ValueError(f"--cut {flags.cut}: expected a number above 0, at most 1")
     if flags.workers < 1:
         raise ValueError(f"--workers {flags.workers}: expected 1 or more")
-    most = int(flags.max_seconds * Settings.fps) if 0 < flags.max_seconds < 3600 else 0
+    most = int(flags.max_seconds * FilterSettings.fps) if 0 < flags.max_seconds < 3600 else 0
     most -= (most - 1) % vae.time_compression
     if most < filters.LEAST_FRAMES:
         raise ValueError(f"--max-seconds {flags.max_seconds}: expected between 0.2 and 3600 s")
-    return Settings(
+    return FilterSettings(
         max_frames=most, cut=flags.cut, buckets=buckets, time_compression=vae.time_compression
     )
 
@@ -195,7 +195,7 @@ def _check_output(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _made(flags: Prepare, manifest: bundle.Manifest, settings: Settings) -> dict[str, Any]:
+def _made(flags: Prepare, manifest: bundle.Manifest, settings: FilterSettings) -> dict[str, Any]:
     """All that decides the numbers in the records."""
     tiling = dataclasses.asdict(TILING) if flags.mode == "latents" else None
     return {
@@ -207,7 +207,7 @@ def _made(flags: Prepare, manifest: bundle.Manifest, settings: Settings) -> dict
     }
 
 
-def _index(flags: Prepare, manifest: bundle.Manifest, settings: Settings) -> Index:
+def _index(flags: Prepare, manifest: bundle.Manifest, settings: FilterSettings) -> Index:
     _, vae = bundle.role_config(manifest, "vae")
     made = json.loads(json.dumps(_made(flags, manifest, settings)))
     return Index(
@@ -220,7 +220,7 @@ def _encode(
     flags: Prepare,
     listing: Listing,
     encoder: Encoder,
-    settings: Settings,
+    settings: FilterSettings,
     made: dict[str, Any],
 ) -> None:
     """Bring the videos of this process into the store, behind a bar."""
@@ -234,7 +234,7 @@ def _encode(
             clips += 1
             bar.set_postfix(clips=clips, refresh=False)
 
-        def todo() -> Iterator[Video]:
+        def todo() -> Iterator[CachedVideo]:
             for video in listing.share(index, count):
                 if clip_cache.is_done(flags.output, video, made):
                     bar.update()
@@ -250,12 +250,12 @@ def _encode(
 
 
 def decoded(
-    videos: Iterable[Video], settings: Settings, workers: int
-) -> Iterator[tuple[Video, Iterator[Cut]]]:
+    videos: Iterable[CachedVideo], settings: FilterSettings, workers: int
+) -> Iterator[tuple[CachedVideo, Iterator[Cut]]]:
     """(video, its clips) in order, each decoded in a thread of its own, `workers` at a time; what
     is wrong with a video is raised among its clips."""
     stop = threading.Event()
-    ahead: collections.deque[tuple[Video, _Decoding]] = collections.deque()
+    ahead: collections.deque[tuple[CachedVideo, _Decoding]] = collections.deque()
     try:
         for video in videos:
             ahead.append((video, _Decoding(video, settings, stop)))
@@ -274,7 +274,7 @@ def decoded(
 class _Decoding:
     """The clips of a video, decoded in a thread some clips ahead."""
 
-    def __init__(self, video: Video, settings: Settings, stop: threading.Event) -> None:
+    def __init__(self, video: CachedVideo, settings: FilterSettings, stop: threading.Event) -> None:
         self.video, self.settings, self.stop = video, settings, stop
         self.items: queue.Queue[Cut | BaseException | None] = queue.Queue(1)
         self.thread = threading.Thread(target=self._work, daemon=True)

@@ -21,7 +21,7 @@ from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import join, on_primary
 from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.export import export
 from framepack_jax.training.trainer import NotFinite, train
 from framepack_jax.utils.flags import parse
@@ -32,7 +32,7 @@ FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.Jax
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Config):
+class Train(TrainConfig):
     """Train a FramePack model.
 
     Every field of the configuration is a flag, and replaces what --config FILE says. The run's
@@ -64,14 +64,14 @@ class Train(Config):
     """The number of this one, from 0."""
 
 
-CONFIG_FIELDS = [field.name for field in dataclasses.fields(Config)]
+CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 
 
 def main(args: list[str] | None = None, prog: str = "train.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
     with cli_errors():
-        _run(parse(Train, args, prog, defaults(Train, Config, args)))
+        _run(parse(Train, args, prog, defaults(Train, TrainConfig, args)))
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def cli_errors() -> Iterator[None]:
 
 
 def _run(flags: Train) -> None:
-    cfg = Config(**{name: getattr(flags, name) for name in CONFIG_FIELDS})
+    cfg = TrainConfig(**{name: getattr(flags, name) for name in CONFIG_FIELDS})
     if flags.dry_run is not None:
         return _dry_run(cfg, flags)
     _check(cfg)
@@ -126,7 +126,7 @@ def _export(run: str, path: Any) -> str:
     return done.stdout.splitlines()[0]
 
 
-def _dry_run(cfg: Config, flags: Train) -> None:
+def _dry_run(cfg: TrainConfig, flags: Train) -> None:
     """Compile for another machine; leaves with exit code 1 where it does not fit."""
     if not cfg.bundle:
         raise ValueError("give --bundle: that of the run, or framepack_i2v for the released model")
@@ -167,7 +167,7 @@ def defaults(flags: type[T], kind: type, args: list[str]) -> T:
     return flags(**{name: getattr(cfg, name) for name in names}, config=path)
 
 
-def read_config(file: Path, kind: type = Config) -> Any:
+def read_config(file: Path, kind: type = TrainConfig) -> Any:
     """`get_config()` of a Python file. Raises ValueError that names the file and what is wrong."""
     if not file.is_file():
         raise ValueError(f"--config {file} does not exist; configs/ has some, as configs/tiny.py")
@@ -189,7 +189,7 @@ def read_config(file: Path, kind: type = Config) -> Any:
     return cfg
 
 
-def _check(cfg: Config) -> None:
+def _check(cfg: TrainConfig) -> None:
     """Raise ValueError where something that has no default is not given."""
     missing = {
         "--output": (cfg.output, "the folder of the run"),

@@ -16,7 +16,7 @@ from framepack_jax.utils.flags import parse
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainVae(vae.Config):
+class TrainVae(vae.VaeTrainConfig):
     """Train the VAE of a bundle, or one of other sizes, on a folder of videos.
 
     Every field of the configuration is a flag, and replaces what --config FILE says. The run's
@@ -36,12 +36,12 @@ def main(args: list[str] | None = None, prog: str = "framepack train-vae") -> No
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
     with cli_errors():
-        _run(parse(TrainVae, args, prog, defaults(TrainVae, vae.Config, args)))
+        _run(parse(TrainVae, args, prog, defaults(TrainVae, vae.VaeTrainConfig, args)))
 
 
 def _run(flags: TrainVae) -> None:
-    names = [field.name for field in dataclasses.fields(vae.Config)]
-    cfg = vae.Config(**{name: getattr(flags, name) for name in names})
+    names = [field.name for field in dataclasses.fields(vae.VaeTrainConfig)]
+    cfg = vae.VaeTrainConfig(**{name: getattr(flags, name) for name in names})
     required = {"--videos": cfg.videos, "--bundle": cfg.bundle, "--output": cfg.output}
     if absent := [flag for flag, given in required.items() if not given]:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")

@@ -165,7 +165,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConversionJob:
     """A conversion that is known to fit."""
 
     source: Source
@@ -239,7 +239,7 @@ class Plan:
         return Counter(map(dtype, names)).most_common(1)[0][0]
 
 
-def plan(source: Source) -> Plan:
+def plan(source: Source) -> ConversionJob:
     """Match a checkpoint. Raises one ConversionError with everything that does not fit, or where
     its sizes make no network."""
     cfg = source.table.config(source)
@@ -257,7 +257,7 @@ def plan(source: Source) -> Plan:
         raise ConversionError(
             f"{source.checkpoint.path} does not fit a {source.table.what}:\n{listed}"
         )
-    return Plan(source, cfg, steps)
+    return ConversionJob(source, cfg, steps)
 
 
 def steps_of(table: Table, cfg: Any, prefix: str = "") -> list[Step]:

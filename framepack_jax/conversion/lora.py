@@ -126,7 +126,7 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class LoadedLora:
     """A LoRA file that was read: `lora`, how many of the file's `modules` are in it (`applied`),
     the names of those that are not, {rank: number of modules}, and whose naming it is in."""
 
@@ -169,7 +169,7 @@ def files_of(path: Path) -> list[Path]:
     return [*checkpoint.files, *([beside] if beside else [])]
 
 
-def read(path: Path, cfg: Config) -> Read:
+def read(path: Path, cfg: Config) -> LoadedLora:
     """The LoRA of a safetensors or PyTorch file, or of PEFT's folder, for a network of that config.
 
     Modules that the network does not have (a text encoder's, for one) are reported in the result.
@@ -208,7 +208,7 @@ def read(path: Path, cfg: Config) -> Read:
     _raise_together(path, problems)
     namings = collections.Counter(place.naming for place in matched.values() if place)
     ranks = collections.Counter(len(pair.down) for pair in pairs.values())
-    return Read(lora, len(pairs), len(modules), unmatched, dict(ranks), " and ".join(namings))
+    return LoadedLora(lora, len(pairs), len(modules), unmatched, dict(ranks), " and ".join(namings))
 
 
 def about(path: Path) -> dict[str, str]:

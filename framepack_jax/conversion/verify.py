@@ -11,7 +11,7 @@ from etils import epath
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest
 from framepack_jax.conversion import engine, tables, transformer, weight_files
-from framepack_jax.conversion.engine import Advance, Plan
+from framepack_jax.conversion.engine import Advance, ConversionJob
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import scan
 
@@ -47,7 +47,7 @@ def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
     return found
 
 
-def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -> Plan:
+def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -> ConversionJob:
     """The conversion that should have made a role of this checkpoint; `prefix` as for
     `tables.recognise`. Raises ConversionError, also where it would have made a network of another
     config."""
@@ -72,7 +72,7 @@ def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -
 
 
 def compare(
-    made: Plan,
+    made: ConversionJob,
     root: epath.PathLike,
     manifest: Manifest,
     role: str,

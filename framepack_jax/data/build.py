@@ -21,7 +21,7 @@ from PIL import Image
 from framepack_jax import video as pictures
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import clip_cache, records
-from framepack_jax.data.clip_cache import Video
+from framepack_jax.data.clip_cache import CachedVideo
 from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
@@ -200,7 +200,7 @@ class Judged:
                 self._reject({"source": video.source, **problem})
             self._judge(self._placed(clips, video), thresholds)
 
-    def _placed(self, clips: list[Clip], video: Video) -> list[Clip]:
+    def _placed(self, clips: list[Clip], video: CachedVideo) -> list[Clip]:
         """In pixels mode training reads videos from where they are now."""
         if self.index.mode == "latents":
             return clips

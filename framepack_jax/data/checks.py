@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from framepack_jax.data import build, clip_cache
-from framepack_jax.data.records import DatasetError, Index, Source
+from framepack_jax.data.records import DatasetError, Index, VideoSource
 from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.utils.progress import Bar
 
@@ -54,7 +54,7 @@ def _caption_tokens(folder: Path, index: Index) -> Iterable[int]:
     """Tokens of each caption. Datasets packed before the index had them are read through."""
     if all(len(shard.tokens) == len(shard.lengths) for shard in index.shards):
         return [count for shard in index.shards for count in shard.tokens]
-    source = Source(folder, index.shards)
+    source = VideoSource(folder, index.shards)
     return _mapped(lambda n: len(source[n].text), range(len(source)), "reading captions")
 
 
@@ -100,7 +100,7 @@ def _clips(folder: Path, index: Index) -> Iterator[tuple[str, str]]:
     """(video, name) of each clip."""
     manifest = folder / build.MANIFEST
     if not manifest.exists():
-        source = Source(folder, index.shards)
+        source = VideoSource(folder, index.shards)
         yield from ((clip.source, clip.id) for clip in (source[n].clip for n in range(len(source))))
         return
     with open(manifest) as rows:

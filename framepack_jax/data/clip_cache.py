@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from framepack_jax.data import filters, records
-from framepack_jax.data.filters import Rejected, Settings
+from framepack_jax.data.filters import FilterSettings, Rejected
 from framepack_jax.data.records import Clip, DatasetError, Record
 from framepack_jax.utils.files import atomic_write
 
@@ -28,7 +28,7 @@ THUMBNAIL = 160
 
 
 @dataclasses.dataclass(frozen=True)
-class Video:
+class CachedVideo:
     """A video to be prepared, or the seconds of it from `start` to `end`.
 
     `source` is its name in the listing, relative to the listing's folder if it lies there, `id` its
@@ -56,7 +56,7 @@ def video_id(source: str, start: float = 0.0, end: float = math.inf) -> str:
     return f"{name}@{1000 * start:.0f}-{'end' if end == math.inf else f'{1000 * end:.0f}'}"
 
 
-def is_done(folder: Path, video: Video, made: Mapping[str, Any]) -> bool:
+def is_done(folder: Path, video: CachedVideo, made: Mapping[str, Any]) -> bool:
     """Whether a video is in the store as it is now, whole, and was encoded with these settings."""
     marker = _read_marker(folder, video.id)
     if marker is None or marker["key"] != _key(video, made):
@@ -67,10 +67,10 @@ def is_done(folder: Path, video: Video, made: Mapping[str, Any]) -> bool:
 
 def add(
     folder: Path,
-    video: Video,
+    video: CachedVideo,
     cuts: Iterator[filters.Cut],
     encode: Callable[[Sequence[Clip], np.ndarray], Iterable[Record]],
-    settings: Settings,
+    settings: FilterSettings,
     made: Mapping[str, Any],
     advance: Callable[[], Any] = lambda: None,
 ) -> None:
@@ -107,7 +107,9 @@ def add(
         partial.write_text(text)
 
 
-def _describe(video: Video, cut: filters.Cut, number: int, settings: Settings) -> list[Clip]:
+def _describe(
+    video: CachedVideo, cut: filters.Cut, number: int, settings: FilterSettings
+) -> list[Clip]:
     """The clips of a cut, one a caption, numbered from `number` on."""
     return [
         Clip(
@@ -118,7 +120,7 @@ def _describe(video: Video, cut: filters.Cut, number: int, settings: Settings) -
     ]  # fmt: skip
 
 
-def clips_of(folder: Path, video: Video) -> tuple[list[Clip], dict[str, str] | None]:
+def clips_of(folder: Path, video: CachedVideo) -> tuple[list[Clip], dict[str, str] | None]:
     """(clips, why there are none) of a video in the store. Raises DatasetError."""
     marker = _read_marker(folder, video.id)
     if marker is None:
@@ -132,7 +134,7 @@ def record_file(folder: Path, clip: Clip) -> Path:
     return Path(folder) / STORE / clip.entry / f"{number}.rec"
 
 
-def _key(video: Video, made: Mapping[str, Any]) -> str:
+def _key(video: CachedVideo, made: Mapping[str, Any]) -> str:
     """All that decides what becomes of a video."""
     captions = video.captions[0] if len(video.captions) == 1 else video.captions
     of = [video.source, video.stamp, captions, made]

@@ -52,7 +52,7 @@ class Rejected(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class FilterSettings:
     """What decides which frames a clip has."""
 
     fps: float = 30.0
@@ -118,7 +118,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 
 
 def clips(
-    path: Path, settings: Settings, start: float = 0.0, end: float = math.inf
+    path: Path, settings: FilterSettings, start: float = 0.0, end: float = math.inf
 ) -> Iterator[Cut]:
     """The clips of a video from `start` to `end` seconds, one after another. Raises Rejected, also
     after clips were given: then the file is damaged, and they are not to be used."""
@@ -160,7 +160,7 @@ def clips(
         )  # fmt: skip
 
 
-def _clip(first: int, held: list[np.ndarray], settings: Settings) -> Iterator[Cut]:
+def _clip(first: int, held: list[np.ndarray], settings: FilterSettings) -> Iterator[Cut]:
     """A clip of the frames held, cut to 1 + 4 k; none where they are too few."""
     count = len(held) - (len(held) - 1) % settings.time_compression if held else 0
     if count >= LEAST_FRAMES:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from framepack_jax.data import captions, clip_cache, manifests
 from framepack_jax.data.captions import NOT_TEXT, escaped
-from framepack_jax.data.clip_cache import Video
+from framepack_jax.data.clip_cache import CachedVideo
 from framepack_jax.data.filters import SUFFIXES, Rejected
 from framepack_jax.data.manifests import Row
 from framepack_jax.data.records import DatasetError
@@ -71,7 +71,7 @@ class Listing:
             self._count = self._base.execute(ids).fetchone()[0]
         return self._count
 
-    def __iter__(self) -> Iterator[Video]:
+    def __iter__(self) -> Iterator[CachedVideo]:
         rows = self._base.execute(
             "SELECT id, source, size, changed, start, stop, caption FROM videos"
             " ORDER BY id, caption"
@@ -79,9 +79,11 @@ class Listing:
         for video, same in itertools.groupby(rows, key=lambda row: row[:-1]):
             name, source, size, changed, start, end = video
             texts = tuple(row[-1] for row in same)
-            yield Video(name, source, self.folder / source, texts, (size, changed), start, end)
+            yield CachedVideo(
+                name, source, self.folder / source, texts, (size, changed), start, end
+            )
 
-    def share(self, index: int, count: int) -> Iterator[Video]:
+    def share(self, index: int, count: int) -> Iterator[CachedVideo]:
         """Every `count`-th video, from number `index` on."""
         return itertools.islice(self, index, None, count)
 

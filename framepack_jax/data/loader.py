@@ -29,7 +29,7 @@ from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import checks, pixel_batch, records
 from framepack_jax.data.batch import LOST, Batch
 from framepack_jax.data.pixel_batch import PixelBatch
-from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, Source
+from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, VideoSource
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.video import read_span
 
@@ -53,7 +53,7 @@ SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class DataConfig:
     """The data of a run."""
 
     path: str = ""
@@ -127,7 +127,7 @@ class Samples:
     schedule: str
     order: str
     batch: int
-    cfg: Config
+    cfg: DataConfig
 
     @functools.cached_property
     def schedules(self) -> tuple[str, ...]:
@@ -142,8 +142,8 @@ class Samples:
         return self.schedules[draw.integers(len(self.schedules))]
 
     @functools.cached_property
-    def source(self) -> Source:
-        return Source(self.folder, self.index.shards)
+    def source(self) -> VideoSource:
+        return VideoSource(self.folder, self.index.shards)
 
     @functools.cached_property
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
@@ -485,7 +485,7 @@ class Loader:
 
 
 def open_loader(
-    cfg: Config, schedule: str, order: str, batch: int, share: tuple[int, int] = (0, 1)
+    cfg: DataConfig, schedule: str, order: str, batch: int, share: tuple[int, int] = (0, 1)
 ) -> Loader:
     """The stream of a dataset for a packing schedule, in batches of `batch` samples of which this
     host reads its share (index, count). Raises DatasetError, ScheduleError, ValueError."""

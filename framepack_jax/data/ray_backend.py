@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from framepack_jax.data import filters
-from framepack_jax.data.clip_cache import Video
-from framepack_jax.data.filters import Cut, Rejected, Settings
+from framepack_jax.data.clip_cache import CachedVideo
+from framepack_jax.data.filters import Cut, FilterSettings, Rejected
 
 # Videos that the cluster is told of at a time.
 AT_ONCE = 4096
 
 
 def decoded(
-    videos: Iterable[Video], settings: Settings, address: str | None = None
-) -> Iterator[tuple[Video, Iterator[Cut]]]:
+    videos: Iterable[CachedVideo], settings: FilterSettings, address: str | None = None
+) -> Iterator[tuple[CachedVideo, Iterator[Cut]]]:
     """(video, its clips) in order, as the threads of `framepack prepare` give them; what is wrong
     with a video is raised among its clips. Raises ValueError where Ray is not installed, or its
     cluster at `address` (None: this machine) is not there."""
@@ -61,7 +61,7 @@ def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[st
     end |= {"reason": "", "detail": ""}
     try:
         span = row["start"], row["end"]
-        for cut in filters.clips(Path(row["path"]), Settings(**settings), *span):
+        for cut in filters.clips(Path(row["path"]), FilterSettings(**settings), *span):
             clip = {"first": cut.first, "scores": cut.scores, "shape": list(cut.frames.shape)}
             yield end | clip | {"frames": cut.frames.tobytes()}
     except Rejected as error:

@@ -254,7 +254,7 @@ def read_empty(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return text, pooled
 
 
-class Source:
+class VideoSource:
     """The records of some shards, as grain reads a source: by number, from any thread."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:

@@ -24,7 +24,7 @@ KEPT_BYTES = 6 << 30
 SHOWN = 3
 
 
-class Video(NamedTuple):
+class ListedVideo(NamedTuple):
     """A file, its name below the folder, how many frames it has at 30 a second, and the size of its
     picture as shown."""
 
@@ -35,7 +35,7 @@ class Video(NamedTuple):
     width: int
 
 
-def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[Video]:
+def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[ListedVideo]:
     """The videos below a folder, by name. Raises ValueError that names them all together if there
     are none, or some cannot be read, are shorter than `frames` or smaller than `size` (height,
     width)."""
@@ -45,7 +45,7 @@ def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[
         raise ValueError(
             f"{folder} has no videos ({', '.join(SUFFIXES)}); framepack synthetic makes some"
         )
-    found: list[Video] = []
+    found: list[ListedVideo] = []
     faults: list[str] = []
     for file in files:
         try:
@@ -62,7 +62,7 @@ def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[
     return found
 
 
-def _look_at(file: Path, folder: Path, frames: int, size: tuple[int, int]) -> Video:
+def _look_at(file: Path, folder: Path, frames: int, size: tuple[int, int]) -> ListedVideo:
     """Raises ValueError if clips of `frames` frames of `size` cannot be cut out of a video."""
     shown, name = probe(file), file.relative_to(folder).as_posix()
     count = count_frames(file, FPS)
@@ -70,10 +70,12 @@ def _look_at(file: Path, folder: Path, frames: int, size: tuple[int, int]) -> Vi
         raise ValueError(
             f"{file} has {count} frames of {shown.height}x{shown.width} at {FPS:g} a second"
         )
-    return Video(file, name, count, shown.height, shown.width)
+    return ListedVideo(file, name, count, shown.height, shown.width)
 
 
-def hold_out(videos: Sequence[Video], count: int) -> tuple[list[Video], list[Video]]:
+def hold_out(
+    videos: Sequence[ListedVideo], count: int
+) -> tuple[list[ListedVideo], list[ListedVideo]]:
     """(videos to train on, `count` others), chosen by the digests of their names, so that a folder
     that grows keeps most of them. Raises ValueError where nothing is left."""
     if count >= len(videos):
@@ -87,13 +89,13 @@ def hold_out(videos: Sequence[Video], count: int) -> tuple[list[Video], list[Vid
     return [video for video in videos if video not in held], ranked[:count]
 
 
-def read_clip(video: Video, first: int, frames: int) -> np.ndarray:
+def read_clip(video: ListedVideo, first: int, frames: int) -> np.ndarray:
     """Frames (T, H, W, 3) uint8 from `first` on, in the video's own size."""
     return read_span(video.path, FPS, first, frames, (video.height, video.width))
 
 
 @functools.cache
-def _whole(video: Video) -> np.ndarray:
+def _whole(video: ListedVideo) -> np.ndarray:
     """A video in memory, for as long as the process."""
     return read_clip(video, 0, video.frames)
 
@@ -104,7 +106,7 @@ class Clips:
 
     def __init__(
         self,
-        videos: Sequence[Video],
+        videos: Sequence[ListedVideo],
         frames: int,
         size: tuple[int, int],
         batch: int,
@@ -123,7 +125,7 @@ class Clips:
             )
         )  # fmt: skip
 
-    def _cut(self, video: Video, rng: np.random.Generator) -> np.ndarray:
+    def _cut(self, video: ListedVideo, rng: np.random.Generator) -> np.ndarray:
         height, width = self.size
         first = int(rng.integers(video.frames - self.frames + 1))
         top = int(rng.integers(video.height - height + 1))

@@ -32,7 +32,7 @@ THRESHOLDS = {"tea": 0.15, "first-block": 0.05}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class StepCacheConfig:
     """Which cache, and how much change it lets pass; `threshold` None takes the kind's own.
 
     A higher threshold skips more steps. Raises ValueError for an unknown kind, and for a threshold

@@ -13,8 +13,8 @@ and, for a step cache, the parts of it: `embed` (same arguments) -> tokens with 
 `first_block(cfg, params, tokens)` -> tokens ("first-block"); `blocks(cfg, params, tokens, first)`
 -> image tokens after the blocks from `first` on; `head(cfg, params, img, vec, shape)` -> velocity.
 Parameters that are no arrays are layers that the network brings to the device by itself
-(`models.stack.Streamed`): its functions are called from Python then, and only what is around them
-is compiled here.
+(`models.scan.OffloadedLayers`): its functions are called from Python then, and only what is around
+them is compiled here.
 
 Shapes: B batch, w latent window, H W latent rows and columns, C channels.
 """
@@ -94,7 +94,7 @@ def denoise(
     cfg_scale: float = 1.0,
     cfg_rescale: float = 0.0,
     dtype: str = "float32",
-    cache: step_cache.Config | None = None,
+    cache: step_cache.StepCacheConfig | None = None,
     on_step: OnStep | None = None,
 ) -> Denoised:
     """Run all steps of one section from noise (B, w, H, W, C).
@@ -175,7 +175,9 @@ def _known(
     return np.asarray(target, np.float32), np.broadcast_to(np.asarray(known, bool), shape[:2])
 
 
-def _steps(sigmas: np.ndarray, table: np.ndarray, cache: step_cache.Config | None) -> list[At]:
+def _steps(
+    sigmas: np.ndarray, table: np.ndarray, cache: step_cache.StepCacheConfig | None
+) -> list[At]:
     sigmas, table = np.asarray(sigmas, np.float32), np.asarray(table, np.float32)
     forced = [None] * len(table) if cache is None else step_cache.forced(cache.kind, len(table))
     return [At(*at) for at in zip(sigmas[:-1], table, forced, strict=True)]

@@ -1,8 +1,8 @@
 """What of a bundle lies on the device, where it is too small for all of it.
 
 Weights that are not needed at once can wait elsewhere: the blocks of the transformer in host
-memory, each brought while the one before computes (`models.stack.Streamed`); the encoders on the
-disk, as they read a prompt once and are let go of. What programs need beside their weights is
+memory, each brought while the one before computes (`models.scan.OffloadedLayers`); the encoders on
+the disk, as they read a prompt once and are let go of. What programs need beside their weights is
 estimated, by what compilers and an H100 said of the released model (docs/scale.md,
 docs/performance.md). A CPU's memory is that of the process: there the estimate has all of it.
 """

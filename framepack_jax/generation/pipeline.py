@@ -90,7 +90,7 @@ class Settings:
     guidance: float = 10.0
     cfg: float = 1.0
     cfg_rescale: float = 0.0
-    step_cache: cache.Config | None = None
+    step_cache: cache.StepCacheConfig | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
@@ -250,7 +250,9 @@ class FramePack:
         stay = plan is None or plan.encoders
         load = bundle.load_params
         if plan is not None and plan.layers is not None:
-            load = functools.partial(bundle.load_streamed, resident=plan.layers, hosted=plan.hosted)
+            load = functools.partial(
+                bundle.load_offloaded, resident=plan.layers, hosted=plan.hosted
+            )
         return dataclasses.replace(
             loaded,
             encoders=read() if stay else functools.partial(read, streamed=True),

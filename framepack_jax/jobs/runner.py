@@ -234,7 +234,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     encoded = time.monotonic()
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
     passes = 1 if inputs.negative is None else 2
-    blocks = passes * scan.streamed_layers(pipe.transformer.params)
+    blocks = passes * scan.offloaded_layers(pipe.transformer.params)
     with Progress(tasks, done, blocks) as progress, DeferredDecode() as frames:
 
         def on_step(*step: Any) -> None:

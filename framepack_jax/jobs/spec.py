@@ -88,7 +88,7 @@ class VideoSpec:
             raise ValueError(f"prompt_blend = {self.prompt_blend}: expected seconds, 0 or more")
         step_cache = None
         if self.step_cache != "none":
-            step_cache = cache.Config(self.step_cache, self.threshold)
+            step_cache = cache.StepCacheConfig(self.step_cache, self.threshold)
         elif self.threshold is not None:
             raise ValueError(f"threshold = {self.threshold} needs --step-cache tea or first-block")
         return Settings(

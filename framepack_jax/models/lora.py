@@ -132,7 +132,7 @@ def attach(
         shape = shapes[*module, "kernel"].shape
         for name, array in zip((LORA_A, LORA_B), _stacked(layers, shape), strict=True):
             added[*module, name] = array.astype(dtype)
-    streamed = {name for name, leaf in params.items() if isinstance(leaf, scan.Streamed)}
+    streamed = {name for name, leaf in params.items() if isinstance(leaf, scan.OffloadedLayers)}
     beside = {path: leaf for path, leaf in added.items() if path[0] not in streamed}
     made = unflatten_dict(leaves | flatten_dict(_on_devices(unflatten_dict(beside), mesh)))
     for name in streamed:
@@ -149,8 +149,8 @@ def _on_devices(factors: scan.Params, mesh: Mesh | None) -> scan.Params:
 
 
 def _beside_layers(
-    layers: scan.Streamed, factors: Mapping[tuple[str, ...], np.ndarray], mesh: Mesh | None
-) -> scan.Streamed:
+    layers: scan.OffloadedLayers, factors: Mapping[tuple[str, ...], np.ndarray], mesh: Mesh | None
+) -> scan.OffloadedLayers:
     """Stacked factors beside the kernels of every layer, where those lie."""
 
     def beside(number: int, layer: scan.Params) -> scan.Params:
@@ -246,7 +246,7 @@ def merge(params: scan.Params, *, donate: bool = False) -> scan.Params:
     up, which a network that fills most of a device needs. Raises ValueError where a kernel is
     quantized, before any is changed.
     """
-    streamed = [leaf for leaf in params.values() if isinstance(leaf, scan.Streamed)]
+    streamed = [leaf for leaf in params.values() if isinstance(leaf, scan.OffloadedLayers)]
     for part in (params, *(leaf.layers[0] for leaf in streamed)):
         leaves = flatten_dict(part)
         for *module, name in leaves:
@@ -257,7 +257,7 @@ def merge(params: scan.Params, *, donate: bool = False) -> scan.Params:
 
 def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]]:
     for name, leaf in params.items():
-        if isinstance(leaf, scan.Streamed):
+        if isinstance(leaf, scan.OffloadedLayers):
             yield name, leaf.map(lambda _, layer: _merged_layer(layer, donate))
         elif not isinstance(leaf, dict):
             yield name, leaf
@@ -282,7 +282,7 @@ def _merged_layer(layer: scan.Params, donate: bool) -> scan.Params:
 @functools.partial(jax.jit, donate_argnames="kernel")
 def _add_layers(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     def fold(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return scan.folded({"kernel": kernel, LORA_A: a, LORA_B: b})["kernel"]
+        return scan.merged_kernels({"kernel": kernel, LORA_A: a, LORA_B: b})["kernel"]
 
     if a.ndim == 2:
         return fold(kernel, a, b)

@@ -4,8 +4,8 @@ The module of a kind offers six names:
 
 - `Config`, a frozen dataclass of everything that decides the parameters' shapes;
 - `STACKS`, {top-level parameter name: the Config field that holds its number of layers};
-- `STREAMED`, those of the stacks that need not be on the device as a whole (`scan.Streamed`): the
-  functions then are called outside of `jax.jit`;
+- `STREAMED`, those of the stacks that need not be on the device as a whole
+  (`scan.OffloadedLayers`): the functions then are called outside of `jax.jit`;
 - `SHARDINGS`, the rules of `sharding.resolve` by which its parameters are divided over a mesh;
 - `init(cfg, key) -> params`, layers of a stack on a leading axis;
 - functions of (cfg, params, ...) that compute.
@@ -41,7 +41,7 @@ def _leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     model = KINDS[kind]
     # The key is made inside, so that no accelerator is started for the sake of shapes.
     params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    return scan.split(params, model.STACKS)
+    return scan.unstack_layers(params, model.STACKS)
 
 
 def parameter_count(kind: str, cfg: Any) -> int:

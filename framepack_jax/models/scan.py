@@ -2,14 +2,15 @@
 
 The parameters of a stack carry a leading layer axis and run through one `lax.scan`, so that a
 network of 60 blocks traces and compiles like one of two. On disk, in conversion and in LoRA files
-every layer stands by itself, as `double/07/img_qkv/kernel`; `split` and `join` go between the two.
+every layer stands by itself, as `double/07/img_qkv/kernel`; `unstack_layers` and `stack_layers`
+convert between the two.
 
 Beside the kernel of a linear layer may lie low-rank factors (LoRA, arXiv 2106.09685), `lora_a`
 (in, r) and `lora_b` (r, ...out): the layer then gives x W + (x a) b. They are parameters like
 others, with a layer axis in a stack; `framepack_jax.models.lora` puts them there.
 
-Where a device is too small for all layers, they stand in a `Streamed`: each is brought to the
-device while the one before computes, and runs as a program of its own. (Inside one program XLA
+Where a device is too small for all layers, they stand in an `OffloadedLayers`: each is brought to
+the device while the one before computes, and runs as a program of its own. (Inside one program XLA
 overlaps no copies from the host with products on GPUs: docs/performance.md.)
 """
 
@@ -58,7 +59,7 @@ class Layers(Sequence[Params]):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Streamed:
+class OffloadedLayers:
     """The layers of a stack, wherever they lie: in host memory, on a disk, some on the device.
 
     `layers[i]` gives the parameters of one, arrays of numpy or JAX; what those of JAX say of
@@ -69,7 +70,7 @@ class Streamed:
     layers: Sequence[Params]
     on_layer: Callable[[], None] | None = None
 
-    def map(self, change: Callable[[int, Params], Params]) -> "Streamed":
+    def map(self, change: Callable[[int, Params], Params]) -> "OffloadedLayers":
         """With `change(i, layer)` for each layer, those on a disk whenever they are read."""
         if not isinstance(self.layers, Layers):
             changed = [change(i, layer) for i, layer in enumerate(self.layers)]
@@ -81,20 +82,22 @@ class Streamed:
         )
 
 
-def is_streamed(params: Params) -> bool:
-    """Whether some stack of a network is a `Streamed`: it is then called outside of `jax.jit`."""
-    return any(isinstance(leaf, Streamed) for leaf in params.values())
+def is_offloaded(params: Params) -> bool:
+    """Whether a stack is an `OffloadedLayers`: the network is then called outside of `jax.jit`."""
+    return any(isinstance(leaf, OffloadedLayers) for leaf in params.values())
 
 
-def streamed_layers(params: Params) -> int:
+def offloaded_layers(params: Params) -> int:
     """Return the number of layers in the streamed stacks of a network."""
-    return sum(len(leaf.layers) for leaf in params.values() if isinstance(leaf, Streamed))
+    return sum(len(leaf.layers) for leaf in params.values() if isinstance(leaf, OffloadedLayers))
 
 
 def watched(params: Params, on_layer: Callable[[], None]) -> Params:
     """Return the parameters of a network whose streamed stacks call `on_layer()` after a layer."""
     return {
-        name: dataclasses.replace(leaf, on_layer=on_layer) if isinstance(leaf, Streamed) else leaf
+        name: dataclasses.replace(leaf, on_layer=on_layer)
+        if isinstance(leaf, OffloadedLayers)
+        else leaf
         for name, leaf in params.items()
     }
 
@@ -103,7 +106,7 @@ def shapes(params: Params) -> Params:
     """Shape and dtype of every parameter, layers stacked also where they are streamed."""
 
     def of(leaf: Any) -> Any:
-        if not isinstance(leaf, Streamed):
+        if not isinstance(leaf, OffloadedLayers):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         count = len(leaf.layers)
         return jax.tree.map(
@@ -120,7 +123,7 @@ def init(block: nn.Module, key: jax.Array, layers: int, *args: Any) -> Params:
 
 def run(
     block: nn.Module,
-    params: Params | Streamed,
+    params: Params | OffloadedLayers,
     x: Any,
     *args: Any,
     layers: slice = slice(None),
@@ -130,16 +133,16 @@ def run(
 
     `layers` takes some of the layers only. Parameters are cast to the dtype of x one layer at a
     time, so that float32 masters can serve a bfloat16 computation without a second copy of the
-    whole network. `remat`, one of REMAT, says what a gradient keeps; a `Streamed` has none.
+    whole network. `remat`, one of REMAT, says what a gradient keeps; an `OffloadedLayers` has none.
     """
-    if isinstance(params, Streamed):
+    if isinstance(params, OffloadedLayers):
         return _run_streamed(block, params, [(x, *args)], layers)[0]
     dtype = jax.tree.leaves(x)[0].dtype
 
     @functools.partial(_rematerialized, remat=remat)
     def layer(x: Any, params: Params) -> tuple[Any, None]:
         x = checkpoint_name(x, INPUT)
-        with factors_beside_kernels():
+        with lora_interceptor():
             return block.apply({"params": cast(params, dtype)}, x, *args), None
 
     if layers == slice(None):
@@ -155,18 +158,18 @@ def run(
 
 
 def run_each(
-    block: nn.Module, params: Params | Streamed, inputs: Sequence[tuple[Any, ...]]
+    block: nn.Module, params: Params | OffloadedLayers, inputs: Sequence[tuple[Any, ...]]
 ) -> list[Any]:
     """`run` for several inputs (x, *args), one by one, each as if it were alone; every layer of a
-    `Streamed` is brought once for all."""
-    if isinstance(params, Streamed):
+    `OffloadedLayers` is brought once for all."""
+    if isinstance(params, OffloadedLayers):
         return _run_streamed(block, params, inputs)
     return [run(block, params, *each) for each in inputs]
 
 
 def _run_streamed(
     block: nn.Module,
-    params: Streamed,
+    params: OffloadedLayers,
     inputs: Sequence[tuple[Any, ...]],
     layers: slice = slice(None),
 ) -> list[Any]:
@@ -193,12 +196,12 @@ def _run_streamed(
 
 @functools.partial(jax.jit, static_argnames="block")
 def _layer(block: nn.Module, params: Params, x: Any, *args: Any) -> Any:
-    with factors_beside_kernels():
+    with lora_interceptor():
         return block.apply({"params": cast(params, jax.tree.leaves(x)[0].dtype)}, x, *args)
 
 
 def lower(block: nn.Module, params: Params, x: Any, *args: Any) -> jax.stages.Lowered:
-    """The program of one layer of a `Streamed`, for arrays or their shapes."""
+    """The program of one layer of an `OffloadedLayers`, for arrays or their shapes."""
     return _layer.lower(block, params, x, *args)
 
 
@@ -227,14 +230,14 @@ def _rematerialized(layer: Callable[..., Any], remat: str) -> Callable[..., Any]
 
 
 def at(
-    params: Params | Streamed, layer: int | jax.Array, parts: Sequence[str] | None = None
+    params: Params | OffloadedLayers, layer: int | jax.Array, parts: Sequence[str] | None = None
 ) -> Params:
     """The parameters of one layer, on the device; of its `parts` only, where they are named."""
 
     def wanted(params: Params) -> Params:
         return params if parts is None else {name: params[name] for name in parts}
 
-    if isinstance(params, Streamed):
+    if isinstance(params, OffloadedLayers):
         return on_device(wanted(params.layers[layer]))
     params = wanted(params)
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), params)
@@ -299,7 +302,7 @@ def _dequantized(params: Any) -> Any:
     return params
 
 
-def factors_beside_kernels() -> contextlib.AbstractContextManager[None]:
+def lora_interceptor() -> contextlib.AbstractContextManager[None]:
     """Where modules are applied in it, Dense and DenseGeneral add (x a) b to what they give.
 
     A layer without factors computes what it computes outside, operation by operation. The product
@@ -327,7 +330,7 @@ def _linear(
     return checkpoint_name(y, LINEAR)
 
 
-def folded(params: Params) -> Params:
+def merged_kernels(params: Params) -> Params:
     """Parameters of one linear layer with its factors, where it has any, in its kernel: W + a b,
     computed in float32, as W's dtype. Raises ValueError where the kernel is quantized."""
     if LORA_A not in params:
@@ -350,7 +353,7 @@ def check_foldable(kernel: jax.Array) -> None:
         )
 
 
-def split(params: Params, stacks: Iterable[str]) -> dict[str, Any]:
+def unstack_layers(params: Params, stacks: Iterable[str]) -> dict[str, Any]:
     """Per-layer leaves by path: `{"double": {"mod": {"bias": (20, D)}}}` -> `double/07/mod/bias`.
 
     `stacks` names the top-level entries that carry a layer axis. Leaves may be arrays or
@@ -369,12 +372,12 @@ def split(params: Params, stacks: Iterable[str]) -> dict[str, Any]:
     return leaves
 
 
-def join(
+def stack_layers(
     leaves: Mapping[str, Any],
     stacks: Iterable[str],
     stack: Callable[[list[Any]], Any] = jnp.stack,
 ) -> Params:
-    """The inverse of `split`; `stack` puts the layers of one leaf together."""
+    """The inverse of `unstack_layers`; `stack` puts the layers of one leaf together."""
     stacks = set(stacks)
     params: dict[tuple[str, ...], Any] = {}
     layers: dict[tuple[str, ...], dict[int, Any]] = {}

@@ -30,7 +30,7 @@ from framepack_jax.planning.sampling import (
     placed_bytes,
     traffic_lines,
 )
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.metrics import COST, sample_cost
 from framepack_jax.training.trainer import RATE, Setup, jitted_step, set_up
 
@@ -44,7 +44,7 @@ class TrainingReport:
 
     machine: Machine
     mesh: dict[str, int]
-    cfg: Config
+    cfg: TrainConfig
     parameters: int
     trained: int
     state: int
@@ -99,7 +99,7 @@ class TrainingReport:
 
 
 def dry_run_training(
-    cfg: Config,
+    cfg: TrainConfig,
     bundle_path: epath.PathLike,
     machine: Machine,
     mesh: dict[str, int] | None = None,

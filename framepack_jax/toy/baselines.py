@@ -20,7 +20,7 @@ CLIP_LATENTS = 18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Ask:
+class Prompt:
     """A video that is asked for: its first frame (H, W, 3) uint8, what happens, the seed."""
 
     image: np.ndarray
@@ -28,7 +28,7 @@ class Ask:
     seed: int
 
 
-def layout_of(pipe: FramePack, ask: Ask, sections: int) -> Layout:
+def layout_of(pipe: FramePack, ask: Prompt, sections: int) -> Layout:
     """Where so many sections from an image lie. Raises ValueError."""
     height, width = ask.image.shape[:2]
     request = Request(ask.caption, ask.image, seed=ask.seed)
@@ -48,7 +48,7 @@ def frames_for(pipe: FramePack, sections: int) -> int:
 
 def sampled(
     pipe: FramePack,
-    asks: Sequence[Ask],
+    asks: Sequence[Prompt],
     sections: int,
     settings: Settings,
     blank: Collection[str] = (),
@@ -70,14 +70,16 @@ def sampled(
     return np.concatenate([clips[start] for start in sorted(clips)], axis=1)
 
 
-def repeated(pipe: FramePack, asks: Sequence[Ask], sections: int, settings: Settings) -> np.ndarray:
+def repeated(
+    pipe: FramePack, asks: Sequence[Prompt], sections: int, settings: Settings
+) -> np.ndarray:
     """As long videos of single sections, each begun anew from the last frame of the one before it,
     as an image without history."""
     made = sampled(pipe, asks, 1, settings)
     videos = [made]
     for number in range(1, sections):
         asks = [
-            Ask(frames[-1], ask.caption, (ask.seed + 7919 * number) % 2**32)
+            Prompt(frames[-1], ask.caption, (ask.seed + 7919 * number) % 2**32)
             for frames, ask in zip(made, asks, strict=True)
         ]
         made = sampled(pipe, asks, 1, settings)

@@ -18,7 +18,7 @@ import numpy as np
 from framepack_jax.evaluation import metrics
 from framepack_jax.evaluation.drift import mean
 from framepack_jax.toy import motion_labels, render, tracking, world
-from framepack_jax.toy.tracking import Cast
+from framepack_jax.toy.tracking import Sprites
 from framepack_jax.toy.world import DIRECTIONS, FPS, Scene
 
 AFTER = 1.0
@@ -126,10 +126,10 @@ def hidden_span(scene: Scene, sprite: int, seconds: float) -> tuple[slice, slice
     return slice(first, last), slice(out, out + round(AFTER * FPS))
 
 
-def cast_of(scene: Scene) -> Cast:
+def cast_of(scene: Scene) -> Sprites:
     """The sprites of a scene as they are looked for."""
     names = list(world.COLOURS)
-    return Cast(
+    return Sprites(
         palette=np.asarray([world.COLOURS[name] for name in names], np.float32),
         colours=tuple(names.index(sprite.colour) for sprite in scene.sprites),
         shapes=tuple(f"{sprite.size} {sprite.form}" for sprite in scene.sprites),
@@ -152,7 +152,7 @@ def drift_figures(case: Case, frames: np.ndarray) -> Figures:
     """Of every frame, (P,): all that `metrics.measure` gives, identity and caption agreement."""
     scene = case.scene
     truth = world.truth(scene, len(frames) / FPS)
-    seen = tracking.watch(frames, cast_of(scene), truth.visible)
+    seen = tracking.track(frames, cast_of(scene), truth.visible)
     words = words_of(scene, len(frames))
     tracks = seen.centres / scene.height
     agreed = motion_labels.agreement(tracks, words, anchors_of(scene), FPS)
@@ -189,7 +189,7 @@ def anchors_of(scene: Scene) -> list[int | None]:
 def tracks_of(scene: Scene, frames: np.ndarray) -> np.ndarray:
     """Where the sprites of a scene are seen in frames, (P, S, 2) in picture heights."""
     everyone = np.zeros((len(frames), len(scene.sprites)))
-    return tracking.watch(frames, cast_of(scene), everyone).centres / scene.height
+    return tracking.track(frames, cast_of(scene), everyone).centres / scene.height
 
 
 def over_sprites(values: np.ndarray) -> np.ndarray:
@@ -207,8 +207,8 @@ def forgetting_figures(case: Case, frames: np.ndarray) -> Figures:
     scene, sprite, away, back = case.scene, case.sprite, case.away, case.back
     truth = world.truth(scene, len(frames) / FPS)
     cast = cast_of(scene)
-    hidden = tracking.watch(frames[away], cast, 0 * truth.visible[away]).present[:, sprite]
-    seen = tracking.watch(frames[back], cast, truth.visible[back], every=1)
+    hidden = tracking.track(frames[away], cast, 0 * truth.visible[away]).present[:, sprite]
+    seen = tracking.track(frames[back], cast, truth.visible[back], every=1)
     apart = np.hypot(*(seen.centres - truth.centres[back])[:, sprite].T) / scene.height
     return {
         "hidden": np.float32(1 - hidden.mean()),
@@ -222,7 +222,7 @@ def prompt_figures(case: Case, frames: np.ndarray) -> Figures:
     caption's; `dynamics` of the video; `psnr` of its first frame to the image."""
     cast, sprite = cast_of(case.scene), case.sprite
     truths = [world.truth(scene, len(frames) / FPS) for scene in (case.scene, case.other)]
-    seen = tracking.watch(frames, cast, 0 * truths[0].visible)
+    seen = tracking.track(frames, cast, 0 * truths[0].visible)
     near = motion_labels.nearest(
         seen.centres[1:, sprite], [truth.centres[1:, sprite] for truth in truths]
     )

@@ -125,9 +125,9 @@ def _sample(
     return baselines.sampled(pipe, asks, _sections(pipe, asked), settings, blank)
 
 
-def _asks(asked: Sequence[Case], shuffled: bool = False) -> list[baselines.Ask]:
+def _asks(asked: Sequence[Case], shuffled: bool = False) -> list[baselines.Prompt]:
     return [
-        baselines.Ask(case.image, case.shuffled if shuffled else case.scene.caption, case.seed)
+        baselines.Prompt(case.image, case.shuffled if shuffled else case.scene.caption, case.seed)
         for case in asked
     ]
 

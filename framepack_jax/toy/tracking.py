@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-NOBODY = -1
+BACKGROUND = -1
 WITHIN = 70.0
 """A pixel is of a colour when it is nearer than that, in levels of RGB, and to no other nearer."""
 PRESENT = 0.25
@@ -33,7 +33,7 @@ EVERY = 5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cast:
+class Sprites:
     """Who is in a video: the sprites' `colours` as indices of the `palette` (K, 3), their `shapes`
     as keys of the `templates`, bool masks (h, w) of odd sides with the sprite's middle in the
     middle."""
@@ -44,7 +44,7 @@ class Cast:
     templates: Mapping[str, np.ndarray]
 
 
-class Seen(NamedTuple):
+class Tracks(NamedTuple):
     """What is seen of sprites: `centres` (P, S, 2), nan where one is gone; `present` (P, S) bool;
     `identity` (P, S), 1 where a sprite has its colour, form and size, 0 where it has not or is
     gone, nan where that is not judged."""
@@ -54,9 +54,9 @@ class Seen(NamedTuple):
     identity: np.ndarray
 
 
-def watch(
-    frames: Iterable[np.ndarray], cast: Cast, visible: np.ndarray, every: int = EVERY
-) -> Seen:
+def track(
+    frames: Iterable[np.ndarray], cast: Sprites, visible: np.ndarray, every: int = EVERY
+) -> Tracks:
     """Follow sprites through a video. `visible` (P, S) is the share of each that is in sight in
     truth: identity is judged where all of it is, in every frame of `every`."""
     centres, present, identity = [], [], []
@@ -89,12 +89,12 @@ def watch(
         centres.append(places)
         present.append(there)
         identity.append(row)
-    return Seen(
+    return Tracks(
         np.asarray(centres, np.float32), np.asarray(present, bool), np.asarray(identity, np.float32)
     )
 
 
-def _by_colour(frame: np.ndarray, cast: Cast) -> list[np.ndarray]:
+def _by_colour(frame: np.ndarray, cast: Sprites) -> list[np.ndarray]:
     labels = label(frame, cast.palette)
     return [labels == colour for colour in cast.colours]
 
@@ -114,7 +114,7 @@ def label(frame: np.ndarray, palette: np.ndarray, within: float = WITHIN) -> np.
     """The colour of each pixel (H, W) as an index of the palette, or NOBODY."""
     distances = np.linalg.norm(frame[:, :, None].astype(np.float32) - palette[None, None], axis=-1)
     nearest = distances.argmin(axis=-1)
-    return np.where(distances.min(axis=-1) < within, nearest, NOBODY)
+    return np.where(distances.min(axis=-1) < within, nearest, BACKGROUND)
 
 
 def pieces(mask: np.ndarray) -> np.ndarray:

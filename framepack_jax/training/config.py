@@ -104,7 +104,7 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class TrainConfig:
     """A training run: what is trained, on what, and how."""
 
     bundle: str = ""
@@ -117,7 +117,7 @@ class Config:
     the parameters of another run under a new data order."""
     network: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Sizes of the transformer that differ from the bundle's, where it begins from scratch."""
-    data: loader.Config = dataclasses.field(default_factory=loader.Config)
+    data: loader.DataConfig = dataclasses.field(default_factory=loader.DataConfig)
     schedule: str | None = None
     """Packing schedule to train for; default: the bundle's."""
     trainable: Literal["all", "context", "lora"] = "all"
@@ -163,7 +163,7 @@ class Config:
         _check(self)
 
 
-def _check(cfg: Config) -> None:
+def _check(cfg: TrainConfig) -> None:
     """Raise ValueError that names the field, what it is and what was expected."""
     _check_choices(cfg, "")
     if not 0 <= cfg.seed < 2**32:

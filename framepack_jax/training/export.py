@@ -25,7 +25,7 @@ from framepack_jax.conversion.lora import write
 from framepack_jax.models import lora, scan
 from framepack_jax.training import checkpoints, state
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.metrics import LOG
 
 # Files of the transformers library that lie in a bundle beside the networks.
@@ -81,7 +81,7 @@ def export(
     trained, frozen = state.abstract_params(cfg, model)
     leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):
-        names = list(scan.split(frozen, model.module.STACKS))
+        names = list(scan.unstack_layers(frozen, model.module.STACKS))
         kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
         leaves = itertools.chain(kept, leaves)
     origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
@@ -179,9 +179,9 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
             part.copy(target / part.name)
 
 
-def read_config(fields: dict[str, Any]) -> Config:
+def read_config(fields: dict[str, Any]) -> TrainConfig:
     """The configuration that a run's record holds."""
-    return _from_fields(Config, fields)
+    return _from_fields(TrainConfig, fields)
 
 
 def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
@@ -204,7 +204,7 @@ def _leaves(
     for path, leaf in flatten_dict(trained).items():
         found = checkpoints.restore_params(folder, step, unflatten_dict({path: leaf}), part)
         array = np.asarray(flatten_dict(found)[path])
-        layers = scan.split(unflatten_dict({path: array}), model.module.STACKS)
+        layers = scan.unstack_layers(unflatten_dict({path: array}), model.module.STACKS)
         for name, layer in layers.items():
             yield name, np.asarray(layer).astype(jnp.dtype(dtype))
 
@@ -222,7 +222,7 @@ def _lora_files(target: epath.Path, overwrite: bool) -> dict[str, Path]:
 
 
 def _lora_header(
-    cfg: Config, model: state.Model, manifest: bundle.Manifest, folder: str, step: int
+    cfg: TrainConfig, model: state.Model, manifest: bundle.Manifest, folder: str, step: int
 ) -> dict[str, str]:
     """How adapters came about, for the header of their files, under the keys of kohya-ss/sd-scripts
     and musubi-tuner (ss_) and of Stability AI's model metadata specification (modelspec). Rank and
@@ -250,7 +250,7 @@ def _lora_header(
 
 
 def _export_lora(
-    cfg: Config,
+    cfg: TrainConfig,
     model: state.Model,
     folder: str,
     step: int,

@@ -20,8 +20,15 @@ from framepack_jax.data.pixel_batch import PixelBatch, to_batch
 from framepack_jax.diffusion import flow
 from framepack_jax.packing import PackedContext, group_tokens
 from framepack_jax.parallel.sharding import BATCH, constrain
-from framepack_jax.training.config import Config, Times
-from framepack_jax.training.state import Model, Params, State, factor_scale, united, updated
+from framepack_jax.training.config import Times, TrainConfig
+from framepack_jax.training.state import (
+    Model,
+    Params,
+    State,
+    apply_gradients,
+    factor_scale,
+    merge_params,
+)
 
 # Frames (B, P, H, W, 3) in [-1, 1] -> normalised latents, for batches that hold frames.
 Encode = Callable[[jax.Array], jax.Array]
@@ -43,7 +50,7 @@ class Metrics(NamedTuple):
 
 
 def train_step(
-    cfg: Config,
+    cfg: TrainConfig,
     model: Model,
     tx: optax.GradientTransformation,
     encode: Callable[[Params, jax.Array], jax.Array] | None,
@@ -69,7 +76,7 @@ def train_step(
 
     grads, (losses, sigmas) = _accumulated(gradient, batch, cfg.accumulate)
     mean = jnp.mean(losses)
-    new, norm = updated(state, grads, mean, tx, cfg.ema, rate)
+    new, norm = apply_gradients(state, grads, mean, tx, cfg.ema, rate)
     skipped = new.skipped != state.skipped
     metrics = Metrics(
         mean, norm, skipped, new.skipped_in_a_row, losses, sigmas, batch.section, batch.clip
@@ -78,7 +85,7 @@ def train_step(
 
 
 def losses_at(
-    cfg: Config,
+    cfg: TrainConfig,
     model: Model,
     encode: Callable[[Params, jax.Array], jax.Array] | None,
     params: Params,
@@ -106,7 +113,7 @@ def losses_at(
 
 
 def sample_losses(
-    cfg: Config,
+    cfg: TrainConfig,
     model: Model,
     params: Params,
     frozen: Params,
@@ -126,7 +133,7 @@ def sample_losses(
         jnp.full(sigmas.shape, cfg.guidance, jnp.float32),
     )  # fmt: skip
     velocity = model.module.velocity(
-        model.cfg, united(params, frozen, factor_scale(cfg)),
+        model.cfg, merge_params(params, frozen, factor_scale(cfg)),
         flow.interpolate(batch.target, noise, sigmas), sigmas, context, conditions,
         jnp.dtype(cfg.dtype), remat=cfg.remat,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from framepack_jax import packing
 from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.parallel.hardware import chip_of
 from framepack_jax.parallel.multihost import is_primary
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.flow_matching import Metrics
 
 LOG = "log.jsonl"
@@ -107,7 +107,7 @@ class WandB:
         self.run.finish()
 
 
-def writers(cfg: Config, step: int, record: dict[str, Any]) -> list[Writer]:
+def writers(cfg: TrainConfig, step: int, record: dict[str, Any]) -> list[Writer]:
     """Those of a run that goes on after `step`, in the first process. Raises ValueError."""
     if not is_primary():
         return []
@@ -134,7 +134,7 @@ class Log:
     are of that time. What is done in `paused` is not counted: validation, and writing checkpoints.
     """
 
-    cfg: Config
+    cfg: TrainConfig
     rate: Callable[[int], Any]
     writers: list[Writer]
     began: float = dataclasses.field(default_factory=time.monotonic)

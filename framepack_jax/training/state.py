@@ -22,7 +22,7 @@ from framepack_jax import bundle
 from framepack_jax.models import lora, scan
 from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
-from framepack_jax.training.config import Config, LoRA
+from framepack_jax.training.config import LoRA, TrainConfig
 
 Params = dict[str, Any]
 # The embeddings that a base HunyuanVideo model does not have.
@@ -42,7 +42,7 @@ class State:
     skipped_in_a_row: jax.Array
 
 
-def updated(
+def apply_gradients(
     state: State,
     grads: Params,
     loss: jax.Array,
@@ -78,7 +78,7 @@ class Model(NamedTuple):
     kind: str
 
 
-def model_of(cfg: Config, manifest: bundle.Manifest) -> Model:
+def model_of(cfg: TrainConfig, manifest: bundle.Manifest) -> Model:
     """The transformer of a bundle, or one of other sizes. Raises BundleError."""
     module, config = bundle.role_config(manifest, "transformer")
     if cfg.network:
@@ -87,17 +87,17 @@ def model_of(cfg: Config, manifest: bundle.Manifest) -> Model:
     return Model(module, config, manifest.roles["transformer"].kind)
 
 
-def abstract_params(cfg: Config, model: Model) -> tuple[Params, Params]:
+def abstract_params(cfg: TrainConfig, model: Model) -> tuple[Params, Params]:
     """(trained, frozen) parameters of a run without any, as `jax.ShapeDtypeStruct`s."""
     params = jax.eval_shape(lambda: model.module.init(model.cfg, jax.random.key(0)))
     if cfg.trainable == "lora":
-        factors = jax.eval_shape(lambda: fresh_factors(cfg.lora, params, jax.random.key(0)))
+        factors = jax.eval_shape(lambda: init_lora(cfg.lora, params, jax.random.key(0)))
         return _typed(factors, "float32"), _typed(params, cfg.dtype)
-    trained, frozen = divide(params, _trained_pattern(cfg))
+    trained, frozen = partition_params(params, _trained_pattern(cfg))
     return _typed(trained, "float32"), _typed(frozen, cfg.dtype)
 
 
-def _trained_pattern(cfg: Config) -> str:
+def _trained_pattern(cfg: TrainConfig) -> str:
     return NEW_EMBEDDINGS if cfg.trainable == "context" else ".*"
 
 
@@ -105,7 +105,7 @@ def _typed(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params)
 
 
-def divide(params: Params, pattern: str) -> tuple[Params, Params]:
+def partition_params(params: Params, pattern: str) -> tuple[Params, Params]:
     """Parameters whose path matches, and the rest. Raises ValueError where none does."""
     leaves = flatten_dict(params)
     chosen = {path for path in leaves if re.fullmatch(pattern, "/".join(path))}
@@ -117,7 +117,7 @@ def divide(params: Params, pattern: str) -> tuple[Params, Params]:
     )
 
 
-def united(trained: Params, frozen: Params, factor_scale: float = 1.0) -> Params:
+def merge_params(trained: Params, frozen: Params, factor_scale: float = 1.0) -> Params:
     """All parameters of the network; the second factors of adapters times `factor_scale`."""
     leaves = {
         path: leaf * factor_scale if path[-1] == scan.LORA_B else leaf
@@ -126,12 +126,12 @@ def united(trained: Params, frozen: Params, factor_scale: float = 1.0) -> Params
     return unflatten_dict(flatten_dict(frozen) | leaves)
 
 
-def factor_scale(cfg: Config) -> float:
+def factor_scale(cfg: TrainConfig) -> float:
     """What adapters are multiplied by: alpha / rank; 1 without adapters."""
     return cfg.lora.alpha / cfg.lora.rank if cfg.trainable == "lora" else 1.0
 
 
-def fresh_factors(cfg: LoRA, params: Params, key: jax.Array) -> Params:
+def init_lora(cfg: LoRA, params: Params, key: jax.Array) -> Params:
     """Adapters that change nothing yet: `lora_a` (in, r) normal with variance 1 / in, `lora_b`
     (r, ...out) zero, with a layer axis in a stack. Raises ValueError where `targets` match none."""
     leaves = flatten_dict(params)
@@ -152,7 +152,7 @@ def fresh_factors(cfg: LoRA, params: Params, key: jax.Array) -> Params:
     return unflatten_dict(factors)
 
 
-def to_lora(cfg: Config, factors: Params) -> lora.LoRA:
+def to_lora(cfg: TrainConfig, factors: Params) -> lora.LoRA:
     """Trained adapters layer by layer, as files have them."""
     leaves, adapters = flatten_dict(jax.device_get(factors)), {}
     for path, a in leaves.items():
@@ -168,7 +168,7 @@ def to_lora(cfg: Config, factors: Params) -> lora.LoRA:
 
 
 def abstract(
-    cfg: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh
+    cfg: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[State, Params]:
     """(state, frozen parameters) of a run as `jax.ShapeDtypeStruct`s that say where they lie."""
     trained, frozen = abstract_params(cfg, model)
@@ -197,8 +197,8 @@ def shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def begin(
-    cfg: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh, params: Params
+def init_state(
+    cfg: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, params: Params
 ) -> tuple[State, Params]:
     """The state before the first step, and the frozen parameters.
 
@@ -207,15 +207,15 @@ def begin(
     if cfg.trainable == "lora":
         key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
         where = shardings(abstract(cfg, model, tx, mesh)[0].params)
-        draw = jax.jit(lambda: fresh_factors(cfg.lora, params, key), out_shardings=where)
+        draw = jax.jit(lambda: init_lora(cfg.lora, params, key), out_shardings=where)
         trained, frozen = draw(), params
     else:
-        trained, frozen = divide(params, _trained_pattern(cfg))
+        trained, frozen = partition_params(params, _trained_pattern(cfg))
     return with_params(cfg, model, tx, mesh, trained), frozen
 
 
 def with_params(
-    cfg: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh, trained: Params
+    cfg: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, trained: Params
 ) -> State:
     """A state that begins from these trained parameters."""
     where = shardings(abstract(cfg, model, tx, mesh)[0])
@@ -227,7 +227,7 @@ def with_params(
     return State(zero(), trained, opt_state, ema, zero(), zero())
 
 
-def random_params(cfg: Config, model: Model, mesh: Mesh) -> Params:
+def random_params(cfg: TrainConfig, model: Model, mesh: Mesh) -> Params:
     """Fresh parameters of the whole network on a mesh."""
     key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
     params = jax.eval_shape(lambda: model.module.init(model.cfg, key))

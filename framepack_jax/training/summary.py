@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.state import Params, factor_scale
 
 # Adapters are usually scaled by about 1.
@@ -57,7 +57,7 @@ def steps_line(first: int, steps: int, saves: int, validates: int, why_not: str)
     )
 
 
-def lora_warning(cfg: Config) -> str | None:
+def lora_warning(cfg: TrainConfig) -> str | None:
     """A warning if alpha / rank is far from 1."""
     scale = factor_scale(cfg)
     if 1 / MAX_FACTOR_SCALE <= scale <= MAX_FACTOR_SCALE:
@@ -69,7 +69,7 @@ def lora_warning(cfg: Config) -> str | None:
     )
 
 
-def _trained(cfg: Config, trained: Params, frozen: Params) -> str:
+def _trained(cfg: TrainConfig, trained: Params, frozen: Params) -> str:
     count, rest = (sum(math.prod(x.shape) for x in jax.tree.leaves(p)) for p in (trained, frozen))
     adapters = f" in adapters of rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, beside"
     if cfg.trainable == "lora":

@@ -36,7 +36,7 @@ from framepack_jax.parallel import multihost
 from framepack_jax.training import checkpoints, metrics, optimizer, state, summary, validation
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import Config
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.flow_matching import Metrics, losses_at, train_step
 from framepack_jax.training.prefetch import Fed, check_batch, feed, local_share, place
 from framepack_jax.training.state import Model, Params, State
@@ -58,7 +58,7 @@ class NotFinite(FloatingPointError):
 class Setup(NamedTuple):
     """What a run computes with, before there are any weights."""
 
-    cfg: Config
+    cfg: TrainConfig
     manifest: bundle.Manifest
     model: Model
     tx: optax.GradientTransformation
@@ -70,7 +70,7 @@ class Setup(NamedTuple):
     encode: Callable[[Params, jax.Array], jax.Array] | None
 
 
-def set_up(cfg: Config, manifest: bundle.Manifest, mesh: Mesh, pixels: bool = False) -> Setup:
+def set_up(cfg: TrainConfig, manifest: bundle.Manifest, mesh: Mesh, pixels: bool = False) -> Setup:
     """Check a configuration against its bundle and mesh. Raises ValueError, BundleError."""
     model = state.model_of(cfg, manifest)
     schedule = cfg.schedule or manifest.schedule
@@ -118,7 +118,7 @@ def abstract_batch(setup: Setup, loader: Any, bucket: tuple[int, int], schedule:
 
 
 def train(
-    cfg: Config,
+    cfg: TrainConfig,
     bundle_path: epath.PathLike,
     mesh: Mesh,
     *,
@@ -176,7 +176,7 @@ def train(
                 say(f"{cfg.output}: begins from {origin}")
         multihost.on_primary(checkpoints.write_record, cfg.output, record)
         bad = BadRecords(loader, unread)
-        return Run(setup, bundle_path, loader, manager, frozen, record, bad, say).go(begun)
+        return Trainer(setup, bundle_path, loader, manager, frozen, record, bad, say).go(begun)
 
 
 def first_state(setup: Setup, bundle_path: epath.PathLike) -> tuple[State, Params, str]:
@@ -184,10 +184,10 @@ def first_state(setup: Setup, bundle_path: epath.PathLike) -> tuple[State, Param
     cfg, model, tx, mesh = setup.cfg, setup.model, setup.tx, setup.mesh
     if cfg.init == "scratch":
         params = state.random_params(cfg, model, mesh)
-        return *state.begin(cfg, model, tx, mesh, params), "random weights"
+        return *state.init_state(cfg, model, tx, mesh, params), "random weights"
     if cfg.init == "bundle":
         params = load_network(setup, bundle_path)
-        return *state.begin(cfg, model, tx, mesh, params), f"the transformer of {bundle_path}"
+        return *state.init_state(cfg, model, tx, mesh, params), f"the transformer of {bundle_path}"
     run, step = checkpoints.parse_run(cfg.init)
     part = "ema" if checkpoints.read_record(run)["config"]["ema"] else "params"
     trained = checkpoints.restore_params(run, step, setup.abstract.params, part)
@@ -229,7 +229,7 @@ def _record_of(run: str) -> dict[str, Any]:
     return checkpoints.read_record(checkpoints.parse_run(run)[0])
 
 
-def _check_init(cfg: Config, record: dict[str, Any], there: dict[str, Any]) -> None:
+def _check_init(cfg: TrainConfig, record: dict[str, Any], there: dict[str, Any]) -> None:
     """Raise RunError where the parameters of another run, of which `there` is the record, are not
     those that this one trains."""
     then, now = there["config"], record["config"]
@@ -245,7 +245,7 @@ def _check_init(cfg: Config, record: dict[str, Any], there: dict[str, Any]) -> N
         )
 
 
-def _check_same_run(cfg: Config, record: dict[str, Any], old: dict[str, Any]) -> None:
+def _check_same_run(cfg: TrainConfig, record: dict[str, Any], old: dict[str, Any]) -> None:
     """Raise RunError or DatasetError where a run, of which `old` is the record, was begun with
     another configuration or data."""
     loading.check_fingerprint(old["fingerprint"], record["fingerprint"])
@@ -273,7 +273,7 @@ class Late(NamedTuple):
     position: dict[str, Any]
 
 
-class Run:
+class Trainer:
     """A run under way."""
 
     def __init__(
@@ -500,7 +500,7 @@ class Validator:
             return
         if self.pipe is None:
             self.pipe = validation.open_pipe(self.path, setup.schedule, setup.cfg.dtype, setup.mesh)
-        network = state.united(params, frozen, state.factor_scale(setup.cfg))
+        network = state.merge_params(params, frozen, state.factor_scale(setup.cfg))
         pipe = validation.with_network(self.pipe, setup.model, network)
         window = packing.parse(setup.schedule).window
         for number, record in enumerate(self.records):

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, video
 from framepack_jax.data.pixel_batch import signed
-from framepack_jax.data.vae_clips import Clips, Video, find_videos, hold_out, read_clip
+from framepack_jax.data.vae_clips import Clips, ListedVideo, find_videos, hold_out, read_clip
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.parallel.sharding import BATCH, constrain
@@ -36,7 +36,7 @@ from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import Checkpoints, Optimizer
 from framepack_jax.training.export import provenance, write_bundle
 from framepack_jax.training.prefetch import batch_sharding, check_batch, feed, local_share
-from framepack_jax.training.state import State, updated
+from framepack_jax.training.state import State, apply_gradients
 from framepack_jax.training.trainer import RATE, stop_signal
 from framepack_jax.utils.progress import Bar
 
@@ -49,7 +49,7 @@ CHECKPOINTS = Checkpoints(every=250)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class VaeTrainConfig:
     """Training a VAE: what is trained, on what, and how."""
 
     videos: str = ""
@@ -142,7 +142,12 @@ def losses(
 
 
 def train_step(
-    cfg: Config, network: vae.Config, tx: Any, state: State, clips: jax.Array, rate: jax.Array
+    cfg: VaeTrainConfig,
+    network: vae.Config,
+    tx: Any,
+    state: State,
+    clips: jax.Array,
+    rate: jax.Array,
 ) -> tuple[State, Figures]:
     """One update by clips (B, T, H, W, C) uint8, with the learning rate `rate`."""
     clips = signed(constrain(clips, BATCH, *[None] * 4))
@@ -155,7 +160,7 @@ def train_step(
         return error + still + cfg.kl * kl, (error, still, kl)
 
     (total, parts), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    state, norm = updated(state, grads, total, tx, cfg.ema, rate)
+    state, norm = apply_gradients(state, grads, total, tx, cfg.ema, rate)
     return state, Figures(*parts, norm, state.skipped_in_a_row)
 
 
@@ -165,7 +170,7 @@ def psnr(errors: Any) -> np.ndarray:
 
 
 def train(
-    cfg: Config,
+    cfg: VaeTrainConfig,
     bundle_path: epath.PathLike,
     mesh: Mesh,
     *,
@@ -210,7 +215,7 @@ def train(
         return _run(cfg, network, tx, mesh, manager, clips, held, state)
 
 
-def transformation(cfg: Config) -> optax.GradientTransformation:
+def transformation(cfg: VaeTrainConfig) -> optax.GradientTransformation:
     """Of gradients into updates; none of the encoder where the decoder alone is trained."""
     tx = optimizer.make(cfg.optimizer, ())
     if cfg.trainable == "all":
@@ -219,7 +224,7 @@ def transformation(cfg: Config) -> optax.GradientTransformation:
     return optax.partition({"trained": tx, "kept": optax.set_to_zero()}, parts)
 
 
-def network_of(cfg: Config, manifest: bundle.Manifest) -> vae.Config:
+def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> vae.Config:
     """The VAE of a bundle, or one of other sizes. Raises BundleError."""
     _, network = bundle.role_config(manifest, "vae")
     if cfg.network:
@@ -228,13 +233,13 @@ def network_of(cfg: Config, manifest: bundle.Manifest) -> vae.Config:
     return network
 
 
-def init(cfg: Config, network: vae.Config) -> scan.Params:
+def init(cfg: VaeTrainConfig, network: vae.Config) -> scan.Params:
     """Random parameters."""
     return vae.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
 
 
 def first_params(
-    cfg: Config, network: vae.Config, manifest: bundle.Manifest, bundle_path: epath.PathLike
+    cfg: VaeTrainConfig, network: vae.Config, manifest: bundle.Manifest, bundle_path: epath.PathLike
 ) -> scan.Params:
     """Parameters before the first step. Raises BundleError, RunError."""
     if cfg.init == "scratch":
@@ -271,7 +276,7 @@ def trained_params(network: vae.Config, run: str, step: int) -> scan.Params:
     return checkpoints.restore_params(run, step, abstract, part)
 
 
-def begin(cfg: Config, tx: Any, params: scan.Params) -> State:
+def begin(cfg: VaeTrainConfig, tx: Any, params: scan.Params) -> State:
     """The state before the first step."""
     params = scan.cast(params, jnp.float32)
     ema = jax.tree.map(jnp.copy, params) if cfg.ema else None
@@ -280,7 +285,11 @@ def begin(cfg: Config, tx: Any, params: scan.Params) -> State:
 
 
 def _run_lines(
-    cfg: Config, mesh: Mesh, state: State, videos: Sequence[Video], held: Sequence[Video]
+    cfg: VaeTrainConfig,
+    mesh: Mesh,
+    state: State,
+    videos: Sequence[ListedVideo],
+    held: Sequence[ListedVideo],
 ) -> Iterator[str]:
     """What a run says before it goes on from a state."""
     if (first := int(state.step)) >= cfg.steps:
@@ -301,7 +310,10 @@ def _count(params: scan.Params) -> int:
 
 
 def _check_same_run(
-    cfg: Config, record: dict[str, Any], videos: Sequence[Video], held: Sequence[Video]
+    cfg: VaeTrainConfig,
+    record: dict[str, Any],
+    videos: Sequence[ListedVideo],
+    held: Sequence[ListedVideo],
 ) -> None:
     """Raise RunError where a run was begun otherwise."""
     then, now = checkpoints.read_record(cfg.output), record
@@ -337,8 +349,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _run(
-    cfg: Config, network: vae.Config, tx: Any, mesh: Mesh, manager: Any, clips: Clips,
-    held: Sequence[Video], state: State,
+    cfg: VaeTrainConfig, network: vae.Config, tx: Any, mesh: Mesh, manager: Any, clips: Clips,
+    held: Sequence[ListedVideo], state: State,
 ) -> int:  # fmt: skip
     """From a state to the last step, or to where the run is asked to stop."""
     first = int(state.step)
@@ -400,7 +412,7 @@ def _run(
         return step
 
 
-def _compiled(cfg: Config, network: vae.Config, tx: Any, mesh: Mesh, state: State) -> Any:
+def _compiled(cfg: VaeTrainConfig, network: vae.Config, tx: Any, mesh: Mesh, state: State) -> Any:
     """The step of (state, clips, learning rate), which uses the state up; it lies afterwards where
     it lay before."""
     step = jax.jit(
@@ -432,9 +444,13 @@ def reconstruct(cfg: vae.Config, params: scan.Params, clips: jax.Array) -> jax.A
 
 
 def validate(
-    network: vae.Config, params: scan.Params, held: Sequence[Video], frames: int, folder: Path,
+    network: vae.Config,
+    params: scan.Params,
+    held: Sequence[ListedVideo],
+    frames: int,
+    folder: Path,
     step: int,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Signal to noise of the middle clips of held-out videos, whole pictures, and of their first
     frames alone: mean over videos, and the least; a contact sheet of the first few, truth above."""
     clip_errors, still_errors, shown = [], [], []
@@ -463,7 +479,7 @@ def validate(
 
 
 def latent_statistics(
-    network: vae.Config, params: scan.Params, videos: Sequence[Video], frames: int
+    network: vae.Config, params: scan.Params, videos: Sequence[ListedVideo], frames: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, standard deviation) of each latent channel over the middle clips of videos."""
     encode = jax.jit(lambda p, x: vae.encode(network, p, x, vae.Tiling(frames=None))[0])
@@ -489,7 +505,7 @@ def export(
     folder, step = checkpoints.parse_run(run)
     fields = checkpoints.read_record(folder)
     manifest = bundle.read_manifest(bundle_path)
-    cfg = Config(videos=fields["config"]["videos"], network=fields["config"]["network"])
+    cfg = VaeTrainConfig(videos=fields["config"]["videos"], network=fields["config"]["network"])
     network = network_of(cfg, manifest)
     params = jax.tree.map(np.asarray, trained_params(network, folder, step))
     mean, std = manifest.latent_mean, manifest.latent_std
@@ -500,7 +516,7 @@ def export(
         mean, std = latent_statistics(network, params, videos[:256], frames)
     leaves = (
         (name, np.asarray(leaf).astype(jnp.dtype(dtype)))
-        for name, leaf in scan.split(params, vae.STACKS).items()
+        for name, leaf in scan.unstack_layers(params, vae.STACKS).items()
     )
     manifest = dataclasses.replace(manifest, latent_mean=mean, latent_std=std)
     made = manifest.roles["vae"].kind, dataclasses.asdict(network)

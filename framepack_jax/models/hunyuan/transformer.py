@@ -163,10 +163,10 @@ def _embed(
     cast = scan.cast({"x": x, "context": context, "conditions": conditions}, dtype)
     # The embedding of context is no Dense layer, so low-rank factors go into its kernel.
     embedders = {
-        name: scan.folded(leaves) if name.startswith("context_") else leaves
+        name: scan.merged_kernels(leaves) if name.startswith("context_") else leaves
         for name, leaves in params["embed"].items()
     }
-    with scan.factors_beside_kernels():
+    with scan.lora_interceptor():
         img, image, text, vec, text_vec = Embed(cfg).apply(
             {"params": scan.cast(embedders, dtype)},
             cast["x"], sigma, cast["context"], cast["conditions"], conditions.guidance,
@@ -190,7 +190,7 @@ def block_input(cfg: Config, params: scan.Params, tokens: Tokens) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _block_input(cfg: Config, modulation: scan.Params, img: jax.Array, vec: jax.Array) -> jax.Array:
     modulation = scan.cast(modulation, img.dtype)
-    with scan.factors_beside_kernels():
+    with scan.lora_interceptor():
         return BlockInput(cfg).apply({"params": modulation}, img, vec)
 
 
@@ -234,7 +234,7 @@ def _head(
 ) -> jax.Array:
     _, t, h, w, _ = shape
     tokens = img[:, -t * (h // 2) * (w // 2) :]
-    with scan.factors_beside_kernels():
+    with scan.lora_interceptor():
         out = Head(cfg).apply({"params": params}, tokens, vec)
     return rearrange(
         out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
