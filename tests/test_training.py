@@ -563,9 +563,9 @@ def setup_of(name, mesh):
     layers = dict.fromkeys(("double_layers", "single_layers", "refiner_layers"), 1)
     remat = "none" if mesh.size == 1 else "attention"
     cfg = t.changed(optimizer=optimizer, network=layers, remat=remat)
-    setup = t.loop.set_up(cfg, t.bundle.read_manifest(t.path_of("random")), mesh)
+    setup = t.trainer.set_up(cfg, t.bundle.read_manifest(t.path_of("random")), mesh)
     params = params_of(mesh, t.functools.partial(t.state.random_params, cfg, setup.model, mesh))
-    return setup, *t.state.begin(cfg, setup.model, setup.tx, mesh, params)
+    return setup, *t.state.init_state(cfg, setup.model, setup.tx, mesh, params)
 
 drawn = {}
 
@@ -577,7 +577,7 @@ def params_of(mesh, draw):
 def losses(mesh):
     setup, now, frozen = setup_of("adamw", mesh)
     loader = t.open_loader(t.Data(path=sys.argv[1]), t.SCHEDULE, "inverted", setup.cfg.batch)
-    run, found = t.loop.jitted_step(setup), []
+    run, found = t.trainer.jitted_step(setup), []
     for batch in t.itertools.islice(loader, 3):
         now, metrics = run(now, frozen, {}, t.place(batch, setup.mesh, setup.cfg.batch), RATE)
         found.append(float(metrics.loss))
@@ -586,9 +586,9 @@ def losses(mesh):
 def changes(mesh, name):
     setup, now, _ = setup_of(name, mesh)
     where = t.state.shardings(setup.abstract)
-    first = jax.device_get(now.params)
+    first, apply = jax.device_get(now.params), t.state.apply_gradients
     update = jax.jit(
-        lambda now, grads: t.state.updated(now, grads, t.jnp.float32(1), setup.tx, 0.0, RATE)[0],
+        lambda now, grads: apply(now, grads, t.jnp.float32(1), setup.tx, 0.0, RATE)[0],
         out_shardings=where,
     )
     for number in range(3):
