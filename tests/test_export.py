@@ -487,7 +487,7 @@ from framepack_jax.conversion import engine
 
 source, output = sys.argv[1:]
 flags = convert.Convert(output=output, transformer=Path(source))
-leaves = engine.Plan.leaves
+leaves = engine.ConversionJob.leaves
 writer.WRITE_CHUNK = 5_000
 
 def cut_after(count):
@@ -504,7 +504,7 @@ points = [*random.Random(0).sample(range(76), 2), -1]
 for point in points:
     child = os.fork()
     if child == 0:
-        engine.Plan.leaves = cut_after(point)
+        engine.ConversionJob.leaves = cut_after(point)
         convert.convert(flags)
         os._exit(0)
     _, status = os.waitpid(child, 0)
