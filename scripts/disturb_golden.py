@@ -65,38 +65,47 @@ TOLERANCES = {
 # Inputs whose answer is the same for many of them, so that a change need not show.
 QUESTIONS = r"^(buckets.json \d+/(height|width)|sections.json \d+/(seconds|fps))$"
 
-SECTIONS = "tests/test_pipeline.py::test_sections_equal_the_release"
-PIXELS = "tests/test_pipeline.py::test_pixels_equal_the_release"
-ALL_FRAMES = "tests/test_diffusers_pipeline.py::test_frames"
+SECTIONS = "tests/integration/test_pipeline.py::test_sections_equal_the_release"
+PIXELS = "tests/integration/test_pipeline.py::test_pixels_equal_the_release"
+ALL_FRAMES = "tests/parity/test_diffusers_pipeline.py::test_frames"
 FRAMES = (f"{ALL_FRAMES}[inverted_a_cfg2]", ALL_FRAMES)
-START_LATENT = "tests/test_conditioning.py::test_start_latent"
+START_LATENT = "tests/parity/test_conditioning.py::test_start_latent"
 TEXT = (
-    "tests/test_conditioning.py::test_template",
-    "tests/test_conditioning.py::test_ids",
-    "tests/test_conditioning.py::test_text_embeddings",
-    "tests/test_diffusers_pipeline.py::test_prompts",
+    "tests/parity/test_conditioning.py::test_template",
+    "tests/parity/test_conditioning.py::test_ids",
+    "tests/parity/test_conditioning.py::test_text_embeddings",
+    "tests/parity/test_diffusers_pipeline.py::test_prompts",
 )
-IMAGE = ("tests/test_conditioning.py::test_images", "tests/test_diffusers_pipeline.py::test_image")
+IMAGE = (
+    "tests/parity/test_conditioning.py::test_images",
+    "tests/parity/test_diffusers_pipeline.py::test_image",
+)
 
 # The first line whose pattern is in `file name` has the tests that read it, cheapest first; `{}` is
 # what the pattern's first group holds.
 READERS: dict[str, tuple[str, ...]] = {
-    r"^buckets": ("tests/test_buckets.py::test_choices_equal_the_release",),
-    r"^flow_shift": ("tests/test_flow.py::test_shift_equals_the_release",),
-    r"^sections": ("tests/test_packing.py::test_sections_equal_the_release",),
-    r"^resize": ("tests/test_images.py::test_resize_and_crop_equal_the_release",),
-    r"^unipc\S+ (bh\d)": ("tests/test_solver.py::test_unipc_equals_the_release[{}]",),
-    r"^pipeline\S+ preview/": ("tests/test_video.py::test_preview_equals_the_release",),
-    r"^pipeline\S+ blend/": ("tests/test_splice.py::test_cross_fade_equals_the_release",),
-    r"^pipeline\S+ teacache": ("tests/test_cache.py::test_teacache_equals_the_release",),
+    r"^buckets": ("tests/unit/packing/test_buckets.py::test_choices_equal_the_release",),
+    r"^flow_shift": ("tests/unit/diffusion/test_flow.py::test_shift_equals_the_release",),
+    r"^sections": ("tests/unit/packing/test_packing.py::test_sections_equal_the_release",),
+    r"^resize": ("tests/unit/video/test_images.py::test_resize_and_crop_equal_the_release",),
+    r"^unipc\S+ (bh\d)": (
+        "tests/unit/diffusion/test_solver.py::test_unipc_equals_the_release[{}]",
+    ),
+    r"^pipeline\S+ preview/": ("tests/unit/video/test_mp4.py::test_preview_equals_the_release",),
+    r"^pipeline\S+ blend/": (
+        "tests/unit/generation/test_crossfade.py::test_cross_fade_equals_the_release",
+    ),
+    r"^pipeline\S+ teacache": (
+        "tests/parity/test_step_cache.py::test_teacache_equals_the_release",
+    ),
     r"^pipeline\S+ (.*)/pixels": (f"{PIXELS}[{{}}]",),
     r"^pipeline\S+ (.*)/": (f"{SECTIONS}[{{}}]",),
     r"^(pipeline|transformer/)": (SECTIONS,),
     r"^vae/": (PIXELS,),
     r"^hunyuan_original/(mp_rank|reference\S+ [^v])": (
-        "tests/test_conversion.py::test_original_transformer_agrees",
+        "tests/parity/test_conversion.py::test_original_transformer_agrees",
     ),
-    r"^hunyuan_original/": ("tests/test_conversion.py::test_original_vae_agrees",),
+    r"^hunyuan_original/": ("tests/parity/test_conversion.py::test_original_vae_agrees",),
     r"/pipeline/(text_encoder|tokenizer)": TEXT,
     r"/pipeline/(image_encoder|feature_extractor)": IMAGE,
     r"/pipeline/vae/": (START_LATENT, *FRAMES),

@@ -9,15 +9,14 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
 import pytest
-from compiling import quick_flags
+
+from tests.fixtures.compiling import quick_flags
+from tests.fixtures.paths import GOLDEN
 
 # Half of the suite's time would be compilation; `XLA_FLAGS= make test` compiles as users do.
 os.environ.setdefault("XLA_FLAGS", quick_flags())
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-GOLDEN = Path(os.environ.get("FRAMEPACK_GOLDEN", Path(__file__).parent / "golden"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,226 @@
+"""The section loop and decoding against the authors' sampler (golden/), and what they promise."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from framepack_jax import bundle, packing
+from framepack_jax.cli import convert
+from framepack_jax.diffusion import sampler
+from framepack_jax.generation.pipeline import FramePack, Inputs, Network, NotFinite, Settings
+from tests.fixtures.paths import GOLDEN
+from tests.fixtures.torch_reference import relative_error
+
+# Kind, sections, latent window, steps; guidance is 10, but 6 with classifier-free guidance.
+TAG = re.compile(r"(inverted|f1)_n(\d+)_w(\d+)_s(\d+)(?:_cfg([\d.]+)_rescale([\d.]+))?")
+SCHEDULES = {"inverted": "f1k1_x_g{}_f1k1f2k2f16k4_td", "f1": "f1k1_x_f16k4f2k2f1k1_g{}"}
+
+
+def golden_tags() -> tuple[list[str], list[str]]:
+    """Runs of the golden folder, and those among them that are decoded. Step caches aside."""
+    with safe_open(GOLDEN / "pipeline.safetensors", "np") as file:
+        names = set(file.keys())
+    tags = sorted(name.removesuffix("/noise0") for name in names if name.endswith("/noise0"))
+    tags = [tag for tag in tags if not tag.startswith("teacache")]
+    return tags, [tag for tag in tags if f"{tag}/pixels" in names]
+
+
+RUNS, DECODED = golden_tags()
+
+
+def run_of(tag: str) -> tuple[str, int, Settings]:
+    """(schedule, sections, settings) that a tag stands for."""
+    kind, sections, window, steps, cfg, rescale = TAG.fullmatch(tag).groups()
+    settings = Settings(steps=int(steps))
+    if cfg:
+        settings = Settings(int(steps), guidance=6.0, cfg=float(cfg), cfg_rescale=float(rescale))
+    return SCHEDULES[kind].format(window), int(sections), settings
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    """Arrays of pipeline.safetensors; videos and latents channels last."""
+    arrays = load_file(golden / "pipeline.safetensors")
+    return {
+        name: rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x
+        for name, x in arrays.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def networks(golden, tmp_path_factory):
+    """The golden transformer and VAE, converted and loaded."""
+    root = tmp_path_factory.mktemp("golden_bundle") / "bundle"
+    flags = convert.Convert(
+        output=str(root), transformer=golden / "transformer", vae=golden / "vae"
+    )
+    manifest = convert.convert(flags)
+
+    def network(role: str) -> Network:
+        params = bundle.load_params(root, manifest, role)
+        return Network(*bundle.role_config(manifest, role), params)
+
+    return network("transformer"), network("vae"), manifest
+
+
+def build(networks, schedule: str, **options) -> FramePack:
+    transformer, vae, manifest = networks
+    return FramePack(
+        transformer=transformer,
+        vae=vae,
+        encoders=None,
+        latent_mean=np.asarray(manifest.latent_mean, np.float32),
+        latent_std=np.asarray(manifest.latent_std, np.float32),
+        schedule=schedule,
+        order=packing.default_order(schedule),
+        **options,
+    )
+
+
+def inputs_of(pipe: FramePack, reference, settings: Settings) -> Inputs:
+    def conditions(prefix: str):
+        return pipe.transformer.model.Conditions(
+            reference[f"{prefix}prompt_embeds"],
+            reference[f"{prefix}prompt_mask"].astype(bool),
+            reference[f"{prefix}pooled"],
+            reference["image_embeds"],
+            jnp.full(1, settings.guidance, jnp.float32),
+        )
+
+    negative = conditions("neg_") if settings.cfg != 1 else None
+    return Inputs([conditions("")], negative, {0: reference["start_latent"][:, 0]})
+
+
+def run(networks, reference, tag: str):
+    schedule, sections, settings = run_of(tag)
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, pipe.order, sections)
+    noise = [reference[f"{tag}/noise{i}"] for i in range(sections)]
+    made = pipe.sample(plan, inputs_of(pipe, reference, settings), settings, noise=noise)
+    return pipe, plan, made
+
+
+@pytest.mark.golden
+def test_the_golden_folder_has_runs_of_every_sort() -> None:
+    assert {tag.split("_")[0] for tag in RUNS} == {"inverted", "f1"} and len(DECODED) > 1
+    assert any("cfg" in tag for tag in RUNS)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("tag", RUNS)
+def test_sections_equal_the_release(networks, reference, tag: str) -> None:
+    _, plan, made = run(networks, reference, tag)
+    for i, (section, timeline) in enumerate(made):
+        ours, theirs = timeline.read(section.targets), reference[f"{tag}/section{i}"]
+        assert relative_error(ours, theirs) < 2e-4, f"section {i}"
+    assert i + 1 == len(plan)
+    assert relative_error(timeline.latents, reference[f"{tag}/latents"]) < 2e-4
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("tag", DECODED)
+def test_pixels_equal_the_release(networks, reference, tag: str) -> None:
+    pipe, plan, made = run(networks, reference, tag)
+    spans = [(start, np.asarray(frames)) for _, start, frames, _ in pipe.decode(plan, made)]
+    video = np.concatenate([frames for _, frames in sorted(spans, key=lambda s: s[0])], axis=1)
+    assert np.abs(video - reference[f"{tag}/pixels"].astype(np.float32)).max() < 5e-3
+    covered = sorted(itertools.chain(*(range(s, s + f.shape[1]) for s, f in spans)))
+    assert covered == list(range(video.shape[1]))
+
+
+@pytest.mark.golden
+def test_one_program_for_all_steps_and_sections(networks, reference) -> None:
+    sampler.step.clear_cache()
+    for schedule in SCHEDULES.values():
+        pipe, settings = build(networks, schedule.format(2)), Settings(steps=3)
+        plan = packing.plan(pipe.schedule, pipe.order, 3)
+        list(pipe.sample(plan, inputs_of(pipe, reference, settings), settings))
+    # Both schedules pack their groups in the same sequence, so that they even share it.
+    assert sampler.step._cache_size() == 1
+
+
+@pytest.mark.golden
+def test_vanilla_is_f1_without_its_anchor(networks, reference) -> None:
+    """There is no release to compare with. Frame indices are one lower, as the anchor had 0."""
+    schedule, settings = "td_f16k4f2k2f1k1_g2", Settings(steps=2)
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, pipe.order, 2)
+    inputs = inputs_of(pipe, reference, settings)
+    *_, (_, timeline) = pipe.sample(plan, inputs, settings)
+    assert timeline.known.all() and np.isfinite(timeline.latents).all()
+    f1 = packing.plan("f1k1_x_f16k4f2k2f1k1_g2", "forward", 2)
+    for ours, theirs in zip(plan, f1, strict=True):
+        assert ours.targets == theirs.targets and ours.decode == theirs.decode
+        rest = [group for group in theirs.groups if group.indices != (0,)]
+        assert [group.reads for group in ours.groups] == [group.reads for group in rest]
+        shifted = [tuple(i - 1 for i in group.indices) for group in rest]
+        assert [group.indices for group in ours.groups] == shifted
+
+
+@pytest.mark.golden
+def test_a_batch_equals_its_samples(networks, reference) -> None:
+    """Prompts of different lengths, side by side, change nothing."""
+    schedule, sections, settings = "f1k1_x_g2_f1k1f2k2f16k4_td", 2, Settings(steps=2)
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, pipe.order, sections)
+    first = inputs_of(pipe, reference, settings)
+    short = np.arange(20)[None, :] < 7
+    other = first.conditions[0].replace(text_valid=short)
+    second = Inputs([other], None, {0: first.known[0] + 0.5})
+    both = jax.tree.map(lambda *x: np.concatenate(x), vars(first), vars(second))
+    noise = np.random.default_rng(0).standard_normal((sections, 2, 2, 10, 14, 16), np.float32)
+
+    def latents(inputs: Inputs, noise: np.ndarray) -> np.ndarray:
+        return list(pipe.sample(plan, inputs, settings, noise=noise))[-1][1].latents
+
+    together = latents(Inputs(**both), noise)
+    for i, inputs in enumerate((first, second)):
+        alone = latents(inputs, noise[:, i : i + 1])
+        assert relative_error(together[i : i + 1], alone) < 1e-5
+    assert relative_error(together[:1], together[1:]) > 1e-2
+
+
+@pytest.mark.golden
+def test_noise_of_a_section_does_not_depend_on_the_others(networks, reference) -> None:
+    schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=1)
+    pipe = build(networks, schedule)
+    first = [
+        next(pipe.sample(packing.plan(schedule, "forward", n), inputs, settings, seeds=[3]))
+        for n in (1, 4)
+        for inputs in [inputs_of(pipe, reference, settings)]
+    ]
+    (section, short), (_, long) = first
+    np.testing.assert_array_equal(short.read(section.targets), long.read(section.targets))
+
+
+@pytest.mark.golden
+def test_not_finite_is_named(networks, reference) -> None:
+    schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=3)
+    pipe = build(networks, schedule)
+    plan = packing.plan(schedule, "forward", 2)
+    noise = np.zeros((2, 1, 2, 10, 14, 16), np.float32)
+    noise[1, 0, 0, 0, 0, 0] = np.nan
+    made = pipe.sample(plan, inputs_of(pipe, reference, settings), settings, noise=noise)
+    next(made)
+    with pytest.raises(NotFinite, match=r"section 2, step 1 of 3.*float32"):
+        next(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"sampler": "heun"}, "'heun'"),
+        ({"cfg_rescale": 1.5}, "cfg_rescale = 1.5"),
+    ],
+)
+def test_impossible_settings(options, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        Settings(**options)

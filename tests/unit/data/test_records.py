@@ -1,0 +1,104 @@
+"""Prepared clips on disk."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from framepack_jax.data import records
+from framepack_jax.data.records import DatasetError, VideoSource
+from tests.fixtures.training_data import random_record, write_dataset
+
+
+def test_a_record_comes_back_bit_for_bit() -> None:
+    record = random_record(3, 32, 48, 5)
+    data = records.pack(record)
+    again = records.unpack(data)
+    assert again.clip == record.clip
+    for name in records.ARRAYS:
+        old, new = getattr(record, name), getattr(again, name)
+        assert new.dtype == old.dtype and np.array_equal(new.view(np.uint16), old.view(np.uint16))
+        assert not new.flags.owndata
+    assert records.pack(again) == data
+    without = records.unpack(records.pack(record._replace(latents=None)))
+    assert without.latents is None
+
+
+def test_a_cut_record_is_named() -> None:
+    data = records.pack(random_record(3, 32, 48, 5))
+    for length in (4, 40, len(data) - 10):
+        with pytest.raises(DatasetError, match="damaged"):
+            records.unpack(data[:length])
+
+
+def test_shards_are_the_same_each_time_and_whole(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(records, "SHARD_BYTES", 15_000)
+    made = [write_dataset(tmp_path / name) for name in ("a", "b")]
+    index = records.read_index(tmp_path / "a")
+    assert len(index.shards) > 2 and index.clips == 8
+    assert index.buckets == [(32, 48), (48, 32)]
+    for shard in index.shards:
+        files = [tmp_path / name / records.SHARDS / shard.file for name in ("a", "b")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list(tmp_path.rglob("*.part"))
+    source = VideoSource(tmp_path / "a", index.shards)
+    assert [source[i].clip.id for i in range(8)] == [record.clip.id for record in made[0]]
+
+
+def test_a_full_disk_leaves_no_shard(tmp_path, monkeypatch) -> None:
+    class Full:
+        def __init__(self, *_: object) -> None: ...
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("No space left on device")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(records, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match=r"32x48-00000.*No space left"):
+        write_dataset(tmp_path)
+    assert not list(tmp_path.rglob("*.arrayrecord"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
+def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
+    made = write_dataset(tmp_path)
+    index = records.read_index(tmp_path)
+    file = tmp_path / records.SHARDS / index.shards[0].file
+    data = bytearray(file.read_bytes())
+    if damage == "bit":
+        data[1000] ^= 1
+    file.write_bytes({"cut": data[:3000], "bit": data, "empty": b""}[damage])
+    records._reader.cache_clear()
+    source = VideoSource(tmp_path, index.shards)
+    with pytest.raises(DatasetError, match=r"32x48-00000\.arrayrecord, record \d"):
+        [source[i] for i in range(5)]
+    assert source[6].clip.id == made[6].clip.id
+
+
+def test_unfinished_and_damaged_datasets_are_told_apart(tmp_path) -> None:
+    with pytest.raises(DatasetError, match=r"is no dataset .* framepack prepare"):
+        records.read_index(tmp_path)
+    write_dataset(tmp_path)
+    fields = json.loads((tmp_path / records.INDEX).read_text())
+    (tmp_path / records.INDEX).unlink()
+    with pytest.raises(DatasetError, match="unfinished"):
+        records.read_index(tmp_path)
+    (tmp_path / records.INDEX).write_text('{"format": 1}')
+    with pytest.raises(DatasetError, match="damaged"):
+        records.read_index(tmp_path)
+    (tmp_path / records.INDEX).write_text(json.dumps(fields | {"format": 7}))
+    with pytest.raises(DatasetError, match="format 7"):
+        records.read_index(tmp_path)
+    (tmp_path / records.INDEX).write_text(json.dumps(fields))
+    (tmp_path / records.SHARDS / fields["shards"][0]["file"]).unlink()
+    with pytest.raises(DatasetError, match="lacks 1 of its shards"):
+        records.read_index(tmp_path)
+
+
+def test_the_index_comes_back(tmp_path) -> None:
+    write_dataset(tmp_path)
+    index = records.read_index(tmp_path)
+    records.write_index(tmp_path, dataclasses.replace(index, fps=24.0))
+    assert records.read_index(tmp_path) == dataclasses.replace(index, fps=24.0)
