@@ -38,8 +38,8 @@ class Scale:
     """Sizes of what is measured; `convs` are (frames, height, width, channels in and out), and
     `lengths` (tokens, valid ones of them) those that kernels of attention are known to fail at."""
 
-    dit: transformer.Config
-    vae: vae.Config
+    dit: transformer.TransformerConfig
+    vae: vae.VaeConfig
     pixels: tuple[int, int]
     square: int
     tokens: int
@@ -51,8 +51,8 @@ class Scale:
 
 
 FULL = Scale(
-    dit=transformer.Config(),
-    vae=vae.Config(),
+    dit=transformer.TransformerConfig(),
+    vae=vae.VaeConfig(),
     pixels=(608, 640),
     square=8192,
     tokens=18752,
@@ -66,11 +66,11 @@ FULL = Scale(
     remats=("attention", "dots", "full"),
 )  # fmt: skip
 TOY = Scale(
-    dit=transformer.Config(
+    dit=transformer.TransformerConfig(
         heads=2, head_dim=32, double_layers=1, single_layers=2, refiner_layers=1,
         rope_axes=(8, 12, 12),
     ),
-    vae=vae.Config(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
+    vae=vae.VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
     pixels=(64, 80),
     square=64,
     tokens=128,

@@ -75,7 +75,7 @@ def _torch_makes(dtype: Any, device: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _model(dit: transformer.Config) -> Any:
+def _model(dit: transformer.TransformerConfig) -> Any:
     """diffusers' transformer of these sizes, with random weights."""
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 

@@ -41,11 +41,11 @@ CORPUS = (
 class TinyBundle:
     """Configs of all roles, and how the untrained weights are drawn and stored."""
 
-    transformer: transformer_model.Config
-    vae: vae.Config
-    text_encoder: llama.Config
-    text_encoder_2: clip.Config
-    image_encoder: siglip.Config
+    transformer: transformer_model.TransformerConfig
+    vae: vae.VaeConfig
+    text_encoder: llama.LlamaConfig
+    text_encoder_2: clip.ClipConfig
+    image_encoder: siglip.SiglipConfig
     schedule: str = packing.RELEASED_INVERTED
     scaling_factor: float = 0.476986
     corpus: tuple[str, ...] = CORPUS
@@ -58,18 +58,18 @@ class TinyBundle:
 def get_config() -> TinyBundle:
     """Widths of tens where the real networks have thousands."""
     return TinyBundle(
-        transformer=transformer_model.Config(
+        transformer=transformer_model.TransformerConfig(
             heads=2, head_dim=16, double_layers=2, single_layers=2, text_dim=32, pooled_dim=24,
             image_dim=24, rope_axes=(4, 6, 6),
         ),
-        vae=vae.Config(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
-        text_encoder=llama.Config(
+        vae=vae.VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
+        text_encoder=llama.LlamaConfig(
             vocab_size=400, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48
         ),
-        text_encoder_2=clip.Config(
+        text_encoder_2=clip.ClipConfig(
             vocab_size=400, width=24, layers=3, heads=4, mlp_width=40, eos_token_id=1
         ),
-        image_encoder=siglip.Config(
+        image_encoder=siglip.SiglipConfig(
             width=24, layers=2, heads=4, mlp_width=40, image_size=42, patch_size=14
         ),
     )  # fmt: skip
@@ -79,19 +79,19 @@ def get_world_config() -> TinyBundle:
     """Encoders that read the captions of the demo world, word by word."""
     captions = tuple(world.scene(0, number).caption for number in range(500))
     return TinyBundle(
-        transformer=transformer_model.Config(
+        transformer=transformer_model.TransformerConfig(
             heads=2, head_dim=64, double_layers=2, single_layers=4, refiner_layers=1, text_dim=96,
             pooled_dim=48, image_dim=32, rope_axes=(16, 24, 24),
         ),
-        vae=vae.Config(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),
-        text_encoder=llama.Config(
+        vae=vae.VaeConfig(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),
+        text_encoder=llama.LlamaConfig(
             vocab_size=400, width=96, layers=2, heads=6, kv_heads=6, head_dim=16, mlp_width=192,
             rope_theta=4.0,
         ),
-        text_encoder_2=clip.Config(
+        text_encoder_2=clip.ClipConfig(
             vocab_size=400, width=48, layers=3, heads=4, mlp_width=96, eos_token_id=1
         ),
-        image_encoder=siglip.Config(
+        image_encoder=siglip.SiglipConfig(
             width=32, layers=2, heads=4, mlp_width=64, image_size=42, patch_size=14
         ),
         corpus=captions,
@@ -139,7 +139,7 @@ def write(config: TinyBundle, output: Path) -> None:
         message.unlink()  # it names the folder of this machine, and nothing reads it
 
 
-def look_back(cfg: llama.Config, params: Any) -> Any:
+def look_back(cfg: llama.LlamaConfig, params: Any) -> Any:
     """The same text encoder with heads 1, 2, ... that read from the words 1, 2, ... before.
 
     Heads with random queries and keys read from everywhere alike, template and all: "left" then has
@@ -206,7 +206,7 @@ def _byte_level_bpe(vocabulary: int, special: list[str], corpus: Any) -> Tokeniz
     return tokenizer
 
 
-def write_image_processor(cfg: siglip.Config, folder: Path) -> None:
+def write_image_processor(cfg: siglip.SiglipConfig, folder: Path) -> None:
     """The settings with which SigLIP's images are prepared."""
     settings = {
         "image_processor_type": "SiglipImageProcessor",

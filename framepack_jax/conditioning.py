@@ -78,9 +78,9 @@ class Encoders:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_2: PreTrainedTokenizerBase
     image_processor: ImageProcessor
-    text_encoder: tuple[llama.Config, Params]
-    text_encoder_2: tuple[clip.Config, Params]
-    image_encoder: tuple[siglip.Config, Params]
+    text_encoder: tuple[llama.LlamaConfig, Params]
+    text_encoder_2: tuple[clip.ClipConfig, Params]
+    image_encoder: tuple[siglip.SiglipConfig, Params]
     template: str = PROMPT_TEMPLATE
 
 
@@ -219,7 +219,7 @@ def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:
 
 
 def clip_latents(
-    cfg: vae.Config,
+    cfg: vae.VaeConfig,
     params: Params,
     frames: np.ndarray,
     mean: Sequence[float],
@@ -241,7 +241,7 @@ def clip_latents(
 
 
 def start_latent(
-    cfg: vae.Config,
+    cfg: vae.VaeConfig,
     params: Params,
     images: np.ndarray,
     mean: Sequence[float],

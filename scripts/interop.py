@@ -37,7 +37,7 @@ from framepack_jax.conversion import lora
 from framepack_jax.models.hunyuan import transformer as transformer_model
 
 WIDTH, MLP, RANK, ALPHA = 3072, 12288, 4, 1.0
-CFG = dataclasses.replace(transformer_model.Config(), double_layers=1, single_layers=1)
+CFG = dataclasses.replace(transformer_model.TransformerConfig(), double_layers=1, single_layers=1)
 # {module in diffusers' names: (outputs, inputs)}; q, k and v share their first factor.
 MODULES = {
     **{f"transformer_blocks.0.attn.{n}": (WIDTH, WIDTH) for n in ("to_q", "to_k", "to_v")},
@@ -594,7 +594,9 @@ def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Mod
     return Row(program, "our transformer, a folder", arrived, _velocities(cfg, params, model))
 
 
-def _velocities(cfg: transformer_model.Config, params: Any, model: torch.nn.Module) -> str:
+def _velocities(
+    cfg: transformer_model.TransformerConfig, params: Any, model: torch.nn.Module
+) -> str:
     """The largest relative difference of the two networks' velocity on the same input."""
     import jax
 

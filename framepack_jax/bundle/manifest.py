@@ -116,7 +116,7 @@ def _buckets(fields: Any) -> tuple[tuple[int, int], ...]:
 
 
 def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
-    """(module of the kind, its Config) of a role. Raises BundleError where it is absent, or its
+    """(module of the kind, its config) of a role. Raises BundleError where it is absent, or its
     config makes no network."""
     if name not in manifest.roles:
         raise BundleError(
@@ -127,7 +127,7 @@ def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
     if not isinstance(role.kind, str) or role.kind not in registry.KINDS:
         raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(registry.KINDS)}")
     model = registry.KINDS[role.kind]
-    cfg = config_from_json(model.Config, role.config)
+    cfg = config_from_json(registry.CONFIGS[role.kind], role.config)
     try:
         registry.abstract_leaves(role.kind, cfg)
     except Exception as error:  # of many kinds, by what does not go together

@@ -70,7 +70,7 @@ def export_lora(file: Path, target: Path, names: str | None, root: str | None) -
         raise ConversionError(
             f"--lora {file} --names {names}: expected one of {', '.join(lora.NAMINGS)}"
         )
-    target, cfg = _here(target), transformer.Config()
+    target, cfg = _here(target), transformer.TransformerConfig()
     if target.exists():
         raise ConversionError(f"{target} is there already; choose another file, or take it away")
     if root:

@@ -30,7 +30,7 @@ UNUSED_LAYERS = 2
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
-def _llama_rows(cfg: llama.Config) -> list[Row]:
+def _llama_rows(cfg: llama.LlamaConfig) -> list[Row]:
     here, there = "layers/{i}", "layers.{i}"
     dense = {
         "q": "self_attn.q_proj",
@@ -53,13 +53,13 @@ def _llama_rows(cfg: llama.Config) -> list[Row]:
     ]
 
 
-def _llama_config(source: Source) -> llama.Config:
+def _llama_config(source: Source) -> llama.LlamaConfig:
     config = _transformers_config(source, "text_config", "llama")
     if config is None:
         with reading_shapes(source.checkpoint.path):
             vocabulary, width = source.shape("embed_tokens.weight")
             keys = source.shape("layers.{i}.self_attn.k_proj.weight")[0]
-            known = source.known_config(llama.Config(), "width", width)
+            known = source.known_config(llama.LlamaConfig(), "width", width)
             return _sized(
                 source,
                 known,
@@ -76,7 +76,7 @@ def _llama_config(source: Source) -> llama.Config:
     source.require(fields, supported)
     return _config(
         source,
-        llama.Config,
+        llama.LlamaConfig,
         vocab_size=config.vocab_size,
         width=config.hidden_size,
         layers=config.num_hidden_layers - UNUSED_LAYERS,
@@ -89,7 +89,7 @@ def _llama_config(source: Source) -> llama.Config:
     )
 
 
-def _llama_leftovers(cfg: llama.Config) -> tuple[str, ...]:
+def _llama_leftovers(cfg: llama.LlamaConfig) -> tuple[str, ...]:
     unused = "|".join(str(cfg.layers + i) for i in range(UNUSED_LAYERS))
     return (
         rf"^layers\.({unused})\.",
@@ -110,7 +110,7 @@ def _block_rows(target: str, source: str) -> list[Row]:
     ]
 
 
-def _clip_rows(cfg: clip.Config) -> list[Row]:
+def _clip_rows(cfg: clip.ClipConfig) -> list[Row]:
     return [
         *embedding("token_embedding", "embeddings.token_embedding"),
         *embedding("position_embedding", "embeddings.position_embedding"),
@@ -119,14 +119,14 @@ def _clip_rows(cfg: clip.Config) -> list[Row]:
     ]
 
 
-def _clip_config(source: Source) -> clip.Config:
+def _clip_config(source: Source) -> clip.ClipConfig:
     config = _transformers_config(source, "text_config", "clip_text_model")
     if config is None:
         with reading_shapes(source.checkpoint.path):
             vocabulary, width = source.shape("embeddings.token_embedding.weight")
             return _sized(
                 source,
-                source.known_config(clip.Config(), "width", width),
+                source.known_config(clip.ClipConfig(), "width", width),
                 vocab_size=vocabulary,
                 max_tokens=source.shape("embeddings.position_embedding.weight")[0],
                 layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
@@ -134,7 +134,7 @@ def _clip_config(source: Source) -> clip.Config:
             )
     return _config(
         source,
-        clip.Config,
+        clip.ClipConfig,
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings,
         eos_token_id=config.eos_token_id,
@@ -142,11 +142,11 @@ def _clip_config(source: Source) -> clip.Config:
     )
 
 
-def _clip_leftovers(cfg: clip.Config) -> tuple[str, ...]:
+def _clip_leftovers(cfg: clip.ClipConfig) -> tuple[str, ...]:
     return (r"position_ids$",)
 
 
-def _siglip_rows(cfg: siglip.Config) -> list[Row]:
+def _siglip_rows(cfg: siglip.SiglipConfig) -> list[Row]:
     patch = Patch((cfg.patch_size, cfg.patch_size))
     return [
         *kernel("patch", "embeddings.patch_embedding", patch),
@@ -156,21 +156,21 @@ def _siglip_rows(cfg: siglip.Config) -> list[Row]:
     ]
 
 
-def _siglip_config(source: Source) -> siglip.Config:
+def _siglip_config(source: Source) -> siglip.SiglipConfig:
     config = _transformers_config(source, "vision_config", "siglip_vision_model")
     if config is None:
         with reading_shapes(source.checkpoint.path):
             width, _, patch_size, _ = source.shape("embeddings.patch_embedding.weight")
             return _sized(
                 source,
-                source.known_config(siglip.Config(), "width", width),
+                source.known_config(siglip.SiglipConfig(), "width", width),
                 patch_size=patch_size,
                 layers=source.count("encoder.layers.{i}.layer_norm1.weight"),
                 mlp_width=source.shape("encoder.layers.{i}.mlp.fc1.bias")[0],
             )
     return _config(
         source,
-        siglip.Config,
+        siglip.SiglipConfig,
         image_size=config.image_size,
         patch_size=config.patch_size,
         channels=config.num_channels,
@@ -178,7 +178,7 @@ def _siglip_config(source: Source) -> siglip.Config:
     )
 
 
-def _siglip_leftovers(cfg: siglip.Config) -> tuple[str, ...]:
+def _siglip_leftovers(cfg: siglip.SiglipConfig) -> tuple[str, ...]:
     return (r"^head\.", r"position_ids$")
 
 

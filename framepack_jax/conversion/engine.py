@@ -52,7 +52,7 @@ class Table:
     """One naming of one kind of network.
 
     A checkpoint that holds the tensor `landmark`, behind any prefix, is in this naming, unless it
-    holds `stranger` there too. `config` reads the model's Config off a `Source`, `rows` are those
+    holds `stranger` there too. `config` reads the model's config off a `Source`, `rows` are those
     for a config, and `leftovers` are regular expressions of names, without prefix, that may stay
     unused.
     """
@@ -80,8 +80,8 @@ class Table:
 class Source:
     """A network of a checkpoint, read by a table; names are without prefix.
 
-    `given` holds Config fields that a person supplies because the checkpoint may not tell them.
-    `like` is the Config of the network that this one replaces: it tells what neither shapes nor a
+    `given` holds config fields that a person supplies because the checkpoint may not tell them.
+    `like` is the config of the network that this one replaces: it tells what neither shapes nor a
     `config.json` tell. `others` are the prefixes of all networks in the checkpoint; `has_config`
     says whether the `config.json` beside it can be this network's.
     """
@@ -109,7 +109,7 @@ class Source:
         return [name for name in self.checkpoint.names() if not name.startswith(self.others)]
 
     def known_config(self, released: Any, name: str, size: Any) -> Any:
-        """Return the released model's Config or `like`, the first whose field `name` is `size`.
+        """Return the released model's config or `like`, the first whose field `name` is `size`.
         Raises ConversionError."""
         for cfg in (released, self.like):
             if cfg is not None and getattr(cfg, name) == size:

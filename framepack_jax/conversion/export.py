@@ -301,7 +301,9 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _transformer_config(cfg: transformer_model.Config, manifest: Manifest) -> dict[str, Any]:
+def _transformer_config(
+    cfg: transformer_model.TransformerConfig, manifest: Manifest
+) -> dict[str, Any]:
     fields = {
         "_class_name": "HunyuanVideoTransformer3DModel",
         "in_channels": cfg.in_channels,
@@ -331,12 +333,12 @@ def _transformer_config(cfg: transformer_model.Config, manifest: Manifest) -> di
     return fields | {
         "_class_name": "HunyuanVideoFramepackTransformer3DModel",
         "has_image_proj": cfg.image_dim is not None,
-        "image_proj_dim": cfg.image_dim or transformer_model.Config().image_dim,
+        "image_proj_dim": cfg.image_dim or transformer_model.TransformerConfig().image_dim,
         "has_clean_x_embedder": bool(cfg.context_kernels),
     }
 
 
-def _vae_config(cfg: vae_model.Config, manifest: Manifest) -> dict[str, Any]:
+def _vae_config(cfg: vae_model.VaeConfig, manifest: Manifest) -> dict[str, Any]:
     if set(manifest.latent_mean) - {0.0} or len(set(manifest.latent_std)) != 1:
         raise ConversionError(
             "the bundle normalises latents by channel; diffusers' VAE knows one scaling factor"
@@ -362,7 +364,7 @@ def _vae_config(cfg: vae_model.Config, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _block_config(cfg: clip.Config | siglip.Config) -> dict[str, Any]:
+def _block_config(cfg: clip.ClipConfig | siglip.SiglipConfig) -> dict[str, Any]:
     theirs = {ours: theirs for theirs, ours in encoders.ACTIVATIONS.items()}
     return {
         "hidden_size": cfg.width,
@@ -374,7 +376,7 @@ def _block_config(cfg: clip.Config | siglip.Config) -> dict[str, Any]:
     }
 
 
-def _clip_config(cfg: clip.Config, manifest: Manifest) -> dict[str, Any]:
+def _clip_config(cfg: clip.ClipConfig, manifest: Manifest) -> dict[str, Any]:
     return _block_config(cfg) | {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -384,7 +386,7 @@ def _clip_config(cfg: clip.Config, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _siglip_config(cfg: siglip.Config, manifest: Manifest) -> dict[str, Any]:
+def _siglip_config(cfg: siglip.SiglipConfig, manifest: Manifest) -> dict[str, Any]:
     """A bundle has no pooling head, and the model says so."""
     return _block_config(cfg) | {
         "architectures": ["SiglipVisionModel"],

@@ -39,7 +39,7 @@ from framepack_jax.conversion.weight_files import (
     open_checkpoint,
     read_json,
 )
-from framepack_jax.models.hunyuan.transformer import Config
+from framepack_jax.models.hunyuan.transformer import TransformerConfig
 from framepack_jax.models.lora import Factors, LoRA
 from framepack_jax.utils.files import atomic_write
 
@@ -169,7 +169,7 @@ def files_of(path: Path) -> list[Path]:
     return [*checkpoint.files, *([beside] if beside else [])]
 
 
-def read(path: Path, cfg: Config) -> LoadedLora:
+def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
     """The LoRA of a safetensors or PyTorch file, or of PEFT's folder, for a network of that config.
 
     Modules that the network does not have (a text encoder's, for one) are reported in the result.
@@ -222,7 +222,7 @@ def about(path: Path) -> dict[str, str]:
 def write(
     path: Path,
     lora: Mapping[str, Factors],
-    cfg: Config,
+    cfg: TransformerConfig,
     naming: str = "diffusers",
     about: Mapping[str, str] | None = None,
 ) -> None:
@@ -274,7 +274,7 @@ def _rank_and_alpha(pairs: Sequence[Pair]) -> dict[str, str]:
 
 
 def _to_pairs(
-    path: Path, lora: Mapping[str, Factors], cfg: Config, spelling: Naming
+    path: Path, lora: Mapping[str, Factors], cfg: TransformerConfig, spelling: Naming
 ) -> dict[str, tuple[Step, Pair]]:
     """{module: (its row, its factors as the file is to have them)}."""
     steps = kernel_steps(spelling.table, cfg)
@@ -294,7 +294,7 @@ def _to_pairs(
     return pairs
 
 
-def _places(cfg: Config) -> dict[str, Place]:
+def _places(cfg: TransformerConfig) -> dict[str, Place]:
     """Every module by its names, with underscores for dots."""
     places: dict[str, Place] = {}
     for naming, table in TABLES.items():

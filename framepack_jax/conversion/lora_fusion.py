@@ -26,7 +26,7 @@ import numpy as np
 
 from framepack_jax.conversion.engine import Step, Table, steps_of
 from framepack_jax.conversion.transforms import Linear, Patch, Swapped
-from framepack_jax.models.hunyuan.transformer import Config
+from framepack_jax.models.hunyuan.transformer import TransformerConfig
 from framepack_jax.models.lora import Factors, alike
 
 
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def kernel_steps(table: Table, cfg: Config) -> tuple[Step, ...]:
+def kernel_steps(table: Table, cfg: TransformerConfig) -> tuple[Step, ...]:
     """The rows of a table that make kernels, layer by layer; remembered, as several files are of
     one network."""
     steps = steps_of(table, cfg)

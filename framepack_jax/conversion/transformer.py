@@ -23,7 +23,7 @@ from framepack_jax.conversion.transforms import (
     norm,
 )
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
-from framepack_jax.models.hunyuan.transformer import PATCH, Config
+from framepack_jax.models.hunyuan.transformer import PATCH, TransformerConfig
 from framepack_jax.packing import kernel_shape
 
 KIND = "hunyuan_packed_dit"
@@ -48,10 +48,10 @@ COMFYUI_NAMES = (
     ("mlp.fc2.", "mlp.2."),
 )
 # Heads of the real models are this wide; only their RoPE axes are known without a config.
-RELEASED = Config()
+RELEASED = TransformerConfig()
 
 
-def _diffusers_rows(cfg: Config) -> list[Row]:
+def _diffusers_rows(cfg: TransformerConfig) -> list[Row]:
     time, text = "time_text_embed", "context_embedder.time_text_embed"
     refiner = "context_embedder.token_refiner.refiner_blocks.{i}"
     double, single = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
@@ -96,7 +96,7 @@ def _diffusers_rows(cfg: Config) -> list[Row]:
     ]
 
 
-def _framepack_rows(cfg: Config) -> list[Row]:
+def _framepack_rows(cfg: TransformerConfig) -> list[Row]:
     """What FramePack adds to the base model."""
     return [
         *[
@@ -113,7 +113,7 @@ def _framepack_rows(cfg: Config) -> list[Row]:
     ]
 
 
-def _tencent_rows(cfg: Config) -> list[Row]:
+def _tencent_rows(cfg: TransformerConfig) -> list[Row]:
     refiner = "txt_in.individual_token_refiner.blocks.{i}"
     double, single = "double_blocks.{i}", "single_blocks.{i}"
     return [
@@ -155,11 +155,11 @@ def _tencent_side(side: str, double: str) -> list[Row]:
     ]
 
 
-def _tencent_framepack_rows(cfg: Config) -> list[Row]:
+def _tencent_framepack_rows(cfg: TransformerConfig) -> list[Row]:
     return [*_tencent_rows(cfg), *_framepack_rows(cfg)]
 
 
-def _comfyui_rows(cfg: Config) -> list[Row]:
+def _comfyui_rows(cfg: TransformerConfig) -> list[Row]:
     def renamed(name: str) -> str:
         for theirs, ours in COMFYUI_NAMES:
             name = name.replace(theirs, ours)
@@ -171,11 +171,11 @@ def _comfyui_rows(cfg: Config) -> list[Row]:
     ]
 
 
-def _comfyui_framepack_rows(cfg: Config) -> list[Row]:
+def _comfyui_framepack_rows(cfg: TransformerConfig) -> list[Row]:
     return [*_comfyui_rows(cfg), *_framepack_rows(cfg)]
 
 
-def _comfyui_weight_rows(cfg: Config) -> list[Row]:
+def _comfyui_weight_rows(cfg: TransformerConfig) -> list[Row]:
     return [
         dataclasses.replace(
             row, sources=tuple(name.replace("_norm.scale", "_norm.weight") for name in row.sources)
@@ -202,13 +202,13 @@ def _single_out(source: str) -> list[Row]:
     ]
 
 
-def _config(source: Source) -> Config:
+def _config(source: Source) -> TransformerConfig:
     """From `config.json`, else from shapes."""
     fields = source.config_json()
     return _config_from_shapes(source) if fields is None else _config_from_json(source, fields)
 
 
-def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
+def _config_from_json(source: Source, fields: dict[str, Any]) -> TransformerConfig:
     if "num_attention_heads" not in fields:
         raise ConversionError(
             f"{source.checkpoint.folder}/config.json belongs to another model (it has no"
@@ -233,7 +233,7 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
     axes = source.given.get("rope_axes") or fields.get("rope_axes_dim", RELEASED.rope_axes)
     cfg = make_config(
         source.checkpoint.folder / "config.json",
-        Config,
+        TransformerConfig,
         **sizes,
         image_dim=fields.get("image_proj_dim", 1152) if fields.get("has_image_proj") else None,
         context_kernels=tuple(CONTEXT_NAMES) if fields.get("has_clean_x_embedder") else (),
@@ -242,7 +242,7 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
     return _with_checked_axes(source, cfg)
 
 
-def _config_from_shapes(source: Source) -> Config:
+def _config_from_shapes(source: Source) -> TransformerConfig:
     rows = source.table.rows(RELEASED)
     tensor = {target: row.sources[0] for row in rows for target in row.targets}
 
@@ -257,7 +257,7 @@ def _config_from_shapes(source: Source) -> Config:
         (head_dim,) = shape("double/{i}/img_q_norm/scale")
         cfg = make_config(
             source.checkpoint.path,
-            Config,
+            TransformerConfig,
             in_channels=in_channels,
             out_channels=shape("head/out/bias")[0] // 4,
             heads=width // head_dim,
@@ -283,7 +283,7 @@ def _known_axes(source: Source, head_dim: int) -> tuple[int, ...]:
     return (source.like if replaces else RELEASED).rope_axes
 
 
-def _with_checked_axes(source: Source, cfg: Config) -> Config:
+def _with_checked_axes(source: Source, cfg: TransformerConfig) -> TransformerConfig:
     axes = cfg.rope_axes if isinstance(cfg.rope_axes, tuple) else (cfg.rope_axes,)
     # Numbers are turned in pairs.
     if any(axis <= 0 or axis % 2 for axis in axes):
@@ -349,10 +349,10 @@ def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int) ->
     training moves it from there.
     """
 
-    def base(cfg: Config) -> Config:
+    def base(cfg: TransformerConfig) -> TransformerConfig:
         return dataclasses.replace(cfg, context_kernels=(), image_dim=None)
 
-    def config(source: Source) -> Config:
+    def config(source: Source) -> TransformerConfig:
         # By its own table: shapes of rows that have no tensor tell nothing.
         cfg = table.config(dataclasses.replace(source, table=table))
         if cfg != base(cfg):
@@ -362,7 +362,7 @@ def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int) ->
             )
         return dataclasses.replace(cfg, context_kernels=context_kernels, image_dim=image_dim)
 
-    def rows(cfg: Config) -> list[Row]:
+    def rows(cfg: TransformerConfig) -> list[Row]:
         known = table.rows(base(cfg))
         (patch,) = {row.sources[0] for row in known if row.targets == ("embed/patch/kernel",)}
         patch = patch.removesuffix(".weight")

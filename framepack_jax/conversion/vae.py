@@ -13,17 +13,17 @@ from typing import Any
 from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.transforms import Conv, Pointwise, Row, each, kernel, linear, norm
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
-from framepack_jax.models.hunyuan.vae import Config
+from framepack_jax.models.hunyuan.vae import VaeConfig
 
 SCALING_FACTOR = 0.476986
 BLOCK_TYPES = {
     "HunyuanVideoDownBlock3D", "DownEncoderBlockCausal3D",
     "HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D",
 }  # fmt: skip
-RELEASED = Config()
+RELEASED = VaeConfig()
 
 
-def _diffusers_rows(cfg: Config) -> list[Row]:
+def _diffusers_rows(cfg: VaeConfig) -> list[Row]:
     return [
         *_outer_rows("encoder.conv_norm_out", "decoder.conv_norm_out"),
         *_resnet("encoder/down_{i}/resnet_{j}", "encoder.down_blocks.{i}.resnets.{j}"),
@@ -45,7 +45,7 @@ def _diffusers_middle(half: str) -> list[Row]:
     ]
 
 
-def _comfyui_rows(cfg: Config) -> list[Row]:
+def _comfyui_rows(cfg: VaeConfig) -> list[Row]:
     return [
         *_outer_rows("encoder.norm_out", "decoder.norm_out"),
         *_comfyui_resnet("encoder/down_{i}/resnet_{j}", "encoder.down.{i}.block.{j}"),
@@ -56,7 +56,7 @@ def _comfyui_rows(cfg: Config) -> list[Row]:
     ]
 
 
-def _comfyui_up(cfg: Config, block: int) -> list[Row]:
+def _comfyui_up(cfg: VaeConfig, block: int) -> list[Row]:
     up = f"decoder.up.{len(cfg.channels) - 1 - block}"
     return [
         *_comfyui_resnet(f"decoder/up_{block}/resnet_{{j}}", f"{up}.block.{{j}}"),
@@ -111,12 +111,12 @@ def _pointwise(target: str, sources: str | tuple[str, ...]) -> list[Row]:
     return [dataclasses.replace(weight, transform=Pointwise(weight.transform)), bias]
 
 
-def _config(source: Source) -> Config:
+def _config(source: Source) -> VaeConfig:
     fields = source.config_json()
     return _config_from_shapes(source) if fields is None else _config_from_json(source, fields)
 
 
-def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
+def _config_from_json(source: Source, fields: dict[str, Any]) -> VaeConfig:
     if "block_out_channels" not in fields:
         raise ConversionError(
             f"{source.checkpoint.folder}/config.json belongs to another model (it has no"
@@ -144,13 +144,13 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> Config:
     channels = fields["block_out_channels"]
     return make_config(
         source.checkpoint.folder / "config.json",
-        Config,
+        VaeConfig,
         **sizes,
         channels=tuple(channels) if _is_list(channels) else channels,
     )
 
 
-def _config_from_shapes(source: Source) -> Config:
+def _config_from_shapes(source: Source) -> VaeConfig:
     rows = source.table.rows(RELEASED)
     tensor = {target: row.sources[0] for row in rows for target in row.targets}
     block = tensor["encoder/down_{i}/resnet_{j}/conv2/bias"].replace("{j}", "0")
@@ -160,7 +160,7 @@ def _config_from_shapes(source: Source) -> Config:
         channels = tuple(source.shape(block.replace("{i}", str(i)))[0] for i in blocks)
         return make_config(
             source.checkpoint.path,
-            Config,
+            VaeConfig,
             **dataclasses.asdict(source.known_config(RELEASED, "channels", channels))
             | {
                 "in_channels": source.shape("encoder.conv_in.conv.weight")[1],
@@ -189,7 +189,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _leftovers(cfg: Config) -> tuple[str, ...]:
+def _leftovers(cfg: VaeConfig) -> tuple[str, ...]:
     """Tencent's file may carry what its training needed."""
     return (r"^loss\.",)
 

@@ -161,7 +161,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def make_config(file: Path, config_class: type, **values: Any) -> Any:
-    """A model's Config of numbers that stand in `file`.
+    """A model's config of numbers that stand in `file`.
 
     Raises ConversionError where one is of another type than its default, not positive, or beyond
     all networks (counting to it would take forever), and where they do not fit each other.

@@ -1,9 +1,9 @@
 """The kinds of network that a bundle can hold, by name.
 
-The module of a kind offers six names:
+A config, of CONFIGS, is a frozen dataclass of everything that decides the parameters' shapes. The
+module of a kind offers five names:
 
-- `Config`, a frozen dataclass of everything that decides the parameters' shapes;
-- `STACKS`, {top-level parameter name: the Config field that holds its number of layers};
+- `STACKS`, {top-level parameter name: the config field that holds its number of layers};
 - `STREAMED`, those of the stacks that need not be on the device as a whole
   (`scan.OffloadedLayers`): the functions then are called outside of `jax.jit`;
 - `SHARDINGS`, the rules of `sharding.resolve` by which its parameters are divided over a mesh;
@@ -27,6 +27,13 @@ KINDS: dict[str, ModuleType] = {
     "llama": llama,
     "clip_text": clip,
     "siglip_vision": siglip,
+}
+CONFIGS: dict[str, type] = {
+    "hunyuan_packed_dit": transformer.TransformerConfig,
+    "hunyuan_vae": vae.VaeConfig,
+    "llama": llama.LlamaConfig,
+    "clip_text": clip.ClipConfig,
+    "siglip_vision": siglip.SiglipConfig,
 }
 
 

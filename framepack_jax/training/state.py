@@ -83,7 +83,7 @@ def model_of(cfg: TrainConfig, manifest: bundle.Manifest) -> Model:
     module, config = bundle.role_config(manifest, "transformer")
     if cfg.network:
         fields = dataclasses.asdict(config) | dict(cfg.network)
-        config = bundle.config_from_json(module.Config, fields)
+        config = bundle.config_from_json(type(config), fields)
     return Model(module, config, manifest.roles["transformer"].kind)
 
 

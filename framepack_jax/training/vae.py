@@ -121,7 +121,7 @@ class Figures(NamedTuple):
 
 
 def losses(
-    cfg: vae.Config, params: scan.Params, clips: jax.Array, key: jax.Array
+    cfg: vae.VaeConfig, params: scan.Params, clips: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(squared error, that of the first frames alone, divergence a latent number) of clips
     (B, T, H, W, C) in [-1, 1], through a sample of their latents."""
@@ -143,7 +143,7 @@ def losses(
 
 def train_step(
     cfg: VaeTrainConfig,
-    network: vae.Config,
+    network: vae.VaeConfig,
     tx: Any,
     state: State,
     clips: jax.Array,
@@ -224,22 +224,25 @@ def transformation(cfg: VaeTrainConfig) -> optax.GradientTransformation:
     return optax.partition({"trained": tx, "kept": optax.set_to_zero()}, parts)
 
 
-def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> vae.Config:
+def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> vae.VaeConfig:
     """The VAE of a bundle, or one of other sizes. Raises BundleError."""
     _, network = bundle.role_config(manifest, "vae")
     if cfg.network:
         fields = dataclasses.asdict(network) | dict(cfg.network)
-        network = bundle.config_from_json(vae.Config, fields)
+        network = bundle.config_from_json(vae.VaeConfig, fields)
     return network
 
 
-def init(cfg: VaeTrainConfig, network: vae.Config) -> scan.Params:
+def init(cfg: VaeTrainConfig, network: vae.VaeConfig) -> scan.Params:
     """Random parameters."""
     return vae.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
 
 
 def first_params(
-    cfg: VaeTrainConfig, network: vae.Config, manifest: bundle.Manifest, bundle_path: epath.PathLike
+    cfg: VaeTrainConfig,
+    network: vae.VaeConfig,
+    manifest: bundle.Manifest,
+    bundle_path: epath.PathLike,
 ) -> scan.Params:
     """Parameters before the first step. Raises BundleError, RunError."""
     if cfg.init == "scratch":
@@ -269,7 +272,7 @@ def inflated(params: scan.Params) -> scan.Params:
     return unflatten_dict({p: last(x) if p in convolutions else x for p, x in leaves.items()})
 
 
-def trained_params(network: vae.Config, run: str, step: int) -> scan.Params:
+def trained_params(network: vae.VaeConfig, run: str, step: int) -> scan.Params:
     """The parameters of a run, their moving average where it keeps one. Raises RunError."""
     part = "ema" if checkpoints.read_record(run)["config"]["ema"] else "params"
     abstract = jax.eval_shape(lambda: vae.init(network, jax.random.key(0)))
@@ -349,7 +352,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _run(
-    cfg: VaeTrainConfig, network: vae.Config, tx: Any, mesh: Mesh, manager: Any, clips: Clips,
+    cfg: VaeTrainConfig, network: vae.VaeConfig, tx: Any, mesh: Mesh, manager: Any, clips: Clips,
     held: Sequence[ListedVideo], state: State,
 ) -> int:  # fmt: skip
     """From a state to the last step, or to where the run is asked to stop."""
@@ -412,7 +415,9 @@ def _run(
         return step
 
 
-def _compiled(cfg: VaeTrainConfig, network: vae.Config, tx: Any, mesh: Mesh, state: State) -> Any:
+def _compiled(
+    cfg: VaeTrainConfig, network: vae.VaeConfig, tx: Any, mesh: Mesh, state: State
+) -> Any:
     """The step of (state, clips, learning rate), which uses the state up; it lies afterwards where
     it lay before."""
     step = jax.jit(
@@ -437,14 +442,14 @@ def _said(figures: Mapping[str, float]) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def reconstruct(cfg: vae.Config, params: scan.Params, clips: jax.Array) -> jax.Array:
+def reconstruct(cfg: vae.VaeConfig, params: scan.Params, clips: jax.Array) -> jax.Array:
     """Clips (B, T, H, W, C) in [-1, 1] through the modes of their latents."""
     mean, _ = vae.encode(cfg, params, clips, vae.Tiling(frames=None))
     return jnp.clip(vae.decode(cfg, params, mean, vae.Tiling(frames=None)), -1, 1)
 
 
 def validate(
-    network: vae.Config,
+    network: vae.VaeConfig,
     params: scan.Params,
     held: Sequence[ListedVideo],
     frames: int,
@@ -479,7 +484,7 @@ def validate(
 
 
 def latent_statistics(
-    network: vae.Config, params: scan.Params, videos: Sequence[ListedVideo], frames: int
+    network: vae.VaeConfig, params: scan.Params, videos: Sequence[ListedVideo], frames: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, standard deviation) of each latent channel over the middle clips of videos."""
     encode = jax.jit(lambda p, x: vae.encode(network, p, x, vae.Tiling(frames=None))[0])

@@ -111,7 +111,7 @@ def test_too_few_sections_are_refused(capsys) -> None:
 
 @pytest.mark.parametrize("schedule", [F1, "f1k1_x_g2_f1k1f2k2f16k4_td"])
 def test_flops_are_those_of_the_traced_network(schedule: str) -> None:
-    cfg = transformer.Config(
+    cfg = transformer.TransformerConfig(
         heads=2, head_dim=16, double_layers=3, single_layers=2, refiner_layers=2,
         text_dim=20, pooled_dim=12, image_dim=28, rope_axes=(4, 6, 6),
     )  # fmt: skip

@@ -59,7 +59,7 @@ def abstract_mesh(**sizes: int) -> AbstractMesh:
 def full_size(kind: str, cfg=None):
     """Shapes of all parameters, in bfloat16, and their specs."""
     model = registry.KINDS[kind]
-    params = jax.eval_shape(lambda: model.init(cfg or model.Config(), jax.random.key(0)))
+    params = jax.eval_shape(lambda: model.init(cfg or registry.CONFIGS[kind](), jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
     return params, sharding.resolve(model.SHARDINGS, params)
 
@@ -106,7 +106,7 @@ def test_a_mesh_that_is_not_of_the_devices_is_refused(sizes, message):
 def test_devices_are_divided_for_one_video(count, heads, fsdp, context):
     sizes = sharding.default_sizes(count, heads)
     assert sizes == {"fsdp": fsdp, "context": context}
-    transformer.check_mesh(transformer.Config(heads=heads), sizes)
+    transformer.check_mesh(transformer.TransformerConfig(heads=heads), sizes)
 
 
 def test_every_network_of_the_released_bundle_loads_on_the_mesh_of_its_devices():
@@ -150,9 +150,9 @@ def test_devices_for_no_video_are_refused():
 def test_a_mesh_that_does_not_divide_the_heads_is_refused(sizes, message):
     for mesh in (sizes, abstract_mesh(**sizes)):
         with pytest.raises(ValueError, match=message):
-            transformer.check_mesh(transformer.Config(), mesh)
+            transformer.check_mesh(transformer.TransformerConfig(), mesh)
     # What is left after the heads divides queries.
-    transformer.check_mesh(transformer.Config(), abstract_mesh(fsdp=16, context=2))
+    transformer.check_mesh(transformer.TransformerConfig(), abstract_mesh(fsdp=16, context=2))
 
 
 def test_rules_are_matched_to_whole_paths():
@@ -453,7 +453,7 @@ def test_a_picture_is_divided_by_rows(measured):
 
 def main(meshes: list[str]) -> None:
     """Print, for each mesh, how far velocity and gradient are from those of one device."""
-    cfg = transformer.Config(
+    cfg = transformer.TransformerConfig(
         in_channels=4, out_channels=4, heads=12, head_dim=6, double_layers=2, single_layers=2,
         refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
         rope_axes=(2, 2, 2), context_kernels=("k1",),
@@ -527,7 +527,7 @@ def of_sampler(cfg, params, arrays) -> float:
 
 def of_vae() -> dict:
     """A clip encoded and decoded, with its rows over all devices: of one sample `data` too."""
-    cfg = vae.Config(
+    cfg = vae.VaeConfig(
         channels=(8, 16), norm_groups=4, layers_per_block=1, space_compression=2,
         time_compression=2, latent_channels=4,
     )  # fmt: skip
@@ -554,7 +554,7 @@ def of_vae() -> dict:
     }
 
 
-def example(cfg: transformer.Config):
+def example(cfg: transformer.TransformerConfig):
     """Random parameters, biases and norms too, and a batch of 8 with prompts of all lengths:
     (params, inputs of `velocity`, target)."""
     random = np.random.default_rng(0)

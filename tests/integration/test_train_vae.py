@@ -43,7 +43,7 @@ def get_config():
 
 
 # Of two resolutions, which compile in half the time of four.
-SMALL = model.Config(
+SMALL = model.VaeConfig(
     channels=(4, 8), layers_per_block=1, norm_groups=2, space_compression=4, time_compression=2
 )
 

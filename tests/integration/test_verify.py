@@ -21,7 +21,7 @@ from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 
-CFG = transformer_model.Config(
+CFG = transformer_model.TransformerConfig(
     heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, mlp_ratio=2.0,
     text_dim=20, pooled_dim=12, image_dim=10, rope_axes=(4, 6, 6),
 )  # fmt: skip
@@ -29,7 +29,9 @@ BASE = dataclasses.replace(CFG, context_kernels=(), image_dim=None)
 LEAF = "double/01/img_qkv/kernel"
 
 
-def write_checkpoint(file: Path, cfg: transformer_model.Config, dtype: str = "bfloat16") -> Path:
+def write_checkpoint(
+    file: Path, cfg: transformer_model.TransformerConfig, dtype: str = "bfloat16"
+) -> Path:
     """Random weights in diffusers' names."""
     random = np.random.default_rng(0)
     tensors = [
@@ -42,7 +44,7 @@ def write_checkpoint(file: Path, cfg: transformer_model.Config, dtype: str = "bf
     return file
 
 
-def make(folder: Path, cfg: transformer_model.Config = CFG, **flags) -> tuple[Path, str]:
+def make(folder: Path, cfg: transformer_model.TransformerConfig = CFG, **flags) -> tuple[Path, str]:
     """(checkpoint, bundle)."""
     source = write_checkpoint(folder / "source.safetensors", cfg)
     root = str(folder / "bundle")

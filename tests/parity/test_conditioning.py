@@ -58,7 +58,7 @@ def encoders(folder, settings) -> conditioning.Encoders:
         return config, load_file(pipeline / role / "model.safetensors")
 
     fields, state = read("text_encoder")
-    text = llama.Config(
+    text = llama.LlamaConfig(
         vocab_size=fields["vocab_size"], width=fields["hidden_size"],
         layers=fields["num_hidden_layers"] - 2, heads=fields["num_attention_heads"],
         kv_heads=fields["num_key_value_heads"], head_dim=fields["head_dim"],
@@ -66,12 +66,12 @@ def encoders(folder, settings) -> conditioning.Encoders:
         rope_theta=fields["rope_parameters"]["rope_theta"],
     )  # fmt: skip
     fields_2, state_2 = read("text_encoder_2")
-    text_2 = clip.Config(
+    text_2 = clip.ClipConfig(
         **_shared(fields_2), vocab_size=fields_2["vocab_size"], activation=fields_2["hidden_act"],
         max_tokens=fields_2["max_position_embeddings"], eos_token_id=fields_2["eos_token_id"],
     )  # fmt: skip
     fields_3, state_3 = read("image_encoder")
-    vision = siglip.Config(
+    vision = siglip.SiglipConfig(
         **_shared(fields_3), image_size=fields_3["image_size"], patch_size=fields_3["patch_size"]
     )
     return conditioning.Encoders(
@@ -245,7 +245,7 @@ def test_no_torch_is_needed(folder):
 def test_start_latent(folder, reference, image):
     state = safetensors.torch.load_file(folder / "pipeline/vae/diffusion_pytorch_model.safetensors")
     fields = json.loads((folder / "pipeline/vae/config.json").read_text())
-    cfg = vae.Config(
+    cfg = vae.VaeConfig(
         channels=tuple(fields["block_out_channels"]), layers_per_block=fields["layers_per_block"],
         norm_groups=fields["norm_num_groups"], latent_channels=fields["latent_channels"],
     )  # fmt: skip

@@ -32,7 +32,7 @@ from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.transformer import Config
+from framepack_jax.models.hunyuan.transformer import TransformerConfig
 from framepack_jax.packing import PackedContext
 from framepack_jax.utils import prefetch
 from tests.fixtures.torch_reference import randomize, relative_error
@@ -43,7 +43,7 @@ SIZES = {
     "num_refiner_layers": 1, "mlp_ratio": 2.0, "text_embed_dim": 20, "pooled_projection_dim": 12,
     "rope_axes_dim": (4, 6, 6),
 }  # fmt: skip
-CFG = Config(
+CFG = TransformerConfig(
     heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, mlp_ratio=2.0,
     text_dim=20, pooled_dim=12, image_dim=10, rope_axes=(4, 6, 6),
 )  # fmt: skip
@@ -231,7 +231,7 @@ def test_diffusers_transformer(framepack, tmp_path) -> None:
 
 def test_vae(autoencoder, tmp_path) -> None:
     plan = plan_of(write_folder(autoencoder, tmp_path / "vae"), "vae")
-    assert plan.cfg == vae.Config(
+    assert plan.cfg == vae.VaeConfig(
         channels=(4, 8, 8), layers_per_block=1, norm_groups=2, latent_channels=5,
         space_compression=4,
     )  # fmt: skip

@@ -15,12 +15,12 @@ from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.encoders.block import ACTIVATIONS
 from tests.fixtures.torch_reference import randomize, relative_error
 
-LLAMA = llama.Config(
+LLAMA = llama.LlamaConfig(
     vocab_size=50, width=24, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=40
 )
-CLIP = clip.Config(vocab_size=40, width=24, layers=2, heads=3, mlp_width=36, max_tokens=12)
+CLIP = clip.ClipConfig(vocab_size=40, width=24, layers=2, heads=3, mlp_width=36, max_tokens=12)
 # 17 pixels: three beyond the last whole patch.
-SIGLIP = siglip.Config(width=24, layers=2, heads=3, mlp_width=40, image_size=17, patch_size=7)
+SIGLIP = siglip.SiglipConfig(width=24, layers=2, heads=3, mlp_width=40, image_size=17, patch_size=7)
 
 llama_states, clip_pooled, siglip_states = (
     jax.jit(f, static_argnums=0) for f in (llama.hidden_states, clip.pooled, siglip.hidden_states)
@@ -34,7 +34,7 @@ def state_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {k: v.numpy() for k, v in module.state_dict().items()}
 
 
-def llama_params(state: dict[str, np.ndarray], cfg: llama.Config) -> scan.Params:
+def llama_params(state: dict[str, np.ndarray], cfg: llama.LlamaConfig) -> scan.Params:
     """Our parameters from a transformers state dict; layers beyond cfg.layers are left out."""
     state = {re.sub(r"^model\.", "", k): v for k, v in state.items()}
     leaves = {"embed/embedding": state["embed_tokens.weight"]}
@@ -72,7 +72,7 @@ def encoder_layers(state: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
     return leaves
 
 
-def clip_params(state: dict[str, np.ndarray], cfg: clip.Config) -> scan.Params:
+def clip_params(state: dict[str, np.ndarray], cfg: clip.ClipConfig) -> scan.Params:
     state = {re.sub(r"^text_model\.", "", k): v for k, v in state.items()}
     leaves = {
         "token_embedding/embedding": state["embeddings.token_embedding.weight"],
@@ -83,7 +83,7 @@ def clip_params(state: dict[str, np.ndarray], cfg: clip.Config) -> scan.Params:
     return scan.stack_layers(leaves | encoder_layers(state, cfg), clip.STACKS)
 
 
-def siglip_params(state: dict[str, np.ndarray], cfg: siglip.Config) -> scan.Params:
+def siglip_params(state: dict[str, np.ndarray], cfg: siglip.SiglipConfig) -> scan.Params:
     state = {re.sub(r"^vision_model\.", "", k): v for k, v in state.items()}
     patch = state["embeddings.patch_embedding.weight"]
     leaves = {
@@ -157,7 +157,7 @@ CLIP_IDS = np.array([
 )
 def test_clip(eos, activation, theirs_name, positions):
     reference = clip_reference(eos, theirs_name)
-    cfg = clip.Config(**vars(CLIP) | {"eos_token_id": eos, "activation": activation})
+    cfg = clip.ClipConfig(**vars(CLIP) | {"eos_token_id": eos, "activation": activation})
     assert clip.end_of_text(cfg, CLIP_IDS).tolist() == positions
     with torch.no_grad():
         theirs = reference(torch.tensor(CLIP_IDS)).pooler_output
@@ -198,7 +198,7 @@ def test_activations():
     [("llama", 7_068_958_720), ("clip_text", 123_060_480), ("siglip_vision", 412_987_248)],
 )
 def test_full_size(kind, count):
-    assert registry.parameter_count(kind, registry.KINDS[kind].Config()) == count
+    assert registry.parameter_count(kind, registry.CONFIGS[kind]()) == count
 
 
 # Kind -> config, function, random parameters by way of transformers, inputs.

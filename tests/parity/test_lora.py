@@ -441,7 +441,7 @@ class Original:
     """Tencent's toy network: config, its tensors, the leaves they become, and its matrices adapted
     at random, {module: (down, up, alpha)}."""
 
-    cfg: transformer.Config
+    cfg: transformer.TransformerConfig
     tensors: Tensors
     leaves: Tensors
     adapters: dict[str, tuple[np.ndarray, np.ndarray, float]]

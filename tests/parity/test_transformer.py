@@ -244,7 +244,7 @@ def test_base_model(tmp_path) -> None:
 
 
 def test_parameter_counts_at_full_size() -> None:
-    full = transformer.Config()
+    full = transformer.TransformerConfig()
     assert registry.parameter_count("hunyuan_packed_dit", full) == 12_874_314_816
     base = dataclasses.replace(full, context_kernels=(), image_dim=None)
     assert registry.parameter_count("hunyuan_packed_dit", base) == 12_821_012_544
@@ -252,7 +252,7 @@ def test_parameter_counts_at_full_size() -> None:
 
 def test_full_size_step_by_shapes() -> None:
     """608 x 640, latent window 9: 17500 image tokens."""
-    cfg = transformer.Config()
+    cfg = transformer.TransformerConfig()
     params = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
 
     def shape(*dims, dtype=jnp.float32):
@@ -282,7 +282,7 @@ def test_full_size_step_by_shapes() -> None:
 def test_every_kernel_embeds(kernel: str) -> None:
     """Tokens and RoPE tables of any kernel have the length that `packing` says."""
     stored = transformer.POOLED_KERNELS.get(kernel, kernel)
-    cfg = transformer.Config(
+    cfg = transformer.TransformerConfig(
         heads=1, head_dim=8, double_layers=1, single_layers=1, refiner_layers=1, text_dim=4,
         pooled_dim=4, image_dim=4, rope_axes=(2, 2, 4), context_kernels=(stored,),
     )  # fmt: skip

@@ -16,13 +16,13 @@ from flax.traverse_util import unflatten_dict
 
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.vae import Config, Tiling
+from framepack_jax.models.hunyuan.vae import Tiling, VaeConfig
 from framepack_jax.ops import conv
 from tests.fixtures.torch_reference import randomize, relative_error, to_jax
 
 PARITY = 2e-4
 DEFAULT = Tiling()
-SMALL = Config(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4)
+SMALL = VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4)
 NAMES = (
     (r"(down|up)_blocks\.(\d+)\.", r"\1_\2."),
     (r"mid_block\.", "mid."),
@@ -58,10 +58,10 @@ def vae_params(state_dict: Mapping[str, torch.Tensor]) -> dict:
     return unflatten_dict(leaves)
 
 
-Pair = tuple[Config, dict, AutoencoderKLHunyuanVideo]
+Pair = tuple[VaeConfig, dict, AutoencoderKLHunyuanVideo]
 
 
-def torch_model(cfg: Config) -> AutoencoderKLHunyuanVideo:
+def torch_model(cfg: VaeConfig) -> AutoencoderKLHunyuanVideo:
     blocks = len(cfg.channels)
     return AutoencoderKLHunyuanVideo(
         in_channels=cfg.in_channels,
@@ -77,7 +77,7 @@ def torch_model(cfg: Config) -> AutoencoderKLHunyuanVideo:
     )
 
 
-def make_pair(cfg: Config) -> Pair:
+def make_pair(cfg: VaeConfig) -> Pair:
     """(config, our parameters, diffusers' model), the same random weights in both."""
     model = randomize(torch_model(cfg), seed=cfg.layers_per_block)
     return cfg, vae_params(model.state_dict()), model
@@ -146,7 +146,7 @@ def test_tiles_in_time_and_space_match_diffusers(small):
 
 
 def test_deeper_and_wider_network_matches_diffusers():
-    cfg = Config(channels=(8, 12, 12, 24), layers_per_block=2, norm_groups=2, latent_channels=6)
+    cfg = VaeConfig(channels=(8, 12, 12, 24), layers_per_block=2, norm_groups=2, latent_channels=6)
     deep = make_pair(cfg)
     shapes = jax.eval_shape(lambda key: vae.init(cfg, key), jax.random.key(0))
     assert jax.tree.map(jnp.shape, deep[1]) == jax.tree.map(jnp.shape, shapes)
@@ -202,7 +202,7 @@ def grow(x: np.ndarray) -> np.ndarray:
     ],
 )
 def test_seams_match_diffusers(monkeypatch, frames, rows, tiling):
-    cfg = Config(4, 2, 2, (4, 4, 4, 4), 1, 4)
+    cfg = VaeConfig(4, 2, 2, (4, 4, 4, 4), 1, 4)
     model = torch_model(cfg)
     for name, standin in (
         ("encoder", Standin(shrink)),
@@ -233,7 +233,7 @@ def test_squares_have_one_shape_and_fade_evenly(monkeypatch, rows):
     monkeypatch.setattr(vae, "_decode", first_cell)
     places = np.indices((rows, columns), np.float32).transpose(1, 2, 0)[None, None]
     tiling = Tiling(frames=None, size=8 * size, stride=8 * stride)
-    cfg = Config(4, 2, 2, (4, 4, 4, 4), 1, 4)
+    cfg = VaeConfig(4, 2, 2, (4, 4, 4, 4), 1, 4)
     found = vae.decode(cfg, {"decoder": {}}, jnp.asarray(places), tiling)
     assert seen == {(1, 1, size, size, 2)}
 
@@ -279,7 +279,7 @@ def test_half_precision_stays_close_and_keeps_its_dtype(small):
 
 @pytest.mark.parametrize("block", ["down", "mid", "up"])
 def test_gradient_is_finite_and_reaches_every_parameter(block):
-    cfg = Config(
+    cfg = VaeConfig(
         channels=(4, 8), layers_per_block=1, norm_groups=2, space_compression=2, time_compression=2
     )
     module = {
@@ -295,7 +295,7 @@ def test_gradient_is_finite_and_reaches_every_parameter(block):
 
 
 def test_full_size_has_the_released_number_of_parameters():
-    params = jax.eval_shape(lambda key: vae.init(Config(), key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: vae.init(VaeConfig(), key), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 246_478_803
 
 
@@ -310,7 +310,9 @@ def test_full_size_has_the_released_number_of_parameters():
     ],
 )
 def test_strides_follow_diffusers(blocks, space, strides):
-    cfg = Config(channels=(4,) * blocks, layers_per_block=1, norm_groups=4, space_compression=space)
+    cfg = VaeConfig(
+        channels=(4,) * blocks, layers_per_block=1, norm_groups=4, space_compression=space
+    )
     assert cfg.strides == strides
     model = torch_model(cfg)
     for block, stride in zip(model.encoder.down_blocks, strides, strict=True):
@@ -324,13 +326,13 @@ def test_strides_follow_diffusers(blocks, space, strides):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: Config(channels=(8, 8), space_compression=8), "space_compression is 8"),
-        (lambda: Config(time_compression=3), "time_compression is 3"),
-        (lambda: vae.encode(Config(), {}, jnp.zeros((1, 1, 12, 16, 3))), "got 12x16"),
-        (lambda: vae.encode(Config(), {}, jnp.zeros((1, 3, 1, 16, 16))), r"\(B, T, H, W, 3\)"),
-        (lambda: vae.decode(Config(), {}, jnp.zeros((1, 16, 1, 2, 2))), r"\(B, T, H, W, 16\)"),
+        (lambda: VaeConfig(channels=(8, 8), space_compression=8), "space_compression is 8"),
+        (lambda: VaeConfig(time_compression=3), "time_compression is 3"),
+        (lambda: vae.encode(VaeConfig(), {}, jnp.zeros((1, 1, 12, 16, 3))), "got 12x16"),
+        (lambda: vae.encode(VaeConfig(), {}, jnp.zeros((1, 3, 1, 16, 16))), r"\(B, T, H, W, 3\)"),
+        (lambda: vae.decode(VaeConfig(), {}, jnp.zeros((1, 16, 1, 2, 2))), r"\(B, T, H, W, 16\)"),
         (
-            lambda: vae.decode(Config(), {}, jnp.zeros((1, 1, 2, 2, 16)), Tiling(size=64)),
+            lambda: vae.decode(VaeConfig(), {}, jnp.zeros((1, 1, 2, 2, 16)), Tiling(size=64)),
             "size 64 at a stride of None",
         ),
     ],

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class EncoderBlock(nn.Module):
     """Self-attention, then a two-layer MLP, each added to the stream: (B, L, D) -> (B, L, D).
 
-    `cfg` is a `clip.Config` or a `siglip.Config`.
+    `cfg` is a `clip.ClipConfig` or a `siglip.SiglipConfig`.
     """
 
     cfg: Any

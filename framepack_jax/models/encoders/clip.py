@@ -35,7 +35,7 @@ LEGACY_EOS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ClipConfig:
     """Sizes of the network; `activation` is a key of `encoder_block.ACTIVATIONS`."""
 
     vocab_size: int = 49408
@@ -49,7 +49,7 @@ class Config:
     eos_token_id: int = LEGACY_EOS
 
 
-def pooled(cfg: Config, params: scan.Params, ids: jax.Array) -> jax.Array:
+def pooled(cfg: ClipConfig, params: scan.Params, ids: jax.Array) -> jax.Array:
     """Token ids (B, L), L at most `max_tokens` -> the final state at the end of text (B, D).
 
     Attention is causal, so the padding behind the end of text cannot be seen from there and needs
@@ -62,7 +62,7 @@ def pooled(cfg: Config, params: scan.Params, ids: jax.Array) -> jax.Array:
     return layer_norm(cfg).apply({"params": scan.cast(params["final_norm"], x.dtype)}, x)
 
 
-def end_of_text(cfg: Config, ids: jax.Array) -> jax.Array:
+def end_of_text(cfg: ClipConfig, ids: jax.Array) -> jax.Array:
     """Position (B,) of the pooled token: the first end-of-text id, or the largest id of all where
     the config is of the legacy kind."""
     if cfg.eos_token_id == LEGACY_EOS:
@@ -70,7 +70,7 @@ def end_of_text(cfg: Config, ids: jax.Array) -> jax.Array:
     return jnp.argmax(ids == cfg.eos_token_id, axis=-1)
 
 
-def init(cfg: Config, key: jax.Array) -> scan.Params:
+def init(cfg: ClipConfig, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     token, position, layers, norm = jax.random.split(key, 4)
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))

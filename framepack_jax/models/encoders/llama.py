@@ -33,7 +33,7 @@ SHARDINGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class LlamaConfig:
     """Sizes of the network; `layers` counts those computed, two fewer than a checkpoint has."""
 
     vocab_size: int = 128320
@@ -47,7 +47,9 @@ class Config:
     norm_eps: float = 1e-5
 
 
-def hidden_states(cfg: Config, params: scan.Params, ids: jax.Array, valid: jax.Array) -> jax.Array:
+def hidden_states(
+    cfg: LlamaConfig, params: scan.Params, ids: jax.Array, valid: jax.Array
+) -> jax.Array:
     """Token ids (B, L) -> states (B, L, D) after all blocks, not normalised.
 
     `valid` (B, L) is True where a token counts, a prefix; rows behind it are meaningless. Computes
@@ -57,7 +59,7 @@ def hidden_states(cfg: Config, params: scan.Params, ids: jax.Array, valid: jax.A
 
 
 def hidden_states_of_each(
-    cfg: Config, params: scan.Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
+    cfg: LlamaConfig, params: scan.Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
 ) -> list[jax.Array]:
     """`hidden_states` for several (ids, valid), each as if it were alone; of layers that are not on
     the device, each is brought once."""
@@ -66,7 +68,7 @@ def hidden_states_of_each(
     return scan.run_each(Block(cfg), params["layers"], each)
 
 
-def init(cfg: Config, key: jax.Array) -> scan.Params:
+def init(cfg: LlamaConfig, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     embed, layers = jax.random.split(key)
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))
@@ -80,7 +82,7 @@ def init(cfg: Config, key: jax.Array) -> scan.Params:
 class Block(nn.Module):
     """Causal grouped-query attention, then a gated feed-forward."""
 
-    cfg: Config
+    cfg: LlamaConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, angles: jax.Array, valid: jax.Array) -> jax.Array:
@@ -104,7 +106,7 @@ class Block(nn.Module):
         return nn.Dense(width, use_bias=False, name=name)(x)
 
 
-def _angles(cfg: Config, length: int) -> jax.Array:
+def _angles(cfg: LlamaConfig, length: int) -> jax.Array:
     """RoPE angles (L, d/2) of positions 0 .. L-1, float32."""
     frequencies = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
     return jnp.asarray(np.outer(np.arange(length), frequencies), jnp.float32)

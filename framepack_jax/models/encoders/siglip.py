@@ -34,7 +34,7 @@ SHARDINGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class SiglipConfig:
     """Sizes of the network; `image_size` and `patch_size` in pixels, `activation` a key of
     `encoder_block.ACTIVATIONS`."""
 
@@ -54,7 +54,7 @@ class Config:
         return self.image_size // self.patch_size
 
 
-def hidden_states(cfg: Config, params: scan.Params, pixels: jax.Array) -> jax.Array:
+def hidden_states(cfg: SiglipConfig, params: scan.Params, pixels: jax.Array) -> jax.Array:
     """Normalised pixels (B, H, W, C) -> states (B, L, D) after the final norm, in pixels' dtype.
 
     Raises ValueError where the image is not of the config's size.
@@ -74,7 +74,7 @@ def hidden_states(cfg: Config, params: scan.Params, pixels: jax.Array) -> jax.Ar
     return layer_norm(cfg).apply({"params": outer["final_norm"]}, x)
 
 
-def init(cfg: Config, key: jax.Array) -> scan.Params:
+def init(cfg: SiglipConfig, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     patch, position, layers, norm = jax.random.split(key, 4)
     pixels = jnp.zeros((1, 1, cfg.patch_size**2 * cfg.channels))

@@ -6,11 +6,11 @@ A compiler's own count takes the body of a loop once, however often it runs.
 import math
 
 from framepack_jax import packing
-from framepack_jax.models.hunyuan.transformer import PATCH, POOLED_KERNELS, Config
+from framepack_jax.models.hunyuan.transformer import PATCH, POOLED_KERNELS, TransformerConfig
 
 
 def forward_flops(
-    cfg: Config, schedule: str, rows: int, columns: int, text: int, image: int
+    cfg: TransformerConfig, schedule: str, rows: int, columns: int, text: int, image: int
 ) -> int:
     """FLOPs of all matrix products of one forward pass, for one sample.
 
@@ -49,7 +49,7 @@ def forward_flops(
 
 
 def attention_flops(
-    cfg: Config, schedule: str, rows: int, columns: int, text: int, image: int
+    cfg: TransformerConfig, schedule: str, rows: int, columns: int, text: int, image: int
 ) -> int:
     """Those of `forward_flops` that attention has."""
     length = _packed_tokens(schedule, rows, columns) + image + text

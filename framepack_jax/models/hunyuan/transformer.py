@@ -66,7 +66,7 @@ TEACACHE = (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class TransformerConfig:
     """Sizes of the network. `context_kernels` names the context patch embeddings there are; a base
     HunyuanVideo model has none, and no image projection (`image_dim` None)."""
 
@@ -116,7 +116,7 @@ class Tokens(NamedTuple):
 
 
 def velocity(
-    cfg: Config,
+    cfg: TransformerConfig,
     params: scan.Params,
     x: jax.Array,
     sigma: jax.Array,
@@ -136,7 +136,7 @@ def velocity(
 
 
 def embed(
-    cfg: Config,
+    cfg: TransformerConfig,
     params: scan.Params,
     x: jax.Array,
     sigma: jax.Array,
@@ -152,7 +152,7 @@ def embed(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
 def _embed(
-    cfg: Config,
+    cfg: TransformerConfig,
     dtype: Any,
     params: scan.Params,
     x: jax.Array,
@@ -181,20 +181,22 @@ def _embed(
     return Tokens(_divided(img), _divided(txt), vec, _rope(cfg, x.shape, context), valid)
 
 
-def block_input(cfg: Config, params: scan.Params, tokens: Tokens) -> jax.Array:
+def block_input(cfg: TransformerConfig, params: scan.Params, tokens: Tokens) -> jax.Array:
     """What the first double block projects of the image: its modulated norm (B, L_img, D)."""
     modulation = scan.at(params["double"], 0, parts=["img_mod"])
     return _block_input(cfg, modulation, tokens.img, tokens.vec)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _block_input(cfg: Config, modulation: scan.Params, img: jax.Array, vec: jax.Array) -> jax.Array:
+def _block_input(
+    cfg: TransformerConfig, modulation: scan.Params, img: jax.Array, vec: jax.Array
+) -> jax.Array:
     modulation = scan.cast(modulation, img.dtype)
     with scan.lora_interceptor():
         return BlockInput(cfg).apply({"params": modulation}, img, vec)
 
 
-def first_block(cfg: Config, params: scan.Params, tokens: Tokens) -> Tokens:
+def first_block(cfg: TransformerConfig, params: scan.Params, tokens: Tokens) -> Tokens:
     """The tokens after the first double block."""
     img, txt, *inputs = tokens
     img, txt = scan.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=slice(0, 1))
@@ -202,7 +204,7 @@ def first_block(cfg: Config, params: scan.Params, tokens: Tokens) -> Tokens:
 
 
 def blocks(
-    cfg: Config, params: scan.Params, tokens: Tokens, first: int = 0, remat: str = "none"
+    cfg: TransformerConfig, params: scan.Params, tokens: Tokens, first: int = 0, remat: str = "none"
 ) -> jax.Array:
     """Image tokens (B, L_img, D) after all double and single blocks.
 
@@ -222,7 +224,11 @@ def _joined(img: jax.Array, txt: jax.Array) -> jax.Array:
 
 
 def head(
-    cfg: Config, params: scan.Params, img: jax.Array, vec: jax.Array, shape: tuple[int, ...]
+    cfg: TransformerConfig,
+    params: scan.Params,
+    img: jax.Array,
+    vec: jax.Array,
+    shape: tuple[int, ...],
 ) -> jax.Array:
     """Velocity (B, T, H, W, C) of the target, whose tokens are the last of `img`; float32."""
     return _head(cfg, shape, params["head"], img, vec)
@@ -230,7 +236,11 @@ def head(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "shape"))
 def _head(
-    cfg: Config, shape: tuple[int, ...], params: scan.Params, img: jax.Array, vec: jax.Array
+    cfg: TransformerConfig,
+    shape: tuple[int, ...],
+    params: scan.Params,
+    img: jax.Array,
+    vec: jax.Array,
 ) -> jax.Array:
     _, t, h, w, _ = shape
     tokens = img[:, -t * (h // 2) * (w // 2) :]
@@ -252,7 +262,7 @@ class Program(NamedTuple):
 
 
 def programs(
-    cfg: Config,
+    cfg: TransformerConfig,
     params: scan.Params,
     x: jax.ShapeDtypeStruct,
     sigma: jax.ShapeDtypeStruct,
@@ -310,7 +320,7 @@ def context_kernels(schedule: str) -> tuple[str, ...]:
     return tuple(sorted(kernels, key=lambda kernel: math.prod(kernel_shape(kernel))))
 
 
-def check_kernels(cfg: Config, kernels: Iterable[str]) -> None:
+def check_kernels(cfg: TransformerConfig, kernels: Iterable[str]) -> None:
     """Raise ValueError where the network has no embedding for a context kernel."""
     for kernel in kernels:
         if POOLED_KERNELS.get(kernel, kernel) not in cfg.context_kernels:
@@ -321,7 +331,7 @@ def check_kernels(cfg: Config, kernels: Iterable[str]) -> None:
             )
 
 
-def check_mesh(cfg: Config, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> None:
+def check_mesh(cfg: TransformerConfig, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> None:
     """Raise ValueError where the mesh, or sizes of its axes, does not divide the attention heads:
     `tensor` must divide them, and `context` what then is left."""
     sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
@@ -338,7 +348,9 @@ def check_mesh(cfg: Config, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> No
         heads //= size
 
 
-def _check(cfg: Config, x: jax.Array, context: PackedContext, conditions: Conditions) -> None:
+def _check(
+    cfg: TransformerConfig, x: jax.Array, context: PackedContext, conditions: Conditions
+) -> None:
     for name, needed in (("guidance", cfg.guidance), ("image", cfg.image_dim is not None)):
         if needed and getattr(conditions, name) is None:
             raise ValueError(f"conditions have no {name}, which this network was made to read")
@@ -347,7 +359,7 @@ def _check(cfg: Config, x: jax.Array, context: PackedContext, conditions: Condit
     check_kernels(cfg, context.kernels)
 
 
-def _rope(cfg: Config, shape: tuple[int, ...], context: PackedContext) -> Table:
+def _rope(cfg: TransformerConfig, shape: tuple[int, ...], context: PackedContext) -> Table:
     rows, columns = shape[2] // 2, shape[3] // 2
     tables = []
     for indices, kernel in zip(context.indices, context.kernels, strict=True):
@@ -360,7 +372,7 @@ def _rope(cfg: Config, shape: tuple[int, ...], context: PackedContext) -> Table:
     return cos, sin
 
 
-def init(cfg: Config, key: jax.Array) -> scan.Params:
+def init(cfg: TransformerConfig, key: jax.Array) -> scan.Params:
     """Random parameters, layers stacked."""
     keys = dict(zip(("embed", "head", *STACKS), jax.random.split(key, 5), strict=True))
     kernels = cfg.context_kernels
@@ -389,7 +401,7 @@ def init(cfg: Config, key: jax.Array) -> scan.Params:
 class Embed(nn.Module):
     """Everything before the refiner and the blocks."""
 
-    cfg: Config
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x, sigma, context, conditions, guidance):
@@ -428,7 +440,7 @@ class Embed(nn.Module):
 class ContextEmbed(nn.Module):
     """Patch embedding of context latents (B, F, H, W, C) under one kernel, ragged edges padded."""
 
-    cfg: Config
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, latents: jax.Array, kernel: str) -> jax.Array:
@@ -447,7 +459,7 @@ class ContextEmbed(nn.Module):
 class RefinerBlock(nn.Module):
     """Text-only transformer block whose branches are gated by time and mean text."""
 
-    cfg: Config
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, vec: jax.Array, valid: jax.Array) -> jax.Array:
@@ -465,7 +477,7 @@ class RefinerBlock(nn.Module):
 class DoubleBlock(nn.Module):
     """Image and text with weights of their own, joined in one attention."""
 
-    cfg: Config
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, streams, vec: jax.Array, rope: Table, valid: jax.Array):
@@ -495,7 +507,7 @@ class DoubleBlock(nn.Module):
 class BlockInput(nn.Module):
     """The image half of how a double block begins, with the parameters of that block."""
 
-    cfg: Config
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, img: jax.Array, vec: jax.Array) -> jax.Array:
@@ -506,7 +518,7 @@ class BlockInput(nn.Module):
 class SingleBlock(nn.Module):
     """One stream; attention and feed-forward side by side from one norm."""
 
-    cfg: Config
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, vec: jax.Array, rope: Table, valid: jax.Array) -> jax.Array:
@@ -524,7 +536,7 @@ class SingleBlock(nn.Module):
 class Head(nn.Module):
     """Final modulated norm and projection to patches, in float32 at full matmul precision."""
 
-    cfg: Config
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
@@ -564,7 +576,7 @@ def _masked_mean(text: jax.Array, valid: jax.Array) -> jax.Array:
     return (total / jnp.maximum(jnp.sum(weights, axis=1), 1)).astype(text.dtype)
 
 
-def _qkv(cfg: Config, x: jax.Array, name: str) -> list[jax.Array]:
+def _qkv(cfg: TransformerConfig, x: jax.Array, name: str) -> list[jax.Array]:
     """Fused projection -> q, k, v, each (B, L, N, head_dim)."""
     fused = nn.DenseGeneral((3, cfg.heads, cfg.head_dim), name=name)(x)
     # Projected where the tokens lie, then exchanged, all three at once: a device has all tokens of
@@ -579,7 +591,7 @@ def _merge_heads(attention: jax.Array) -> jax.Array:
     return _columns(rearrange(attention, "b l n d -> b l (n d)"))
 
 
-def _mlp_in(cfg: Config, x: jax.Array, name: str) -> jax.Array:
+def _mlp_in(cfg: TransformerConfig, x: jax.Array, name: str) -> jax.Array:
     hidden = nn.Dense(int(cfg.mlp_ratio * cfg.width), name=name)(x)
     return _columns(nn.gelu(hidden, approximate=True))
 
@@ -600,7 +612,7 @@ def _head_norm(x: jax.Array, name: str) -> jax.Array:
     return nn.RMSNorm(1e-6, name=name)(x)
 
 
-def _modulation(cfg: Config, vec: jax.Array, parts: int, name: str) -> list[jax.Array]:
+def _modulation(cfg: TransformerConfig, vec: jax.Array, parts: int, name: str) -> list[jax.Array]:
     """`parts` vectors (B, 1, D) in float32: shift, scale, gate, ..."""
     # Whole before it is split: the parts do not end where those of the devices do.
     out = constrain(nn.Dense(parts * cfg.width, name=name)(nn.silu(vec)), BATCH, None)

@@ -41,7 +41,7 @@ Network = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class VaeConfig:
     """Sizes of the network; `channels` has one entry for each resolution, finest first."""
 
     in_channels: int = 3
@@ -94,7 +94,7 @@ class Tiling:
     stride: int | None = None
 
 
-def init(cfg: Config, key: jax.Array) -> scan.Params:
+def init(cfg: VaeConfig, key: jax.Array) -> scan.Params:
     """Random parameters, {"encoder": ..., "decoder": ...}; kernels are scaled by their inputs."""
     side = cfg.space_compression
     video = jnp.zeros((1, 1, side, side, cfg.in_channels))
@@ -117,7 +117,7 @@ def init(cfg: Config, key: jax.Array) -> scan.Params:
 
 
 def encode(
-    cfg: Config, params: scan.Params, video: jax.Array, tiling: Tiling = Tiling()
+    cfg: VaeConfig, params: scan.Params, video: jax.Array, tiling: Tiling = Tiling()
 ) -> tuple[jax.Array, jax.Array]:
     """Video (B, T, H, W, C) in [-1, 1] -> mean and log variance of its latents, not scaled.
 
@@ -133,7 +133,7 @@ def encode(
 
 
 def decode(
-    cfg: Config, params: scan.Params, latents: jax.Array, tiling: Tiling = Tiling()
+    cfg: VaeConfig, params: scan.Params, latents: jax.Array, tiling: Tiling = Tiling()
 ) -> jax.Array:
     """Latents (B, T, H, W, C), not scaled -> video (B, 1 + (T - 1) time_compression,
     H space_compression, W space_compression, out_channels), about [-1, 1] and not clipped, in the
@@ -146,20 +146,20 @@ def decode(
 
 # Compiled once for each shape of tile, of which even a long video has few.
 @functools.partial(jax.jit, static_argnames="cfg")
-def _encode(cfg: Config, params: scan.Params, video: jax.Array) -> jax.Array:
+def _encode(cfg: VaeConfig, params: scan.Params, video: jax.Array) -> jax.Array:
     params = scan.cast(params, video.dtype)
     return Encoder(cfg).apply({"params": params}, constrain(video, BATCH, None, ROWS, None, None))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _decode(cfg: Config, params: scan.Params, latents: jax.Array) -> jax.Array:
+def _decode(cfg: VaeConfig, params: scan.Params, latents: jax.Array) -> jax.Array:
     params = scan.cast(params, latents.dtype)
     latents = constrain(latents, BATCH, None, ROWS, None, None)
     video = Decoder(cfg).apply({"params": params}, latents)
     return constrain(video, BATCH, None, ROWS, None, None)
 
 
-def _check(cfg: Config, name: str, x: jax.Array, channels: int, multiple: int) -> None:
+def _check(cfg: VaeConfig, name: str, x: jax.Array, channels: int, multiple: int) -> None:
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(f"VAE: {name} must be (B, T, H, W, {channels}), got {x.shape}")
     if x.shape[2] % multiple or x.shape[3] % multiple:
@@ -200,12 +200,12 @@ class Axis(NamedTuple):
         return Axis(self.out_size, self.out_stride, self.size, self.stride)
 
 
-def check_tiling(cfg: Config, tiling: Tiling) -> None:
+def check_tiling(cfg: VaeConfig, tiling: Tiling) -> None:
     """Raise ValueError where the VAE cannot take such tiles."""
     _axes(cfg, tiling)
 
 
-def _axes(cfg: Config, tiling: Tiling) -> tuple[Axis | None, Axis | None]:
+def _axes(cfg: VaeConfig, tiling: Tiling) -> tuple[Axis | None, Axis | None]:
     """Tiles of the encoder in time and in space."""
 
     def axis(name: str, size: int | None, stride: int | None, ratio: int) -> Axis | None:
@@ -289,7 +289,7 @@ def _blend(before: jax.Array, after: jax.Array, overlap: int, axis: int) -> jax.
 class Encoder(nn.Module):
     """Video (B, T, H, W, C) -> moments (B, t, h, w, 2 latent_channels): mean, log variance."""
 
-    cfg: Config
+    cfg: VaeConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -306,7 +306,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, t, h, w, latent_channels) -> video (B, T, H, W, C)."""
 
-    cfg: Config
+    cfg: VaeConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -323,7 +323,7 @@ class Decoder(nn.Module):
 class Down(nn.Module):
     """Residual blocks at one resolution, then a strided convolution to the next."""
 
-    cfg: Config
+    cfg: VaeConfig
     width: int
     stride: Stride
 
@@ -339,7 +339,7 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Residual blocks at one resolution, then nearest upsampling and a convolution."""
 
-    cfg: Config
+    cfg: VaeConfig
     width: int
     stride: Stride
 
@@ -362,7 +362,7 @@ def upsample(x: jax.Array, factor: Stride) -> jax.Array:
 class Mid(nn.Module):
     """Two residual blocks with attention between them, at the lowest resolution."""
 
-    cfg: Config
+    cfg: VaeConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -374,7 +374,7 @@ class Mid(nn.Module):
 class Resnet(nn.Module):
     """Residual block: twice norm, SiLU, convolution; a 1x1x1 shortcut where the width changes."""
 
-    cfg: Config
+    cfg: VaeConfig
     width: int
 
     @nn.compact
@@ -391,7 +391,7 @@ class Resnet(nn.Module):
 class Attention(nn.Module):
     """One head of attention, full within a frame and causal across frames, without the residual."""
 
-    cfg: Config
+    cfg: VaeConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -420,7 +420,7 @@ class Norm(nn.Module):
     faster on a CPU.
     """
 
-    cfg: Config
+    cfg: VaeConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

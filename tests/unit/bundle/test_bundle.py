@@ -16,7 +16,7 @@ from framepack_jax.models import registry, scan
 from framepack_jax.models.encoders import clip
 from framepack_jax.parallel import sharding
 
-CFG = clip.Config(vocab_size=7, width=4, layers=3, heads=2, mlp_width=6, max_tokens=5)
+CFG = clip.ClipConfig(vocab_size=7, width=4, layers=3, heads=2, mlp_width=6, max_tokens=5)
 
 
 def leaves(dtype=ml_dtypes.bfloat16) -> dict[str, np.ndarray]:

@@ -177,7 +177,7 @@ def test_sigmas_of_another_table_are_refused(noise) -> None:
 
 @pytest.fixture(scope="module")
 def network():
-    cfg = transformer.Config(
+    cfg = transformer.TransformerConfig(
         in_channels=4, out_channels=4, heads=2, head_dim=6, double_layers=2, single_layers=1,
         refiner_layers=1, text_dim=8, pooled_dim=8, image_dim=None, rope_axes=(2, 2, 2),
     )  # fmt: skip
