@@ -29,7 +29,6 @@ from benchmarks import lengths
 from configs import tiny_bundle
 from framepack_jax import bundle
 from framepack_jax.conversion import engine
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 
 ROOT = Path(__file__).parent.parent
@@ -107,8 +106,8 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
     Kernels are scaled by their inputs, so that all numbers stay finite; the tokenizers are those of
     the random bundle, with their end token.
     """
-    known = bundle.read_manifest(path_of("random"))
-    manifest = bundle.read_manifest(path_of("framepack_i2v")) if scale == "full" else known
+    known = bundle.read_manifest(bundle.resolve("random"))
+    manifest = bundle.read_manifest(bundle.resolve("framepack_i2v")) if scale == "full" else known
     roles = {}
     for name, role in manifest.roles.items():
         model, cfg = bundle.role_config(manifest, name)

@@ -26,7 +26,6 @@ from framepack_jax.data.loader import conditions_of, latent_sample
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip
 from framepack_jax.evaluation.drift import estimate
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.toy import world
 from framepack_jax.training import flow_matching, state
 from framepack_jax.training.config import TrainConfig as Training
@@ -70,7 +69,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 def measure(flags: Config, size: tuple[int, int]) -> dict[str, Any]:
     """Losses and their rise by noise level, and what a model without doubt loses."""
-    path = path_of(flags.bundle)
+    path = bundle.resolve(flags.bundle)
     manifest = bundle.read_manifest(path)
     cfg = Training(guidance=flags.guidance, dtype="float32", remat="none")
     model = state.model_of(cfg, manifest)

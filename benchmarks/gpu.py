@@ -51,7 +51,6 @@ from benchmarks.bench import (
 )
 from framepack_jax import bundle, packing
 from framepack_jax.diffusion import cache, flow, sampler, solver_table
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
@@ -213,7 +212,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 def lora_training(scale: Scale, batch: int, remat: str) -> tuple[Training, Any]:
     """The config of a LoRA training, and the manifest of a bundle with a transformer this large."""
-    manifest = bundle.read_manifest(path_of("framepack_i2v"))
+    manifest = bundle.read_manifest(bundle.resolve("framepack_i2v"))
     role = manifest.roles["transformer"]
     role = dataclasses.replace(role, config=dataclasses.asdict(scale.dit))
     manifest = dataclasses.replace(manifest, roles=manifest.roles | {"transformer": role})

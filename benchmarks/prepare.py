@@ -23,7 +23,6 @@ from framepack_jax import bundle, video
 from framepack_jax.data import filters, records
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip, Index, Record
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.toy import world
 
@@ -71,7 +70,7 @@ def measure(files: list[Path], buckets: Any, flags: Config, folder: Path) -> dic
     rates["read_cut_and_score"], cuts = timed(lambda f: next(filters.clips(f, settings)), files)
     if not flags.encode:
         return rates
-    path = path_of(flags.bundle)
+    path = bundle.resolve(flags.bundle)
     encoder = Encoder.load(path, bundle.read_manifest(path), pixels=False)
     captions = [file.with_suffix(".txt").read_text() for file in files]
     rates["text"], texts = timed(encoder.prompt, captions)

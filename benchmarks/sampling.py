@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from framepack_jax import packing, video
+from framepack_jax import bundle, packing, video
 from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
@@ -300,7 +300,9 @@ def _step(config: Config, schedule: str) -> dict[str, Any]:
     the same with the real network. `alone`: the compiled step on the arguments of that loop, one
     execution after the other and nothing between.
     """
-    pipe = FramePack.load(sample.EMBEDDED.get(config.bundle, config.bundle), schedule=schedule)
+    pipe = FramePack.load(
+        bundle.BUILTIN_BUNDLES.get(config.bundle, config.bundle), schedule=schedule
+    )
     layout, inputs = _inputs(pipe, config)
     idle = dataclasses.replace(pipe, transformer=pipe.transformer._replace(model=Idle))
     host = _loop(idle, layout, inputs, IDLE_STEPS)

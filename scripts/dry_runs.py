@@ -18,11 +18,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA writes of programs that do not fit; so do the rows.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from framepack_jax import packing
+from framepack_jax import bundle, packing
 from framepack_jax.cli.train import read_config
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware
 from framepack_jax.planning.sampling import Program, Report, dry_run
@@ -122,7 +121,7 @@ def training(rows: list[str]) -> None:
 
 def training_report(cfg: TrainConfig, machine: str, batch: int) -> TrainingReport:
     cfg = dataclasses.replace(cfg, batch=batch)
-    return dry_run_training(cfg, path_of(cfg.bundle), hardware.parse(machine))
+    return dry_run_training(cfg, bundle.resolve(cfg.bundle), hardware.parse(machine))
 
 
 def largest(cfg: TrainConfig, machine: str) -> TrainingReport:
@@ -163,7 +162,7 @@ def training_cells(report: TrainingReport) -> list[str]:
 
 def report_of(name: str, decode: bool) -> Report:
     """What `sample.py --dry-run` reports of a machine. Raises ValueError."""
-    path = path_of(BUNDLE)
+    path = bundle.resolve(BUNDLE)
     pipe = open_pipe(path, "bfloat16", None, None)
     layout = make_layout(pipe.geometry, Request("", None), sections=1, height=HEIGHT, width=WIDTH)
     return dry_run(pipe, path, layout, Settings(), hardware.parse(name), decode=decode)

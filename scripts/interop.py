@@ -579,9 +579,8 @@ def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Mod
     """The transformer of the bundle `random` in another program's code: its velocity."""
     from framepack_jax import bundle
     from framepack_jax.cli.convert import main
-    from framepack_jax.jobs.provenance import path_of
 
-    random = path_of("random")
+    random = bundle.resolve("random")
     with contextlib.redirect_stdout(sys.stderr):
         main(["--export", str(folder / "network"), "--bundle", str(random), "--dtype", "float32"])
     (file,) = (folder / "network").glob("*.safetensors")

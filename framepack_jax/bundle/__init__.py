@@ -8,6 +8,7 @@ A role's path may point into another bundle, so that two transformers share thei
 `bundle.json` is written last: a folder without it is no bundle.
 """
 
+from framepack_jax.bundle.builtin import BUILTIN_BUNDLES, resolve
 from framepack_jax.bundle.loader import (
     DeviceBytes,
     check_present,
@@ -35,6 +36,7 @@ from framepack_jax.bundle.manifest import (
 from framepack_jax.bundle.writer import Written, write_params
 
 __all__ = [
+    "BUILTIN_BUNDLES",
     "MANIFEST",
     "ROLES",
     "UNFINISHED",
@@ -52,6 +54,7 @@ __all__ = [
     "read_leaves",
     "read_manifest",
     "reference",
+    "resolve",
     "role_config",
     "stored_bytes",
     "stored_dtypes",

@@ -27,7 +27,6 @@ from framepack_jax.conversion import (
     weight_files,
 )
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan.transformer import context_kernels
 from framepack_jax.models.lora import file_of
@@ -157,12 +156,12 @@ def _spelt_out(flags: Convert) -> Convert:
     bundles of this package."""
     prefix = flags.prefix and f"{flags.prefix.removesuffix('.')}."
     bundles = {
-        name: str(path_of(given))
+        name: str(bundle.resolve(given))
         for name in ("encoders_from", "bundle", "inspect")
         if (given := getattr(flags, name))
     }
     if flags.verify:
-        bundles["verify"] = (flags.verify[0], str(path_of(flags.verify[1])))
+        bundles["verify"] = (flags.verify[0], str(bundle.resolve(flags.verify[1])))
     dtype = SHORT_DTYPES.get(flags.dtype, flags.dtype)
     return dataclasses.replace(flags, dtype=dtype, prefix=prefix, **bundles)
 

@@ -18,7 +18,7 @@ from framepack_jax import bundle
 from framepack_jax.cli import enable_compilation_cache
 from framepack_jax.evaluation import video_file
 from framepack_jax.generation.pipeline import DEFAULT_SETTINGS, FramePack, NotFinite, Settings
-from framepack_jax.jobs.provenance import path_of, weights
+from framepack_jax.jobs.provenance import weights
 from framepack_jax.parallel import hardware
 from framepack_jax.toy import baselines, report, results, scenes, suites
 from framepack_jax.toy.suites import Part, Row
@@ -188,7 +188,7 @@ def open_models(flags: Evaluate) -> list[Model]:
     """Every bundle with every schedule, without weights. Raises BundleError, ValueError."""
     models = []
     for name, schedule in itertools.product(flags.bundle, flags.schedule or (None,)):
-        path = path_of(name)
+        path = bundle.resolve(name)
         bundle.check_present(path, bundle.ROLES)
         pipe = FramePack.open(path, dtype=flags.dtype, schedule=schedule)
         short = Path(str(name)).name

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from framepack_jax.jobs.provenance import path_of
+from framepack_jax import bundle
 from framepack_jax.training import checkpoints
 from framepack_jax.training.export import export
 from framepack_jax.utils.flags import parse
@@ -44,7 +44,7 @@ def main(args: list[str] | None = None, prog: str = "framepack export-run") -> N
         given = flags.bundle or checkpoints.read_record(folder)["config"]["bundle"]
         print(
             export(
-                flags.run, flags.output, path_of(given),
+                flags.run, flags.output, bundle.resolve(given),
                 weights=flags.weights, dtype=flags.dtype, copy=flags.copy,
                 overwrite=flags.overwrite,
             )

@@ -26,7 +26,6 @@ from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.loader import made_by
 from framepack_jax.data.precompute import TILING, Encoder
 from framepack_jax.data.records import INDEX, DatasetError, Index
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel import hardware
 from framepack_jax.parallel.multihost import is_primary, join, on_all_hosts, on_primary
@@ -119,7 +118,7 @@ def prepare(flags: Prepare) -> build.Packed:
     hardware.quiet_libtpu()
     if flags.coordinator is not None:
         join(flags.coordinator, flags.processes, flags.process)
-    path = path_of(flags.bundle)
+    path = bundle.resolve(flags.bundle)
     manifest = bundle.read_manifest(path)
     settings = _settings(flags, manifest)
     listing = on_all_hosts(list_videos, flags.videos, flags.empty_captions)

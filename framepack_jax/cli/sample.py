@@ -26,13 +26,11 @@ from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.prompts import timed_prompts
 from framepack_jax.generation.request import Request, end_image_use, make_layout
 from framepack_jax.jobs.provenance import (
-    EMBEDDED,
     absolute,
     check_loras,
     check_weights,
     differences,
     new_record,
-    path_of,
     weights,
 )
 from framepack_jax.jobs.run_dir import RECORD, Busy, RunDir, check_folder, check_free, record_text
@@ -240,7 +238,7 @@ def _dry_run(flags: Sample) -> list[Path]:
     machine = hardware.parse(flags.dry_run)
     _check_kernel(flags.attention, "gpu" if machine.chip.platform == "cuda" else "tpu")
     mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
-    path = path_of(_bundle(flags))
+    path = bundle.resolve(_bundle(flags))
     low = flags.memory == "low"
     tile = flags.vae_tile or (TILES.size if low else None)
     pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, tile)
@@ -270,7 +268,7 @@ def _make_new(flags: Sample) -> list[Path]:
     began = time.monotonic()
     if flags.merge_lora and not flags.lora:
         warnings.warn("--merge-lora counts only with --lora", stacklevel=1)
-    path = path_of(_bundle(flags))
+    path = bundle.resolve(_bundle(flags))
     pipe = on_all_hosts(open_pipe, path, flags.dtype, flags.schedule, flags.vae_tile, flags.mesh)
     _check_bundle(path, bundle.ROLES)
     _check_devices(pipe, flags.batch)
@@ -480,9 +478,9 @@ def _saved(
     if record["status"] == "beginning":
         raise ValueError(f"{run.folder} was stopped before it had anything; give its flags again")
     if flags.bundle is not None:
-        record["bundle"] = absolute(path_of(flags.bundle))
-    elif record["flags"]["bundle"] in EMBEDDED:
-        record["bundle"] = absolute(path_of(record["flags"]["bundle"]))
+        record["bundle"] = absolute(bundle.resolve(flags.bundle))
+    elif record["flags"]["bundle"] in bundle.BUILTIN_BUNDLES:
+        record["bundle"] = absolute(bundle.resolve(record["flags"]["bundle"]))
     on_all_hosts(check_weights, run, roles)
     _check_bundle(record["bundle"], roles)
     pipe = on_all_hosts(
@@ -554,7 +552,7 @@ def _task(
     video.check_encoding(shot.fps, shot.crf)
     settings = shot.settings()
     warn_unused_settings(shot)
-    record = on_primary(new_record, flags, shot, pipe, path_of(flags.bundle))
+    record = on_primary(new_record, flags, shot, pipe, bundle.resolve(flags.bundle))
     # What another process has made since is not made again, not even with --overwrite.
     kept = dataclasses.replace(flags, overwrite=False)
     seen = record_text(folder)

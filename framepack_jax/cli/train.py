@@ -16,7 +16,6 @@ import jax
 
 from framepack_jax import bundle
 from framepack_jax.cli import enable_compilation_cache
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import join, on_primary
 from framepack_jax.planning.training import dry_run_training
@@ -102,7 +101,7 @@ def _run(flags: Train) -> None:
         raise ValueError("--processes and --process need --coordinator, HOST:PORT of the first")
     sizes = sharding.parse_mesh(flags.mesh) if flags.mesh else {"fsdp": jax.device_count()}
     mesh = sharding.make_mesh(**sizes)
-    path = path_of(cfg.bundle)
+    path = bundle.resolve(cfg.bundle)
     step = train(cfg, path, mesh, resume=flags.resume == "auto", say=in_first_only(print))
     if step < cfg.steps:
         on_primary(print, f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved;"
@@ -138,7 +137,7 @@ def _dry_run(cfg: TrainConfig, flags: Train) -> None:
     if not size:
         raise ValueError(f"--dry-run-size {flags.dry_run_size}: expected HEIGHTxWIDTH, as 608x640")
     report = dry_run_training(
-        cfg, path_of(cfg.bundle), hardware.parse(flags.dry_run),
+        cfg, bundle.resolve(cfg.bundle), hardware.parse(flags.dry_run),
         sharding.parse_mesh(flags.mesh) if flags.mesh else None, (int(size[1]), int(size[2])),
     )  # fmt: skip
     print(report)
@@ -204,7 +203,7 @@ def _check(cfg: TrainConfig) -> None:
         )
     looks = cfg.validation.every and cfg.validation.videos and cfg.data.holdout
     roles = ["transformer"] if cfg.init == "bundle" else []
-    bundle.check_present(path_of(cfg.bundle), [*roles, *(["vae"] if looks else [])])
+    bundle.check_present(bundle.resolve(cfg.bundle), [*roles, *(["vae"] if looks else [])])
 
 
 def _explained(error: Exception) -> str:

@@ -7,9 +7,9 @@ from typing import Literal
 
 import jax
 
+from framepack_jax import bundle
 from framepack_jax.cli import enable_compilation_cache
 from framepack_jax.cli.train import cli_errors, defaults
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.training import vae
 from framepack_jax.utils.flags import parse
@@ -47,7 +47,7 @@ def _run(flags: TrainVae) -> None:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")
     enable_compilation_cache()
     hardware.quiet_libtpu()
-    path = path_of(cfg.bundle)
+    path = bundle.resolve(cfg.bundle)
     mesh = sharding.make_mesh(data=jax.device_count())
     step = vae.train(cfg, path, mesh, resume=flags.resume == "auto")
     if step < cfg.steps:

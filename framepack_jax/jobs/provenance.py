@@ -20,20 +20,11 @@ from framepack_jax.jobs.run_dir import FORMAT, RunDir
 from framepack_jax.jobs.spec import VideoSpec, source_file
 from framepack_jax.models.lora import parse_weight
 
-ASSETS = Path(__file__).parent.parent / "assets"
-# The last two have no weights: see configs/full.py.
-NAMES = ("tiny", "tiny_inverted", "random", "framepack_i2v", "framepack_f1")
-EMBEDDED = {name: ASSETS / name for name in NAMES}
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Flags that concern the process and yet decide what is made.
 PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile", "mesh", "lora", "merge_lora")
 # In records of runs from before there were these flags.
 EARLIER = {"lora": [], "merge_lora": False, "gif": False}
-
-
-def path_of(name: str) -> str | Path:
-    """The folder of a bundle, which may be one of this package."""
-    return EMBEDDED.get(name, name)
 
 
 def absolute(path: str | Path) -> str:

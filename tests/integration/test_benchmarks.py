@@ -32,7 +32,6 @@ from benchmarks import prepare as preparing
 from framepack_jax import bundle, packing
 from framepack_jax.conversion import engine
 from framepack_jax.data.precompute import Encoder
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.flops import forward_flops
@@ -438,8 +437,8 @@ def test_what_captions_decide_is_measured(tmp_path) -> None:
     (found,) = figures["sigmas"].values()
     assert found["loss"] > 0 and 0 < abs(found["rise"]) < found["loss"]
     flags = captions.Config(bundle="random", pairs=1)
-    manifest = bundle.read_manifest(path_of("random"))
-    encoder = Encoder.load(path_of("random"), manifest, pixels=False)
+    manifest = bundle.read_manifest(bundle.resolve("random"))
+    encoder = Encoder.load(bundle.resolve("random"), manifest, pixels=False)
     batch = captions.batch_of(flags, (32, 32), encoder, manifest)
     for start in batch.context.latents:
         np.testing.assert_array_equal(start[0], start[1])

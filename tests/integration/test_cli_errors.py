@@ -23,7 +23,7 @@ from framepack_jax.generation import pipeline
 from framepack_jax.jobs import run_dir
 from tests.fixtures.paths import ROOT
 
-RANDOM = sample.EMBEDDED["random"]
+RANDOM = bundle.BUILTIN_BUNDLES["random"]
 PHOTO = ROOT / "examples" / "astronaut.jpg"
 SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
 # Colours of the quarters of a picture: top left, top right, bottom left, bottom right.

@@ -10,10 +10,10 @@ import sys
 import jax
 import pytest
 
+from framepack_jax import bundle
 from framepack_jax.cli import sample, train
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.jobs.spec import open_pipe
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.planning import hlo, sampling
@@ -321,7 +321,7 @@ def test_what_jax_would_not_take_of_a_gpu_is_said() -> None:
 @pytest.mark.parametrize(("batch", "more"), [(1, 8), (12, 16)])
 def test_chips_that_would_repeat_work_are_refused(monkeypatch, batch: int, more: int) -> None:
     monkeypatch.setattr(hardware, "compile_devices", lambda machine: jax.devices()[:1] * 8)
-    path = path_of("random")
+    path = bundle.resolve("random")
     pipe = open_pipe(path, "float32", None, None)
     layout = make_layout(pipe.geometry, Request("", None), sections=1, height=64, width=64)
     run = pipe, path, layout, Settings(), hardware.parse("h200:8"), {"data": -1}, batch
@@ -375,7 +375,7 @@ def test_a_loop_that_was_unrolled_runs_less_often() -> None:
 
 def test_decoding_is_compiled_for_the_largest_tile() -> None:
     """Of a clip of 10 latents the decoder takes 5 at once, and squares where tiles are given."""
-    path = path_of("random")
+    path = bundle.resolve("random")
     temporaries = []
     for tile in (None, 32):
         pipe = open_pipe(path, "float32", None, tile)

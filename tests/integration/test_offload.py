@@ -20,7 +20,6 @@ from framepack_jax.generation import offload_plan
 from framepack_jax.generation.offload_plan import GB, Need, OffloadPlan, Work
 from framepack_jax.generation.pipeline import FramePack, Settings, Video
 from framepack_jax.generation.request import Request, fit_images, make_layout
-from framepack_jax.jobs.provenance import EMBEDDED
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
@@ -28,7 +27,7 @@ from framepack_jax.models.hunyuan.vae import Tiling
 from tests.fixtures.paths import ROOT
 from tests.integration.test_sample_lora import random_lora
 
-RANDOM = EMBEDDED["random"]
+RANDOM = bundle.BUILTIN_BUNDLES["random"]
 WHOLE = Tiling()
 LOW = OffloadPlan(encoders=False, layers=0, tiling=WHOLE, why="")
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)

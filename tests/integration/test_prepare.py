@@ -38,7 +38,6 @@ from framepack_jax.data import (
 )
 from framepack_jax.data.filters import FilterSettings, Rejected, Thresholds
 from framepack_jax.data.records import DatasetError, Record, VideoSource
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.toy import world
 from tests.fixtures.paths import ROOT
 from tests.multihost.test_processes import ended, launch
@@ -734,9 +733,9 @@ def test_records_are_what_sampling_encodes(real) -> None:
     and the VAE itself."""
     index = records.read_index(real / "whole")
     record = VideoSource(real / "whole", index.shards)[0]
-    manifest = bundle.read_manifest(path_of("random"))
+    manifest = bundle.read_manifest(bundle.resolve("random"))
     loader.check_bundle(index, manifest)
-    encoder = precompute.Encoder.load(path_of("random"), manifest, pixels=False)
+    encoder = precompute.Encoder.load(bundle.resolve("random"), manifest, pixels=False)
     file = Path(record.clip.source)
     frames = np.stack(list(video.read_frames(real / "videos" / file, 30)))[: record.clip.frames]
     frames = np.stack([video.resize_center_crop(f, 32, 48) for f in frames])
@@ -770,7 +769,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     assert isinstance(batch, pixel_batch.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
     source = VideoSource(output, opened.index.shards)
     encoder = precompute.Encoder.load(
-        path_of("random"), bundle.read_manifest(path_of("random")), pixels=False
+        bundle.resolve("random"), bundle.read_manifest(bundle.resolve("random")), pixels=False
     )
     for i in range(4):
         clip = source[batch.clip[i]].clip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from framepack_jax import FramePack, conditioning, packing, video
+from framepack_jax import FramePack, bundle, conditioning, packing, video
 from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation import pipeline
@@ -54,7 +54,7 @@ def whole(tmp_path_factory) -> dict[str, RunDir]:
 
 @pytest.fixture(scope="module")
 def pipe() -> FramePack:
-    return FramePack.load(sample.EMBEDDED["random"], schedule=INVERTED)
+    return FramePack.load(bundle.BUILTIN_BUNDLES["random"], schedule=INVERTED)
 
 
 def frames_of(run: RunDir) -> np.ndarray:

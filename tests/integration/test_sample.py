@@ -100,7 +100,7 @@ def test_frames_are_those_of_the_saved_latents(photo_run, tmp_path) -> None:
 
 def test_the_random_bundle_makes_the_same_video_again(tmp_path) -> None:
     """The embedded bundle from Python, twice, and streamed."""
-    pipe = FramePack.load(sample.EMBEDDED["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
+    pipe = FramePack.load(bundle.BUILTIN_BUNDLES["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
     image = video.load_image(PHOTO)
     options = {"sections": 2, "height": 64, "width": 48, "seed": 1}
     options["settings"] = pipeline.Settings(steps=2)
@@ -116,7 +116,7 @@ def test_the_random_bundle_makes_the_same_video_again(tmp_path) -> None:
 
 
 def test_the_random_bundle_is_that_of_its_config() -> None:
-    manifest = bundle.read_manifest(sample.EMBEDDED["random"])
+    manifest = bundle.read_manifest(bundle.BUILTIN_BUNDLES["random"])
     config = tiny_bundle.get_config()
     for role in bundle.ROLES:
         assert bundle.role_config(manifest, role)[1] == getattr(config, role)

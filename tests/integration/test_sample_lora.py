@@ -20,7 +20,6 @@ from framepack_jax import bundle
 from framepack_jax.cli import convert, sample
 from framepack_jax.conversion.lora import write
 from framepack_jax.jobs import provenance
-from framepack_jax.jobs.provenance import EMBEDDED
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import lora, registry
 from framepack_jax.models.hunyuan import transformer
@@ -39,7 +38,9 @@ FLAGS = (
 
 def make_lora(path: Path, seed: int) -> None:
     """Random factors for some kernels of the random transformer."""
-    _, cfg = bundle.role_config(bundle.read_manifest(EMBEDDED["random"]), "transformer")
+    _, cfg = bundle.role_config(
+        bundle.read_manifest(bundle.BUILTIN_BUNDLES["random"]), "transformer"
+    )
     write(path, random_lora(cfg, seed, ("/img_qkv/kernel", "mlp_out/kernel")), cfg, "kohya")
 
 
@@ -97,7 +98,9 @@ def test_a_run_goes_on_with_its_own(files, tmp_path) -> None:
 
 
 def test_a_lora_that_applies_in_part_is_warned_of(files, tmp_path, capsys) -> None:
-    _, cfg = bundle.role_config(bundle.read_manifest(EMBEDDED["random"]), "transformer")
+    _, cfg = bundle.role_config(
+        bundle.read_manifest(bundle.BUILTIN_BUNDLES["random"]), "transformer"
+    )
     pipe = SimpleNamespace(transformer=SimpleNamespace(cfg=cfg))
     tensors = load_file(files[0])
     extra = {f"lora_te_{name}": x for name, x in list(tensors.items())[: len(tensors) // 2]}
@@ -108,7 +111,7 @@ def test_a_lora_that_applies_in_part_is_warned_of(files, tmp_path, capsys) -> No
         sample._read_loras(pipe, [str(files[0])])
     convert.main([
         "--lora", str(tmp_path / "x.safetensors"), "--export", str(tmp_path / "y.safetensors"),
-        "--bundle", str(EMBEDDED["random"]), "--names", "original",
+        "--bundle", str(bundle.BUILTIN_BUNDLES["random"]), "--names", "original",
     ])  # fmt: skip
     assert "\nwarning: " in capsys.readouterr().out
 

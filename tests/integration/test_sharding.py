@@ -21,7 +21,6 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
 from framepack_jax.diffusion import flow, sampler, solver_table
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.ops import attention
@@ -110,7 +109,7 @@ def test_devices_are_divided_for_one_video(count, heads, fsdp, context):
 
 
 def test_every_network_of_the_released_bundle_loads_on_the_mesh_of_its_devices():
-    manifest = bundle.read_manifest(path_of("framepack_i2v"))
+    manifest = bundle.read_manifest(bundle.resolve("framepack_i2v"))
     configs = {role: bundle.role_config(manifest, role)[1] for role in bundle.ROLES}
     trees = [full_size(manifest.roles[role].kind, cfg) for role, cfg in configs.items()]
     cfg = configs["transformer"]

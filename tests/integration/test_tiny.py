@@ -10,9 +10,9 @@ import pytest
 
 from configs import tiny_bundle
 from framepack_jax import FramePack, bundle, conditioning
+from framepack_jax.bundle.builtin import ASSETS
 from framepack_jax.evaluation import metrics
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.jobs.provenance import ASSETS, EMBEDDED
 from framepack_jax.models.encoders import llama
 from framepack_jax.toy import baselines, scenes
 from framepack_jax.toy.baselines import Prompt
@@ -22,13 +22,16 @@ SIZE = (128, 128)
 
 @pytest.fixture(scope="module")
 def pipe() -> FramePack:
-    return FramePack.load(EMBEDDED["tiny"])
+    return FramePack.load(bundle.BUILTIN_BUNDLES["tiny"])
 
 
 def test_weights_are_small_and_say_how_they_came_about() -> None:
     bytes_there = sum(f.stat().st_size for f in Path(ASSETS).rglob("*") if f.is_file())
     assert bytes_there <= 24e6
-    manifests = {name: bundle.read_manifest(EMBEDDED[name]) for name in ("tiny", "tiny_inverted")}
+    manifests = {
+        name: bundle.read_manifest(bundle.BUILTIN_BUNDLES[name])
+        for name in ("tiny", "tiny_inverted")
+    }
     for name, role in (("tiny", "vae"), ("tiny", "transformer"), ("tiny_inverted", "transformer")):
         story = manifests[name].roles[role].source["training"]
         assert story["step"] == story["config"]["steps"]
@@ -39,10 +42,10 @@ def test_weights_are_small_and_say_how_they_came_about() -> None:
 
 
 def test_both_orders_share_all_but_the_transformer(pipe) -> None:
-    other = FramePack.load(EMBEDDED["tiny_inverted"])
+    other = FramePack.load(bundle.BUILTIN_BUNDLES["tiny_inverted"])
     assert (pipe.order, other.order) == ("forward", "inverted")
     assert pipe.buckets == other.buckets == (SIZE,)
-    shared = bundle.read_manifest(EMBEDDED["tiny_inverted"]).roles
+    shared = bundle.read_manifest(bundle.BUILTIN_BUNDLES["tiny_inverted"]).roles
     assert {role.path for role in shared.values()} == {
         "transformer", "../tiny/vae", "../tiny/text_encoder", "../tiny/text_encoder_2",
         "../tiny/image_encoder",

@@ -16,7 +16,6 @@ from PIL import Image
 from framepack_jax import bundle, conditioning
 from framepack_jax.cli import train_vae
 from framepack_jax.data import vae_clips
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import vae as model
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.toy import world
@@ -177,7 +176,7 @@ def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> N
     np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.05)
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.05)
     # The other networks are those of the bundle that it began from.
-    begun = bundle.read_manifest(path_of("random"))
+    begun = bundle.read_manifest(bundle.resolve("random"))
     for role in ("transformer", "text_encoder"):
         assert manifest.roles[role].source == begun.roles[role].source
         bundle.load_params(made, manifest, role)
@@ -287,17 +286,17 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
     record = checkpoints.read_record(whole)
     record["config"]["frames"] = 1
     checkpoints.write_record(tmp_path / "single", record)
-    manifest = bundle.read_manifest(path_of("random"))
+    manifest = bundle.read_manifest(bundle.resolve("random"))
     trained = params_of(whole, 8)["encoder"]["conv_in"]["kernel"]
     for folder, changed in ((whole, False), (tmp_path / "single", True)):
         cfg = vae.VaeTrainConfig(network=record["config"]["network"], init=str(folder), frames=5)
         network = vae.network_of(cfg, manifest)
-        begun = vae.first_params(cfg, network, manifest, path_of("random"))
+        begun = vae.first_params(cfg, network, manifest, bundle.resolve("random"))
         kernel = np.asarray(begun["encoder"]["conv_in"]["kernel"])
         assert (np.abs(kernel[:-1]).max() == 0) == changed
         np.testing.assert_allclose(kernel.sum(0), trained.sum(0), rtol=1e-5, atol=1e-6)
         still = vae.first_params(
-            dataclasses.replace(cfg, frames=1), network, manifest, path_of("random")
+            dataclasses.replace(cfg, frames=1), network, manifest, bundle.resolve("random")
         )
         np.testing.assert_array_equal(still["encoder"]["conv_in"]["kernel"], trained)
 

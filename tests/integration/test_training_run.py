@@ -26,7 +26,6 @@ from framepack_jax.cli import convert, export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import loader, records
 from framepack_jax.data.records import read_index
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import lora
 from framepack_jax.parallel import sharding
 from framepack_jax.training import checkpoints, export, state, vae
@@ -521,7 +520,7 @@ def test_the_documented_commands_divide_their_batches() -> None:
 
 def check_lora_files(folder: Path, run: Path) -> None:
     """Both say the same of the network, and how they came about."""
-    _, cfg = bundle.role_config(bundle.read_manifest(path_of("random")), "transformer")
+    _, cfg = bundle.role_config(bundle.read_manifest(bundle.resolve("random")), "transformer")
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["lora.safetensors", "lora_original.safetensors"]
     found = [conversion_lora.read(folder / name, cfg) for name in names]
@@ -553,11 +552,11 @@ def check_velocities(run: Path, dataset: Path) -> None:
     LoRA file of the run."""
     record = checkpoints.read_record(run)
     cfg = export.read_config(record["config"])
-    manifest = bundle.read_manifest(path_of("random"))
+    manifest = bundle.read_manifest(bundle.resolve("random"))
     model = state.model_of(cfg, manifest)
     abstract, _ = state.abstract_params(cfg, model)
     factors = checkpoints.restore_params(run, cfg.steps, abstract, "params")
-    base = FramePack.load(path_of("random"), dtype=cfg.dtype)
+    base = FramePack.load(bundle.resolve("random"), dtype=cfg.dtype)
     adapted = base.with_lora(conversion_lora.read(Path(lora.file_of(run)), model.cfg).lora)
     trained = state.merge_params(factors, base.transformer.params, state.factor_scale(cfg))
     batch = next(loader.open_loader(loader.DataConfig(str(dataset)), cfg.schedule, "inverted", 2))
@@ -597,7 +596,7 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
         sample.main(["--bundle", str(output)])
     convert.main([
         "--export", str(tmp_path / "kohya.safetensors"), "--names", "kohya",
-        "--lora", str(output), "--bundle", str(path_of("random")),
+        "--lora", str(output), "--bundle", str(bundle.resolve("random")),
     ])  # fmt: skip
     assert (tmp_path / "kohya.safetensors").exists()
     sample.main([
@@ -607,8 +606,8 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
         "--output", str(tmp_path / "video"),
     ])  # fmt: skip
     size = sum(f.stat().st_size for f in (output / "checkpoints").rglob("*") if f.is_file())
-    whole_network = bundle.stored_bytes(path_of("random"), bundle.read_manifest(path_of("random")),
-                                        "transformer")  # fmt: skip
+    random = bundle.resolve("random")
+    whole_network = bundle.stored_bytes(random, bundle.read_manifest(random), "transformer")
     assert size < 4 * whole_network  # bfloat16; adapters and two moments in float32
 
 

@@ -29,7 +29,6 @@ from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import engine, inspect, tables, transformer, weight_files
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.transformer import TransformerConfig
@@ -974,7 +973,8 @@ def test_bundles_of_the_package_go_by_their_names(golden, tmp_path, monkeypatch,
     manifest = bundle.read_manifest("out")
     bundle.check_present("out")
     assert (
-        manifest.roles["vae"].source == bundle.read_manifest(path_of("random")).roles["vae"].source
+        manifest.roles["vae"].source
+        == bundle.read_manifest(bundle.resolve("random")).roles["vae"].source
     )
     with pytest.raises(SystemExit, match="framepack_f1: the parameters of vae are missing"):
         main([*flags, "framepack_f1", "--overwrite"])

@@ -20,7 +20,6 @@ from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.cli.export import compare
 from framepack_jax.conversion import encoders, engine, export, float8, inspect, tables, weight_files
 from framepack_jax.conversion.weight_files import ConversionError, Entry
-from framepack_jax.jobs.provenance import path_of
 from tests.fixtures.torch_reference import randomize
 from tests.parity.test_conversion import LLAMA, RELEASED, SIZES, assert_same, plan_of
 
@@ -359,7 +358,7 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
 def whole(tmp_path_factory) -> Path:
     """The networks of the bundle `random`, but for the image encoder, in one file as ComfyUI saves
     them."""
-    root = path_of("random")
+    root = bundle.resolve("random")
     manifest = bundle.read_manifest(root)
 
     def exported(role: str) -> State:
@@ -388,7 +387,7 @@ def test_a_whole_checkpoint_is_taken_apart(whole, tmp_path, capsys) -> None:
         main([*flags, "--output", str(tmp_path / "out")])
     assert "--tokenizer;" in stopped.value.code and "--tokenizer-2;" in stopped.value.code
     for name in ("tokenizer", "tokenizer_2"):
-        flags += [f"--{name.replace('_', '-')}", str(path_of("random") / name)]
+        flags += [f"--{name.replace('_', '-')}", str(bundle.resolve("random") / name)]
     main([*flags, "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
     for prefix in (
@@ -399,7 +398,7 @@ def test_a_whole_checkpoint_is_taken_apart(whole, tmp_path, capsys) -> None:
         assert f"prefix {prefix} taken off" in said
     manifest = bundle.read_manifest(tmp_path / "out")
     assert [r for r in bundle.ROLES if manifest.roles[r].path == r] == list(ENCODERS)
-    for root in (tmp_path / "out", path_of("random")):
+    for root in (tmp_path / "out", bundle.resolve("random")):
         results = compare(whole, str(root))
         assert [(r.role, r.differing) for r in results] == [(role, []) for role in ENCODERS]
     main(["--vae", str(whole), "--encoders-from", "random", "--output", str(tmp_path / "vae")])

@@ -15,7 +15,6 @@ from framepack_jax.data import checks, loader, pixel_batch, records
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.loader import DataConfig, DatasetError, open_loader
 from framepack_jax.data.records import Index
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.packing import Timeline
 from tests.fixtures.training_data import SIZES, damage, random_record, write_dataset
 
@@ -334,7 +333,7 @@ def test_a_dataset_made_otherwise_is_refused_on_resume(tmp_path) -> None:
 
 def test_a_dataset_of_another_bundle_is_refused(dataset) -> None:
     folder, _ = dataset
-    index, manifest = records.read_index(folder), bundle.read_manifest(path_of("random"))
+    index, manifest = records.read_index(folder), bundle.read_manifest(bundle.resolve("random"))
     loader.check_bundle(index, manifest)
     role = manifest.roles["vae"]
     other = dataclasses.replace(role, source=role.source | {"sha256": "0"})

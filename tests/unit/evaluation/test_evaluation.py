@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from framepack_jax import FramePack, packing, video
+from framepack_jax import FramePack, bundle, packing, video
 from framepack_jax.cli import evaluate
 from framepack_jax.evaluation import clip_score, drift, metrics, plots, tables
 from framepack_jax.evaluation.drift import Estimate
 from framepack_jax.evaluation.metrics import Metric
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.jobs.provenance import EMBEDDED
 from framepack_jax.toy import baselines, motion_labels, results, scenes, suites, tracking
 from framepack_jax.toy.tracking import Sprites
 
@@ -303,7 +302,7 @@ def test_blanked_context_is_zero_and_nothing_else_is(schedule: str) -> None:
 
 @pytest.fixture(scope="module")
 def pipe() -> FramePack:
-    return FramePack.load(EMBEDDED["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
+    return FramePack.load(bundle.BUILTIN_BUNDLES["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
 
 
 def asks(count: int) -> list[baselines.Prompt]:
@@ -400,7 +399,9 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 2}  # fmt: skip
-    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["random"] / "tokenizer_2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        bundle.BUILTIN_BUNDLES["random"] / "tokenizer_2"
+    )
     text = sizes | {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
                     "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
     torch.manual_seed(0)

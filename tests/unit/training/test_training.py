@@ -23,7 +23,6 @@ from framepack_jax import bundle
 from framepack_jax.data.loader import DataConfig as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
-from framepack_jax.jobs.provenance import path_of
 from framepack_jax.models import lora, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
@@ -93,7 +92,7 @@ def begun_once(cfg: TrainConfig):
 @functools.cache
 def set_up(cfg: TrainConfig) -> trainer.Setup:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return trainer.set_up(cfg, bundle.read_manifest(path_of("random")), mesh)
+    return trainer.set_up(cfg, bundle.read_manifest(bundle.resolve("random")), mesh)
 
 
 def begin(cfg: TrainConfig):
@@ -519,7 +518,7 @@ def test_the_released_model_shards_with_its_optimizer(name) -> None:
         BASE, bundle="framepack_i2v", network={}, schedule=None, init="bundle",
         optimizer=Optimizer(name=name),
     )  # fmt: skip
-    manifest = bundle.read_manifest(path_of("framepack_i2v"))
+    manifest = bundle.read_manifest(bundle.resolve("framepack_i2v"))
     model = state.model_of(cfg, manifest)
     trained, _ = state.abstract_params(cfg, model)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 12_874_314_816
@@ -562,7 +561,7 @@ def setup_of(name, mesh):
     layers = dict.fromkeys(("double_layers", "single_layers", "refiner_layers"), 1)
     remat = "none" if mesh.size == 1 else "attention"
     cfg = t.changed(optimizer=optimizer, network=layers, remat=remat)
-    setup = t.trainer.set_up(cfg, t.bundle.read_manifest(t.path_of("random")), mesh)
+    setup = t.trainer.set_up(cfg, t.bundle.read_manifest(t.bundle.resolve("random")), mesh)
     params = params_of(mesh, t.functools.partial(t.state.random_params, cfg, setup.model, mesh))
     return setup, *t.state.init_state(cfg, setup.model, setup.tx, mesh, params)
 
