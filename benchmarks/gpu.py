@@ -56,7 +56,7 @@ from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
 from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
-from framepack_jax.training.config import LoRA
+from framepack_jax.training.config import LoRAConfig
 from framepack_jax.training.config import TrainConfig as Training
 from framepack_jax.training.metrics import COST
 from framepack_jax.training.trainer import RATE, jitted_step, set_up
@@ -217,7 +217,7 @@ def lora_training(scale: Scale, batch: int, remat: str) -> tuple[Training, Any]:
     role = dataclasses.replace(role, config=dataclasses.asdict(scale.dit))
     manifest = dataclasses.replace(manifest, roles=manifest.roles | {"transformer": role})
     cfg = Training(
-        bundle="framepack_i2v", trainable="lora", lora=LoRA(rank=32), batch=batch, remat=remat
+        bundle="framepack_i2v", trainable="lora", lora=LoRAConfig(rank=32), batch=batch, remat=remat
     )
     return cfg, manifest
 

@@ -9,7 +9,12 @@ Expect:   the loss of a released model begins near its floor and moves little: w
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Optimizer, TrainConfig, Validation
+from framepack_jax.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -19,11 +24,11 @@ def get_config() -> TrainConfig:
         data=loader.DataConfig(holdout=32, caption_dropout=0.1),
         batch=32,
         steps=10_000,
-        optimizer=Optimizer(learning_rate=1e-5, warmup_steps=500),
+        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=500),
         guidance=1.0,
         history_noise=0.1,
         ema=0.999,
         remat="full",
-        validation=Validation(every=500, samples=32, videos=1),
-        checkpoints=Checkpoints(every=500, keep=2, keep_every=2500),
+        validation=ValidationConfig(every=500, samples=32, videos=1),
+        checkpoints=CheckpointConfig(every=500, keep=2, keep_every=2500),
     )

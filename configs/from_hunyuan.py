@@ -14,7 +14,12 @@ Expect:   context embeddings begin as copies of the patch embedding, so that the
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Optimizer, TrainConfig, Validation
+from framepack_jax.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -25,10 +30,10 @@ def get_config() -> TrainConfig:
         data=loader.DataConfig(holdout=64, caption_dropout=0.1, sections="random"),
         batch=64,
         steps=100_000,
-        optimizer=Optimizer(learning_rate=2e-5, warmup_steps=1000),
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=1000),
         guidance=1.0,
         ema=0.9999,
         remat="full",
-        validation=Validation(every=1000, samples=64, videos=2),
-        checkpoints=Checkpoints(every=1000, keep=3, keep_every=10_000),
+        validation=ValidationConfig(every=1000, samples=64, videos=2),
+        checkpoints=CheckpointConfig(every=1000, keep=3, keep_every=10_000),
     )

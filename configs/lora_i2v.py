@@ -3,8 +3,8 @@
 Command:  python train.py --config configs/lora_i2v.py --bundle weights/framepack_i2v_hy
               --data.path datasets/mine --output runs/lora
 Hardware: 8 x A100-80G or H100: batch 64 at windows 2 and 3; at 9 --batch 32, or 64 as
-          --accumulate 2 (docs/scale.md). On one GPU of 80 GB take --batch 1; the frozen weights are
-          26 GB of it.
+          --grad-accum-steps 2 (docs/scale.md). On one GPU of 80 GB take --batch 1; the frozen
+          weights are 26 GB of it.
 Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora and for diffusers;
           lora_original.safetensors beside it for other programs (docs/interop.md). Some hundred
           clips and some thousand steps are usual for LoRA of this base model; nothing has been
@@ -12,7 +12,13 @@ Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora 
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, LoRA, Optimizer, TrainConfig, Validation
+from framepack_jax.training.config import (
+    CheckpointConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -21,12 +27,12 @@ def get_config() -> TrainConfig:
         bundle="framepack_i2v",
         data=loader.DataConfig(holdout=8),
         trainable="lora",
-        lora=LoRA(rank=32, alpha=32.0),
+        lora=LoRAConfig(rank=32, alpha=32.0),
         batch=64,
         steps=3000,
-        optimizer=Optimizer(learning_rate=2e-4, warmup_steps=100),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=100),
         guidance=1.0,
         remat="attention",
-        validation=Validation(every=250, samples=16, videos=1),
-        checkpoints=Checkpoints(every=250, keep=4),
+        validation=ValidationConfig(every=250, samples=16, videos=1),
+        checkpoints=CheckpointConfig(every=250, keep=4),
     )

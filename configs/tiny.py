@@ -9,7 +9,12 @@ Hardware: two CPU cores; a step takes about 1.2 s there. With --clips 16, --data
 """
 
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Optimizer, TrainConfig, Validation
+from framepack_jax.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -26,10 +31,10 @@ def get_config() -> TrainConfig:
         data=loader.DataConfig(path="outputs/dataset", holdout=64),
         batch=8,
         steps=500,
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=50, schedule="cosine"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, schedule="cosine"),
         dtype="float32",
         remat="none",
         ema=0.99,
-        validation=Validation(every=500, samples=192, steps=10, guidance=1.0),
-        checkpoints=Checkpoints(every=100),
+        validation=ValidationConfig(every=500, samples=192, steps=10, guidance=1.0),
+        checkpoints=CheckpointConfig(every=100),
     )  # fmt: skip

@@ -16,7 +16,13 @@ Result:   docs/training.md, "The tiny bundle": the first learns from many small 
 
 from framepack_jax import packing
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, Optimizer, Times, TrainConfig, Validation
+from framepack_jax.training.config import (
+    CheckpointConfig,
+    NoiseSchedule,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -33,11 +39,13 @@ def get_config() -> TrainConfig:
         guidance=10.0,
         batch=16,
         steps=1800,
-        optimizer=Optimizer("muon", learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
-        times=Times(shift=1.0),
+        optimizer=OptimizerConfig("muon", learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
+        noise_schedule=NoiseSchedule(shift=1.0),
         dtype="float32",
         remat="none",
         ema=0.99,
-        validation=Validation(every=1800, samples=32, sigmas=(0.3, 0.6, 0.9), sections=2, steps=10),
-        checkpoints=Checkpoints(every=100),
+        validation=ValidationConfig(
+            every=1800, samples=32, sigmas=(0.3, 0.6, 0.9), sections=2, steps=10
+        ),
+        checkpoints=CheckpointConfig(every=100),
     )  # fmt: skip

@@ -13,7 +13,7 @@ Result:   700 steps of the first, of single frames, give back the frames of 16 h
           steps of them come to 21. A learning rate of 8e-4 destroys what was there.
 """
 
-from framepack_jax.training.config import Optimizer
+from framepack_jax.training.config import OptimizerConfig
 from framepack_jax.training.vae import VaeTrainConfig
 
 
@@ -29,5 +29,5 @@ def get_config() -> VaeTrainConfig:
         size=(64, 64),
         batch=32,
         steps=700,
-        optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", weight_decay=0.0),
     )

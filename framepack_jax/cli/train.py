@@ -22,7 +22,7 @@ from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.export import export
-from framepack_jax.training.trainer import NotFinite, train
+from framepack_jax.training.trainer import NonFiniteLoss, train
 from framepack_jax.utils.flags import parse
 
 INTERRUPTED = 130
@@ -208,12 +208,12 @@ def _check(cfg: TrainConfig) -> None:
 
 def _explained(error: Exception) -> str:
     line = str(error)
-    if isinstance(error, NotFinite | ValueError | OSError):
+    if isinstance(error, NonFiniteLoss | ValueError | OSError):
         return line
     first = line.partition("\n")[0] or type(error).__name__
     if "RESOURCE_EXHAUSTED" in line or isinstance(error, MemoryError):
         return (
-            f"out of memory ({first}); --accumulate 2 takes a batch in parts, --remat full keeps"
-            " less, more devices share more; --dry-run says what fits"
+            f"out of memory ({first}); --grad-accum-steps 2 takes a batch in parts, --remat full"
+            " keeps less, more devices share more; --dry-run says what fits"
         )
     return first

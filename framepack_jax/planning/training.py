@@ -70,7 +70,7 @@ class TrainingReport:
     def __str__(self) -> str:
         chip, cfg = self.machine.chip, self.cfg
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
-        parts = f" in {cfg.accumulate} parts" if cfg.accumulate > 1 else ""
+        parts = f" in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else ""
         lines = [
             f"{self.machine}: {self.machine.count} chips of {chip.memory / GB:.1f} GB"
             + (f", divided over {mesh}" if mesh else ""),
@@ -121,8 +121,8 @@ def dry_run_training(
             return jitted_step(setup).lower(setup.abstract, setup.frozen, {}, batch, RATE)
 
     relief = (
-        "a smaller --batch, --accumulate, --remat full or more chips help, and --optimizer.name"
-        " adam8bit or adafactor"
+        "a smaller --batch, --grad-accum-steps, --remat full or more chips help, and"
+        " --optimizer.name adam8bit or adafactor"
     )
     program = compiled_program("step", relief, setup.frozen, lower, devices)
     flops, tokens = sample_cost(setup.model.cfg, setup.schedule, batch, batch.target.shape[2:4])

@@ -18,17 +18,26 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from framepack_jax import bundle
-from framepack_jax.training.config import Checkpoints
+from framepack_jax.training.config import CheckpointConfig
 from framepack_jax.training.state import State
 
 FOLDER, RECORD = "checkpoints", "run.json"
+# Version of the record. Records of version 1 have no "format", and other names of fields.
+FORMAT = 2
+RENAMED = {
+    1: {
+        "accumulate": "grad_accum_steps",
+        "max_bad_steps": "max_nonfinite_steps",
+        "times": "noise_schedule",
+    },
+}
 
 
 class RunError(ValueError):
     """A run that is not there, or cannot be gone on with."""
 
 
-def manager(run: epath.PathLike, cfg: Checkpoints) -> ocp.CheckpointManager:
+def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager:
     """The checkpoints of a run; to be closed."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=cfg.keep,
@@ -132,23 +141,32 @@ def restore_params(folder: epath.PathLike, step: int, abstract: Any, part: str) 
 
 
 def write_record(run: epath.PathLike, record: dict[str, Any]) -> None:
-    """Keep what a run is made of, whole or not at all."""
+    """Write the record of a run atomically."""
     folder = epath.Path(run)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{RECORD}.part"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.write_text(json.dumps({"format": FORMAT} | record, indent=1) + "\n")
     partial.replace(folder / RECORD)
 
 
 def read_record(run: epath.PathLike) -> dict[str, Any]:
-    """What a run is made of. Raises RunError where there is none."""
+    """Read the record of a run, of any format version. Raises RunError if there is none."""
     file = epath.Path(run) / RECORD
     if not file.exists():
-        raise RunError(f"{run} is no training run (it has no {RECORD})")
+        raise RunError(f"{run} is not a training run (it has no {RECORD})")
     try:
-        return json.loads(file.read_text())
+        record = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise RunError(f"{file} is damaged ({error}); restore it, or begin another run") from error
+    version = record.pop("format", 1)
+    if version > FORMAT:
+        raise RunError(
+            f"{file} has format {version}, written by a later version; expected {FORMAT}"
+        )
+    for older in range(version, FORMAT):
+        names = RENAMED[older]
+        record["config"] = {names.get(name, name): x for name, x in record["config"].items()}
+    return record
 
 
 def differences(

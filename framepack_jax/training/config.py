@@ -15,7 +15,7 @@ MOST_STEPS = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """Global-norm clip, then the optimizer, then weight decay on matrices, then the schedule."""
 
     name: Literal["adamw", "adafactor", "adam8bit", "muon"] = "adamw"
@@ -41,7 +41,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRAConfig:
     """Low-rank adapters (arXiv 2106.09685), with `trainable` lora."""
 
     rank: int = 32
@@ -54,7 +54,7 @@ class LoRA:
 
 
 @dataclasses.dataclass(frozen=True)
-class Times:
+class NoiseSchedule:
     """How noise levels are drawn. t is drawn in (0, 1), then shifted by the section's own token
     count as in sampling: sigma = e^mu t / (e^mu t + 1 - t)."""
 
@@ -69,7 +69,7 @@ class Times:
 
 
 @dataclasses.dataclass(frozen=True)
-class Validation:
+class ValidationConfig:
     """What is looked at on the way."""
 
     every: int = 500
@@ -92,7 +92,7 @@ class Validation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoints:
+class CheckpointConfig:
     """What is kept of a run."""
 
     every: int = 500
@@ -123,17 +123,17 @@ class TrainConfig:
     trainable: Literal["all", "context", "lora"] = "all"
     """all parameters; the embeddings of context and image alone, which a base model does not have;
     or low-rank adapters beside frozen weights."""
-    lora: LoRA = LoRA()
+    lora: LoRAConfig = LoRAConfig()
     batch: int = 8
     """Samples a step, over all devices."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Parts that a batch is taken in, one after another: less memory, the same result."""
     steps: int = 10_000
     """Steps of the whole run."""
     seed: int = 0
     """Of noise, noise levels and fresh weights."""
-    optimizer: Optimizer = Optimizer()
-    times: Times = Times()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    noise_schedule: NoiseSchedule = NoiseSchedule()
     guidance: float = 1.0
     """The value that the network's guidance input has in training. The distilled release is sampled
     with 10; training data show what 1 stands for, no guidance."""
@@ -147,11 +147,11 @@ class TrainConfig:
     """What of the forward pass is kept for the backward pass: everything, the results of matrix
     products and attention, those of attention and the blocks' inputs, the inputs alone, or those in
     host memory."""
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
     """So many steps in a row whose loss or gradient is not finite stop the run; such updates are
     left out."""
-    validation: Validation = Validation()
-    checkpoints: Checkpoints = Checkpoints()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: int = 10
     """Steps from one line of the log to the next."""
     tensorboard: bool = True
@@ -169,9 +169,9 @@ def _check(cfg: TrainConfig) -> None:
     if not 0 <= cfg.seed < 2**32:
         raise ValueError(f"--seed {cfg.seed}: expected a whole number from 0 to 2^32 - 1")
     positive = {
-        "batch": cfg.batch, "accumulate": cfg.accumulate, "steps": cfg.steps,
+        "batch": cfg.batch, "grad-accum-steps": cfg.grad_accum_steps, "steps": cfg.steps,
         "lora.rank": cfg.lora.rank, "checkpoints.every": cfg.checkpoints.every,
-        "checkpoints.keep": cfg.checkpoints.keep, "max-bad-steps": cfg.max_bad_steps,
+        "checkpoints.keep": cfg.checkpoints.keep, "max-nonfinite-steps": cfg.max_nonfinite_steps,
         "log-every": cfg.log_every, "validation.sections": cfg.validation.sections,
         "validation.steps": cfg.validation.steps, "validation.samples": cfg.validation.samples,
     }  # fmt: skip
@@ -192,10 +192,10 @@ def _check(cfg: TrainConfig) -> None:
                 " as Cloud Storage FUSE does (a run's log is appended to, records are read in the"
                 " middle of files)"
             )
-    if cfg.batch % cfg.accumulate:
+    if cfg.batch % cfg.grad_accum_steps:
         raise ValueError(
-            f"--accumulate {cfg.accumulate} does not divide --batch {cfg.batch}: a batch is taken"
-            " in equal parts"
+            f"--grad-accum-steps {cfg.grad_accum_steps} does not divide --batch {cfg.batch}: a"
+            " batch is taken in equal parts"
         )
     shares = {
         "ema": cfg.ema, "history-noise": cfg.history_noise, "optimizer.b1": cfg.optimizer.b1,
@@ -206,7 +206,8 @@ def _check(cfg: TrainConfig) -> None:
             raise ValueError(f"--{name} {value}: expected a number from 0 to below 1")
     numbers = {
         "optimizer.learning-rate": cfg.optimizer.learning_rate,
-        "optimizer.weight-decay": cfg.optimizer.weight_decay, "times.std": cfg.times.std,
+        "optimizer.weight-decay": cfg.optimizer.weight_decay,
+        "noise-schedule.std": cfg.noise_schedule.std,
         "optimizer.clip-norm": cfg.optimizer.clip_norm, "optimizer.eps": cfg.optimizer.eps,
         "optimizer.warmup-steps": cfg.optimizer.warmup_steps,
     }  # fmt: skip

@@ -20,7 +20,7 @@ from framepack_jax.data.pixel_batch import PixelBatch, to_batch
 from framepack_jax.diffusion import flow
 from framepack_jax.packing import PackedContext, group_tokens
 from framepack_jax.parallel.sharding import BATCH, constrain
-from framepack_jax.training.config import Times, TrainConfig
+from framepack_jax.training.config import NoiseSchedule, TrainConfig
 from framepack_jax.training.state import (
     Model,
     Params,
@@ -66,7 +66,7 @@ def train_step(
     def loss(params: Params, part: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         part = _latents(part, functools.partial(encode, vae) if encode else None)
         keys = sample_keys(cfg.seed, part.element)
-        sigmas = draw_sigmas(cfg.times, keys, section_mu(part.target.shape))
+        sigmas = draw_sigmas(cfg.noise_schedule, keys, section_mu(part.target.shape))
         losses = sample_losses(cfg, model, params, frozen, part, keys, sigmas)
         return jnp.mean(losses), (losses, sigmas)
 
@@ -74,7 +74,7 @@ def train_step(
         (_, seen), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
         return grads, seen
 
-    grads, (losses, sigmas) = _accumulated(gradient, batch, cfg.accumulate)
+    grads, (losses, sigmas) = _accumulated(gradient, batch, cfg.grad_accum_steps)
     mean = jnp.mean(losses)
     new, norm = apply_gradients(state, grads, mean, tx, cfg.ema, rate)
     skipped = new.skipped != state.skipped
@@ -154,16 +154,16 @@ def _key(key: jax.Array, draw: str) -> jax.Array:
     return jax.random.fold_in(key, _DRAWS.index(draw))
 
 
-def draw_sigmas(times: Times, keys: jax.Array, mu: float) -> jax.Array:
+def draw_sigmas(schedule: NoiseSchedule, keys: jax.Array, mu: float) -> jax.Array:
     """Noise levels (B,)."""
 
     def draw(key: jax.Array) -> jax.Array:
         key = _key(key, "time")
-        if times.distribution == "uniform":
+        if schedule.distribution == "uniform":
             return jax.random.uniform(key)
-        return jax.nn.sigmoid(times.mean + times.std * jax.random.normal(key))
+        return jax.nn.sigmoid(schedule.mean + schedule.std * jax.random.normal(key))
 
-    return flow.shift(jax.vmap(draw)(keys), mu if times.shift is None else times.shift)
+    return flow.shift(jax.vmap(draw)(keys), mu if schedule.shift is None else schedule.shift)
 
 
 def section_mu(shape: tuple[int, ...]) -> float:

@@ -167,7 +167,7 @@ class Log:
             "tokens_per_second": sum(cost.tokens for cost in costs) * samples,
             "model_flops_per_second": work,
             "seconds_per_step": seconds / len(steps),
-            "data_wait_share": self.waited / seconds,
+            "data_wait_fraction": self.waited / seconds,
             **_device(work),
             **more,
         }

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from framepack_jax.models.scan import LORA_A, LORA_B
-from framepack_jax.training.config import Optimizer
+from framepack_jax.training.config import OptimizerConfig
 
 MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
 # Where what looks like a matrix is an embedding, a modulation or an end of a network.
@@ -32,7 +32,7 @@ COSINE_END = 0.1
 Params = dict[str, Any]
 
 
-def make(cfg: Optimizer, stacks: Iterable[str]) -> optax.GradientTransformationExtraArgs:
+def make(cfg: OptimizerConfig, stacks: Iterable[str]) -> optax.GradientTransformationExtraArgs:
     """The transformation of gradients into updates; its `update` takes the `learning_rate`.
     `stacks` names the top-level entries of the parameters that carry a layer axis."""
     match cfg.name:
@@ -70,7 +70,7 @@ def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def learning_rate(cfg: Optimizer, steps: int) -> Callable[[int], np.float32]:
+def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[int], np.float32]:
     """Return the learning rate of a step, from 0, of a run of `steps`: a linear rise, then constant
     or half a cosine down to a tenth."""
     warm = min(cfg.warmup_steps, steps)

@@ -31,13 +31,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
     """Raise ValueError where the parts of a batch do not divide over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch // accumulate % ways:
+    if batch // parts % ways:
         raise ValueError(
-            f"--batch {batch} in {accumulate} parts does not divide over data x fsdp = {ways}"
-            f" devices; give a multiple of {ways * accumulate}, or divide tokens and heads instead"
+            f"--batch {batch} in {parts} parts does not divide over data x fsdp = {ways}"
+            f" devices; give a multiple of {ways * parts}, or divide tokens and heads instead"
             " (--mesh with context and tensor)"
         )
 

@@ -22,7 +22,7 @@ from framepack_jax import bundle
 from framepack_jax.models import lora, scan
 from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
-from framepack_jax.training.config import LoRA, TrainConfig
+from framepack_jax.training.config import LoRAConfig, TrainConfig
 
 Params = dict[str, Any]
 # The embeddings that a base HunyuanVideo model does not have.
@@ -131,7 +131,7 @@ def factor_scale(cfg: TrainConfig) -> float:
     return cfg.lora.alpha / cfg.lora.rank if cfg.trainable == "lora" else 1.0
 
 
-def init_lora(cfg: LoRA, params: Params, key: jax.Array) -> Params:
+def init_lora(cfg: LoRAConfig, params: Params, key: jax.Array) -> Params:
     """Adapters that change nothing yet: `lora_a` (in, r) normal with variance 1 / in, `lora_b`
     (r, ...out) zero, with a layer axis in a stack. Raises ValueError where `targets` match none."""
     leaves = flatten_dict(params)

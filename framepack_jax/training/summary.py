@@ -85,7 +85,7 @@ def run_lines(setup: Any, loader: Any, first: int, validates: bool) -> list[str]
     lines = [
         data_line(clips_text(counts), len(loader.held), epochs),
         _trained(cfg, setup.abstract.params, setup.frozen),
-        batch_line(cfg.batch, cfg.accumulate, setup.mesh),
+        batch_line(cfg.batch, cfg.grad_accum_steps, setup.mesh),
         steps_line(
             first,
             cfg.steps,

@@ -45,13 +45,13 @@ from framepack_jax.utils.progress import Bar
 # Fields of a configuration that a run keeps from its first step to its last.
 FIXED = (
     "init", "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance",
-    "history_noise", "times",
+    "history_noise", "noise_schedule",
 )  # fmt: skip
 # The learning rate as the compiled step takes it.
 RATE = jax.ShapeDtypeStruct((), np.float32)
 
 
-class NotFinite(FloatingPointError):
+class NonFiniteLoss(FloatingPointError):
     """Losses or gradients that stay not finite."""
 
 
@@ -77,7 +77,7 @@ def set_up(cfg: TrainConfig, manifest: bundle.Manifest, mesh: Mesh, pixels: bool
     order = packing.default_order(schedule) if cfg.schedule else manifest.order
     model.module.check_kernels(model.cfg, model.module.context_kernels(schedule))
     model.module.check_mesh(model.cfg, mesh)
-    check_batch(cfg.batch, cfg.accumulate, mesh)
+    check_batch(cfg.batch, cfg.grad_accum_steps, mesh)
     tx = optimizer.make(cfg.optimizer, model.module.STACKS)
     abstract, frozen = state.abstract(cfg, model, tx, mesh)
     encode = _encoder(manifest) if pixels else None
@@ -128,7 +128,7 @@ def train(
     """Train until the last step, or until the run is asked to stop; returns the step it came to.
 
     Raises ValueError (with RunError, BundleError, DatasetError) for what cannot be trained, OSError
-    where a checkpoint cannot be written, NotFinite.
+    where a checkpoint cannot be written, NonFiniteLoss.
     """
     manifest = bundle.read_manifest(bundle_path)
     share = local_share(mesh, cfg.batch)
@@ -301,7 +301,7 @@ class Trainer:
 
     def go(self, begun: State) -> int:
         """Train from a state to the last step, or to where the run is asked to stop; returns that
-        step. Raises NotFinite, DatasetError."""
+        step. Raises NonFiniteLoss, DatasetError."""
         cfg, first = self.cfg, int(begun.step)
         if first >= cfg.steps:
             return first
@@ -388,7 +388,7 @@ class Trainer:
 
     def _settle(self, late: Late, now: State, first: int) -> None:
         """Take the figures of a step that is over, or about to be; `now` is the newest state.
-        Raises NotFinite, DatasetError."""
+        Raises NonFiniteLoss, DatasetError."""
         step, cfg = late.step, self.cfg
         figures = Metrics(*jax.device_get(multihost.fetch(tuple(late.figures))))
         if (figures.clips == LOST).any():
@@ -397,10 +397,10 @@ class Trainer:
         self.log.add(step, figures, late.cost)
         self.bar.set_postfix(loss=f"{figures.loss:.4f}", refresh=False)
         self.unsaved |= self.bad.note(step, figures.clips)
-        if figures.skipped_in_a_row >= cfg.max_bad_steps:
+        if figures.skipped_in_a_row >= cfg.max_nonfinite_steps:
             kept = self.manager.latest_step()
             numbers = sorted({clip for clip in figures.clips.tolist() if clip >= 0})
-            raise NotFinite(
+            raise NonFiniteLoss(
                 f"step {step}: loss or gradient have not been finite for"
                 f" {figures.skipped_in_a_row} steps; the last"
                 f" batch has clips {', '.join(self.loader.clip_ids(numbers)[:8])}. Those updates"
@@ -476,7 +476,7 @@ class Validator:
         self.setup, self.path, self.vae = setup, path, vae
         cfg = setup.cfg
         ways = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-        held = loader.held_out(cfg.validation.samples, cfg.batch // cfg.accumulate, ways)
+        held = loader.held_out(cfg.validation.samples, cfg.batch // cfg.grad_accum_steps, ways)
         self.batches = [
             (place(batch, setup.mesh, size), others and place(others, setup.mesh, size))
             for batch, others, size in held

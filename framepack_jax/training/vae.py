@@ -33,7 +33,7 @@ from framepack_jax.models.hunyuan import vae
 from framepack_jax.parallel.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import Checkpoints, Optimizer
+from framepack_jax.training.config import CheckpointConfig, OptimizerConfig
 from framepack_jax.training.export import provenance, write_bundle
 from framepack_jax.training.prefetch import batch_sharding, check_batch, feed, local_share
 from framepack_jax.training.state import State, apply_gradients
@@ -44,8 +44,8 @@ from framepack_jax.utils.progress import Bar
 FIXED = ("init", "trainable", "network", "frames", "size", "batch", "holdout", "kl", "seed", "ema")
 Trainable = Literal["all", "decoder"]
 SHOWN = 4
-OPTIMIZER = Optimizer(learning_rate=1e-3, schedule="cosine", weight_decay=0.0)
-CHECKPOINTS = Checkpoints(every=250)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="cosine", weight_decay=0.0)
+CHECKPOINTS = CheckpointConfig(every=250)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +80,14 @@ class VaeTrainConfig:
     """Share of the divergence of a latent number from a normal one, beside the squared error."""
     seed: int = 0
     """Of clips, noise and fresh weights."""
-    optimizer: Optimizer = OPTIMIZER
+    optimizer: OptimizerConfig = OPTIMIZER
     ema: float = 0.99
     """Decay of the moving average of the parameters, which is what is kept; 0: none."""
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
     """So many steps in a row whose loss or gradient is not finite stop the run."""
     validate_every: int = 500
     """Steps from one validation to the next."""
-    checkpoints: Checkpoints = CHECKPOINTS
+    checkpoints: CheckpointConfig = CHECKPOINTS
     log_every: int = 10
     """Steps from one line of the log to the next."""
 
@@ -97,7 +97,8 @@ class VaeTrainConfig:
         if min(self.size) < 8 or any(side % 8 for side in self.size):
             raise ValueError(f"--size {self.size}: expected multiples of 8 pixels")
         whole = {"batch": self.batch, "steps": self.steps, "validate-every": self.validate_every,
-                 "log-every": self.log_every, "max-bad-steps": self.max_bad_steps}  # fmt: skip
+                 "log-every": self.log_every,
+                 "max-nonfinite-steps": self.max_nonfinite_steps}  # fmt: skip
         for name, value in whole.items():
             if value < 1:
                 raise ValueError(f"--{name} {value}: expected a whole number of 1 or more")
@@ -394,7 +395,7 @@ def _run(
                 line = _line(jax.device_get(window))
                 log.write(step, line)
                 bar.set_postfix(psnr=f"{line['psnr']:.2f}")
-                if int(window[-1].skipped_in_a_row) >= cfg.max_bad_steps:
+                if int(window[-1].skipped_in_a_row) >= cfg.max_nonfinite_steps:
                     raise FloatingPointError(
                         f"step {step}: loss or gradient have not been finite for"
                         f" {int(window[-1].skipped_in_a_row)} steps; lower"

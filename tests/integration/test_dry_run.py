@@ -485,7 +485,16 @@ def test_the_tpu_compiler_takes_a_tiny_training_step(training_reports, capsys) -
 
 def test_training_that_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> None:
     monkeypatch.setattr(TrainingReport, "total", property(lambda report: 200 * 10**9))
-    flags = ("--trainable", "lora", "--lora.rank", "2", "--init", "bundle", "--accumulate", "2")
+    flags = (
+        "--trainable",
+        "lora",
+        "--lora.rank",
+        "2",
+        "--init",
+        "bundle",
+        "--grad-accum-steps",
+        "2",
+    )
     with pytest.raises(SystemExit) as ended:
         train.main([*TRAIN, *flags, "--dry-run", "h200:1"])
     assert ended.value.code == 1

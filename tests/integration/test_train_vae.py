@@ -20,11 +20,11 @@ from framepack_jax.models.hunyuan import vae as model
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.toy import world
 from framepack_jax.training import checkpoints, vae
-from framepack_jax.training.config import Optimizer
+from framepack_jax.training.config import OptimizerConfig
 from tests.fixtures.compiling import quick_flags
 
 CONFIG = """
-from framepack_jax.training.config import Checkpoints, Optimizer
+from framepack_jax.training.config import CheckpointConfig, OptimizerConfig
 from framepack_jax.training.vae import VaeTrainConfig
 
 def get_config():
@@ -35,8 +35,8 @@ def get_config():
             "space_compression": 4, "time_compression": 2,
         },
         frames=5, size=(16, 24), holdout=2, batch=2, steps=8, ema=0.5,
-        optimizer=Optimizer(learning_rate=5e-3, warmup_steps=2, weight_decay=0.0),
-        validate_every=8, checkpoints=Checkpoints(every=4, keep=3), log_every=1,
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=2, weight_decay=0.0),
+        validate_every=8, checkpoints=CheckpointConfig(every=4, keep=3), log_every=1,
     )
 """
 
@@ -303,7 +303,9 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
 
 def test_a_decoder_alone_leaves_latents_as_they_are(whole, place, tmp_path) -> None:
     """No update of the encoder, also by weight decay; and the bundle's statistics are kept."""
-    cfg = vae.VaeTrainConfig(trainable="decoder", optimizer=Optimizer("muon", weight_decay=0.1))
+    cfg = vae.VaeTrainConfig(
+        trainable="decoder", optimizer=OptimizerConfig("muon", weight_decay=0.1)
+    )
     params = model.init(SMALL, jax.random.key(0))
     tx = vae.transformation(cfg)
     ones = jax.tree.map(jnp.ones_like, params)

@@ -42,7 +42,9 @@ from tests.multihost.test_processes import ended, launch
 
 CONFIG = """
 from framepack_jax.data import loader
-from framepack_jax.training.config import Checkpoints, LoRA, TrainConfig, Optimizer, Validation
+from framepack_jax.training.config import (
+    CheckpointConfig, LoRAConfig, OptimizerConfig, TrainConfig, ValidationConfig,
+)
 
 def get_config():
     return TrainConfig(
@@ -51,10 +53,10 @@ def get_config():
         schedule="f1k1_x_g2_f1k1f2k2f16k4_td",
         data=loader.DataConfig(holdout=2),
         batch=4, steps=12, dtype="float32", remat="none", ema=0.9,
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=3),
-        lora=LoRA(rank=2, alpha=4.0),
-        validation=Validation(every=0),
-        checkpoints=Checkpoints(every=3, keep=2), log_every=1, tensorboard=False,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3),
+        lora=LoRAConfig(rank=2, alpha=4.0),
+        validation=ValidationConfig(every=0),
+        checkpoints=CheckpointConfig(every=3, keep=2), log_every=1, tensorboard=False,
     )
 """
 STEPS = 12
@@ -99,7 +101,7 @@ def finish(process) -> str:
 def log_of(output: Path) -> dict[int, dict[str, float]]:
     """The lines of a log by step, without what depends on the clock."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    clock = ("per_second", "seconds", "share", "memory", "mfu")
+    clock = ("per_second", "seconds", "fraction", "memory", "mfu")
     found: dict[int, dict[str, float]] = {}
     for line in lines:
         kept = {k: v for k, v in line.items() if not any(c in k for c in clock)}
@@ -229,7 +231,7 @@ def test_a_disk_that_goes_ends_a_run_before_the_step(place, whole, tmp_path, mon
 def test_rates_are_of_the_time_that_steps_take(place, damaged) -> None:
     """Also of a line a step, beside checkpoints: no step waits longer than it takes."""
     lines = [json.loads(line) for line in (damaged[1] / "log.jsonl").read_text().splitlines()]
-    assert all(0 <= line["data_wait_share"] <= 1 for line in lines)
+    assert all(0 <= line["data_wait_fraction"] <= 1 for line in lines)
     for line in lines:
         assert line["samples_per_second"] * line["seconds_per_step"] == pytest.approx(4)
 
@@ -515,7 +517,7 @@ def test_the_documented_commands_divide_their_batches() -> None:
         batch = int(given[0]) if given else cfg.batch
         sizes = sharding.parse_mesh(mesh)
         shape = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
-        check_batch(batch, cfg.accumulate, SimpleNamespace(shape=shape))
+        check_batch(batch, cfg.grad_accum_steps, SimpleNamespace(shape=shape))
 
 
 def check_lora_files(folder: Path, run: Path) -> None:
@@ -614,8 +616,9 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
 def test_losses_that_stay_not_finite_end_a_run(place, tmp_path) -> None:
     with pytest.raises(SystemExit) as error:
         train.main(
-            flags(place, tmp_path / "run", "--optimizer.learning-rate", "1e38", "--max-bad-steps",
-                  "2", "--optimizer.warmup-steps", "0", "--optimizer.clip-norm", "0")
+            flags(place, tmp_path / "run", "--optimizer.learning-rate", "1e38",
+                  "--max-nonfinite-steps", "2", "--optimizer.warmup-steps", "0",
+                  "--optimizer.clip-norm", "0")
         )  # fmt: skip
     message = str(error.value)
     assert "have not been finite for 2 steps" in message and "video_" in message

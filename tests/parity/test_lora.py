@@ -36,7 +36,7 @@ from framepack_jax.models.lora import Factors
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 from framepack_jax.training import state
-from framepack_jax.training.config import LoRA, TrainConfig
+from framepack_jax.training.config import LoRAConfig, TrainConfig
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
 from tests.parity.test_third_party_checkpoints import comfyui as renamed_by_comfyui
 
@@ -843,7 +843,7 @@ def test_what_training_makes_gives_the_same_in_diffusers(
 ) -> None:
     """The factors as the trainer keeps them, q, k and v on one; its export; PEFT's own output."""
     cfg, params = model
-    run = TrainConfig(trainable="lora", lora=LoRA(rank=3, alpha=4.5))
+    run = TrainConfig(trainable="lora", lora=LoRAConfig(rank=3, alpha=4.5))
     factors = state.init_lora(run.lora, params, jax.random.key(0))
     random = np.random.default_rng(1)
     factors = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape, np.float32), factors)

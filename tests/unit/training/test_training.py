@@ -36,12 +36,12 @@ from framepack_jax.training import (
     validation,
 )
 from framepack_jax.training.config import (
-    Checkpoints,
-    LoRA,
-    Optimizer,
-    Times,
+    CheckpointConfig,
+    LoRAConfig,
+    NoiseSchedule,
+    OptimizerConfig,
     TrainConfig,
-    Validation,
+    ValidationConfig,
 )
 from framepack_jax.training.prefetch import local_share, place
 from tests.fixtures.compiling import QUICK, quick_flags
@@ -53,7 +53,7 @@ SCHEDULE = "f1k1_x_g2_f1k1f2k2f16k4_td"
 BASE = TrainConfig(
     bundle="random", output="run", schedule=SCHEDULE, init="runs/base", batch=4, dtype="float32",
     network={"double_layers": 2, "single_layers": 3, "refiner_layers": 1}, remat="none",
-    lora=LoRA(rank=3, alpha=6.0),
+    lora=LoRAConfig(rank=3, alpha=6.0),
 )  # fmt: skip
 RATE = np.float32(1e-2)
 
@@ -128,7 +128,7 @@ def gradient(cfg: TrainConfig, batch, params=None):
     """Loss and gradient of the trained parameters."""
     setup, begun, frozen = begin(cfg)
     keys = flow_matching.sample_keys(cfg.seed, batch.element)
-    sigmas = flow_matching.draw_sigmas(cfg.times, keys, 0.7)
+    sigmas = flow_matching.draw_sigmas(cfg.noise_schedule, keys, 0.7)
 
     def loss(params):
         losses = flow_matching.sample_losses(cfg, setup.model, params, frozen, batch, keys, sigmas)
@@ -164,10 +164,10 @@ def test_what_is_kept_does_not_change_the_gradient(batches, remat) -> None:
 @pytest.mark.parametrize("named, fields", [
     ("--remat some: expected one of none, dots, attention, full, offload", {"remat": "some"}),
     ("--trainable LoRA: expected one of all, context, lora", {"trainable": "LoRA"}),
-    ("--optimizer.name adam: expected one of adamw", {"optimizer": Optimizer(name="adam")}),
+    ("--optimizer.name adam: expected one of adamw", {"optimizer": OptimizerConfig(name="adam")}),
     ("--data.sections rand: expected one of", {"data": Data(sections="rand")}),
     ("--seed -1", {"seed": -1}),
-    ("--validation.sigmas ()", {"validation": Validation(sigmas=())}),
+    ("--validation.sigmas ()", {"validation": ValidationConfig(sigmas=())}),
 ])  # fmt: skip
 def test_what_a_configuration_cannot_say_is_named(named, fields) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
@@ -177,7 +177,7 @@ def test_what_a_configuration_cannot_say_is_named(named, fields) -> None:
 def test_parts_of_a_batch_make_the_same_step(batches) -> None:
     results = []
     for parts in (1, 2, 4):
-        setup, begun, frozen = begin(changed(accumulate=parts))
+        setup, begun, frozen = begin(changed(grad_accum_steps=parts))
         new, metrics = train_of(setup.cfg)(begun, frozen, {}, on(setup, batches[0]), RATE)
         results.append((new.params, metrics.losses, metrics.sigmas))
     for other in results[1:]:
@@ -218,11 +218,11 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
 def test_noise_levels_are_shifted_as_in_sampling() -> None:
     keys = flow_matching.sample_keys(3, jnp.arange(20_000))
     mu = 0.9
-    uniform = flow_matching.draw_sigmas(Times("uniform"), keys, mu)
+    uniform = flow_matching.draw_sigmas(NoiseSchedule("uniform"), keys, mu)
     # Quantiles of the uniform t are those of the sampler's grid.
     grid = flow.sigmas(4, mu)[::-1]
     np.testing.assert_allclose(np.quantile(uniform, [0.25, 0.5, 0.75]), grid[1:4], atol=0.01)
-    normal = flow_matching.draw_sigmas(Times(mean=0.3, std=0.8, shift=0.0), keys, mu)
+    normal = flow_matching.draw_sigmas(NoiseSchedule(mean=0.3, std=0.8, shift=0.0), keys, mu)
     logits = np.log(normal) - np.log1p(-np.asarray(normal))
     assert abs(logits.mean() - 0.3) < 0.02 and abs(logits.std() - 0.8) < 0.02
     assert len(np.unique(uniform)) > 19_000
@@ -340,7 +340,7 @@ def test_no_frozen_kernel_has_a_gradient(batches) -> None:
     costs less than that of all parameters by one forward pass of the linear layers."""
     batch, costs, made = batches[0], {}, {}
     for trainable in ("all", "lora"):
-        cfg = changed(trainable=trainable, lora=LoRA(rank=1, alpha=1.0))
+        cfg = changed(trainable=trainable, lora=LoRAConfig(rank=1, alpha=1.0))
         setup, begun, frozen = begin(cfg)
         keys = flow_matching.sample_keys(cfg.seed, batch.element)
 
@@ -385,7 +385,7 @@ def outputs(jaxpr) -> set[int]:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "adam8bit", "muon"])
 def test_optimizers_bring_the_loss_down(batches, name) -> None:
-    setup, now, frozen = begin(changed(optimizer=Optimizer(name=name)))
+    setup, now, frozen = begin(changed(optimizer=OptimizerConfig(name=name)))
     train = train_of(setup.cfg)
     losses = []
     for _ in range(6):
@@ -516,7 +516,7 @@ def test_the_released_model_shards_with_its_optimizer(name) -> None:
     """At full size: every leaf of the state is divided as its parameter, less reduced axes."""
     cfg = dataclasses.replace(
         BASE, bundle="framepack_i2v", network={}, schedule=None, init="bundle",
-        optimizer=Optimizer(name=name),
+        optimizer=OptimizerConfig(name=name),
     )  # fmt: skip
     manifest = bundle.read_manifest(bundle.resolve("framepack_i2v"))
     model = state.model_of(cfg, manifest)
@@ -557,7 +557,7 @@ from framepack_jax.parallel import sharding
 jax, np, RATE = t.jax, t.np, t.np.float32(1e-3)
 
 def setup_of(name, mesh):
-    optimizer = t.Optimizer(name, learning_rate=1e-3, warmup_steps=0)
+    optimizer = t.OptimizerConfig(name, learning_rate=1e-3, warmup_steps=0)
     layers = dict.fromkeys(("double_layers", "single_layers", "refiner_layers"), 1)
     remat = "none" if mesh.size == 1 else "attention"
     cfg = t.changed(optimizer=optimizer, network=layers, remat=remat)
@@ -650,11 +650,11 @@ def test_state_of_no_parameter_is_named() -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     rate = optimizer.learning_rate(
-        Optimizer(learning_rate=2.0, warmup_steps=4, schedule="cosine"), 12
+        OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine"), 12
     )
     np.testing.assert_allclose([rate(i) for i in range(5)], [0.5, 1.0, 1.5, 2.0, 2.0])
     assert abs(float(rate(8)) - (0.2 + 0.9)) < 1e-6 and abs(float(rate(12)) - 0.2) < 1e-6
-    constant = optimizer.learning_rate(Optimizer(learning_rate=2.0, warmup_steps=0), 12)
+    constant = optimizer.learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=0), 12)
     assert float(constant(0)) == float(constant(11)) == 2.0
 
 
@@ -667,19 +667,19 @@ def test_steps_and_learning_rate_are_not_in_the_program(batches) -> None:
         arguments = setup.abstract, setup.frozen, {}, batch, trainer.RATE
         return trainer.jitted_step(setup).lower(*arguments).as_text()
 
-    other = Optimizer(learning_rate=3e-5, warmup_steps=7, schedule="cosine")
+    other = OptimizerConfig(learning_rate=3e-5, warmup_steps=7, schedule="cosine")
     assert program() == program(steps=77, optimizer=other)
-    assert program() != program(optimizer=Optimizer(weight_decay=0.5))
+    assert program() != program(optimizer=OptimizerConfig(weight_decay=0.5))
 
 
 def test_alpha_far_from_the_rank_is_warned_of() -> None:
     for alpha in (1.0, 4.0, 16.0):
-        lora = LoRA(rank=4, alpha=alpha)
+        lora = LoRAConfig(rank=4, alpha=alpha)
         assert summary.lora_warning(changed(trainable="lora", lora=lora)) is None
-    warned = summary.lora_warning(changed(trainable="lora", lora=LoRA(rank=4)))
+    warned = summary.lora_warning(changed(trainable="lora", lora=LoRAConfig(rank=4)))
     assert "--lora.rank 4 with --lora.alpha 32" in warned
     assert "by 8; --lora.alpha 4 makes it 1" in warned
-    assert summary.lora_warning(changed(lora=LoRA(rank=4))) is None
+    assert summary.lora_warning(changed(lora=LoRAConfig(rank=4))) is None
 
 
 def test_a_batch_is_said_to_lie_on_devices() -> None:
@@ -717,13 +717,13 @@ def test_rates_do_not_depend_on_how_often_they_are_logged(monkeypatch, every) ->
                 now += 7
     assert len(lines) == 12 // every
     for line in lines:
-        assert (line["seconds_per_step"], line["data_wait_share"]) == (1.0, 0.25)
+        assert (line["seconds_per_step"], line["data_wait_fraction"]) == (1.0, 0.25)
         assert (line["samples_per_second"], line["tokens_per_second"]) == (4.0, 40.0)
         assert line["model_flops_per_second"] == 3 * 4 * 100
 
 
 def test_weights_decay_and_biases_do_not() -> None:
-    cfg = Optimizer(learning_rate=0.1, weight_decay=0.5, warmup_steps=0)
+    cfg = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0)
     params = {"head": {"out": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}}
     tx = optimizer.make(cfg, ())
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -795,15 +795,15 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path) -> None:
     [
         ({"batch": 0}, "--batch 0"),
         ({"output": "gs://bucket/run"}, "--output gs://bucket/run: expected a folder on a disk"),
-        ({"accumulate": 3}, "--accumulate 3 does not divide --batch 4"),
+        ({"grad_accum_steps": 3}, "--grad-accum-steps 3 does not divide --batch 4"),
         ({"ema": 1.0}, "--ema 1.0"),
-        ({"optimizer": Optimizer(learning_rate=float("nan"))}, "learning-rate nan"),
+        ({"optimizer": OptimizerConfig(learning_rate=float("nan"))}, "learning-rate nan"),
         ({"init": "bundle"}, "--init bundle takes a network as it is"),
         ({"init": "scratch", "trainable": "lora"}, "lora would leave random ones frozen"),
-        ({"validation": Validation(every=-1)}, "--validation.every -1"),
-        ({"validation": Validation(samples=0)}, "--validation.samples 0"),
-        ({"validation": Validation(videos=-2)}, "--validation.videos -2"),
-        ({"checkpoints": Checkpoints(keep_every=-1)}, "--checkpoints.keep-every -1"),
+        ({"validation": ValidationConfig(every=-1)}, "--validation.every -1"),
+        ({"validation": ValidationConfig(samples=0)}, "--validation.samples 0"),
+        ({"validation": ValidationConfig(videos=-2)}, "--validation.videos -2"),
+        ({"checkpoints": CheckpointConfig(keep_every=-1)}, "--checkpoints.keep-every -1"),
     ],
 )
 def test_impossible_configurations_are_named(fields, message) -> None:
