@@ -3,7 +3,7 @@
 #                 same command goes on where it was stopped
 # make test       the test suite
 # make test-all   the test suite with what is marked large
-# make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/scale.md
+# make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/measurements/memory.md
 # make lint       style
 PYTHON ?= python3
 BIN := .venv/bin

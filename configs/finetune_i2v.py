@@ -3,7 +3,7 @@
 Command:  python train.py --config configs/finetune_i2v.py --bundle weights/framepack_i2v_hy
               --data.path datasets/mine --output runs/i2v [--mesh fsdp=32] [--coordinator auto]
 Hardware: TPU v5p-64 (32 chips) or 8 x H100 (--mesh fsdp=8); both fit by their compilers, the GPUs
-          up to --batch 40 (docs/scale.md).
+          up to --batch 40 (docs/measurements/memory.md).
 Expect:   the loss of a released model begins near its floor and moves little: watch the validation
           videos, and context/*_other, which must stay above 0. No full run has been made so far.
 """

@@ -2,13 +2,13 @@
 
 Command:  python train.py --config configs/lora_i2v.py --bundle weights/framepack_i2v_hy
               --data.path datasets/mine --output runs/lora
-Hardware: 8 x A100-80G or H100: batch 64 at windows 2 and 3; at 9 --batch 32, or 64 as
-          --grad-accum-steps 2 (docs/scale.md). On one GPU of 80 GB take --batch 1; the frozen
-          weights are 26 GB of it.
+Hardware: 8 x A100-80G or H100: batch 64 at windows 2 and 3; at window 9 --batch 32, or 64 with
+          --grad-accum-steps 2 (docs/measurements/memory.md). On one GPU of 80 GB take --batch 1;
+          the frozen weights are 26 GB of it.
 Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora and for diffusers;
-          lora_original.safetensors beside it for other programs (docs/interop.md). Some hundred
-          clips and some thousand steps are usual for LoRA of this base model; nothing has been
-          trained at this size with this program so far.
+          lora_original.safetensors beside it for other programs (docs/other-programs.md). LoRAs of
+          this base model usually take some hundred clips and some thousand steps. Not yet trained
+          at this size.
 """
 
 from framepack_jax.data import loader

@@ -1,10 +1,12 @@
-"""The tables of docs/scale.md: python scripts/dry_runs.py [--no-decoding] [MACHINE ...], and
-python scripts/dry_runs.py --training [ROW ...] for those of training.
+"""Write the tables of docs/measurements/memory.md.
 
-Compiles the released model's programs for each machine, one after another, prints what each dry run
-reports, and writes its rows between the markers of docs/scale.md, whole or not at all. Rows of
-other machines stay. `make dry-runs` does so for all. Where the compiler of a machine is not
-installed, that is said, its rows stay, and the exit code is 1.
+python scripts/dry_runs.py [--no-decoding] [MACHINE ...]     # sampling
+python scripts/dry_runs.py --training [ROW ...]              # training
+
+Compile the released model's programs for each machine, print each report, and replace the rows of
+these machines between the markers of the document. Rows of other machines stay. `make dry-runs`
+writes all rows of sampling. If the compiler of a machine is not installed, its rows stay and the
+exit code is 1.
 """
 
 import dataclasses
@@ -64,7 +66,7 @@ TRAINING = {
 # By default the TPU compiler takes gathers of weights apart and runs each with a part of a product:
 # 22,374 exchanges a step on v5p-64, and 12 minutes of compiling instead of 5.
 WHOLE_GATHERS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "measurements" / "memory.md"
 CONFIGS = Path(__file__).parent.parent / "configs"
 GB = 1e9
 

@@ -94,8 +94,8 @@ KOHYA_KEYS = ("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha")
 NAMINGS = {
     # Read by `pipe.load_lora_weights` and `load_lora_adapter`; ranks stand in the metadata too.
     "diffusers": Naming(transformer.DIFFUSERS, *(f"transformer.{key}" for key in PEFT_KEYS)),
-    # As diffusion-pipe writes them: every program reads these (docs/interop.md). Loaders that see
-    # no metadata take alpha from one module for all, so that all have one rank.
+    # As diffusion-pipe writes them: every program reads these (docs/other-programs.md). Without
+    # metadata, readers take alpha from one module for all, so that all have one rank.
     "original": Naming(
         transformer.TENCENT_FRAMEPACK,
         *(f"diffusion_model.{key}" for key in PEFT_KEYS),

@@ -3,8 +3,8 @@
 Weights that are not needed at once can wait elsewhere: the blocks of the transformer in host
 memory, each brought while the one before computes (`models.scan.OffloadedLayers`); the encoders on
 the disk, as they read a prompt once and are let go of. What programs need beside their weights is
-estimated, by what compilers and an H100 said of the released model (docs/scale.md,
-docs/performance.md). A CPU's memory is that of the process: there the estimate has all of it.
+estimated, by what compilers and an H100 said of the released model (docs/measurements/memory.md and
+gpu.md). A CPU's memory is that of the process: there the estimate has all of it.
 """
 
 import dataclasses

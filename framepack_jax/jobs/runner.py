@@ -190,7 +190,7 @@ def explained(error: Exception) -> Exception:
         return OSError(line)
     return OSError(
         f"out of memory ({line}); --memory low helps on the device, --vae-tile 256 while decoding;"
-        " for memory of the host see docs/performance.md, Little memory"
+        " for memory of the host see docs/sampling.md, Little memory"
     )
 
 

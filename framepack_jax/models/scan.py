@@ -11,7 +11,7 @@ others, with a layer axis in a stack; `framepack_jax.models.lora` puts them ther
 
 Where a device is too small for all layers, they stand in an `OffloadedLayers`: each is brought to
 the device while the one before computes, and runs as a program of its own. (Inside one program XLA
-overlaps no copies from the host with products on GPUs: docs/performance.md.)
+overlaps no copies from the host with products on GPUs: docs/measurements/gpu.md.)
 """
 
 import contextlib

@@ -29,7 +29,7 @@ from framepack_jax.parallel import sharding
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import ROOT
 
-DOCUMENT = ROOT / "docs" / "sharding.md"
+DOCUMENT = ROOT / "docs" / "measurements" / "sharding.md"
 # Where the part of the document starts that is compared.
 COMPARED = "\n## Bytes a device"
 GROUPS = {
@@ -264,7 +264,7 @@ def test_the_document_says_what_the_code_resolves(tmp_path):
     renewed = tables()
     new = tmp_path / "sharding.md"
     new.write_text(prose + renewed)
-    assert COMPARED + compared == renewed, f"docs/sharding.md is stale: copy {new} over it"
+    assert COMPARED + compared == renewed, f"{DOCUMENT} is stale: copy {new} over it"
 
 
 def tables() -> str:

@@ -505,7 +505,7 @@ def test_a_bundle_is_replaced_when_told_to(place, whole, tmp_path) -> None:
 def test_the_documented_commands_divide_their_batches() -> None:
     """What docs and configurations tell people to type, on as many devices as they say."""
     told = []
-    for text in (ROOT / "docs" / "clusters.md", *(ROOT / "configs").glob("*.py")):
+    for text in (ROOT / "docs" / "many-devices.md", *(ROOT / "configs").glob("*.py")):
         lines = re.sub(r"\s*\\?\n\s+", " ", text.read_text()).splitlines()
         told += [line for line in lines if "train.py --config" in line and "--mesh" in line]
     assert len(told) >= 4
