@@ -18,7 +18,7 @@ demo: .venv/installed
 
 WORLD := outputs/world
 # Sprites stay, and start images are plain: nothing of the demo world is to be left out.
-ALL := --cut 1 --min-motion 0 --min-sharpness 0 --max-still 1 --min-seconds 1 --keep-duplicates
+ALL := --scene-threshold 1 --min-motion 0 --min-sharpness 0 --max-still 1 --min-seconds 1 --keep-duplicates
 tiny-bundle: .venv/installed
 	$(BIN)/framepack synthetic --output $(WORLD)/footage --clips 400 --seconds 8
 	$(BIN)/framepack synthetic --output $(WORLD)/videos --clips 700 --seconds 5 --seed 1
@@ -57,7 +57,7 @@ lint: .venv/installed-test
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[eval]"
 	touch $@
 
 .venv/installed-test: .venv/installed

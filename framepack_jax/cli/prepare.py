@@ -69,7 +69,7 @@ class Prepare:
     release. Default: those of the bundle."""
     max_seconds: float = 20.0
     """Longer scenes are divided."""
-    cut: float = FilterSettings.cut
+    scene_threshold: float = FilterSettings.cut
     """Change from frame to frame, 0 to 1, at which a scene ends; 1 never cuts."""
     empty_captions: bool = False
     """Take videos without a caption, under the empty prompt."""
@@ -151,8 +151,10 @@ def _settings(flags: Prepare, manifest: bundle.Manifest) -> FilterSettings:
     step = vae.space_compression * packing.kernel_shape(model.PATCH)[1]
     sizes = flags.buckets or ",".join(f"{height}x{width}" for height, width in manifest.buckets)
     buckets = parse_buckets(sizes, step)
-    if not 0 < flags.cut <= 1:
-        raise ValueError(f"--cut {flags.cut}: expected a number above 0, at most 1")
+    if not 0 < flags.scene_threshold <= 1:
+        raise ValueError(
+            f"--scene-threshold {flags.scene_threshold}: expected a number above 0, at most 1"
+        )
     if flags.workers < 1:
         raise ValueError(f"--workers {flags.workers}: expected 1 or more")
     most = int(flags.max_seconds * FilterSettings.fps) if 0 < flags.max_seconds < 3600 else 0
@@ -160,7 +162,10 @@ def _settings(flags: Prepare, manifest: bundle.Manifest) -> FilterSettings:
     if most < filters.LEAST_FRAMES:
         raise ValueError(f"--max-seconds {flags.max_seconds}: expected between 0.2 and 3600 s")
     return FilterSettings(
-        max_frames=most, cut=flags.cut, buckets=buckets, time_compression=vae.time_compression
+        max_frames=most,
+        cut=flags.scene_threshold,
+        buckets=buckets,
+        time_compression=vae.time_compression,
     )
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from framepack_jax.__main__ import main as framepack
-from framepack_jax.cli.evaluate import Evaluate, make_all
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.toy import results, scenes
+from framepack_jax.toy.evaluation import make_all
 from framepack_jax.toy.suites import Part, Row
 
 SIZE = 64, 64
@@ -58,8 +58,8 @@ def test_of_two_motions_the_one_that_was_asked_for_is_found() -> None:
 def test_the_command_as_typed(tmp_path, capsys) -> None:
     """Every part, every row, at toy size; the second time nothing is made again."""
     flags = ["evaluate", "--bundle", "random", "--output", str(tmp_path / "out"), "--videos", "1",
-             "--seconds", "1.2", "--hiding-videos", "0", "--pairs", "1", "--pair-seconds", "1.2",
-             "--size", "32x32", "--steps", "1"]  # fmt: skip
+             "--seconds", "1.2", "--occlusion-videos", "0", "--prompt-pairs", "1",
+             "--pair-seconds", "1.2", "--size", "32x32", "--steps", "1"]  # fmt: skip
     framepack(flags)
     report = (tmp_path / "out" / "report.md").read_text()
     for row in (
@@ -99,8 +99,7 @@ def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
         for name, frames in (("drift_1s", 33), ("drift_2s", 65))
     )  # fmt: skip
     todo = [short, dataclasses.replace(long, shorter=(short,))]
-    flags = Evaluate(output=tmp_path, batch=2)
-    make_all(flags, todo, [], Settings())
+    make_all(tmp_path, todo, [], Settings(), 2)
     both = [("back", 33, 2), ("back", 33, 1), ("back", 65, 2), ("back", 65, 1)]
     assert sorted(calls) == sorted([("onward", 65, 2), ("onward", 65, 1), *both])
     for case in short.cases:
@@ -112,6 +111,6 @@ def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
     files = [results.video_file(tmp_path, "onward", part.cases[0]) for part in (short, long)]
     before = files[0].stat().st_mtime_ns
     files[1].with_suffix(".npz").unlink()
-    make_all(flags, todo, [], Settings())
+    make_all(tmp_path, todo, [], Settings(), 2)
     assert calls[-1] == ("onward", 65, 1) and files[1].with_suffix(".npz").exists()
     assert files[0].stat().st_mtime_ns == before

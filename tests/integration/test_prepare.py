@@ -299,7 +299,7 @@ def test_other_thresholds_encode_nothing_again(tmp_path, fake) -> None:
     write_video(videos / "3.mp4", scene_frames(3, 2.0))
     run(videos, tmp_path / "out")
     assert fake.calls == calls + 2
-    run(videos, tmp_path / "out", "--cut", "0.5")
+    run(videos, tmp_path / "out", "--scene-threshold", "0.5")
     assert fake.calls == calls + 6
 
 

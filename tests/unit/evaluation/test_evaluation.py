@@ -464,11 +464,17 @@ def test_a_video_file_by_a_pretrained_clip(clip, tmp_path, capsys) -> None:
         (["--bundle", "random", "--output", "out", "--size", "64"], "--size 64"),
         (["--bundle", "random", "--output", "out", "--size", "64x72"], "--size 64x72"),
         (["--bundle", "random", "--output", "out", "--seconds", "0"], "--seconds 0"),
-        (["--bundle", "random", "--output", "out", "--hidden", "1", "1"], "--hidden"),
+        (
+            ["--bundle", "random", "--output", "out", "--occlusion-seconds", "1", "1"],
+            "--occlusion-seconds",
+        ),
         (["--bundle", "random", "--output", "out", "--videos", "-1"], "--videos -1"),
         (["--bundle", "random", "--output", "out", "--batch", "0"], "--batch 0"),
         (["--bundle", "random", "--output", "out", "--steps", "0"], "steps = 0"),
-        (["--bundle", "random", "--bundle", "random", "--output", "out"], "two are called random"),
+        (
+            ["--bundle", "random", "--bundle", "random", "--output", "out"],
+            "two bundles are called random",
+        ),
         (["--bundle", "random", "--output", "out", "--schedule", "g9x"], "g9x"),
     ],
 )
@@ -544,8 +550,9 @@ def test_counterfactual_truth_matches_its_own_caption() -> None:
 def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> None:
     flags = [
         "--bundle", "random", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--size", "32x32",
-        "--steps", "1", "--videos", "2", "--seconds", "0.6", "--hiding-videos", "2",
-        "--hidden", "0.5", "--pairs", "1", "--pair-seconds", "0.3", "--output", str(tmp_path),
+        "--steps", "1", "--videos", "2", "--seconds", "0.6", "--occlusion-videos", "2",
+        "--occlusion-seconds", "0.5", "--prompt-pairs", "1", "--pair-seconds", "0.3",
+        "--output", str(tmp_path),
     ]  # fmt: skip
     # Few shapes to compile: clips of 9 frames, 2 videos side by side.
     monkeypatch.setattr(baselines, "CLIP_LATENTS", 2)

@@ -1,0 +1,224 @@
+"""Evaluate bundles on the toy world: sample, measure, report.
+
+Every video is saved with its metrics as soon as it is made, so that an evaluation resumes where it
+was interrupted.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from framepack_jax import bundle
+from framepack_jax.generation.pipeline import FramePack, Settings
+from framepack_jax.jobs.provenance import weights
+from framepack_jax.toy import baselines, report, results, scenes, suites
+from framepack_jax.toy.suites import Part, Row
+from framepack_jax.utils.progress import Bar
+
+FPS = scenes.FPS
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What to evaluate, on how many scenes, and how to sample.
+
+    `seconds` are lengths of the `videos` of the drift suites, `occlusion_seconds` the times for
+    which a sprite is hidden in `occlusion_videos` each; `prompt_pairs` images get two captions
+    each, for videos of `pair_seconds`. `size` is (height, width) in pixels.
+    """
+
+    output: Path
+    bundles: tuple[str, ...]
+    schedules: tuple[str, ...]
+    videos: int
+    seconds: tuple[float, ...]
+    occlusion_videos: int
+    occlusion_seconds: tuple[float, ...]
+    prompt_pairs: int
+    pair_seconds: float
+    size: tuple[int, int]
+    settings: Settings
+    seed: int
+    batch: int
+    dtype: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A bundle with a schedule, under its name in the tables."""
+
+    name: str
+    path: str | Path
+    pipe: FramePack
+
+
+def evaluate(cfg: EvaluationConfig) -> Path:
+    """Sample, measure and report; returns the report. Raises ValueError, OSError."""
+    models = open_models(cfg)
+    _check_size(cfg.size, models)
+    results.begin(cfg.output, _record(cfg, models))
+    todo = list(_parts(cfg, models))
+    make_all(cfg.output, todo, models, cfg.settings, cfg.batch)
+    made = [
+        (part, {row.name: _figures(cfg.output, row, part) for row in part.rows}) for part in todo
+    ]
+    about = json.loads((cfg.output / results.SETTINGS).read_text())
+    tables = report.write(cfg.output, made, [model.name for model in models], about)
+    return cfg.output / "report.md" if tables else cfg.output
+
+
+def _figures(folder: Path, row: Row, part: Part) -> dict[str, scenes.Figures]:
+    return {case.name: results.load(folder, row.name, case) for case in part.cases}
+
+
+def open_models(cfg: EvaluationConfig) -> list[Model]:
+    """Open every bundle with every schedule, without weights. Raises BundleError, ValueError."""
+    models = []
+    for name, schedule in itertools.product(cfg.bundles, cfg.schedules or (None,)):
+        path = bundle.resolve(name)
+        bundle.check_present(path, bundle.ROLES)
+        pipe = FramePack.open(path, dtype=cfg.dtype, schedule=schedule)
+        short = Path(str(name)).name
+        models.append(Model(f"{short} {schedule}" if cfg.schedules else short, path, pipe))
+    _check_names([model.name for model in models])
+    return models
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise ValueError if a name occurs twice or is that of a reference row."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"--bundle: two bundles are called {twice}; rename a folder, as tables use these names"
+        )
+    if taken := set(names) & set(suites.REFERENCES):
+        raise ValueError(
+            f"--bundle {taken.pop()}: a reference row has that name; rename the folder"
+        )
+
+
+def _check_size(size: tuple[int, int], models: Sequence[Model]) -> None:
+    for model in models:
+        if any(side % model.pipe.geometry.unit for side in size):
+            raise ValueError(
+                f"--size {size[0]}x{size[1]}: expected multiples of {model.pipe.geometry.unit}, the"
+                f" patch size of {model.name} in pixels"
+            )
+
+
+def _record(cfg: EvaluationConfig, models: Sequence[Model]) -> dict[str, Any]:
+    """All that decides the videos: an evaluation resumes only if these values are the same."""
+    first = models[0]
+    return {
+        "size": f"{cfg.size[0]}x{cfg.size[1]}",
+        "steps": cfg.settings.steps,
+        "sampler": cfg.settings.sampler,
+        "guidance": cfg.settings.guidance,
+        "cfg": cfg.settings.cfg,
+        "seed": cfg.seed,
+        "dtype": first.pipe.dtype,
+        "world": scenes.fingerprint(cfg.seed, cfg.size),
+        "references": {"bundle": first.name, "weights": _hashes(first)},
+        "rows": {
+            model.name: {
+                "schedule": model.pipe.schedule,
+                "order": model.pipe.order,
+                "weights": _hashes(model),
+            }
+            for model in models
+        },
+    }
+
+
+def _hashes(model: Model) -> dict[str, Any]:
+    return {role: source.get("sha256") for role, source in weights(model.path).items()}
+
+
+def _parts(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Part]:
+    """Yield the suites that were asked for, with their cases and rows."""
+    if cfg.videos:
+        yield from _drift(cfg, models)
+    if cfg.occlusion_videos:
+        yield from _forgetting(cfg, models)
+    if cfg.prompt_pairs:
+        part, count = f"prompts_{cfg.pair_seconds:g}s", _frames(models[0].pipe, cfg.pair_seconds)
+        made = scenes.counterfactual_cases(cfg.seed, cfg.prompt_pairs, count, cfg.size, part)
+        yield Part(part, made, _rows(models, suites.prompt_rows), scenes.prompt_figures)
+
+
+def _drift(cfg: EvaluationConfig, models: Sequence[Model]) -> list[Part]:
+    found: list[Part] = []
+    for seconds in sorted(cfg.seconds):
+        part, count = f"drift_{seconds:g}s", _frames(models[0].pipe, seconds)
+        made = scenes.drift_cases(cfg.seed, cfg.videos, count, cfg.size, part)
+        rows = _rows(models, suites.drift_rows)
+        found.append(Part(part, made, rows, scenes.drift_figures, tuple(found)))
+    return found
+
+
+def _forgetting(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Part]:
+    pipe = models[0].pipe
+    for hidden in cfg.occlusion_seconds:
+        part = f"forgetting_{hidden:g}s"
+        made = scenes.hiding_cases(cfg.seed, cfg.occlusion_videos, hidden, cfg.size, part)
+        whole = baselines.frames_for(pipe, suites.sections_of(pipe, made[0].frames))
+        made = [dataclasses.replace(case, frames=whole) for case in made]
+        yield Part(part, made, _rows(models, suites.forgetting_rows), scenes.forgetting_figures)
+
+
+def _frames(pipe: FramePack, seconds: float) -> int:
+    return baselines.frames_for(pipe, baselines.sections_for(pipe, seconds, FPS))
+
+
+def _rows(models: Sequence[Model], rows_of: Callable[[str, int, str], list[Row]]) -> list[Row]:
+    each = [rows_of(model.name, i, model.pipe.schedule) for i, model in enumerate(models)]
+    return [*suites.references(), *itertools.chain(*each)]
+
+
+def make_all(
+    folder: Path, todo: Sequence[Part], models: Sequence[Model], settings: Settings, batch: int
+) -> None:
+    """Make and measure every video that `folder` lacks, `batch` of them side by side.
+
+    Weights of one model are on the device at a time. The longest videos come first, as shorter ones
+    are cut from them.
+    """
+    total = sum(len(part.cases) * len(part.rows) for part in todo)
+    with Bar(total=total, unit="video") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number in (None, *range(len(models))):
+            pipe = None
+            order = sorted(todo, key=lambda part: -len(part.shorter))
+            for part, row in ((p, r) for p in order for r in p.rows if r.model == number):
+                bar.set_description(f"{part.name}, {row.name}")
+                missing = [c for c in part.cases if results.load(folder, row.name, c) is None]
+                bar.update(len(part.cases) - len(missing))
+                if missing and number is not None and pipe is None:
+                    pipe = models[number].pipe.with_weights(models[number].path)
+                for first in range(0, len(missing), batch):
+                    some = missing[first : first + batch]
+                    made = row.make(pipe, some, settings)
+                    numbers = [part.cases.index(case) for case in some]
+                    for each in (part, *(part.shorter if row.onward else ())):
+                        _keep(folder, row, each, [each.cases[i] for i in numbers], made, pool)
+                    bar.update(len(some))
+
+
+def _keep(
+    folder: Path, row: Row, part: Part, asked: Sequence[scenes.Case], made: Sequence[np.ndarray],
+    pool: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    """Measure and save videos, cut to the lengths of their cases, unless they are saved already."""
+    new = [
+        (case, frames[: case.frames])
+        for case, frames in zip(asked, made, strict=True)
+        if results.load(folder, row.name, case) is None
+    ]
+    for (case, frames), found in zip(new, pool.map(lambda p: part.measure(*p), new), strict=True):
+        results.save(folder, row.name, case, frames, found, FPS)
