@@ -167,8 +167,8 @@ def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
     from framepack_jax.toy.evaluation import EvaluationConfig
 
     settings = Settings(
-        steps=flags.steps, sampler=flags.sampler, guidance=flags.distilled_guidance,
-        cfg=flags.cfg_scale,
+        steps=flags.steps, sampler=flags.sampler, distilled_guidance=flags.distilled_guidance,
+        cfg_scale=flags.cfg_scale,
     )  # fmt: skip
     return EvaluationConfig(
         output=flags.output, bundles=flags.bundle, schedules=flags.schedule,

@@ -80,15 +80,16 @@ class Network(NamedTuple):
 class Settings:
     """How sections are denoised. The defaults are those of the release.
 
-    `guidance` is the scale given to the guidance-distilled network, `cfg` classifier-free guidance
-    (1 leaves the negative prompt out), `cfg_rescale` in [0, 1] its correction of contrast.
+    `distilled_guidance` is the scale that a guidance-distilled network takes as an input.
+    `cfg_scale` is that of classifier-free guidance (1: no second pass, no negative prompt), and
+    `cfg_rescale` in [0, 1] corrects the contrast that it adds.
     `step_cache` leaves the transformer's blocks out at steps where they would change little.
     """
 
     steps: int = 25
     sampler: str = "unipc"
-    guidance: float = 10.0
-    cfg: float = 1.0
+    distilled_guidance: float = 10.0
+    cfg_scale: float = 1.0
     cfg_rescale: float = 0.0
     step_cache: cache.StepCacheConfig | None = None
 
@@ -99,7 +100,7 @@ class Settings:
             raise ValueError(f"sampler {self.sampler!r}: expected one of {', '.join(SOLVERS)}")
         if not 0 <= self.cfg_rescale <= 1:
             raise ValueError(f"cfg_rescale = {self.cfg_rescale}: expected a number from 0 to 1")
-        for name in ("guidance", "cfg"):
+        for name in ("distilled_guidance", "cfg_scale"):
             if not np.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a finite number")
 
@@ -391,7 +392,7 @@ class FramePack:
                 for request in requests
             ]
         )
-        guidance = jnp.full(len(requests), settings.guidance, jnp.float32)
+        guidance = jnp.full(len(requests), settings.distilled_guidance, jnp.float32)
 
         def conditions(prompts: Sequence[PromptStates]) -> Any:
             states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
@@ -412,7 +413,7 @@ class FramePack:
             for section in layout.plan
         ]
         _warn_of_unused(requests, shares)
-        refused = [r.negative_prompt for r in requests] if settings.cfg != 1 else []
+        refused = [r.negative_prompt for r in requests] if settings.cfg_scale != 1 else []
         wanted = [t for each in shares for prompts in each for t, _ in prompts]
         texts = list(dict.fromkeys([*wanted, *refused]))
         read = self._run(conditioning.encode_each, encoders, [[text] for text in texts])
@@ -525,7 +526,7 @@ class FramePack:
                     packing.read_context(section, timeline),
                     inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
                     target=target, known=known,
-                    cfg_scale=settings.cfg, cfg_rescale=settings.cfg_rescale,
+                    cfg_scale=settings.cfg_scale, cfg_rescale=settings.cfg_rescale,
                     dtype=self.dtype, cache=settings.step_cache,
                     on_step=on_step and functools.partial(on_step, i),
                 )  # fmt: skip

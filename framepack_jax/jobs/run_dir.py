@@ -39,7 +39,11 @@ from framepack_jax.utils.files import atomic_write
 
 P = ParamSpec("P")
 T = TypeVar("T")
-FORMAT = 1
+FORMAT = 2
+# New names of the flags in records of earlier formats.
+RENAMED_FLAGS = {
+    1: {"guidance": "distilled_guidance", "cfg": "cfg_scale", "threshold": "cache_threshold"}
+}
 RECORD = "run.json"
 LOCK = "run.lock"
 LATENTS = ("positions", "latents")
@@ -98,12 +102,14 @@ class RunDir:
     def _read_record(folder: Path) -> dict[str, Any]:
         try:
             record = json.loads((folder / RECORD).read_text())
-            if record["format"] != FORMAT:
+            if record["format"] not in (*RENAMED_FLAGS, FORMAT):
                 raise ValueError(f"its format is {record['format']}, expected {FORMAT}")
             if missing := [name for name in NEEDED if name not in record]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
+            names = RENAMED_FLAGS.get(record["format"], {})
+            flags = {names.get(name, name): value for name, value in record["flags"].items()}
+            record |= {"format": FORMAT, "flags": flags}
             # Runs from before there was this flag.
-            flags = record["flags"]
             flags.setdefault("end_image_as", "still" if flags.get("end_image") else "auto")
             return record
         except (FileNotFoundError, NotADirectoryError):

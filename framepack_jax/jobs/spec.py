@@ -36,7 +36,7 @@ class VideoSpec:
     prompt: str = ""
     """What happens in the video. May be empty."""
     negative_prompt: str = ""
-    """What should not happen; counts only with --cfg other than 1."""
+    """What should not happen; counts only with --cfg-scale other than 1."""
     end_image: Path | None = None
     """Image that the video ends with."""
     end_image_as: Literal["auto", "guide", "still"] = "auto"
@@ -60,15 +60,15 @@ class VideoSpec:
     """Denoising steps a section."""
     sampler: Literal["unipc", "unipc-bh2", "euler"] = "unipc"
     """Solver of the sampling ODE."""
-    guidance: float = 10.0
+    distilled_guidance: float = 10.0
     """Scale for the guidance-distilled network (costs nothing)."""
-    cfg: float = 1.0
+    cfg_scale: float = 1.0
     """Classifier-free guidance scale; other than 1 it doubles the time."""
     cfg_rescale: float = 0.0
-    """How far --cfg's gain in contrast is taken back, 0 to 1."""
+    """How far --cfg-scale's gain in contrast is taken back, 0 to 1."""
     step_cache: Literal["none", "tea", "first-block"] = "none"
     """Leave the network's blocks out at steps where little changes: faster, less exact."""
-    threshold: float | None = None
+    cache_threshold: float | None = None
     """Change at which --step-cache lets the blocks run; default: 0.15 (tea), 0.05 (first-block)."""
     height: int | None = None
     """Height in pixels, any even number; default: of the bundle's sizes the nearest in shape to the
@@ -88,23 +88,30 @@ class VideoSpec:
             raise ValueError(f"prompt_blend = {self.prompt_blend}: expected seconds, 0 or more")
         step_cache = None
         if self.step_cache != "none":
-            step_cache = cache.StepCacheConfig(self.step_cache, self.threshold)
-        elif self.threshold is not None:
-            raise ValueError(f"threshold = {self.threshold} needs --step-cache tea or first-block")
+            step_cache = cache.StepCacheConfig(self.step_cache, self.cache_threshold)
+        elif self.cache_threshold is not None:
+            raise ValueError(
+                f"cache_threshold = {self.cache_threshold} needs --step-cache tea or first-block"
+            )
         return Settings(
-            self.steps, self.sampler, self.guidance, self.cfg, self.cfg_rescale, step_cache
+            self.steps,
+            self.sampler,
+            self.distilled_guidance,
+            self.cfg_scale,
+            self.cfg_rescale,
+            step_cache,
         )
 
 
 def warn_unused_settings(shot: VideoSpec) -> None:
     """Warn of flags that change nothing beside the others."""
     default = VideoSpec()
-    without_cfg = shot.cfg == default.cfg
+    without_cfg = shot.cfg_scale == default.cfg_scale
     timed = len(timed_prompts(shot.prompt)) > 1
     idle = {
-        "--negative-prompt counts only with --cfg other than 1": without_cfg
+        "--negative-prompt counts only with --cfg-scale other than 1": without_cfg
         and bool(shot.negative_prompt),
-        "--cfg-rescale counts only with --cfg other than 1": without_cfg
+        "--cfg-rescale counts only with --cfg-scale other than 1": without_cfg
         and shot.cfg_rescale != default.cfg_rescale,
         "--prompt-blend counts only with prompts by time": not timed
         and shot.prompt_blend != default.prompt_blend,

@@ -303,7 +303,7 @@ def dry_run(
         networks=networks,
         hosted=hosted,
         programs=tuple(programs),
-        flops=flops * batch * (1 + (settings.cfg != 1)),
+        flops=flops * batch * (1 + (settings.cfg_scale != 1)),
         steps=settings.steps,
         frames=len(layout.plan[-1].targets) * pipe.vae.cfg.time_compression,
     )
@@ -370,7 +370,7 @@ def _step(
         given = state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
         with jax.set_mesh(devices):
             parts = model.programs(cfg, weights, *given)
-        passes = 1 + (settings.cfg != 1)
+        passes = 1 + (settings.cfg_scale != 1)
         return [_part(pipe, part, passes, devices) for part in parts]
     kind = settings.step_cache and settings.step_cache.kind
     fixed = model, cfg, pipe.dtype, kind
@@ -483,7 +483,7 @@ def _inputs(
     scalar = shape((), jnp.float32)
     cached = settings.step_cache is not None
     inputs = sampler.SectionInputs(
-        context, conditions, conditions if settings.cfg != 1 else None,
+        context, conditions, conditions if settings.cfg_scale != 1 else None,
         x, shape(x.shape[:2], jnp.bool_), scalar, scalar, scalar if cached else None,
     )  # fmt: skip
     row = shape(solver_table(settings.sampler, flow.sigmas(2, 1.0))[0].shape, jnp.float32)

@@ -505,7 +505,7 @@ class Validator:
         window = packing.parse(setup.schedule).window
         for number, record in enumerate(self.records):
             sections = min(cfg.sections, (len(record.latents) - 1) // window)
-            settings = validation.Settings(steps=cfg.steps, guidance=cfg.guidance)
+            settings = validation.Settings(steps=cfg.steps, distilled_guidance=cfg.guidance)
             made = validation.sample_video(pipe, record, sections, settings, seed=number)
             truth = validation.decoded_clip(pipe, record, 1 + sections * window)
             yield validation.side_by_side(made, truth)

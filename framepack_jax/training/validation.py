@@ -130,7 +130,7 @@ def sample_video(
     conditions = pipe.transformer.model.Conditions(
         jnp.asarray(text, pipe.dtype), jnp.asarray(valid),
         jnp.asarray(record.pooled[None], pipe.dtype), jnp.asarray(record.image[None], pipe.dtype),
-        jnp.full(1, settings.guidance, jnp.float32),
+        jnp.full(1, settings.distilled_guidance, jnp.float32),
     )  # fmt: skip
     known = {0: np.asarray(record.latents[:1], np.float32)}
     made = pipe.sample(plan, Inputs([conditions], None, known), settings, seeds=[seed])

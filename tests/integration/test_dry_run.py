@@ -192,7 +192,7 @@ FLAGS = ("--bundle", "random", "--height", "64", "--width", "80")
 
 def test_a_step_of_streamed_blocks_is_the_programs_that_it_runs(this_cpu, reports, capsys) -> None:
     flags = (*FLAGS, "--dtype", "float32", "--dry-run", "h200:1")
-    sample.main([*flags, "--memory", "low", "--cfg", "3"])
+    sample.main([*flags, "--memory", "low", "--cfg-scale", "3"])
     sample.main(flags)
     low, high = reports
     runs = {program.name: program.runs for program in low.programs}
@@ -226,7 +226,9 @@ def test_exchanges_count_as_often_as_their_program_runs() -> None:
     assert made.kernels == {"flash": 20}
 
 
-@pytest.mark.parametrize("more", [(), ("--step-cache", "tea"), ("--cfg", "3", "--batch", "2")])
+@pytest.mark.parametrize(
+    "more", [(), ("--step-cache", "tea"), ("--cfg-scale", "3", "--batch", "2")]
+)
 def test_the_real_step_is_compiled(this_cpu, capsys, more) -> None:
     sample.main([*FLAGS, "--dtype", "float32", "--dry-run", "h200:1", *more])
     printed = capsys.readouterr().out

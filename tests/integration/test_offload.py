@@ -80,16 +80,18 @@ def test_the_same_video_bit_for_bit(high, low) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"cfg": 2.0}, {"step_cache": TEA}, {"step_cache": FIRST_BLOCK}], ids=str
+    "options", [{"cfg_scale": 2.0}, {"step_cache": TEA}, {"step_cache": FIRST_BLOCK}], ids=str
 )
 def test_the_same_latents_bit_for_bit(high, low, options) -> None:
     np.testing.assert_array_equal(latents(low, **options), latents(high, **options))
 
 
-@pytest.mark.parametrize(("cfg", "passes"), [(1.0, 1), (2.0, 2)])
-def test_progress_is_told_block_by_block_and_step_by_step(low, cfg: float, passes: int) -> None:
+@pytest.mark.parametrize(("cfg_scale", "passes"), [(1.0, 1), (2.0, 2)])
+def test_progress_is_told_block_by_block_and_step_by_step(
+    low, cfg_scale: float, passes: int
+) -> None:
     """And no step later: of four blocks, the step that they belong to is told before the next."""
-    settings, told = Settings(steps=3, cfg=cfg), []
+    settings, told = Settings(steps=3, cfg_scale=cfg_scale), []
     request = Request("she waves", IMAGE)
     layout = make_layout(low.geometry, request, sections=2, height=64, width=64)
     inputs = low.encode([fit_images(low.geometry, request, layout)], layout, settings)
@@ -102,7 +104,7 @@ def test_progress_is_told_block_by_block_and_step_by_step(low, cfg: float, passe
     blocks = ["block"] * (4 * passes)
     steps = [(section, step) for section in range(2) for step in range(3)]
     assert told == [event for step in steps for event in (*blocks, step)]
-    np.testing.assert_array_equal(timeline.latents, latents(low, cfg=cfg))
+    np.testing.assert_array_equal(timeline.latents, latents(low, cfg_scale=cfg_scale))
 
 
 def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:

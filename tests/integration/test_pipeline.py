@@ -40,7 +40,9 @@ def run_of(tag: str) -> tuple[str, int, Settings]:
     kind, sections, window, steps, cfg, rescale = TAG.fullmatch(tag).groups()
     settings = Settings(steps=int(steps))
     if cfg:
-        settings = Settings(int(steps), guidance=6.0, cfg=float(cfg), cfg_rescale=float(rescale))
+        settings = Settings(
+            int(steps), distilled_guidance=6.0, cfg_scale=float(cfg), cfg_rescale=float(rescale)
+        )
     return SCHEDULES[kind].format(window), int(sections), settings
 
 
@@ -91,10 +93,10 @@ def inputs_of(pipe: FramePack, reference, settings: Settings) -> Inputs:
             reference[f"{prefix}prompt_mask"].astype(bool),
             reference[f"{prefix}pooled"],
             reference["image_embeds"],
-            jnp.full(1, settings.guidance, jnp.float32),
+            jnp.full(1, settings.distilled_guidance, jnp.float32),
         )
 
-    negative = conditions("neg_") if settings.cfg != 1 else None
+    negative = conditions("neg_") if settings.cfg_scale != 1 else None
     return Inputs([conditions("")], negative, {0: reference["start_latent"][:, 0]})
 
 

@@ -17,6 +17,7 @@ from framepack_jax.diffusion import sampler
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.request import footage_of
 from framepack_jax.jobs.run_dir import RunDir
+from framepack_jax.jobs.spec import saved_spec
 from framepack_jax.models.hunyuan import vae
 from tests.fixtures.paths import ROOT
 from tests.fixtures.torch_reference import relative_error
@@ -272,6 +273,19 @@ def test_runs_from_before_there_were_guides_go_on_as_they_were(pictures, tmp_pat
         command(run.folder, *flags, "--end-image-as", "guide")
     sample.main(["--resume", str(run.folder), "--latents-only"])
     assert_same_latents(run, whole)
+
+
+def test_records_of_the_first_format_are_read_under_todays_names(whole, tmp_path) -> None:
+    run = copy(whole[F1], tmp_path / "run")
+    assert run.record["format"] == 2 and run.record["flags"]["distilled_guidance"] == 10
+    names = {"distilled_guidance": "guidance", "cfg_scale": "cfg", "cache_threshold": "threshold"}
+    flags = {names.get(name, name): value for name, value in run.record["flags"].items()}
+    assert set(names.values()) < set(flags)
+    record = run.record | {"format": 1, "flags": flags | {"cfg": 1.5}}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    again = RunDir.open(run.folder)
+    assert again.record == run.record | {"flags": run.record["flags"] | {"cfg_scale": 1.5}}
+    assert saved_spec(again).settings() == pipeline.Settings(steps=2, cfg_scale=1.5)
 
 
 def test_the_end_image_is_read_by_what_comes_before(pipe, pictures, tmp_path) -> None:

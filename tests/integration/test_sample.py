@@ -134,10 +134,10 @@ def test_the_random_bundle_is_that_of_its_config() -> None:
         (["--height", "101", "--width", "64"], "height = 101"),
         (["--height", "8", "--width", "64"], "height = 8"),
         (["--batch", "0"], "batch = 0"),
-        (["--step-cache", "tea", "--threshold", "-1"], "-1"),
-        (["--threshold", "0.2"], "threshold = 0.2"),
+        (["--step-cache", "tea", "--cache-threshold", "-1"], "-1"),
+        (["--cache-threshold", "0.2"], "cache_threshold = 0.2"),
         (["--extend", "nowhere.mp4"], "exclude each other"),
-        (["--guidance", "nan"], "guidance = nan"),
+        (["--distilled-guidance", "nan"], "distilled_guidance = nan"),
         (["--attention", "cudnn"], "'cudnn' runs on gpu, this is a cpu"),
         (["--attention", "splash"], "'splash' runs on tpu, this is a cpu"),
         (["--schedule", "f1k1_g9+E"], "+E"),
@@ -178,7 +178,7 @@ def test_commands_are_listed(capsys) -> None:
         __main__.main(["sampel"])
     with pytest.raises(SystemExit):
         __main__.main(["sample", "--help"])
-    assert "--guidance" in capsys.readouterr().out
+    assert "--distilled-guidance" in capsys.readouterr().out
 
 
 def test_compiled_programs_are_kept_for_the_next_run(tmp_path) -> None:

@@ -137,8 +137,8 @@ def test_frames(converted, arrays, image, name: str) -> None:
     settings = Settings(
         steps=FACTS["steps"],
         sampler=FACTS["sampler"],
-        guidance=FACTS["guidance_scale"],
-        cfg=run.get("cfg", 1.0),
+        distilled_guidance=FACTS["guidance_scale"],
+        cfg_scale=run.get("cfg", 1.0),
     )
     negative = FACTS["negative_prompt"] if run.get("negative") else ""
     inputs = inputs_of(pipe, image, FACTS["prompts"][run["prompt"]], negative, settings)
@@ -241,7 +241,7 @@ def test_live_pipeline_end_to_end(
         ["--pipeline", str(tmp_path / "saved"), "--output", str(root), "--schedule", schedule]
     )
     pipe = FramePack.load(root, dtype="float32")
-    settings = Settings(steps=steps, sampler="euler", guidance=7.0)
+    settings = Settings(steps=steps, sampler="euler", distilled_guidance=7.0)
     end = None if last is None else np.asarray(last)
     request = Request(prompt, np.asarray(picture), end_image=end)
     plan, inputs = planned(pipe, request, settings, sections)
