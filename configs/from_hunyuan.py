@@ -3,7 +3,8 @@
 Command:  python convert_weights.py --pipeline HunyuanVideo --from-base --image-encoder
               flux_redux_bfl/image_encoder --output weights/from_base
           python train.py --config configs/from_hunyuan.py --bundle weights/from_base
-              --data.path datasets/large --output runs/framepack --mesh fsdp=32 --coordinator auto
+              --data.path datasets/large --output runs/framepack
+              --mesh fsdp=32 --coordinator-address auto
 Hardware: TPU v5p-64 (32 chips); 64 x H100 (docs/measurements/memory.md).
 Expect:   context embeddings begin as copies of the patch embedding, so that the first losses are
           those of a video model that sees its history as more frames; the image projection begins

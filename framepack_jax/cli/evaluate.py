@@ -1,13 +1,13 @@
 """`framepack evaluate`: measure drift, forgetting and prompt adherence."""
 
 import dataclasses
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from framepack_jax.cli.common import configure_jax, parse_size
 from framepack_jax.utils import extras
 from framepack_jax.utils.flags import parse
 
@@ -104,13 +104,10 @@ def _evaluate_file(flags: Evaluate) -> str:
 def _evaluate(flags: Evaluate) -> Path:
     """Evaluate bundles; returns the report. Raises ValueError, OSError."""
     size = _check(flags)
-    from framepack_jax.cli import enable_compilation_cache
-    from framepack_jax.parallel import hardware
     from framepack_jax.toy import evaluation
 
     cfg = _config(flags, size)
-    enable_compilation_cache()
-    hardware.quiet_libtpu()
+    configure_jax()
     return evaluation.evaluate(cfg)
 
 
@@ -126,10 +123,10 @@ def _check(flags: Evaluate) -> tuple[int, int]:
     _check_lengths(flags)
     if not 0 <= flags.seed < 2**31:
         raise ValueError(f"--seed {flags.seed}: expected 0 to {2**31 - 1}")
-    match = re.fullmatch(r"(\d+)x(\d+)", flags.size)
-    if not match or not all(16 <= int(side) <= 4096 for side in match.groups()):
-        raise ValueError(f"--size {flags.size}: expected HEIGHTxWIDTH in pixels, as 128x128")
-    return int(match[1]), int(match[2])
+    size = parse_size("--size", flags.size)
+    if not all(16 <= side <= 4096 for side in size):
+        raise ValueError(f"--size {flags.size}: expected sides of 16 to 4096 pixels, as 128x128")
+    return size
 
 
 def _check_counts(flags: Evaluate) -> None:

@@ -1,12 +1,12 @@
 """`framepack export-run`: a training run becomes a bundle, or its adapters a LoRA file."""
 
 import dataclasses
-import time
 from typing import Annotated, Literal
 
 import tyro
 
 from framepack_jax import bundle
+from framepack_jax.cli.common import cli_errors
 from framepack_jax.training import checkpoints
 from framepack_jax.training.export import export
 from framepack_jax.utils.flags import parse
@@ -38,8 +38,7 @@ class ExportRun:
 def main(args: list[str] | None = None, prog: str = "framepack export-run") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     flags = parse(ExportRun, args, prog)
-    began = time.monotonic()
-    try:
+    with cli_errors(duration=True):
         folder, _ = checkpoints.parse_run(flags.run)
         given = flags.bundle or checkpoints.read_record(folder)["config"]["bundle"]
         print(
@@ -49,6 +48,3 @@ def main(args: list[str] | None = None, prog: str = "framepack export-run") -> N
                 overwrite=flags.overwrite,
             )
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"{time.monotonic() - began:.1f} s in all")

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import queue
-import re
 import shutil
 import sqlite3
 import threading
@@ -17,7 +16,7 @@ import jax
 import tyro
 
 from framepack_jax import bundle, packing
-from framepack_jax.cli import enable_compilation_cache
+from framepack_jax.cli.common import ALONE, MultihostFlags, configure_jax, parse_size
 from framepack_jax.data import build, clip_cache, filters, ray_backend
 from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.clip_cache import CachedVideo
@@ -27,8 +26,7 @@ from framepack_jax.data.loader import made_by
 from framepack_jax.data.precompute import TILING, Encoder
 from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.packing.buckets import BUCKETS_480P
-from framepack_jax.parallel import hardware
-from framepack_jax.parallel.multihost import is_primary, join, on_all_hosts, on_primary
+from framepack_jax.parallel.multihost import is_primary, on_all_hosts, on_primary
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import Bar
 
@@ -80,14 +78,9 @@ class Prepare:
     """Decode on a Ray cluster instead of threads (extra ray): its address, auto, or local."""
     keep_clips: bool = True
     """Keep clips/, as large as the dataset; without it new thresholds encode again."""
-    coordinator: str | None = None
-    """Run in several processes, each taking a part of the videos: HOST:PORT of the first, with
-    --processes and --process; or auto, under SLURM, Open MPI, Kubernetes and on TPU pods. All need
-    the same --output, on a disk that they share."""
-    processes: int | None = None
-    """How many processes there are."""
-    process: int | None = None
-    """The number of this one, from 0."""
+    multihost: tyro.conf.OmitArgPrefixes[MultihostFlags] = ALONE
+    """Run the same command in several processes: each takes a part of the videos. All need the same
+    --output, on a disk that they share."""
 
 
 def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None:
@@ -114,10 +107,8 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
 
 def prepare(flags: Prepare) -> build.Packed:
     """Make the dataset of `flags`. Raises ValueError for what cannot be, OSError."""
-    enable_compilation_cache()
-    hardware.quiet_libtpu()
-    if flags.coordinator is not None:
-        join(flags.coordinator, flags.processes, flags.process)
+    configure_jax()
+    flags.multihost.join()
     path = bundle.resolve(flags.bundle)
     manifest = bundle.read_manifest(path)
     settings = _settings(flags, manifest)
@@ -175,14 +166,7 @@ def parse_buckets(text: str, step: int) -> tuple[tuple[int, int], ...]:
         return BUCKETS_480P
     buckets = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
-        size = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not min(size) or size[0] % step or size[1] % step:
-            raise ValueError(
-                f"--buckets {text}: {part!r} is no HEIGHTxWIDTH in multiples of {step}; write for"
-                " example 64x80,80x64, or 480p"
-            )
-        buckets.append(size)
+        buckets.append(parse_size("--buckets", part, multiple=step))
     if len(set(buckets)) < len(buckets):
         raise ValueError(f"--buckets {text}: a size is there twice")
     return tuple(sorted(buckets))

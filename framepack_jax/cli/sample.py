@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import tyro
 
 from framepack_jax import bundle, video
-from framepack_jax.cli import enable_compilation_cache
+from framepack_jax.cli.common import (
+    ALONE,
+    MultihostFlags,
+    cli_errors,
+    configure_jax,
+    configure_jax_for_dry_run,
+)
 from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.generation.offload_plan import TILES
 from framepack_jax.generation.pipeline import FramePack
@@ -57,7 +64,6 @@ from framepack_jax.parallel.multihost import (
     Terminated,
     assert_same_on_hosts,
     is_primary,
-    join,
     on_all_hosts,
     on_primary,
 )
@@ -66,18 +72,14 @@ from framepack_jax.utils.flags import parse
 
 # The backends that attention kernels are made for; the others run on any.
 KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
-# Exit codes of programs that a signal ended.
-INTERRUPTED, TERMINATED = 130, 143
 # The seed that stands for one that is drawn.
 DRAWN = -1
-# Flags that say how processes find each other.
-CLUSTER = ("coordinator", "processes", "process")
 # Flags that may be others when a run is gone on with: where, and how, it is computed.
 ON_THIS_MACHINE = ("bundle", "mesh", "memory", "attention", "vae_tile")
 # Flags that a dry run would ignore.
 NOT_COMPILED = (
     "resume", "decode", "jobs", "output", "overwrite", "latents_only", "extend", "end_image",
-    "end_image_as", "key_frame", "lora", "merge_lora", *CLUSTER,
+    "end_image_as", "key_frame", "lora", "merge_lora", "multihost",
 )  # fmt: skip
 
 
@@ -144,14 +146,9 @@ class Sample(VideoSpec):
     devices. Axes are data (videos side by side), fsdp (weights), context (the tokens of a video)
     and tensor. Default: one device; for --dry-run and several processes, fsdp as far as it divides
     the attention heads, and context."""
-    coordinator: str | None = None
-    """Run on several hosts, the same command on each: HOST:PORT of the first, with --processes and
-    --process; or auto, under SLURM, Open MPI, Kubernetes and on TPU pods. The devices of all make
-    the videos, the first writes them. Weights, images and jobs must be there on every host."""
-    processes: int | None = None
-    """How many processes there are."""
-    process: int | None = None
-    """The number of this one, from 0."""
+    multihost: tyro.conf.OmitArgPrefixes[MultihostFlags] = ALONE
+    """Run the same command on several hosts: the devices of all compute the videos, process 0
+    writes them. Every host needs the weights, images and jobs."""
     memory: Literal["auto", "high", "low"] | None = None
     """What stays on the device. high: all networks. low: as little as can be; the transformer's
     blocks wait in host memory, each copied while the one before computes, encoders on the disk, and
@@ -165,34 +162,26 @@ class Sample(VideoSpec):
 def main(args: list[str] | None = None, prog: str = "sample.py") -> None:
     """Parse flags and run; user errors end with one line and exit code 1."""
     flags = parse(Sample, args, prog)
-    hardware.quiet_libtpu()
-    enable_compilation_cache()
+    configure_jax()
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        with use_attention(flags.attention):
-            _join(flags)
-            run(flags)
-    except (ValueError, FloatingPointError, *FAILURES) as error:
-        raise SystemExit(f"error: {explained(error)}") from error
-    except KeyboardInterrupt as interrupt:
-        raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
+    failures = (ValueError, FloatingPointError, *FAILURES)
+    with cli_errors(failures, explain=explained), use_attention(flags.attention):
+        _join(flags)
+        run(flags)
 
 
 def _join(flags: Sample) -> None:
-    """Become one of several processes, if flags say so. Raises ValueError."""
-    if flags.coordinator is None:
-        if flags.processes is not None or flags.process is not None:
-            raise ValueError("--processes and --process need --coordinator HOST:PORT")
+    """Join the other processes, if flags name them. Raises ValueError."""
+    if not flags.multihost.join():
         return
-    join(flags.coordinator, flags.processes, flags.process)
     if jax.process_count() == 1:
         # Joining has taken the signal away.
         signal.signal(signal.SIGTERM, _terminate)
     else:
         # Ctrl-C, as SIGTERM, ends all of them after a step.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert_same_on_hosts("flags", dataclasses.replace(flags, process=None))
+    assert_same_on_hosts("flags", dataclasses.replace(flags, multihost=ALONE))
     if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -231,10 +220,7 @@ def _check_kernel(kernel: str, backend: str) -> None:
 def _dry_run(flags: Sample) -> list[Path]:
     """Compile for another machine; leaves with exit code 1 where it does not fit."""
     _refuse(flags, "--dry-run compiles one section of new video", *NOT_COMPILED)
-    # A program of a machine that is not there can be written to the cache, but not read.
-    jax.config.update("jax_enable_compilation_cache", False)
-    # Whatever this machine has is not needed, and compiling must not take it.
-    jax.config.update("jax_platforms", "cpu")
+    configure_jax_for_dry_run()
     machine = hardware.parse(flags.dry_run)
     _check_kernel(flags.attention, "gpu" if machine.chip.platform == "cuda" else "tpu")
     mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
@@ -452,7 +438,7 @@ def _decode_again(folder: Path, flags: Sample) -> list[Path]:
 
 def _check_alone(flags: Sample, what: str, *counting: str) -> None:
     """Raise ValueError for flags that would be ignored."""
-    known = (what.removeprefix("--"), *counting, *CLUSTER)
+    known = (what.removeprefix("--"), *counting, "multihost")
     idle = (field.name for field in dataclasses.fields(Sample) if field.name not in known)
     allowed = ", ".join(map(_flag, counting))
     _refuse(flags, f"{what} takes all flags from the run; beside it there may be {allowed}", *idle)

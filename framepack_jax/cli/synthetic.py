@@ -2,11 +2,10 @@
 
 import dataclasses
 import multiprocessing
-import re
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from framepack_jax.cli.common import cli_errors, parse_size
 from framepack_jax.toy import world
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import Bar
@@ -35,31 +34,17 @@ class Synthetic:
 def main(args: list[str] | None = None, prog: str = "framepack synthetic") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     flags = parse(Synthetic, args, prog)
-    began = time.monotonic()
-    try:
+    with cli_errors(duration=True):
         _run(flags)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(
-        f"{flags.output}: {flags.clips} videos of {flags.seconds:g} s with captions,"
-        f" {time.monotonic() - began:.1f} s in all"
-    )
+        print(f"{flags.output}: {flags.clips} videos of {flags.seconds:g} s with captions")
 
 
 def _run(flags: Synthetic) -> None:
     size = None
     if flags.size != "buckets":
-        match = re.fullmatch(r"(\d+)x(\d+)", flags.size)
-        if (
-            not match
-            or int(match[1]) % 2
-            or int(match[2]) % 2
-            or min(map(int, match.groups())) < 16
-        ):
-            raise ValueError(
-                f"--size {flags.size}: expected HEIGHTxWIDTH, even numbers, as 96x128, or buckets"
-            )
-        size = int(match[1]), int(match[2])
+        size = parse_size("--size", flags.size, multiple=2)
+        if min(size) < 16:
+            raise ValueError(f"--size {flags.size}: expected at least 16 pixels a side, or buckets")
     if flags.clips < 1 or not flags.seconds > 0 or flags.workers < 1:
         raise ValueError(
             f"--clips {flags.clips}, --seconds {flags.seconds}, --workers {flags.workers}: expected"

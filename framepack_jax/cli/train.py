@@ -1,23 +1,28 @@
 """`framepack train`: a configuration and a dataset become a trained model."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
-import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import tyro
 
 from framepack_jax import bundle
-from framepack_jax.cli import enable_compilation_cache
+from framepack_jax.cli.common import (
+    ALONE,
+    MultihostFlags,
+    cli_errors,
+    configure_jax,
+    configure_jax_for_dry_run,
+    parse_size,
+)
 from framepack_jax.parallel import hardware, sharding
-from framepack_jax.parallel.multihost import join, on_primary
+from framepack_jax.parallel.multihost import on_primary
 from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
@@ -25,7 +30,6 @@ from framepack_jax.training.export import export
 from framepack_jax.training.trainer import NonFiniteLoss, train
 from framepack_jax.utils.flags import parse
 
-INTERRUPTED = 130
 T = TypeVar("T")
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -54,13 +58,7 @@ class Train(TrainConfig):
     does: framepack_i2v and framepack_f1 are the released models for this."""
     dry_run_size: str = "608x640"
     """Height and width in pixels of the bucket that a --dry-run compiles."""
-    coordinator: str | None = None
-    """Run on several hosts, the same command on each: HOST:PORT of the first, with --processes and
-    --process; or auto, under SLURM, Open MPI, Kubernetes and on TPU pods."""
-    processes: int | None = None
-    """How many processes there are."""
-    process: int | None = None
-    """The number of this one, from 0."""
+    multihost: tyro.conf.OmitArgPrefixes[MultihostFlags] = ALONE
 
 
 CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -69,23 +67,15 @@ CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 def main(args: list[str] | None = None, prog: str = "train.py") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
-    with cli_errors():
+    with training_errors():
         _run(parse(Train, args, prog, defaults(Train, TrainConfig, args)))
 
 
-@contextlib.contextmanager
-def cli_errors() -> Iterator[None]:
-    """A training command: how long it took, or what was wrong and exit code 1."""
-    began = time.monotonic()
-    try:
-        yield
-    except FAILURES as error:
-        raise SystemExit(f"error: {_explained(error)}") from error
-    except KeyboardInterrupt:
-        # Before the first step or after the last; in between it is asked for, and saves.
-        print("interrupted; what was saved stays, and the same command goes on", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    print(f"{time.monotonic() - began:.1f} s in all")
+def training_errors() -> AbstractContextManager[None]:
+    """Handle the errors of a training command, and print how long it took."""
+    # Interrupted before the first step or after the last; in between, the trainer saves and ends.
+    interrupted = "interrupted; what was saved stays, and the same command goes on"
+    return cli_errors(FAILURES, explain=_explained, interrupted=interrupted, duration=True)
 
 
 def _run(flags: Train) -> None:
@@ -93,12 +83,8 @@ def _run(flags: Train) -> None:
     if flags.dry_run is not None:
         return _dry_run(cfg, flags)
     _check(cfg)
-    enable_compilation_cache()
-    hardware.quiet_libtpu()
-    if flags.coordinator is not None:
-        join(flags.coordinator, flags.processes, flags.process)
-    elif flags.processes is not None or flags.process is not None:
-        raise ValueError("--processes and --process need --coordinator, HOST:PORT of the first")
+    configure_jax()
+    flags.multihost.join()
     sizes = sharding.parse_mesh(flags.mesh) if flags.mesh else {"fsdp": jax.device_count()}
     mesh = sharding.make_mesh(**sizes)
     path = bundle.resolve(cfg.bundle)
@@ -129,16 +115,11 @@ def _dry_run(cfg: TrainConfig, flags: Train) -> None:
     """Compile for another machine; leaves with exit code 1 where it does not fit."""
     if not cfg.bundle:
         raise ValueError("give --bundle: that of the run, or framepack_i2v for the released model")
-    # A program of a machine that is not there can be written to the cache, but not read; and
-    # whatever this machine has is not needed.
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_platforms", "cpu")
-    size = re.fullmatch(r"(\d+)x(\d+)", flags.dry_run_size)
-    if not size:
-        raise ValueError(f"--dry-run-size {flags.dry_run_size}: expected HEIGHTxWIDTH, as 608x640")
+    configure_jax_for_dry_run()
+    size = parse_size("--dry-run-size", flags.dry_run_size)
     report = dry_run_training(
         cfg, bundle.resolve(cfg.bundle), hardware.parse(flags.dry_run),
-        sharding.parse_mesh(flags.mesh) if flags.mesh else None, (int(size[1]), int(size[2])),
+        sharding.parse_mesh(flags.mesh) if flags.mesh else None, size,
     )  # fmt: skip
     print(report)
     if not report.fits:

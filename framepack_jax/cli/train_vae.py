@@ -8,9 +8,9 @@ from typing import Literal
 import jax
 
 from framepack_jax import bundle
-from framepack_jax.cli import enable_compilation_cache
-from framepack_jax.cli.train import cli_errors, defaults
-from framepack_jax.parallel import hardware, sharding
+from framepack_jax.cli.common import configure_jax
+from framepack_jax.cli.train import defaults, training_errors
+from framepack_jax.parallel import sharding
 from framepack_jax.training import vae
 from framepack_jax.utils.flags import parse
 
@@ -35,7 +35,7 @@ class TrainVae(vae.VaeTrainConfig):
 def main(args: list[str] | None = None, prog: str = "framepack train-vae") -> None:
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
-    with cli_errors():
+    with training_errors():
         _run(parse(TrainVae, args, prog, defaults(TrainVae, vae.VaeTrainConfig, args)))
 
 
@@ -45,8 +45,7 @@ def _run(flags: TrainVae) -> None:
     required = {"--videos": cfg.videos, "--bundle": cfg.bundle, "--output": cfg.output}
     if absent := [flag for flag, given in required.items() if not given]:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")
-    enable_compilation_cache()
-    hardware.quiet_libtpu()
+    configure_jax()
     path = bundle.resolve(cfg.bundle)
     mesh = sharding.make_mesh(data=jax.device_count())
     step = vae.train(cfg, path, mesh, resume=flags.resume == "auto")

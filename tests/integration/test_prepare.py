@@ -717,9 +717,9 @@ def test_two_processes_make_the_same(real, tmp_path) -> None:
     started = launch(
         folders,
         *command(real, "two"),
-        "--coordinator",
+        "--coordinator-address",
         "localhost:{port}",
-        "--processes",
+        "--num-processes",
         "2",
         devices=None,
     )

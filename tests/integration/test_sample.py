@@ -183,7 +183,7 @@ def test_commands_are_listed(capsys) -> None:
 
 def test_compiled_programs_are_kept_for_the_next_run(tmp_path) -> None:
     """In the user's cache folder, unless JAX is told another or none."""
-    program = "import jax; from framepack_jax import cli; cli.enable_compilation_cache();"
+    program = "import jax; from framepack_jax.cli import common; common.enable_compilation_cache();"
     program += "print(jax.config.jax_compilation_cache_dir)"
 
     def run(program: str, **env: str) -> subprocess.CompletedProcess:

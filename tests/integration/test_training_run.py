@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from framepack_jax import FramePack, bundle, video
-from framepack_jax.cli import convert, export_run, sample, train
+from framepack_jax.cli import common, convert, export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import loader, records
 from framepack_jax.data.records import read_index
@@ -293,7 +293,7 @@ def two(place, output: Path, *more: str, devices: int = 1) -> list[subprocess.Po
         (place / f"host{i}").mkdir(exist_ok=True)
     return launch(
         [place / "host0", place / "host1"], str(ROOT / "train.py"), *flags(place, output, *more),
-        "--coordinator", "localhost:{port}", "--processes", "2", devices=devices,
+        "--coordinator-address", "localhost:{port}", "--num-processes", "2", devices=devices,
     )  # fmt: skip
 
 
@@ -416,7 +416,7 @@ def test_what_is_missing_is_named(place, tmp_path) -> None:
             flags(place, tmp_path / "a", "--data.holdout", "99"),
             "leaves nothing of the 6.*holdout 4",
         ),
-        (flags(place, tmp_path / "a", "--processes", "2"), "need --coordinator"),
+        (flags(place, tmp_path / "a", "--num-processes", "2"), "need --coordinator-address"),
         (flags(place, tmp_path / "a", "--wandb", "project"), r"pip install .*\[wandb\]"),
         (
             flags(place, tmp_path / "a", "--bundle", "framepack_i2v", "--validation.every", "2"),
@@ -484,7 +484,7 @@ def test_interrupted_before_the_first_step_it_says_so(place, tmp_path, monkeypat
     monkeypatch.setattr(train, "train", interrupted)
     with pytest.raises(SystemExit) as left:
         train.main(flags(place, tmp_path / "a"))
-    assert left.value.code == train.INTERRUPTED
+    assert left.value.code == common.INTERRUPTED
     assert "the same command goes on" in capsys.readouterr().err
 
 

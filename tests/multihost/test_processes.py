@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from framepack_jax import video
-from framepack_jax.cli import sample
+from framepack_jax.cli import common, sample
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.parallel import multihost
 from tests.fixtures.compiling import quick_flags
@@ -63,7 +63,7 @@ print(mine, (multihost.fetch(halves) + 1).tolist())
 
 
 def launch(
-    folders: list[Path], *command: str, number: str = "--process", devices: int | None = 1
+    folders: list[Path], *command: str, number: str = "--process-id", devices: int | None = 1
 ) -> list[subprocess.Popen]:
     """The command in one process for each working folder; `{port}` in it is a free port. With
     `devices` compiled quickly for so many; None compiles as this process does, to the same bits."""
@@ -94,7 +94,7 @@ def ended(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 
 def sample_in(folders: list[Path], *flags: str) -> list[subprocess.Popen]:
-    cluster = "--coordinator", "localhost:{port}", "--processes", str(len(folders))
+    cluster = "--coordinator-address", "localhost:{port}", "--num-processes", str(len(folders))
     return launch(folders, str(ROOT / "sample.py"), *flags, *cluster)
 
 
@@ -133,7 +133,7 @@ def alone(tmp_path_factory) -> RunDir:
 
 
 def test_a_signal_to_one_stops_both(stopped) -> None:
-    assert [code for code, *_ in stopped] == [sample.TERMINATED] * 2, stopped
+    assert [code for code, *_ in stopped] == [common.TERMINATED] * 2, stopped
     assert "interrupted; what is done stays" in stopped[0][2]
 
 
@@ -217,15 +217,22 @@ def _lines(result: tuple[int, str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("values", "named"),
     [
-        (("--processes", "2"), "--processes and --process need --coordinator"),
-        (("--coordinator", "somewhere"), "coordinator 'somewhere': expected HOST:PORT"),
-        (("--coordinator", "here:1", "--processes", "2"), "process None of 2 processes"),
-        (("--coordinator", "here:1", "--processes", "2", "--process", "2"), "process 2 of 2"),
+        ({"num-processes": "2"}, "--num-processes and --process-id need --coordinator-address"),
+        ({"coordinator-address": "somewhere"}, "coordinator 'somewhere': expected HOST:PORT"),
+        (
+            {"coordinator-address": "here:1", "num-processes": "2"},
+            "process None of 2 processes",
+        ),
+        (
+            {"coordinator-address": "here:1", "num-processes": "2", "process-id": "2"},
+            "process 2 of 2",
+        ),
     ],
 )
-def test_numbers_that_do_not_go_together(flags, named) -> None:
+def test_numbers_that_do_not_go_together(values, named) -> None:
+    flags = [f"--{name}={value}" for name, value in values.items()]
     with pytest.raises(SystemExit, match=f"error: .*{named}"):
         sample.main(["--bundle", "random", *flags])
 

@@ -1,0 +1,136 @@
+"""What the commands share: errors as one line and an exit code, JAX settings, and flag groups.
+
+Nothing here imports JAX at the top, so that `--help` is quick.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Exit codes of programs that SIGINT and SIGTERM ended.
+INTERRUPTED, TERMINATED = 130, 143
+FAILURES: tuple[type[Exception], ...] = (ValueError, OSError)
+
+
+@contextlib.contextmanager
+def cli_errors(
+    failures: tuple[type[Exception], ...] = FAILURES,
+    *,
+    explain: Callable[[Exception], object] = str,
+    interrupted: str | None = None,
+    duration: bool = False,
+) -> Iterator[None]:
+    """Run a command: end with one line and exit code 1 on an error of the user or the machine.
+
+    Args:
+        failures: Errors that are reported as one line; others are bugs and keep their traceback.
+        explain: Gives the line for an error.
+        interrupted: The line for Ctrl-C and SIGTERM, which end with exit code 130 and 143.
+        duration: Print how long the command took.
+    """
+    began = time.monotonic()
+    try:
+        yield
+    except failures as error:
+        raise SystemExit(f"error: {explain(error)}") from error
+    except KeyboardInterrupt as interrupt:
+        from framepack_jax.parallel.multihost import Terminated
+
+        if interrupted is not None:
+            print(interrupted, file=sys.stderr)
+        raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
+    if duration:
+        print(f"{time.monotonic() - began:.1f} s in all")
+
+
+@dataclasses.dataclass(frozen=True)
+class MultihostFlags:
+    """Run the same command on several hosts."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, with --num-processes and --process-id; or auto, which detects all
+    three under SLURM, Open MPI, Kubernetes and on TPU pods."""
+    num_processes: int | None = None
+    """Number of processes."""
+    process_id: int | None = None
+    """Index of this process, from 0."""
+
+    def join(self) -> bool:
+        """Join the other processes; return False if the flags name none. Raises ValueError."""
+        if self.coordinator_address is None:
+            if self.num_processes is not None or self.process_id is not None:
+                raise ValueError(
+                    "--num-processes and --process-id need --coordinator-address, HOST:PORT of"
+                    " process 0"
+                )
+            return False
+        from framepack_jax.parallel.multihost import join
+
+        join(self.coordinator_address, self.num_processes, self.process_id)
+        return True
+
+
+# A flag's default: no other process.
+ALONE = MultihostFlags()
+
+
+def parse_size(flag: str, text: str, multiple: int = 1) -> tuple[int, int]:
+    """Parse HEIGHTxWIDTH in pixels. Raises ValueError if a side is no multiple of `multiple`."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not min(size) or any(side % multiple for side in size):
+        multiples = f", multiples of {multiple}" if multiple > 1 else ""
+        raise ValueError(f"{flag} {text}: expected HEIGHTxWIDTH in pixels{multiples}, as 608x640")
+    return size
+
+
+def configure_jax() -> None:
+    """Set up JAX for a command that computes: compilation cache, no warnings of libtpu."""
+    from framepack_jax.parallel import hardware
+
+    hardware.quiet_libtpu()
+    enable_compilation_cache()
+
+
+def configure_jax_for_dry_run() -> None:
+    """Set up JAX to compile for another machine: no cache, and no device of this machine in use."""
+    import jax
+
+    # A program for a machine that is not present can be written to the cache, but not read.
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder; warn if that folder cannot be written.
+
+    JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
+    """
+    import jax
+
+    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        folder = root / "framepack-jax" / "compiled"
+        if _can_write(folder):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        else:
+            print(
+                f"compiled programs are not kept for the next run: {folder} cannot be written;"
+                " JAX_COMPILATION_CACHE_DIR names another folder",
+                file=sys.stderr,
+            )
+
+
+def _can_write(folder: Path) -> bool:
+    """Make a folder; return False if that fails, or if no home folder replaces its ~."""
+    with contextlib.suppress(OSError):
+        if folder.is_absolute():
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.access(folder, os.W_OK)
+    return False

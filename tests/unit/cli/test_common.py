@@ -1,0 +1,66 @@
+"""Errors, sizes and the flag groups that the commands share."""
+
+import subprocess
+import sys
+
+import pytest
+
+from framepack_jax.cli.common import MultihostFlags, cli_errors, parse_size
+from framepack_jax.parallel.multihost import Terminated
+from tests.fixtures.paths import ROOT
+
+
+def test_an_error_is_one_line_and_exit_code_1() -> None:
+    with pytest.raises(SystemExit, match=r"^error: no such file$"), cli_errors():
+        raise OSError("no such file")
+    failures, explain = (MemoryError,), lambda error: f"out of memory ({error})"
+    with pytest.raises(SystemExit) as ended, cli_errors(failures, explain=explain):
+        raise MemoryError("7 GB")
+    assert ended.value.code == "error: out of memory (7 GB)"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(TypeError), cli_errors():
+        raise TypeError
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_signals_have_their_exit_codes(capsys, interrupt, code: int) -> None:
+    with pytest.raises(SystemExit) as ended, cli_errors(interrupted="interrupted; run it again"):
+        raise interrupt
+    assert ended.value.code == code
+    assert capsys.readouterr().err == "interrupted; run it again\n"
+
+
+def test_the_duration_is_printed_on_success_only(capsys) -> None:
+    with cli_errors(duration=True):
+        pass
+    assert capsys.readouterr().out.endswith(" s in all\n")
+    with pytest.raises(SystemExit), cli_errors(duration=True):
+        raise ValueError
+    assert capsys.readouterr().out == ""
+
+
+def test_sizes() -> None:
+    assert parse_size("--size", "608x640") == parse_size("--size", " 608x640 ", 16) == (608, 640)
+    for text in ("wide", "608", "608x", "0x640", "608x640x3", "-608x640"):
+        with pytest.raises(ValueError, match=f"--size {text}: expected HEIGHTxWIDTH in pixels, as"):
+            parse_size("--size", text)
+    with pytest.raises(
+        ValueError, match=r"--size 608x650: expected .*, multiples of 16, as 608x640"
+    ):
+        parse_size("--size", "608x650", 16)
+
+
+def test_one_process_joins_nobody() -> None:
+    assert not MultihostFlags().join()
+    with pytest.raises(ValueError, match="need --coordinator-address"):
+        MultihostFlags(process_id=0).join()
+
+
+def test_flags_are_read_without_jax() -> None:
+    program = (
+        "import sys; from framepack_jax.cli import common; from framepack_jax.utils import flags"
+    )
+    program += "; assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
