@@ -4,9 +4,9 @@
 
 Writes a bundle of random weights with the released model's shapes (42 GB; in 8 bits 22 GB), unless
 DIR has it already. Makes the same video with all of the device and then under each cap, by
-`sample.py` with `--memory auto` in a process of its own, and reads what the run has noted and what
+`sample.py` with `--offload auto` in a process of its own, and reads what the run has noted and what
 the system counted of the process. `--scale toy` takes the same way with the random bundle; on a
-CPU, which has no cap, with `--memory low` for the caps.
+CPU, which has no cap, with `--offload full` for the caps.
 """
 
 import dataclasses
@@ -168,12 +168,12 @@ def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
     """Figures of a video under a cap in GB, or with all of the device. A run that fails is told by
     its last words."""
     with tempfile.TemporaryDirectory() as folder:
-        level = "high" if cap is None else "auto" if total else "low"
+        offload = "none" if cap is None else "auto" if total else "full"
         command = [
             sys.executable, str(ROOT / "sample.py"), "--bundle", str(config.folder.absolute()),
             "--image", str(config.image), "--prompt", "the man smiles", "--overwrite",
             "--sections", str(config.sections), "--steps", str(config.steps),
-            "--memory", level, "--output", folder,
+            "--offload", offload, "--output", folder,
             *(f"--{flag}" for flag in config.flags),
         ]  # fmt: skip
         # Every run compiles for itself, as the first.
@@ -193,10 +193,10 @@ def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
             lines = told.read().replace("\r", "\n").splitlines()
         # Linux counts kilobytes.
         host = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        row = {"cap": cap, "memory": level, "host_bytes": host}
+        row = {"cap": cap, "offload": offload, "host_bytes": host}
         if process.returncode:
             return row | {"error": " ".join(lines[-3:])[-400:]}
-        row["plan"] = next((line for line in lines if line.startswith("memory ")), "")
+        row["plan"] = next((line for line in lines if line.startswith("offload ")), "")
         timings = json.loads((Path(folder) / "run.json").read_text())["timings"]
     return row | figures(timings)
 

@@ -75,7 +75,7 @@ KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # The seed that stands for one that is drawn.
 DRAWN = -1
 # Flags that may be others when a run is gone on with: where, and how, it is computed.
-ON_THIS_MACHINE = ("bundle", "mesh", "memory", "attention", "vae_tile")
+ON_THIS_MACHINE = ("bundle", "mesh", "offload", "attention", "vae_tile")
 # Flags that a dry run would ignore.
 NOT_COMPILED = (
     "resume", "decode", "jobs", "output", "overwrite", "latents_only", "extend", "end_image",
@@ -115,10 +115,10 @@ class Sample(VideoSpec):
     """Replace the results of an earlier run in --output."""
     resume: Path | None = None
     """A run folder to go on with after its last finished section. Beside it there may be --dtype,
-    --memory, --attention, --vae-tile, --latents-only, and --bundle where the bundle has moved."""
+    --offload, --attention, --vae-tile, --latents-only, and --bundle where the bundle has moved."""
     decode: Path | None = None
     """A run folder whose saved latents are decoded again, and nothing else is done. Beside it there
-    may be --memory, --vae-tile, --attention, and --bundle where the bundle has moved."""
+    may be --offload, --vae-tile, --attention, and --bundle where the bundle has moved."""
     latents_only: bool = False
     """Save latents and decode nothing: do so later with --decode."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -135,10 +135,10 @@ class Sample(VideoSpec):
     """Attention kernel: auto takes cuDNN's on GPU and splash on TPU where they serve; xla is slower
     and runs everywhere."""
     dry_run: str | None = None
-    """Make nothing; compile a step for this machine and say whether it fits: v5e:4x4, v5p-64,
-    h100:8, rtx4090:1, with all weights on its chips unless --memory low is given. Exit code 0 where
-    it does, else 1. Bundles "framepack_i2v" and "framepack_f1" are the released models for this,
-    without weights."""
+    """Compile a step for this machine instead of sampling, and report whether it fits: v5e:4x4,
+    v5p-64, h100:8, rtx4090:1. All weights are on the chips unless --offload full is given. Exit
+    code 0 if it fits, else 1. The bundles framepack_i2v and framepack_f1 are the released models
+    without weights, for this purpose."""
     dry_run_decode: bool = False
     """Compile the VAE's decoder too in a --dry-run: seconds for a GPU, minutes for a TPU."""
     mesh: str | None = None
@@ -149,11 +149,11 @@ class Sample(VideoSpec):
     multihost: tyro.conf.OmitArgPrefixes[MultihostFlags] = ALONE
     """Run the same command on several hosts: the devices of all compute the videos, process 0
     writes them. Every host needs the weights, images and jobs."""
-    memory: Literal["auto", "high", "low"] | None = None
-    """What stays on the device. high: all networks. low: as little as can be; the transformer's
-    blocks wait in host memory, each copied while the one before computes, encoders on the disk, and
-    the VAE decodes tiles of 256 pixels. auto, the default: as much as fits, and says what. Latents
-    are the same but for rounding."""
+    offload: Literal["auto", "none", "full"] | None = None
+    """Weights that leave the device. none: all networks stay. full: as few as possible stay; the
+    transformer's blocks wait in host memory, and each is copied while the block before it computes;
+    encoders stay on the disk, and the VAE decodes tiles of 256 pixels. auto, the default: as many
+    stay as fit, and a line says which. Latents differ by rounding only."""
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
@@ -225,14 +225,14 @@ def _dry_run(flags: Sample) -> list[Path]:
     _check_kernel(flags.attention, "gpu" if machine.chip.platform == "cuda" else "tpu")
     mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
     path = bundle.resolve(_bundle(flags))
-    low = flags.memory == "low"
-    tile = flags.vae_tile or (TILES.size if low else None)
+    full = flags.offload == "full"
+    tile = flags.vae_tile or (TILES.size if full else None)
     pipe = open_pipe(path, flags.dtype or "bfloat16", flags.schedule, tile)
     request = Request("", None if flags.image is None else video.load_image(flags.image))
     layout = make_layout(pipe.geometry, request, sections=1, height=flags.height, width=flags.width)
     report = dry_run(
         pipe, path, layout, flags.settings(), machine, mesh, flags.batch, flags.dry_run_decode,
-        streamed=low,
+        streamed=full,
     )  # fmt: skip
     print(f"{layout.height} x {layout.width} pixels, schedule {pipe.schedule}, {pipe.dtype}")
     print(report)
@@ -309,17 +309,17 @@ def _with_weights(
 ) -> FramePack:
     """Load what the flags keep on the device, and say what that is."""
     canvas = max((task.layout.canvas for task in tasks), key=math.prod)
-    level = flags.memory or tasks[0].run.record.get("memory", "auto")
+    offload = flags.offload or tasks[0].run.record.get("offload", "auto")
     encoded = max(task.layout.encoded for task in tasks)
-    plan = pipe.plan(path, level, canvas, flags.batch, roles, encoded)
+    plan = pipe.plan(path, offload, canvas, flags.batch, roles, encoded)
     # What a video began with it goes on with, unless told otherwise.
     began = tasks[0].run.record.get("decode_tile")
-    if began and flags.resume and not (flags.memory or flags.vae_tile):
+    if began and flags.resume and not (flags.offload or flags.vae_tile):
         plan = plan._replace(tiling=tiling_of(began))
     if plan.why:
         print(plan.why)
     for task in tasks:
-        task.run.record |= {"memory": level, "decode_tile": plan.tiling.size}
+        task.run.record |= {"offload": offload, "decode_tile": plan.tiling.size}
     return pipe.with_weights(path, roles, plan)
 
 

@@ -24,7 +24,7 @@ from framepack_jax import bundle, packing
 from framepack_jax.bundle import loader
 from framepack_jax.models.hunyuan import vae
 
-LEVELS = ("auto", "high", "low")
+MODES = ("auto", "none", "full")
 GB = 1e9
 # Of what JAX may take: buffers leave gaps.
 USABLE = 0.95
@@ -105,7 +105,7 @@ class Need:
 
 def plan(
     path: epath.PathLike,
-    level: str,
+    mode: str,
     work: Work,
     *,
     dtype: str,
@@ -114,31 +114,31 @@ def plan(
     limit: float | None = None,
     roles: Sequence[str] = bundle.ROLES,
 ) -> OffloadPlan:
-    """What stays on the device for a `level`, one of LEVELS.
+    """Choose which weights stay on the device for an offload `mode`, one of MODES.
 
-    "high": everything. "low": as little as can be. "auto": what fits into `limit` bytes, by default
-    those that JAX may take of the device; where it does not count them, as on a CPU, everything.
-    Frames are taken apart where nothing else helps, as seams may be seen. Of networks other than
-    the `roles` nothing is needed. Raises ValueError for another level, BundleError.
+    "none": all stay. "full": as few as possible. "auto": what fits into `limit` bytes, by default
+    those that JAX may take of the device; all if the device does not count them, as on a CPU.
+    Frames are decoded in tiles only if nothing else helps, as seams may be visible. Networks other
+    than the `roles` need nothing. Raises ValueError for another mode, BundleError.
     """
-    if level not in LEVELS:
-        raise ValueError(f"memory {level!r}: expected one of {', '.join(LEVELS)}")
-    if level == "high":
-        return OffloadPlan(True, None, tiling, "memory high: all networks stay on the device")
+    if mode not in MODES:
+        raise ValueError(f"offload {mode!r}: expected one of {', '.join(MODES)}")
+    if mode == "none":
+        return OffloadPlan(True, None, tiling, "offload none: all networks stay on the device")
     limit = limit_of_device() if limit is None else limit
-    if level == "auto" and limit is None:
+    if mode == "auto" and limit is None:
         return OffloadPlan(True, None, tiling, "")
     needed = need(path, work, dtype=dtype, mesh=mesh, roles=roles)
     small = TILES if tiling.size is None else tiling
-    if level == "low":
-        return _streamed(needed, 0, small, "memory low")
+    if mode == "full":
+        return _streamed(needed, 0, small, "offload full")
     has = f"{needed.everything(tiling) / GB:.1f} of {limit / GB:.1f} GB"
     if needed.everything(tiling) <= USABLE * limit:
-        why = f"memory auto: all networks stay on the device, {has}"
+        why = f"offload auto: all networks stay on the device, {has}"
         return OffloadPlan(True, None, tiling, why)
     choices = [(n, t) for t in (tiling, small) for n in range(len(needed.blocks), -1, -1)]
     fitting = [choice for choice in choices if needed.streamed(*choice) <= USABLE * limit]
-    why = f"memory auto, as all would be {has}"
+    why = f"offload auto, as all would be {has}"
     if not fitting:
         why += ", and the least is more than there is"
     return _streamed(needed, *(fitting or choices[-1:])[0], why)

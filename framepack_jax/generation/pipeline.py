@@ -167,7 +167,7 @@ class FramePack:
         schedule: str | None = None,
         tiling: Tiling = DEFAULT_TILING,
         mesh: Mesh | None = None,
-        memory: str = "high",
+        offload: str = "none",
     ) -> "FramePack":
         """Open a bundle and put its weights onto the device.
 
@@ -175,13 +175,13 @@ class FramePack:
         accelerator, float32 on a CPU); the VAE stays in float32. With float32, matrix products are
         float32 too; otherwise the VAE's are what the device does by default (TF32, bfloat16).
         `schedule` replaces that of the bundle. On a `mesh` (of `sharding.make_mesh`) weights and
-        work are divided. `memory`, one of `offload_plan.LEVELS`, says how much stays on the
+        work are divided. `offload`, one of `offload_plan.MODES`, says which weights leave the
         device, for one video of the bundle's largest size. Raises BundleError, ScheduleError,
         ValueError.
         """
         pipe = cls.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=mesh)
         return pipe.with_weights(
-            path, plan=pipe.plan(path, memory, max(pipe.buckets, key=math.prod))
+            path, plan=pipe.plan(path, offload, max(pipe.buckets, key=math.prod))
         )
 
     @classmethod
@@ -263,19 +263,19 @@ class FramePack:
     def plan(
         self,
         path: epath.PathLike,
-        level: str,
+        mode: str,
         canvas: tuple[int, int],
         batch: int = 1,
         roles: Sequence[str] = bundle.ROLES,
         encoded: int = 1,
     ) -> offload_plan.OffloadPlan:
-        """Return what of these networks stays on the device for one of `offload_plan.LEVELS`, if
+        """Return what of these networks stays on the device for one of `offload_plan.MODES`, if
         videos sampled at canvas (height, width) are made `batch` side by side, and clips of up to
         `encoded` latent frames are encoded for them; the same in all processes. Raises ValueError,
         BundleError."""
         _, frames = self.geometry.frames_of(0, encoded)
         return on_primary(
-            offload_plan.plan, path, level, offload_plan.Work(canvas, batch, self.schedule, frames),
+            offload_plan.plan, path, mode, offload_plan.Work(canvas, batch, self.schedule, frames),
             dtype=self.dtype, tiling=self.tiling, mesh=self.mesh, roles=roles,
         )  # fmt: skip
 

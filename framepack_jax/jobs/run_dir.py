@@ -44,6 +44,8 @@ FORMAT = 2
 RENAMED_FLAGS = {
     1: {"guidance": "distilled_guidance", "cfg": "cfg_scale", "threshold": "cache_threshold"}
 }
+# What `memory` was in records of format 1.
+OFFLOAD = {"auto": "auto", "high": "none", "low": "full"}
 RECORD = "run.json"
 LOCK = "run.lock"
 LATENTS = ("positions", "latents")
@@ -108,6 +110,8 @@ class RunDir:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             names = RENAMED_FLAGS.get(record["format"], {})
             flags = {names.get(name, name): value for name, value in record["flags"].items()}
+            if "memory" in record:
+                record["offload"] = OFFLOAD[record.pop("memory")]
             record |= {"format": FORMAT, "flags": flags}
             # Runs from before there was this flag.
             flags.setdefault("end_image_as", "still" if flags.get("end_image") else "auto")

@@ -31,7 +31,7 @@ from framepack_jax.utils.progress import Bar
 # What a disk, a device or a full memory does.
 FAILURES = (OSError, MemoryError, jax.errors.JaxRuntimeError)
 # In a record, what depends on the machine that goes on with the run.
-HERE = ("memory", "decode_tile")
+HERE = ("offload", "decode_tile")
 PREVIEWS_PER_SECTION = 4
 # The channels of latents that the cheap preview knows.
 PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
@@ -189,8 +189,8 @@ def explained(error: Exception) -> Exception:
     if not full and "out of memory" not in line.lower():
         return OSError(line)
     return OSError(
-        f"out of memory ({line}); --memory low helps on the device, --vae-tile 256 while decoding;"
-        " for memory of the host see docs/sampling.md, Little memory"
+        f"out of memory ({line}); --offload full needs less of the device, --vae-tile 256 less"
+        " while decoding; for memory of the host see docs/sampling.md, Little memory"
     )
 
 

@@ -38,7 +38,7 @@ GPU_SHARE, LARGE_GPU_SHARE = 0.75, 0.95
 
 
 STEP_RELIEF = (
-    "--memory low or more chips help (weights and tokens are divided over them), or a smaller"
+    "--offload full or more chips help (weights and tokens are divided over them), or a smaller"
     " --batch, --height and --width"
 )
 
@@ -216,7 +216,7 @@ class Report:
         advice = self.largest.relief
         if self.resident > self.machine.chip.memory:
             advice = (
-                "the weights alone are more; give --memory low, or divide them over"
+                "the weights alone are more; give --offload full, or divide them over"
                 f" {self._more_chips()}"
             )
         return f"does not fit, {over:.1f} GB too much; {advice}"

@@ -576,9 +576,9 @@ def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
     small = ("schedule=f1k1_x_f16k4f2k2f1k1_g2", "height=32", "width=32")
     flags = ["--folder", str(folder), "--scale", "toy", "--caps", "6", "--steps", "1"]
     whole, made = capped.main([*flags, "--flags", *small])
-    assert whole["memory"] == "high" and whole["section"] > 0
+    assert whole["offload"] == "none" and whole["section"] > 0
     config = capped.Config(folder, steps=1, flags=small)
-    assert made["plan"].startswith("memory low: 0 of 4 blocks stay")
+    assert made["plan"].startswith("offload full: 0 of 4 blocks stay")
     assert made["section"] > 0 and made["host_bytes"] > 1e8
     failed = capped.measure(dataclasses.replace(config, folder=tmp_path / "nowhere"), None, total=0)
     assert "nowhere is no bundle" in failed["error"]

@@ -192,7 +192,7 @@ FLAGS = ("--bundle", "random", "--height", "64", "--width", "80")
 
 def test_a_step_of_streamed_blocks_is_the_programs_that_it_runs(this_cpu, reports, capsys) -> None:
     flags = (*FLAGS, "--dtype", "float32", "--dry-run", "h200:1")
-    sample.main([*flags, "--memory", "low", "--cfg-scale", "3"])
+    sample.main([*flags, "--offload", "full", "--cfg-scale", "3"])
     sample.main(flags)
     low, high = reports
     runs = {program.name: program.runs for program in low.programs}
@@ -210,7 +210,7 @@ def test_a_step_of_streamed_blocks_is_the_programs_that_it_runs(this_cpu, report
 @pytest.mark.large
 def test_a_small_slice_takes_the_released_model_block_by_block(reports) -> None:
     sample.main(
-        ["--bundle", "framepack_i2v", "--height", "608", "--width", "640", "--memory", "low",
+        ["--bundle", "framepack_i2v", "--height", "608", "--width", "640", "--offload", "full",
          "--dry-run", "v5e:2x2"]
     )  # fmt: skip
     (made,) = reports
@@ -280,7 +280,7 @@ def test_the_verdict_says_what_helps(monkeypatch) -> None:
         small = dataclasses.replace(both, machine=dataclasses.replace(both.machine, chip=chip))
         assert not small.fits
         assert f"does not fit, 0.0 GB too much; {advice}" in str(small).replace(
-            "the weights alone are more; give --memory low, or ", ""
+            "the weights alone are more; give --offload full, or ", ""
         )
 
 
@@ -309,7 +309,7 @@ def of_memory(total: float, resident: float, machine: str, **mesh: int) -> str:
 )
 def test_advice_for_too_many_weights_can_be_followed(machine, mesh, advice) -> None:
     verdict = of_memory(1.6, 1.5, machine, **mesh)
-    assert f"more; give --memory low, or divide them over {advice}\n" in verdict
+    assert f"more; give --offload full, or divide them over {advice}\n" in verdict
 
 
 def test_what_jax_would_not_take_of_a_gpu_is_said() -> None:

@@ -154,7 +154,7 @@ def test_what_the_host_has_room_for(monkeypatch) -> None:
 
     def plan(limit: float | None) -> offload_plan.OffloadPlan:
         monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
-        return offload_plan.plan("", "low", work, dtype="bfloat16", tiling=WHOLE)
+        return offload_plan.plan("", "full", work, dtype="bfloat16", tiling=WHOLE)
 
     assert plan(None).hosted is None and "60 wait in" in plan(None).why
     doubles = sum(RELEASED.blocks[:20])
@@ -172,7 +172,7 @@ def test_a_cpu_has_one_memory_for_all(monkeypatch) -> None:
 
     def plan(limit: float | None) -> offload_plan.OffloadPlan:
         monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
-        return offload_plan.plan("", "low", work, dtype="float32", tiling=WHOLE)
+        return offload_plan.plan("", "full", work, dtype="float32", tiling=WHOLE)
 
     said = f"{(blocks + rest) / GB:.3g} GB are needed in all, with those blocks"
     assert plan(None).why.endswith(said)
@@ -449,25 +449,25 @@ def test_what_stays_is_what_fits(monkeypatch, limit, encoders, whole, tiled, lea
 def test_levels(monkeypatch) -> None:
     work = Work((64, 64), 1, "f1k1_x_f16k4f2k2f1k1_g2")
     options = {"dtype": "float32", "tiling": WHOLE}
-    assert offload_plan.plan(RANDOM, "high", work, **options)[:3] == (True, None, WHOLE)
+    assert offload_plan.plan(RANDOM, "none", work, **options)[:3] == (True, None, WHOLE)
     # A CPU does not count its memory, and everything is there.
     assert offload_plan.plan(RANDOM, "auto", work, **options)[:3] == (True, None, WHOLE)
-    made = offload_plan.plan(RANDOM, "low", work, **options)
+    made = offload_plan.plan(RANDOM, "full", work, **options)
     assert made.layers == 0 and not made.encoders and made.tiling == offload_plan.TILES
     own = Tiling(size=128, stride=96)
-    assert offload_plan.plan(RANDOM, "low", work, dtype="float32", tiling=own).tiling == own
-    with pytest.raises(ValueError, match="memory 'medium': expected one of auto, high, low"):
+    assert offload_plan.plan(RANDOM, "full", work, dtype="float32", tiling=own).tiling == own
+    with pytest.raises(ValueError, match="offload 'medium': expected one of auto, none, full"):
         offload_plan.plan(RANDOM, "medium", work, **options)
 
 
 def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where progress is bars
     flags = (*FLAGS, "--latents-only")
-    sample.main([*flags, "--output", str(tmp_path / "high"), "--memory", "high"])
-    assert "memory high: all networks stay on the device" in capsys.readouterr().out
-    sample.main([*flags, "--output", str(tmp_path / "low"), "--memory", "low"])
+    sample.main([*flags, "--output", str(tmp_path / "high"), "--offload", "none"])
+    assert "offload none: all networks stay on the device" in capsys.readouterr().out
+    sample.main([*flags, "--output", str(tmp_path / "low"), "--offload", "full"])
     out, err = capsys.readouterr()
-    assert re.search(r"memory low: 0 of 4 blocks stay on the device", out) and "blocks: " in err
+    assert re.search(r"offload full: 0 of 4 blocks stay on the device", out) and "blocks: " in err
     high, low = (RunDir.open(tmp_path / name).latents() for name in ("high", "low"))
     for position, z in low.items():
         np.testing.assert_array_equal(z, high[position])
@@ -482,7 +482,7 @@ def test_decoding_needs_the_vae_alone(tmp_path, monkeypatch, capsys) -> None:
     bundle.write_manifest(tmp_path / "bundle", manifest)
     monkeypatch.setattr(offload_plan, "limit_of_device", lambda: 1000)
     sample.main(["--decode", str(tmp_path / "run"), "--bundle", str(tmp_path / "bundle")])
-    assert "memory auto, as all would be" in capsys.readouterr().out
+    assert "offload auto, as all would be" in capsys.readouterr().out
     assert (tmp_path / "run" / "video.mp4").exists()
 
 
@@ -492,14 +492,14 @@ def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
         monkeypatch.setattr(offload_plan, "limit_of_device", lambda limit=limit: limit)
         sample.main([*FLAGS, "--output", str(tmp_path / said[0]), "--latents-only"])
         assert said in capsys.readouterr().out
-    assert RunDir.open(tmp_path / "1").record["memory"] == "auto"
+    assert RunDir.open(tmp_path / "1").record["offload"] == "auto"
 
 
 def test_in_python() -> None:
-    pipe = FramePack.load(RANDOM, memory="low")
+    pipe = FramePack.load(RANDOM, offload="full")
     assert scan.is_offloaded(pipe.transformer.params) and callable(pipe.encoders)
     with pytest.raises(ValueError, match="memory 'medium'"):
-        FramePack.load(RANDOM, memory="medium")
+        FramePack.load(RANDOM, offload="medium")
 
 
 def test_a_run_goes_on_with_less_memory(tmp_path) -> None:
@@ -509,6 +509,6 @@ def test_a_run_goes_on_with_less_memory(tmp_path) -> None:
     whole = RunDir.open(tmp_path / "whole").latents()
     last = sorted((folder / "latents").glob("section_*"))[-1]
     last.unlink()
-    sample.main(["--resume", str(folder), "--memory", "low", "--latents-only"])
+    sample.main(["--resume", str(folder), "--offload", "full", "--latents-only"])
     for position, z in RunDir.open(folder).latents().items():
         np.testing.assert_array_equal(z, whole[position])

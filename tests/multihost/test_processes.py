@@ -121,7 +121,7 @@ def stopped(hosts) -> list[tuple[int, str, str]]:
 @pytest.fixture(scope="module")
 def resumed(hosts, stopped) -> list[tuple[int, str, str]]:
     """And gone on with, the blocks in the memory of two hosts."""
-    return ended(sample_in(hosts, "--resume", "run", "--memory", "low"))
+    return ended(sample_in(hosts, "--resume", "run", "--offload", "full"))
 
 
 @pytest.fixture(scope="module")
