@@ -110,14 +110,14 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
     manifest = bundle.read_manifest(bundle.resolve("framepack_i2v")) if scale == "full" else known
     roles = {}
     for name, role in manifest.roles.items():
-        model, cfg = bundle.role_config(manifest, name)
+        spec, cfg = bundle.role_config(manifest, name)
         if name == "text_encoder_2":
             end = bundle.role_config(known, name)[1].eos_token_id
             cfg = dataclasses.replace(cfg, eos_token_id=end)
         leaves = registry.abstract_leaves(role.kind, cfg)
         arrays = itertools.chain.from_iterable(
             random_leaf(
-                path, leaf.shape, weights if path.partition("/")[0] in model.STACKS else "bfloat16"
+                path, leaf.shape, weights if path.partition("/")[0] in spec.stacks else "bfloat16"
             )
             for path, leaf in leaves.items()
         )

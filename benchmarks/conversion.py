@@ -183,11 +183,9 @@ def read_share(root: str, device: int) -> int:
     import tensorstore
 
     manifest, mesh = bundle.read_manifest(root), _mesh()
-    model, cfg = bundle.role_config(manifest, "transformer")
+    spec, cfg = bundle.role_config(manifest, "transformer")
     path, stored = loader._opened(root, manifest, "transformer")
-    where = loader._layer_shardings(
-        stored, loader._shardings(model, cfg, mesh, stored), model.STACKS
-    )
+    where = loader._layer_shardings(stored, loader._shardings(spec, cfg, mesh, stored), spec.stacks)
     kept = []
     for name, leaf in stored.items():
         folder = {"driver": "ocdbt", "base": f"file://{path}/state"}

@@ -53,6 +53,7 @@ from framepack_jax import bundle, packing
 from framepack_jax.diffusion import cache, flow, sampler, solver_table
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer, vae
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.parallel import sharding
 from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
@@ -147,7 +148,7 @@ def measure_section(bench: Bench) -> None:
     ) -> None:
         def run() -> sampler.Denoised:
             return sampler.denoise(
-                transformer, scale.dit, params, noise, sigmas, table, context, conditions,
+                TRANSFORMER, scale.dit, params, noise, sigmas, table, context, conditions,
                 dtype="bfloat16", cache=config,
             )  # fmt: skip
 

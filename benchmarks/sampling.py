@@ -36,7 +36,6 @@ from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
 from framepack_jax.generation.request import Layout, Request, fit_images, make_layout
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.jobs.runner import Progress
-from framepack_jax.models.hunyuan.flops import forward_flops
 
 ROOT = Path(__file__).parent.parent
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -304,13 +303,13 @@ def _step(config: Config, schedule: str) -> dict[str, Any]:
         bundle.BUILTIN_BUNDLES.get(config.bundle, config.bundle), schedule=schedule
     )
     layout, inputs = _inputs(pipe, config)
-    idle = dataclasses.replace(pipe, transformer=pipe.transformer._replace(model=Idle))
+    idle = dataclasses.replace(pipe, transformer=pipe.transformer._replace(spec=Idle))
     host = _loop(idle, layout, inputs, IDLE_STEPS)
     in_loop = _loop(pipe, layout, inputs, max(4, config.steps))
     alone = _alone(pipe, layout, inputs, config.steps)
     rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
     conditions = inputs.conditions[0]
-    count = forward_flops(
+    count = pipe.transformer.spec.forward_flops(
         pipe.transformer.cfg, schedule, rows, columns,
         conditions.text.shape[1], conditions.image.shape[1],
     )  # fmt: skip

@@ -29,7 +29,7 @@ KINDS = {
 def get_config(schedule: str) -> Manifest:
     """The networks' defaults are the released sizes."""
     roles = {
-        role: Role(kind, dataclasses.asdict(registry.CONFIGS[kind]()), role)
+        role: Role(kind, dataclasses.asdict(registry.NETWORKS[kind].config()), role)
         for role, kind in KINDS.items()
     }
     return Manifest(

@@ -110,12 +110,12 @@ def write(config: TinyBundle, output: Path) -> None:
     }
     roles = {}
     for number, (role, (kind, cfg)) in enumerate(networks.items()):
-        model = registry.KINDS[kind]
+        spec = registry.NETWORKS[kind]
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), number)
-        params = jax.jit(model.init, static_argnums=0)(cfg, key)
+        params = jax.jit(spec.init, static_argnums=0)(cfg, key)
         if config.looking_back and role == "text_encoder":
             params = look_back(cfg, params)
-        leaves = scan.unstack_layers(scan.cast(params, jnp.dtype(config.dtype)), model.STACKS)
+        leaves = scan.unstack_layers(scan.cast(params, jnp.dtype(config.dtype)), spec.stacks)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
         source = {"name": "configs/tiny_bundle.py, untrained"}
         source |= write_params(output / role, arrays)._asdict()

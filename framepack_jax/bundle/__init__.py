@@ -28,9 +28,11 @@ from framepack_jax.bundle.manifest import (
     Role,
     absolute,
     config_from_json,
+    denoiser_config,
     read_manifest,
     reference,
     role_config,
+    vae_config,
     write_manifest,
 )
 from framepack_jax.bundle.writer import Written, write_params
@@ -48,6 +50,7 @@ __all__ = [
     "absolute",
     "check_present",
     "config_from_json",
+    "denoiser_config",
     "device_bytes",
     "load_offloaded",
     "load_params",
@@ -58,6 +61,7 @@ __all__ = [
     "role_config",
     "stored_bytes",
     "stored_dtypes",
+    "vae_config",
     "write_manifest",
     "write_params",
 ]  # fmt: skip

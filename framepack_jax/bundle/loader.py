@@ -25,6 +25,7 @@ from framepack_jax.bundle.manifest import (
     role_config,
 )
 from framepack_jax.models import registry, scan
+from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.parallel import sharding
 
 # Bytes of arrays on the host at a time: of `read_leaves`, and of loading onto a device.
@@ -101,18 +102,18 @@ def load_offloaded(
     resident: int = 0,
     hosted: int | None = None,
 ) -> scan.Params:
-    """The same with the large stacks of the network (`STREAMED` of its kind) as
+    """The same with the large stacks of the network (`offloadable` of its spec) as
     `scan.OffloadedLayers`: their first `resident` layers on the device, the next `hosted`, by
     default all, in host memory. Others stay on the disk, and are read whenever they are needed.
 
     The host holds one layer beside those that stay there.
     """
     reader = _Reader.open(root, manifest, name, dtype, mesh)
-    model, cfg = role_config(manifest, name)
-    whole = [key for key in reader.stored if key.split("/")[0] not in model.STREAMED]
+    spec, cfg = role_config(manifest, name)
+    whole = [key for key in reader.stored if key.split("/")[0] not in spec.offloadable]
     params = reader.stacked(whole)
-    for part in model.STREAMED:
-        count, read = getattr(cfg, model.STACKS[part]), functools.partial(reader.layer, part)
+    for part in spec.offloadable:
+        count, read = getattr(cfg, spec.stacks[part]), functools.partial(reader.layer, part)
         here = min(resident, count)
         there = count - here if hosted is None else min(hosted, count - here)
         layers = [scan.on_device(read(i)) for i in range(here)]
@@ -140,18 +141,18 @@ def device_bytes(
     """What the parameters of a role take on a device, as `dtype`, divided over a mesh if there is
     one. Raises BundleError, ValueError where the mesh does not divide them."""
     reader = _Reader.open(root, manifest, name, dtype, mesh)
-    model, _ = role_config(manifest, name)
+    spec, _ = role_config(manifest, name)
     base, rest, layers, counts = 0, 0, Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for key, leaf in reader.wanted.items():
         part, number, *_ = path = key.split("/")
         shape = leaf.shape if mesh is None else leaf.sharding.shard_shape(leaf.shape)
         size = math.prod(shape) * reader.dtype_of(path, leaf).itemsize
-        if part in model.STREAMED:
+        if part in spec.offloadable:
             layers[part, number] += size
             counts[part, number] += math.prod(leaf.shape)
         else:
             base, rest = base + size, rest + math.prod(leaf.shape)
-    order = sorted(layers, key=lambda layer: (model.STREAMED.index(layer[0]), layer[1]))
+    order = sorted(layers, key=lambda layer: (spec.offloadable.index(layer[0]), layer[1]))
     quantized = any(map(_is_quantized, reader.wanted.values()))
     largest = max(counts.values(), default=rest)
     return DeviceBytes(base, tuple(layers[layer] for layer in order), largest, quantized)
@@ -176,17 +177,17 @@ class _Reader:
         cls, root: epath.PathLike, manifest: Manifest, name: str, dtype: Any, mesh: Mesh | None
     ) -> "_Reader":
         """Raises BundleError, ValueError where the mesh does not divide them."""
-        model, cfg = role_config(manifest, name)
+        spec, cfg = role_config(manifest, name)
         path, stored = _opened(root, manifest, name)
         divided, wanted = None, stored
         if mesh is not None:
-            divided = _shardings(model, cfg, mesh, stored)
-            by_layer = _layer_shardings(stored, divided, model.STACKS)
+            divided = _shardings(spec, cfg, mesh, stored)
+            by_layer = _layer_shardings(stored, divided, spec.stacks)
             wanted = {
                 key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_layer[key])
                 for key, leaf in stored.items()
             }
-        return cls(root, name, path, model.STACKS, dtype, stored, wanted, divided)
+        return cls(root, name, path, spec.stacks, dtype, stored, wanted, divided)
 
     def stacked(self, leaves: Iterable[str]) -> scan.Params:
         """These leaves on the device, layers stacked."""
@@ -310,15 +311,15 @@ def _place_divided(
 
 
 def _shardings(
-    model: Any, cfg: Any, mesh: Mesh, stored: Iterable[str]
+    spec: NetworkSpec, cfg: Any, mesh: Mesh, stored: Iterable[str]
 ) -> dict[tuple[str, ...], NamedSharding]:
     """Path -> where the parameters of a network lie on a mesh, layers stacked; a scale lies as the
     outputs of its kernel do. Raises ValueError."""
-    params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    rules = sharding.resolve(model.SHARDINGS, params)
+    params = spec.abstract_params(cfg)
+    rules = sharding.resolve(spec.sharding_rules, params)
     shardings = flatten_dict(sharding.shard(params, rules, mesh))
     for leaf in stored:
-        path = _stacked(leaf, model.STACKS)
+        path = _stacked(leaf, spec.stacks)
         if path[-1] == scan.SCALE:
             axes = tuple(shardings[(*path[:-1], "kernel")].spec)
             shardings[path] = NamedSharding(mesh, PartitionSpec(*axes[:1], *axes[2:]))

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from framepack_jax.models import lora, registry
+from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.packing.buckets import BUCKETS_480P
 
 FORMAT = 1
@@ -25,8 +26,8 @@ class BundleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """One network of a bundle: its kind (a key of `kinds.KINDS`), its config, where it lies, and
-    where it came from, with the fields of `Written`."""
+    """One network of a bundle: its kind (a key of `registry.NETWORKS`), its config, its folder, and
+    its source, with the fields of `Written`."""
 
     kind: str
     config: dict[str, Any]
@@ -115,19 +116,19 @@ def _buckets(fields: Any) -> tuple[tuple[int, int], ...]:
     return sizes
 
 
-def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
-    """(module of the kind, its config) of a role. Raises BundleError where it is absent, or its
-    config makes no network."""
+def role_config(manifest: Manifest, name: str) -> tuple[NetworkSpec, Any]:
+    """Return (spec, config) of the network of a role. Raises BundleError if the role is missing or
+    its config makes no network."""
     if name not in manifest.roles:
         raise BundleError(
             f"the bundle has no {name}; make one that has it with: python convert_weights.py"
             f" --{name.replace('_', '-')} FILE_OR_FOLDER --encoders-from THIS_BUNDLE --output NEW"
         )
     role = manifest.roles[name]
-    if not isinstance(role.kind, str) or role.kind not in registry.KINDS:
-        raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(registry.KINDS)}")
-    model = registry.KINDS[role.kind]
-    cfg = config_from_json(registry.CONFIGS[role.kind], role.config)
+    if not isinstance(role.kind, str) or role.kind not in registry.NETWORKS:
+        raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(registry.NETWORKS)}")
+    spec = registry.NETWORKS[role.kind]
+    cfg = config_from_json(spec.config, role.config)
     try:
         registry.abstract_leaves(role.kind, cfg)
     except Exception as error:  # of many kinds, by what does not go together
@@ -136,7 +137,23 @@ def role_config(manifest: Manifest, name: str) -> tuple[Any, Any]:
             f"{name}: its config in {MANIFEST} makes no network ({line}): {role.config}; convert"
             " again"
         ) from error
-    return model, cfg
+    return spec, cfg
+
+
+def denoiser_config(manifest: Manifest) -> tuple[DenoiserSpec, Any]:
+    """Return (spec, config) of the transformer. Raises BundleError if it is no denoiser."""
+    spec, cfg = role_config(manifest, "transformer")
+    if not isinstance(spec, DenoiserSpec):
+        raise BundleError(f"transformer is of kind {spec.kind!r}, which predicts no velocity")
+    return spec, cfg
+
+
+def vae_config(manifest: Manifest) -> tuple[VaeSpec, Any]:
+    """Return (spec, config) of the VAE. Raises BundleError if it is no autoencoder."""
+    spec, cfg = role_config(manifest, "vae")
+    if not isinstance(spec, VaeSpec):
+        raise BundleError(f"vae is of kind {spec.kind!r}, which is no video autoencoder")
+    return spec, cfg
 
 
 def config_from_json(config_class: type, fields: dict[str, Any]) -> Any:

@@ -137,9 +137,9 @@ def prepare(flags: Prepare) -> build.Packed:
 
 def _settings(flags: Prepare, manifest: bundle.Manifest) -> FilterSettings:
     """Raises ValueError for sizes and lengths that cannot be."""
-    model, _ = bundle.role_config(manifest, "transformer")
+    transformer, _ = bundle.denoiser_config(manifest)
     _, vae = bundle.role_config(manifest, "vae")
-    step = vae.space_compression * packing.kernel_shape(model.PATCH)[1]
+    step = vae.space_compression * packing.kernel_shape(transformer.patch)[1]
     sizes = flags.buckets or ",".join(f"{height}x{width}" for height, width in manifest.buckets)
     buckets = parse_buckets(sizes, step)
     if not 0 < flags.scene_threshold <= 1:

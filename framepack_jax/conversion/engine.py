@@ -222,7 +222,7 @@ class ConversionJob:
         )
 
     def _is_quantized(self, path: str, dtype: str | None) -> bool:
-        stacks = registry.KINDS[self.source.table.kind].STACKS
+        stacks = registry.NETWORKS[self.source.table.kind].stacks
         in_a_stack = path.endswith("/kernel") and path.partition("/")[0] in stacks
         return dtype in scan.QUANTIZED and in_a_stack
 

@@ -4,14 +4,7 @@ One program serves all steps and all sections of a bucket: what differs between 
 solver coefficients, guidance, known latents, a cache's threshold) are inputs. Only a negative
 prompt and a step cache make another program.
 
-The network is a module that is handed in. It needs
-
-    velocity(cfg, params, x, sigma, context, conditions, dtype) -> velocity, float32
-
-and, for a step cache, the parts of it: `embed` (same arguments) -> tokens with the fields `img`
-(B, L, D) and `vec`; `block_input(cfg, params, tokens)` and the polynomial `TEACACHE` ("tea") or
-`first_block(cfg, params, tokens)` -> tokens ("first-block"); `blocks(cfg, params, tokens, first)`
--> image tokens after the blocks from `first` on; `head(cfg, params, img, vec, shape)` -> velocity.
+The network is handed in (`network.Network`): its `velocity`, or the parts that a step cache calls.
 Parameters that are no arrays are layers that the network brings to the device by itself
 (`models.scan.OffloadedLayers`): its functions are called from Python then, and only what is around
 them is compiled here.
@@ -22,7 +15,6 @@ Shapes: B batch, w latent window, H W latent rows and columns, C channels.
 import contextlib
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +23,7 @@ import numpy as np
 
 from framepack_jax.diffusion import cache as step_cache
 from framepack_jax.diffusion import flow, guidance, solver
+from framepack_jax.diffusion.network import Network
 from framepack_jax.parallel.multihost import fetch, place
 from framepack_jax.parallel.sharding import constrain
 
@@ -79,7 +72,7 @@ class Denoised(NamedTuple):
 
 
 def denoise(
-    model: ModuleType,
+    model: Network,
     cfg: Any,
     params: Any,
     noise: jax.Array,
@@ -184,7 +177,7 @@ def _steps(
 
 
 def _step(
-    model: ModuleType,
+    model: Network,
     cfg: Any,
     dtype: str,
     kind: str | None,
@@ -249,7 +242,7 @@ def _passes(inputs: SectionInputs) -> list[Any]:
 
 
 def _predict(
-    model: ModuleType,
+    model: Network,
     cfg: Any,
     dtype: str,
     kind: str | None,
@@ -264,26 +257,27 @@ def _predict(
     args = x, jnp.full(x.shape[0], at.sigma), inputs.context, conditions, jnp.dtype(dtype)
     if kind is None:
         return model.velocity(cfg, params, *args), None, None
-    tokens = model.embed(cfg, params, *args)
+    hooks = model.step_cache
+    tokens = hooks.embed(cfg, params, *args)
     if kind == "tea":
-        first, signal = 0, model.block_input(cfg, params, tokens)
-        need, cached = step_cache.tea(cached, signal, at.forced, inputs.threshold, model.TEACACHE)
+        first, signal = 0, hooks.block_input(cfg, params, tokens)
+        need, cached = step_cache.tea(cached, signal, at.forced, inputs.threshold, hooks.teacache)
     else:
         first, before = 1, tokens.img
-        tokens = model.first_block(cfg, params, tokens)
+        tokens = hooks.first_block(cfg, params, tokens)
         need, cached = step_cache.first_block(
             cached, tokens.img - before, at.forced, inputs.threshold
         )
 
     def blocks(img: jax.Array) -> jax.Array:
-        return model.blocks(cfg, params, tokens._replace(img=img), first)
+        return hooks.run_blocks(cfg, params, tokens._replace(img=img), first)
 
     img, cached = step_cache.run_or_skip(cached, need, tokens.img, blocks)
-    return model.head(cfg, params, img, tokens.vec, x.shape), cached, need
+    return hooks.head(cfg, params, img, tokens.vec, x.shape), cached, need
 
 
 def start_caches(
-    model: ModuleType,
+    model: Network,
     cfg: Any,
     dtype: str,
     kind: str | None,
@@ -305,7 +299,7 @@ def start_caches(
 
 @functools.partial(jax.jit, static_argnames=("model", "cfg", "dtype"))
 def _embed(
-    model: ModuleType,
+    model: Network,
     cfg: Any,
     dtype: str,
     params: Any,
@@ -315,7 +309,7 @@ def _embed(
     conditions: Any,
 ) -> Any:
     """For the shapes alone, which jit remembers from section to section; never run."""
-    return model.embed(cfg, params, x, sigma, context, conditions, jnp.dtype(dtype))
+    return model.step_cache.embed(cfg, params, x, sigma, context, conditions, jnp.dtype(dtype))
 
 
 def precision(dtype: str) -> contextlib.AbstractContextManager:

@@ -18,8 +18,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +42,10 @@ from framepack_jax.generation.request import (
     make_layout,
 )
 from framepack_jax.models import scan
-from framepack_jax.models.hunyuan.vae import Tiling, check_tiling
+from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.models.lora import LoRA, attach
 from framepack_jax.models.lora import merge as merge_lora
+from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel.multihost import fetch, on_primary
@@ -68,10 +68,13 @@ class NotFinite(FloatingPointError):
         self.samples = tuple(samples)
 
 
-class Network(NamedTuple):
-    """A network of a bundle: the module of its kind, its config, its parameters."""
+Spec = TypeVar("Spec", bound=NetworkSpec)
 
-    model: ModuleType
+
+class Network(NamedTuple, Generic[Spec]):
+    """A network of a bundle: the spec of its kind, its config, its parameters."""
+
+    spec: Spec
     cfg: Any
     params: Any
 
@@ -145,8 +148,8 @@ class FramePack:
     device are a function that reads them; `decode_tiling`, where given, is how the VAE takes apart
     what it decodes, beside `tiling` for what it encodes."""
 
-    transformer: Network
-    vae: Network
+    transformer: Network[DenoiserSpec]
+    vae: Network[VaeSpec]
     encoders: Encoders | Callable[[], Encoders] | None
     latent_mean: np.ndarray
     latent_std: np.ndarray
@@ -201,12 +204,14 @@ class FramePack:
         manifest = bundle.read_manifest(path)
         order = packing.default_order(schedule) if schedule else manifest.order
         schedule = schedule or manifest.schedule
-        networks = {name: bundle.role_config(manifest, name) for name in bundle.ROLES}
-        model, cfg = networks["transformer"]
-        model.check_kernels(cfg, model.context_kernels(schedule))
+        for name in bundle.ROLES:
+            bundle.role_config(manifest, name)
+        spec, cfg = bundle.denoiser_config(manifest)
+        spec.check_kernels(cfg, spec.context_kernels(schedule))
         if mesh is not None:
-            model.check_mesh(cfg, mesh)
-        check_tiling(networks["vae"][1], tiling)
+            spec.check_mesh(cfg, mesh)
+        vae = bundle.vae_config(manifest)
+        vae[0].check_tiling(vae[1], tiling)
         frames = packing.start_frames(schedule, order)
         if frames != START_FRAMES:
             raise packing.ScheduleError(
@@ -214,8 +219,8 @@ class FramePack:
                 " with one image; use an anchor f1k1"
             )
         return cls(
-            transformer=Network(model, cfg, None),
-            vae=Network(*networks["vae"], None),
+            transformer=Network(spec, cfg, None),
+            vae=Network(*vae, None),
             encoders=None,
             latent_mean=np.asarray(manifest.latent_mean, np.float32),
             latent_std=np.asarray(manifest.latent_std, np.float32),
@@ -238,11 +243,11 @@ class FramePack:
         on the device."""
         root, manifest = epath.Path(path), bundle.read_manifest(path)
 
-        def network(role: str, dtype: str, load: Callable[..., Any]) -> Network:
-            params = load(root, manifest, role, dtype=jnp.dtype(dtype), mesh=self.mesh)
-            return Network(*bundle.role_config(manifest, role), params)
+        def load_role(role: str, dtype: str, load: Callable[..., Any]) -> Any:
+            return load(root, manifest, role, dtype=jnp.dtype(dtype), mesh=self.mesh)
 
-        loaded = dataclasses.replace(self, vae=network("vae", "float32", bundle.load_params))
+        vae = Network(*bundle.vae_config(manifest), load_role("vae", "float32", bundle.load_params))
+        loaded = dataclasses.replace(self, vae=vae)
         if plan is not None:
             loaded = dataclasses.replace(loaded, decode_tiling=plan.tiling)
         if set(roles) == {"vae"}:
@@ -257,7 +262,9 @@ class FramePack:
         return dataclasses.replace(
             loaded,
             encoders=read() if stay else functools.partial(read, streamed=True),
-            transformer=network("transformer", self.dtype, load),
+            transformer=Network(
+                *bundle.denoiser_config(manifest), load_role("transformer", self.dtype, load)
+            ),
         )
 
     def plan(
@@ -286,12 +293,12 @@ class FramePack:
         costs no time in sampling, and uses up the transformer's weights of this pipeline. Raises
         ValueError where it does not fit.
         """
-        model, cfg, params = self.transformer
+        spec, cfg, params = self.transformer
         dtype = "float32" if merge else self.dtype
         params = attach(params, lora, dtype=jnp.dtype(dtype), mesh=self.mesh)
         if merge:
             params = merge_lora(params, donate=True)
-        return dataclasses.replace(self, transformer=Network(model, cfg, params))
+        return dataclasses.replace(self, transformer=Network(spec, cfg, params))
 
     @contextlib.contextmanager
     def _on_mesh(self) -> Iterator[None]:
@@ -308,7 +315,7 @@ class FramePack:
     @property
     def geometry(self) -> Geometry:
         """How this bundle divides time and space."""
-        patch = packing.kernel_shape(self.transformer.model.PATCH)[1]
+        patch = packing.kernel_shape(self.transformer.spec.patch)[1]
         vae = self.vae.cfg
         return Geometry(
             self.schedule, self.order, vae.time_compression, patch * vae.space_compression,
@@ -396,7 +403,7 @@ class FramePack:
 
         def conditions(prompts: Sequence[PromptStates]) -> Any:
             states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
-            return self.transformer.model.Conditions(*states, embedded, guidance)
+            return self.transformer.spec.conditions(*states, embedded, guidance)
 
         # Sections under the same prompts share one set of arrays.
         @functools.cache
@@ -505,7 +512,7 @@ class FramePack:
         called after each step, `on_block()` after each block inside a step, if blocks are streamed.
         Raises NotFinite.
         """
-        model, cfg, params = self.transformer
+        spec, cfg, params = self.transformer
         params = params if on_block is None else scan.watched(params, on_block)
         timeline = self.timeline(plan, inputs.known) if timeline is None else timeline
         _, _, *frame = timeline.latents.shape
@@ -522,7 +529,7 @@ class FramePack:
             target, known = packing.read_target(section, timeline)
             with self._on_mesh():
                 result = sampler.denoise(
-                    model, cfg, params, x, sigmas, table,
+                    spec, cfg, params, x, sigmas, table,
                     packing.read_context(section, timeline),
                     inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
                     target=target, known=known,
@@ -592,10 +599,10 @@ class FramePack:
     ) -> tuple[jax.Array, Callable[[], None]]:
         """The clip of `decode_clip`, which the device may still be at work on, and a function that
         waits for it and raises NotFinite where it is not finite."""
-        model, cfg, params = self.vae
+        spec, cfg, params = self.vae
         latents = timeline.read(range(*section.decode))[samples]
         latents = latents * self.latent_std + self.latent_mean
-        clip = self._run(model.decode, cfg, params, latents, self.decode_tiling or self.tiling)
+        clip = self._run(spec.decode, cfg, params, latents, self.decode_tiling or self.tiling)
         finite = jnp.isfinite(clip).all(axis=(1, 2, 3, 4))
         numbers = np.arange(timeline.latents.shape[0])[samples]
         (first, last), dtype = section.decode, latents.dtype

@@ -24,8 +24,8 @@ from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.request import Layout
-from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.models.hunyuan.vae import Tiling
+from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
@@ -267,10 +267,10 @@ def dry_run(
     manifest = bundle.read_manifest(path)
     kinds = {role: bundle.role_config(manifest, role) for role in bundle.ROLES}
     configs = {role: cfg for role, (_, cfg) in kinds.items()}
-    model, cfg, _ = pipe.transformer
+    spec, cfg, _ = pipe.transformer
     sizes = mesh or sharding.default_sizes(machine.count, cfg.heads)
     devices = sharding.make_mesh(**sizes, devices=hardware.compile_devices(machine))
-    model.check_mesh(cfg, devices)
+    spec.check_mesh(cfg, devices)
     _check_batch(batch, devices.shape["data"])
     params = {
         role: _abstract(*kinds[role], "float32" if role == "vae" else pipe.dtype, devices)
@@ -282,9 +282,7 @@ def dry_run(
         programs.append(_decode(pipe, params["vae"], layout, batch, devices))
     rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
     tokens = image_tokens(configs["image_encoder"])
-    flops = forward_flops(
-        pipe.transformer.cfg, pipe.schedule, rows, columns, MAX_PROMPT_TOKENS, tokens
-    )
+    flops = spec.forward_flops(cfg, pipe.schedule, rows, columns, MAX_PROMPT_TOKENS, tokens)
     networks = {
         role: Weights(sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), placed_bytes(tree))
         for role, tree in params.items()
@@ -292,8 +290,8 @@ def dry_run(
     hosted = 0
     if streamed:
         # Of the blocks there are two, the one that runs and the next.
-        hosted = placed_bytes([weights[part] for part in model.STREAMED])
-        two = 2 * max(block.weights for block in programs[: len(model.STREAMED)])
+        hosted = placed_bytes([weights[part] for part in spec.offloadable])
+        two = 2 * max(block.weights for block in programs[: len(spec.offloadable)])
         networks = {role: networks[role] for role in ("transformer", "vae")}
         there = networks["transformer"].bytes - hosted + two
         networks["transformer"] = networks["transformer"]._replace(bytes=there)
@@ -329,11 +327,11 @@ def _check_batch(batch: int, data: int) -> None:
         )
 
 
-def _abstract(model: Any, cfg: Any, dtype: str, devices: Mesh) -> Any:
+def _abstract(spec: NetworkSpec, cfg: Any, dtype: str, devices: Mesh) -> Any:
     """Parameters of a network as they lie on the devices, without any."""
-    params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    params = spec.abstract_params(cfg)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params)
-    shardings = sharding.shard(params, sharding.resolve(model.SHARDINGS, params), devices)
+    shardings = sharding.shard(params, sharding.resolve(spec.sharding_rules, params), devices)
     return jax.tree.map(_placed, params, shardings)
 
 
@@ -362,18 +360,18 @@ def _step(
     streamed: bool,
 ) -> list[Program]:
     """The denoising step; where blocks are streamed, the programs that it consists of."""
-    model, cfg, _ = pipe.transformer
+    spec, cfg, _ = pipe.transformer
     whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
     inputs, at, state = jax.tree.map(whole, _inputs(pipe, configs, layout, settings, batch))
     if streamed:
         sigma = whole(jax.ShapeDtypeStruct((batch,), jnp.float32))
         given = state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
         with jax.set_mesh(devices):
-            parts = model.programs(cfg, weights, *given)
+            parts = spec.offload_programs(cfg, weights, *given)
         passes = 1 + (settings.cfg_scale != 1)
         return [_part(pipe, part, passes, devices) for part in parts]
     kind = settings.step_cache and settings.step_cache.kind
-    fixed = model, cfg, pipe.dtype, kind
+    fixed = spec, cfg, pipe.dtype, kind
     # Zeros, on this machine: outside of the mesh, whose devices hold nothing.
     cached = jax.tree.map(whole, sampler.start_caches(*fixed, weights, inputs, state.x))
 
@@ -400,7 +398,7 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
     Held beside it are the tiles that are done, and on one chip the clip before, of which a part
     waits to be cross-faded.
     """
-    model, cfg, _ = pipe.vae
+    spec, cfg, _ = pipe.vae
     length = max(last - first for first, last in (section.decode for section in layout.plan))
     clip = (length, *(side // cfg.space_compression for side in layout.canvas))
     frames, side = pipe.tiling.frames, pipe.tiling.size
@@ -416,7 +414,7 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
         shape = (batch, *shape, cfg.latent_channels)
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
 
-    decode = functools.partial(model.decode, cfg, tiling=Tiling(frames=None))
+    decode = functools.partial(spec.decode, cfg, tiling=Tiling(frames=None))
     relief = (
         "--vae-tile 256 decodes it in squares" if side is None else "a smaller --vae-tile helps"
     )
@@ -471,7 +469,7 @@ def _inputs(
     vision, text = configs["image_encoder"], configs["text_encoder"]
     shape = jax.ShapeDtypeStruct
     dtype, tokens = jnp.dtype(pipe.dtype), image_tokens(vision)
-    conditions = pipe.transformer.model.Conditions(
+    conditions = pipe.transformer.spec.conditions(
         shape((batch, MAX_PROMPT_TOKENS, text.width), dtype),
         shape((batch, MAX_PROMPT_TOKENS), jnp.bool_),
         shape((batch, configs["text_encoder_2"].width), dtype),

@@ -125,7 +125,7 @@ def dry_run_training(
         " --optimizer.name adam8bit or adafactor"
     )
     program = compiled_program("step", relief, setup.frozen, lower, devices)
-    flops, tokens = sample_cost(setup.model.cfg, setup.schedule, batch, batch.target.shape[2:4])
+    flops, tokens = sample_cost(setup.model, setup.schedule, batch, batch.target.shape[2:4])
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.abstract.params))
     frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.frozen))
     base = trained + frozen - (trained if cfg.trainable == "lora" else 0)

@@ -81,7 +81,7 @@ def export(
     trained, frozen = state.abstract_params(cfg, model)
     leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):
-        names = list(scan.unstack_layers(frozen, model.module.STACKS))
+        names = list(scan.unstack_layers(frozen, model.spec.stacks))
         kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
         leaves = itertools.chain(kept, leaves)
     origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
@@ -92,7 +92,7 @@ def export(
         sizes = (name.split("x") for name in record["fingerprint"]["clips"])
         buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))
         manifest = dataclasses.replace(manifest, buckets=buckets)
-    network = model.kind, dataclasses.asdict(model.cfg)
+    network = model.spec.kind, dataclasses.asdict(model.cfg)
     source = {"name": origin, "training": provenance(folder, step)}
     written = write_bundle(
         manifest, bundle_path, target, "transformer", network, leaves, source, copy
@@ -204,7 +204,7 @@ def _leaves(
     for path, leaf in flatten_dict(trained).items():
         found = checkpoints.restore_params(folder, step, unflatten_dict({path: leaf}), part)
         array = np.asarray(flatten_dict(found)[path])
-        layers = scan.unstack_layers(unflatten_dict({path: array}), model.module.STACKS)
+        layers = scan.unstack_layers(unflatten_dict({path: array}), model.spec.stacks)
         for name, layer in layers.items():
             yield name, np.asarray(layer).astype(jnp.dtype(dtype))
 

@@ -128,11 +128,11 @@ def sample_losses(
     context = batch.context
     if cfg.history_noise:
         context = noised_context(context, keys, cfg.history_noise)
-    conditions = model.module.Conditions(
+    conditions = model.spec.conditions(
         batch.text, batch.text_valid, batch.pooled, batch.image,
         jnp.full(sigmas.shape, cfg.guidance, jnp.float32),
     )  # fmt: skip
-    velocity = model.module.velocity(
+    velocity = model.spec.velocity(
         model.cfg, merge_params(params, frozen, factor_scale(cfg)),
         flow.interpolate(batch.target, noise, sigmas), sigmas, context, conditions,
         jnp.dtype(cfg.dtype), remat=cfg.remat,

@@ -20,11 +20,11 @@ import jax
 import numpy as np
 
 from framepack_jax import packing
-from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.parallel.hardware import chip_of
 from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.flow_matching import Metrics
+from framepack_jax.training.state import Model
 
 LOG = "log.jsonl"
 # Noise levels from low to high, and sections by the order of making.
@@ -220,12 +220,12 @@ def _device(flops_per_second: float) -> dict[str, float]:
     return figures
 
 
-def sample_cost(cfg: Any, schedule: str, batch: Any, size: tuple[int, int]) -> Cost:
+def sample_cost(model: Model, schedule: str, batch: Any, size: tuple[int, int]) -> Cost:
     """What a sample of an (abstract) batch costs whose latents are of `size`, rows and columns."""
     text, image = batch.text.shape[1], batch.image.shape[1]
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))
     tokens = packed + packing.target_tokens(schedule, *size) + image + text
-    return Cost(forward_flops(cfg, schedule, *size, text, image), tokens)
+    return Cost(model.spec.forward_flops(model.cfg, schedule, *size, text, image), tokens)
 
 
 def is_quiet() -> bool:

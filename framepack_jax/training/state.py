@@ -7,7 +7,6 @@ state and are in no checkpoint.
 import dataclasses
 import functools
 import re
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
 from framepack_jax.models import lora, scan
+from framepack_jax.models.spec import DenoiserSpec
 from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
 from framepack_jax.training.config import LoRAConfig, TrainConfig
@@ -71,25 +71,24 @@ def apply_gradients(
 
 
 class Model(NamedTuple):
-    """The network that is trained: the module of its kind, its config, and of what kind it is."""
+    """The network that is trained: the spec of its kind and its config."""
 
-    module: ModuleType
+    spec: DenoiserSpec
     cfg: Any
-    kind: str
 
 
 def model_of(cfg: TrainConfig, manifest: bundle.Manifest) -> Model:
     """The transformer of a bundle, or one of other sizes. Raises BundleError."""
-    module, config = bundle.role_config(manifest, "transformer")
+    spec, config = bundle.denoiser_config(manifest)
     if cfg.network:
         fields = dataclasses.asdict(config) | dict(cfg.network)
         config = bundle.config_from_json(type(config), fields)
-    return Model(module, config, manifest.roles["transformer"].kind)
+    return Model(spec, config)
 
 
 def abstract_params(cfg: TrainConfig, model: Model) -> tuple[Params, Params]:
     """(trained, frozen) parameters of a run without any, as `jax.ShapeDtypeStruct`s."""
-    params = jax.eval_shape(lambda: model.module.init(model.cfg, jax.random.key(0)))
+    params = model.spec.abstract_params(model.cfg)
     if cfg.trainable == "lora":
         factors = jax.eval_shape(lambda: init_lora(cfg.lora, params, jax.random.key(0)))
         return _typed(factors, "float32"), _typed(params, cfg.dtype)
@@ -172,7 +171,7 @@ def abstract(
 ) -> tuple[State, Params]:
     """(state, frozen parameters) of a run as `jax.ShapeDtypeStruct`s that say where they lie."""
     trained, frozen = abstract_params(cfg, model)
-    rules = (*model.module.SHARDINGS, *lora.SHARDINGS)
+    rules = (*model.spec.sharding_rules, *lora.SHARDINGS)
     specs = sharding.resolve(rules, trained)
     sharding.shard(trained, specs, mesh)
     opt_state = jax.eval_shape(tx.init, trained)
@@ -230,6 +229,6 @@ def with_params(
 def random_params(cfg: TrainConfig, model: Model, mesh: Mesh) -> Params:
     """Fresh parameters of the whole network on a mesh."""
     key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
-    params = jax.eval_shape(lambda: model.module.init(model.cfg, key))
-    where = sharding.shard(params, sharding.resolve(model.module.SHARDINGS, params), mesh)
-    return jax.jit(lambda: model.module.init(model.cfg, key), out_shardings=where)()
+    params = jax.eval_shape(lambda: model.spec.init(model.cfg, key))
+    where = sharding.shard(params, sharding.resolve(model.spec.sharding_rules, params), mesh)
+    return jax.jit(lambda: model.spec.init(model.cfg, key), out_shardings=where)()

@@ -75,10 +75,10 @@ def set_up(cfg: TrainConfig, manifest: bundle.Manifest, mesh: Mesh, pixels: bool
     model = state.model_of(cfg, manifest)
     schedule = cfg.schedule or manifest.schedule
     order = packing.default_order(schedule) if cfg.schedule else manifest.order
-    model.module.check_kernels(model.cfg, model.module.context_kernels(schedule))
-    model.module.check_mesh(model.cfg, mesh)
+    model.spec.check_kernels(model.cfg, model.spec.context_kernels(schedule))
+    model.spec.check_mesh(model.cfg, mesh)
     check_batch(cfg.batch, cfg.grad_accum_steps, mesh)
-    tx = optimizer.make(cfg.optimizer, model.module.STACKS)
+    tx = optimizer.make(cfg.optimizer, model.spec.stacks)
     abstract, frozen = state.abstract(cfg, model, tx, mesh)
     encode = _encoder(manifest) if pixels else None
     return Setup(cfg, manifest, model, tx, mesh, schedule, order, abstract, frozen, encode)
@@ -86,12 +86,12 @@ def set_up(cfg: TrainConfig, manifest: bundle.Manifest, mesh: Mesh, pixels: bool
 
 def _encoder(manifest: bundle.Manifest) -> Callable[[Params, jax.Array], jax.Array]:
     """Frames (B, P, H, W, 3) in [-1, 1] -> normalised latents, by the VAE of a bundle."""
-    module, cfg = bundle.role_config(manifest, "vae")
+    spec, cfg = bundle.vae_config(manifest)
     mean = np.asarray(manifest.latent_mean, np.float32)
     std = np.asarray(manifest.latent_std, np.float32)
 
     def encode(params: Params, frames: jax.Array) -> jax.Array:
-        latents = module.encode(cfg, params, frames)[0].astype(jnp.float32)
+        latents = spec.encode(cfg, params, frames)[0].astype(jnp.float32)
         return (latents - mean[None, None, None, None]) / std[None, None, None, None]
 
     return encode
@@ -442,7 +442,7 @@ class Trainer:
                 batch = abstract_batch(setup, self.loader, bucket, schedule)
                 lowered = step.lower(setup.abstract, setup.frozen, vae, batch, RATE)
                 size = self.loader.latent_size(bucket)
-                cost = metrics.sample_cost(setup.model.cfg, schedule, batch, size)
+                cost = metrics.sample_cost(setup.model, schedule, batch, size)
                 return _bucket(batch), (lowered.compile(), cost)
 
         kinds = list(itertools.product(self.loader.buckets, self.loader.samples.schedules))

@@ -127,7 +127,7 @@ def sample_video(
     text = np.zeros((1, MAX_PROMPT_TOKENS, record.text.shape[1]), record.text.dtype)
     text[0, : len(record.text)] = record.text
     valid = (np.arange(text.shape[1]) < len(record.text))[None]
-    conditions = pipe.transformer.model.Conditions(
+    conditions = pipe.transformer.spec.conditions(
         jnp.asarray(text, pipe.dtype), jnp.asarray(valid),
         jnp.asarray(record.pooled[None], pipe.dtype), jnp.asarray(record.image[None], pipe.dtype),
         jnp.full(1, settings.distilled_guidance, jnp.float32),
@@ -164,4 +164,4 @@ def open_pipe(path: epath.PathLike, schedule: str, dtype: str, mesh: Mesh) -> Fr
 
 def with_network(pipe: FramePack, model: Model, params: Any) -> FramePack:
     """The same with the network that is trained."""
-    return dataclasses.replace(pipe, transformer=Network(model.module, model.cfg, params))
+    return dataclasses.replace(pipe, transformer=Network(model.spec, model.cfg, params))

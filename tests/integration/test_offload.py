@@ -128,7 +128,7 @@ def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
     params = pipe.transformer.params
     kinds = [
         {leaf.sharding.memory_kind for leaf in jax.tree.leaves(layer)}
-        for part in transformer.STREAMED
+        for part in transformer.OFFLOADABLE
         for layer in params[part].layers
     ]
     assert kinds == [{"device"}] * resident + [{"pinned_host"}] * (4 - resident)
@@ -138,7 +138,7 @@ def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
 
 def test_blocks_that_the_host_has_no_room_for_are_read_from_the_disk(high) -> None:
     pipe = load(LOW._replace(layers=1, hosted=2))
-    layers = [pipe.transformer.params[part].layers for part in transformer.STREAMED]
+    layers = [pipe.transformer.params[part].layers for part in transformer.OFFLOADABLE]
     kinds = [
         leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "disk"
         for part in layers
@@ -342,7 +342,7 @@ def quantized(folder: Path, dtype: str) -> Path:
     leaves = {}
     for name, leaf in bundle.read_leaves(RANDOM, manifest, "transformer", names):
         leaves[name] = leaf
-        if name.startswith(transformer.STREAMED) and name.endswith("/kernel"):
+        if name.startswith(transformer.OFFLOADABLE) and name.endswith("/kernel"):
             leaves[name], scale = engine.quantize(name, leaf, dtype)
             leaves[name.replace("/kernel", "/kernel_scale")] = scale
     bundle.write_params(folder / "transformer", leaves.items())

@@ -88,7 +88,7 @@ def build(networks, schedule: str, **options) -> FramePack:
 
 def inputs_of(pipe: FramePack, reference, settings: Settings) -> Inputs:
     def conditions(prefix: str):
-        return pipe.transformer.model.Conditions(
+        return pipe.transformer.spec.conditions(
             reference[f"{prefix}prompt_embeds"],
             reference[f"{prefix}prompt_mask"].astype(bool),
             reference[f"{prefix}pooled"],

@@ -749,8 +749,8 @@ def test_records_are_what_sampling_encodes(real) -> None:
     cfg, params = encoder.vae
     start = conditioning.start_latent(cfg, params, frames[:1], encoder.mean, encoder.std)
     np.testing.assert_array_equal(record.latents[0], np.asarray(start)[0, 0].astype(bf16))
-    model, _ = bundle.role_config(manifest, "vae")
-    moments = model.encode(cfg, params, jnp.asarray(frames[None] / 127.5 - 1, jnp.float32))
+    spec, _ = bundle.vae_config(manifest)
+    moments = spec.encode(cfg, params, jnp.asarray(frames[None] / 127.5 - 1, jnp.float32))
     expected = (np.asarray(moments[0])[0] - encoder.mean) / encoder.std
     assert len(record.latents) == 1 + (record.clip.frames - 1) // 4 == len(expected)
     np.testing.assert_allclose(

@@ -1,5 +1,6 @@
 """Run folders, and what people put on the timeline: from the command line, with random weights."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -18,7 +19,8 @@ from framepack_jax.generation import pipeline
 from framepack_jax.generation.request import footage_of
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.jobs.spec import saved_spec
-from framepack_jax.models.hunyuan import vae
+from framepack_jax.models import registry
+from framepack_jax.models.hunyuan import spec as hunyuan
 from tests.fixtures.paths import ROOT
 from tests.fixtures.torch_reference import relative_error
 
@@ -581,8 +583,8 @@ def test_a_damaged_segment_is_made_again(whole, tmp_path, damage: bytes) -> None
 
 
 def test_frames_that_are_not_finite_are_no_video(tmp_path, monkeypatch) -> None:
-    decode = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda *args: decode(*args) * np.nan)
+    spec = dataclasses.replace(hunyuan.VAE, decode=lambda *args: hunyuan.VAE.decode(*args) * np.nan)
+    monkeypatch.setitem(registry.NETWORKS, "hunyuan_vae", spec)
     with pytest.raises(SystemExit, match=r"latents 0 to 2 are not finite in float32"):
         command(tmp_path / "run", "--sections", 1)
     run = RunDir.open(tmp_path / "run")

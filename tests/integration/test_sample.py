@@ -83,9 +83,9 @@ def test_frames_are_those_of_the_saved_latents(photo_run, tmp_path) -> None:
     saved, record = RunDir.open(output).latents(), RunDir.open(output).record
     latents = np.stack([saved[position] for position in (0, 1)])[None]
     pipe = FramePack.load(bundle_path, dtype="float32")
-    model, cfg, params = pipe.vae
+    spec, cfg, params = pipe.vae
     z = jnp.asarray(latents * pipe.latent_std + pipe.latent_mean)
-    decoded = np.asarray(to_uint8(model.decode(cfg, params, z)))[0]
+    decoded = np.asarray(to_uint8(spec.decode(cfg, params, z)))[0]
     flags = record["flags"]
     video.write_mp4(tmp_path / "again.mp4", decoded, fps=flags["fps"], crf=flags["crf"])
 

@@ -23,6 +23,7 @@ from framepack_jax import bundle
 from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer, vae
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.ops import attention
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
@@ -57,10 +58,10 @@ def abstract_mesh(**sizes: int) -> AbstractMesh:
 @functools.cache
 def full_size(kind: str, cfg=None):
     """Shapes of all parameters, in bfloat16, and their specs."""
-    model = registry.KINDS[kind]
-    params = jax.eval_shape(lambda: model.init(cfg or registry.CONFIGS[kind](), jax.random.key(0)))
+    spec = registry.NETWORKS[kind]
+    params = spec.abstract_params(cfg or spec.config())
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
-    return params, sharding.resolve(model.SHARDINGS, params)
+    return params, sharding.resolve(spec.sharding_rules, params)
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -220,19 +221,19 @@ def test_a_mesh_made_elsewhere_is_refused(names):
         sharding.shard({}, {}, mesh)
 
 
-@pytest.mark.parametrize("kind", registry.KINDS)
+@pytest.mark.parametrize("kind", registry.NETWORKS)
 def test_every_rule_of_a_network_has_parameters(kind):
-    model = registry.KINDS[kind]
+    spec = registry.NETWORKS[kind]
     params, _ = full_size(kind)
     paths = [path for path, _ in sharding._leaves(params)]
-    unused = [p for p, _ in model.SHARDINGS if not any(re.fullmatch(p, path) for path in paths)]
+    unused = [p for p, _ in spec.sharding_rules if not any(re.fullmatch(p, path) for path in paths)]
     assert not unused
 
 
-@pytest.mark.parametrize("kind", registry.KINDS)
+@pytest.mark.parametrize("kind", registry.NETWORKS)
 def test_layers_are_never_divided(kind):
     _, specs = full_size(kind)
-    for name in registry.KINDS[kind].STACKS:
+    for name in registry.NETWORKS[kind].stacks:
         for spec in jax.tree.leaves(specs[name], is_leaf=lambda x: isinstance(x, PartitionSpec)):
             assert not spec or spec[0] is None, spec
 
@@ -270,7 +271,7 @@ def test_the_document_says_what_the_code_resolves(tmp_path):
 def tables() -> str:
     """The part of the document that is made from the code."""
     sections, sizes = [], []
-    for kind in registry.KINDS:
+    for kind in registry.NETWORKS:
         params, specs = full_size(kind)
         shardings = {
             name: sharding.shard(params, specs, abstract_mesh(**mesh))
@@ -516,7 +517,7 @@ def of_sampler(cfg, params, arrays) -> float:
     def denoise(params) -> np.ndarray:
         table = solver_table("unipc", sigmas)
         inputs = x, sigmas, table, context, conditions
-        return sampler.denoise(transformer, cfg, params, *inputs).latents
+        return sampler.denoise(TRANSFORMER, cfg, params, *inputs).latents
 
     mesh = sharding.make_mesh(**sharding.parse_mesh(SAMPLER))
     expected = denoise(params)

@@ -563,10 +563,10 @@ def check_velocities(run: Path, dataset: Path) -> None:
     trained = state.merge_params(factors, base.transformer.params, state.factor_scale(cfg))
     batch = next(loader.open_loader(loader.DataConfig(str(dataset)), cfg.schedule, "inverted", 2))
     noise = np.random.default_rng(0).standard_normal(batch.target.shape).astype(np.float32)
-    conditions = model.module.Conditions(
+    conditions = model.spec.conditions(
         batch.text, batch.text_valid, batch.pooled, batch.image, np.full(2, 1, np.float32)
     )
-    velocity = jax.jit(functools.partial(model.module.velocity, model.cfg))
+    velocity = jax.jit(functools.partial(model.spec.velocity, model.cfg))
     ours, theirs, before = (
         velocity(params, noise, np.full(2, 0.5, np.float32), batch.context, conditions)
         for params in (trained, adapted.transformer.params, base.transformer.params)

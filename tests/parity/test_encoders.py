@@ -198,7 +198,7 @@ def test_activations():
     [("llama", 7_068_958_720), ("clip_text", 123_060_480), ("siglip_vision", 412_987_248)],
 )
 def test_full_size(kind, count):
-    assert registry.parameter_count(kind, registry.CONFIGS[kind]()) == count
+    assert registry.parameter_count(kind, registry.NETWORKS[kind].config()) == count
 
 
 # Kind -> config, function, random parameters by way of transformers, inputs.
@@ -237,6 +237,6 @@ def test_bfloat16(kind):
 def test_parameter_paths(kind):
     """What init makes has the paths and shapes that the parity tests feed in."""
     cfg, _, params, _ = CASES[kind]
-    fed = scan.unstack_layers(params(), registry.KINDS[kind].STACKS)
+    fed = scan.unstack_layers(params(), registry.NETWORKS[kind].stacks)
     made = registry.abstract_leaves(kind, cfg)
     assert {k: v.shape for k, v in fed.items()} == {k: v.shape for k, v in made.items()}

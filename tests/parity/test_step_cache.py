@@ -19,6 +19,7 @@ from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.diffusion.cache import StepCacheConfig, first_block, run_or_skip, start, tea
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
 
 TAG = "teacache_n1_w3_s25"
@@ -93,7 +94,7 @@ def conditions_of(arrays, prefix: str = "") -> transformer.Conditions:
 def denoise(network, arrays, cache: StepCacheConfig | None, prefix: str = "", **options):
     context, conditions = context_of(arrays), conditions_of(arrays, prefix)
     return sampler.denoise(
-        transformer, *network, arrays["noise"], SIGMAS, EULER, context, conditions,
+        TRANSFORMER, *network, arrays["noise"], SIGMAS, EULER, context, conditions,
         cache=cache, **options,
     )  # fmt: skip
 
@@ -123,7 +124,7 @@ def test_teacache_equals_the_release(golden) -> None:
     tokens = packing.target_tokens(schedule, *noise.shape[2:4])
     sigmas = flow.sigmas(len(ran), flow.shift_mu(tokens))
     done = sampler.denoise(
-        transformer, *network, noise, sigmas, solver_table("unipc", sigmas),
+        TRANSFORMER, *network, noise, sigmas, solver_table("unipc", sigmas),
         packing.read_context(section, timeline), conditions, cache=StepCacheConfig("tea"),
     )  # fmt: skip
     np.testing.assert_array_equal(done.blocks_run[:, 0, 0].astype(int), ran)
@@ -302,7 +303,7 @@ def lowered(cfg, params, arrays, kind: str | None, dtype: str, passes: int = 1):
     at = sampler.At(
         scalar, abstract(EULER[0], np.float32), jax.ShapeDtypeStruct((), bool) if kind else None
     )
-    fixed = transformer, cfg, dtype, kind, abstract(params, jnp.dtype(dtype)), request
+    fixed = TRANSFORMER, cfg, dtype, kind, abstract(params, jnp.dtype(dtype)), request
     cached = jax.eval_shape(lambda: sampler.start_caches(*fixed, noise))
     return sampler.step.lower(*fixed, at, jax.eval_shape(solver.start, noise), cached)
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
+from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
-STREAMED: tuple[str, ...] = ()
 # Attention is not divided over `tensor`: 12 heads would forbid tensor=8 to all other networks.
 SHARDINGS = (
     (r"token_embedding/embedding", (None, "fsdp")),
@@ -80,3 +80,12 @@ def init(cfg: ClipConfig, key: jax.Array) -> scan.Params:
         "layers": scan.init(EncoderBlock(cfg), layers, cfg.layers, x, True),
         "final_norm": layer_norm(cfg).init(norm, x)["params"],
     }
+
+
+SPEC = NetworkSpec(
+    kind="clip_text",
+    config=ClipConfig,
+    init=init,
+    sharding_rules=SHARDINGS,
+    stacks=STACKS,
+)

@@ -17,10 +17,11 @@ import numpy as np
 from einops import rearrange
 
 from framepack_jax.models import scan
+from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.ops.attention import attend
 
 STACKS = {"layers": "layers"}
-STREAMED = ("layers",)
+OFFLOADABLE = ("layers",)
 # Megatron's pairs, and `fsdp` on the dimension that is left. The table of embeddings is cut by
 # width, so that a token is looked up on every device.
 SHARDINGS = (
@@ -118,3 +119,13 @@ def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+SPEC = NetworkSpec(
+    kind="llama",
+    config=LlamaConfig,
+    init=init,
+    sharding_rules=SHARDINGS,
+    stacks=STACKS,
+    offloadable=OFFLOADABLE,
+)

@@ -15,9 +15,9 @@ from einops import rearrange
 
 from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
+from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
-STREAMED: tuple[str, ...] = ()
 # Megatron's pairs, and `fsdp` on the dimension that is left.
 SHARDINGS = (
     (r"patch/kernel", (None, "fsdp")),
@@ -85,3 +85,12 @@ def init(cfg: SiglipConfig, key: jax.Array) -> scan.Params:
         "layers": scan.init(EncoderBlock(cfg), layers, cfg.layers, x, False),
         "final_norm": layer_norm(cfg).init(norm, x)["params"],
     }
+
+
+SPEC = NetworkSpec(
+    kind="siglip_vision",
+    config=SiglipConfig,
+    init=init,
+    sharding_rules=SHARDINGS,
+    stacks=STACKS,
+)

@@ -2,9 +2,9 @@
 compressed history beside the noisy section.
 
 Source: HunyuanVideo (arXiv 2412.03603) and FramePack (arXiv 2504.12626, section 3.2). A forward
-pass is embed -> double blocks -> single blocks -> head; the functions `embed`, `blocks` and `head`
-stand apart so that a step cache can leave the blocks out, and `block_input` and `first_block` give
-it something to decide by.
+pass is embed -> double blocks -> single blocks -> head. The functions `embed`, `run_blocks` and
+`head` are separate so that a step cache can skip the blocks; `block_input` and `first_block` are
+the signals that it decides by.
 
 Sequence: [coarse context .. fine context][target][SigLIP tokens][text tokens], what is masked at
 the end. RoPE turns image tokens only.
@@ -34,7 +34,7 @@ from framepack_jax.packing import PackedContext, kernel_shape, parse
 from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain, dividing, fitting
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
-STREAMED = ("double", "single")
+OFFLOADABLE = ("double", "single")
 # Megatron's pairs (columns over `tensor`, then rows), and `fsdp` on the dimension that is left. A
 # modulation is taken by rows: what it gives is a few vectors a sample, needed whole. Embeddings of
 # patches and text have no second half to pair with; the layers of the embedding's MLPs have inputs
@@ -132,7 +132,7 @@ def velocity(
     where the context uses a kernel that the network has no embedding for, or sizes are odd.
     """
     tokens = embed(cfg, params, x, sigma, context, conditions, dtype)
-    return head(cfg, params, blocks(cfg, params, tokens, remat=remat), tokens.vec, x.shape)
+    return head(cfg, params, run_blocks(cfg, params, tokens, remat=remat), tokens.vec, x.shape)
 
 
 def embed(
@@ -203,7 +203,7 @@ def first_block(cfg: TransformerConfig, params: scan.Params, tokens: Tokens) -> 
     return tokens._replace(img=img, txt=txt)
 
 
-def blocks(
+def run_blocks(
     cfg: TransformerConfig, params: scan.Params, tokens: Tokens, first: int = 0, remat: str = "none"
 ) -> jax.Array:
     """Image tokens (B, L_img, D) after all double and single blocks.

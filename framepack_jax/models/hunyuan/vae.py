@@ -28,7 +28,6 @@ from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.parallel.sharding import BATCH, constrain
 
 STACKS: dict[str, str] = {}
-STREAMED: tuple[str, ...] = ()
 # Small weights, large activations: every device has all weights and takes some rows of the picture.
 # What is asked of the input holds for all that is computed from it.
 SHARDINGS = ((r".*", ()),)

@@ -10,7 +10,9 @@ import pytest
 
 from framepack_jax import packing
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver, solver_table
+from framepack_jax.diffusion.network import StepCacheHooks
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from tests.fixtures.torch_reference import relative_error
 
 SHAPE = (2, 3, 4, 4, 2)
@@ -22,8 +24,6 @@ KNOWN = np.array([False, True, False])
 class Network:
     """A network without weights; sample 1 is not finite below the noise level `params`."""
 
-    TEACACHE = (0.0, 0.06)
-
     @staticmethod
     def velocity(cfg, params, x, sigma, context, conditions, dtype):
         sigma = sigma[:, None, None, None, None]
@@ -32,7 +32,7 @@ class Network:
         return jnp.where(second & (sigma < params), jnp.nan, v)
 
     @staticmethod
-    def embed(cfg, params, x, sigma, context, conditions, dtype):
+    def embed_tokens(cfg, params, x, sigma, context, conditions, dtype):
         img = x.reshape(len(x), -1, x.shape[-1])
         rope = valid = jnp.zeros(())
         return transformer.Tokens(img, conditions, sigma, rope, valid)
@@ -42,12 +42,21 @@ class Network:
         return tokens.img
 
     @staticmethod
-    def blocks(cfg, params, tokens, first):
+    def run_blocks(cfg, params, tokens, first):
         return jnp.tanh(tokens.img)
 
     @staticmethod
     def head(cfg, params, img, vec, shape):
         return img.reshape(shape)
+
+    step_cache = StepCacheHooks(
+        embed=embed_tokens,
+        block_input=block_input,
+        first_block=None,
+        run_blocks=run_blocks,
+        head=head,
+        teacache=(0.0, 0.06),
+    )
 
 
 @pytest.fixture
@@ -205,7 +214,7 @@ def test_one_program_for_all_steps_and_sections(network, kind) -> None:
         noise = np.full((1, 2, 4, 4, 4), i + 1, np.float32)
         known = {} if i else {"target": noise, "known": np.array([True, False])}
         done = sampler.denoise(
-            transformer, *network, noise, sigmas, solver_table(("unipc", "euler")[i % 2], sigmas),
+            TRANSFORMER, *network, noise, sigmas, solver_table(("unipc", "euler")[i % 2], sigmas),
             packing.read_context(section, timeline), conditions(), cache=config, **known,
         )  # fmt: skip
         timeline.write(section.targets, done.latents)
@@ -222,7 +231,7 @@ def test_float32_means_float32(network, dtype, exact) -> None:
     )
     at = sampler.At(jnp.ones(()), jnp.zeros(9), None)
     lowered = sampler.step.lower(
-        transformer, network[0], dtype, None, network[1], request, at, solver.start(x), (None,)
+        TRANSFORMER, network[0], dtype, None, network[1], request, at, solver.start(x), (None,)
     )
     products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
     # The head is exact whatever the type.

@@ -79,7 +79,7 @@ def network():
     """Random parameters of the whole network, for all tests."""
     setup = set_up(BASE)
     key = jax.random.key(0)
-    init = jax.jit(lambda: setup.model.module.init(setup.model.cfg, key), compiler_options=QUICK)
+    init = jax.jit(lambda: setup.model.spec.init(setup.model.cfg, key), compiler_options=QUICK)
     return init()
 
 

@@ -1,0 +1,77 @@
+"""What a kind of network offers to the rest of the package.
+
+A spec is a frozen dataclass of one family's functions and tables; `registry.NETWORKS` holds one for
+each kind. Specs are compared by identity, so that they can be static arguments of `jax.jit`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from framepack_jax.diffusion.network import StepCacheHooks, Velocity
+from framepack_jax.models.scan import Params
+from framepack_jax.parallel import sharding
+
+Config = Any
+"""Frozen dataclass of all sizes that decide the shapes of a network's parameters."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class NetworkSpec:
+    """A kind of network.
+
+    `init(cfg, key)` returns random parameters, the layers of a stack on a leading axis. `stacks`
+    maps the top-level name of each stack to the config field with its number of layers;
+    `offloadable` names the stacks that may be a `scan.OffloadedLayers`. `sharding_rules` are those
+    of `sharding.resolve`.
+    """
+
+    kind: str
+    config: type
+    init: Callable[[Config, jax.Array], Params]
+    sharding_rules: sharding.Rules
+    stacks: Mapping[str, str]
+    offloadable: tuple[str, ...] = ()
+
+    def abstract_params(self, cfg: Config) -> Params:
+        """Return the shape and dtype of every parameter without computing any."""
+        # The key is made inside, so that no accelerator is started.
+        return jax.eval_shape(lambda: self.init(cfg, jax.random.key(0)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class DenoiserSpec(NetworkSpec):
+    """A network that predicts the velocity of a noisy section from packed context.
+
+    `patch` is the kernel that patchifies the target. `context_kernels(schedule)` names the patch
+    embeddings that a schedule needs; `check_kernels(cfg, kernels)` and `check_mesh(cfg, mesh)`
+    raise ValueError if the network has none for a kernel, or cannot be divided over a mesh.
+    `forward_flops(cfg, schedule, rows, columns, text, image)` counts the matrix products of one
+    sample. `offload_programs` lists what a step compiles if blocks are offloaded.
+    """
+
+    velocity: Velocity
+    step_cache: StepCacheHooks
+    conditions: Callable[..., Any]
+    patch: str
+    context_kernels: Callable[[str], tuple[str, ...]]
+    check_kernels: Callable[[Config, Iterable[str]], None]
+    check_mesh: Callable[..., None]
+    forward_flops: Callable[..., int]
+    offload_programs: Callable[..., list[Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class VaeSpec(NetworkSpec):
+    """A video autoencoder.
+
+    `encode(cfg, params, video, tiling)` returns mean and log variance of the latents, `decode(cfg,
+    params, latents, tiling)` the video; `check_tiling(cfg, tiling)` raises ValueError if the
+    network cannot take such tiles.
+    """
+
+    encode: Callable[..., tuple[jax.Array, jax.Array]]
+    decode: Callable[..., jax.Array]
+    check_tiling: Callable[..., None]
