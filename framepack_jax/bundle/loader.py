@@ -27,6 +27,7 @@ from framepack_jax.bundle.manifest import (
 from framepack_jax.models import registry, scan
 from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.parallel import sharding
+from framepack_jax.utils.messages import first_line
 
 # Bytes of arrays on the host at a time: of `read_leaves`, and of loading onto a device.
 READ_CHUNK, LOAD_CHUNK = 1 << 29, 1 << 30
@@ -280,7 +281,7 @@ def _load(
         with context:
             loaded = flatten_dict(ocp.load(path, tree))
     except Exception as error:  # of many kinds, by what is damaged
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise BundleError(
             f"bundle {root}: the parameters of {name} cannot be read ({line}); convert again"
         ) from error

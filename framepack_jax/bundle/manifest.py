@@ -10,6 +10,8 @@ from etils import epath
 from framepack_jax.models import lora, registry
 from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.packing.buckets import BUCKETS_480P
+from framepack_jax.utils.files import atomic_write_text
+from framepack_jax.utils.messages import first_line
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -57,9 +59,7 @@ class Manifest:
 def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
     """Finish a bundle: the manifest is there whole, or not at all."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1)
-    partial = epath.Path(root) / f".{MANIFEST}.partial"
-    partial.write_text(text + "\n")
-    partial.replace(epath.Path(root) / MANIFEST)
+    atomic_write_text(epath.Path(root) / MANIFEST, text + "\n")
 
 
 def read_manifest(root: epath.PathLike) -> Manifest:
@@ -132,7 +132,7 @@ def role_config(manifest: Manifest, name: str) -> tuple[NetworkSpec, Any]:
     try:
         registry.abstract_leaves(role.kind, cfg)
     except Exception as error:  # of many kinds, by what does not go together
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise BundleError(
             f"{name}: its config in {MANIFEST} makes no network ({line}): {role.config}; convert"
             " again"

@@ -31,6 +31,7 @@ from framepack_jax.models import registry, scan
 from framepack_jax.models.hunyuan.transformer import context_kernels
 from framepack_jax.models.lora import file_of
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.messages import shorten
 
 Dtype = Literal[
     "float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"
@@ -538,7 +539,7 @@ def _role(name: str, plans: dict[str, engine.ConversionJob], origin: str | None)
     source = {**plan.source.checkpoint.source(), "naming": plan.source.table.what}
     more = {
         "prefix": plan.source.prefix,
-        "left_out": engine.few(plan.source.left_out()),
+        "left_out": shorten(plan.source.left_out()),
         "also_holds": _not_taken(plan.source.checkpoint, plans),
     }
     source |= {field: value for field, value in more.items() if value}

@@ -26,9 +26,9 @@ from framepack_jax.conversion.transforms import Row, Shape
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.models import registry, scan
 from framepack_jax.utils import prefetch
+from framepack_jax.utils.messages import first_line, shorten
 
 DTYPES = ("float32", "bfloat16", "float16")
-SHOWN = 4
 # Bytes from which it pays to have XLA transpose.
 LEAST_TRANSPOSED = 1 << 20
 # Bytes that are read of mapped files before their pages are given back.
@@ -246,7 +246,7 @@ def plan(source: Source) -> ConversionJob:
     try:
         registry.abstract_leaves(source.table.kind, cfg)
     except NO_NETWORK as error:
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise ConversionError(
             f"{source.checkpoint.path}: its sizes make no {source.table.what}: {cfg} ({line}); the"
             " file or its config.json is damaged, or of another model"
@@ -435,13 +435,7 @@ def _listed(what: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if not names:
         return []
-    return [f"{what} ({len(names)}): {few(names)}"]
-
-
-def few(names: list[str]) -> str:
-    """Return the first names of a list, and how many there are more."""
-    rest = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return ", ".join([*names[:SHOWN], *rest])
+    return [f"{what} ({len(names)}): {shorten(names)}"]
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

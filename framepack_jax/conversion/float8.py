@@ -23,13 +23,13 @@ from framepack_jax.conversion.file_formats import (
     load_torch,
     to_numpy,
 )
+from framepack_jax.utils.messages import shorten
 
 READ_AS = "bfloat16"
 WIDE = ("float32", "bfloat16", "float16", "float64")
 WEIGHT, MARKER = ".weight", "scaled_fp8"
 SCALES = (".scale_weight", ".weight_scale")
 NOTES = (".scale_input", ".input_scale", ".comfy_quant")
-SHOWN = 3
 
 Entries = dict[str, Entry]
 
@@ -60,7 +60,7 @@ def unpack(path: Path, files: list[Path], entries: Entries) -> tuple[Entries, st
     unscaled = sorted(name for name in scalable if name.endswith(WEIGHT) and name not in scales)
     if unscaled:
         raise ConversionError(
-            f"{path} holds scaled weights, but {len(unscaled)} have no scale: {_few(unscaled)};"
+            f"{path} holds scaled weights, but {len(unscaled)} have no scale: {shorten(unscaled)};"
             " download it again"
         )
     _check_scales(path, entries, scales)
@@ -108,7 +108,7 @@ def _check_scales(path: Path, entries: Entries, scales: Entries) -> None:
     if wrong:
         raise ConversionError(
             f"{path} has {len(wrong)} scales that are neither one number nor one a row:"
-            f" {_few(wrong)}; take a file with one scale a weight"
+            f" {shorten(wrong)}; take a file with one scale a weight"
         )
 
 
@@ -171,7 +171,3 @@ def _end_among(names: Collection[str], name: str) -> str | None:
 
 def _is_marker(name: str) -> bool:
     return name.split(".")[-1] == MARKER
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

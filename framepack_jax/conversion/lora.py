@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from framepack_jax.conversion.weight_files import (
 from framepack_jax.models.hunyuan.transformer import TransformerConfig
 from framepack_jax.models.lora import Factors, LoRA
 from framepack_jax.utils.files import atomic_write
+from framepack_jax.utils.messages import shorten
 
 # Tencent's names and those of ComfyUI are alike in part; the first that has one takes it.
 TABLES = {
@@ -51,7 +52,6 @@ TABLES = {
 }
 METADATA = "lora_adapter_metadata"
 ADAPTER_CONFIG = "adapter_config.json"
-SHOWN = 4
 # What trainers and wrappers put before a module's name, dots written as underscores.
 PREFIX = re.compile(
     r"(lora_unet|lora_transformer|lycoris|base_model_model|model|module|transformer|diffusion_model)_"
@@ -141,7 +141,7 @@ class LoadedLora:
         """One line for the screen."""
         ranks = ", ".join(map(str, sorted(self.ranks)))
         said = f"{self.applied} of {self.modules} modules apply, rank {ranks}, {self.naming} names"
-        return f"{said}; no place for {_some(self.unmatched)}" if self.unmatched else said
+        return f"{said}; no place for {shorten(self.unmatched)}" if self.unmatched else said
 
     def warning(self) -> str | None:
         """Say that a large share of the file does not apply; None if it does."""
@@ -150,7 +150,7 @@ class LoadedLora:
         return (
             f"{len(self.unmatched) / self.modules:.0%} of the LoRA does not apply:"
             f" {len(self.unmatched)} of its {self.modules} modules are not in this transformer, as"
-            f" {_some(self.unmatched)}; expected is a LoRA of FramePack's or HunyuanVideo's"
+            f" {shorten(self.unmatched)}; expected is a LoRA of FramePack's or HunyuanVideo's"
             " transformer alone"
         )
 
@@ -185,7 +185,7 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
         examples = [p.name for p in places.values() if "double/00/img_qkv/kernel" in p.step.targets]
         raise ConversionError(
             f"{path}: none of its {len(modules)} modules is one of this network; it names"
-            f" {_some(modules)}; expected are {' or '.join(dict.fromkeys(examples))} and so on,"
+            f" {shorten(modules)}; expected are {' or '.join(dict.fromkeys(examples))} and so on,"
             " with dots or underscores, all behind one prefix or none"
         )
     alphas, pairs, problems = _alphas(checkpoint), {}, []
@@ -282,7 +282,7 @@ def _to_pairs(
     if absent := sorted(lora.keys() - known):
         raise ConversionError(
             f"{path}: {len(absent)} of {len(lora)} kernels of the LoRA are not of this network:"
-            f" {_some(absent)}"
+            f" {shorten(absent)}"
         )
     pairs = {name: (step, pair) for step in steps for name, pair in to_modules(step, lora)}
     for name, (step, pair) in pairs.items():
@@ -380,8 +380,8 @@ def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
                 )
     if not any(tensors.keys() - {"alpha"} for tensors in modules.values()):
         raise ConversionError(
-            f"{checkpoint.path} is no LoRA: it holds {_some(checkpoint.names())}; expected names as"
-            " lora_unet_MODULE.lora_down.weight (kohya) or MODULE.lora_A.weight (PEFT, diffusers)"
+            f"{checkpoint.path} is no LoRA: it holds {shorten(checkpoint.names())}; expected names"
+            " as lora_unet_MODULE.lora_down.weight (kohya), MODULE.lora_A.weight (PEFT, diffusers)"
         )
     return modules
 
@@ -398,7 +398,7 @@ def _unsupported(checkpoint: Checkpoint) -> tuple[str, str] | None:
 def _pair(checkpoint: Checkpoint, tensors: Mapping[str, str], place: Place, alphas: Alphas) -> Pair:
     """The factors of a module. Raises ConversionError where they do not fit it."""
     if absent := {"down", "up"} - tensors.keys():
-        raise ConversionError(f"it has {_some(tensors.values())} but no {absent.pop()} factor")
+        raise ConversionError(f"it has {shorten(tensors.values())} but no {absent.pop()} factor")
     outputs, *inputs = place.step.source_shapes()[0]
     down, up = (_trimmed(checkpoint.shape(tensors[side])) for side in ("down", "up"))
     rank = down[0] if down else 0
@@ -529,12 +529,5 @@ def _peft_metadata(ranks: Mapping[str, int]) -> str:
 
 def _raise_together(path: Path, problems: list[str]) -> None:
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = "\n  ".join(problems[:SHOWN])
-        raise ConversionError(f"{path} does not fit the network:\n  {listed}{more}")
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+        listed = shorten(problems, separator="\n  ")
+        raise ConversionError(f"{path} does not fit the network:\n  {listed}")

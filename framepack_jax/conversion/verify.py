@@ -14,8 +14,7 @@ from framepack_jax.conversion import engine, tables, transformer, weight_files
 from framepack_jax.conversion.engine import Advance, ConversionJob
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import scan
-
-SHOWN = 10
+from framepack_jax.utils.messages import shorten
 
 
 @dataclasses.dataclass
@@ -107,8 +106,7 @@ def table(results: Sequence[Comparison]) -> str:
         lines.append(f"{r.role:15} {r.leaves:8,} {r.bytes:16,} {len(r.differing):10,}{casts}")
     for r in results:
         if r.differing:
-            more = f" and {len(r.differing) - SHOWN} more" if len(r.differing) > SHOWN else ""
-            lines.append(f"{r.role} differs in {', '.join(r.differing[:SHOWN])}{more}")
+            lines.append(f"{r.role} differs in {shorten(r.differing)}")
     return "\n".join(lines)
 
 

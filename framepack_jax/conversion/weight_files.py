@@ -20,6 +20,7 @@ import safetensors
 
 from framepack_jax.conversion import file_formats, float8
 from framepack_jax.conversion.file_formats import SAFETENSORS_DTYPES, ConversionError, Entry
+from framepack_jax.utils.messages import shorten
 
 __all__ = [
     "SAFETENSORS_DTYPES", "Checkpoint", "ConversionError", "Entry", "count_not_finite",
@@ -35,7 +36,6 @@ EXPONENTS = {
 }
 # Numbers looked at in one piece: small enough for the processor's cache.
 PIECE = 1 << 18
-SHOWN = 3
 # Parts of names that wrappers of modules add: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\."
@@ -208,14 +208,14 @@ def _files_of(folder: Path) -> list[Path]:
         names = sorted(set(_weight_map(index).values()))
         if outside := [name for name in names if _leaves(name)]:
             raise ConversionError(
-                f"{index} names files outside its folder: {', '.join(outside[:SHOWN])}; take the"
+                f"{index} names files outside its folder: {shorten(outside)}; take the"
                 " checkpoint from elsewhere"
             )
         shards = [folder / name for name in names]
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise ConversionError(
                 f"{index} names {len(missing)} files that are not in {folder}:"
-                f" {', '.join(missing[:SHOWN])}; download the missing shards"
+                f" {shorten(missing)}; download the missing shards"
             )
         return shards
     for suffixes in (file_formats.SAFETENSORS_SUFFIXES, file_formats.TORCH_SUFFIXES):
@@ -288,7 +288,7 @@ def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
     if absent:
         raise ConversionError(
             f"{index} names {len(absent)} tensors that its shards do not hold:"
-            f" {', '.join(absent[:SHOWN])}; download the shards again"
+            f" {shorten(absent)}; download the shards again"
         )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from framepack_jax.data import build, clip_cache
 from framepack_jax.data.records import DatasetError, Index, VideoSource
 from framepack_jax.parallel.multihost import is_primary
+from framepack_jax.utils.messages import shorten
 from framepack_jax.utils.progress import Bar
 
-SHOWN = 3
 THREADS = 16
 VIDEOS = ("videos.jsonl", "videos.json")
 
@@ -74,7 +74,7 @@ def check_sources(folder: Path, index: Index) -> None:
     if faults := [fault for fault in found if fault]:
         raise DatasetError(
             f"{len(faults)} of the {len(videos)} videos of {folder}, which --mode pixels reads in"
-            f" training, are missing or changed: {_some(faults)}; put them back, or prepare the"
+            f" training, are missing or changed: {shorten(faults)}; put them back, or prepare the"
             " dataset again"
         )
 
@@ -125,8 +125,3 @@ def _mapped(function: Any, items: Sequence[Any], what: str) -> list[Any]:
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(function, items)
         return list(Bar(done, total=len(items), desc=what, delay=2, disable=not is_primary()))
-
-
-def _some(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more

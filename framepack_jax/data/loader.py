@@ -31,6 +31,8 @@ from framepack_jax.data.batch import LOST, Batch
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, VideoSource
 from framepack_jax.packing import Section, Timeline
+from framepack_jax.utils.compare import differences, differing_fields
+from framepack_jax.utils.messages import shorten
 from framepack_jax.video import read_span
 
 FORMAT = 1
@@ -49,7 +51,6 @@ DECODED = (8, 8)
 # Reading a record or its video raises one of these.
 READ_ERRORS = (ValueError, OSError, RuntimeError)
 LEAST = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_records": 0}
-SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,9 +540,8 @@ def _check_holdout(folder: Path, index: Index, holdout: int) -> None:
 
 def check_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise DatasetError where a run was begun with another order of samples."""
-    names = [name for name in old | new if old.get(name) != new.get(name)]
-    if names:
-        listed = "; ".join(f"{n}: {old.get(n)} then, {new.get(n)} now" for n in names[:SHOWN])
+    if differing := differences(old, new, old | new):
+        listed = shorten(differing, separator="; ")
         raise DatasetError(
             f"the samples are not those that the run was begun with ({listed}); put them back, or"
             " begin another run from its parameters, in a new order: --init RUN@STEP --output NEW"
@@ -552,7 +552,7 @@ def check_bundle(index: Index, manifest: Manifest) -> None:
     """Raise DatasetError where a dataset was made by other networks than a bundle has, BundleError
     where the bundle lacks them."""
     there, here = index.fingerprint, made_by(manifest, index.mode)
-    differing = [n for n, value in here.items() if n in there and there[n] != value]
+    differing = differing_fields(there, here, [name for name in here if name in there])
     if differing:
         raise DatasetError(
             f"the dataset was made by another bundle: {', '.join(differing)} differ; train with the"

@@ -27,6 +27,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from framepack_jax.utils.files import atomic_write
+from framepack_jax.utils.messages import first_line
 
 FORMAT = 2
 INDEX, EMPTY, SHARDS, NEW = "dataset.json", "empty.safetensors", "shards", "dataset.new"
@@ -189,7 +190,7 @@ def _write_shard(
                 if size >= SHARD_BYTES:
                     break
     except RuntimeError as error:
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise OSError(f"{path} cannot be written ({line}); is the disk full?") from error
     return tuple(lengths), tuple(videos), tuple(tokens)
 
@@ -299,7 +300,7 @@ def _named(path: Path, record: int) -> Iterator[None]:
     try:
         yield
     except (DatasetError, RuntimeError, ValueError, IndexError, OSError) as error:
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise DatasetError(
             f"{path}, record {record}, cannot be read ({line}); copy the shard again, or prepare"
             " the dataset again"

@@ -16,12 +16,12 @@ import grain
 import numpy as np
 
 from framepack_jax.data.filters import SUFFIXES, probe
+from framepack_jax.utils.messages import shorten
 from framepack_jax.video import count_frames, read_span
 
 FPS = 30.0
 # Videos that need less than this are decoded once and kept.
 KEPT_BYTES = 6 << 30
-SHOWN = 3
 
 
 class ListedVideo(NamedTuple):
@@ -53,10 +53,9 @@ def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise ValueError(
             f"{len(faults)} of the {len(files)} videos in {folder} do not give clips of {frames}"
-            f" frames of {size[0]}x{size[1]}: {'; '.join(faults[:SHOWN])}{more}. Move them away, or"
+            f" frames of {size[0]}x{size[1]}: {shorten(faults, separator='; ')}. Move them away, or"
             " ask for less with --frames or --size"
         )
     return found

@@ -19,6 +19,8 @@ from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.jobs.run_dir import FORMAT, RunDir
 from framepack_jax.jobs.spec import VideoSpec, source_file
 from framepack_jax.models.lora import parse_weight
+from framepack_jax.utils import compare
+from framepack_jax.utils.messages import shorten
 
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Flags that concern the process and yet decide what is made.
@@ -65,11 +67,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     if new["end_image_as"] == "auto":
         # The run has what this meant when it was begun.
         new["end_image_as"] = old["end_image_as"]
-    found = [
-        f"{name} = {old.get(name)!r} there, {new.get(name)!r} here"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    found = compare.differences(old, new, words=compare.THERE_HERE)
     hashes = there.get("files_sha256", {})
     for name, value in here["files_sha256"].items():
         if value is not None and hashes.get(name) != value:
@@ -77,7 +75,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     for role, source in here["weights"].items():
         if source.get("sha256") != there["weights"].get(role, {}).get("sha256"):
             found.append(f"the {role} of the bundle has changed")
-    return ", ".join(found[:3])
+    return shorten(found)
 
 
 def weights(path: str | Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from framepack_jax.parallel.multihost import (
     on_primary,
     stop_if_asked,
 )
+from framepack_jax.utils.messages import first_line
 from framepack_jax.utils.progress import Bar
 
 # What a disk, a device or a full memory does.
@@ -184,7 +185,7 @@ def explained(error: Exception) -> Exception:
     """The error of a device or of a full memory in one line, with what helps."""
     if isinstance(error, ValueError | OSError):
         return error
-    line = str(error).partition("\n")[0]
+    line = first_line(error)
     full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line
     if not full and "out of memory" not in line.lower():
         return OSError(line)

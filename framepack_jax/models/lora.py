@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 from framepack_jax.models import scan
 from framepack_jax.models.scan import LORA_A, LORA_B
 from framepack_jax.parallel import sharding
+from framepack_jax.utils.messages import shorten
 
 # Small beside the kernels: every device has the whole of both.
 SHARDINGS = ((rf".*/({LORA_A}|{LORA_B})", ()),)
-SHOWN = 4
 # The adapters of a training run, in its folder bundle.
 FILE = "lora.safetensors"
 
@@ -189,11 +189,10 @@ def _check(leaves: Mapping[tuple[str, ...], Any], lora: Mapping[str, Factors]) -
                 f"{path}: a {factors.a.shape} and b {factors.b.shape} do not make {shape}"
             )
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = "\n  ".join(problems[:SHOWN])
+        listed = shorten(problems, separator="\n  ")
         raise ValueError(
             f"{len(problems)} of {len(lora)} kernels of the LoRA do not fit the network; is it of"
-            f" this model?\n  {listed}{more}"
+            f" this model?\n  {listed}"
         )
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from framepack_jax.utils.messages import first_line
+
 GPUS_PER_NODE = 8
 
 
@@ -260,7 +262,7 @@ def compile_devices(machine: Machine) -> list[jax.Device]:
             ).devices
         )
     except (ValueError, RuntimeError) as error:
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise ValueError(f"the compiler cannot be had for {machine}: {line}") from error
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from framepack_jax.utils.messages import first_line
+
 P = ParamSpec("P")
 T = TypeVar("T")
 # Seconds until the others notice that a process is gone, or leaves alone.
@@ -55,7 +57,7 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
             shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
     except (ValueError, RuntimeError) as error:
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise ValueError(
             f"processes did not find each other by {coordinator} ({line}); give HOST:PORT of"
             " process 0, the number of processes, and that of this one"

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from framepack_jax.toy.scenes import Case, Figures
+from framepack_jax.utils.compare import THERE_HERE, differences
 from framepack_jax.utils.files import atomic_write
+from framepack_jax.utils.messages import shorten
 from framepack_jax.video import write_mp4
 
 SETTINGS = "evaluation.json"
@@ -51,18 +53,15 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    found = [
-        f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if name != "rows" and there.get(name) != here.get(name)
-    ]
+    names = sorted((there.keys() | here.keys()) - {"rows"})
+    found = differences(there, here, names, THERE_HERE)
     rows = there.get("rows", {})
     found += [
         f"{name} is of other weights there"
         for name, row in here["rows"].items()
         if rows.get(name, row) != row
     ]
-    return ", ".join(found[:3])
+    return shorten(found)
 
 
 def file_name(row: str) -> str:

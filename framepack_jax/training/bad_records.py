@@ -12,9 +12,8 @@ import numpy as np
 
 from framepack_jax.data.records import DatasetError
 from framepack_jax.parallel.multihost import is_primary, on_primary
+from framepack_jax.utils.messages import MAX_LISTED, shorten
 from framepack_jax.utils.progress import Bar
-
-SHOWN = 3
 
 
 class BadRecords:
@@ -65,8 +64,9 @@ class BadRecords:
 
     def __str__(self) -> str:
         numbers = sorted(self.numbers)
-        more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
-        return "; ".join(map(self._fault, numbers[:SHOWN])) + more
+        # Only faults that are listed are read.
+        faults = [*map(self._fault, numbers[:MAX_LISTED]), *map(str, numbers[MAX_LISTED:])]
+        return shorten(faults, separator="; ")
 
     def _fault(self, number: int) -> str:
         # What is wrong names the shard or the video; what can be read by now has a name itself.

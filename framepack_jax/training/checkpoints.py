@@ -9,7 +9,6 @@ onto any mesh and any number of processes.
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,6 +19,8 @@ from etils import epath
 from framepack_jax import bundle
 from framepack_jax.training.config import CheckpointConfig
 from framepack_jax.training.state import State
+from framepack_jax.utils.files import atomic_write_text
+from framepack_jax.utils.messages import first_line
 
 FOLDER, RECORD = "checkpoints", "run.json"
 # Version of the record. Records of version 1 have no "format", and other names of fields.
@@ -144,9 +145,7 @@ def write_record(run: epath.PathLike, record: dict[str, Any]) -> None:
     """Write the record of a run atomically."""
     folder = epath.Path(run)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RECORD}.part"
-    partial.write_text(json.dumps({"format": FORMAT} | record, indent=1) + "\n")
-    partial.replace(folder / RECORD)
+    atomic_write_text(folder / RECORD, json.dumps({"format": FORMAT} | record, indent=1) + "\n")
 
 
 def read_record(run: epath.PathLike) -> dict[str, Any]:
@@ -167,18 +166,6 @@ def read_record(run: epath.PathLike) -> dict[str, Any]:
         names = RENAMED[older]
         record["config"] = {names.get(name, name): x for name, x in record["config"].items()}
     return record
-
-
-def differences(
-    then: dict[str, Any], now: dict[str, Any], names: Iterable[str], words: str = "then now"
-) -> list[str]:
-    """Of fields that two configurations do not share, what each of them says."""
-    first, second = words.split()
-    return [
-        f"{name} = {then.get(name)!r} {first}, {now[name]!r} {second}"
-        for name in names
-        if then.get(name) != now[name]
-    ]
 
 
 def steps_of(run: epath.PathLike) -> list[int]:
@@ -212,4 +199,4 @@ def as_record(config: Any) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).partition("\n")[0][:300]
+    return first_line(error)[:300]

@@ -25,6 +25,7 @@ from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.flow_matching import Metrics
 from framepack_jax.training.state import Model
+from framepack_jax.utils.files import atomic_write_text
 
 LOG = "log.jsonl"
 # Noise levels from low to high, and sections by the order of making.
@@ -56,9 +57,7 @@ class Jsonl:
                     kept += [line] if json.loads(line)["step"] <= step else []
                 except (ValueError, KeyError, TypeError):
                     continue  # cut in the middle of a line
-            partial = file.with_suffix(".part")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(file)
+            atomic_write_text(file, "".join(f"{line}\n" for line in kept))
         self.file = file.open("a")
 
     def write(self, step: int, figures: dict[str, float]) -> None:

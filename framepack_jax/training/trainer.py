@@ -40,6 +40,7 @@ from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.flow_matching import Metrics, losses_at, train_step
 from framepack_jax.training.prefetch import Fed, check_batch, feed, local_share, place
 from framepack_jax.training.state import Model, Params, State
+from framepack_jax.utils.compare import THERE_HERE, differences
 from framepack_jax.utils.progress import Bar
 
 # Fields of a configuration that a run keeps from its first step to its last.
@@ -234,7 +235,7 @@ def _check_init(cfg: TrainConfig, record: dict[str, Any], there: dict[str, Any])
     those that this one trains."""
     then, now = there["config"], record["config"]
     names = ["network", "trainable"] + (["lora"] if cfg.trainable == "lora" else [])
-    differing = checkpoints.differences(then, now, names, "there here")
+    differing = differences(then, now, names, THERE_HERE)
     # Where all are trained, all come from the run.
     if cfg.trainable != "all" and there["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
@@ -253,7 +254,7 @@ def _check_same_run(cfg: TrainConfig, record: dict[str, Any], old: dict[str, Any
     names = [*FIXED, *(["ema"] if bool(then["ema"]) != bool(now["ema"]) else [])]
     if then["optimizer"]["name"] != now["optimizer"]["name"]:
         names.append("optimizer")
-    differing = checkpoints.differences(then, now, names)
+    differing = differences(then, now, names)
     if old["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
     if differing:

@@ -38,6 +38,8 @@ from framepack_jax.training.export import provenance, write_bundle
 from framepack_jax.training.prefetch import batch_sharding, check_batch, feed, local_share
 from framepack_jax.training.state import State, apply_gradients
 from framepack_jax.training.trainer import RATE, stop_signal
+from framepack_jax.utils.compare import differences
+from framepack_jax.utils.messages import shorten
 from framepack_jax.utils.progress import Bar
 
 # Fields that a run keeps from its first step to its last. Where the videos lie is none of them.
@@ -321,7 +323,7 @@ def _check_same_run(
 ) -> None:
     """Raise RunError where a run was begun otherwise."""
     then, now = checkpoints.read_record(cfg.output), record
-    differing = checkpoints.differences(then["config"], now["config"], FIXED)
+    differing = differences(then["config"], now["config"], FIXED)
     if then["config"]["optimizer"]["name"] != now["config"]["optimizer"]["name"]:
         differing.append("the optimizer")
     differing += _changed_videos(then["videos"], [v.name for v in videos], [v.name for v in held])
@@ -337,19 +339,15 @@ def _changed_videos(then: Sequence[str], now: Sequence[str], held: Sequence[str]
     if set(then) == set(now):
         return
     if gone := sorted(set(then) - set(now)):
-        yield f"{len(gone)} videos are gone or held out: {_some(gone)}"
+        yield f"{len(gone)} videos are gone or held out: {shorten(gone)}"
     if new := sorted(set(now) - set(then)):
-        yield f"{len(new)} videos are new or were held out: {_some(new)}"
+        yield f"{len(new)} videos are new or were held out: {shorten(new)}"
     kinds = {Path(name).suffix.lower() for name in then}
     if other := sorted(n for n in (*now, *held) if Path(n).suffix.lower() not in kinds):
         yield (
             f"{len(other)} are files of kinds that it had none of, and more kinds count as videos"
-            f" than in earlier versions: {_some(other)}; move them out of the folder"
+            f" than in earlier versions: {shorten(other)}; move them out of the folder"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (" and others" if len(names) > SHOWN else "")
 
 
 def _run(

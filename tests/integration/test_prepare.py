@@ -799,7 +799,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
         for file in (real / "videos").glob("*.mp4"):
             shutil.move(file, real / "videos" / "moved")
         missing = (
-            r"5 of the 5 videos of .* missing or changed: .*0\.mp4 \(No such file.* and 2 more"
+            r"5 of the 5 videos of .* missing or changed: .*0\.mp4 \(No such file.* and 1 more"
         )
         with pytest.raises(DatasetError, match=missing):
             loader.open_loader(loader.DataConfig(path=str(output)), schedule, "inverted", 4)

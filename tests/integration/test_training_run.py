@@ -385,7 +385,7 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
 
 def test_what_cannot_be_gone_on_with_is_refused(place, whole, capsys) -> None:
     cases = {
-        ("--batch", "8"): "batch: 4 then, 8 now.*--init RUN@STEP",
+        ("--batch", "8"): "batch = 4 then, 8 now.*--init RUN@STEP",
         ("--seed", "7"): "seed = 0 then, 7 now",
         ("--optimizer.name", "adafactor"): "optimizer = .*adamw.* then",
         ("--ema", "0"): "ema = 0.9 then, 0.0 now",

@@ -9,7 +9,8 @@ PACKAGE = ROOT / "framepack_jax"
 
 # Lowest row first. A unit is a file or a folder directly inside the package.
 ROWS = [
-    {"parallel", "utils"},
+    {"utils"},
+    {"parallel"},
     {"ops", "diffusion", "packing", "video"},
     {"models"},
     {"bundle"},

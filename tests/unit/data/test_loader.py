@@ -156,7 +156,7 @@ def test_windows_are_drawn_for_each_batch(dataset) -> None:
     assert {batch.target.shape[1] for batch, *_ in held} == {2}
     with pytest.raises(DatasetError, match="a section of 6"):
         take(folder, 0, windows=(1, 6))
-    with pytest.raises(DatasetError, match="windows: "):
+    with pytest.raises(DatasetError, match="windows = "):
         loader.check_fingerprint(opened.fingerprint, take(folder, 0)[0].fingerprint)
 
 
@@ -313,7 +313,7 @@ def test_another_order_is_refused(dataset) -> None:
     changes = {"batch": {"batch": 8}, "seed": {"seed": 1}, "holdout": {"holdout": 2}}
     for name, options in changes.items():
         new, _ = take(folder, 0, **options)
-        with pytest.raises(DatasetError, match=rf"{name}: .* then, .* now.*--init RUN@STEP"):
+        with pytest.raises(DatasetError, match=rf"{name} = .* then, .* now.*--init RUN@STEP"):
             loader.check_fingerprint(old.fingerprint, new.fingerprint)
 
 
