@@ -22,7 +22,7 @@ import tyro
 
 from framepack_jax import bundle, packing
 from framepack_jax.data.batch import Batch
-from framepack_jax.data.loader import conditions_of, latent_sample
+from framepack_jax.data.loader import conditions_of, latent_sample, make_meta
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip
 from framepack_jax.evaluation.drift import estimate
@@ -76,10 +76,12 @@ def measure(flags: Config, size: tuple[int, int]) -> dict[str, Any]:
     params = bundle.load_params(path, manifest, "transformer", dtype=jnp.float32)
     own = batch_of(flags, size, Encoder.load(path, manifest, pixels=False), manifest)
     other = np.arange(2 * flags.pairs) ^ 1
-    swapped = own.replace(
-        text=own.text[other], text_valid=own.text_valid[other], pooled=own.pooled[other]
+    text, valid, pooled = (
+        x[other] for x in (own.conditions.text, own.conditions.text_valid, own.conditions.pooled)
     )
-    keys = flow_matching.sample_keys(flags.seed, own.element)
+    theirs = own.conditions.replace(text=text, text_valid=valid, pooled=pooled)
+    swapped = own.replace(conditions=theirs)
+    keys = flow_matching.sample_keys(flags.seed, own.meta.element)
     losses = jax.jit(
         lambda batch, sigma: flow_matching.sample_losses(
             cfg, model, params, {}, batch, keys, jnp.full(keys.shape, sigma)
@@ -106,9 +108,8 @@ def batch_of(
             clip = Clip(f"{number}-0", str(number), 0.0, frames, *size, scene.caption, {})
             pictures = np.stack(list(world.frames(scene, frames / world.FPS)))
             (record,) = encoder.records([clip], pictures)
-            numbers = {"element": number, "section": 0, "sections": 1, "clip": number}
-            rest = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
-            samples.append(latent_sample(record, section, conditions_of(record) | rest))
+            meta = make_meta(number, section=0, sections=1, clip=number)
+            samples.append(latent_sample(record, section, conditions_of(record), meta))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
 
 

@@ -1,6 +1,6 @@
-"""What a training step takes: sections of clips with their packed context and conditions.
+"""Input of a training step: sections of clips with their packed context and conditions.
 
-Shapes: B batch, w latent window, h w latent rows and columns, C latent channels, L rows of text.
+Shapes: B batch, w latent window, h w latent rows and columns, C latent channels, L text tokens.
 """
 
 from typing import Any
@@ -10,26 +10,43 @@ from flax import struct
 from framepack_jax.packing import PackedContext
 
 LOST = -(1 << 31)
+"""`Meta.clip` of a sample that stands for a batch that cannot be read."""
+Array = Any
+"""A NumPy array on the host, a `jax.Array` on the devices."""
+
+
+@struct.dataclass
+class Conditions:
+    """Encoded prompts and start images: `text` (B, L, D), zero where `text_valid` (B, L) is False,
+    `pooled` (B, D) and `image` (B, tokens, D)."""
+
+    text: Array
+    text_valid: Array
+    pooled: Array
+    image: Array
+
+
+@struct.dataclass
+class Meta:
+    """Where samples come from, all (B,) int32.
+
+    `element` is the number of a sample in the endless stream of samples, the same for any number of
+    hosts. `section` is the number of the section in its plan, 0 being generated first, of
+    `sections`. `clip` is the number of the record in the dataset; -1 - n for a sample that replaces
+    the unreadable record n; LOST if no record can be read.
+    """
+
+    element: Array
+    section: Array
+    sections: Array
+    clip: Array
 
 
 @struct.dataclass
 class Batch:
-    """`target` (B, w, h, w, C) and `context`, bfloat16; `text` (B, L, D), zero where `text_valid`
-    (B, L) is False; `pooled` (B, D); `image` (B, tokens, D).
+    """`target` (B, w, h, w, C) and `context` in bfloat16, with conditions and meta."""
 
-    `element` (B,) is the number of a sample in the endless stream of samples, whatever the number
-    of hosts; `section` (B,) which section of its plan it is, 0 being made first, of `sections`
-    (B,); `clip` (B,) the number of its record in the dataset; -1 - n of a sample that takes the
-    place of record n, which cannot be read, and LOST where none can be read. All int32.
-    """
-
-    target: Any
+    target: Array
     context: PackedContext
-    text: Any
-    text_valid: Any
-    pooled: Any
-    image: Any
-    element: Any
-    section: Any
-    sections: Any
-    clip: Any
+    conditions: Conditions
+    meta: Meta

@@ -27,7 +27,7 @@ from framepack_jax import packing
 from framepack_jax.bundle import BundleError, Manifest
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import checks, pixel_batch, records
-from framepack_jax.data.batch import LOST, Batch
+from framepack_jax.data.batch import LOST, Batch, Conditions, Meta
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, VideoSource
 from framepack_jax.packing import Section, Timeline
@@ -181,7 +181,8 @@ class Samples:
         for other in others:
             with contextlib.suppress(*READ_ERRORS):
                 sample = self.read(element, other, schedule)
-                return sample.replace(clip=np.asarray(-1 - number, np.int32))
+                clip = np.asarray(-1 - number, np.int32)
+                return sample.replace(meta=sample.meta.replace(clip=clip))
         height, width = bucket
         tried = f"nor can {len(others)} others" if others else "it is the only clip"
         raise DatasetError(
@@ -199,12 +200,12 @@ class Samples:
         if rng.random() < self.cfg.caption_dropout:
             text, pooled = self.empty
             record = record._replace(text=text, pooled=pooled)
-        numbers = {"element": element, "section": made, "sections": sections, "clip": number}
         conditions = conditions_of(record, self.cfg.text_tokens)
-        rest = conditions | {k: np.asarray(v, np.int32) for k, v in numbers.items()}
+        meta = make_meta(element, made, sections, number)
         if self.index.mode == "latents":
-            return latent_sample(record, section, rest)
-        return self._pixel_sample(record, section, packing.span(schedule, self.order), rest)
+            return latent_sample(record, section, conditions, meta)
+        span = packing.span(schedule, self.order)
+        return self._pixel_sample(record, section, span, conditions, meta)
 
     def read_video(self, number: int) -> None:
         """Decode all frames of a clip where the dataset keeps none, as small pictures. Raises one
@@ -219,7 +220,7 @@ class Samples:
         return 1 + (record.clip.frames - 1) // self.index.time_compression
 
     def _pixel_sample(
-        self, record: Record, section: Section, span: int, rest: dict[str, Any]
+        self, record: Record, section: Section, span: int, conditions: Conditions, meta: Meta
     ) -> PixelBatch:
         clip = record.clip
         window = pixel_batch.window_of(section, self.length(record), span)
@@ -241,22 +242,28 @@ class Samples:
             indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
             target_indices=np.asarray(section.indices, np.int32),
             kernels=tuple(group.kernel for group in section.groups),
-            **rest,
+            conditions=conditions,
+            meta=meta,
         )
 
 
-def latent_sample(record: Record, section: Section, rest: dict[str, Any]) -> Batch:
-    """The sample of a section of a clip, no batch axis; read as sampling reads its timeline."""
+def latent_sample(record: Record, section: Section, conditions: Conditions, meta: Meta) -> Batch:
+    """Cut the sample of a section out of a clip, without batch axis, as sampling reads its
+    timeline."""
     timeline = Timeline.of(record.latents[None])
-    context = packing.read_context(section, timeline)
-    target = timeline.read(section.targets)
-    sample = Batch(target=target, context=context, **{name: x[None] for name, x in rest.items()})
-    return jax.tree.map(lambda x: x[0], sample)
+    target, context = timeline.read(section.targets), packing.read_context(section, timeline)
+    target, context = jax.tree.map(lambda x: x[0], (target, context))
+    return Batch(target, context, conditions, meta)
 
 
-def conditions_of(record: Record, tokens: int = MAX_PROMPT_TOKENS) -> dict[str, np.ndarray]:
-    """Text (L, D) filled up with zeros to L = `tokens`, where it is valid (L,), and the other
-    conditions. Raises DatasetError where the text is longer."""
+def make_meta(element: int, section: int, sections: int, clip: int) -> Meta:
+    """Return the numbers of a sample, without batch axis."""
+    return Meta(*(np.asarray(x, np.int32) for x in (element, section, sections, clip)))
+
+
+def conditions_of(record: Record, tokens: int = MAX_PROMPT_TOKENS) -> Conditions:
+    """Return the conditions of a clip, without batch axis, the text padded with zeros to `tokens`
+    rows. Raises DatasetError if the text is longer."""
     count, width = record.text.shape
     if count > tokens:
         raise DatasetError(
@@ -266,7 +273,7 @@ def conditions_of(record: Record, tokens: int = MAX_PROMPT_TOKENS) -> dict[str, 
     text = np.zeros((tokens, width), BFLOAT16)
     text[:count] = record.text
     valid = np.arange(tokens) < count
-    return {"text": text, "text_valid": valid, "pooled": record.pooled, "image": record.image}
+    return Conditions(text, valid, record.pooled, record.image)
 
 
 class BucketSchedule(grain.transforms.DatasetSelectionMap):
@@ -372,8 +379,10 @@ class Loader:
 
         shapes = self.abstract(self.bucket_at(step), self.samples.schedule_of(step))
         batch = jax.tree.map(empty, shapes)
+        pooled = np.full_like(batch.conditions.pooled, np.nan)
         return batch.replace(
-            pooled=np.full_like(batch.pooled, np.nan), clip=np.full_like(batch.clip, LOST)
+            conditions=batch.conditions.replace(pooled=pooled),
+            meta=batch.meta.replace(clip=np.full_like(batch.meta.clip, LOST)),
         )
 
     def get_state(self) -> dict[str, Any]:

@@ -9,14 +9,14 @@ Shapes: B batch, S latent positions of a window, w latent window, H W pixels, h 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from framepack_jax.data.batch import Batch
+from framepack_jax.data.batch import Array, Batch, Conditions, Meta
 from framepack_jax.packing import MISSING, PackedContext, Section
 
 # Rows of the table that a section is gathered from: nothing, the start latent, the window.
@@ -29,21 +29,15 @@ class PixelBatch:
     and, for each context group, `reads_at` (B, n) rows of [zeros, start latent, window]; the rest
     as in `Batch`."""
 
-    start_frame: Any
-    frames: Any
-    target_at: Any
-    reads_at: tuple[Any, ...]
-    indices: tuple[Any, ...]
-    target_indices: Any
+    start_frame: Array
+    frames: Array
+    target_at: Array
+    reads_at: tuple[Array, ...]
+    indices: tuple[Array, ...]
+    target_indices: Array
     kernels: tuple[str, ...] = struct.field(pytree_node=False)
-    text: Any
-    text_valid: Any
-    pooled: Any
-    image: Any
-    element: Any
-    section: Any
-    sections: Any
-    clip: Any
+    conditions: Conditions
+    meta: Meta
 
 
 class Window(NamedTuple):
@@ -88,8 +82,7 @@ def to_batch(batch: PixelBatch, encode: Callable[[jax.Array], jax.Array]) -> Bat
             tuple(gather(at) for at in batch.reads_at), batch.indices, batch.target_indices,
             batch.kernels,
         ),
-        text=batch.text, text_valid=batch.text_valid, pooled=batch.pooled, image=batch.image,
-        element=batch.element, section=batch.section, sections=batch.sections, clip=batch.clip,
+        conditions=batch.conditions, meta=batch.meta,
     )  # fmt: skip
 
 

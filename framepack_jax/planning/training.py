@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.data.batch import Batch
+from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.diffusion import sampler
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
@@ -166,9 +166,11 @@ def abstract_samples(setup: Setup, size: tuple[int, int]) -> Batch:
             indices=tuple(shape(*x.shape[1:], dtype=jnp.int32) for x in context.indices),
             target_indices=shape(len(section.targets), dtype=jnp.int32),
         ),
-        text=shape(MAX_PROMPT_TOKENS, configs["text_encoder"].width),
-        text_valid=shape(MAX_PROMPT_TOKENS, dtype=jnp.bool_),
-        pooled=shape(configs["text_encoder_2"].width),
-        image=shape(image_tokens(configs["image_encoder"]), configs["image_encoder"].width),
-        element=number, section=number, sections=number, clip=number,
+        conditions=Conditions(
+            text=shape(MAX_PROMPT_TOKENS, configs["text_encoder"].width),
+            text_valid=shape(MAX_PROMPT_TOKENS, dtype=jnp.bool_),
+            pooled=shape(configs["text_encoder_2"].width),
+            image=shape(image_tokens(configs["image_encoder"]), configs["image_encoder"].width),
+        ),
+        meta=Meta(number, number, number, number),
     )  # fmt: skip

@@ -32,7 +32,7 @@ class BadRecords:
         return len(self.numbers) > self.most
 
     def note(self, step: int, clips: np.ndarray) -> bool:
-        """Take `Batch.clip` of a step and name the records that are new; returns True if some
+        """Take `Meta.clip` of a step and name the records that are new; returns True if some
         are."""
         new = {-1 - clip for clip in clips.tolist() if clip < 0} - self.numbers
         for number in sorted(new):

@@ -65,7 +65,7 @@ def train_step(
 
     def loss(params: Params, part: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         part = _latents(part, functools.partial(encode, vae) if encode else None)
-        keys = sample_keys(cfg.seed, part.element)
+        keys = sample_keys(cfg.seed, part.meta.element)
         sigmas = draw_sigmas(cfg.noise_schedule, keys, section_mu(part.target.shape))
         losses = sample_losses(cfg, model, params, frozen, part, keys, sigmas)
         return jnp.mean(losses), (losses, sigmas)
@@ -79,7 +79,14 @@ def train_step(
     new, norm = apply_gradients(state, grads, mean, tx, cfg.ema, rate)
     skipped = new.skipped != state.skipped
     metrics = Metrics(
-        mean, norm, skipped, new.skipped_in_a_row, losses, sigmas, batch.section, batch.clip
+        mean,
+        norm,
+        skipped,
+        new.skipped_in_a_row,
+        losses,
+        sigmas,
+        batch.meta.section,
+        batch.meta.clip,
     )
     return new, metrics
 
@@ -104,11 +111,11 @@ def losses_at(
     """
     latents = functools.partial(encode, vae) if encode else None
     batch, others = _latents(batch, latents), _latents(others, latents)
-    keys = sample_keys(cfg.seed, batch.element)
+    keys = sample_keys(cfg.seed, batch.meta.element)
     context = changed_context(batch.context, others.context, blank, other)
     batch = batch.replace(context=context)
     return sample_losses(
-        cfg, model, params, frozen, batch, keys, jnp.full(batch.element.shape, sigma)
+        cfg, model, params, frozen, batch, keys, jnp.full(batch.meta.element.shape, sigma)
     )
 
 
@@ -128,8 +135,9 @@ def sample_losses(
     context = batch.context
     if cfg.history_noise:
         context = noised_context(context, keys, cfg.history_noise)
+    given = batch.conditions
     conditions = model.spec.conditions(
-        batch.text, batch.text_valid, batch.pooled, batch.image,
+        given.text, given.text_valid, given.pooled, given.image,
         jnp.full(sigmas.shape, cfg.guidance, jnp.float32),
     )  # fmt: skip
     velocity = model.spec.velocity(

@@ -221,7 +221,7 @@ def _device(flops_per_second: float) -> dict[str, float]:
 
 def sample_cost(model: Model, schedule: str, batch: Any, size: tuple[int, int]) -> Cost:
     """What a sample of an (abstract) batch costs whose latents are of `size`, rows and columns."""
-    text, image = batch.text.shape[1], batch.image.shape[1]
+    text, image = batch.conditions.text.shape[1], batch.conditions.image.shape[1]
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))
     tokens = packed + packing.target_tokens(schedule, *size) + image + text
     return Cost(model.spec.forward_flops(model.cfg, schedule, *size, text, image), tokens)

@@ -85,7 +85,7 @@ def paired(
             variants[kernel, "blank"] = groups == kernel, none
             if others is not None:
                 variants[kernel, "other"] = none, groups == kernel
-        elements, clips = jax.device_get(fetch((batch.element, batch.clip)))
+        elements, clips = jax.device_get(fetch((batch.meta.element, batch.meta.clip)))
         _, once = np.unique(elements, return_index=True)
         for name, changes in variants.items():
             each = [

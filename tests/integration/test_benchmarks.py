@@ -445,7 +445,7 @@ def test_what_captions_decide_is_measured(tmp_path) -> None:
     assert any(np.any(start) for start in batch.context.latents)
     difference = batch.target[0].astype(np.float32) - batch.target[1].astype(np.float32)
     assert figures["no_doubt"] == pytest.approx(np.mean(difference**2)) and difference.any()
-    assert np.any(batch.text[0] != batch.text[1])
+    assert np.any(batch.conditions.text[0] != batch.conditions.text[1])
 
 
 def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:

@@ -772,8 +772,8 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
         bundle.resolve("random"), bundle.read_manifest(bundle.resolve("random")), pixels=False
     )
     for i in range(4):
-        clip = source[batch.clip[i]].clip
-        assert source[batch.clip[i]].latents is None
+        clip = source[batch.meta.clip[i]].clip
+        assert source[batch.meta.clip[i]].latents is None
         (cut,) = filters.clips(real / "videos" / Path(clip.source), SETTINGS)
         np.testing.assert_array_equal(batch.start_frame[i, 0], cut.frames[0])
         # Clips here are shorter than a window: all of it, and then the last frame again.

@@ -563,8 +563,9 @@ def check_velocities(run: Path, dataset: Path) -> None:
     trained = state.merge_params(factors, base.transformer.params, state.factor_scale(cfg))
     batch = next(loader.open_loader(loader.DataConfig(str(dataset)), cfg.schedule, "inverted", 2))
     noise = np.random.default_rng(0).standard_normal(batch.target.shape).astype(np.float32)
+    given = batch.conditions
     conditions = model.spec.conditions(
-        batch.text, batch.text_valid, batch.pooled, batch.image, np.full(2, 1, np.float32)
+        given.text, given.text_valid, given.pooled, given.image, np.full(2, 1, np.float32)
     )
     velocity = jax.jit(functools.partial(model.spec.velocity, model.cfg))
     ours, theirs, before = (

@@ -53,15 +53,15 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
     _, batches = take(folder, 12, schedule=schedule)
     seen = set()
     for batch, i in itertools.product(batches, range(4)):
-        record = clips[batch.clip[i]]
+        record = clips[batch.meta.clip[i]]
         latents = np.asarray(record.latents, np.float32)
-        plan = packing.plan(schedule, ORDERS[schedule], int(batch.sections[i]))
+        plan = packing.plan(schedule, ORDERS[schedule], int(batch.meta.sections[i]))
         assert len(plan) == (len(latents) - 1) // 2
         timeline = Timeline(packing.length(plan), latents.shape[1:])
         timeline.write([0], latents[None, :1])
         for made, section in enumerate(plan):
             context = packing.read_context(section, timeline)
-            if made == batch.section[i]:
+            if made == batch.meta.section[i]:
                 break
             timeline.write(section.targets, latents[None, list(section.targets)])
         sample = jax.tree.map(lambda x, i=i: np.asarray(x[i : i + 1], np.float32), batch.context)
@@ -70,7 +70,7 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
             np.testing.assert_array_equal(ours, theirs)
         wanted = latents[list(section.targets)]
         np.testing.assert_array_equal(np.asarray(batch.target[i], np.float32), wanted)
-        seen.add((int(batch.section[i]), int(batch.sections[i])))
+        seen.add((int(batch.meta.section[i]), int(batch.meta.sections[i])))
     assert len(seen) > 5
 
 
@@ -88,7 +88,7 @@ def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
     found = {}
     for batch in itertools.islice(opened, 12):
         for i in range(8):
-            found[int(batch.section[i])] = jax.tree.map(lambda x, i=i: x[i], batch.context)
+            found[int(batch.meta.section[i])] = jax.tree.map(lambda x, i=i: x[i], batch.context)
     assert set(found) == set(range(count))
     for made in range(count):
         golden_row = row[kind][made] if isinstance(row[kind], list) else row[kind]
@@ -105,6 +105,7 @@ def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
 def test_captions_are_filled_up_to_as_many_tokens_as_asked_for(dataset) -> None:
     folder, _ = dataset
     (_, (whole,)), (_, (short,)) = take(folder, 1), take(folder, 1, text_tokens=8)
+    whole, short = whole.conditions, short.conditions
     assert whole.text.shape[1] == 256 and short.text.shape[1] == short.text_valid.shape[1] == 8
     np.testing.assert_array_equal(short.text, whole.text[:, :8])
     assert np.array_equal(short.text_valid, whole.text_valid[:, :8])
@@ -145,8 +146,8 @@ def test_windows_are_drawn_for_each_batch(dataset) -> None:
     for batch, alone, window in zip(batches, plain, windows, strict=True):
         if window == 1:
             assert bits(batch) == bits(alone)
-        assert batch.sections.tolist() == [
-            (len(clips[c].latents) - 1) // window for c in batch.clip
+        assert batch.meta.sections.tolist() == [
+            (len(clips[c].latents) - 1) // window for c in batch.meta.clip
         ]
     _, later = take(
         folder, 5, windows=(2, 1), state=take(folder, 55, windows=(2, 1))[0].get_state()
@@ -163,17 +164,17 @@ def test_windows_are_drawn_for_each_batch(dataset) -> None:
 def test_every_clip_of_every_epoch_and_one_bucket_a_batch(dataset) -> None:
     folder, clips = dataset
     opened, batches = take(folder, 2 * len(clips))
-    counts = collections.Counter(int(clip) for batch in batches for clip in batch.clip)
+    counts = collections.Counter(int(clip) for batch in batches for clip in batch.meta.clip)
     # Two cycles of the schedule: every clip as often as a batch has samples, twice.
     assert counts == dict.fromkeys(range(len(clips)), 2 * 4)
     by_bucket = collections.defaultdict(list)
     for step, batch in enumerate(batches):
         bucket = opened.bucket_at(step)
-        shapes = {(clips[clip].clip.height, clips[clip].clip.width) for clip in batch.clip}
+        shapes = {(clips[clip].clip.height, clips[clip].clip.width) for clip in batch.meta.clip}
         assert shapes == {bucket}
         assert batch.target.shape[2:4] == opened.latent_size(bucket)
-        by_bucket[bucket] += batch.clip.tolist()
-        assert batch.element.tolist() == list(range(4 * step, 4 * step + 4))
+        by_bucket[bucket] += batch.meta.clip.tolist()
+        assert batch.meta.element.tolist() == list(range(4 * step, 4 * step + 4))
     orders = []
     for bucket, stream in by_bucket.items():
         size = len(SIZES[bucket])
@@ -199,7 +200,7 @@ def test_hosts_share_the_same_batches(dataset) -> None:
     halves = [take(folder, 3, share=(i, 2), state=state)[1] for i in range(2)]
     for batch, *parts in zip(whole[3:], *halves, strict=True):
         joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        order = np.argsort(joined.element)
+        order = np.argsort(joined.meta.element)
         assert bits(jax.tree.map(lambda x, o=order: x[o], joined)) == bits(batch)
 
 
@@ -217,14 +218,14 @@ def test_captions_are_dropped_for_the_empty_prompt(dataset) -> None:
     _, kept = take(folder, 40)
     dropped = 0
     for batch, whole in zip(batches, kept, strict=True):
-        assert bits((batch.target, batch.clip)) == bits((whole.target, whole.clip))
+        assert bits((batch.target, batch.meta.clip)) == bits((whole.target, whole.meta.clip))
         for i in range(4):
-            is_empty = np.array_equal(batch.pooled[i], pooled)
+            is_empty = np.array_equal(batch.conditions.pooled[i], pooled)
             dropped += is_empty
-            wanted = text if is_empty else clips[batch.clip[i]].text
-            assert batch.text_valid[i].sum() == len(wanted)
-            assert np.array_equal(batch.text[i, : len(wanted)], wanted)
-            assert not batch.text[i, len(wanted) :].any()
+            wanted = text if is_empty else clips[batch.meta.clip[i]].text
+            assert batch.conditions.text_valid[i].sum() == len(wanted)
+            assert np.array_equal(batch.conditions.text[i, : len(wanted)], wanted)
+            assert not batch.conditions.text[i, len(wanted) :].any()
     assert 30 <= dropped <= 66  # 48 of 160 are expected, three standard deviations are 17
 
 
@@ -233,7 +234,7 @@ def test_random_lengths_cut_clips(dataset) -> None:
     _, batches = take(folder, 20, sections="random")
     lengths = collections.defaultdict(set)
     for batch in batches:
-        for clip, sections in zip(batch.clip, batch.sections, strict=True):
+        for clip, sections in zip(batch.meta.clip, batch.meta.sections, strict=True):
             lengths[int(clip)].add(int(sections))
     assert lengths[2] == {1, 2, 3, 4}  # 9 latent frames
 
@@ -242,7 +243,7 @@ def test_held_out_clips_are_not_trained_on(dataset) -> None:
     """Nor any other of their videos; they are the same in each run."""
     folder, clips = dataset
     opened, batches = take(folder, 40, holdout=3)
-    trained = {int(clip) for batch in batches for clip in batch.clip}
+    trained = {int(clip) for batch in batches for clip in batch.meta.clip}
     assert trained | set(opened.held) == set(range(len(clips))) and len(opened.held) == 4
     assert not {i // 2 for i in trained} & {i // 2 for i in opened.held}
     # The first of them are of different videos.
@@ -275,17 +276,18 @@ def test_validation_sees_every_held_out_clip(dataset, share) -> None:
     whole = opened.held_out(8, 4, 2)
     seen = collections.Counter()
     for batch, others, size in whole:
-        assert len(batch.clip) == size and size % 2 == 0 and size <= 4
-        unique = dict(zip(batch.element.tolist(), batch.clip.tolist(), strict=True))
+        assert len(batch.meta.clip) == size and size % 2 == 0 and size <= 4
+        unique = dict(zip(batch.meta.element.tolist(), batch.meta.clip.tolist(), strict=True))
         seen.update(unique.values())
         assert bits(batch.context.latents) != bits(others.context.latents)
-        assert (batch.clip != others.clip).all() and batch.target.shape == others.target.shape
+        assert (batch.meta.clip != others.meta.clip).all()
+        assert batch.target.shape == others.target.shape
     assert seen == dict.fromkeys(opened.held, 2)
-    assert sum(len(set(b.element.tolist())) for b, *_ in opened.held_out(1, 4, 2)) == 4
+    assert sum(len(set(b.meta.element.tolist())) for b, *_ in opened.held_out(1, 4, 2)) == 4
     part = take(folder, 0, holdout=4, share=share)[0].held_out(8, 4, 2)
     for (batch, _, size), (mine, _, _) in zip(whole, part, strict=True):
-        assert mine.element.tolist() == batch.element.tolist()[share[0] :: share[1]]
-        assert len(mine.element) * share[1] == size
+        assert mine.meta.element.tolist() == batch.meta.element.tolist()[share[0] :: share[1]]
+        assert len(mine.meta.element) * share[1] == size
 
 
 def test_a_bucket_of_one_clip_has_no_other(tmp_path) -> None:
@@ -378,7 +380,8 @@ def test_a_bucket_that_cannot_be_read_ends_the_stream_with_its_name(tmp_path) ->
     shapes = opened.abstract((48, 32), INVERTED)
     blank = opened.blank(0)
     assert jax.tree.map(np.shape, blank) == jax.tree.map(np.shape, shapes)
-    assert (blank.clip == LOST).all() and np.isnan(np.asarray(blank.pooled, np.float32)).all()
+    assert (blank.meta.clip == LOST).all()
+    assert np.isnan(np.asarray(blank.conditions.pooled, np.float32)).all()
 
 
 def test_another_clip_takes_the_place_of_one_that_cannot_be_read(dataset, tmp_path) -> None:
@@ -392,12 +395,14 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(dataset, tmp_pa
     for batch, whole in zip(batches, intact, strict=True):
         for i in range(4):
             sample, before = (jax.tree.map(lambda x, i=i: x[i], b) for b in (batch, whole))
-            if before.clip != 1:
+            if before.meta.clip != 1:
                 assert bits(sample) == bits(before)
                 continue
             replaced += 1
-            assert sample.clip == -2 and sample.element == before.element
-            others = [opened.samples.read(int(sample.element), n, INVERTED) for n in (0, 2, 3, 4)]
+            assert sample.meta.clip == -2 and sample.meta.element == before.meta.element
+            others = [
+                opened.samples.read(int(sample.meta.element), n, INVERTED) for n in (0, 2, 3, 4)
+            ]
             assert bits(sample.target) in [bits(other.target) for other in others]
     assert replaced >= 3
     assert opened.fault(0) is None and "record 1, cannot be read" in opened.fault(1)
@@ -419,7 +424,7 @@ def test_a_readable_clip_of_a_bucket_is_always_found(tmp_path) -> None:
         damage(tmp_path, clips[number])
     opened, _ = take(tmp_path, 0)
     for element in range(2000):
-        assert opened.samples.read_or_replace(element, 5, INVERTED).clip == -6
+        assert opened.samples.read_or_replace(element, 5, INVERTED).meta.clip == -6
     opened.check_buckets()
 
 
@@ -448,7 +453,7 @@ def test_a_fault_anywhere_in_a_video_is_named(tmp_path) -> None:
     records.write_empty(tmp_path, record.text, record.pooled)
     records.write_index(tmp_path, Index("pixels", tuple(shards), {}, 30.0, 4, 8, 16))
     opened, _ = take(tmp_path, 0)
-    assert opened.samples.read(0, 0, INVERTED).clip == 0
+    assert opened.samples.read(0, 0, INVERTED).meta.clip == 0
     with pytest.raises(ValueError, match=r"a\.mp4"):
         for element in range(20):
             opened.samples.read(element, 0, INVERTED)

@@ -104,7 +104,7 @@ def begin(cfg: TrainConfig):
 def values(cfg: TrainConfig, batch, params, frozen) -> float:
     """The loss alone."""
     setup = set_up(cfg)
-    keys = flow_matching.sample_keys(cfg.seed, batch.element)
+    keys = flow_matching.sample_keys(cfg.seed, batch.meta.element)
     compute = functools.partial(flow_matching.sample_losses, cfg, setup.model)
     losses = jax.jit(compute, compiler_options=QUICK)(
         params, frozen, batch, keys, jnp.asarray([0.1, 0.4, 0.7, 1.0])
@@ -127,7 +127,7 @@ def on(setup, batch):
 def gradient(cfg: TrainConfig, batch, params=None):
     """Loss and gradient of the trained parameters."""
     setup, begun, frozen = begin(cfg)
-    keys = flow_matching.sample_keys(cfg.seed, batch.element)
+    keys = flow_matching.sample_keys(cfg.seed, batch.meta.element)
     sigmas = flow_matching.draw_sigmas(cfg.noise_schedule, keys, 0.7)
 
     def loss(params):
@@ -191,7 +191,7 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     """Against the formula, with the network that sampling calls."""
     setup, begun, frozen = begin(BASE)
     batch = batches[0]
-    keys = flow_matching.sample_keys(BASE.seed, batch.element)
+    keys = flow_matching.sample_keys(BASE.seed, batch.meta.element)
     sigmas = jnp.asarray([0.1, 0.4, 0.7, 1.0])
     compute = functools.partial(flow_matching.sample_losses, BASE, setup.model)
     compute = jax.jit(compute, compiler_options=QUICK)
@@ -203,8 +203,9 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     )  # fmt: skip
     x = np.asarray(batch.target, np.float32)
     sigma = np.asarray(sigmas)[:, None, None, None, None]
+    given = batch.conditions
     conditions = transformer.Conditions(
-        batch.text, batch.text_valid, batch.pooled, batch.image, jnp.ones(4)
+        given.text, given.text_valid, given.pooled, given.image, jnp.ones(4)
     )
     denoise = functools.partial(transformer.velocity, setup.model.cfg)
     velocity = jax.jit(denoise, compiler_options=QUICK)(
@@ -238,7 +239,7 @@ def test_the_shift_is_that_of_the_section(batches) -> None:
 
 def test_history_noise_leaves_what_is_missing(batches) -> None:
     context = jax.tree.map(jnp.asarray, batches[0].context)
-    keys = flow_matching.sample_keys(0, jnp.asarray(batches[0].element))
+    keys = flow_matching.sample_keys(0, jnp.asarray(batches[0].meta.element))
     moved = flow_matching.noised_context(context, keys, 0.5)
     missing = 0
     for old, new in zip(context.latents, moved.latents, strict=True):
@@ -342,7 +343,7 @@ def test_no_frozen_kernel_has_a_gradient(batches) -> None:
     for trainable in ("all", "lora"):
         cfg = changed(trainable=trainable, lora=LoRAConfig(rank=1, alpha=1.0))
         setup, begun, frozen = begin(cfg)
-        keys = flow_matching.sample_keys(cfg.seed, batch.element)
+        keys = flow_matching.sample_keys(cfg.seed, batch.meta.element)
 
         def loss(params, cfg=cfg, setup=setup, frozen=frozen, keys=keys):
             sigmas = jnp.full(4, 0.5)
@@ -743,15 +744,16 @@ def losses_of(changed: dict[str, float]):
     def losses_at(batch, others, sigma, blank, other):
         assert not (other.any() and batch is others)
         more = changed["blank"] * blank[0] + changed["other"] * other[0]
-        return jnp.asarray(batch.clip * (1.0 + more * batch.element), jnp.float32)
+        return jnp.asarray(batch.meta.clip * (1.0 + more * batch.meta.element), jnp.float32)
 
     return losses_at
 
 
 def held_out(elements, clips):
     Context = collections.namedtuple("Context", "kernels")
-    Held = collections.namedtuple("Held", "element clip context")
-    return Held(jnp.asarray(elements), jnp.asarray(clips), Context(("k1", "k2")))
+    Meta = collections.namedtuple("Meta", "element clip")
+    Held = collections.namedtuple("Held", "meta context")
+    return Held(Meta(jnp.asarray(elements), jnp.asarray(clips)), Context(("k1", "k2")))
 
 
 def test_validation_counts_clips_alike() -> None:
