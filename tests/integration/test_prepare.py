@@ -39,8 +39,8 @@ from framepack_jax.data import (
 from framepack_jax.data.filters import FilterSettings, Rejected, Thresholds
 from framepack_jax.data.records import DatasetError, Record, VideoSource
 from framepack_jax.toy import world
+from tests.fixtures.hosts import ended, launch
 from tests.fixtures.paths import ROOT
-from tests.multihost.test_processes import ended, launch
 
 BUCKETS = ((32, 48), (48, 32))
 SETTINGS = FilterSettings(buckets=BUCKETS)

@@ -35,10 +35,10 @@ from framepack_jax.training.export import provenance
 from framepack_jax.training.metrics import Jsonl, WandB
 from framepack_jax.training.prefetch import check_batch
 from tests.fixtures.compiling import quick_flags
+from tests.fixtures.hosts import ended, launch
 from tests.fixtures.paths import ROOT
 from tests.fixtures.torch_reference import relative_error
 from tests.fixtures.training_data import damage, write_dataset
-from tests.multihost.test_processes import ended, launch
 
 CONFIG = """
 from framepack_jax.data import loader

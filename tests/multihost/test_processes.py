@@ -1,11 +1,8 @@
 """Two processes that make one video: real ones, on loopback."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from framepack_jax import video
 from framepack_jax.cli import common, sample
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.parallel import multihost
-from tests.fixtures.compiling import quick_flags
+from tests.fixtures.hosts import ended, launch
 from tests.fixtures.paths import ROOT
 from tests.fixtures.torch_reference import relative_error
 
@@ -60,37 +57,6 @@ with jax.set_mesh(mesh):
     mine = halves.addressable_data(0).tolist()
 print(mine, (multihost.fetch(halves) + 1).tolist())
 """
-
-
-def launch(
-    folders: list[Path], *command: str, number: str = "--process-id", devices: int | None = 1
-) -> list[subprocess.Popen]:
-    """The command in one process for each working folder; `{port}` in it is a free port. With
-    `devices` compiled quickly for so many; None compiles as this process does, to the same bits."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [part.replace("{port}", str(port)) for part in command]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    env |= {"XLA_FLAGS": quick_flags(devices)} if devices else {}
-    env |= {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_COMPILATION_CACHE_DIR": str(folders[0])}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command, *([number] if number else []), str(i)],
-            cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i, folder in enumerate(folders)
-    ]  # fmt: skip
-
-
-def ended(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each."""
-    try:
-        texts = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(p.returncode, *text) for p, text in zip(started, texts, strict=True)]
 
 
 def sample_in(folders: list[Path], *flags: str) -> list[subprocess.Popen]:
