@@ -4,11 +4,13 @@
 # make test       the test suite
 # make test-all   the test suite with what is marked large
 # make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/measurements/memory.md
-# make lint       style
+# make lint       ruff and codespell
+# make types      mypy
+# make docs       the site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo tiny-bundle test test-all dry-runs lint clean
+.PHONY: demo tiny-bundle test test-all dry-runs lint types docs clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle tiny --image examples/sprites.png \
@@ -51,6 +53,13 @@ dry-runs: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m codespell_lib
+
+types: .venv/installed-test
+	$(BIN)/python -m mypy
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
@@ -64,5 +73,9 @@ lint: .venv/installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs site
