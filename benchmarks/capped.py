@@ -29,7 +29,7 @@ from benchmarks import lengths
 from configs import tiny_bundle
 from framepack_jax import bundle
 from framepack_jax.conversion import engine
-from framepack_jax.models import registry, scan
+from framepack_jax.models import quantization, registry
 
 ROOT = Path(__file__).parent.parent
 GB = 1e9
@@ -147,10 +147,10 @@ def random_leaf(path: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple
     spread = inputs**-0.5 if kind == "kernel" else 0.02
     numbers = np.random.default_rng(zlib.crc32(path.encode())).normal(0, spread, DRAWN)
     numbers = numbers.astype("bfloat16")
-    if kind == "kernel" and dtype in scan.QUANTIZED:
+    if kind == "kernel" and dtype in quantization.QUANTIZED:
         # As one channel; all have its scale.
         numbers, scale = engine.quantize(path, numbers[:, None], dtype)
-        yield path.removesuffix("kernel") + scan.SCALE, np.resize(scale, shape[1:])
+        yield path.removesuffix("kernel") + quantization.SCALE, np.resize(scale, shape[1:])
     yield path, np.resize(numbers, shape)
 
 

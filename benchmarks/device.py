@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.bench import ATTENTION_COST, BF16, Bench, normal, relative_error
-from framepack_jax.models import scan
+from framepack_jax.models import offload, scan
 from framepack_jax.ops import attention, conv
 
 
@@ -253,7 +253,7 @@ def measure_streaming(bench: Bench) -> None:
 
     title = "layers from the host, a program each"
     bench.clock(title, from_python, x, flops=flops, moved=size)
-    kernels = [scan.on_host({name: {"kernel": w[name]} for name in w}) for w in several]
-    streamed = scan.OffloadedLayers([kernels[i % 2] for i in range(layers)])
+    kernels = [offload.on_host({name: {"kernel": w[name]} for name in w}) for w in several]
+    streamed = offload.OffloadedLayers([kernels[i % 2] for i in range(layers)])
     run = functools.partial(scan.run, Products(), streamed)
     bench.clock("layers from the host, stack.run", run, x, flops=flops, moved=size)

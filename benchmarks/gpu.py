@@ -51,9 +51,10 @@ from benchmarks.bench import (
 )
 from framepack_jax import bundle, packing
 from framepack_jax.diffusion import cache, flow, sampler, solver_table
-from framepack_jax.models import scan
+from framepack_jax.models import quantization
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.params import Params
 from framepack_jax.parallel import sharding
 from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
@@ -86,13 +87,13 @@ def measure_step(bench: Bench) -> None:
         )  # fmt: skip
 
     exact = step("denoising step")
-    for dtype in scan.QUANTIZED:
+    for dtype in quantization.QUANTIZED:
         got = step(f"denoising step, {dtype} weights", dtype)
         if got is not None and exact is not None:
             bench.rows[-1]["relative_error"] = relative_error(got, exact)
 
 
-def quantized(params: scan.Params, dtype: str) -> scan.Params:
+def quantized(params: Params, dtype: str) -> Params:
     """The same network with the kernels of its blocks in 8 bits, each layer as
     `conversion.engine.quantize` makes it. The kernels in `params` are deleted, each when its own
     is made, so that a device never has them all twice."""
@@ -118,7 +119,9 @@ def quantized(params: scan.Params, dtype: str) -> scan.Params:
     leaves = flatten_dict(params)
     for path in [path for path in leaves if path[-1] == "kernel" and path[0] in transformer.STACKS]:
         kernel = leaves[path]
-        leaves[path], leaves[(*path[:-1], scan.SCALE)] = jax.block_until_ready(eighth(kernel))
+        leaves[path], leaves[(*path[:-1], quantization.SCALE)] = jax.block_until_ready(
+            eighth(kernel)
+        )
         kernel.delete()
     return unflatten_dict(leaves)
 
@@ -143,9 +146,7 @@ def measure_section(bench: Bench) -> None:
     frames = scale.vae.time_compression * len(noise[0])
     work = {kind: SECTION_STEPS * flops for kind, flops in step_work(scale).items()}
 
-    def measure(
-        name: str, params: scan.Params, config: cache.StepCacheConfig | None = None
-    ) -> None:
+    def measure(name: str, params: Params, config: cache.StepCacheConfig | None = None) -> None:
         def run() -> sampler.Denoised:
             return sampler.denoise(
                 TRANSFORMER, scale.dit, params, noise, sigmas, table, context, conditions,
@@ -164,7 +165,7 @@ def measure_section(bench: Bench) -> None:
     for kind in cache.THRESHOLDS:
         measure(f"section, step cache {kind}", params, cache.StepCacheConfig(kind))
     del params
-    for dtype in scan.QUANTIZED:
+    for dtype in quantization.QUANTIZED:
         measure(f"section, {dtype} weights", quantized(denoiser_inputs(scale)[0], dtype))
 
 

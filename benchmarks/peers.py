@@ -25,8 +25,9 @@ from benchmarks.bench import (
     step_work,
 )
 from framepack_jax.conversion import engine, tables, weight_files
-from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.params import stack_layers
+from framepack_jax.models.quantization import cast_params
 
 # What attention may run on; of those that refuse, rows say so.
 BACKENDS = {
@@ -179,7 +180,7 @@ def measure_error(bench: Bench) -> None:
         plan = engine.plan(
             tables.recognise(weight_files.open_checkpoint(Path(folder)), "transformer")
         )
-        params = scan.cast(scan.stack_layers(dict(plan.leaves()), transformer.STACKS), BF16)
+        params = cast_params(stack_layers(dict(plan.leaves()), transformer.STACKS), BF16)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     args = params, x, sigma, context, conditions
     ours = jax.jit(functools.partial(transformer.velocity, plan.cfg, dtype=BF16))(*args)

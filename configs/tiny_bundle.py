@@ -23,10 +23,12 @@ from transformers import PreTrainedTokenizerFast
 from framepack_jax import packing
 from framepack_jax.bundle import Manifest, Role, write_manifest, write_params
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.models import registry, scan
+from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.params import unstack_layers
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.toy import world
 
 CORPUS = (
@@ -115,7 +117,7 @@ def write(config: TinyBundle, output: Path) -> None:
         params = jax.jit(spec.init, static_argnums=0)(cfg, key)
         if config.looking_back and role == "text_encoder":
             params = look_back(cfg, params)
-        leaves = scan.unstack_layers(scan.cast(params, jnp.dtype(config.dtype)), spec.stacks)
+        leaves = unstack_layers(cast_params(params, jnp.dtype(config.dtype)), spec.stacks)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
         source = {"name": "configs/tiny_bundle.py, untrained"}
         source |= write_params(output / role, arrays)._asdict()

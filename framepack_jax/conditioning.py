@@ -25,10 +25,10 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from framepack_jax import bundle
-from framepack_jax.models import scan
+from framepack_jax.models import offload
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.scan import Params
+from framepack_jax.models.params import Params
 
 MAX_PROMPT_TOKENS = 256
 PROMPT_TEMPLATE = (
@@ -196,7 +196,7 @@ def encode_each(encoders: Encoders, batches: Sequence[Sequence[str]]) -> list[Pr
         ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
         _check_ids("tokenizer", ids, cfg.vocab_size)
         tokens.append((ids, valid))
-    if scan.is_offloaded(params):
+    if offload.is_offloaded(params):
         read = llama.hidden_states_of_each(cfg, params, tokens)
     else:
         read = [_text_states(cfg, params, *each) for each in tokens]

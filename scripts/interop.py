@@ -406,8 +406,8 @@ def _vae_of_comfyui(folder: Path) -> Row:
     import jax
 
     from framepack_jax.conversion import engine, tables, weight_files
-    from framepack_jax.models import scan
     from framepack_jax.models.hunyuan import vae
+    from framepack_jax.models.params import stack_layers
 
     what = "VAE of ComfyUI, its names"
     sizes = {
@@ -436,7 +436,7 @@ def _vae_of_comfyui(folder: Path) -> Row:
         plan = engine.plan(tables.recognise(weight_files.open_checkpoint(file), "vae"))
     except weight_files.ConversionError as error:
         return Row("framepack-jax", what, f"{type(error).__name__}: not read", "-")
-    params = scan.stack_layers(dict(plan.leaves()), vae.STACKS, np.stack)
+    params = stack_layers(dict(plan.leaves()), vae.STACKS, np.stack)
     # One frame: ComfyUI lets a frame attend to later ones, Tencent's VAE does not.
     latents = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 4), np.float32)
     mine = np.asarray(jax.jit(lambda p, z: vae.decode(plan.cfg, p, z))(params, latents))

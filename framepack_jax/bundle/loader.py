@@ -24,7 +24,8 @@ from framepack_jax.bundle.manifest import (
     read_manifest,
     role_config,
 )
-from framepack_jax.models import registry, scan
+from framepack_jax.models import offload, quantization, registry
+from framepack_jax.models.params import Params, stack_layers
 from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.parallel import sharding
 from framepack_jax.utils.messages import first_line
@@ -82,7 +83,7 @@ def load_params(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
-) -> scan.Params:
+) -> Params:
     """Parameters of a role on the device, layers stacked; `dtype` None keeps what is stored.
 
     On a `mesh` they are divided by the rules of their kind, and every device holds its slices only.
@@ -102,9 +103,9 @@ def load_offloaded(
     mesh: Mesh | None = None,
     resident: int = 0,
     hosted: int | None = None,
-) -> scan.Params:
+) -> Params:
     """The same with the large stacks of the network (`offloadable` of its spec) as
-    `scan.OffloadedLayers`: their first `resident` layers on the device, the next `hosted`, by
+    `offload.OffloadedLayers`: their first `resident` layers on the device, the next `hosted`, by
     default all, in host memory. Others stay on the disk, and are read whenever they are needed.
 
     The host holds one layer beside those that stay there.
@@ -117,9 +118,9 @@ def load_offloaded(
         count, read = getattr(cfg, spec.stacks[part]), functools.partial(reader.layer, part)
         here = min(resident, count)
         there = count - here if hosted is None else min(hosted, count - here)
-        layers = [scan.on_device(read(i)) for i in range(here)]
-        layers += [scan.on_host(read(i)) for i in range(here, here + there)]
-        params[part] = scan.OffloadedLayers(scan.Layers(layers, read, count))
+        layers = [offload.on_device(read(i)) for i in range(here)]
+        layers += [offload.on_host(read(i)) for i in range(here, here + there)]
+        params[part] = offload.OffloadedLayers(offload.LazyLayers(layers, read, count))
         resident -= here
         hosted = None if hosted is None else hosted - there
     return params
@@ -190,7 +191,7 @@ class _Reader:
             }
         return cls(root, name, path, spec.stacks, dtype, stored, wanted, divided)
 
-    def stacked(self, leaves: Iterable[str]) -> scan.Params:
+    def stacked(self, leaves: Iterable[str]) -> Params:
         """These leaves on the device, layers stacked."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for key in leaves:
@@ -198,7 +199,7 @@ class _Reader:
         placed = {}
         for keys in _batches(groups.values(), self.stored, LOAD_CHUNK):
             loaded = self._load(keys)
-            joined = flatten_dict(scan.stack_layers(loaded, self.stacks, list))
+            joined = flatten_dict(stack_layers(loaded, self.stacks, list))
             loaded.clear()
             for leaf in list(joined):
                 # Let go of once its layers are stacked: not all layers are there twice.
@@ -211,7 +212,7 @@ class _Reader:
                 )
         return unflatten_dict(placed)
 
-    def layer(self, part: str, number: int) -> scan.Params:
+    def layer(self, part: str, number: int) -> Params:
         """One layer of a stack: arrays of numpy, or of JAX where there is a mesh."""
         start = f"{part}/{number:02d}/"
         loaded = self._load([key for key in self.stored if key.startswith(start)])
@@ -228,7 +229,7 @@ class _Reader:
 
     def _dtype(self, path: Sequence[str]) -> Any:
         """What a leaf is to be, None as it is stored: scales of kernels stay in float32."""
-        return None if path[-1] == scan.SCALE else self.dtype
+        return None if path[-1] == quantization.SCALE else self.dtype
 
 
 def _opened(
@@ -321,7 +322,7 @@ def _shardings(
     shardings = flatten_dict(sharding.shard(params, rules, mesh))
     for leaf in stored:
         path = _stacked(leaf, spec.stacks)
-        if path[-1] == scan.SCALE:
+        if path[-1] == quantization.SCALE:
             axes = tuple(shardings[(*path[:-1], "kernel")].spec)
             shardings[path] = NamedSharding(mesh, PartitionSpec(*axes[:1], *axes[2:]))
     return shardings
@@ -349,7 +350,7 @@ def _stacked(leaf: str, stacks: Iterable[str]) -> tuple[str, ...]:
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return jnp.dtype(leaf.dtype).name in scan.QUANTIZED
+    return jnp.dtype(leaf.dtype).name in quantization.QUANTIZED
 
 
 def _is_cast(leaf: Any) -> bool:
@@ -362,7 +363,7 @@ def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     expected = {path: leaf.shape for path, leaf in expected.items()}
     for path, leaf in stored.items():
         if _is_quantized(leaf) and path.endswith("/kernel") and path in expected:
-            expected[path.removesuffix("kernel") + scan.SCALE] = expected[path][1:]
+            expected[path.removesuffix("kernel") + quantization.SCALE] = expected[path][1:]
     parts = []
     if missing := sorted(expected.keys() - stored.keys()):
         parts.append(f"{len(missing)} missing ({', '.join(missing[:3])})")

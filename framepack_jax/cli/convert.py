@@ -27,7 +27,7 @@ from framepack_jax.conversion import (
     weight_files,
 )
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models import registry, scan
+from framepack_jax.models import quantization, registry
 from framepack_jax.models.hunyuan.transformer import context_kernels
 from framepack_jax.models.lora import file_of
 from framepack_jax.utils.flags import parse
@@ -316,7 +316,7 @@ def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
     remote = {name: there for name, there in given.items() if there}
     if len(remote) > 1:
         output = None if "://" in flags.output else Path(flags.output)
-        hub.check_space(remote, output, 0.5 if flags.dtype in scan.QUANTIZED else 1.0)
+        hub.check_space(remote, output, 0.5 if flags.dtype in quantization.QUANTIZED else 1.0)
     paths = {n: hub.fetch(*there, pipeline=n == "pipeline") for n, there in remote.items()}
     origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
     return dataclasses.replace(flags, **paths), origins

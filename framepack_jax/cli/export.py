@@ -6,7 +6,7 @@ from pathlib import Path
 from framepack_jax import bundle
 from framepack_jax.conversion import export, hub, lora, tables, verify
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models import scan
+from framepack_jax.models import quantization
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.utils.progress import Bar
 
@@ -37,7 +37,7 @@ def export_role(
     ConversionError, BundleError."""
     if root is None:
         raise ConversionError("--export needs --bundle, the bundle to take the network from")
-    if dtype in scan.QUANTIZED:
+    if dtype in quantization.QUANTIZED:
         raise ConversionError(
             f"--export --dtype {dtype}: weights are exported in 16 or 32 bits; leave it out"
         )

@@ -24,7 +24,7 @@ import numpy as np
 
 from framepack_jax.conversion.transforms import Row, Shape
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError, count_not_finite
-from framepack_jax.models import registry, scan
+from framepack_jax.models import quantization, registry
 from framepack_jax.utils import prefetch
 from framepack_jax.utils.messages import first_line, shorten
 
@@ -176,8 +176,8 @@ class ConversionJob:
         """(path, array) of every leaf, holding the tensors of `prefetch.AHEAD` rows
         and one more.
 
-        `dtype` None keeps what is stored; one of `scan.QUANTIZED` is for the kernels that are cast
-        layer by layer (see `quantize`), puts their scales behind them, and keeps the rest. Raises
+        `dtype` None keeps what is stored; one of `QUANTIZED` quantizes the kernels of the
+        stacks (see `quantize`), puts their scales behind them, and keeps the rest. Raises
         ConversionError where a tensor cannot be read or quantized, and where `dtype` cannot hold a
         number.
         """
@@ -224,10 +224,10 @@ class ConversionJob:
     def _is_quantized(self, path: str, dtype: str | None) -> bool:
         stacks = registry.NETWORKS[self.source.table.kind].stacks
         in_a_stack = path.endswith("/kernel") and path.partition("/")[0] in stacks
-        return dtype in scan.QUANTIZED and in_a_stack
+        return dtype in quantization.QUANTIZED and in_a_stack
 
     def _target(self, step: Step, dtype: str | None) -> str:
-        return self._dtype(step) if dtype in (None, *scan.QUANTIZED) else dtype
+        return self._dtype(step) if dtype in (None, *quantization.QUANTIZED) else dtype
 
     def _dtype(self, step: Step) -> str:
         """The narrowest that holds all of a step's tensors; leaves without a tensor take the one
@@ -306,8 +306,8 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(in, ...out) -> the same shape in one of `scan.QUANTIZED`, and a float32 scale (...out) for
-    each output channel; `scan.cast` multiplies again.
+    """(in, ...out) -> the same shape in one of `QUANTIZED`, and a float32 scale (...out) for each
+    output channel; `cast_params` multiplies again.
 
     "int8": a channel's largest magnitude becomes 127, so that no number moves by more than half a
     scale, 1/254 of that. "float8_e4m3fn": scales are powers of two, as small as lets the largest
@@ -331,7 +331,7 @@ def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.
 
 
 def _quantized_paths(path: str) -> tuple[str, str]:
-    return path, path.removesuffix("kernel") + scan.SCALE
+    return path, path.removesuffix("kernel") + quantization.SCALE
 
 
 def _release(files: Iterable[Path]) -> None:

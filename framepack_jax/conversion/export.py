@@ -28,7 +28,7 @@ from framepack_jax.conversion import encoders, engine, transformer, vae
 from framepack_jax.conversion.engine import Advance, Step, Table
 from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape, Swapped, Transform
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models import scan
+from framepack_jax.models import quantization
 from framepack_jax.models.encoders import clip, siglip
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae as vae_model
@@ -83,7 +83,7 @@ class Export:
         self.root, self.manifest, self.role = root, manifest, role
         _, self.cfg = bundle.role_config(manifest, role)
         stored = bundle.stored_dtypes(root, manifest, role)
-        if kept := set(scan.QUANTIZED).intersection(stored.values()):
+        if kept := set(quantization.QUANTIZED).intersection(stored.values()):
             raise ConversionError(
                 f"bundle {root}: {role} is kept in {kept.pop()}, and need not have the numbers"
                 " that it was made of any more; export the bundle that it was converted from"

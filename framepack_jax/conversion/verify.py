@@ -13,7 +13,7 @@ from framepack_jax.bundle import Manifest
 from framepack_jax.conversion import engine, tables, transformer, weight_files
 from framepack_jax.conversion.engine import Advance, ConversionJob
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models import scan
+from framepack_jax.models import quantization
 from framepack_jax.utils.messages import shorten
 
 
@@ -82,7 +82,7 @@ def compare(
     Raises ConversionError, BundleError where either cannot be read.
     """
     types = bundle.stored_dtypes(root, manifest, role)
-    dtype = next((each for each in scan.QUANTIZED if each in types.values()), None)
+    dtype = next((each for each in quantization.QUANTIZED if each in types.values()), None)
     result = Comparison(role, casts={dtype} if dtype else set())
     paths = list(made.paths(dtype))
     stored = bundle.read_leaves(root, manifest, role, paths)

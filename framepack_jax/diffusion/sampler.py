@@ -6,7 +6,7 @@ prompt and a step cache make another program.
 
 The network is handed in (`network.Network`): its `velocity`, or the parts that a step cache calls.
 Parameters that are no arrays are layers that the network brings to the device by itself
-(`models.scan.OffloadedLayers`): its functions are called from Python then, and only what is around
+(`offload.OffloadedLayers`): its functions are called from Python then, and only what is around
 them is compiled here.
 
 Shapes: B batch, w latent window, H W latent rows and columns, C channels.

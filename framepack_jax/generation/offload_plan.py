@@ -1,7 +1,7 @@
 """What of a bundle lies on the device, where it is too small for all of it.
 
 Weights that are not needed at once can wait elsewhere: the blocks of the transformer in host
-memory, each brought while the one before computes (`models.scan.OffloadedLayers`); the encoders on
+memory, each brought while the one before computes (`offload.OffloadedLayers`); the encoders on
 the disk, as they read a prompt once and are let go of. What programs need beside their weights is
 estimated, by what compilers and an H100 said of the released model (docs/measurements/memory.md and
 gpu.md). A CPU's memory is that of the process: there the estimate has all of it.

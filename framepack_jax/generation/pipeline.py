@@ -41,7 +41,7 @@ from framepack_jax.generation.request import (
     fit_images,
     make_layout,
 )
-from framepack_jax.models import scan
+from framepack_jax.models import offload
 from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.models.lora import LoRA, attach
 from framepack_jax.models.lora import merge as merge_lora
@@ -513,7 +513,7 @@ class FramePack:
         Raises NotFinite.
         """
         spec, cfg, params = self.transformer
-        params = params if on_block is None else scan.watched(params, on_block)
+        params = params if on_block is None else offload.with_on_layer(params, on_block)
         timeline = self.timeline(plan, inputs.known) if timeline is None else timeline
         _, _, *frame = timeline.latents.shape
         sigmas = flow.sigmas(

@@ -16,7 +16,7 @@ from framepack_jax.generation.pipeline import FramePack, NotFinite, Settings
 from framepack_jax.generation.request import Layout, Request, fit_images
 from framepack_jax.jobs.decoder import Decoder, DeferredDecode
 from framepack_jax.jobs.run_dir import Busy, DamagedFile, RunDir, record_text
-from framepack_jax.models import scan
+from framepack_jax.models import offload
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import (
     assert_same_on_hosts,
@@ -235,7 +235,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     encoded = time.monotonic()
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
     passes = 1 if inputs.negative is None else 2
-    blocks = passes * scan.offloaded_layers(pipe.transformer.params)
+    blocks = passes * offload.offloaded_layers(pipe.transformer.params)
     with Progress(tasks, done, blocks) as progress, DeferredDecode() as frames:
 
         def on_step(*step: Any) -> None:

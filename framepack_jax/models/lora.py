@@ -2,7 +2,7 @@
 
 A LoRA is {path of a kernel, layer by layer, as "double/07/img_qkv/kernel": Factors}, as files and
 training have it. `attach` stacks it into the parameters as the leaves `lora_a` and `lora_b`, with
-which `models.stack` computes x W + (x a) b. So adapters travel inside the parameters: a compiled
+which `lora_layers` computes x W + (x a) b. So adapters travel inside the parameters: a compiled
 step takes them like any other weight, and another LoRA of the same ranks needs no new program.
 
 Shapes: r the rank, "in" and "out" those of the kernel (in, ...out).
@@ -20,8 +20,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from framepack_jax.models import scan
-from framepack_jax.models.scan import LORA_A, LORA_B
+from framepack_jax.models import lora_layers, offload
+from framepack_jax.models.lora_layers import LORA_A, LORA_B
+from framepack_jax.models.params import Params
 from framepack_jax.parallel import sharding
 from framepack_jax.utils.messages import shorten
 
@@ -107,12 +108,12 @@ def scaled(factors: Factors) -> np.ndarray:
 
 
 def attach(
-    params: scan.Params,
+    params: Params,
     lora: Mapping[str, Factors],
     *,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-) -> scan.Params:
+) -> Params:
     """The parameters (layers stacked, arrays or `jax.ShapeDtypeStruct`s) with a LoRA beside its
     kernels: leaves `lora_a` (in, r) and `lora_b` (r, ...out) of `dtype`, scale multiplied in, with
     a leading layer axis in a stack.
@@ -121,7 +122,7 @@ def attach(
     On a `mesh` they lie by SHARDINGS. Raises ValueError that names what does not fit.
     """
     leaves = flatten_dict(params)
-    shapes = flatten_dict(scan.shapes(params))
+    shapes = flatten_dict(offload.stacked_shapes(params))
     _check(shapes, lora)
     groups: dict[tuple[str, ...], dict[int | None, Factors]] = {}
     for path, factors in lora.items():
@@ -132,7 +133,7 @@ def attach(
         shape = shapes[*module, "kernel"].shape
         for name, array in zip((LORA_A, LORA_B), _stacked(layers, shape), strict=True):
             added[*module, name] = array.astype(dtype)
-    streamed = {name for name, leaf in params.items() if isinstance(leaf, scan.OffloadedLayers)}
+    streamed = {name for name, leaf in params.items() if isinstance(leaf, offload.OffloadedLayers)}
     beside = {path: leaf for path, leaf in added.items() if path[0] not in streamed}
     made = unflatten_dict(leaves | flatten_dict(_on_devices(unflatten_dict(beside), mesh)))
     for name in streamed:
@@ -141,7 +142,7 @@ def attach(
     return made
 
 
-def _on_devices(factors: scan.Params, mesh: Mesh | None) -> scan.Params:
+def _on_devices(factors: Params, mesh: Mesh | None) -> Params:
     if mesh is None:
         return jax.device_put(factors)
     specs = sharding.resolve(SHARDINGS, factors)
@@ -149,19 +150,21 @@ def _on_devices(factors: scan.Params, mesh: Mesh | None) -> scan.Params:
 
 
 def _beside_layers(
-    layers: scan.OffloadedLayers, factors: Mapping[tuple[str, ...], np.ndarray], mesh: Mesh | None
-) -> scan.OffloadedLayers:
+    layers: offload.OffloadedLayers,
+    factors: Mapping[tuple[str, ...], np.ndarray],
+    mesh: Mesh | None,
+) -> offload.OffloadedLayers:
     """Stacked factors beside the kernels of every layer, where those lie."""
 
-    def beside(number: int, layer: scan.Params) -> scan.Params:
+    def beside(number: int, layer: Params) -> Params:
         own = unflatten_dict({path: leaf[number] for path, leaf in factors.items()})
-        own = scan.put(_on_devices(own, mesh), _memory_kind(layer))
+        own = offload.put(_on_devices(own, mesh), _memory_kind(layer))
         return unflatten_dict(flatten_dict(layer) | flatten_dict(own))
 
     return layers.map(beside)
 
 
-def _memory_kind(layer: scan.Params) -> str:
+def _memory_kind(layer: Params) -> str:
     """Where a layer lies; the device for one that was just read, for that is where it goes."""
     leaf = jax.tree.leaves(layer)[0]
     return leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "device"
@@ -212,7 +215,7 @@ def _stacked(
     return a, b
 
 
-def extract(params: scan.Params) -> LoRA:
+def extract(params: Params) -> LoRA:
     """The LoRA that lies in parameters, layer by layer, of scale 1; the inverse of `attach` up to
     the rank: ranks and layers that are zero in both factors are left out."""
     lora = {}
@@ -237,7 +240,7 @@ def _nonzero(path: str, a: np.ndarray, b: np.ndarray) -> LoRA:
     return {path: Factors(a[:, used], b[used], np.ones(used.sum()))}
 
 
-def merge(params: scan.Params, *, donate: bool = False) -> scan.Params:
+def merge(params: Params, *, donate: bool = False) -> Params:
     """Parameters with attached factors -> parameters without, their kernels W + a b.
 
     Computed in float32, one layer at a time, and rounded to the kernel's dtype. Other leaves are
@@ -245,18 +248,18 @@ def merge(params: scan.Params, *, donate: bool = False) -> scan.Params:
     up, which a network that fills most of a device needs. Raises ValueError where a kernel is
     quantized, before any is changed.
     """
-    streamed = [leaf for leaf in params.values() if isinstance(leaf, scan.OffloadedLayers)]
+    streamed = [leaf for leaf in params.values() if isinstance(leaf, offload.OffloadedLayers)]
     for part in (params, *(leaf.layers[0] for leaf in streamed)):
         leaves = flatten_dict(part)
         for *module, name in leaves:
             if name == LORA_A:
-                scan.check_foldable(leaves[*module, "kernel"])
+                lora_layers.check_mergeable(leaves[*module, "kernel"])
     return dict(_merged(params, donate))
 
 
 def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]]:
     for name, leaf in params.items():
-        if isinstance(leaf, scan.OffloadedLayers):
+        if isinstance(leaf, offload.OffloadedLayers):
             yield name, leaf.map(lambda _, layer: _merged_layer(layer, donate))
         elif not isinstance(leaf, dict):
             yield name, leaf
@@ -271,17 +274,17 @@ def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]
             yield name, rest | {"kernel": jax.device_put(summed, kernel.sharding)}
 
 
-def _merged_layer(layer: scan.Params, donate: bool) -> scan.Params:
+def _merged_layer(layer: Params, donate: bool) -> Params:
     """A layer of its own, added up on the device and brought back to where it lies."""
     kind = _memory_kind(layer)
     donate &= kind == "device"
-    return jax.block_until_ready(scan.put(dict(_merged(scan.on_device(layer), donate)), kind))
+    return jax.block_until_ready(offload.put(dict(_merged(offload.on_device(layer), donate)), kind))
 
 
 @functools.partial(jax.jit, donate_argnames="kernel")
 def _add_layers(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     def fold(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return scan.merged_kernels({"kernel": kernel, LORA_A: a, LORA_B: b})["kernel"]
+        return lora_layers.merge_kernel({"kernel": kernel, LORA_A: a, LORA_B: b})["kernel"]
 
     if a.ndim == 2:
         return fold(kernel, a, b)

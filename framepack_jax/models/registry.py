@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from framepack_jax.models import scan
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import spec as hunyuan
+from framepack_jax.models.params import unstack_layers
 from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
 
 __all__ = [
@@ -35,7 +35,7 @@ def abstract_leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
 @functools.cache
 def _leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     spec = NETWORKS[kind]
-    return scan.unstack_layers(spec.abstract_params(cfg), spec.stacks)
+    return unstack_layers(spec.abstract_params(cfg), spec.stacks)
 
 
 def parameter_count(kind: str, cfg: Any) -> int:

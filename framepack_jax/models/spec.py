@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from framepack_jax.diffusion.network import StepCacheHooks, Velocity
-from framepack_jax.models.scan import Params
+from framepack_jax.models.params import Params
 from framepack_jax.parallel import sharding
 
 Config = Any
@@ -24,8 +24,8 @@ class NetworkSpec:
 
     `init(cfg, key)` returns random parameters, the layers of a stack on a leading axis. `stacks`
     maps the top-level name of each stack to the config field with its number of layers;
-    `offloadable` names the stacks that may be a `scan.OffloadedLayers`. `sharding_rules` are those
-    of `sharding.resolve`.
+    `offloadable` names the stacks that may be an `OffloadedLayers`. `sharding_rules` are those of
+    `sharding.resolve`.
     """
 
     kind: str

@@ -22,7 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from framepack_jax import bundle, packing
 from framepack_jax.conversion.lora import write
-from framepack_jax.models import lora, scan
+from framepack_jax.models import lora
+from framepack_jax.models.params import unstack_layers
 from framepack_jax.training import checkpoints, state
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
@@ -81,7 +82,7 @@ def export(
     trained, frozen = state.abstract_params(cfg, model)
     leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):
-        names = list(scan.unstack_layers(frozen, model.spec.stacks))
+        names = list(unstack_layers(frozen, model.spec.stacks))
         kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
         leaves = itertools.chain(kept, leaves)
     origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
@@ -204,7 +205,7 @@ def _leaves(
     for path, leaf in flatten_dict(trained).items():
         found = checkpoints.restore_params(folder, step, unflatten_dict({path: leaf}), part)
         array = np.asarray(flatten_dict(found)[path])
-        layers = scan.unstack_layers(unflatten_dict({path: array}), model.spec.stacks)
+        layers = unstack_layers(unflatten_dict({path: array}), model.spec.stacks)
         for name, layer in layers.items():
             yield name, np.asarray(layer).astype(jnp.dtype(dtype))
 

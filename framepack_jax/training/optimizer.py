@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from framepack_jax.models.scan import LORA_A, LORA_B
+from framepack_jax.models.lora_layers import LORA_A, LORA_B
 from framepack_jax.training.config import OptimizerConfig
 
 MATRICES = ("kernel", "embedding", LORA_A, LORA_B)

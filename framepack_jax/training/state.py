@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
-from framepack_jax.models import lora, scan
+from framepack_jax.models import lora, lora_layers
 from framepack_jax.models.spec import DenoiserSpec
 from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
@@ -119,7 +119,7 @@ def partition_params(params: Params, pattern: str) -> tuple[Params, Params]:
 def merge_params(trained: Params, frozen: Params, factor_scale: float = 1.0) -> Params:
     """All parameters of the network; the second factors of adapters times `factor_scale`."""
     leaves = {
-        path: leaf * factor_scale if path[-1] == scan.LORA_B else leaf
+        path: leaf * factor_scale if path[-1] == lora_layers.LORA_B else leaf
         for path, leaf in flatten_dict(trained).items()
     }
     return unflatten_dict(flatten_dict(frozen) | leaves)
@@ -146,8 +146,8 @@ def init_lora(cfg: LoRAConfig, params: Params, key: jax.Array) -> Params:
     for number, module in enumerate(sorted(modules)):
         count, inputs, *outputs = leaves[*module, "kernel"].shape
         draw = jax.random.normal(jax.random.fold_in(key, number), (count, inputs, cfg.rank))
-        factors[*module, scan.LORA_A] = draw * inputs**-0.5
-        factors[*module, scan.LORA_B] = jnp.zeros((count, cfg.rank, *outputs))
+        factors[*module, lora_layers.LORA_A] = draw * inputs**-0.5
+        factors[*module, lora_layers.LORA_B] = jnp.zeros((count, cfg.rank, *outputs))
     return unflatten_dict(factors)
 
 
@@ -155,9 +155,9 @@ def to_lora(cfg: TrainConfig, factors: Params) -> lora.LoRA:
     """Trained adapters layer by layer, as files have them."""
     leaves, adapters = flatten_dict(jax.device_get(factors)), {}
     for path, a in leaves.items():
-        if path[-1] != scan.LORA_A:
+        if path[-1] != lora_layers.LORA_A:
             continue
-        b = leaves[*path[:-1], scan.LORA_B]
+        b = leaves[*path[:-1], lora_layers.LORA_B]
         scale = np.full(a.shape[-1], factor_scale(cfg), np.float32)
         top, *rest = path[:-1]
         for i in range(len(a)):

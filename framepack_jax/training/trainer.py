@@ -31,7 +31,7 @@ from framepack_jax.data import loader as loading
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.records import DatasetError
 from framepack_jax.diffusion import sampler
-from framepack_jax.models import scan
+from framepack_jax.models import quantization
 from framepack_jax.parallel import multihost
 from framepack_jax.training import checkpoints, metrics, optimizer, state, summary, validation
 from framepack_jax.training.bad_records import BadRecords
@@ -200,7 +200,7 @@ def load_network(setup: Setup, bundle_path: epath.PathLike) -> Params:
     """All parameters of the bundle's transformer, trained ones in float32. Raises RunError where
     they are quantized."""
     stored = bundle.stored_dtypes(bundle_path, setup.manifest, "transformer").values()
-    if kept := set(scan.QUANTIZED).intersection(stored):
+    if kept := set(quantization.QUANTIZED).intersection(stored):
         raise RunError(
             f"bundle {bundle_path} keeps its transformer in {kept.pop()}, and training takes"
             " weights of 16 or 32 bits; train from one that was converted without that --dtype"

@@ -28,8 +28,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle, video
 from framepack_jax.data.pixel_batch import signed
 from framepack_jax.data.vae_clips import Clips, ListedVideo, find_videos, hold_out, read_clip
-from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.params import Params, unstack_layers
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.parallel.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, metrics, optimizer, summary
 from framepack_jax.training.checkpoints import RunError
@@ -124,7 +125,7 @@ class Figures(NamedTuple):
 
 
 def losses(
-    cfg: vae.VaeConfig, params: scan.Params, clips: jax.Array, key: jax.Array
+    cfg: vae.VaeConfig, params: Params, clips: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(squared error, that of the first frames alone, divergence a latent number) of clips
     (B, T, H, W, C) in [-1, 1], through a sample of their latents."""
@@ -156,7 +157,7 @@ def train_step(
     clips = signed(constrain(clips, BATCH, *[None] * 4))
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
 
-    def loss(params: scan.Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def loss(params: Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         if cfg.trainable == "decoder":
             params = params | {"encoder": jax.lax.stop_gradient(params["encoder"])}
         error, still, kl = losses(network, params, clips, key)
@@ -236,7 +237,7 @@ def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> vae.VaeConfig:
     return network
 
 
-def init(cfg: VaeTrainConfig, network: vae.VaeConfig) -> scan.Params:
+def init(cfg: VaeTrainConfig, network: vae.VaeConfig) -> Params:
     """Random parameters."""
     return vae.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
 
@@ -246,7 +247,7 @@ def first_params(
     network: vae.VaeConfig,
     manifest: bundle.Manifest,
     bundle_path: epath.PathLike,
-) -> scan.Params:
+) -> Params:
     """Parameters before the first step. Raises BundleError, RunError."""
     if cfg.init == "scratch":
         return init(cfg, network)
@@ -260,7 +261,7 @@ def first_params(
     return params if knew_motion or cfg.frames == 1 else inflated(params)
 
 
-def inflated(params: scan.Params) -> scan.Params:
+def inflated(params: Params) -> Params:
     """A VAE of single frames that makes of a clip what it made of its frames: of a single frame
     every tap in time sees the same, so what all weigh is given to the last, which sees the frame
     itself (inflation as in Carreira & Zisserman, arXiv 1705.07750, made causal)."""
@@ -275,16 +276,16 @@ def inflated(params: scan.Params) -> scan.Params:
     return unflatten_dict({p: last(x) if p in convolutions else x for p, x in leaves.items()})
 
 
-def trained_params(network: vae.VaeConfig, run: str, step: int) -> scan.Params:
+def trained_params(network: vae.VaeConfig, run: str, step: int) -> Params:
     """The parameters of a run, their moving average where it keeps one. Raises RunError."""
     part = "ema" if checkpoints.read_record(run)["config"]["ema"] else "params"
     abstract = jax.eval_shape(lambda: vae.init(network, jax.random.key(0)))
     return checkpoints.restore_params(run, step, abstract, part)
 
 
-def begin(cfg: VaeTrainConfig, tx: Any, params: scan.Params) -> State:
+def begin(cfg: VaeTrainConfig, tx: Any, params: Params) -> State:
     """The state before the first step."""
-    params = scan.cast(params, jnp.float32)
+    params = cast_params(params, jnp.float32)
     ema = jax.tree.map(jnp.copy, params) if cfg.ema else None
     zero = functools.partial(jnp.zeros, [], jnp.int32)
     return State(zero(), params, tx.init(params), ema, zero(), zero())
@@ -311,7 +312,7 @@ def _run_lines(
     yield "compiling    the step, before the first one"
 
 
-def _count(params: scan.Params) -> int:
+def _count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -441,7 +442,7 @@ def _said(figures: Mapping[str, float]) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def reconstruct(cfg: vae.VaeConfig, params: scan.Params, clips: jax.Array) -> jax.Array:
+def reconstruct(cfg: vae.VaeConfig, params: Params, clips: jax.Array) -> jax.Array:
     """Clips (B, T, H, W, C) in [-1, 1] through the modes of their latents."""
     mean, _ = vae.encode(cfg, params, clips, vae.Tiling(frames=None))
     return jnp.clip(vae.decode(cfg, params, mean, vae.Tiling(frames=None)), -1, 1)
@@ -449,7 +450,7 @@ def reconstruct(cfg: vae.VaeConfig, params: scan.Params, clips: jax.Array) -> ja
 
 def validate(
     network: vae.VaeConfig,
-    params: scan.Params,
+    params: Params,
     held: Sequence[ListedVideo],
     frames: int,
     folder: Path,
@@ -483,7 +484,7 @@ def validate(
 
 
 def latent_statistics(
-    network: vae.VaeConfig, params: scan.Params, videos: Sequence[ListedVideo], frames: int
+    network: vae.VaeConfig, params: Params, videos: Sequence[ListedVideo], frames: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, standard deviation) of each latent channel over the middle clips of videos."""
     encode = jax.jit(lambda p, x: vae.encode(network, p, x, vae.Tiling(frames=None))[0])
@@ -520,7 +521,7 @@ def export(
         mean, std = latent_statistics(network, params, videos[:256], frames)
     leaves = (
         (name, np.asarray(leaf).astype(jnp.dtype(dtype)))
-        for name, leaf in scan.unstack_layers(params, vae.STACKS).items()
+        for name, leaf in unstack_layers(params, vae.STACKS).items()
     )
     manifest = dataclasses.replace(manifest, latent_mean=mean, latent_std=std)
     made = manifest.roles["vae"].kind, dataclasses.asdict(network)

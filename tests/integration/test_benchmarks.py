@@ -32,9 +32,10 @@ from benchmarks import prepare as preparing
 from framepack_jax import bundle, packing
 from framepack_jax.conversion import engine
 from framepack_jax.data.precompute import Encoder
-from framepack_jax.models import registry, scan
+from framepack_jax.models import quantization, registry, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.flops import forward_flops
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.parallel import hardware
 
 SECTIONS, STEPS, SIDE = 5, 2, 32
@@ -214,7 +215,7 @@ def test_what_a_gpu_does_is_measured(tmp_path, briefly) -> None:
     step, *small = figures["step"]
     assert step["tflop_s"] * step["ms"] == pytest.approx(bench.step_flops(bench.TOY) / 1e9)
     assert step["mfu"] == pytest.approx(step["tflop_s"] / 989)
-    assert len(small) == len(scan.QUANTIZED)
+    assert len(small) == len(quantization.QUANTIZED)
     for row in small:
         assert row["weights"] < step["weights"] and 0 < row["relative_error"] < 0.05
     (errors,) = figures["peer-error"]
@@ -258,7 +259,7 @@ def test_the_vae_of_diffusers_is_measured(briefly) -> None:
     assert len(rows) == 6 and all(row["ms"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("dtype", scan.QUANTIZED)
+@pytest.mark.parametrize("dtype", quantization.QUANTIZED)
 def test_weights_in_8_bits_are_those_of_a_converted_bundle(dtype: str) -> None:
     kernel = np.random.default_rng(0).normal(size=(3, 16, 4, 6)).astype("bfloat16")
     # Channels of zeros, of what the type itself holds, and whose largest is its largest.
@@ -275,11 +276,11 @@ def test_weights_in_8_bits_are_those_of_a_converted_bundle(dtype: str) -> None:
         np.testing.assert_array_equal(found["kernel"], numbers)
         used = numbers.any(axis=0)
         tolerance = 1e-6 if dtype == "int8" else 0
-        np.testing.assert_allclose(found[scan.SCALE][used], scale[used], rtol=tolerance)
-        assert found[scan.SCALE].all() and np.count_nonzero(~used) == 1
+        np.testing.assert_allclose(found[quantization.SCALE][used], scale[used], rtol=tolerance)
+        assert found[quantization.SCALE].all() and np.count_nonzero(~used) == 1
     assert params["single"]["qkv"]["kernel"].is_deleted()
     assert got["head"]["kernel"].dtype == jnp.float32 and set(got["single"]["qkv"]) == {
-        "kernel", "bias", scan.SCALE
+        "kernel", "bias", quantization.SCALE
     }  # fmt: skip
 
 
@@ -546,7 +547,7 @@ def test_instructions_are_those_of_one_device() -> None:
     assert found == [("fusion.3", 1e-6)]
 
 
-@pytest.mark.parametrize("dtype", scan.QUANTIZED)
+@pytest.mark.parametrize("dtype", quantization.QUANTIZED)
 def test_a_bundle_for_videos_under_caps(tmp_path, monkeypatch, capsys, dtype: str) -> None:
     """Which takes no other's place; and the order of the runs, which are stood in for."""
     row = {"cap": None, "host_bytes": 1, "error": "none"}
@@ -563,9 +564,9 @@ def test_a_bundle_for_videos_under_caps(tmp_path, monkeypatch, capsys, dtype: st
         capped.main(flags)
     manifest = bundle.read_manifest(tmp_path / "bundle")
     params = bundle.load_params(tmp_path / "bundle", manifest, "transformer")
-    qkv = scan.at(params["single"]["qkv"], 0)
+    qkv = scan.get_layer(params["single"]["qkv"], 0)
     assert qkv["kernel"].dtype == dtype and len(np.unique(qkv["kernel"])) > 100
-    assert float(np.std(scan.cast(qkv, "float32")["kernel"])) == pytest.approx(32**-0.5, rel=0.05)
+    assert float(np.std(cast_params(qkv, "float32")["kernel"])) == pytest.approx(32**-0.5, rel=0.05)
     assert params["single"]["q_norm"]["scale"].dtype == jnp.bfloat16
 
 

@@ -21,7 +21,7 @@ from framepack_jax.generation.offload_plan import GB, Need, OffloadPlan, Work
 from framepack_jax.generation.pipeline import FramePack, Settings, Video
 from framepack_jax.generation.request import Request, fit_images, make_layout
 from framepack_jax.jobs.run_dir import RunDir
-from framepack_jax.models import scan
+from framepack_jax.models import offload, quantization, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.vae import Tiling
 from tests.fixtures.paths import ROOT
@@ -72,8 +72,8 @@ TEA, FIRST_BLOCK = cache.StepCacheConfig("tea"), cache.StepCacheConfig("first-bl
 
 
 def test_the_same_video_bit_for_bit(high, low) -> None:
-    assert scan.is_offloaded(low.transformer.params)
-    assert not scan.is_offloaded(high.transformer.params)
+    assert offload.is_offloaded(low.transformer.params)
+    assert not offload.is_offloaded(high.transformer.params)
     theirs, ours = video(high, sections=2), video(low, sections=2)
     np.testing.assert_array_equal(ours.latents, theirs.latents)
     np.testing.assert_array_equal(ours.frames, theirs.frames)
@@ -109,8 +109,8 @@ def test_progress_is_told_block_by_block_and_step_by_step(
 
 def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:
     ran = []
-    layer = scan._layer
-    monkeypatch.setattr(scan, "_layer", lambda *args: ran.append(args[0]) or layer(*args))
+    layer = offload._run_layer
+    monkeypatch.setattr(offload, "_run_layer", lambda *args: ran.append(args[0]) or layer(*args))
 
     def count(**options) -> int:
         ran.clear()
@@ -239,7 +239,7 @@ def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) ->
     """So that two blocks are on the device at most. And it is asked for before this one starts, as
     GPUs copy to fresh memory when all that was started has ended."""
     events, alive, placed = [], [], []
-    put, layer, wait = scan.on_device, scan._layer, jax.block_until_ready
+    put, layer, wait = offload.on_device, offload._run_layer, jax.block_until_ready
 
     def copied(params):
         here = put(params)
@@ -256,9 +256,9 @@ def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) ->
         events.append("wait")
         return wait(x)
 
-    monkeypatch.setattr(scan, "on_device", copied)
-    monkeypatch.setattr(scan, "_layer", started)
-    monkeypatch.setattr(scan.jax, "block_until_ready", waited)
+    monkeypatch.setattr(offload, "on_device", copied)
+    monkeypatch.setattr(offload, "_run_layer", started)
+    monkeypatch.setattr(offload.jax, "block_until_ready", waited)
     double = low.transformer.params["double"]
     scan.run(transformer.DoubleBlock(low.transformer.cfg), double, *double_inputs(low))
     assert events == ["copy", "wait", "copy", "start", "wait", "start"]
@@ -274,11 +274,11 @@ def double_inputs(pipe: FramePack) -> tuple:
 
 
 def test_every_kind_of_block_is_one_program(low) -> None:
-    scan._layer.clear_cache()
+    offload._run_layer.clear_cache()
     transformer._embed.clear_cache()
     latents(low)
     # Of the text encoder, and of double and single blocks.
-    assert scan._layer._cache_size() == 3
+    assert offload._run_layer._cache_size() == 3
     assert transformer._embed._cache_size() == 1
 
 
@@ -301,17 +301,17 @@ def test_encoders_are_let_go_of(low, monkeypatch) -> None:
 
 def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
     """And every layer once, for all prompts."""
-    read, get = [], scan.Layers.__getitem__
+    read, get = [], offload.LazyLayers.__getitem__
 
     def noted(self, layer):
         read.append(layer)
         return get(self, layer)
 
-    monkeypatch.setattr(scan.Layers, "__getitem__", noted)
+    monkeypatch.setattr(offload.LazyLayers, "__getitem__", noted)
     manifest = bundle.read_manifest(RANDOM)
     whole = load_encoders(RANDOM, manifest, jnp.float32)
     streamed = load_encoders(RANDOM, manifest, jnp.float32, streamed=True)
-    assert scan.is_offloaded(streamed.text_encoder[1])
+    assert offload.is_offloaded(streamed.text_encoder[1])
     prompts = ["", "the red circle moves left"]
     ours = conditioning.encode_each(streamed, [[prompt] for prompt in prompts])
     assert read == list(range(manifest.roles["text_encoder"].config["layers"]))
@@ -320,7 +320,7 @@ def test_text_is_read_the_same_from_the_disk(monkeypatch) -> None:
             np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("dtype", scan.QUANTIZED)
+@pytest.mark.parametrize("dtype", quantization.QUANTIZED)
 def test_eight_bits_stay_so_in_host_memory(dtype, tmp_path) -> None:
     path = quantized(tmp_path, dtype)
     ours, theirs = load(LOW, path), load(None, path)
@@ -497,7 +497,7 @@ def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
 
 def test_in_python() -> None:
     pipe = FramePack.load(RANDOM, offload="full")
-    assert scan.is_offloaded(pipe.transformer.params) and callable(pipe.encoders)
+    assert offload.is_offloaded(pipe.transformer.params) and callable(pipe.encoders)
     with pytest.raises(ValueError, match="memory 'medium'"):
         FramePack.load(RANDOM, offload="medium")
 

@@ -16,8 +16,9 @@ from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.cli.export import compare
 from framepack_jax.conversion import engine, export, transformer, verify
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models import registry, scan
+from framepack_jax.models import quantization, registry
 from framepack_jax.models.hunyuan import transformer as transformer_model
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 
@@ -100,7 +101,7 @@ def test_a_zero_of_the_other_sign_differs() -> None:
     assert verify._same_bits(nan, nan.copy()) and not verify._same_bits(nan, nan.T)
 
 
-@pytest.mark.parametrize("dtype", ["float32", *scan.QUANTIZED])
+@pytest.mark.parametrize("dtype", ["float32", *quantization.QUANTIZED])
 def test_other_types_are_compared_after_the_same_cast(dtype, tmp_path) -> None:
     source, root = make(tmp_path, dtype=dtype)
     (result,) = compare(source, root)
@@ -168,7 +169,7 @@ def test_inspect_is_there(made, capsys) -> None:
 # Eight bits
 
 
-@pytest.fixture(scope="module", params=scan.QUANTIZED)
+@pytest.fixture(scope="module", params=quantization.QUANTIZED)
 def small(tmp_path_factory, request) -> tuple[Path, str, str]:
     return *make(tmp_path_factory.mktemp("small"), dtype=request.param), request.param
 
@@ -182,7 +183,7 @@ def test_numbers_move_by_half_a_step_at_most(small) -> None:
     kernels = {path for path, kept in types.items() if kept == dtype}
     assert kernels == {p for p in exact if p.endswith("/kernel") and p[:4] not in ("embe", "head")}
     for path in kernels:
-        scale = stored[path.removesuffix("kernel") + scan.SCALE]
+        scale = stored[path.removesuffix("kernel") + quantization.SCALE]
         numbers = stored[path].astype(np.float32)
         largest = np.abs(numbers).max(axis=0)
         if dtype == "int8":
@@ -212,11 +213,11 @@ def test_an_empty_channel_and_numbers_that_are_not_finite() -> None:
     quantized, scale = engine.quantize("x/kernel", kernel, "float8_e4m3fn")
     np.testing.assert_array_equal(quantized.astype(np.float32), [[0, 128], [0, -256]])
     np.testing.assert_array_equal(scale, [1, 2**-7])
-    for least, dtype in itertools.product((1e-45, 9e-43, 1e-40), scan.QUANTIZED):
+    for least, dtype in itertools.product((1e-45, 9e-43, 1e-40), quantization.QUANTIZED):
         kernel = np.array([[0.0, least]], np.float32)
         quantized, scale = engine.quantize("x/kernel", kernel, dtype)
         np.testing.assert_allclose(quantized.astype(np.float32) * scale, kernel, atol=2.0**-127)
-    for bad, dtype in itertools.product((np.nan, np.inf, -np.inf), scan.QUANTIZED):
+    for bad, dtype in itertools.product((np.nan, np.inf, -np.inf), quantization.QUANTIZED):
         with pytest.raises(ConversionError, match=f"numbers that are not finite; {dtype} cannot"):
             engine.quantize("x/kernel", np.array([[0.0, bad]], np.float32), dtype)
 
@@ -251,16 +252,16 @@ def test_kernels_compute_as_their_products_with_the_scales(small) -> None:
     manifest = bundle.read_manifest(root)
     params = bundle.load_params(root, manifest, "transformer", dtype=jnp.bfloat16)
     assert params["double"]["img_qkv"]["kernel"].dtype == jnp.dtype(dtype)
-    assert params["double"]["img_qkv"][scan.SCALE].dtype == jnp.float32
-    assert params["double"]["img_qkv"][scan.SCALE].shape == (2, 3, 2, 16)
+    assert params["double"]["img_qkv"][quantization.SCALE].dtype == jnp.float32
+    assert params["double"]["img_qkv"][quantization.SCALE].shape == (2, 3, 2, 16)
     assert params["embed"]["patch"]["kernel"].dtype == jnp.bfloat16
     wide = {
-        name: scan.cast(part, jnp.float32)
+        name: cast_params(part, jnp.float32)
         if name not in transformer_model.STACKS
-        else jax.vmap(lambda layer: scan.cast(layer, jnp.float32))(part)
+        else jax.vmap(lambda layer: cast_params(layer, jnp.float32))(part)
         for name, part in params.items()
     }
-    assert scan.SCALE not in wide["double"]["img_qkv"]
+    assert quantization.SCALE not in wide["double"]["img_qkv"]
     ours = transformer_model.velocity(CFG, params, *inputs())
     theirs = transformer_model.velocity(CFG, wide, *inputs())
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -290,7 +291,7 @@ def test_eight_bits_on_a_mesh(small) -> None:
     jax.tree.map(np.testing.assert_array_equal, params, plain)
     qkv = params["double"]["img_qkv"]
     layers, _, *outputs = qkv["kernel"].sharding.spec
-    assert tuple(qkv[scan.SCALE].sharding.spec) == (layers, *outputs)
+    assert tuple(qkv[quantization.SCALE].sharding.spec) == (layers, *outputs)
     assert any(outputs), "the rule divides outputs"
 
 

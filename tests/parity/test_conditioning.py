@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from framepack_jax import conditioning
-from framepack_jax.models import scan
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.quantization import cast_params
 from tests.fixtures.torch_reference import relative_error
 from tests.parity.test_encoders import clip_params, llama_params, siglip_params
 from tests.parity.test_vae import vae_params
@@ -191,7 +191,7 @@ def test_image_processor_equals_the_live_one(encoders, folder, size):
 def test_conditions_in_bfloat16(encoders, image):
     names = ("text_encoder", "text_encoder_2", "image_encoder")
     half = {
-        name: (cfg, scan.cast(jax.tree.map(jnp.asarray, params), jnp.bfloat16))
+        name: (cfg, cast_params(jax.tree.map(jnp.asarray, params), jnp.bfloat16))
         for name in names
         for cfg, params in [getattr(encoders, name)]
     }

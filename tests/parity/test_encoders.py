@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
-from framepack_jax.models import registry, scan
+from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.encoders.block import ACTIVATIONS
+from framepack_jax.models.params import Params, stack_layers, unstack_layers
+from framepack_jax.models.quantization import cast_params
 from tests.fixtures.torch_reference import randomize, relative_error
 
 LLAMA = llama.LlamaConfig(
@@ -34,7 +36,7 @@ def state_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {k: v.numpy() for k, v in module.state_dict().items()}
 
 
-def llama_params(state: dict[str, np.ndarray], cfg: llama.LlamaConfig) -> scan.Params:
+def llama_params(state: dict[str, np.ndarray], cfg: llama.LlamaConfig) -> Params:
     """Our parameters from a transformers state dict; layers beyond cfg.layers are left out."""
     state = {re.sub(r"^model\.", "", k): v for k, v in state.items()}
     leaves = {"embed/embedding": state["embed_tokens.weight"]}
@@ -48,7 +50,7 @@ def llama_params(state: dict[str, np.ndarray], cfg: llama.LlamaConfig) -> scan.P
             leaves[f"layers/{i:02d}/{ours}/kernel"] = layer[f"{theirs}_proj.weight"].T
         leaves[f"layers/{i:02d}/input_norm/scale"] = layer["input_layernorm.weight"]
         leaves[f"layers/{i:02d}/mlp_norm/scale"] = layer["post_attention_layernorm.weight"]
-    return scan.stack_layers(leaves, llama.STACKS)
+    return stack_layers(leaves, llama.STACKS)
 
 
 def encoder_layers(state: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
@@ -72,7 +74,7 @@ def encoder_layers(state: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
     return leaves
 
 
-def clip_params(state: dict[str, np.ndarray], cfg: clip.ClipConfig) -> scan.Params:
+def clip_params(state: dict[str, np.ndarray], cfg: clip.ClipConfig) -> Params:
     state = {re.sub(r"^text_model\.", "", k): v for k, v in state.items()}
     leaves = {
         "token_embedding/embedding": state["embeddings.token_embedding.weight"],
@@ -80,10 +82,10 @@ def clip_params(state: dict[str, np.ndarray], cfg: clip.ClipConfig) -> scan.Para
         "final_norm/scale": state["final_layer_norm.weight"],
         "final_norm/bias": state["final_layer_norm.bias"],
     }
-    return scan.stack_layers(leaves | encoder_layers(state, cfg), clip.STACKS)
+    return stack_layers(leaves | encoder_layers(state, cfg), clip.STACKS)
 
 
-def siglip_params(state: dict[str, np.ndarray], cfg: siglip.SiglipConfig) -> scan.Params:
+def siglip_params(state: dict[str, np.ndarray], cfg: siglip.SiglipConfig) -> Params:
     state = {re.sub(r"^vision_model\.", "", k): v for k, v in state.items()}
     patch = state["embeddings.patch_embedding.weight"]
     leaves = {
@@ -93,7 +95,7 @@ def siglip_params(state: dict[str, np.ndarray], cfg: siglip.SiglipConfig) -> sca
         "final_norm/scale": state["post_layernorm.weight"],
         "final_norm/bias": state["post_layernorm.bias"],
     }
-    return scan.stack_layers(leaves | encoder_layers(state, cfg), siglip.STACKS)
+    return stack_layers(leaves | encoder_layers(state, cfg), siglip.STACKS)
 
 
 @functools.cache
@@ -228,7 +230,7 @@ CASES = {
 def test_bfloat16(kind):
     cfg, function, params, inputs = CASES[kind]
     exact = function(cfg, params(), *inputs)
-    rounded = function(cfg, *scan.cast([params(), *map(jnp.asarray, inputs)], jnp.bfloat16))
+    rounded = function(cfg, *cast_params([params(), *map(jnp.asarray, inputs)], jnp.bfloat16))
     assert (exact.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
     assert relative_error(rounded, exact) < 0.05
 
@@ -237,6 +239,6 @@ def test_bfloat16(kind):
 def test_parameter_paths(kind):
     """What init makes has the paths and shapes that the parity tests feed in."""
     cfg, _, params, _ = CASES[kind]
-    fed = scan.unstack_layers(params(), registry.NETWORKS[kind].stacks)
+    fed = unstack_layers(params(), registry.NETWORKS[kind].stacks)
     made = registry.abstract_leaves(kind, cfg)
     assert {k: v.shape for k, v in fed.items()} == {k: v.shape for k, v in made.items()}

@@ -30,9 +30,11 @@ from safetensors.numpy import load_file, save_file
 from framepack_jax.conversion import engine, lora_fusion, tables, weight_files
 from framepack_jax.conversion import lora as files
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models import lora, registry, scan
+from framepack_jax.models import lora, lora_layers, quantization, registry, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.lora import Factors
+from framepack_jax.models.params import Params, stack_layers, unstack_layers
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 from framepack_jax.training import state
@@ -212,7 +214,7 @@ def test_without_a_lora_nothing_is_added(model, arguments, monkeypatch) -> None:
         return compute.lower(params, *arguments).as_text()
 
     as_it_is = traced()
-    monkeypatch.setattr(scan, "lora_interceptor", contextlib.nullcontext)
+    monkeypatch.setattr(lora_layers, "lora_interceptor", contextlib.nullcontext)
     assert traced() == as_it_is
 
 
@@ -257,8 +259,8 @@ def test_a_gradient_keeps_the_sum_of_what_kernel_and_factors_give() -> None:
     made = {f"stack/0{i}/out/kernel": factors for i in range(2)}
     attached = lora.attach({"stack": params}, made)["stack"]
 
-    def kept(params: scan.Params, remat: str) -> list[tuple[int, ...]]:
-        def residuals(params: scan.Params) -> Any:
+    def kept(params: Params, remat: str) -> list[tuple[int, ...]]:
+        def residuals(params: Params) -> Any:
             return jax.vjp(lambda p: scan.run(Bent(), p, x, remat=remat), params)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params))
@@ -292,7 +294,7 @@ def test_factors_take_the_dtype_of_their_block() -> None:
     assert len(products) == 6 and all(":bf16[" in line for line in products)
 
 
-@pytest.mark.parametrize("dtype", scan.QUANTIZED)
+@pytest.mark.parametrize("dtype", quantization.QUANTIZED)
 def test_beside_kernels_of_eight_bits(dtype) -> None:
     """What is added does not pass through the eight bits."""
     random = np.random.default_rng(1)
@@ -302,7 +304,7 @@ def test_beside_kernels_of_eight_bits(dtype) -> None:
     exact = kernel.astype(np.float32) * scale[:, None, :] + np.float32(
         [np.zeros((6, 6)), factors.a @ factors.b]
     )
-    params = {"kernel": jnp.asarray(kernel), scan.SCALE: jnp.asarray(scale)}
+    params = {"kernel": jnp.asarray(kernel), quantization.SCALE: jnp.asarray(scale)}
     attached = lora.attach({"s": {"out": params}}, {"s/01/out/kernel": factors})["s"]
     x = random.standard_normal((4, 6), np.float32)
 
@@ -342,11 +344,11 @@ def test_several_with_weights_are_the_sum_of_their_changes(model) -> None:
     assert {f.rank for f in both.values()} >= {1, 2, 3, 4, 5, 6}
     # Nothing is rounded yet.
     assert {s for f in both.values() for s in f.scale} == {0.35, -0.65}
-    leaves = scan.unstack_layers(jax.device_get(params), transformer.STACKS)
+    leaves = unstack_layers(jax.device_get(params), transformer.STACKS)
     for weight, made in ((0.7, one), (-1.3, two)):
         for path, change in changes(made).items():
             leaves[path] = leaves[path] + weight * change
-    expected = scan.stack_layers(leaves, transformer.STACKS, np.stack)
+    expected = stack_layers(leaves, transformer.STACKS, np.stack)
     attached = lora.attach(params, both)
     error = jax.tree.map(relative_error, lora.merge(attached), expected)
     assert max(jax.tree.leaves(error)) < 1e-6
@@ -376,7 +378,7 @@ def test_merging_in_place_uses_the_kernels_up(model) -> None:
 def test_merging_rounds_once(model) -> None:
     """Into bfloat16 kernels: the float32 sum, rounded."""
     cfg, params = model
-    half = scan.cast(params, jnp.bfloat16)
+    half = cast_params(params, jnp.bfloat16)
     made = few(random_lora(cfg, 8), "single")
     merged = lora.merge(lora.attach(half, made))["single"]["qkv"]["kernel"][1]
     change = made["single/01/qkv/kernel"]
@@ -945,10 +947,10 @@ def test_diffusers_and_peft_agree_with_us(module, model, arguments, inputs, tmp_
     made = {p: f._replace(scale=f.scale * (0.1 + 0.2 * i)) for i, (p, f) in enumerate(made.items())}
     file = tmp_path / "x.safetensors"
     files.write(file, made, cfg)
-    leaves = scan.unstack_layers(jax.device_get(params), transformer.STACKS)
+    leaves = unstack_layers(jax.device_get(params), transformer.STACKS)
     for path, change in changes(files.read(file, cfg).lora).items():
         leaves[path] = leaves[path] + np.float32(change)
-    ours = velocity(cfg, scan.stack_layers(leaves, transformer.STACKS, np.stack), *arguments)
+    ours = velocity(cfg, stack_layers(leaves, transformer.STACKS, np.stack), *arguments)
     assert relative_error(ours, torch_velocity(module, inputs)) > 0.05
     tensors, metadata = HunyuanVideoFramepackPipeline.lora_state_dict(
         file, return_lora_metadata=True

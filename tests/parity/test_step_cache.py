@@ -17,9 +17,9 @@ from framepack_jax import packing
 from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.diffusion.cache import StepCacheConfig, first_block, run_or_skip, start, tea
-from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.params import stack_layers
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
 
 TAG = "teacache_n1_w3_s25"
@@ -107,7 +107,7 @@ def alone(arrays, sample: int):
 def test_teacache_equals_the_release(golden) -> None:
     checkpoint = weight_files.open_checkpoint(golden / "transformer")
     plan = engine.plan(tables.recognise(checkpoint, "transformer"))
-    network = plan.cfg, scan.stack_layers(dict(plan.leaves()), transformer.STACKS)
+    network = plan.cfg, stack_layers(dict(plan.leaves()), transformer.STACKS)
     reference = {
         name: rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x
         for name, x in load_file(golden / "pipeline.safetensors").items()

@@ -10,8 +10,9 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel, HunyuanVideoTransformer3DModel
 from einops import rearrange
 
-from framepack_jax.models import registry, scan
+from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.params import stack_layers, unstack_layers
 from framepack_jax.packing import PackedContext, group_tokens
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
 
@@ -317,7 +318,7 @@ def test_what_does_not_fit_is_named(model, inputs) -> None:
 
 def test_layers_split_and_join(model) -> None:
     _, params = model
-    leaves = scan.unstack_layers(params, transformer.STACKS)
+    leaves = unstack_layers(params, transformer.STACKS)
     assert {"double/01/img_qkv/kernel", "single/00/mod/bias", "embed/patch/bias"} <= set(leaves)
-    again = scan.stack_layers(leaves, transformer.STACKS)
+    again = stack_layers(leaves, transformer.STACKS)
     jax.tree.map(np.testing.assert_array_equal, again, params)

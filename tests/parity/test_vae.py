@@ -14,9 +14,9 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from flax.traverse_util import unflatten_dict
 
-from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.vae import Tiling, VaeConfig
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops import conv
 from tests.fixtures.torch_reference import randomize, relative_error, to_jax
 
@@ -268,7 +268,7 @@ def test_still_clip_repeats_the_latent_of_its_image(small):
 
 def test_half_precision_stays_close_and_keeps_its_dtype(small):
     cfg, params, _ = small
-    half = scan.cast(params, jnp.bfloat16)
+    half = cast_params(params, jnp.bfloat16)
     latents = ours(sample((1, cfg.latent_channels, 3, 2, 3)))
     video = vae.decode(cfg, half, latents.astype(jnp.bfloat16))
     assert video.dtype == jnp.bfloat16

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
+from framepack_jax.models.params import Params
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
@@ -49,7 +51,7 @@ class ClipConfig:
     eos_token_id: int = LEGACY_EOS
 
 
-def pooled(cfg: ClipConfig, params: scan.Params, ids: jax.Array) -> jax.Array:
+def pooled(cfg: ClipConfig, params: Params, ids: jax.Array) -> jax.Array:
     """Token ids (B, L), L at most `max_tokens` -> the final state at the end of text (B, D).
 
     Attention is causal, so the padding behind the end of text cannot be seen from there and needs
@@ -59,7 +61,7 @@ def pooled(cfg: ClipConfig, params: scan.Params, ids: jax.Array) -> jax.Array:
     x = params["token_embedding"]["embedding"][ids] + positions[None, :, :]
     x = scan.run(EncoderBlock(cfg), params["layers"], x, True)
     x = x[jnp.arange(ids.shape[0]), end_of_text(cfg, ids)]
-    return layer_norm(cfg).apply({"params": scan.cast(params["final_norm"], x.dtype)}, x)
+    return layer_norm(cfg).apply({"params": cast_params(params["final_norm"], x.dtype)}, x)
 
 
 def end_of_text(cfg: ClipConfig, ids: jax.Array) -> jax.Array:
@@ -70,7 +72,7 @@ def end_of_text(cfg: ClipConfig, ids: jax.Array) -> jax.Array:
     return jnp.argmax(ids == cfg.eos_token_id, axis=-1)
 
 
-def init(cfg: ClipConfig, key: jax.Array) -> scan.Params:
+def init(cfg: ClipConfig, key: jax.Array) -> Params:
     """Random parameters, layers stacked."""
     token, position, layers, norm = jax.random.split(key, 4)
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))

@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from framepack_jax.models import scan
+from framepack_jax.models.params import Params
 from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.ops.attention import attend
 
@@ -48,9 +49,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
 
 
-def hidden_states(
-    cfg: LlamaConfig, params: scan.Params, ids: jax.Array, valid: jax.Array
-) -> jax.Array:
+def hidden_states(cfg: LlamaConfig, params: Params, ids: jax.Array, valid: jax.Array) -> jax.Array:
     """Token ids (B, L) -> states (B, L, D) after all blocks, not normalised.
 
     `valid` (B, L) is True where a token counts, a prefix; rows behind it are meaningless. Computes
@@ -60,7 +59,7 @@ def hidden_states(
 
 
 def hidden_states_of_each(
-    cfg: LlamaConfig, params: scan.Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
+    cfg: LlamaConfig, params: Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
 ) -> list[jax.Array]:
     """`hidden_states` for several (ids, valid), each as if it were alone; of layers that are not on
     the device, each is brought once."""
@@ -69,7 +68,7 @@ def hidden_states_of_each(
     return scan.run_each(Block(cfg), params["layers"], each)
 
 
-def init(cfg: LlamaConfig, key: jax.Array) -> scan.Params:
+def init(cfg: LlamaConfig, key: jax.Array) -> Params:
     """Random parameters, layers stacked."""
     embed, layers = jax.random.split(key)
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))

@@ -15,6 +15,8 @@ from einops import rearrange
 
 from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
+from framepack_jax.models.params import Params
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
@@ -54,7 +56,7 @@ class SiglipConfig:
         return self.image_size // self.patch_size
 
 
-def hidden_states(cfg: SiglipConfig, params: scan.Params, pixels: jax.Array) -> jax.Array:
+def hidden_states(cfg: SiglipConfig, params: Params, pixels: jax.Array) -> jax.Array:
     """Normalised pixels (B, H, W, C) -> states (B, L, D) after the final norm, in pixels' dtype.
 
     Raises ValueError where the image is not of the config's size.
@@ -67,14 +69,14 @@ def hidden_states(cfg: SiglipConfig, params: scan.Params, pixels: jax.Array) -> 
         pixels[:, :whole, :whole],
         "b (h ph) (w pw) c -> b (h w) (ph pw c)", ph=cfg.patch_size, pw=cfg.patch_size,
     )  # fmt: skip
-    outer = scan.cast({k: v for k, v in params.items() if k not in STACKS}, pixels.dtype)
+    outer = cast_params({k: v for k, v in params.items() if k not in STACKS}, pixels.dtype)
     x = nn.Dense(cfg.width).apply({"params": outer["patch"]}, patches)
     x += outer["position_embedding"]["embedding"][None, :, :]
     x = scan.run(EncoderBlock(cfg), params["layers"], x, False)
     return layer_norm(cfg).apply({"params": outer["final_norm"]}, x)
 
 
-def init(cfg: SiglipConfig, key: jax.Array) -> scan.Params:
+def init(cfg: SiglipConfig, key: jax.Array) -> Params:
     """Random parameters, layers stacked."""
     patch, position, layers, norm = jax.random.split(key, 4)
     pixels = jnp.zeros((1, 1, cfg.patch_size**2 * cfg.channels))

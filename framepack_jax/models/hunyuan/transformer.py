@@ -27,7 +27,9 @@ from einops import rearrange, reduce
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from framepack_jax.models import scan
+from framepack_jax.models import lora_layers, offload, scan
+from framepack_jax.models.params import Params
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops.attention import attend, to_heads, to_tokens
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
 from framepack_jax.packing import PackedContext, kernel_shape, parse
@@ -117,7 +119,7 @@ class Tokens(NamedTuple):
 
 def velocity(
     cfg: TransformerConfig,
-    params: scan.Params,
+    params: Params,
     x: jax.Array,
     sigma: jax.Array,
     context: PackedContext,
@@ -137,7 +139,7 @@ def velocity(
 
 def embed(
     cfg: TransformerConfig,
-    params: scan.Params,
+    params: Params,
     x: jax.Array,
     sigma: jax.Array,
     context: PackedContext,
@@ -154,21 +156,21 @@ def embed(
 def _embed(
     cfg: TransformerConfig,
     dtype: Any,
-    params: scan.Params,
+    params: Params,
     x: jax.Array,
     sigma: jax.Array,
     context: PackedContext,
     conditions: Conditions,
 ) -> Tokens:
-    cast = scan.cast({"x": x, "context": context, "conditions": conditions}, dtype)
+    cast = cast_params({"x": x, "context": context, "conditions": conditions}, dtype)
     # The embedding of context is no Dense layer, so low-rank factors go into its kernel.
     embedders = {
-        name: scan.merged_kernels(leaves) if name.startswith("context_") else leaves
+        name: lora_layers.merge_kernel(leaves) if name.startswith("context_") else leaves
         for name, leaves in params["embed"].items()
     }
-    with scan.lora_interceptor():
+    with lora_layers.lora_interceptor():
         img, image, text, vec, text_vec = Embed(cfg).apply(
-            {"params": scan.cast(embedders, dtype)},
+            {"params": cast_params(embedders, dtype)},
             cast["x"], sigma, cast["context"], cast["conditions"], conditions.guidance,
         )  # fmt: skip
     valid = conditions.text_valid
@@ -181,22 +183,22 @@ def _embed(
     return Tokens(_divided(img), _divided(txt), vec, _rope(cfg, x.shape, context), valid)
 
 
-def block_input(cfg: TransformerConfig, params: scan.Params, tokens: Tokens) -> jax.Array:
+def block_input(cfg: TransformerConfig, params: Params, tokens: Tokens) -> jax.Array:
     """What the first double block projects of the image: its modulated norm (B, L_img, D)."""
-    modulation = scan.at(params["double"], 0, parts=["img_mod"])
+    modulation = scan.get_layer(params["double"], 0, parts=["img_mod"])
     return _block_input(cfg, modulation, tokens.img, tokens.vec)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _block_input(
-    cfg: TransformerConfig, modulation: scan.Params, img: jax.Array, vec: jax.Array
+    cfg: TransformerConfig, modulation: Params, img: jax.Array, vec: jax.Array
 ) -> jax.Array:
-    modulation = scan.cast(modulation, img.dtype)
-    with scan.lora_interceptor():
+    modulation = cast_params(modulation, img.dtype)
+    with lora_layers.lora_interceptor():
         return BlockInput(cfg).apply({"params": modulation}, img, vec)
 
 
-def first_block(cfg: TransformerConfig, params: scan.Params, tokens: Tokens) -> Tokens:
+def first_block(cfg: TransformerConfig, params: Params, tokens: Tokens) -> Tokens:
     """The tokens after the first double block."""
     img, txt, *inputs = tokens
     img, txt = scan.run(DoubleBlock(cfg), params["double"], (img, txt), *inputs, layers=slice(0, 1))
@@ -204,7 +206,7 @@ def first_block(cfg: TransformerConfig, params: scan.Params, tokens: Tokens) -> 
 
 
 def run_blocks(
-    cfg: TransformerConfig, params: scan.Params, tokens: Tokens, first: int = 0, remat: str = "none"
+    cfg: TransformerConfig, params: Params, tokens: Tokens, first: int = 0, remat: str = "none"
 ) -> jax.Array:
     """Image tokens (B, L_img, D) after all double and single blocks.
 
@@ -225,7 +227,7 @@ def _joined(img: jax.Array, txt: jax.Array) -> jax.Array:
 
 def head(
     cfg: TransformerConfig,
-    params: scan.Params,
+    params: Params,
     img: jax.Array,
     vec: jax.Array,
     shape: tuple[int, ...],
@@ -238,13 +240,13 @@ def head(
 def _head(
     cfg: TransformerConfig,
     shape: tuple[int, ...],
-    params: scan.Params,
+    params: Params,
     img: jax.Array,
     vec: jax.Array,
 ) -> jax.Array:
     _, t, h, w, _ = shape
     tokens = img[:, -t * (h // 2) * (w // 2) :]
-    with scan.lora_interceptor():
+    with lora_layers.lora_interceptor():
         out = Head(cfg).apply({"params": params}, tokens, vec)
     return rearrange(
         out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
@@ -257,13 +259,13 @@ class Program(NamedTuple):
 
     name: str
     runs: int
-    weights: scan.Params
+    weights: Params
     lower: Callable[[], jax.stages.Lowered]
 
 
 def programs(
     cfg: TransformerConfig,
-    params: scan.Params,
+    params: Params,
     x: jax.ShapeDtypeStruct,
     sigma: jax.ShapeDtypeStruct,
     context: PackedContext,
@@ -278,7 +280,7 @@ def programs(
         where = NamedSharding(mesh, fitting(axes or (None,) * len(x.shape), x.shape, mesh))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    def layer(part: str) -> scan.Params:
+    def layer(part: str) -> Params:
         def first(p: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             where = NamedSharding(mesh, PartitionSpec(*p.sharding.spec[1:]))
             return jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=where)
@@ -300,11 +302,11 @@ def programs(
     return [
         Program(
             "double block", cfg.double_layers, double,
-            functools.partial(scan.lower, DoubleBlock(cfg), double, (img, txt), *inputs),
+            functools.partial(offload.lower_layer, DoubleBlock(cfg), double, (img, txt), *inputs),
         ),
         Program(
             "single block", cfg.single_layers, single,
-            functools.partial(scan.lower, SingleBlock(cfg), single, both, *inputs),
+            functools.partial(offload.lower_layer, SingleBlock(cfg), single, both, *inputs),
         ),
         Program("embedding", 1, small, functools.partial(_embed.lower, cfg, dtype, *embedded)),
         Program(
@@ -372,7 +374,7 @@ def _rope(cfg: TransformerConfig, shape: tuple[int, ...], context: PackedContext
     return cos, sin
 
 
-def init(cfg: TransformerConfig, key: jax.Array) -> scan.Params:
+def init(cfg: TransformerConfig, key: jax.Array) -> Params:
     """Random parameters, layers stacked."""
     keys = dict(zip(("embed", "head", *STACKS), jax.random.split(key, 5), strict=True))
     kernels = cfg.context_kernels
@@ -386,7 +388,7 @@ def init(cfg: TransformerConfig, key: jax.Array) -> scan.Params:
     tokens, vec = jnp.zeros((1, 1, cfg.width)), jnp.zeros((1, cfg.width))
     rope = rope_table(index, 1, 1, cfg.rope_axes, cfg.rope_theta)
 
-    def layers(name: str, block: nn.Module, *args: Any) -> scan.Params:
+    def layers(name: str, block: nn.Module, *args: Any) -> Params:
         return scan.init(block, keys[name], getattr(cfg, STACKS[name]), *args)
 
     return {

@@ -22,7 +22,8 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from framepack_jax.models import scan
+from framepack_jax.models.params import Params
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops.attention import attend
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.parallel.sharding import BATCH, constrain
@@ -93,7 +94,7 @@ class Tiling:
     stride: int | None = None
 
 
-def init(cfg: VaeConfig, key: jax.Array) -> scan.Params:
+def init(cfg: VaeConfig, key: jax.Array) -> Params:
     """Random parameters, {"encoder": ..., "decoder": ...}; kernels are scaled by their inputs."""
     side = cfg.space_compression
     video = jnp.zeros((1, 1, side, side, cfg.in_channels))
@@ -116,7 +117,7 @@ def init(cfg: VaeConfig, key: jax.Array) -> scan.Params:
 
 
 def encode(
-    cfg: VaeConfig, params: scan.Params, video: jax.Array, tiling: Tiling = Tiling()
+    cfg: VaeConfig, params: Params, video: jax.Array, tiling: Tiling = Tiling()
 ) -> tuple[jax.Array, jax.Array]:
     """Video (B, T, H, W, C) in [-1, 1] -> mean and log variance of its latents, not scaled.
 
@@ -132,7 +133,7 @@ def encode(
 
 
 def decode(
-    cfg: VaeConfig, params: scan.Params, latents: jax.Array, tiling: Tiling = Tiling()
+    cfg: VaeConfig, params: Params, latents: jax.Array, tiling: Tiling = Tiling()
 ) -> jax.Array:
     """Latents (B, T, H, W, C), not scaled -> video (B, 1 + (T - 1) time_compression,
     H space_compression, W space_compression, out_channels), about [-1, 1] and not clipped, in the
@@ -145,14 +146,14 @@ def decode(
 
 # Compiled once for each shape of tile, of which even a long video has few.
 @functools.partial(jax.jit, static_argnames="cfg")
-def _encode(cfg: VaeConfig, params: scan.Params, video: jax.Array) -> jax.Array:
-    params = scan.cast(params, video.dtype)
+def _encode(cfg: VaeConfig, params: Params, video: jax.Array) -> jax.Array:
+    params = cast_params(params, video.dtype)
     return Encoder(cfg).apply({"params": params}, constrain(video, BATCH, None, ROWS, None, None))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _decode(cfg: VaeConfig, params: scan.Params, latents: jax.Array) -> jax.Array:
-    params = scan.cast(params, latents.dtype)
+def _decode(cfg: VaeConfig, params: Params, latents: jax.Array) -> jax.Array:
+    params = cast_params(params, latents.dtype)
     latents = constrain(latents, BATCH, None, ROWS, None, None)
     video = Decoder(cfg).apply({"params": params}, latents)
     return constrain(video, BATCH, None, ROWS, None, None)

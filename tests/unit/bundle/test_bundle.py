@@ -12,8 +12,9 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError, Manifest, Role, loader, writer
-from framepack_jax.models import registry, scan
+from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip
+from framepack_jax.models.params import unstack_layers
 from framepack_jax.parallel import sharding
 
 CFG = clip.ClipConfig(vocab_size=7, width=4, layers=3, heads=2, mlp_width=6, max_tokens=5)
@@ -69,7 +70,7 @@ def test_many_small_writes_are_one_checkpoint(tmp_path, monkeypatch) -> None:
     written = bundle.write_params(tmp_path / "text_encoder_2", leaves().items())
     assert written.bytes == sum(leaf.nbytes for leaf in leaves().values())
     params = bundle.load_params(tmp_path, manifest(), "text_encoder_2")
-    assert scan.unstack_layers(params, clip.STACKS).keys() == leaves().keys()
+    assert unstack_layers(params, clip.STACKS).keys() == leaves().keys()
 
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 1}])

@@ -23,7 +23,7 @@ from framepack_jax import bundle
 from framepack_jax.data.loader import DataConfig as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
-from framepack_jax.models import lora, scan
+from framepack_jax.models import lora, lora_layers, quantization, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
 from framepack_jax.training import (
@@ -290,7 +290,9 @@ def test_adapters_merged_are_adapters_applied(batches) -> None:
     params = perturbed(begun.params)
     applied = values(cfg, batches[0], params, frozen)
     merged = lora.merge(state.merge_params(params, frozen, state.factor_scale(cfg)))
-    assert not any(path[-1] in (scan.LORA_A, scan.LORA_B) for path in flatten_dict(merged))
+    assert not any(
+        path[-1] in (lora_layers.LORA_A, lora_layers.LORA_B) for path in flatten_dict(merged)
+    )
     assert abs(applied - values(BASE, batches[0], merged, {})) < 1e-5 * applied
     assert abs(applied - values(BASE, batches[0], frozen, {})) > 1e-3
     attached = lora.attach(frozen, state.to_lora(cfg, params))
@@ -633,7 +635,7 @@ def test_every_optimizer_does_on_eight_devices_what_it_does_on_one(tmp_path) -> 
         assert error < most[name], (name, error)
 
 
-@pytest.mark.parametrize("dtype", scan.QUANTIZED)
+@pytest.mark.parametrize("dtype", quantization.QUANTIZED)
 def test_quantized_weights_are_not_trained(monkeypatch, dtype) -> None:
     monkeypatch.setattr(bundle, "stored_dtypes", lambda *_: {"a": "bfloat16", "b": dtype})
     with pytest.raises(ValueError, match=f"bundle made keeps its transformer in {dtype}"):
