@@ -22,9 +22,9 @@ import tyro
 
 from framepack_jax import bundle, packing
 from framepack_jax.data.batch import Batch
-from framepack_jax.data.loader import conditions_of, latent_sample, make_meta
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip
+from framepack_jax.data.samples import conditions_of, latent_sample, make_meta
 from framepack_jax.evaluation.drift import estimate
 from framepack_jax.toy import world
 from framepack_jax.training import flow_matching, state

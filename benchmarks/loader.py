@@ -21,6 +21,7 @@ import tyro
 
 from framepack_jax import packing
 from framepack_jax.data import loader, records
+from framepack_jax.data.config import DataConfig
 from framepack_jax.data.records import BFLOAT16, Clip, Index, Record
 
 SIZES = {"full": ((480, 832), 4096, 768, 1152, 729), "toy": ((64, 80), 32, 24, 24, 9)}
@@ -91,7 +92,7 @@ def write(folder: Path, flags: Config) -> int:
 
 def measure(folder: Path, flags: Config) -> dict[str, float]:
     """Batches for some seconds, after one that opens the files."""
-    cfg = loader.DataConfig(path=str(folder), threads=flags.threads)
+    cfg = DataConfig(path=str(folder), threads=flags.threads)
     schedule = packing.RELEASED_INVERTED
     batches = loader.open_loader(cfg, schedule, "inverted", flags.batch)
     first = next(batches)

@@ -9,7 +9,7 @@ Expect:   the loss of a released model begins near its floor and moves little: w
           videos, and context/*_other, which must stay above 0. No full run has been made so far.
 """
 
-from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
     OptimizerConfig,
@@ -22,7 +22,7 @@ def get_config() -> TrainConfig:
     """As for the inverted model; history noise, as sections read what was sampled before."""
     return TrainConfig(
         bundle="framepack_f1",
-        data=loader.DataConfig(holdout=32, caption_dropout=0.1),
+        data=DataConfig(holdout=32, caption_dropout=0.1),
         batch=32,
         steps=10_000,
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=500),

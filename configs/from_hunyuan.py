@@ -14,7 +14,7 @@ Expect:   context embeddings begin as copies of the patch embedding, so that the
           begin from that bundle. How many steps a good model takes is not known.
 """
 
-from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
     OptimizerConfig,
@@ -28,7 +28,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         bundle="framepack_i2v",
         schedule="f1k1_x_g9_f1k1f2k2f16k4_td",
-        data=loader.DataConfig(holdout=64, caption_dropout=0.1, sections="random"),
+        data=DataConfig(holdout=64, caption_dropout=0.1, sections="random"),
         batch=64,
         steps=100_000,
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=1000),

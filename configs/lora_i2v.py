@@ -11,7 +11,7 @@ Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora 
           at this size.
 """
 
-from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
     LoRAConfig,
@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
     """All linear layers of the blocks but the modulations, rank 32."""
     return TrainConfig(
         bundle="framepack_i2v",
-        data=loader.DataConfig(holdout=8),
+        data=DataConfig(holdout=8),
         trainable="lora",
         lora=LoRAConfig(rank=32, alpha=32.0),
         batch=64,

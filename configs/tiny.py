@@ -8,7 +8,7 @@ Hardware: two CPU cores; a step takes about 1.2 s there. With --clips 16, --data
           --validation.samples 8 and --steps 20 all three are a try of two minutes.
 """
 
-from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
     OptimizerConfig,
@@ -28,7 +28,7 @@ def get_config() -> TrainConfig:
             "heads": 4, "head_dim": 32, "double_layers": 2, "single_layers": 4,
             "refiner_layers": 1, "rope_axes": (8, 12, 12),
         },
-        data=loader.DataConfig(path="outputs/dataset", holdout=64),
+        data=DataConfig(path="outputs/dataset", holdout=64),
         batch=8,
         steps=500,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, schedule="cosine"),

@@ -15,7 +15,7 @@ Result:   docs/training.md, "The tiny bundle": the first learns from many small 
 """
 
 from framepack_jax import packing
-from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
     NoiseSchedule,
@@ -31,7 +31,7 @@ def get_config() -> TrainConfig:
         bundle="outputs/world/vae/bundle",
         output="outputs/world/f1",
         init="outputs/world/sketch",
-        data=loader.DataConfig(
+        data=DataConfig(
             path="outputs/world/dataset", holdout=32, sections="random", caption_dropout=0.1,
             text_tokens=48,
         ),

@@ -21,8 +21,8 @@ from framepack_jax.data import build, clip_cache, filters, ray_backend
 from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.clip_cache import CachedVideo
 from framepack_jax.data.filters import Cut, FilterSettings, Thresholds
+from framepack_jax.data.fingerprint import made_by
 from framepack_jax.data.listing import Listing, list_videos
-from framepack_jax.data.loader import made_by
 from framepack_jax.data.precompute import TILING, Encoder
 from framepack_jax.data.records import INDEX, DatasetError, Index
 from framepack_jax.packing.buckets import BUCKETS_480P

@@ -120,6 +120,11 @@ class Index:
     def clips(self) -> int:
         return sum(len(shard.lengths) for shard in self.shards)
 
+    @functools.cached_property
+    def record_buckets(self) -> list[tuple[int, int]]:
+        """Bucket of each record."""
+        return [(s.height, s.width) for s in self.shards for _ in s.lengths]
+
     @property
     def buckets(self) -> list[tuple[int, int]]:
         """Buckets that occur, in pixels, by growing height."""

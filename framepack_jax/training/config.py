@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 
 MOST_STEPS = 10**9
 
@@ -117,7 +117,7 @@ class TrainConfig:
     the parameters of another run under a new data order."""
     network: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Sizes of the transformer that differ from the bundle's, where it begins from scratch."""
-    data: loader.DataConfig = dataclasses.field(default_factory=loader.DataConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     schedule: str | None = None
     """Packing schedule to train for; default: the bundle's."""
     trainable: Literal["all", "context", "lora"] = "all"

@@ -27,6 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing, video
+from framepack_jax.data import fingerprint
 from framepack_jax.data import loader as loading
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.records import DatasetError
@@ -138,7 +139,7 @@ def train(
     loader = multihost.on_all_hosts(
         loading.open_loader, cfg.data, schedule, order, cfg.batch, share
     )
-    loading.check_bundle(loader.index, manifest)
+    fingerprint.check_bundle(loader.index, manifest)
     setup = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
     record = {
         "config": checkpoints.as_record(cfg),
@@ -249,7 +250,7 @@ def _check_init(cfg: TrainConfig, record: dict[str, Any], there: dict[str, Any])
 def _check_same_run(cfg: TrainConfig, record: dict[str, Any], old: dict[str, Any]) -> None:
     """Raise RunError or DatasetError where a run, of which `old` is the record, was begun with
     another configuration or data."""
-    loading.check_fingerprint(old["fingerprint"], record["fingerprint"])
+    fingerprint.check_fingerprint(old["fingerprint"], record["fingerprint"])
     then, now = old["config"], record["config"]
     names = [*FIXED, *(["ema"] if bool(then["ema"]) != bool(now["ema"]) else [])]
     if then["optimizer"]["name"] != now["optimizer"]["name"]:

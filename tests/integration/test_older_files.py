@@ -18,6 +18,7 @@ import pytest
 from framepack_jax import bundle, packing, video
 from framepack_jax.cli import prepare, sample
 from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 from framepack_jax.parallel import sharding
 from framepack_jax.training import export, trainer, vae
 from framepack_jax.training.config import (
@@ -90,9 +91,7 @@ def test_finished_video(older, capsys) -> None:
 
 def test_dataset(older) -> None:
     """Training reads the same samples in the same order."""
-    cfg = loader.DataConfig(
-        path="dataset", holdout=1, seed=5, sections="random", caption_dropout=0.5
-    )
+    cfg = DataConfig(path="dataset", holdout=1, seed=5, sections="random", caption_dropout=0.5)
     opened = loader.open_loader(cfg, INVERTED, packing.default_order(INVERTED), 2, (0, 1))
     expected = json.loads(Path("expected/samples.json").read_text())
     for batch, digests in zip(itertools.islice(opened, len(expected)), expected, strict=True):
@@ -144,7 +143,7 @@ def test_training(older) -> None:
         network={"heads": 1, "double_layers": 1, "single_layers": 1, "refiner_layers": 1,
                  "mlp_ratio": 2.0},
         schedule=INVERTED,
-        data=loader.DataConfig(path="dataset", holdout=1, sections="random", caption_dropout=0.1),
+        data=DataConfig(path="dataset", holdout=1, sections="random", caption_dropout=0.1),
         batch=2, grad_accum_steps=2, steps=6, seed=3,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, schedule="cosine"),
         noise_schedule=NoiseSchedule(distribution="uniform", shift=1.0),
@@ -161,7 +160,7 @@ def test_training(older) -> None:
 def test_training_of_lora(older) -> None:
     cfg = TrainConfig(
         bundle="bundle", output="lora", trainable="lora", lora=LoRAConfig(rank=1, alpha=2.0),
-        schedule=INVERTED, data=loader.DataConfig(path="dataset", holdout=1), batch=2, steps=6,
+        schedule=INVERTED, data=DataConfig(path="dataset", holdout=1), batch=2, steps=6,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         dtype="float32", remat="none",
         validation=ValidationConfig(every=0), checkpoints=CheckpointConfig(every=3, keep=1),

@@ -29,6 +29,7 @@ from framepack_jax.data import (
     build,
     clip_cache,
     filters,
+    fingerprint,
     listing,
     loader,
     pixel_batch,
@@ -36,6 +37,7 @@ from framepack_jax.data import (
     ray_backend,
     records,
 )
+from framepack_jax.data.config import DataConfig
 from framepack_jax.data.filters import FilterSettings, Rejected, Thresholds
 from framepack_jax.data.records import DatasetError, Record, VideoSource
 from framepack_jax.toy import world
@@ -734,7 +736,7 @@ def test_records_are_what_sampling_encodes(real) -> None:
     index = records.read_index(real / "whole")
     record = VideoSource(real / "whole", index.shards)[0]
     manifest = bundle.read_manifest(bundle.resolve("random"))
-    loader.check_bundle(index, manifest)
+    fingerprint.check_bundle(index, manifest)
     encoder = precompute.Encoder.load(bundle.resolve("random"), manifest, pixels=False)
     file = Path(record.clip.source)
     frames = np.stack(list(video.read_frames(real / "videos" / file, 30)))[: record.clip.frames]
@@ -764,7 +766,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     output = tmp_path / "pixels"
     run(real / "videos", output, "--mode", "pixels")
     schedule = "f1k1_x_g2_f1k1f2k2f16k4_td"
-    opened = loader.open_loader(loader.DataConfig(path=str(output)), schedule, "inverted", 4)
+    opened = loader.open_loader(DataConfig(path=str(output)), schedule, "inverted", 4)
     batch = next(opened)
     assert isinstance(batch, pixel_batch.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
     source = VideoSource(output, opened.index.shards)
@@ -802,14 +804,14 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
             r"5 of the 5 videos of .* missing or changed: .*0\.mp4 \(No such file.* and 1 more"
         )
         with pytest.raises(DatasetError, match=missing):
-            loader.open_loader(loader.DataConfig(path=str(output)), schedule, "inverted", 4)
+            loader.open_loader(DataConfig(path=str(output)), schedule, "inverted", 4)
         for number in (0, 1, 2, 4):
             name = f"{number}.mp4"
             shutil.copy(real / "videos" / "moved" / name, real / "videos")
         (real / "videos" / "3.mp4").write_bytes(b"another")
         changed = r"1 of the 5 videos of .*3\.mp4 \(7 bytes, \d+ when it was prepared\); put them"
         with pytest.raises(DatasetError, match=changed):
-            loader.open_loader(loader.DataConfig(path=str(output)), schedule, "inverted", 4)
+            loader.open_loader(DataConfig(path=str(output)), schedule, "inverted", 4)
     finally:
         for file in (real / "videos" / "moved").glob("*.mp4"):
             file.replace(real / "videos" / file.name)

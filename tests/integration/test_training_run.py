@@ -24,7 +24,8 @@ from safetensors.numpy import load_file
 from framepack_jax import FramePack, bundle, video
 from framepack_jax.cli import common, convert, export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
-from framepack_jax.data import loader, records
+from framepack_jax.data import holdout, loader, records
+from framepack_jax.data.config import DataConfig
 from framepack_jax.data.records import read_index
 from framepack_jax.models import lora
 from framepack_jax.parallel import sharding
@@ -41,7 +42,7 @@ from tests.fixtures.torch_reference import relative_error
 from tests.fixtures.training_data import damage, write_dataset
 
 CONFIG = """
-from framepack_jax.data import loader
+from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig, LoRAConfig, OptimizerConfig, TrainConfig, ValidationConfig,
 )
@@ -51,7 +52,7 @@ def get_config():
         bundle="random", init="scratch",
         network={"double_layers": 1, "single_layers": 1, "refiner_layers": 1},
         schedule="f1k1_x_g2_f1k1f2k2f16k4_td",
-        data=loader.DataConfig(holdout=2),
+        data=DataConfig(holdout=2),
         batch=4, steps=12, dtype="float32", remat="none", ema=0.9,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3),
         lora=LoRAConfig(rank=2, alpha=4.0),
@@ -159,7 +160,7 @@ def damaged(place, whole):
     number in the dataset."""
     folder = place / "damaged"
     made = write_dataset(folder, {(32, 48): (7, 9, 5, 5, 7, 3)})
-    held = set(loader.split(read_index(folder), 2)[1])
+    held = set(holdout.split(read_index(folder), 2)[1])
     number = min(set(range(6)) - held)
     damage(folder, made[number])
     output = place / "damaged_whole"
@@ -561,7 +562,7 @@ def check_velocities(run: Path, dataset: Path) -> None:
     base = FramePack.load(bundle.resolve("random"), dtype=cfg.dtype)
     adapted = base.with_lora(conversion_lora.read(Path(lora.file_of(run)), model.cfg).lora)
     trained = state.merge_params(factors, base.transformer.params, state.factor_scale(cfg))
-    batch = next(loader.open_loader(loader.DataConfig(str(dataset)), cfg.schedule, "inverted", 2))
+    batch = next(loader.open_loader(DataConfig(str(dataset)), cfg.schedule, "inverted", 2))
     noise = np.random.default_rng(0).standard_normal(batch.target.shape).astype(np.float32)
     given = batch.conditions
     conditions = model.spec.conditions(

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from framepack_jax import bundle, packing, video
-from framepack_jax.data import checks, loader, pixel_batch, records
+from framepack_jax.data import checks, fingerprint, holdout, pixel_batch, records
 from framepack_jax.data.batch import LOST
-from framepack_jax.data.loader import DataConfig, DatasetError, open_loader
-from framepack_jax.data.records import Index
+from framepack_jax.data.config import DataConfig
+from framepack_jax.data.loader import open_loader
+from framepack_jax.data.records import DatasetError, Index
 from framepack_jax.packing import Timeline
 from tests.fixtures.training_data import SIZES, damage, random_record, write_dataset
 
@@ -158,7 +159,7 @@ def test_windows_are_drawn_for_each_batch(dataset) -> None:
     with pytest.raises(DatasetError, match="a section of 6"):
         take(folder, 0, windows=(1, 6))
     with pytest.raises(DatasetError, match="windows = "):
-        loader.check_fingerprint(opened.fingerprint, take(folder, 0)[0].fingerprint)
+        fingerprint.check_fingerprint(opened.fingerprint, take(folder, 0)[0].fingerprint)
 
 
 def test_every_clip_of_every_epoch_and_one_bucket_a_batch(dataset) -> None:
@@ -259,7 +260,7 @@ def test_held_out_videos_stay_when_a_dataset_grows() -> None:
 
     def held(videos: list[str]) -> set[str]:
         shard = records.Shard("a", 32, 48, (3,) * len(videos), tuple(videos))
-        trained, kept = loader.split(Index("latents", (shard,), {}, 30.0, 4, 8, 16), 10)
+        trained, kept = holdout.split(Index("latents", (shard,), {}, 30.0, 4, 8, 16), 10)
         assert sorted(trained + kept) == list(range(len(videos))) and len(kept) == 10
         return {videos[number] for number in kept}
 
@@ -311,12 +312,12 @@ def test_abstract_batches_are_the_real_ones(dataset) -> None:
 def test_another_order_is_refused(dataset) -> None:
     folder, _ = dataset
     old, _ = take(folder, 0)
-    loader.check_fingerprint(json.loads(json.dumps(old.fingerprint)), old.fingerprint)
+    fingerprint.check_fingerprint(json.loads(json.dumps(old.fingerprint)), old.fingerprint)
     changes = {"batch": {"batch": 8}, "seed": {"seed": 1}, "holdout": {"holdout": 2}}
     for name, options in changes.items():
         new, _ = take(folder, 0, **options)
         with pytest.raises(DatasetError, match=rf"{name} = .* then, .* now.*--init RUN@STEP"):
-            loader.check_fingerprint(old.fingerprint, new.fingerprint)
+            fingerprint.check_fingerprint(old.fingerprint, new.fingerprint)
 
 
 def test_a_dataset_made_otherwise_is_refused_on_resume(tmp_path) -> None:
@@ -327,23 +328,23 @@ def test_a_dataset_made_otherwise_is_refused_on_resume(tmp_path) -> None:
         made = index.fingerprint | {name: "another"}
         records.write_index(tmp_path, dataclasses.replace(index, fingerprint=made))
         with pytest.raises(DatasetError, match=f"made by {name}"):
-            loader.check_fingerprint(old.fingerprint, take(tmp_path, 0)[0].fingerprint)
+            fingerprint.check_fingerprint(old.fingerprint, take(tmp_path, 0)[0].fingerprint)
     write_dataset(tmp_path, SIZES | {(32, 48): (7, 4, 9, 5, 4)})
-    with pytest.raises(DatasetError, match="records: Source"):
-        loader.check_fingerprint(old.fingerprint, take(tmp_path, 0)[0].fingerprint)
+    with pytest.raises(DatasetError, match="records = 'Source"):
+        fingerprint.check_fingerprint(old.fingerprint, take(tmp_path, 0)[0].fingerprint)
 
 
 def test_a_dataset_of_another_bundle_is_refused(dataset) -> None:
     folder, _ = dataset
     index, manifest = records.read_index(folder), bundle.read_manifest(bundle.resolve("random"))
-    loader.check_bundle(index, manifest)
+    fingerprint.check_bundle(index, manifest)
     role = manifest.roles["vae"]
     other = dataclasses.replace(role, source=role.source | {"sha256": "0"})
     roles = manifest.roles | {"vae": other}
     with pytest.raises(DatasetError, match="made by another bundle: vae differ"):
-        loader.check_bundle(index, dataclasses.replace(manifest, roles=roles))
+        fingerprint.check_bundle(index, dataclasses.replace(manifest, roles=roles))
     with pytest.raises(DatasetError, match="prompt_template differ"):
-        loader.check_bundle(index, dataclasses.replace(manifest, prompt_template="{}"))
+        fingerprint.check_bundle(index, dataclasses.replace(manifest, prompt_template="{}"))
 
 
 def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
@@ -434,7 +435,7 @@ def test_a_bucket_of_one_clip_that_cannot_be_read_is_named_before_training(tmp_p
     opened, _ = take(tmp_path, 0)
     named = (
         r"48x32-00000\.arrayrecord, record 0, cannot be read .*; it is the only clip of bucket"
-        r" 48x32, which has nothing to train on\. Mend a clip of this bucket, or prepare"
+        r" 48x32, which has nothing to train on\. Repair a clip of this bucket, or prepare"
     )
     with pytest.raises(DatasetError, match=named):
         opened.check_buckets()

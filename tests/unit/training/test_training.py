@@ -20,7 +20,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from framepack_jax import bundle
-from framepack_jax.data.loader import DataConfig as Data
+from framepack_jax.data.config import DataConfig as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
 from framepack_jax.models import lora, lora_layers, quantization, scan

@@ -1,0 +1,59 @@
+"""Settings of the training data."""
+
+import dataclasses
+from typing import Literal
+
+from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+
+MIN_VALUES = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_records": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data of a training run."""
+
+    path: str = ""
+    """Folder of the dataset, written by framepack prepare."""
+    seed: int = 0
+    """Seed of the order of clips and of the choice of sections."""
+    holdout: int = 0
+    """Minimum number of clips to keep for validation. Whole videos are held out, chosen by their
+    names."""
+    caption_dropout: float = 0.0
+    """Fraction of samples whose caption is replaced by the empty prompt."""
+    sections: Literal["whole", "random"] = "whole"
+    """whole: use the full length of each clip. random: cut each clip to a random number of sections
+    first."""
+    windows: tuple[int, ...] = ()
+    """Latent windows to draw for each batch, uniformly; default: the window of the schedule.
+    Validation always uses the window of the schedule."""
+    text_tokens: int = MAX_PROMPT_TOKENS
+    """Length in tokens to which captions are padded. A smaller value saves work if all captions are
+    short, and changes nothing else."""
+    threads: int = 4
+    """Reader threads; more than 4 gain nothing for latents."""
+    buffer: int = 16
+    """Samples to read ahead. (The default of Grain, 500, takes 23 GB of latents.)"""
+    workers: int = 0
+    """Reader processes; they help only with raw videos, which are decoded in training."""
+    max_bad_records: int = 10
+    """Unreadable clips to tolerate: each is logged and replaced by another clip of its bucket. One
+    more ends the run with a checkpoint."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(
+                f"--data.caption-dropout {self.caption_dropout}: expected a fraction from 0 to 1"
+            )
+        if not 1 <= self.text_tokens <= MAX_PROMPT_TOKENS:
+            raise ValueError(
+                f"--data.text-tokens {self.text_tokens}: expected 1 to {MAX_PROMPT_TOKENS}"
+            )
+        if any(window < 1 for window in self.windows):
+            raise ValueError(f"--data.windows {self.windows}: expected latent frames, 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--data.seed {self.seed}: expected a whole number from 0 to 2^32 - 1")
+        for name, minimum in MIN_VALUES.items():
+            if getattr(self, name) < minimum:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--data.{flag} {getattr(self, name)}: expected {minimum} or more")

@@ -1,0 +1,47 @@
+"""Fingerprints: which networks made a dataset, and which samples a training run takes from it."""
+
+from typing import Any
+
+from framepack_jax.bundle import BundleError, Manifest
+from framepack_jax.data.records import DatasetError, Index
+from framepack_jax.utils.compare import differences, differing_fields
+from framepack_jax.utils.messages import shorten
+
+
+def made_by(manifest: Manifest, mode: str) -> dict[str, Any]:
+    """Return the parts of a bundle that determine the numbers of a dataset. Raises BundleError if
+    the bundle lacks one of the networks."""
+    roles = ["text_encoder", "text_encoder_2", "image_encoder"]
+    roles += ["vae"] if mode == "latents" else []
+    if lacking := [role for role in roles if role not in manifest.roles]:
+        raise BundleError(
+            f"the bundle has no {', '.join(lacking)}, which made the dataset; give the bundle that"
+            " it was prepared with"
+        )
+    return {
+        **{role: manifest.roles[role].source.get("sha256") for role in roles},
+        "prompt_template": manifest.prompt_template,
+        "latent_mean": list(manifest.latent_mean),
+        "latent_std": list(manifest.latent_std),
+    }
+
+
+def check_bundle(index: Index, manifest: Manifest) -> None:
+    """Raise DatasetError if a dataset was made by other networks than those of a bundle, and
+    BundleError if the bundle lacks them."""
+    recorded, current = index.fingerprint, made_by(manifest, index.mode)
+    if differing := differing_fields(recorded, current, [n for n in current if n in recorded]):
+        raise DatasetError(
+            f"the dataset was made by another bundle: {', '.join(differing)} differ; train with the"
+            " bundle that it was prepared with, or prepare it again with this one"
+        )
+
+
+def check_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise DatasetError if a run was started with another stream of samples."""
+    if differing := differences(old, new, old | new):
+        listed = shorten(differing, separator="; ")
+        raise DatasetError(
+            f"the samples are not those that the run was started with ({listed}); restore them, or"
+            " start another run from its parameters, in a new order: --init RUN@STEP --output NEW"
+        )

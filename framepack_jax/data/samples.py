@@ -1,0 +1,218 @@
+"""Read a training sample: one section of one clip.
+
+All that is random in a sample comes from its number in the stream, the element. The section is
+chosen with the sample, before it is decided which host reads it, and so is the record that replaces
+an unreadable one.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from framepack_jax import packing
+from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+from framepack_jax.data import holdout, pixel_batch, records
+from framepack_jax.data.batch import Batch, Conditions, Meta
+from framepack_jax.data.config import DataConfig
+from framepack_jax.data.pixel_batch import PixelBatch
+from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, VideoSource
+from framepack_jax.packing import Section, Timeline
+from framepack_jax.video import read_span
+
+# Seeds beside that of the data: these draws do not depend on the others.
+WINDOW_SEED = 2504
+REPLACEMENT_SEED = 16265
+MAX_TRIES = 16
+"""Records to try in place of an unreadable one, before the whole bucket counts as unreadable."""
+CHECK_SIZE = (8, 8)
+"""(height, width) of frames that are decoded only to check that they can be."""
+READ_ERRORS = (ValueError, OSError, RuntimeError)
+"""Exceptions that reading a record or its video raises."""
+
+
+def choose_section(
+    rng: np.random.Generator, schedule: str, order: str, length: int, random_length: bool
+) -> tuple[Section, int, int]:
+    """Draw (section, its number in order of generation, sections of its plan) for a clip of
+    `length` latent frames, the first of which is the start image."""
+    most = (length - 1) // packing.parse(schedule).window
+    sections = int(rng.integers(1, most + 1)) if random_length else most
+    number = int(rng.integers(sections))
+    return _plan(schedule, order, sections)[number], number, sections
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(schedule: str, order: str, sections: int) -> list[Section]:
+    return packing.plan(schedule, order, sections)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Read samples of a dataset by the number of their record, from any thread or process."""
+
+    folder: Path
+    index: Index
+    schedule: str
+    order: str
+    batch: int
+    cfg: DataConfig
+
+    @functools.cached_property
+    def schedules(self) -> tuple[str, ...]:
+        """Schedules that batches are drawn from: that of the run with each of the windows."""
+        run = packing.parse(self.schedule)
+        windows = sorted(set(self.cfg.windows)) or [run.window]
+        return tuple(str(run.with_window(window)) for window in windows)
+
+    def schedule_of(self, step: int) -> str:
+        """Return the schedule of a batch."""
+        draw = np.random.default_rng([self.cfg.seed, WINDOW_SEED, step])
+        return self.schedules[draw.integers(len(self.schedules))]
+
+    @functools.cached_property
+    def source(self) -> VideoSource:
+        return VideoSource(self.folder, self.index.shards)
+
+    @functools.cached_property
+    def empty(self) -> tuple[np.ndarray, np.ndarray]:
+        return records.read_empty(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Leave out the cached properties: open files cannot be sent to other processes.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def streams(self) -> dict[tuple[int, int], list[int]]:
+        """Numbers of the records to train on, by bucket."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for number in holdout.split(self.index, self.cfg.holdout)[0]:
+            found.setdefault(self.index.record_buckets[number], []).append(number)
+        return dict(sorted(found.items()))
+
+    def training(self, element: int, number: int) -> Batch | PixelBatch:
+        """Return sample `element` of the stream, from record `number`, without batch axis."""
+        return self.read_or_replace(element, number, self.schedule_of(element // self.batch))
+
+    def read_or_replace(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
+        """Return `read`, or the sample of another record of the bucket if that one is unreadable.
+
+        `element` alone decides which record replaces it. Raises DatasetError if none of up to
+        `MAX_TRIES` others can be read.
+        """
+        try:
+            return self.read(element, number, schedule)
+        except READ_ERRORS as error:
+            first = error
+        others = self._replacements(element, number)
+        for other in others:
+            with contextlib.suppress(*READ_ERRORS):
+                sample = self.read(element, other, schedule)
+                clip = np.asarray(-1 - number, np.int32)
+                return sample.replace(meta=sample.meta.replace(clip=clip))
+        height, width = self.index.record_buckets[number]
+        tried = f"nor can {len(others)} others" if others else "it is the only clip"
+        raise DatasetError(
+            f"{first}; {tried} of bucket {height}x{width}, which has nothing to train on. Repair a"
+            " clip of this bucket, or prepare the dataset again without its videos"
+        ) from first
+
+    def _replacements(self, element: int, number: int) -> list[int]:
+        rng = np.random.default_rng([self.cfg.seed, REPLACEMENT_SEED, element])
+        bucket = self.index.record_buckets[number]
+        shuffled = rng.permutation(self.streams[bucket]).tolist()
+        return [other for other in shuffled if other != number][:MAX_TRIES]
+
+    def read(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
+        """Return the sample of a record under a schedule; `element` seeds all that is random."""
+        rng = np.random.default_rng([self.cfg.seed, element])
+        record = self.source[number]
+        random_length = self.cfg.sections == "random"
+        section, made, sections = choose_section(
+            rng, schedule, self.order, self.length(record), random_length
+        )
+        if rng.random() < self.cfg.caption_dropout:
+            text, pooled = self.empty
+            record = record._replace(text=text, pooled=pooled)
+        conditions = conditions_of(record, self.cfg.text_tokens)
+        meta = make_meta(element, made, sections, number)
+        if self.index.mode == "latents":
+            return latent_sample(record, section, conditions, meta)
+        span = packing.span(schedule, self.order)
+        return self._pixel_sample(record, section, span, conditions, meta)
+
+    def read_video(self, number: int) -> None:
+        """Decode all frames of a clip of a dataset of mode pixels, as small pictures. Raises one of
+        READ_ERRORS."""
+        if self.index.mode == "pixels":
+            clip = self.source[number].clip
+            first = round(clip.start * self.index.fps)
+            read_span(self.folder / clip.source, self.index.fps, first, clip.frames, CHECK_SIZE)
+
+    def length(self, record: Record) -> int:
+        """Return the latent frames of a clip."""
+        return 1 + (record.clip.frames - 1) // self.index.time_compression
+
+    def _pixel_sample(
+        self, record: Record, section: Section, span: int, conditions: Conditions, meta: Meta
+    ) -> PixelBatch:
+        window = pixel_batch.window_of(section, self.length(record), span)
+        start_frame, frames = self._frames(record, window)
+        return PixelBatch(
+            start_frame=start_frame,
+            frames=frames,
+            target_at=pixel_batch.rows(section.targets, window),
+            reads_at=tuple(pixel_batch.rows(group.reads, window) for group in section.groups),
+            indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
+            target_indices=np.asarray(section.indices, np.int32),
+            kernels=tuple(group.kernel for group in section.groups),
+            conditions=conditions,
+            meta=meta,
+        )
+
+    def _frames(self, record: Record, window: pixel_batch.Window) -> tuple[np.ndarray, np.ndarray]:
+        """Decode the first frame (1, H, W, 3) of a clip and the frames of a window of it."""
+        clip, fps = record.clip, self.index.fps
+        path = self.folder / clip.source  # an absolute path stays itself
+        size, offset = (clip.height, clip.width), round(clip.start * fps)
+        first, count = window.frames(self.index.time_compression)
+        # A clip shorter than the window: its last frame is repeated.
+        available = min(count, clip.frames - first)
+        frames = read_span(path, fps, offset + first, available, size)
+        frames = np.concatenate([frames, np.repeat(frames[-1:], count - available, axis=0)])
+        start = frames[:1] if first == 0 else read_span(path, fps, offset, 1, size)
+        return start, frames
+
+
+def latent_sample(record: Record, section: Section, conditions: Conditions, meta: Meta) -> Batch:
+    """Cut the sample of a section out of a clip, without batch axis, as sampling reads its
+    timeline."""
+    assert record.latents is not None
+    timeline = Timeline.of(record.latents[None])
+    target, context = timeline.read(section.targets), packing.read_context(section, timeline)
+    target, context = jax.tree.map(lambda x: x[0], (target, context))
+    return Batch(target, context, conditions, meta)
+
+
+def make_meta(element: int, section: int, sections: int, clip: int) -> Meta:
+    """Return the numbers of a sample, without batch axis."""
+    return Meta(*(np.asarray(x, np.int32) for x in (element, section, sections, clip)))
+
+
+def conditions_of(record: Record, tokens: int = MAX_PROMPT_TOKENS) -> Conditions:
+    """Return the conditions of a clip, without batch axis, the text padded with zeros to `tokens`
+    rows. Raises DatasetError if the text is longer."""
+    count, width = record.text.shape
+    if count > tokens:
+        raise DatasetError(
+            f"clip {record.clip.id} has a caption of {count} tokens, more than --data.text-tokens"
+            f" {tokens}; give {count} or more"
+        )
+    text = np.zeros((tokens, width), BFLOAT16)
+    text[:count] = record.text
+    valid = np.arange(tokens) < count
+    return Conditions(text, valid, record.pooled, record.image)
