@@ -34,6 +34,7 @@ from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
 from framepack_jax.generation.request import Layout, Request, fit_images, make_layout
+from framepack_jax.jobs import sampling, spec
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.jobs.runner import Progress
 
@@ -112,12 +113,12 @@ def _in_a_process(config: Config, schedule: str) -> dict[str, Any]:
         command = [__file__, *flags, "--schedule", schedule, "--no-fresh", "--json", str(figures)]
         _run_python(command)
         result = json.loads(figures.read_text())["runs"][0]
-        short = _flags(config, schedule, 2, Path(folder) / "short")
-        command = [str(ROOT / "sample.py")]
-        for name in (*same, "schedule", "output"):
-            command += [f"--{name}", str(getattr(short, name))]
-        _run_python(command)
-        result["memory"] |= _memory(short.output)
+        short = Path(folder) / "short"
+        shorter = dataclasses.replace(config, sections=2)
+        command = [f for name in same for f in (f"--{name}", str(getattr(shorter, name)))]
+        command += ["--schedule", schedule, "--output", str(short)]
+        _run_python([str(ROOT / "sample.py"), *command])
+        result["memory"] |= _memory(short)
     return result
 
 
@@ -139,16 +140,15 @@ def measure(config: Config, schedule: str) -> dict[str, Any]:
     """
     jax.clear_caches()
     with tempfile.TemporaryDirectory() as folder:
-        long = _flags(config, schedule, config.sections, Path(folder) / "long")
-        again = _flags(config, schedule, SETTLED, Path(folder) / "again")
-        alone = dataclasses.replace(long, output=Path(folder) / "alone", latents_only=True)
-        first = _watch(long)
+        long, again, alone = (Path(folder) / name for name in ("long", "again", "alone"))
+        sections = config.sections
+        first = _watch(sample.run, _flags(config, schedule, sections, long))
         programs = sampler.step._cache_size()
-        second = _watch(again)
-        denoised = _watch(alone)
-        decoded = _watch(sample.Sample(decode=alone.output))
-        record = RunDir.open(long.output).record
-        memory = _memory(long.output)
+        second = _watch(sample.run, _flags(config, schedule, SETTLED, again))
+        denoised = _watch(sample.run, _flags(config, schedule, sections, alone, latents_only=True))
+        decoded = _watch(sampling.decode, alone, spec.ComputeOptions())
+        record = RunDir.open(long).record
+        memory = _memory(long)
     seconds = _seconds(first, denoised, decoded)
     in_run = 1e3 * statistics.median(seconds["denoising"]) / config.steps
     return {
@@ -170,11 +170,17 @@ def measure(config: Config, schedule: str) -> dict[str, Any]:
     }
 
 
-def _flags(config: Config, schedule: str, sections: int, output: Path) -> sample.Sample:
+def _flags(
+    config: Config, schedule: str, sections: int, output: Path, latents_only: bool = False
+) -> sample.Sample:
     return sample.Sample(
-        bundle=config.bundle, image=config.image, schedule=schedule, sections=sections,
-        steps=config.steps, height=config.height, width=config.width, output=output,
-    )  # fmt: skip
+        output=output,
+        job=spec.JobOptions(latents_only=latents_only),
+        input=spec.Inputs(image=config.image),
+        size=spec.VideoSize(sections=sections, height=config.height, width=config.width),
+        denoising=spec.Denoising(steps=config.steps),
+        model=spec.ModelOptions(bundle=config.bundle, schedule=schedule),
+    )
 
 
 def _memory(folder: Path) -> dict[str, dict[str, int]]:
@@ -203,8 +209,8 @@ class Log:
 PROBED = {"save_section": RunDir, "add_span": RunDir, "join": RunDir, "step": Progress}
 
 
-def _watch(flags: sample.Sample) -> Log:
-    """Run the command with probes at its calls; what it prints is dropped."""
+def _watch(command: Callable[..., object], *args: object) -> Log:
+    """Run a command with probes at its calls; its output is dropped."""
     log = Log({name: [] for name in PROBED})
     began = time.perf_counter()
 
@@ -232,7 +238,7 @@ def _watch(flags: sample.Sample) -> Log:
         stack.callback(jax.monitoring.unregister_event_duration_listener, compiled)
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        sample.run(flags)
+        command(*args)
     return log
 
 

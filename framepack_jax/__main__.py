@@ -5,6 +5,8 @@ import sys
 
 COMMANDS = {
     "sample": "image + prompt -> video",
+    "resume": "continue an interrupted run",
+    "decode": "decode the saved latents of a run",
     "convert": "PyTorch checkpoints -> bundle",
     "explain": "draw what a packing schedule puts into the context",
     "synthetic": "make videos with captions to try training with",

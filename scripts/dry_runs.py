@@ -24,7 +24,7 @@ from framepack_jax import bundle, packing
 from framepack_jax.cli.train import read_config
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
-from framepack_jax.jobs.spec import open_pipe
+from framepack_jax.jobs.loading import open_pipe
 from framepack_jax.parallel import hardware
 from framepack_jax.planning.sampling import Program, Report, dry_run
 from framepack_jax.planning.training import TrainingReport, dry_run_training

@@ -5,6 +5,7 @@ Nothing here imports JAX at the top, so that `--help` is quick.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ def cli_errors(
         duration: Print how long the command took.
     """
     began = time.monotonic()
+    show_log()
     try:
         yield
     except failures as error:
@@ -46,6 +48,22 @@ def cli_errors(
         raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
     if duration:
         print(f"{time.monotonic() - began:.1f} s in all")
+
+
+class _Terminal(logging.Handler):
+    """Print log messages as they are: information to stdout, warnings and errors to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        file = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        print(self.format(record), file=file)
+
+
+def show_log() -> None:
+    """Print what the package logs."""
+    logger = logging.getLogger("framepack_jax")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+        logger.addHandler(_Terminal())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,12 @@ from framepack_jax import bundle
 from framepack_jax.conversion.lora import files_of as lora_files
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.jobs.run_dir import FORMAT, RunDir
-from framepack_jax.jobs.spec import VideoSpec, source_file
+from framepack_jax.jobs.spec import ComputeOptions, ModelOptions, VideoSpec, source_file
 from framepack_jax.models.lora import parse_weight
 from framepack_jax.utils import compare
 from framepack_jax.utils.messages import shorten
 
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
-# Flags that concern the process and yet decide what is made.
-PROCESS_FLAGS = ("bundle", "dtype", "schedule", "vae_tile", "mesh", "lora", "merge_lora")
 # In records of runs from before there were these flags.
 EARLIER = {"lora": [], "merge_lora": False, "gif": False}
 
@@ -34,12 +32,16 @@ def absolute(path: str | Path) -> str:
     return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
-def new_record(flags: Any, shot: VideoSpec, pipe: FramePack, path: str | Path) -> dict[str, Any]:
-    """What is known before anything is read: flags, hashes of files and weights, versions."""
-    values = dataclasses.asdict(shot) | {name: getattr(flags, name) for name in PROCESS_FLAGS}
-    adapters = [(absolute(file), weight) for file, weight in map(parse_weight, flags.lora)]
+def new_record(
+    spec: VideoSpec, model: ModelOptions, compute: ComputeOptions, pipe: FramePack
+) -> dict[str, Any]:
+    """Return the record of a new run: options, hashes of files and weights, versions."""
+    path = bundle.resolve(model.bundle_name())
+    values = dataclasses.asdict(spec) | dataclasses.asdict(model)
+    values |= {"vae_tile": compute.vae_tile, "mesh": compute.mesh}
+    adapters = [(absolute(file), weight) for file, weight in map(parse_weight, model.lora)]
     values["lora"] = [f"{file}:{weight:g}" for file, weight in adapters]
-    hashes = {str(file): _sha256(file) for file in _files(shot)}
+    hashes = {str(file): _sha256(file) for file in _files(spec)}
     hashes |= {file: _lora_sha256(Path(file)) for file, _ in adapters}
     return {
         "format": FORMAT,
@@ -111,11 +113,11 @@ def check_loras(run: RunDir) -> None:
             )
 
 
-def _files(shot: VideoSpec) -> list[Path]:
-    """The files that the flags of a video name."""
-    files = [shot.image, shot.end_image, *(Path(k.partition("=")[2]) for k in shot.key_frame)]
-    if shot.extend is not None:
-        files.append(source_file(shot))
+def _files(spec: VideoSpec) -> list[Path]:
+    """Return the files that the options of a video name."""
+    files = [spec.image, spec.end_image, *(Path(k.partition("=")[2]) for k in spec.key_frame)]
+    if spec.extend is not None:
+        files.append(source_file(spec.extend))
     return [file for file in files if file is not None]
 
 

@@ -1,6 +1,7 @@
 """Sample and decode the videos of run folders, side by side where they are alike."""
 
 import dataclasses
+import logging
 import resource
 import sys
 import time
@@ -29,6 +30,7 @@ from framepack_jax.parallel.multihost import (
 from framepack_jax.utils.messages import first_line
 from framepack_jax.utils.progress import Bar
 
+logger = logging.getLogger(__name__)
 # What a disk, a device or a full memory does.
 FAILURES = (OSError, MemoryError, jax.errors.JaxRuntimeError)
 # In a record, what depends on the machine that goes on with the run.
@@ -36,6 +38,10 @@ HERE = ("offload", "decode_tile")
 PREVIEWS_PER_SECTION = 4
 # The channels of latents that the cheap preview knows.
 PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
+
+
+# A request, and the frames of an extended video that no section changes, if any.
+Inputs = tuple[Request, Iterator[np.ndarray] | None]
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,7 +57,7 @@ class Task:
     run: RunDir
     layout: Layout
     settings: Settings
-    read: Callable[[], tuple[Request, Iterator[np.ndarray] | None]] | None = None
+    read: Callable[[], Inputs] | None = None
     request: Request | None = None
     seen: str | None = None
     look: Callable[[], "Task | None"] | None = None
@@ -131,7 +137,7 @@ def _take(task: Task) -> bool:
         task.run.unlock()
         renewed = task.look()
         if renewed is None:
-            print(f"{task.run.folder}: finished by another process")
+            logger.info("%s: finished by another process", task.run.folder)
             return False
         task.become(renewed)
         task.run.lock()
@@ -217,7 +223,7 @@ def _mend_known(pipe: FramePack, task: Task) -> None:
     except (DamagedFile, FileNotFoundError) as error:
         if task.request.footage is not None:
             raise DamagedFile(f"{error}; make the video again with --overwrite") from error
-        print(f"{error}; it is made again", file=sys.stderr)
+        logger.warning("%s; it is made again", error)
         task.run.save_known(pipe.known_latents(task.request, task.layout))
 
 
@@ -301,7 +307,7 @@ def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int
         try:
             there.append(task.run.sections(plan, timeline.latents.shape[2:]))
         except DamagedFile as error:
-            print(f"{error}; section {len(error.done) + 1} is made again", file=sys.stderr)
+            logger.warning("%s; section %d is made again", error, len(error.done) + 1)
             there.append(error.done)
     done = min(len(sections) for sections in there)
     for number in range(done):
@@ -317,7 +323,9 @@ def decode_again(pipe: FramePack, task: Task) -> int:
     _mend_known(pipe, task)
     timeline, _, done = _restore(pipe, [task])
     if not done:
-        raise ValueError(f"{run.folder} has no section yet; go on with --resume {run.folder}")
+        raise ValueError(
+            f"{run.folder} has no section yet; continue it: framepack resume {run.folder}"
+        )
     # Until all is decoded again, this is a run whose latents alone are there.
     whole = done == len(plan)
     run.write_record(spans=[], status="sampled" if whole else "interrupted")

@@ -1,333 +1,193 @@
-"""The flags of one video, from the command line or a line of a jobs file, and what they name."""
+"""The options of one video. Imports no JAX, so that flags are parsed quickly.
+
+Fields come in groups, which are the headings of `--help`. A line of a jobs file and the record of a
+run hold all fields of a `VideoSpec` side by side.
+"""
 
 import dataclasses
-import itertools
-import json
 import math
-import typing
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import jax
-import numpy as np
+if TYPE_CHECKING:
+    from framepack_jax.generation.pipeline import Settings
 
-from framepack_jax import bundle, video
-from framepack_jax.diffusion import cache
-from framepack_jax.generation.pipeline import FramePack, Settings
-from framepack_jax.generation.prompts import timed_prompts
-from framepack_jax.generation.request import Layout, Request, SourceVideo, make_layout, read_source
-from framepack_jax.jobs.run_dir import RunDir
-from framepack_jax.models.hunyuan.vae import Tiling
-from framepack_jax.parallel import sharding
-from framepack_jax.parallel.multihost import is_primary
-from framepack_jax.utils.flags import check_text, tidied
-from framepack_jax.utils.progress import Bar
+# The seed that stands for a random one.
+RANDOM_SEED = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoSpec:
-    """The flags of one video."""
+class Inputs:
+    """Images, videos and the negative prompt."""
 
     image: Path | None = None
-    """First frame: any image file, scaled and cropped to the size of the video. Without it the
-    video begins from black, led by the prompt alone."""
-    prompt: str = ""
-    """What happens in the video. May be empty."""
+    """First frame: an image file of any format, scaled and cropped to the size of the video.
+    Without it the video starts from a black frame and follows the prompt alone."""
     negative_prompt: str = ""
-    """What should not happen; counts only with --cfg-scale other than 1."""
+    """What should not happen; used only if --cfg-scale is not 1."""
     end_image: Path | None = None
-    """Image that the video ends with."""
+    """Last frame of the video."""
     end_image_as: Literal["auto", "guide", "still"] = "auto"
-    """guide: the section made first reads it as the frame that follows, and it is not a part of the
-    video, as in the released demo's variant with an end frame and in diffusers; inverted schedules
-    only. still: the last four frames. auto: guide with an inverted schedule, else still."""
+    """guide: the section that is sampled first reads the image as the frame after the video, of
+    which it is no part, as in the released demo's variant with an end frame and in diffusers;
+    inverted schedules only. still: the last four frames. auto: guide for an inverted schedule, else
+    still."""
     key_frame: tuple[str, ...] = ()
     """Images at times: 3.5s=photo.png 7s=other.png."""
     extend: Path | None = None
-    """A video file or a run folder to go on from, instead of --image."""
+    """Video file or run folder to continue, instead of --image."""
     prompt_blend: float = 1.0
-    """Seconds over which prompts with times are blended into each other."""
+    """Seconds over which consecutive timed prompts are blended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSize:
+    """Length and size of the video."""
+
     seconds: float = 5.0
-    """Length of what is made; the number of sections that comes nearest."""
+    """Length of the new video; rounded to a number of sections."""
     sections: int | None = None
     """Length in sections, instead of --seconds."""
-    seed: int = 0
-    """Seed of the noise, of up to 64 bits. The same seed and flags give the same video; -1 draws
-    one."""
+    height: int | None = None
+    """Height in pixels, an even number; default: the bundle's bucket whose aspect ratio is nearest
+    to the image's."""
+    width: int | None = None
+    """Width in pixels; give both or neither."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """Sampling of a section."""
+
     steps: int = 25
-    """Denoising steps a section."""
+    """Denoising steps of a section."""
     sampler: Literal["unipc", "unipc-bh2", "euler"] = "unipc"
     """Solver of the sampling ODE."""
     distilled_guidance: float = 10.0
-    """Scale for the guidance-distilled network (costs nothing)."""
+    """Guidance scale given to the guidance-distilled network, at no cost."""
     cfg_scale: float = 1.0
-    """Classifier-free guidance scale; other than 1 it doubles the time."""
+    """Scale of classifier-free guidance, which doubles the time; 1 is off."""
     cfg_rescale: float = 0.0
-    """How far --cfg-scale's gain in contrast is taken back, 0 to 1."""
+    """Share of the contrast added by --cfg-scale that is taken back, 0 to 1."""
     step_cache: Literal["none", "tea", "first-block"] = "none"
-    """Leave the network's blocks out at steps where little changes: faster, less exact."""
+    """Skip the network's blocks at steps where the prediction changes little: faster, less
+    exact."""
     cache_threshold: float | None = None
-    """Change at which --step-cache lets the blocks run; default: 0.15 (tea), 0.05 (first-block)."""
-    height: int | None = None
-    """Height in pixels, any even number; default: of the bundle's sizes the nearest in shape to the
-    image."""
-    width: int | None = None
-    """Width in pixels; give both or neither."""
+    """Change at which --step-cache runs the blocks; default: 0.15 (tea), 0.05 (first-block)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """Video files."""
+
     fps: float = 30.0
-    """Frames a second of the video, also 23.976 or 29.97; the models are made for 30."""
+    """Frames per second of the video, also 23.976 or 29.97; the models are trained for 30."""
     crf: int = 16
     """H.264 quality, 1 (largest file) to 51."""
     gif: bool = False
-    """Also write video.gif at the end."""
+    """Write video.gif too."""
 
-    def settings(self) -> Settings:
-        """Raises ValueError for what cannot be."""
+
+@dataclasses.dataclass(frozen=True)
+class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
+    """All options of one video."""
+
+    prompt: str = ""
+    """What happens in the video. May be empty, and change with time: "0s: she waves 4s: she
+    bows"."""
+    seed: int = 0
+    """Seed of the noise, up to 64 bits. The same seed and flags give the same video; -1 draws a
+    random seed."""
+
+    def settings(self) -> "Settings":
+        """Return the sampler's settings. Raises ValueError if an option is out of range."""
+        from framepack_jax.diffusion.cache import StepCacheConfig
+        from framepack_jax.generation.pipeline import Settings
+
         if not 0 <= self.prompt_blend < math.inf:
             raise ValueError(f"prompt_blend = {self.prompt_blend}: expected seconds, 0 or more")
         step_cache = None
         if self.step_cache != "none":
-            step_cache = cache.StepCacheConfig(self.step_cache, self.cache_threshold)
+            step_cache = StepCacheConfig(self.step_cache, self.cache_threshold)
         elif self.cache_threshold is not None:
             raise ValueError(
                 f"cache_threshold = {self.cache_threshold} needs --step-cache tea or first-block"
             )
         return Settings(
-            self.steps,
-            self.sampler,
-            self.distilled_guidance,
-            self.cfg_scale,
-            self.cfg_rescale,
-            step_cache,
+            steps=self.steps,
+            sampler=self.sampler,
+            distilled_guidance=self.distilled_guidance,
+            cfg_scale=self.cfg_scale,
+            cfg_rescale=self.cfg_rescale,
+            step_cache=step_cache,
         )
 
 
-def warn_unused_settings(shot: VideoSpec) -> None:
-    """Warn of flags that change nothing beside the others."""
-    default = VideoSpec()
-    without_cfg = shot.cfg_scale == default.cfg_scale
-    timed = len(timed_prompts(shot.prompt)) > 1
-    idle = {
-        "--negative-prompt counts only with --cfg-scale other than 1": without_cfg
-        and bool(shot.negative_prompt),
-        "--cfg-rescale counts only with --cfg-scale other than 1": without_cfg
-        and shot.cfg_rescale != default.cfg_rescale,
-        "--prompt-blend counts only with prompts by time": not timed
-        and shot.prompt_blend != default.prompt_blend,
-        "--seconds does not count beside --sections": shot.sections is not None
-        and shot.seconds != default.seconds,
-        "--end-image-as counts only with --end-image": shot.end_image is None
-        and shot.end_image_as != default.end_image_as,
-    }
-    for message in (message for message, is_idle in idle.items() if is_idle):
-        warnings.warn(message, stacklevel=1)  # one place, so that it is said once for many videos
+SPEC_FIELDS = {field.name: field for field in dataclasses.fields(VideoSpec)}
 
 
-SHOT_FIELDS = {field.name: field for field in dataclasses.fields(VideoSpec)}
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Weights and what changes them."""
 
+    bundle: str | None = None
+    """Folder made by convert_weights.py, or a built-in bundle: tiny, for 128x128 pixels of the toy
+    world, or random, which is untrained."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of weights and computation; default: bfloat16 on GPU and TPU, float32 on a CPU."""
+    schedule: str | None = None
+    """Packing schedule, instead of the bundle's."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters for the transformer: FILE or FILE:WEIGHT, with the tensor names of kohya and
+    musubi, diffusers and PEFT, ComfyUI, OneTrainer or the original model; or the folder of a
+    training run. Several are added up."""
+    merge_lora: bool = False
+    """Add the adapters to the weights: faster, and in bfloat16 less exact than beside them."""
 
-def read_jobs(
-    path: Path, base: dict[str, Any], output: Path
-) -> Iterator[tuple[Path, VideoSpec | ValueError]]:
-    """Jobs by the lines of a file. A bad line is handed on as an error, so that others are made."""
-    try:
-        # Not splitlines, which also splits at marks that JSON allows inside a text.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"jobs {path}: expected lines of JSON in UTF-8 ({error})") from error
-    if not any(map(str.strip, lines)):
-        raise ValueError(f"jobs {path}: it is empty; give a JSON object a line")
-    seen = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        folder = output / f"job_{number:04d}"
-        try:
-            job = json.loads(line, object_pairs_hook=_once)
-            if not isinstance(job, dict):
-                raise ValueError("expected a JSON object")
-            name = job.pop("name", folder.name)
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise ValueError(f"name {name!r}: expected the name of a folder")
-            check_text("name", name)
-            folder = output / name
-            if name in seen:
-                raise ValueError(f"name {name!r} is that of an earlier line")
-            seen.add(name)
-            yield folder, VideoSpec(**base | {k: _typed(k, v) for k, v in job.items()})
-        except (ValueError, OverflowError, RecursionError) as error:
-            yield folder, ValueError(f"{path}, line {number}: {error}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are given once. Raises ValueError."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is given twice")
-    return dict(pairs)
-
-
-def _typed(name: str, value: Any) -> Any:
-    """A value of a jobs file as the flag wants it. Raises ValueError."""
-    if name not in SHOT_FIELDS:
-        raise ValueError(f"{name!r} is no flag of a video; known are {', '.join(SHOT_FIELDS)}")
-    given, kind = value, SHOT_FIELDS[name].type
-    value = tidied(name, tuple(value) if isinstance(value, list) else value)
-    if kind == tuple[str, ...]:
-        if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-            return value
-        raise ValueError(f"{name} = {given!r}: expected a list of texts")
-    choices = typing.get_args(kind) or (kind,)
-    if value in choices or (value is None and type(None) in choices):
-        return value
-    if isinstance(value, str) and Path in choices:
-        return Path(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in choices:
-        return float(value)
-    types = tuple(c for c in choices if isinstance(c, type))
-    if types and isinstance(value, types) and not isinstance(value, bool):
-        return value
-    names = [c.__name__ if isinstance(c, type) else repr(c) for c in choices]
-    raise ValueError(f"{name} = {given!r}: expected {' or '.join(names)}")
-
-
-def read(
-    pipe: FramePack, shot: VideoSpec, layout: Layout, request: Request | None
-) -> tuple[Request, Iterator[np.ndarray] | None]:
-    """The request, and the frames of a video that is extended which no section changes."""
-    request = request or read_request(pipe, shot)
-    count = beginning_of(pipe, layout)
-    if not count:
-        return request, None
-    return request, _kept_frames(shot, count, (layout.height, layout.width))
-
-
-def _kept_frames(shot: VideoSpec, count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """The first frames of a video that is extended, scaled, with a progress bar."""
-    frames = itertools.islice(video.read_frames(source_file(shot), shot.fps), count)
-    for frame in Bar(frames, "copying", count, leave=False, unit="frame", disable=not is_primary()):
-        yield video.resize_center_crop(frame, *size)
-
-
-def beginning_of(pipe: FramePack, layout: Layout) -> int:
-    """How many frames of a video that is extended stay as they are."""
-    return pipe.geometry.frames_of(layout.overlap_start, layout.before)[0]
-
-
-def layout_of_spec(pipe: FramePack, shot: VideoSpec, request: Request) -> Layout:
-    """Raises ValueError where flags and what they name do not go together."""
-    height, width = shot.height, shot.width
-    if request.footage is not None:
-        height, width = request.footage.first.shape[:2]
-    return make_layout(
-        pipe.geometry, request, seconds=shot.seconds, sections=shot.sections, fps=shot.fps,
-        height=height, width=width,
-    )  # fmt: skip
-
-
-def tiling_of(tile: int | None) -> Tiling:
-    """Squares of so many pixels that overlap by a quarter; whole frames without."""
-    return Tiling() if tile is None else Tiling(size=tile, stride=tile * 3 // 4)
-
-
-def open_pipe(
-    path: str | Path,
-    dtype: str | None,
-    schedule: str | None,
-    tile: int | None,
-    mesh: str | None = None,
-) -> FramePack:
-    """`FramePack.open` with flags for tiles and mesh; several processes have a mesh in any case."""
-    tiling = tiling_of(tile)
-    sizes = {} if mesh is None else sharding.parse_mesh(mesh)
-    if mesh is None and jax.process_count() > 1:
-        _, cfg = bundle.role_config(bundle.read_manifest(path), "transformer")
-        sizes = sharding.default_sizes(jax.device_count(), cfg.heads)
-    devices = sharding.make_mesh(**sizes) if sizes else None
-    return FramePack.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=devices)
-
-
-def saved_spec(run: RunDir) -> VideoSpec:
-    """The flags that a run was begun with."""
-    flags = {k: v for k, v in run.record["flags"].items() if k in SHOT_FIELDS}
-    return VideoSpec(**flags | {"key_frame": tuple(flags["key_frame"])})
-
-
-def saved_layout(pipe: FramePack, run: RunDir) -> Layout:
-    """The layout of a run that was begun."""
-    record = run.record
-    return make_layout(
-        pipe.geometry, run.request(), sections=record["sections"], fps=record["flags"]["fps"],
-        height=record["height"], width=record["width"],
-    )  # fmt: skip
-
-
-def read_request(pipe: FramePack, shot: VideoSpec) -> Request:
-    """Read the images and the video that flags name."""
-    if shot.image is not None and shot.extend is not None:
-        raise ValueError("--image and --extend exclude each other: a video begins with one of them")
-    if shot.image is None and shot.extend is None and not shot.prompt.strip():
-        raise ValueError("nothing to make a video from: give --image, --extend or a --prompt")
-    keys = []
-    for text in shot.key_frame:
-        seconds, equals, path = text.partition("=")
-        try:
-            seconds = float(seconds.strip().removesuffix("s"))
-        except ValueError:
-            equals = ""
-        if not equals or not path:
-            raise ValueError(f"key frame {text!r}: expected a time and an image, 3.5s=photo.png")
-        keys.append((seconds, video.load_image(path)))
-    return Request(
-        prompt=shot.prompt,
-        image=None if shot.image is None else video.load_image(shot.image),
-        negative_prompt=shot.negative_prompt,
-        seed=shot.seed,
-        end_image=None if shot.end_image is None else video.load_image(shot.end_image),
-        end_image_as=shot.end_image_as,
-        key_frames=tuple(sorted(keys, key=lambda key: key[0])),
-        footage=None if shot.extend is None else _read_source(pipe, shot),
-    )
-
-
-def source_file(shot: VideoSpec) -> Path:
-    """Return the video file to extend."""
-    return shot.extend / "video.mp4" if shot.extend.is_dir() else shot.extend
-
-
-def _read_source(pipe: FramePack, shot: VideoSpec) -> SourceVideo:
-    """The end of a video file, or of a run folder with its latents."""
-    height, width, latents = shot.height, shot.width, None
-    if shot.extend.is_dir():
-        run = RunDir.open(shot.extend)
-        height, width = _size_of(run, shot)
-        latents = run.latents()
-    path = source_file(shot)
-    print(f"{path}: reading its first frame and its end")
-    footage = read_source(pipe.geometry, path, shot.fps, height, width, latents)
-    if latents is not None:
-        before = 1 + (footage.frames - 1) // pipe.geometry.time_compression
-        missing = set(pipe.geometry.footage_positions(before)) - set(latents)
-        if missing or footage.frames != run.record["frames"]:
+    def bundle_name(self) -> str:
+        """Return --bundle. Raises ValueError if it is missing."""
+        if self.bundle is None:
             raise ValueError(
-                f"run {run.folder} lacks latents {sorted(missing)} or has {footage.frames} of"
-                f" {run.record['frames']} frames; decode it again, or extend its video.mp4"
+                '--bundle is missing: give a folder made by convert_weights.py, or "tiny"; to'
+                " continue a run: framepack resume FOLDER"
             )
-    return footage
+        return self.bundle
 
 
-def _size_of(run: RunDir, shot: VideoSpec) -> tuple[int, int]:
-    """(height, width) of a run to be extended. Raises ValueError where it cannot be, or not with
-    these flags."""
-    record = run.record
-    if record["status"] != "finished":
-        raise ValueError(f"{run.folder} is {record['status']}; finish it with --resume first")
-    for name in ("height", "width", "fps"):
-        there = record["flags"][name] if name == "fps" else record[name]
-        if getattr(shot, name) not in (None, there):
-            raise ValueError(
-                f"{name} = {getattr(shot, name):g}, but run {run.folder} has {there:g}; leave"
-                f" --{name} as it is there, or give its video.mp4 to --extend"
-            )
-    return record["height"], record["width"]
+@dataclasses.dataclass(frozen=True)
+class ComputeOptions:
+    """Devices and memory. Latents differ by rounding only."""
+
+    mesh: str | None = None
+    """How devices share weights and work: fsdp=4,context=2, whose product is the number of devices.
+    Axes are data (videos side by side), fsdp (weights), context (the tokens of a video) and tensor.
+    Default: one device; for --dry-run and several processes, fsdp as far as it divides the
+    attention heads, and context for the rest."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel: auto uses cuDNN on a GPU and splash on a TPU where they support the shapes;
+    xla is slower and runs everywhere."""
+    offload: Literal["auto", "none", "full"] | None = None
+    """Weights that leave the device. none: all networks stay. full: as few as possible stay; the
+    transformer's blocks wait in host memory, and each is copied while the block before it computes;
+    encoders stay on the disk, and the VAE decodes tiles of 256 pixels. auto, the default: as many
+    stay as fit, and a line says which."""
+    vae_tile: int | None = None
+    """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
+    sizes above 480p and for cards below 80 GB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobOptions:
+    """Options of all videos of a command."""
+
+    batch: int = 1
+    """Videos of equal size and length that are computed side by side."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in --output."""
+    latents_only: bool = False
+    """Save latents without decoding them; `framepack decode` does so later."""
+
+
+def source_file(extend: Path) -> Path:
+    """Return the video file of --extend, which may name a run folder."""
+    return extend / "video.mp4" if extend.is_dir() else extend

@@ -1,24 +1,26 @@
-"""Command-line flags: parsed, with the home folder in place of ~, and checked to be text."""
+"""Parse command-line flags, expand ~, and check that texts are UTF-8."""
 
 import dataclasses
 import os
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
 T = TypeVar("T")
-# Flags that hold text. All others that begin with ~ are paths.
+# Flags that hold text; every other value that begins with ~ is a path.
 TEXTS = ("prompt", "negative_prompt", "caption", "prompt_template")
-# A path in the home folder, also of --key-frame 3.5s=~/photo.png.
+# A path in the home folder, as also in --key-frame 3.5s=~/photo.png.
 IN_HOME = re.compile(r"(?P<time>[^=/~]*=)?(?P<path>~.*)", re.DOTALL)
 
 
 def parse(kind: type[T], args: list[str] | None, prog: str, default: T | None = None) -> T:
-    """Read the flags of a command, over `default` if given; leaves with one line and exit code 1
-    where one is no UTF-8 text."""
-    given = {} if default is None else {"default": default}
-    flags = tyro.cli(kind, prog=prog, args=args, **given)
+    """Read the flags of a command, over `default` if given; exit with one line and code 1 if a
+    flag is no UTF-8 text."""
+    if default is None:
+        flags = tyro.cli(kind, prog=prog, args=args)
+    else:
+        flags = tyro.cli(kind, prog=prog, args=args, default=default)
     try:
         return tidied("", flags)
     except ValueError as error:
@@ -26,11 +28,16 @@ def parse(kind: type[T], args: list[str] | None, prog: str, default: T | None = 
 
 
 def tidied(name: str, value: Any) -> Any:
-    """The value of a flag with ~ expanded; of a dataclass or a tuple, all of its values. Raises
-    ValueError for bytes that are no UTF-8 text, which Python reads as lone surrogates."""
-    if dataclasses.is_dataclass(value):
+    """Expand ~ in the value of a flag, or in all values of a dataclass or a tuple.
+
+    Raises ValueError for bytes that are no UTF-8 text, which Python reads as lone surrogates.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        new = {n: tidied(f"{name}.{n}".lstrip("."), v) for n, v in old.items()}
+        groups = _groups(type(value))
+        new = {
+            n: tidied(name if n in groups else f"{name}.{n}".lstrip("."), v) for n, v in old.items()
+        }
         changed = {n: v for n, v in new.items() if v != old[n]}
         return dataclasses.replace(value, **changed) if changed else value
     if type(value) is tuple:
@@ -39,20 +46,27 @@ def tidied(name: str, value: Any) -> Any:
         return value
     text = str(value)
     check_text(f"--{name.replace('_', '-')}", text)
-    home = None if name in TEXTS else IN_HOME.fullmatch(text)
+    home = None if name.rpartition(".")[2] in TEXTS else IN_HOME.fullmatch(text)
     if home is None:
         return value
     return type(value)((home["time"] or "") + os.path.expanduser(home["path"]))
 
 
+def _groups(kind: type) -> set[str]:
+    """Return the fields whose own fields are flags without a prefix."""
+    hints = get_type_hints(kind, include_extras=True)
+    omitted = get_args(tyro.conf.OmitArgPrefixes[int])[1]
+    return {name for name, hint in hints.items() if omitted in get_args(hint)[1:]}
+
+
 def check_text(name: str, text: str) -> None:
     """Raise ValueError unless the text can be written as UTF-8 and has no NUL."""
     if "\0" in text:
-        raise ValueError(f"{name} {text!r}: it has a NUL; take it out")
+        raise ValueError(f"{name} {text!r}: it has a NUL; remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} {text!r}: expected text in UTF-8; set the terminal to UTF-8, or convert what"
-            " the text comes from"
+            f"{name} {text!r}: expected text in UTF-8; set the terminal to UTF-8, or convert the"
+            " source of the text"
         ) from error

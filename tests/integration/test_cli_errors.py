@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from framepack_jax import bundle, video
-from framepack_jax.cli import sample
+from framepack_jax.cli import decode, resume, sample
 from framepack_jax.generation import pipeline
 from framepack_jax.jobs import run_dir
 from tests.fixtures.paths import ROOT
@@ -50,10 +50,6 @@ def refused(output: Path, *flags: object, **replaced: object) -> str:
     assert isinstance(message, str) and message.startswith("error: "), message
     assert "\n" not in message and "Traceback" not in message
     return message
-
-
-def resume(folder: Path) -> None:
-    sample.main(["--resume", str(folder)])
 
 
 def record_of(folder: Path) -> dict:
@@ -356,16 +352,16 @@ def test_a_run_of_other_flags_is_not_replaced(stopped, whole) -> None:
     message = refused(stopped, prompt="he sits", seed=4)
     assert f"{stopped} already holds a run of other flags" in message
     assert "prompt = 'she waves' there, 'he sits' here" in message and "seed = 0 there" in message
-    assert f"go on with --resume {stopped}" in refused(stopped)
+    assert f"go on with framepack resume {stopped}" in refused(stopped)
     check_same_latents(stopped, whole)
 
 
-@pytest.mark.parametrize("flag", ["resume", "decode"])
-def test_folders_that_hold_no_run(tmp_path, flag) -> None:
+@pytest.mark.parametrize("command", [resume, decode])
+def test_folders_that_hold_no_run(tmp_path, command) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "none", tmp_path / "file"):
         with pytest.raises(SystemExit, match=f"error: {folder} holds no run: it has no run.json"):
-            sample.main([f"--{flag}", str(folder)])
+            command.main([str(folder)])
 
 
 # Files of a run that are damaged
@@ -374,7 +370,7 @@ def test_folders_that_hold_no_run(tmp_path, flag) -> None:
 def test_latents_cut_short_are_made_again(stopped, whole, capsys) -> None:
     file = stopped / "latents" / "section_001.npz"
     cut_short(file)
-    resume(stopped)
+    resume.main([str(stopped)])
     said = capsys.readouterr().err
     assert f"{file} is damaged" in said and "section 2 is made again" in said
     check_finished(stopped, whole)
@@ -382,7 +378,7 @@ def test_latents_cut_short_are_made_again(stopped, whole, capsys) -> None:
 
 def test_latents_of_the_first_section_cut_short(stopped, whole, capsys) -> None:
     cut_short(stopped / "latents" / "section_000.npz")
-    resume(stopped)
+    resume.main([str(stopped)])
     assert "section 1 is made again" in capsys.readouterr().err
     check_finished(stopped, whole)
 
@@ -391,7 +387,7 @@ def test_latents_of_the_first_section_cut_short(stopped, whole, capsys) -> None:
 def test_given_latents_are_encoded_again(stopped, whole, capsys, damage) -> None:
     file = stopped / "latents" / "known.npz"
     damage(file)
-    resume(stopped)
+    resume.main([str(stopped)])
     said = capsys.readouterr().err
     assert str(file) in said and "it is made again" in said
     check_finished(stopped, whole)
@@ -399,7 +395,7 @@ def test_given_latents_are_encoded_again(stopped, whole, capsys, damage) -> None
 
 def test_a_video_cut_short_is_joined_again(stopped, whole) -> None:
     cut_short(stopped / "video.mp4")
-    resume(stopped)
+    resume.main([str(stopped)])
     check_finished(stopped, whole)
 
 
@@ -408,9 +404,9 @@ def test_a_video_cut_short_is_joined_again(stopped, whole) -> None:
 ])  # fmt: skip
 def test_what_cannot_be_made_again_is_named(stopped, whole, name, named) -> None:
     cut_short(stopped / name)
-    for flag in ("--resume", "--decode"):
+    for command in (resume, decode):
         with pytest.raises(SystemExit) as ended:
-            sample.main([flag, str(stopped)])
+            command.main([str(stopped)])
         message = str(ended.value)
         assert str(stopped) in message and named in message and "--overwrite" in message
     check_same_latents(stopped, whole)
@@ -443,11 +439,11 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(
     message = refused(tmp_path)
     assert "No space left on device" in message and str(tmp_path / name) in message
     assert record_of(tmp_path)["status"] == "failed"
-    assert f"--resume {tmp_path}" in capsys.readouterr().err
+    assert f"framepack resume {tmp_path}" in capsys.readouterr().err
     expected = latents_of(whole)
     for file, latents in latents_of(tmp_path).items():
         np.testing.assert_array_equal(latents, expected[file])
-    resume(tmp_path)
+    resume.main([str(tmp_path)])
     check_finished(tmp_path, whole)
 
 
@@ -495,7 +491,7 @@ def test_nan_stops_a_run_and_keeps_what_is_done(tmp_path) -> None:
     before = latents_of(tmp_path)
     assert sorted(before) == ["known.npz", "section_000.npz"]
     assert np.isfinite(before["section_000.npz"]).all()
-    resume(tmp_path)
+    resume.main([str(tmp_path)])
     assert record_of(tmp_path)["status"] == "finished"
     after = latents_of(tmp_path)
     np.testing.assert_array_equal(after["section_000.npz"], before["section_000.npz"])

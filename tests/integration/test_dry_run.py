@@ -14,7 +14,7 @@ from framepack_jax import bundle
 from framepack_jax.cli import sample, train
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
-from framepack_jax.jobs.spec import open_pipe
+from framepack_jax.jobs.loading import open_pipe
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.planning import hlo, sampling
 from framepack_jax.planning.training import TrainingReport
@@ -53,8 +53,8 @@ def this_cpu(monkeypatch):
 def reports(monkeypatch) -> list[sampling.Report]:
     """What dry runs of `sample` report, in order."""
     made = []
-    real = sample.dry_run
-    monkeypatch.setattr(sample, "dry_run", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    real = sampling.dry_run
+    monkeypatch.setattr(sampling, "dry_run", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
     return made
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from framepack_jax import video
+from framepack_jax.cli import resume
 from tests.fixtures import stopped_run
 from tests.fixtures.paths import ROOT
 from tests.fixtures.stopped_run import Ended, Stop
@@ -98,7 +99,9 @@ def check_stopped(folder: Path, stop: Stop, ended: Ended, whole: Path) -> None:
     check_video(folder, stop)
     if stop.signal != SIGKILL:
         assert record_of(folder)["status"] == "interrupted", stop
-        assert f"--resume {folder}" in ended.stderr and "Traceback" not in ended.stderr, stop
+        assert f"framepack resume {folder}" in ended.stderr and "Traceback" not in ended.stderr, (
+            stop
+        )
         assert not list(folder.rglob(f"{stop.at}.part")), stop
 
 
@@ -131,9 +134,9 @@ def check_same(folder: Path, whole: Path) -> None:
 def stop_and_resume(shared: Path, folder: Path, whole: Path, stops: list[Stop]) -> None:
     """Go on with a run from stop to stop, and then to its end."""
     for stop in stops:
-        ended = stopped_run.run(shared, stop, "--resume", folder)
+        ended = stopped_run.run(shared, stop, folder, command=resume)
         check_stopped(folder, stop, ended, whole)
-    ended = stopped_run.run(shared, None, "--resume", folder)
+    ended = stopped_run.run(shared, None, folder, command=resume)
     assert ended.code == 0, ended.stderr
     check_same(folder, whole)
 
@@ -143,10 +146,10 @@ def test_a_run_stopped_before_its_record_is_begun_again(shared, tmp_path) -> Non
     ended = stopped_run.run(shared, Stop(SIGKILL, "known.npz"), *flags)
     assert ended.code == -SIGKILL and record_of(tmp_path)["status"] == "beginning"
     assert list(tmp_path.rglob("*.part"))
-    ended = stopped_run.run(shared, None, "--resume", tmp_path)
+    ended = stopped_run.run(shared, None, tmp_path, command=resume)
     assert ended.code == 1 and "was stopped before it had anything" in ended.stderr
     ended = stopped_run.run(shared, Stop(SIGINT, "run.json", 2), *flags)
-    assert ended.code == 130 and "--resume" not in ended.stderr
+    assert ended.code == 130 and "framepack resume" not in ended.stderr
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -156,7 +159,7 @@ def test_inverted_run_stopped_at_every_point(shared, tmp_path) -> None:
     ended = stopped_run.run(shared, stop, *flags_of(INVERTED), "--output", folder)
     check_stopped(folder, stop, ended, whole)
     stop_and_resume(shared, folder, whole, INVERTED_STOPS[1:])
-    ended = stopped_run.run(shared, None, "--resume", folder)
+    ended = stopped_run.run(shared, None, folder, command=resume)
     assert ended.code == 0 and "finished already" in ended.stdout
 
 
@@ -187,7 +190,7 @@ def test_batch_stopped_between_the_latents_of_its_videos(shared, tmp_path) -> No
     flags_here = *flags, "--output", folder
     # The first video is begun, the second is not yet.
     ended = stopped_run.run(shared, Stop(SIGINT, "known.npz", 2), *flags_here)
-    assert ended.code == 130 and ended.stderr.count("--resume") == 1, ended
+    assert ended.code == 130 and ended.stderr.count("framepack resume") == 1, ended
     assert record_of(folder / "a")["status"] == "interrupted"
     assert record_of(folder / "b")["status"] == "beginning"
     ended = stopped_run.run(shared, Stop(SIGKILL, "section_001.npz", after=True), *flags_here)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from framepack_jax import bundle, conditioning
-from framepack_jax.cli import sample
+from framepack_jax.cli import decode, resume, sample
 from framepack_jax.conditioning import load_encoders
 from framepack_jax.conversion import engine
 from framepack_jax.diffusion import cache
@@ -481,7 +481,7 @@ def test_decoding_needs_the_vae_alone(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "bundle" / "vae").symlink_to(RANDOM / "vae")
     bundle.write_manifest(tmp_path / "bundle", manifest)
     monkeypatch.setattr(offload_plan, "limit_of_device", lambda: 1000)
-    sample.main(["--decode", str(tmp_path / "run"), "--bundle", str(tmp_path / "bundle")])
+    decode.main([str(tmp_path / "run"), "--bundle", str(tmp_path / "bundle")])
     assert "offload auto, as all would be" in capsys.readouterr().out
     assert (tmp_path / "run" / "video.mp4").exists()
 
@@ -509,6 +509,6 @@ def test_a_run_goes_on_with_less_memory(tmp_path) -> None:
     whole = RunDir.open(tmp_path / "whole").latents()
     last = sorted((folder / "latents").glob("section_*"))[-1]
     last.unlink()
-    sample.main(["--resume", str(folder), "--offload", "full", "--latents-only"])
+    resume.main([str(folder), "--offload", "full", "--latents-only"])
     for position, z in RunDir.open(folder).latents().items():
         np.testing.assert_array_equal(z, whole[position])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from framepack_jax import bundle, packing, video
-from framepack_jax.cli import prepare, sample
+from framepack_jax.cli import decode, prepare, resume
 from framepack_jax.data import loader
 from framepack_jax.data.config import DataConfig
 from framepack_jax.parallel import sharding
@@ -66,7 +66,7 @@ def test_bundle(older) -> None:
 @pytest.mark.parametrize("name", ["inverted", "extended"])
 def test_interrupted_video(older, name) -> None:
     """The rest of the sections have the latents that the older program gave them."""
-    sample.main(["--resume", name, "--bundle", "bundle"])
+    resume.main([name, "--bundle", "bundle"])
     record = json.loads(Path(name, "run.json").read_text())
     assert record["status"] == "finished"
     for file in sorted(Path("expected", name).glob("*.npz")):
@@ -80,10 +80,10 @@ def test_interrupted_video(older, name) -> None:
 def test_finished_video(older, capsys) -> None:
     """It needs no more work, and its latents are decoded again."""
     frames, _ = video.read_mp4("finished/video.mp4")
-    sample.main(["--resume", "finished", "--bundle", "bundle"])
+    resume.main(["finished", "--bundle", "bundle"])
     assert "finished already" in capsys.readouterr().out
     Path("finished/video.mp4").unlink()
-    sample.main(["--decode", "finished", "--bundle", "bundle"])
+    decode.main(["finished", "--bundle", "bundle"])
     again, _ = video.read_mp4("finished/video.mp4")
     assert len(again) == len(frames)
     assert np.abs(again.astype(float) - frames).mean() < 1

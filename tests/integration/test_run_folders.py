@@ -13,12 +13,13 @@ import pytest
 from PIL import Image, ImageSequence
 
 from framepack_jax import FramePack, bundle, conditioning, packing, video
-from framepack_jax.cli import sample
+from framepack_jax.cli import decode, resume, sample
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.request import footage_of
+from framepack_jax.jobs.inputs import saved_spec
+from framepack_jax.jobs.output_folder import make_output_folder
 from framepack_jax.jobs.run_dir import RunDir
-from framepack_jax.jobs.spec import saved_spec
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import spec as hunyuan
 from tests.fixtures.paths import ROOT
@@ -105,7 +106,7 @@ def test_resumed_is_as_if_never_stopped(whole, tmp_path, schedule: str, kept: in
         (run.folder / "latents" / f"section_{number:03d}.npz").unlink()
     run.write_record(status="begun", spans=run.record["spans"][: max(0, kept - 1)])
     (run.folder / "video.mp4").unlink()
-    sample.main(["--resume", str(run.folder)])
+    resume.main([str(run.folder)])
     assert_same_latents(run, whole[schedule])
     assert RunDir.open(run.folder).record["status"] == "finished"
     assert RunDir.open(run.folder).record["spans"] == whole[schedule].record["spans"]
@@ -115,7 +116,7 @@ def test_resumed_is_as_if_never_stopped(whole, tmp_path, schedule: str, kept: in
 
 def test_a_finished_run_is_left_alone(whole, capsys) -> None:
     before = (whole[F1].folder / "video.mp4").stat().st_mtime_ns
-    sample.main(["--resume", str(whole[F1].folder)])
+    resume.main([str(whole[F1].folder)])
     assert "finished already" in capsys.readouterr().out
     assert (whole[F1].folder / "video.mp4").stat().st_mtime_ns == before
 
@@ -124,7 +125,7 @@ def test_latents_now_and_frames_later(whole, tmp_path) -> None:
     run = make(tmp_path / "run", "--sections", 3, "--latents-only", "--gif")
     assert run.record["status"] == "sampled" and not (run.folder / "video.mp4").exists()
     assert_same_latents(run, whole[INVERTED])
-    sample.main(["--decode", str(run.folder)])
+    decode.main([str(run.folder)])
     assert len(frames_of(run)) == 25 and RunDir.open(run.folder).record["status"] == "finished"
     assert gif_of(run)[0].shape == (HEIGHT, WIDTH, 3)
 
@@ -170,14 +171,14 @@ def test_frames_on_their_way_are_written_before_a_stop(whole, tmp_path, monkeypa
     run = RunDir.open(tmp_path / "run")
     assert run.record["spans"] == whole[F1].record["spans"][:1] and len(frames_of(run)) == 4
     monkeypatch.setattr(sampler, "step", step)
-    sample.main(["--resume", str(run.folder)])
+    resume.main([str(run.folder)])
     assert_same_latents(RunDir.open(run.folder), whole[F1])
 
 
 def test_decoding_a_part_gives_what_is_final(whole, tmp_path) -> None:
     run = copy(whole[F1], tmp_path / "run")
     (run.folder / "latents" / "section_002.npz").unlink()
-    sample.main(["--decode", str(run.folder)])
+    decode.main([str(run.folder)])
     # The third clip would be cross-faded with the second from frame 12 on.
     assert len(frames_of(run)) == 12
     assert np.abs(frames_of(run).astype(int) - frames_of(whole[F1])[:12]).mean() < 2
@@ -202,7 +203,7 @@ def test_frames_are_those_of_stream(whole, pipe, tmp_path, monkeypatch) -> None:
     options = {"sections": 3, "height": HEIGHT, "width": WIDTH, "settings": settings}
     spans = list(pipe.stream(image, "", **options))
     given = watch_encoder(monkeypatch)
-    sample.main(["--decode", str(copy(whole[INVERTED], tmp_path / "run").folder)])
+    decode.main([str(copy(whole[INVERTED], tmp_path / "run").folder)])
     assert sorted(given) == sorted(span.start for span in spans if len(span.frames))
     latents = whole[INVERTED].latents()
     for span in spans:
@@ -269,11 +270,13 @@ def test_runs_from_before_there_were_guides_go_on_as_they_were(pictures, tmp_pat
     del run.record["flags"]["end_image_as"]
     run.write_record(status="begun")
     # A job that says nothing of it is that run, one that says otherwise is not.
-    with pytest.raises(SystemExit, match=r"holds a run of these flags, begun; go on with --resume"):
+    with pytest.raises(
+        SystemExit, match=r"holds a run of these flags, begun; go on with framepack resume"
+    ):
         command(run.folder, *flags)
     with pytest.raises(SystemExit, match="end_image_as = 'still' there, 'guide' here"):
         command(run.folder, *flags, "--end-image-as", "guide")
-    sample.main(["--resume", str(run.folder), "--latents-only"])
+    resume.main([str(run.folder), "--latents-only"])
     assert_same_latents(run, whole)
 
 
@@ -508,7 +511,7 @@ def test_resumed_with_key_frames_and_end_image(pictures, tmp_path) -> None:
     whole, part = make(tmp_path / "whole", *flags), make(tmp_path / "part", *flags)
     (part.folder / "latents" / "section_001.npz").unlink()
     part.write_record(status="interrupted", spans=part.record["spans"][:1])
-    sample.main(["--resume", str(part.folder)])
+    resume.main([str(part.folder)])
     assert_same_latents(part, whole)
 
 
@@ -543,7 +546,7 @@ def test_a_rate_that_is_no_whole_number(tmp_path) -> None:
     assert run.record["frames"] == 25
     (run.folder / "latents" / "section_002.npz").unlink()
     run.write_record(status="interrupted", spans=run.record["spans"][:1])
-    sample.main(["--resume", str(run.folder)])
+    resume.main([str(run.folder)])
     info = video.mp4_info(run.folder / "video.mp4")
     assert (info.frames, info.fps) == (25, 30000 / 1001)
 
@@ -567,9 +570,9 @@ def test_a_failed_decoding_does_not_pass_for_a_finished_run(whole, tmp_path, mon
 
     monkeypatch.setattr(FramePack, "start_clip", full)
     with pytest.raises(SystemExit, match=r"error: out of memory \(RESOURCE.*--vae-tile"):
-        sample.main(["--decode", str(run.folder)])
+        decode.main([str(run.folder)])
     assert RunDir.open(run.folder).record["status"] == "sampled"
-    sample.main(["--resume", str(run.folder)])
+    resume.main([str(run.folder)])
     assert len(frames_of(run)) == 25 and RunDir.open(run.folder).record["status"] == "finished"
 
 
@@ -578,7 +581,7 @@ def test_a_damaged_segment_is_made_again(whole, tmp_path, damage: bytes) -> None
     run = copy(whole[F1], tmp_path / "run")
     run.write_record(status="interrupted")
     (run.folder / "segments" / "frames_00000004.mp4").write_bytes(damage)
-    sample.main(["--resume", str(run.folder)])
+    resume.main([str(run.folder)])
     assert len(frames_of(run)) == 25
 
 
@@ -615,9 +618,9 @@ def test_other_weights_are_noticed(whole, tmp_path) -> None:
     weights = json.loads(json.dumps(run.record["weights"]))
     weights["vae"]["sha256"] = "0" * 64
     run.write_record(status="interrupted", weights=weights)
-    for flag in ("--resume", "--decode"):
+    for again in (resume, decode):
         with pytest.raises(SystemExit, match="was begun with another vae"):
-            sample.main([flag, str(run.folder)])
+            again.main([str(run.folder)])
     with pytest.raises(SystemExit, match="the vae of the bundle has changed"):
         command(run.folder, "--sections", 3, schedule=F1)
 
@@ -633,15 +636,13 @@ def test_a_finished_job_needs_its_image_no_more(tmp_path, capsys) -> None:
     assert "finished already" in capsys.readouterr().out
 
 
-def test_flags_that_would_be_ignored_are_refused(whole) -> None:
-    with pytest.raises(
-        SystemExit, match=r"--resume takes all flags from the run.*; leave out --seed"
-    ):
-        sample.main(["--resume", str(whole[F1].folder), "--seed", "5"])
-    with pytest.raises(
-        SystemExit, match=r"--decode takes all flags from the run.*; leave out --dtype"
-    ):
-        sample.main(["--decode", str(whole[F1].folder), "--dtype", "float32"])
+@pytest.mark.parametrize(("command", "flag"), [(resume, "--seed"), (decode, "--dtype")])
+def test_options_of_the_video_come_from_the_run(whole, capsys, command, flag) -> None:
+    """What the video was started with is no flag of the commands that continue it."""
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(whole[F1].folder), flag, "5"])
+    assert ended.value.code == 2
+    assert flag in capsys.readouterr().err
 
 
 def test_one_run_is_not_made_twice_at_once(whole, tmp_path) -> None:
@@ -649,9 +650,9 @@ def test_one_run_is_not_made_twice_at_once(whole, tmp_path) -> None:
     run.write_record(status="interrupted")
     run.lock()
     with pytest.raises(SystemExit, match="is being made by another process"):
-        sample.main(["--resume", str(run.folder)])
+        resume.main([str(run.folder)])
     run.unlock()
-    sample.main(["--resume", str(run.folder)])
+    resume.main([str(run.folder)])
 
 
 def during_the_first_section(monkeypatch, work) -> None:
@@ -715,8 +716,7 @@ def test_what_another_process_makes_is_left_to_it(tmp_path, monkeypatch, capsys)
 
 def test_output_folders_by_default_never_meet(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = sample.Sample(image=PHOTO)
-    assert len({sample._make_folder(flags) for _ in range(5)}) == 5
+    assert len({make_output_folder(PHOTO) for _ in range(5)}) == 5
     with pytest.raises(SystemExit, match="steps = 0"):
         sample.main(["--bundle", "random", "--image", str(PHOTO), "--steps", "0"])
     assert len(list((tmp_path / "outputs").iterdir())) == 5

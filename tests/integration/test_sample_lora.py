@@ -17,9 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from framepack_jax import bundle
-from framepack_jax.cli import convert, sample
+from framepack_jax.cli import convert, resume, sample
 from framepack_jax.conversion.lora import write
 from framepack_jax.jobs import provenance
+from framepack_jax.jobs.loading import read_loras
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import lora, registry
 from framepack_jax.models.hunyuan import transformer
@@ -94,7 +95,7 @@ def test_a_run_goes_on_with_its_own(files, tmp_path) -> None:
     RunDir.open(folder).write_record(status="interrupted")
     make_lora(file, 7)
     with pytest.raises(SystemExit, match=r"begun with another LoRA than .*mine.safetensors"):
-        sample.main(["--resume", str(folder)])
+        resume.main([str(folder)])
 
 
 def test_a_lora_that_applies_in_part_is_warned_of(files, tmp_path, capsys) -> None:
@@ -106,9 +107,9 @@ def test_a_lora_that_applies_in_part_is_warned_of(files, tmp_path, capsys) -> No
     extra = {f"lora_te_{name}": x for name, x in list(tensors.items())[: len(tensors) // 2]}
     save_file(tensors | extra, tmp_path / "x.safetensors")
     with pytest.warns(UserWarning, match=r"x\.safetensors: 3\d% of the LoRA does not apply"):
-        sample._read_loras(pipe, [str(tmp_path / "x.safetensors")])
+        read_loras(pipe, [str(tmp_path / "x.safetensors")])
     with warnings.catch_warnings(action="error"):
-        sample._read_loras(pipe, [str(files[0])])
+        read_loras(pipe, [str(files[0])])
     convert.main([
         "--lora", str(tmp_path / "x.safetensors"), "--export", str(tmp_path / "y.safetensors"),
         "--bundle", str(bundle.BUILTIN_BUNDLES["random"]), "--names", "original",

@@ -60,8 +60,11 @@ print(mine, (multihost.fetch(halves) + 1).tolist())
 
 
 def sample_in(folders: list[Path], *flags: str) -> list[subprocess.Popen]:
-    cluster = "--coordinator-address", "localhost:{port}", "--num-processes", str(len(folders))
-    return launch(folders, str(ROOT / "sample.py"), *flags, *cluster)
+    return launch(folders, str(ROOT / "sample.py"), *flags, *cluster(folders))
+
+
+def cluster(folders: list[Path]) -> tuple[str, ...]:
+    return "--coordinator-address", "localhost:{port}", "--num-processes", str(len(folders))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,8 @@ def stopped(hosts) -> list[tuple[int, str, str]]:
 @pytest.fixture(scope="module")
 def resumed(hosts, stopped) -> list[tuple[int, str, str]]:
     """And gone on with, the blocks in the memory of two hosts."""
-    return ended(sample_in(hosts, "--resume", "run", "--offload", "full"))
+    resume = "-m", "framepack_jax", "resume", "run", "--offload", "full"
+    return ended(launch(hosts, *resume, *cluster(hosts)))
 
 
 @pytest.fixture(scope="module")

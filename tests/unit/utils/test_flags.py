@@ -7,9 +7,11 @@ import pytest
 from framepack_jax.cli.convert import Convert
 from framepack_jax.cli.evaluate import Evaluate
 from framepack_jax.cli.prepare import Prepare
+from framepack_jax.cli.resume import Resume
 from framepack_jax.cli.sample import Sample
 from framepack_jax.cli.train import Train, TrainConfig, defaults
-from framepack_jax.jobs.spec import SHOT_FIELDS, VideoSpec, read_jobs
+from framepack_jax.jobs.jobs_file import read_jobs
+from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec
 from framepack_jax.utils.flags import parse
 
 HOME = Path("/home/someone")
@@ -26,15 +28,20 @@ def test_home_in_flags_of_sampling() -> None:
         [
             "--bundle=~/b", "--image=~/i.png", "--end-image=~/e.png", "--key-frame", "0.2s=~/k.png",
             "1s=~/a=b.png", "--lora", "~/x.safetensors:0.5", "~/y", "--output=~/o",
-            "--jobs=~/j.jsonl", "--extend", "here/~", "--prompt", "~/ a sea", "~", "--resume", "~",
+            "--jobs=~/j.jsonl", "--extend", "here/~", "--prompt", "~/ a sea", "~",
         ],
         "sample.py",
     )  # fmt: skip
-    assert (flags.bundle, flags.image, flags.output) == (f"{HOME}/b", HOME / "i.png", HOME / "o")
-    assert flags.key_frame == (f"0.2s={HOME}/k.png", f"1s={HOME}/a=b.png")
-    assert flags.lora == (f"{HOME}/x.safetensors:0.5", f"{HOME}/y")
-    assert (flags.end_image, flags.jobs, flags.resume) == (HOME / "e.png", HOME / "j.jsonl", HOME)
-    assert flags.extend == Path("here/~") and flags.prompt == ("~/ a sea", "~")
+    assert (flags.model.bundle, flags.input.image, flags.output) == (
+        f"{HOME}/b",
+        HOME / "i.png",
+        HOME / "o",
+    )
+    assert flags.input.key_frame == (f"0.2s={HOME}/k.png", f"1s={HOME}/a=b.png")
+    assert flags.model.lora == (f"{HOME}/x.safetensors:0.5", f"{HOME}/y")
+    assert (flags.input.end_image, flags.jobs) == (HOME / "e.png", HOME / "j.jsonl")
+    assert parse(Resume, ["~"], "framepack resume").folder == HOME
+    assert flags.input.extend == Path("here/~") and flags.prompt == ("~/ a sea", "~")
 
 
 def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
@@ -61,7 +68,7 @@ def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
 def jobs(tmp_path, line: str) -> VideoSpec | ValueError:
     """What a jobs file of one line gives."""
     (tmp_path / "jobs.jsonl").write_text(line)
-    base = {name: getattr(VideoSpec(), name) for name in SHOT_FIELDS}
+    base = {name: getattr(VideoSpec(), name) for name in SPEC_FIELDS}
     ((_, shot),) = read_jobs(tmp_path / "jobs.jsonl", base, tmp_path)
     return shot
 
