@@ -104,8 +104,8 @@ def test_dataset_is_complete(older) -> None:
     """Preparing it again with the same settings encodes no clip."""
     clips = {file: file.stat().st_mtime_ns for file in Path("dataset/clips").rglob("*.rec")}
     flags = (
-        "--videos videos --bundle bundle --output dataset --buckets 32x48 --scene-threshold 1 --min-motion 0"
-        " --min-sharpness 0 --max-still 1 --min-seconds 1 --keep-duplicates"
+        "--videos videos --bundle bundle --output dataset --buckets 32x48 --scene-threshold 1"
+        " --min-motion 0 --min-sharpness 0 --max-still 1 --min-seconds 1 --keep-duplicates"
     )
     prepare.main(flags.split())
     assert clips == {f: f.stat().st_mtime_ns for f in Path("dataset/clips").rglob("*.rec")}
