@@ -3,23 +3,28 @@
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
 from framepack_jax.models import lora, registry
+from framepack_jax.models.sizes import Size
 from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.packing.buckets import BUCKETS_480P
+from framepack_jax.utils import fields
 from framepack_jax.utils.files import atomic_write_text
 from framepack_jax.utils.messages import first_line
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 FORMAT = 1
 MANIFEST = "bundle.json"
 # A file that is there from the first write until the bundle is whole.
 UNFINISHED = "unfinished"
 ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
-# Beyond any network.
-MOST, MOST_LAYERS = 10**9, 1000
 
 
 class BundleError(ValueError):
@@ -53,7 +58,11 @@ class Manifest:
     prompt_template: str
     schedule: str
     order: str
-    buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
+    buckets: tuple[tuple[Size, Size], ...] = BUCKETS_480P
+
+    def __post_init__(self) -> None:
+        if not self.buckets:
+            raise ValueError("buckets: expected at least one pair of height and width")
 
 
 def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
@@ -68,19 +77,15 @@ def read_manifest(root: epath.PathLike) -> Manifest:
     if not (root / MANIFEST).exists():
         raise BundleError(_what_it_is(root))
     try:
-        fields = json.loads((root / MANIFEST).read_text())
-        version = fields.pop("format")
+        document = json.loads((root / MANIFEST).read_text())
+        version = document.pop("format")
         if version != FORMAT:
             raise BundleError(
                 f"bundle {root} has format {version}, this version reads format {FORMAT};"
                 " convert the weights again"
             )
-        fields["roles"] = {name: Role(**role) for name, role in fields["roles"].items()}
-        fields["latent_mean"] = tuple(fields["latent_mean"])
-        fields["latent_std"] = tuple(fields["latent_std"])
-        # Bundles of before had none.
-        fields["buckets"] = _buckets(fields.get("buckets", BUCKETS_480P))
-        return Manifest(**fields)
+        roles = {name: fields.load(Role, role) for name, role in document["roles"].items()}
+        return fields.load(Manifest, document | {"roles": roles})
     except BundleError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -106,14 +111,6 @@ def _what_it_is(root: epath.Path) -> str:
         f"{root} is no bundle (it has no {MANIFEST}); make one with convert_weights.py, and if"
         " a conversion was interrupted, run it again"
     )
-
-
-def _buckets(fields: Any) -> tuple[tuple[int, int], ...]:
-    """Raises TypeError, ValueError where these are no sizes."""
-    sizes = tuple((int(height), int(width)) for height, width in fields)
-    if not sizes or any(min(size) < 1 for size in sizes):
-        raise ValueError(f"buckets {fields}: expected pairs of height and width")
-    return sizes
 
 
 def role_config(manifest: Manifest, name: str) -> tuple[NetworkSpec, Any]:
@@ -156,38 +153,12 @@ def vae_config(manifest: Manifest) -> tuple[VaeSpec, Any]:
     return spec, cfg
 
 
-def config_from_json(config_class: type, fields: dict[str, Any]) -> Any:
-    """A config dataclass from JSON fields; lists become tuples. Raises BundleError for unknown
-    names, and numbers that are none, not above 0, or beyond all networks (counting to them would
-    take forever)."""
-    what = config_class.__qualname__
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    if not isinstance(fields, dict):
-        raise BundleError(f"{what}: a JSON {type(fields).__name__}, expected an object")
-    if unknown := sorted(set(fields) - defaults.keys()):
-        raise BundleError(f"{what}: unknown fields {unknown}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    for name, value in values.items():
-        if not _is_alike(value, defaults[name], MOST_LAYERS if "layers" in name else MOST):
-            raise BundleError(
-                f"{what}: {name} is {value!r:.60}; expected something like {defaults[name]!r}"
-            )
+def config_from_json(config_class: type[Config], values: dict[str, Any]) -> Config:
+    """Return the config of a network from JSON. Raises BundleError."""
     try:
-        return config_class(**values)
+        return fields.load(config_class, values)
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise BundleError(f"{what}: {error}") from error
-
-
-def _is_alike(value: Any, default: Any, most: int) -> bool:
-    """Whether a value is of the sort of a field's default."""
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(_is_alike(v, default[0], most) for v in value)
-    if isinstance(default, bool | str):
-        return type(value) is type(default)
-    if value is None:
-        return True
-    kinds_of = (int, float) if isinstance(default, float) else (int,)
-    return type(value) in kinds_of and 0 < value <= most
+        raise BundleError(f"{config_class.__qualname__}: {error}") from error
 
 
 def reference(path: epath.PathLike, root: epath.PathLike) -> str:

@@ -6,27 +6,31 @@ time. Everything becomes numpy; bfloat16 is `ml_dtypes.bfloat16` with the bits t
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import safetensors
 
 from framepack_jax.conversion import file_formats, float8
 from framepack_jax.conversion.file_formats import SAFETENSORS_DTYPES, ConversionError, Entry
+from framepack_jax.utils import fields
 from framepack_jax.utils.messages import shorten
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "SAFETENSORS_DTYPES", "Checkpoint", "ConversionError", "Entry", "count_not_finite",
     "make_config", "open_checkpoint", "read_json", "reading_shapes",
 ]  # fmt: skip
 
+Config = TypeVar("Config", bound="DataclassInstance")
 # Of a floating dtype: an unsigned one as wide, and the bits that are all set in what is not finite.
 EXPONENTS = {
     "bfloat16": (np.uint16, 0x7F80),
@@ -41,9 +45,6 @@ WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\."
 )
 INDICES = ("*.safetensors.index.json", "*.bin.index.json")
-# Beyond any network: a token id is the largest number in a config, RoPE's theta the largest float.
-MOST, MOST_LAYERS = 10**9, 1000
-OPTIONAL = ("image_dim",)
 
 
 class Checkpoint:
@@ -152,37 +153,19 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises ConversionError where the file holds anything else."""
     file_formats.check_contents(file)
     try:
-        fields = json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{file} is no JSON file ({error}); download it again") from error
-    if not isinstance(fields, dict):
-        raise ConversionError(f"{file} holds a JSON {type(fields).__name__}, expected an object")
-    return fields
+    if not isinstance(found, dict):
+        raise ConversionError(f"{file} holds a JSON {type(found).__name__}, expected an object")
+    return found
 
 
-def make_config(file: Path, config_class: type, **values: Any) -> Any:
-    """A model's config of numbers that stand in `file`.
-
-    Raises ConversionError where one is of another type than its default, not positive, or beyond
-    all networks (counting to it would take forever), and where they do not fit each other.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    for name, value in values.items():
-        default = defaults[name]
-        several = isinstance(default, tuple) and bool(default)
-        kind = type(default[0] if several else default)
-        if kind not in (int, float) or (value is None and name in OPTIONAL):
-            continue
-        numbers = value if several and isinstance(value, tuple | list) else [value]
-        most = MOST_LAYERS if "layers" in name else MOST
-        types = (int,) if kind is int else (int, float)
-        if not all(type(number) in types and 0 < number <= most for number in numbers):
-            sort = "whole numbers" if kind is int else "numbers"
-            raise ConversionError(
-                f"{file}: {name} = {value!r:.60}; expected {sort} above 0, at most {most}"
-            )
+def make_config(file: Path, config_class: type[Config], **values: Any) -> Config:
+    """Return the config of a network by the sizes in `file`. Raises ConversionError if a size is
+    not of its field's type and range, or if sizes contradict each other."""
     try:
-        return config_class(**values)
+        return fields.load(config_class, values)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ConversionError(f"{file}: {error}") from error
 

@@ -185,7 +185,7 @@ def test_rope_axes_are_even_and_above_0(axes, framepack, tmp_path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"num_attention_heads": 2, "rope_axes_dim": 16})
     )
-    with pytest.raises(ConversionError, match="RoPE axes 16 do not add up"):
+    with pytest.raises(ConversionError, match="rope_axes = 16: expected a list of 3"):
         plan_of(file)
 
 

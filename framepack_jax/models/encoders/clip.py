@@ -16,6 +16,7 @@ from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.sizes import Layers, Positive, Size
 from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
@@ -40,15 +41,15 @@ LEGACY_EOS = 2
 class ClipConfig:
     """Sizes of the network; `activation` is a key of `encoder_block.ACTIVATIONS`."""
 
-    vocab_size: int = 49408
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
-    max_tokens: int = 77
-    norm_eps: float = 1e-5
+    vocab_size: Size = 49408
+    width: Size = 768
+    layers: Layers = 12
+    heads: Size = 12
+    mlp_width: Size = 3072
+    max_tokens: Size = 77
+    norm_eps: Positive = 1e-5
     activation: str = "quick_gelu"
-    eos_token_id: int = LEGACY_EOS
+    eos_token_id: Size = LEGACY_EOS
 
 
 def pooled(cfg: ClipConfig, params: Params, ids: jax.Array) -> jax.Array:

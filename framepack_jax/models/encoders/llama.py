@@ -18,6 +18,7 @@ from einops import rearrange
 
 from framepack_jax.models import scan
 from framepack_jax.models.params import Params
+from framepack_jax.models.sizes import Layers, Positive, Size
 from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.ops.attention import attend
 
@@ -38,15 +39,15 @@ SHARDINGS = (
 class LlamaConfig:
     """Sizes of the network; `layers` counts those computed, two fewer than a checkpoint has."""
 
-    vocab_size: int = 128320
-    width: int = 4096
-    layers: int = 30
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    mlp_width: int = 14336
-    rope_theta: float = 500000.0
-    norm_eps: float = 1e-5
+    vocab_size: Size = 128320
+    width: Size = 4096
+    layers: Layers = 30
+    heads: Size = 32
+    kv_heads: Size = 8
+    head_dim: Size = 128
+    mlp_width: Size = 14336
+    rope_theta: Positive = 500000.0
+    norm_eps: Positive = 1e-5
 
 
 def hidden_states(cfg: LlamaConfig, params: Params, ids: jax.Array, valid: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.sizes import Layers, Positive, Size
 from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
@@ -40,14 +41,14 @@ class SiglipConfig:
     """Sizes of the network; `image_size` and `patch_size` in pixels, `activation` a key of
     `encoder_block.ACTIVATIONS`."""
 
-    width: int = 1152
-    layers: int = 27
-    heads: int = 16
-    mlp_width: int = 4304
-    image_size: int = 384
-    patch_size: int = 14
-    channels: int = 3
-    norm_eps: float = 1e-6
+    width: Size = 1152
+    layers: Layers = 27
+    heads: Size = 16
+    mlp_width: Size = 4304
+    image_size: Size = 384
+    patch_size: Size = 14
+    channels: Size = 3
+    norm_eps: Positive = 1e-6
     activation: str = "gelu_tanh"
 
     @property

@@ -30,6 +30,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from framepack_jax.models import lora_layers, offload, scan
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.sizes import Layers, Positive, Size
 from framepack_jax.ops.attention import attend, to_heads, to_tokens
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
 from framepack_jax.packing import PackedContext, kernel_shape, parse
@@ -72,20 +73,20 @@ class TransformerConfig:
     """Sizes of the network. `context_kernels` names the context patch embeddings there are; a base
     HunyuanVideo model has none, and no image projection (`image_dim` None)."""
 
-    in_channels: int = 16
-    out_channels: int = 16
-    heads: int = 24
-    head_dim: int = 128
-    double_layers: int = 20
-    single_layers: int = 40
-    refiner_layers: int = 2
-    mlp_ratio: float = 4.0
-    text_dim: int = 4096
-    pooled_dim: int = 768
-    image_dim: int | None = 1152
+    in_channels: Size = 16
+    out_channels: Size = 16
+    heads: Size = 24
+    head_dim: Size = 128
+    double_layers: Layers = 20
+    single_layers: Layers = 40
+    refiner_layers: Layers = 2
+    mlp_ratio: Positive = 4.0
+    text_dim: Size = 4096
+    pooled_dim: Size = 768
+    image_dim: Size | None = 1152
     guidance: bool = True
-    rope_axes: tuple[int, int, int] = (16, 56, 56)
-    rope_theta: float = 256.0
+    rope_axes: tuple[Size, Size, Size] = (16, 56, 56)
+    rope_theta: Positive = 256.0
     context_kernels: tuple[str, ...] = ("k1", "k2", "k4")
 
     @property

@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.sizes import Layers, Size
 from framepack_jax.ops.attention import attend
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.parallel.sharding import BATCH, constrain
@@ -44,14 +45,14 @@ Network = Callable[[jax.Array], jax.Array]
 class VaeConfig:
     """Sizes of the network; `channels` has one entry for each resolution, finest first."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 16
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_groups: int = 32
-    space_compression: int = 8
-    time_compression: int = 4
+    in_channels: Size = 3
+    out_channels: Size = 3
+    latent_channels: Size = 16
+    channels: tuple[Size, ...] = (128, 256, 512, 512)
+    layers_per_block: Layers = 2
+    norm_groups: Size = 32
+    space_compression: Size = 8
+    time_compression: Size = 4
 
     def __post_init__(self) -> None:
         limits = {

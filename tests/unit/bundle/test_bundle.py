@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError, Manifest, Role, loader, writer
@@ -137,7 +137,7 @@ def test_a_manifest_is_whole_or_not_there(root, monkeypatch) -> None:
             file.write(text[:40])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(epath.Path(root)), "write_text", torn)
+    monkeypatch.setattr(Path, "write_text", torn)
     with pytest.raises(KeyboardInterrupt):
         bundle.write_manifest(root, dataclasses.replace(manifest(), order="inverted"))
     assert (root / bundle.MANIFEST).read_text() == before
@@ -150,7 +150,7 @@ def test_a_manifest_is_whole_or_not_there(root, monkeypatch) -> None:
         (lambda text: text.replace('"format": 1', '"format": 9'), "format 9"),
         (lambda text: text.replace('"order"', '"ordr"'), "ordr"),
         (lambda text: "[]", "is damaged"),
-        (lambda text: text.replace("416", "-416", 1), "expected pairs of height and width"),
+        (lambda text: text.replace("416", "-416", 1), r"buckets = .*-416.* each a list of 2"),
         (lambda text: text.replace("416", '"wide"', 1), "is damaged"),
     ],
 )

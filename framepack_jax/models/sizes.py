@@ -1,0 +1,10 @@
+"""Types of the numbers in network configs, with ranges that hold every network."""
+
+from typing import Annotated
+
+from framepack_jax.utils.fields import Range
+
+MAX_SIZE, MAX_LAYERS = 10**9, 1000
+Size = Annotated[int, Range(above=0, at_most=MAX_SIZE)]
+Layers = Annotated[int, Range(above=0, at_most=MAX_LAYERS)]
+Positive = Annotated[float, Range(above=0, at_most=MAX_SIZE)]
