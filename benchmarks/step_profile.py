@@ -25,14 +25,13 @@ import jax
 import tyro
 from jax.profiler import ProfileData
 
-from benchmarks import bench, gpu
+from benchmarks import bench, gpu, operations
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
-from framepack_jax.planning import hlo
 
 # Parts that take less of the time are one row together.
 SMALL = 0.005
-UNNAMED = hlo.Operation("without a name", ())
+UNNAMED = operations.Operation("without a name", ())
 
 
 class Program(NamedTuple):
@@ -49,7 +48,7 @@ class Profile(NamedTuple):
     """
 
     wall: float
-    by_operation: dict[hlo.Operation, float]
+    by_operation: dict[operations.Operation, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +142,8 @@ def measure(program: Program, folder: Path, runs: int) -> Profile:
         for _ in range(runs):
             program.run()
     newest = max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
-    known = hlo.operations(program.compiled.as_text())
-    seconds: collections.Counter[hlo.Operation] = collections.Counter()
+    known = operations.operations(program.compiled.as_text())
+    seconds: collections.Counter[operations.Operation] = collections.Counter()
     for name, duration in instructions(ProfileData.from_file(str(newest))):
         if (operation := known.get(name, UNNAMED)) is not None:
             seconds[operation] += duration / runs

@@ -26,7 +26,9 @@ from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
 from framepack_jax.jobs.loading import open_pipe
 from framepack_jax.parallel import hardware
-from framepack_jax.planning.sampling import Program, Report, dry_run
+from framepack_jax.planning.programs import Program
+from framepack_jax.planning.report import Report
+from framepack_jax.planning.sampling import dry_run
 from framepack_jax.planning.training import TrainingReport, dry_run_training
 from framepack_jax.training.config import TrainConfig
 
@@ -156,7 +158,7 @@ def training_cells(report: TrainingReport) -> list[str]:
         gigabytes(report.program.temporaries),
         f"{report.total / GB:.1f} of {report.machine.chip.memory / GB:.1f} GB",
         "yes" if report.fits else "**no**",
-        f"{report.floor_seconds:.2f} s",
+        f"{report.roofline_seconds:.2f} s",
         gigabytes(moved),
         compiled(report, report.program.compile_seconds),
     ]
@@ -190,12 +192,12 @@ def curve_cells(report: Report) -> list[str]:
         for kind, moved in report.step.collectives.items()
         if moved.bytes >= 0.05 * GB
     )
-    links, step = report.link_seconds, report.step_seconds
+    links, step = report.communication_seconds, report.step_seconds
     section = step * report.steps
     return [
         divided(report),
         "yes" if report.step.total(report.resident) <= report.machine.chip.memory else "no",
-        f"{report.floor_seconds:.3f} s",
+        f"{report.roofline_seconds:.3f} s",
         traffic or "none",
         f"{links:.3f} s",
         f"{step:.3f} s",

@@ -142,7 +142,7 @@ def _dry_run(flags: Sample, machine_name: str) -> None:
     with attention.use(compute.attention):
         report = dry_run(
             pipe, path, layout, settings, machine, mesh, flags.job.batch,
-            flags.dry_run.decode, streamed=full,
+            flags.dry_run.decode, offload=full,
         )  # fmt: skip
     print(f"{layout.height} x {layout.width} pixels, schedule {pipe.schedule}, {pipe.dtype}")
     print(report)

@@ -12,46 +12,13 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-# What an instruction is taken for, by the opcodes in it (of a kernel by its names): the first kind
-# of which there is one.
-KINDS = {
-    "exchange": rf"(?:{'|'.join(COLLECTIVES)}).*",
-    "attention": r"custom-call.*(?:fmha|splash|flash).*",
-    "convolution": r"convolution|custom-call.*cudnn\$conv.*",
-    "matrix product": r"dot|custom-call.*(?:cublas|gemm|matmul).*",
-    "reduction": r"reduce|reduce-window|sort",
-    "other kernels": r"custom-call.*",
-}
-ARITHMETIC, MOVES = "arithmetic", "copies, casts and transposes"
-MOVING = frozenset({
-    "async-done", "async-start", "bitcast", "bitcast-convert", "broadcast", "concatenate",
-    "constant", "convert", "copy", "copy-done", "copy-start", "dynamic-slice",
-    "dynamic-update-slice", "fusion", "gather", "get-tuple-element", "iota", "opt-barrier", "pad",
-    "parameter", "reshape", "reverse", "scatter", "slice", "transpose", "tuple",
-})  # fmt: skip
-CONTAINERS = ("while", "conditional", "call")
-# What stands in the name of an operation beside the names of modules.
-WRAPPERS = re.compile(
-    r"(?:jit|pjit|vmap|remat)\(.*\)|while|body|cond|branch_\d+_fun|closed_call|checkpoint|scan"
-    r"|rematted_computation|shard_map|custom_[jv]+p_call|\[.*\]|"
-)
-
-
-class Operation(NamedTuple):
-    """What an instruction does: its kind (of KINDS, ARITHMETIC or MOVES), and the path of the
-    module that it is for; of a fusion, that of what it gives."""
-
-    kind: str
-    path: tuple[str, ...]
-
-
 class Traffic(NamedTuple):
     """Collectives of one kind: how often they run, the bytes that a chip gets by them, and those of
     them that come from other nodes."""
 
     count: int = 0
     bytes: int = 0
-    far: int = 0
+    inter_node_bytes: int = 0
 
 
 def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
@@ -75,68 +42,9 @@ def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
         far = max(_far(group, nodes) for group in groups) if nodes else 0.0
         before = found.get(kind, Traffic())
         found[kind] = Traffic(
-            before.count + often, before.bytes + size, before.far + round(size * far)
+            before.count + often, before.bytes + size, before.inter_node_bytes + round(size * far)
         )
     return found
-
-
-def operations(text: str) -> dict[str, Operation | None]:
-    """What the instructions of a compiled program do, by name; None for loops and other calls,
-    whose time is that of what they run."""
-    bodies = dict(_computations(text))
-    found = {}
-    for lines in bodies.values():
-        for line in lines:
-            if name := re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line):
-                found[name[1]] = _operation(line, bodies)
-    return found
-
-
-def _operation(line: str, bodies: Mapping[str, list[str]]) -> Operation | None:
-    if _opcode(line) in CONTAINERS:
-        return None
-    # Of a fusion the last line is what it gives.
-    lines = [line, *reversed([part for name in _fused(line) for part in bodies.get(name, [])])]
-    names = (re.search(r'op_name="([^"]*)"', part) for part in lines)
-    path = next((_path(name[1]) for name in names if name), ())
-    # Numbers by themselves say where to read.
-    work = {_opcode(part) for part in lines if not re.search(r"= (?:[su]\d+|pred)\[\]", part)}
-    for kind, sign in KINDS.items():
-        if any(re.fullmatch(sign, opcode) for opcode in work):
-            return Operation(kind, path)
-    return Operation(MOVES if work <= MOVING else ARITHMETIC, path)
-
-
-def _opcode(line: str) -> str:
-    """What an instruction is: its opcode; of a kernel also its name and target. TPUs write matrix
-    products as convolutions of no spatial dimension."""
-    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-    found = re.search(r"(?:^|\s)([a-z][\w\-]*)\(", rest)
-    opcode = found[1] if found else ""
-    if opcode == "custom-call":
-        target = re.search(r'custom_call_target="([^"]*)"', rest)
-        return f"{opcode} {name} {target[1] if target else ''}"
-    labels = re.search(r"dim_labels=([^\s,]*)", rest)
-    return "dot" if labels and not re.search(r"\d", labels[1]) else opcode
-
-
-def _fused(line: str) -> list[str]:
-    """The computations that are part of an instruction."""
-    return re.findall(r"calls=%?([\w.\-]+)", line)
-
-
-def _path(name: str) -> tuple[str, ...]:
-    """The modules in the name of an operation, `jit(step)/while/body/DoubleBlock/img_qkv/dot` ->
-    (DoubleBlock, img_qkv); what belongs to a gradient is in "backward"."""
-    path = []
-    for part in name.split("/")[:-1]:
-        while inner := re.fullmatch(r"(?:transpose|jvp)\((.*)\)", part):
-            if part.startswith("transpose"):
-                path = ["backward"]
-            part = inner[1]
-        if not WRAPPERS.fullmatch(part):
-            path.append(part)
-    return tuple(path)
 
 
 def _received(kind: str, devices: int) -> float:
@@ -167,7 +75,7 @@ def kernels(text: str) -> dict[str, int]:
 
 def _instructions(text: str) -> Iterator[tuple[str, int]]:
     """(line, how often it runs) of all instructions that run."""
-    bodies = dict(_computations(text))
+    bodies = dict(computations(text))
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
     times = Counter({entry[1]: 1} if entry else {})
     # Callers come after what they call, so that going backwards every count is final when used.
@@ -220,7 +128,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+def computations(text: str) -> Iterator[tuple[str, list[str]]]:
     """(name, lines) of each computation of an HLO module."""
     name, lines = None, []
     for line in text.splitlines():

@@ -21,36 +21,27 @@ from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
 from framepack_jax.parallel.sharding import BATCH
-from framepack_jax.planning.sampling import (
-    GB,
-    Program,
-    compiled_program,
-    image_tokens,
-    large_share,
-    placed_bytes,
-    traffic_lines,
-)
+from framepack_jax.planning.programs import GB, Program, compile_program, placed_bytes
+from framepack_jax.planning.report import StepReport, exchange_lines
+from framepack_jax.planning.sampling import image_tokens
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.metrics import COST, sample_cost
 from framepack_jax.training.trainer import RATE, Setup, jitted_step, set_up
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingReport:
-    """What a training step needs on each chip of a machine; bytes, FLOPs of all chips together.
+class TrainingReport(StepReport):
+    """What a training step needs on each chip of a machine, in bytes.
 
     `state` is what is trained with its optimizer and moving average, `frozen` the other weights.
     """
 
-    machine: Machine
-    mesh: dict[str, int]
     cfg: TrainConfig
     parameters: int
     trained: int
     state: int
     frozen: int
     program: Program
-    flops: int
     tokens: int
 
     @property
@@ -58,44 +49,23 @@ class TrainingReport:
         """Bytes on a chip while a step runs."""
         return self.program.arguments + self.program.temporaries + self.program.outputs
 
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.machine.chip.memory
-
-    @property
-    def floor_seconds(self) -> float:
-        """A step at the vendor's peak, on all chips."""
-        return self.flops / (self.machine.chip.flops * self.machine.count)
-
     def __str__(self) -> str:
-        chip, cfg = self.machine.chip, self.cfg
-        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
+        cfg, program = self.cfg, self.program
         parts = f" in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else ""
+        rate = f", {cfg.batch / self.roofline_seconds:.2f} samples/s"
         lines = [
-            f"{self.machine}: {self.machine.count} chips of {chip.memory / GB:.1f} GB"
-            + (f", divided over {mesh}" if mesh else ""),
+            self.heading(),
             f"parameters       {self.parameters:,} of the transformer, {self.trained:,} trained by"
             f" {cfg.optimizer.name}",
             f"batch            {cfg.batch} samples of {self.tokens:,} tokens{parts}, remat"
             f" {cfg.remat}, {cfg.dtype}",
             f"state a chip     {self.state / GB:.2f} GB trained, with optimizer and averages;"
             f" {self.frozen / GB:.2f} GB frozen",
-            str(self.program),
-            f"in all           {self.total / GB:.2f} of {chip.memory / GB:.1f} GB a chip:"
-            f" {self._verdict()}",
-            f"FLOPs a step     {self.flops:.3e}, counted from the config, without what remat"
-            " computes again",
-            f"floor            {self.floor_seconds:.3f} s a step at the vendor's"
-            f" {chip.flops / 1e12:.0f} TFLOP/s a chip,"
-            f" {cfg.batch / self.floor_seconds:.2f} samples/s",
+            str(program),
+            f"{self.memory()}: {self.verdict(program.advice)}",
+            *self.compute(", without what remat computes again", rate),
         ]
-        return "\n".join([*lines, *traffic_lines(self.program)])
-
-    def _verdict(self) -> str:
-        if self.fits:
-            return f"fits{large_share(self.machine.chip, self.total)}"
-        over = (self.total - self.machine.chip.memory) / GB
-        return f"does not fit, {over:.1f} GB too much; {self.program.relief}"
+        return "\n".join([*lines, *exchange_lines(program.kernels, program.collectives)])
 
 
 def dry_run_training(
@@ -120,11 +90,11 @@ def dry_run_training(
         with sampler.precision(cfg.dtype):
             return jitted_step(setup).lower(setup.abstract, setup.frozen, {}, batch, RATE)
 
-    relief = (
+    advice = (
         "a smaller --batch, --grad-accum-steps, --remat full or more chips help, and"
         " --optimizer.name adam8bit or adafactor"
     )
-    program = compiled_program("step", relief, setup.frozen, lower, devices)
+    program = compile_program("step", advice, setup.frozen, lower, devices)
     flops, tokens = sample_cost(setup.model, setup.schedule, batch, batch.target.shape[2:4])
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.abstract.params))
     frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.frozen))

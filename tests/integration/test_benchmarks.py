@@ -509,7 +509,7 @@ def test_a_step_is_traced(tmp_path, capsys) -> None:
 
 
 def test_the_table_of_a_profile() -> None:
-    operation = step_profile.hlo.Operation
+    operation = step_profile.operations.Operation
     product, add = operation("matrix product", ("Block", "qkv")), operation("arithmetic", ())
     found = step_profile.Profile(0.004, {product: 0.003, add: 0.000995, UNNAMED: 0.000005})
     lines = step_profile.table(found).splitlines()

@@ -1,0 +1,79 @@
+"""Compile a program for a machine, and read from its compiler what it needs on each chip."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from framepack_jax.parallel import sharding
+from framepack_jax.planning.hlo import Traffic, collectives, kernels
+
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program needs on each chip, in bytes.
+
+    `weights` are those among its arguments, `held` is what else lies beside it, and `advice` says
+    what makes it smaller.
+    """
+
+    name: str
+    advice: str
+    weights: int
+    arguments: int
+    temporaries: int
+    outputs: int
+    collectives: dict[str, Traffic]
+    kernels: dict[str, int]
+    """How often hand-written kernels run, by name."""
+    compile_seconds: float
+    held: int = 0
+    runs: int = 1
+    """How often a denoising step runs it."""
+
+    def total(self, resident: int) -> int:
+        """Bytes with the weights of all networks, `resident`."""
+        own = self.arguments + self.temporaries + self.outputs + self.held
+        return own + max(0, resident - self.weights)
+
+    def __str__(self) -> str:
+        held = f", {self.held / GB:.2f} GB held" if self.held else ""
+        return (
+            f"{self.name:<16} {self.arguments / GB:.2f} GB arguments (weights and inputs),"
+            f" {self.temporaries / GB:.2f} GB temporaries, {self.outputs / GB:.2f} GB results"
+            f"{held}; compiled in {self.compile_seconds:.1f} s"
+        )
+
+
+def compile_program(
+    name: str, advice: str, weights: Any, lower: Callable[[], jax.stages.Lowered], devices: Mesh
+) -> Program:
+    """Trace and compile a program that takes these weights."""
+    began = time.monotonic()
+    with jax.set_mesh(devices):
+        compiled = lower().compile()
+    seconds = time.monotonic() - began
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    # TPUs of a slice reach each other by links, on any host.
+    nodes = [0 if d.platform == "tpu" else d.process_index for d in devices.devices.flat]
+    return Program(
+        name=name,
+        advice=advice,
+        weights=placed_bytes(weights),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        collectives=collectives(text, nodes),
+        kernels=kernels(text),
+        compile_seconds=seconds,
+    )
+
+
+def placed_bytes(params: Any) -> int:
+    """Count the bytes on one device of abstract arrays with shardings."""
+    return sharding.device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))

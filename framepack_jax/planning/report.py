@@ -1,0 +1,233 @@
+"""Reports of dry runs: what a step needs on each chip of a machine, and whether it fits.
+
+FLOPs are counted from the config, and the roofline is arithmetic on vendor figures: no time here is
+measured, except that of compiling.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from typing import NamedTuple
+
+from framepack_jax.parallel import hardware
+from framepack_jax.parallel.hardware import Machine
+from framepack_jax.planning.hlo import Traffic
+from framepack_jax.planning.programs import GB, Program
+
+# The share of a GPU that JAX allocates by default, and one that leaves enough to the driver.
+GPU_SHARE, LARGE_GPU_SHARE = 0.75, 0.95
+
+
+class Weights(NamedTuple):
+    """A network: its number of parameters, and the bytes of them on a chip."""
+
+    parameters: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What a step needs on each chip of a machine; `flops` are those of all chips together."""
+
+    machine: Machine
+    mesh: dict[str, int]
+    flops: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on a chip while a step runs."""
+        raise NotImplementedError
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.machine.chip.memory
+
+    @property
+    def roofline_seconds(self) -> float:
+        """Time of a step at the vendor's peak, on all chips."""
+        return self.flops / (self.machine.chip.flops * self.machine.count)
+
+    def heading(self) -> str:
+        """Name the machine, and how it is divided."""
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
+        divided = f", divided over {mesh}" if mesh else ""
+        memory = self.machine.chip.memory / GB
+        return f"{self.machine}: {self.machine.count} chips of {memory:.1f} GB{divided}"
+
+    def memory(self) -> str:
+        """Compare the bytes of a step with those of a chip."""
+        capacity = self.machine.chip.memory / GB
+        return f"in all           {self.total / GB:.2f} of {capacity:.1f} GB a chip"
+
+    def compute(self, flops: str = "", rate: str = "") -> list[str]:
+        """Lines on the FLOPs of a step and its roofline, with a remark on each."""
+        return [
+            f"FLOPs a step     {self.flops:.3e}, counted from the config{flops}",
+            f"roofline         {self.roofline_seconds:.3f} s a step at the vendor's"
+            f" {self.machine.chip.flops / 1e12:.0f} TFLOP/s a chip{rate}",
+        ]
+
+    def verdict(self, advice: str, remark: str = "") -> str:
+        """Say that a step fits, with a remark, or by how much it does not, with advice."""
+        if self.fits:
+            return f"fits{_large_share(self.machine.chip, self.total)}{remark}"
+        over = (self.total - self.machine.chip.memory) / GB
+        return f"does not fit, {over:.1f} GB too much; {advice}"
+
+
+def _large_share(chip: hardware.Chip, needed: int) -> str:
+    """Name the setting with which JAX allocates enough of a GPU, if it is needed."""
+    share = needed / chip.memory
+    if chip.platform != "cuda" or share <= GPU_SHARE:
+        return ""
+    setting = max(LARGE_GPU_SHARE, math.ceil(100 * share) / 100)
+    return (
+        f" with XLA_PYTHON_CLIENT_MEM_FRACTION={setting} set, for JAX takes {GPU_SHARE:.0%} of a"
+        " GPU by default"
+    )
+
+
+def exchange_lines(kernels: dict[str, int], collectives: dict[str, Traffic]) -> list[str]:
+    """Lines on the attention kernels and the collectives of a step."""
+    lines = [f"attention        {n} a step by {name}" for name, n in kernels.items()]
+    for kind, traffic in collectives.items():
+        far = traffic.inter_node_bytes / GB
+        between = f", {far:.3f} of it from other nodes" if far else ""
+        lines.append(
+            f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{between}"
+        )
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(StepReport):
+    """What sampling needs on each chip of a machine.
+
+    `programs` begin with the denoising step, or with the programs of an offloaded step. A section
+    has `steps` of them and gives `frames`. `hosted` are the bytes of weights in host memory that a
+    chip receives in every step.
+    """
+
+    networks: dict[str, Weights]
+    programs: tuple[Program, ...]
+    steps: int
+    frames: int
+    hosted: int = 0
+
+    @property
+    def step(self) -> Program:
+        """The program of a step that is not offloaded."""
+        return self.programs[0]
+
+    @property
+    def collectives(self) -> dict[str, Traffic]:
+        """Collectives of a step, by kind."""
+        total: dict[str, Traffic] = {}
+        for program in self.programs:
+            for kind, traffic in program.collectives.items():
+                more = (program.runs * n for n in traffic)
+                total[kind] = Traffic(*map(sum, zip(total.get(kind, Traffic()), more, strict=True)))
+        return {kind: traffic for kind, traffic in total.items() if traffic.count}
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How often hand-written kernels run in a step, by name."""
+        total = Counter[str]()
+        for program in self.programs:
+            total.update({name: program.runs * n for name, n in program.kernels.items()})
+        return dict(+total)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the weights of all networks on a chip."""
+        return sum(network.bytes for network in self.networks.values())
+
+    @property
+    def largest(self) -> Program:
+        return max(self.programs, key=lambda program: program.total(self.resident))
+
+    @property
+    def total(self) -> int:
+        return self.largest.total(self.resident)
+
+    @property
+    def communication_seconds(self) -> float | None:
+        """Model the time of a step's collectives: their bytes over the links of a chip, and bytes
+        from other nodes over its share of the network, without overlap. None if a figure is
+        missing."""
+        chip = self.machine.chip
+        far = sum(traffic.inter_node_bytes for traffic in self.collectives.values())
+        near = sum(traffic.bytes for traffic in self.collectives.values()) - far
+        seconds = near / self.machine.links if near else 0.0
+        if not far:
+            return seconds
+        return None if chip.network is None else seconds + far / chip.network
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Model the time of a step: the roofline, then the collectives."""
+        links = self.communication_seconds
+        return None if links is None else self.roofline_seconds + links
+
+    def __str__(self) -> str:
+        networks = ", ".join(f"{n} {w.bytes / GB:.2f}" for n, w in self.networks.items())
+        lines = [
+            self.heading(),
+            f"parameters       {self.networks['transformer'].parameters:,} of the transformer",
+            f"weights a chip   {self.resident / GB:.2f} GB: {networks}",
+            *map(str, self.programs),
+            f"{self.memory()}, in {self.largest.name} with {self._on_chip()}:"
+            f" {self.verdict(self._advice(), self._remark())}",
+            *self.compute(),
+        ]
+        if self.hosted:
+            lines.append(f"host memory      {self.hosted / GB:.2f} GB of blocks a chip and step")
+        exchange = exchange_lines(self.kernels, self.collectives)
+        return "\n".join([*lines, *exchange, *self._modelled()])
+
+    def _modelled(self) -> list[str]:
+        """Lines on the modelled time of the collectives and of denoising."""
+        if not self.collectives:
+            return []
+        chip, links, step = self.machine.chip, self.communication_seconds, self.step_seconds
+        if links is None or step is None:
+            return [f"links            not modelled: no vendor joins nodes of {chip.name}"]
+        network = ""
+        if chip.network and any(t.inter_node_bytes for t in self.collectives.values()):
+            network = f", {chip.network / GB:.0f} GB/s between nodes"
+        return [
+            f"links            {links:.3f} s a step, modelled: those bytes at"
+            f" {self.machine.links / GB:.0f} GB/s{network}, none behind computing",
+            f"denoising        {step:.3f} s a step, {step * self.steps:.1f} s a section of"
+            f" {self.steps} steps, {step * self.steps / self.frames:.3f} s a frame, modelled:"
+            " roofline and links",
+        ]
+
+    def _on_chip(self) -> str:
+        return "the weights that stay and two blocks" if self.hosted else "all weights"
+
+    def _remark(self) -> str:
+        decoded = any(not program.runs for program in self.programs)
+        return "" if decoded else "; decoding was not compiled"
+
+    def _advice(self) -> str:
+        if self.resident <= self.machine.chip.memory:
+            return self.largest.advice
+        return (
+            "the weights alone are more; give --offload full, or divide them over"
+            f" {self._more_chips()}"
+        )
+
+    def _more_chips(self) -> str:
+        """Name what would divide the weights enough: chips of this machine that hold the same
+        weights as others, or a machine with more chips."""
+        chip, count = self.machine.chip, self.machine.count
+        whole = self.resident * self.mesh.get("fsdp", 1) * self.mesh.get("tensor", 1)
+        # Weights divide by powers of two only (`sharding.default_sizes`).
+        fsdp = count & -count
+        if whole <= fsdp * chip.memory:
+            rest = f",context={count // fsdp}" if count > fsdp else ""
+            return f"more chips: --mesh fsdp={fsdp}{rest}"
+        least = max(4, count + 1, math.ceil(whole / chip.memory))
+        chips = 1 << (least - 1).bit_length()
+        return f"a machine of more chips, as {hardware.parse(f'{chip.name}-{chips * chip.cores}')}"
