@@ -2,7 +2,8 @@
 # make tiny-bundle  the models of the demo world from nothing, in outputs/world: hours on a CPU; the
 #                 same command goes on where it was stopped
 # make test       the test suite
-# make test-all   the test suite with what is marked large
+# make test-fast  the tests of single modules
+# make test-all   the test suite with what is marked slow
 # make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/measurements/memory.md
 # make lint       ruff and codespell
 # make types      mypy
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo tiny-bundle test test-all dry-runs lint types docs clean
+.PHONY: demo tiny-bundle test test-fast test-all dry-runs lint types docs clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle tiny --image examples/sprites.png \
@@ -41,11 +42,16 @@ tiny-bundle: .venv/installed
 	$(BIN)/python train.py --config configs/tiny_framepack.py --init $(WORLD)/f1_more --steps 600 \
 	    --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output $(WORLD)/inverted
 
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10
+
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10
+	$(PYTEST)
+
+test-fast: .venv/installed-test
+	$(PYTEST) tests/unit
 
 test-all: .venv/installed-test
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10 -m ""
+	$(PYTEST) -m ""
 
 dry-runs: .venv/installed-test
 	$(BIN)/python scripts/dry_runs.py

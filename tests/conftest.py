@@ -1,15 +1,26 @@
-"""Settings of every test: CPU, no network, strict broadcasting, and where the golden data lie."""
+"""Settings of every test: CPU, no network, strict broadcasting, bounded memory, the golden data."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+# Compiled programs are shared by all processes of one run. To keep them for the next run, name a
+# folder in JAX_COMPILATION_CACHE_DIR.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/framepack_jax_compiled_{os.getpid()}"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from tests.fixtures import memory, suite
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import GOLDEN
 
@@ -25,15 +36,57 @@ def golden() -> Path:
     return GOLDEN
 
 
-# Files that take a minute or more come first, so that no process is left alone with one at the end.
-LONG = (
-    "test_training_run", "test_interrupt", "test_training", "test_processes", "test_sharding",
-    "test_mesh", "test_dry_run", "test_conversion", "test_prepare", "test_sampler",
-)  # fmt: skip
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """Read no program from the compilation cache, in tests that look into compiled programs."""
+    _use_cache(False)
+    yield
+    _use_cache(True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+def _use_cache(used: bool) -> None:
+    wanted = os.environ.get("JAX_ENABLE_COMPILATION_CACHE") != "0"
+    jax.config.update("jax_enable_compilation_cache", used and wanted)
+    compilation_cache.reset_cache()
 
-    items.sort(key=place)
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drop what a file has compiled at its end, and note the most memory that the file took."""
+    memory.reset_peak()
+    # Dry runs turn it off.
+    _use_cache(True)
+    yield
+    request.config.stash[suite.PEAKS][suite.name_of(request.path)] = memory.peak()
+    memory.release()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes that have a core and enough memory."""
+    return memory.worker_count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to measure the run."""
+    config.stash[suite.PEAKS] = {}
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(suite.Worker(config))
+        return
+    # Keep the order that `sort_slowest_first` gives.
+    config.option.loadscopereorder = False
+    config.pluginmanager.register(suite.Report(config))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the programs that this run compiled, if their folder is named after it."""
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if folder.endswith(f"framepack_jax_compiled_{os.getpid()}"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the files, and mark tests by what they need."""
+    suite.mark_by_file(items)
+    suite.sort_slowest_first(config, items)

@@ -306,7 +306,7 @@ def test_the_largest_batch_is_found() -> None:
     assert tried(5, 16) == [1, 2, 4, 8, 6, 5] and tried(16, 16) == [1, 2, 4, 8, 16]
 
 
-@pytest.mark.large
+@pytest.mark.slow
 def test_sections_and_training_on_a_gpu_are_measured(tmp_path, briefly) -> None:
     """The parts that compile most."""
     figures = measured_parts(tmp_path / "figures.json", "section", "vae", "train")
@@ -570,7 +570,7 @@ def test_a_bundle_for_videos_under_caps(tmp_path, monkeypatch, capsys, dtype: st
     assert params["single"]["q_norm"]["scale"].dtype == jnp.bfloat16
 
 
-@pytest.mark.large
+@pytest.mark.slow
 def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
     """On a CPU, which has no caps, with as little memory as can be."""
     folder = tmp_path / "bundle"

@@ -58,7 +58,7 @@ def sampled(bundle: Path, output: Path) -> tuple[str, int]:
     return text, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@pytest.mark.large
+@pytest.mark.slow
 def test_one_section_of_the_released_sizes(folder) -> None:
     """Which ends, has numbers, and needs the memory that was said."""
     check_room(folder)

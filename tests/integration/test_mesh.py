@@ -64,8 +64,8 @@ def alone(tmp_path_factory) -> RunDir:
     "mesh",
     [
         "fsdp=4,context=2",
-        pytest.param("fsdp=4,tensor=2", marks=pytest.mark.large),
-        pytest.param("fsdp=8", marks=pytest.mark.large),
+        pytest.param("fsdp=4,tensor=2", marks=pytest.mark.slow),
+        pytest.param("fsdp=8", marks=pytest.mark.slow),
     ],
 )
 def test_many_devices_make_the_same_video(alone, tmp_path, mesh: str) -> None:

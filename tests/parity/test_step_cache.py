@@ -333,7 +333,7 @@ def test_the_state_of_a_cache_keeps_its_types(network, arrays) -> None:
     assert [x.dtype for x in after] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
 
 
-def test_parameters_are_not_copied(network, arrays) -> None:
+def test_parameters_are_not_copied(network, arrays, compiled_anew) -> None:
     cfg = dataclasses.replace(network[0], heads=4, double_layers=12)
     params = jax.eval_shape(functools.partial(transformer.init, cfg), jax.random.key(0))
     size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params["double"]))

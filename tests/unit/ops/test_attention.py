@@ -188,7 +188,7 @@ def test_the_written_gradients_are_slopes() -> None:
         assert np.sum(gradient * direction) == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-5)
 
 
-def test_gradients_never_hold_the_whole_matrix() -> None:
+def test_gradients_never_hold_the_whole_matrix(compiled_anew) -> None:
     length, heads = 2048, 2
     whole = 4 * heads * length**2
     shapes = abstract(length, 8, heads, jnp.float32)
@@ -198,7 +198,7 @@ def test_gradients_never_hold_the_whole_matrix() -> None:
         assert memory.temp_size_in_bytes < most
 
 
-def test_kernels_of_other_platforms_leave_nothing_to_keep(cudnn_installed) -> None:
+def test_kernels_of_other_platforms_leave_nothing_to_keep(cudnn_installed, compiled_anew) -> None:
     """Their residuals are branches of the same conditional; the compiler must drop them."""
     *_, valid = shapes = abstract(1024, 8)
 
@@ -217,7 +217,9 @@ def test_kernels_of_other_platforms_leave_nothing_to_keep(cudnn_installed) -> No
 
 
 @pytest.mark.parametrize("platform", MARKS)
-def test_a_gradient_that_keeps_results_runs_no_kernel_twice(platform, cudnn_installed) -> None:
+def test_a_gradient_that_keeps_results_runs_no_kernel_twice(
+    platform, cudnn_installed, compiled_anew
+) -> None:
     weights, (q, *_, valid) = jax.ShapeDtypeStruct((2, 64, 64), jnp.bfloat16), abstract(1100)
 
     def products(policy) -> list[str]:

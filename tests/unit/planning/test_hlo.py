@@ -36,6 +36,7 @@ for nodes in ((), [0, 0, 0, 0, 1, 1, 1, 1]):
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs() -> None:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
