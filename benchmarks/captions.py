@@ -81,10 +81,10 @@ def measure(flags: Config, size: tuple[int, int]) -> dict[str, Any]:
     )
     theirs = own.conditions.replace(text=text, text_valid=valid, pooled=pooled)
     swapped = own.replace(conditions=theirs)
-    keys = flow_matching.sample_keys(flags.seed, own.meta.element)
+    keys = flow_matching.sample_keys(jax.random.key(flags.seed), own.meta.element)
     losses = jax.jit(
         lambda batch, sigma: flow_matching.sample_losses(
-            cfg, model, params, {}, batch, keys, jnp.full(keys.shape, sigma)
+            cfg, model, params, batch, keys, jnp.full(keys.shape, sigma)
         )
     )
     sigmas = {}

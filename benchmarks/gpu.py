@@ -60,8 +60,9 @@ from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
 from framepack_jax.training.config import LoRAConfig
 from framepack_jax.training.config import TrainConfig as Training
+from framepack_jax.training.flow_matching_task import Networks, set_up
 from framepack_jax.training.metrics import COST
-from framepack_jax.training.trainer import RATE, jitted_step, set_up
+from framepack_jax.training.train_step import RATE, jit_train_step
 from framepack_jax.utils.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
@@ -228,15 +229,16 @@ def training_program(
     scale: Scale, cfg: Training, manifest: Any, devices: Any
 ) -> tuple[Any, list[Any], float]:
     """(the compiled step, its arguments, seconds of compiling) of a training, on a mesh in use."""
-    setup = set_up(cfg, manifest, devices)
-    abstract = abstract_samples(setup, scale.pixels)
+    task = set_up(cfg, manifest, devices)
+    abstract = abstract_samples(task, scale.pixels)
     began = time.monotonic()
-    step = jitted_step(setup).lower(setup.abstract, setup.frozen, {}, abstract, RATE).compile()
+    frozen = Networks(task.frozen, {})
+    step = jit_train_step(task).lower(task.abstract, frozen, abstract, RATE).compile()
     compiling = time.monotonic() - began
-    now = state.with_params(cfg, setup.model, setup.tx, devices, filled(setup.abstract.params))
+    now = state.with_params(cfg, task.model, task.tx, devices, filled(task.abstract.params))
     return (
         step,
-        [now, filled(setup.frozen), {}, filled(abstract, 1.0), jnp.float32(1e-4)],
+        [now, filled(frozen), filled(abstract, 1.0), jnp.float32(1e-4)],
         compiling,
     )
 

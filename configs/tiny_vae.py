@@ -14,7 +14,7 @@ Result:   700 steps of the first, of single frames, give back the frames of 16 h
 """
 
 from framepack_jax.training.config import OptimizerConfig
-from framepack_jax.training.vae import VaeTrainConfig
+from framepack_jax.training.vae_config import VaeTrainConfig
 
 
 def get_config() -> VaeTrainConfig:

@@ -27,7 +27,8 @@ from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.export import export
-from framepack_jax.training.trainer import NonFiniteLoss, train
+from framepack_jax.training.flow_matching_task import open_task
+from framepack_jax.training.trainer import NonFiniteLoss, Trainer
 from framepack_jax.utils.flags import parse
 
 T = TypeVar("T")
@@ -88,7 +89,8 @@ def _run(flags: Train) -> None:
     sizes = sharding.parse_mesh(flags.mesh) if flags.mesh else {"fsdp": jax.device_count()}
     mesh = sharding.make_mesh(**sizes)
     path = bundle.resolve(cfg.bundle)
-    step = train(cfg, path, mesh, resume=flags.resume == "auto", say=in_first_only(print))
+    trainer = Trainer(open_task(cfg, path, mesh), in_first_only(print))
+    step = trainer.fit(resume=flags.resume == "auto")
     if step < cfg.steps:
         on_primary(print, f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved;"
                  " the same command goes on")  # fmt: skip

@@ -11,12 +11,15 @@ from framepack_jax import bundle
 from framepack_jax.cli.common import configure_jax
 from framepack_jax.cli.train import defaults, training_errors
 from framepack_jax.parallel import sharding
-from framepack_jax.training import vae
+from framepack_jax.training.trainer import Trainer
+from framepack_jax.training.vae_config import VaeTrainConfig
+from framepack_jax.training.vae_export import export
+from framepack_jax.training.vae_task import open_task
 from framepack_jax.utils.flags import parse
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainVae(vae.VaeTrainConfig):
+class TrainVae(VaeTrainConfig):
     """Train the VAE of a bundle, or one of other sizes, on a folder of videos.
 
     Every field of the configuration is a flag, and replaces what --config FILE says. The run's
@@ -36,21 +39,21 @@ def main(args: list[str] | None = None, prog: str = "framepack train-vae") -> No
     """Parse flags and run; user errors end with a message and exit code 1."""
     args = sys.argv[1:] if args is None else args
     with training_errors():
-        _run(parse(TrainVae, args, prog, defaults(TrainVae, vae.VaeTrainConfig, args)))
+        _run(parse(TrainVae, args, prog, defaults(TrainVae, VaeTrainConfig, args)))
 
 
 def _run(flags: TrainVae) -> None:
-    names = [field.name for field in dataclasses.fields(vae.VaeTrainConfig)]
-    cfg = vae.VaeTrainConfig(**{name: getattr(flags, name) for name in names})
+    names = [field.name for field in dataclasses.fields(VaeTrainConfig)]
+    cfg = VaeTrainConfig(**{name: getattr(flags, name) for name in names})
     required = {"--videos": cfg.videos, "--bundle": cfg.bundle, "--output": cfg.output}
     if absent := [flag for flag, given in required.items() if not given]:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")
     configure_jax()
     path = bundle.resolve(cfg.bundle)
     mesh = sharding.make_mesh(data=jax.device_count())
-    step = vae.train(cfg, path, mesh, resume=flags.resume == "auto")
+    step = Trainer(open_task(cfg, path, mesh)).fit(resume=flags.resume == "auto")
     if step < cfg.steps:
         print(f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved; the same"
               " command goes on")  # fmt: skip
         return
-    print(vae.export(f"{cfg.output}@{step}", path, f"{cfg.output}/bundle", dtype=flags.dtype))
+    print(export(f"{cfg.output}@{step}", path, f"{cfg.output}/bundle", dtype=flags.dtype))

@@ -25,8 +25,9 @@ from framepack_jax.planning.programs import GB, Program, compile_program, placed
 from framepack_jax.planning.report import StepReport, exchange_lines
 from framepack_jax.planning.sampling import image_tokens
 from framepack_jax.training.config import TrainConfig
+from framepack_jax.training.flow_matching_task import FlowMatchingTask, Networks, set_up
 from framepack_jax.training.metrics import COST, sample_cost
-from framepack_jax.training.trainer import RATE, Setup, jitted_step, set_up
+from framepack_jax.training.train_step import RATE, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,21 +84,22 @@ def dry_run_training(
     manifest = bundle.read_manifest(bundle_path)
     sizes = mesh or {"fsdp": machine.count}
     devices = sharding.make_mesh(**sizes, devices=hardware.compile_devices(machine))
-    setup = set_up(cfg, manifest, devices)
-    batch = abstract_samples(setup, size)
+    task = set_up(cfg, manifest, devices)
+    batch = abstract_samples(task, size)
 
     def lower() -> jax.stages.Lowered:
         with sampler.precision(cfg.dtype):
-            return jitted_step(setup).lower(setup.abstract, setup.frozen, {}, batch, RATE)
+            networks = Networks(task.frozen, {})
+            return jit_train_step(task).lower(task.abstract, networks, batch, RATE)
 
     advice = (
         "a smaller --batch, --grad-accum-steps, --remat full or more chips help, and"
         " --optimizer.name adam8bit or adafactor"
     )
-    program = compile_program("step", advice, setup.frozen, lower, devices)
-    flops, tokens = sample_cost(setup.model, setup.schedule, batch, batch.target.shape[2:4])
-    trained = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.abstract.params))
-    frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(setup.frozen))
+    program = compile_program("step", advice, task.frozen, lower, devices)
+    flops, tokens = sample_cost(task.model, task.schedule, batch, batch.target.shape[2:4])
+    trained = sum(math.prod(p.shape) for p in jax.tree.leaves(task.abstract.params))
+    frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(task.frozen))
     base = trained + frozen - (trained if cfg.trainable == "lora" else 0)
     return TrainingReport(
         machine=machine,
@@ -105,25 +107,25 @@ def dry_run_training(
         cfg=cfg,
         parameters=base,
         trained=trained,
-        state=placed_bytes(setup.abstract),
-        frozen=placed_bytes(setup.frozen),
+        state=placed_bytes(task.abstract),
+        frozen=placed_bytes(task.frozen),
         program=program,
         flops=flops * cfg.batch * COST[cfg.trainable],
         tokens=tokens,
     )
 
 
-def abstract_samples(setup: Setup, size: tuple[int, int]) -> Batch:
+def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
     """A global batch of latents for a bucket of `size` (height, width) pixels, with its place on
     the mesh, from the configs of the bundle's networks alone."""
-    configs = {name: bundle.role_config(setup.manifest, name)[1] for name in bundle.ROLES}
-    compression, batch = configs["vae"].space_compression, setup.cfg.batch
+    configs = {name: bundle.role_config(task.manifest, name)[1] for name in bundle.ROLES}
+    compression, batch = configs["vae"].space_compression, task.cfg.batch
     frame = (*(side // compression for side in size), configs["vae"].latent_channels)
-    section = packing.plan(setup.schedule, setup.order, 1)[0]
+    section = packing.plan(task.schedule, task.order, 1)[0]
     timeline = Timeline(packing.length([section]), frame)
     timeline.known[:] = True
     context = packing.read_context(section, timeline)
-    where = NamedSharding(setup.mesh, PartitionSpec(BATCH))
+    where = NamedSharding(task.mesh, PartitionSpec(BATCH))
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=where)

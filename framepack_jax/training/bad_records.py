@@ -1,7 +1,7 @@
-"""Clips of a run that turn out to be unreadable while it trains.
+"""Clips that turn out to be unreadable while a run trains.
 
-Another clip takes the place of each (`data.loader`); here they are named, counted and kept in
-checkpoints. All processes see the same ones at the same step, by the figures of the step.
+The loader replaces each by another clip (`data.loader`). This module names, counts and keeps them
+in checkpoints. The metrics of a step tell all hosts the same ones.
 """
 
 import sys
@@ -17,10 +17,11 @@ from framepack_jax.utils.progress import Bar
 
 
 class BadRecords:
-    """Numbers of records of a `data.loader.Loader` that could not be read so far."""
+    """Numbers of records of a `data.loader.Loader` that could not be read so far; `most` of them
+    are replaced."""
 
-    def __init__(self, loader: Any, numbers: Iterable[int] = ()) -> None:
-        self.loader, self.most = loader, loader.cfg.max_bad_records
+    def __init__(self, loader: Any, most: int, numbers: Iterable[int] = ()) -> None:
+        self.loader, self.most = loader, most
         self.numbers = set(numbers)
 
     def __bool__(self) -> bool:

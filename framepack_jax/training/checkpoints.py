@@ -18,7 +18,7 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.training.config import CheckpointConfig
-from framepack_jax.training.state import State
+from framepack_jax.training.state import TrainState
 from framepack_jax.utils.files import atomic_write_text
 from framepack_jax.utils.messages import first_line
 
@@ -52,7 +52,9 @@ def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager
     )
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: State, data: dict[str, Any]) -> None:
+def save(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, data: dict[str, Any]
+) -> None:
     """Begin to write a checkpoint; an error of the one before is raised here. Raises OSError."""
     if step in manager.all_steps():
         return
@@ -88,8 +90,8 @@ def _not_written(manager: ocp.CheckpointManager, error: ValueError) -> OSError:
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, abstract: State
-) -> tuple[State, dict[str, Any]]:
+    manager: ocp.CheckpointManager, step: int, abstract: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
     """State and stream position of a step, laid out as `abstract` says. Raises RunError."""
     try:
         found = manager.restore(
@@ -166,6 +168,16 @@ def read_record(run: epath.PathLike) -> dict[str, Any]:
         names = RENAMED[older]
         record["config"] = {names.get(name, name): x for name, x in record["config"].items()}
     return record
+
+
+def record_of(run: str) -> dict[str, Any]:
+    """Read the record of RUN or RUN@STEP. Raises RunError."""
+    return read_record(parse_run(run)[0])
+
+
+def exported_part(record: dict[str, Any]) -> str:
+    """Return the part of a checkpoint that is used: the moving average if the run keeps one."""
+    return "ema" if record["config"]["ema"] else "params"
 
 
 def steps_of(run: epath.PathLike) -> list[int]:

@@ -11,7 +11,7 @@ import tyro
 
 from framepack_jax.data.config import DataConfig
 
-MOST_STEPS = 10**9
+MAX_STEPS = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,60 +104,72 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A training run: what is trained, on what, and how."""
+class RunConfig:
+    """Settings of a training run, of any task."""
 
     bundle: str = ""
-    """The bundle whose transformer is trained; its other networks made the dataset, and decode
-    validation videos."""
+    """The bundle to start from."""
     output: str = ""
-    """Folder of the run: checkpoints, logs, validation videos."""
+    """Folder of the run: checkpoints, logs, validation results."""
     init: str = "bundle"
-    """Where training begins: bundle (its weights), scratch (random weights), or RUN or RUN@STEP,
-    the parameters of another run under a new data order."""
+    """Initial weights: bundle (those of the bundle), scratch (random), or RUN or RUN@STEP, the
+    parameters of another run."""
     network: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Sizes of the transformer that differ from the bundle's, where it begins from scratch."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    schedule: str | None = None
-    """Packing schedule to train for; default: the bundle's."""
-    trainable: Literal["all", "context", "lora"] = "all"
-    """all parameters; the embeddings of context and image alone, which a base model does not have;
-    or low-rank adapters beside frozen weights."""
-    lora: LoRAConfig = LoRAConfig()
+    """Sizes of the network that differ from the bundle's, with --init scratch."""
     batch: int = 8
     """Samples a step, over all devices."""
-    grad_accum_steps: int = 1
-    """Parts that a batch is taken in, one after another: less memory, the same result."""
     steps: int = 10_000
     """Steps of the whole run."""
     seed: int = 0
-    """Of noise, noise levels and fresh weights."""
+    """Seed of noise, noise levels and random weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    noise_schedule: NoiseSchedule = NoiseSchedule()
-    guidance: float = 1.0
-    """The value that the network's guidance input has in training. The distilled release is sampled
-    with 10; training data show what 1 stands for, no guidance."""
-    history_noise: float = 0.0
-    """Context latents are noised up to this level, drawn anew for each sample (0: clean)."""
     ema: float = 0.0
     """Decay of the moving average of the parameters; 0: none."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What blocks compute in. Trained parameters are float32, frozen ones of this type."""
-    remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
-    """What of the forward pass is kept for the backward pass: everything, the results of matrix
-    products and attention, those of attention and the blocks' inputs, the inputs alone, or those in
-    host memory."""
     max_nonfinite_steps: int = 10
-    """So many steps in a row whose loss or gradient is not finite stop the run; such updates are
-    left out."""
-    validation: ValidationConfig = ValidationConfig()
+    """Stop the run after this many steps in a row whose loss or gradient is not finite. Their
+    updates are skipped."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: int = 10
     """Steps from one line of the log to the next."""
     tensorboard: bool = True
-    """Also write TensorBoard's event files."""
+    """Write TensorBoard event files beside log.jsonl."""
     wandb: str | None = None
-    """Also log to this Weights & Biases project (needs the extra wandb)."""
+    """Log to this Weights & Biases project (needs the extra wandb)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Settings of training a transformer on packed sections."""
+
+    bundle: str = ""
+    """The bundle whose transformer is trained. Its other networks made the dataset, and decode
+    validation videos."""
+    init: str = "bundle"
+    """Initial weights: bundle (those of the bundle), scratch (random), or RUN or RUN@STEP, the
+    parameters of another run under a new data order."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    schedule: str | None = None
+    """Packing schedule to train for; default: the bundle's."""
+    trainable: Literal["all", "context", "lora"] = "all"
+    """Train all parameters; or only the embeddings of context and image, which a base model does
+    not have; or low-rank adapters beside frozen weights."""
+    lora: LoRAConfig = LoRAConfig()
+    grad_accum_steps: int = 1
+    """Divide a batch into this many parts, taken one after another: less memory, the same result.
+    """
+    noise_schedule: NoiseSchedule = NoiseSchedule()
+    guidance: float = 1.0
+    """Value of the network's guidance input in training. The distilled release is sampled with 10;
+    training data show the value 1, no guidance."""
+    history_noise: float = 0.0
+    """Add noise to context latents up to this level, drawn for each sample (0: none)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype that blocks compute in. Trained parameters are float32, frozen ones of this dtype."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
+    """Activations kept for the backward pass: all; results of matrix products and attention;
+    results of attention and inputs of blocks; inputs of blocks; or inputs of blocks in host memory.
+    """
+    validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -176,14 +188,14 @@ def _check(cfg: TrainConfig) -> None:
         "validation.steps": cfg.validation.steps, "validation.samples": cfg.validation.samples,
     }  # fmt: skip
     for name, value in positive.items():
-        if not 1 <= value <= MOST_STEPS:
+        if not 1 <= value <= MAX_STEPS:
             raise ValueError(f"--{name} {value}: expected a whole number of 1 or more")
     counts = {
         "validation.every": cfg.validation.every, "validation.videos": cfg.validation.videos,
         "checkpoints.keep-every": cfg.checkpoints.keep_every,
     }  # fmt: skip
     for name, value in counts.items():
-        if not 0 <= value <= MOST_STEPS:
+        if not 0 <= value <= MAX_STEPS:
             raise ValueError(f"--{name} {value}: expected a whole number, or 0 for none")
     for name, path in (("output", cfg.output), ("data.path", str(cfg.data.path or ""))):
         if "://" in path:

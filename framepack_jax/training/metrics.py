@@ -12,9 +12,9 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,9 +22,9 @@ import numpy as np
 from framepack_jax import packing
 from framepack_jax.parallel.hardware import chip_of
 from framepack_jax.parallel.multihost import is_primary
-from framepack_jax.training.config import TrainConfig
-from framepack_jax.training.flow_matching import Metrics
+from framepack_jax.training.config import RunConfig
 from framepack_jax.training.state import Model
+from framepack_jax.training.task import Cost, StepMetrics
 from framepack_jax.utils.files import atomic_write_text
 
 LOG = "log.jsonl"
@@ -106,7 +106,7 @@ class WandB:
         self.run.finish()
 
 
-def writers(cfg: TrainConfig, step: int, record: dict[str, Any]) -> list[Writer]:
+def writers(cfg: RunConfig, step: int, record: dict[str, Any]) -> list[Writer]:
     """Those of a run that goes on after `step`, in the first process. Raises ValueError."""
     if not is_primary():
         return []
@@ -117,34 +117,29 @@ def writers(cfg: TrainConfig, step: int, record: dict[str, Any]) -> list[Writer]
     return found + ([WandB(folder, cfg.wandb, record)] if cfg.wandb else [])
 
 
-class Cost(NamedTuple):
-    """FLOPs of a forward pass and tokens of one sample."""
-
-    flops: int
-    tokens: int
-
-
 @dataclasses.dataclass
 class Log:
-    """Gathers the figures of steps and writes a line every `cfg.log_every`; `rate` is the learning
-    rate of a step, from 0.
+    """Collect the metrics of steps and write a line every `cfg.log_every` steps.
 
-    The steps of a line are those that were over since the line before it, and all of its figures
-    are of that time. What is done in `paused` is not counted: validation, and writing checkpoints.
+    `rate` gives the learning rate of a step, from 0; `figures` summarises the figures of the task;
+    `flops_factor` is the cost of a step in forward passes. A line covers the steps since the line
+    before it, and so do its rates. Time spent in `paused` (validation, checkpoints) is not counted.
     """
 
-    cfg: TrainConfig
+    cfg: RunConfig
     rate: Callable[[int], Any]
     writers: list[Writer]
+    figures: Callable[[Sequence[StepMetrics]], dict[str, float]]
+    flops_factor: int = 1
     began: float = dataclasses.field(default_factory=time.monotonic)
-    held: list[tuple[int, Metrics, Cost]] = dataclasses.field(default_factory=list)
+    held: list[tuple[int, StepMetrics, Cost | None]] = dataclasses.field(default_factory=list)
     waited: float = 0.0
 
     def wait(self, seconds: float) -> None:
         """Count seconds just waited for a batch."""
         self.waited += seconds
 
-    def add(self, step: int, metrics: Metrics, cost: Cost) -> None:
+    def add(self, step: int, metrics: StepMetrics, cost: Cost | None) -> None:
         """Take the figures (numpy) of step `step`, from 1, which is over."""
         self.held.append((step, metrics, cost))
 
@@ -155,26 +150,37 @@ class Log:
         steps, metrics, costs = zip(*self.held, strict=True)
         seconds = max(time.monotonic() - self.began, 1e-9)
         samples = self.cfg.batch / seconds
-        work = COST[self.cfg.trainable] * sum(cost.flops for cost in costs) * samples
         figures = {
             "loss": float(np.mean([m.loss for m in metrics])),
             "grad_norm": float(np.mean([m.grad_norm for m in metrics])),
             "skipped": float(sum(bool(m.skipped) for m in metrics)),
-            **by_group(metrics),
+            **self.figures(metrics),
             "learning_rate": float(self.rate(steps[-1] - 1)),
             "samples_per_second": len(steps) * samples,
-            "tokens_per_second": sum(cost.tokens for cost in costs) * samples,
-            "model_flops_per_second": work,
             "seconds_per_step": seconds / len(steps),
             "data_wait_fraction": self.waited / seconds,
-            **_device(work),
+            **self._throughput([cost for cost in costs if cost], samples),
+            **_memory(),
             **more,
         }
         self.write(steps[-1], figures)
         self.begin()
 
+    def _throughput(self, costs: Sequence[Cost], samples: float) -> dict[str, float]:
+        """Tokens and model FLOPs a second, and the fraction of the chips' peak if it is known."""
+        if not costs:
+            return {}
+        work = self.flops_factor * sum(cost.flops for cost in costs) * samples
+        figures = {
+            "tokens_per_second": sum(cost.tokens for cost in costs) * samples,
+            "model_flops_per_second": work,
+        }
+        if chip := chip_of(jax.devices()[0]):
+            figures["mfu"] = work / (chip.flops * jax.device_count())
+        return figures
+
     def begin(self) -> None:
-        """Begin to count anew."""
+        """Start a new line."""
         self.held, self.waited = [], 0.0
         self.began = time.monotonic()
 
@@ -196,11 +202,15 @@ class Log:
             writer.close()
 
 
-def by_group(metrics: list[Metrics]) -> dict[str, float]:
+def by_group(steps: Sequence[StepMetrics]) -> dict[str, float]:
     """Mean losses by noise level and by section, of the groups that occur."""
-    losses = np.concatenate([m.losses for m in metrics])
-    bins = np.concatenate([np.minimum((m.sigmas * BINS).astype(int), BINS - 1) for m in metrics])
-    sections = np.concatenate([np.minimum(m.sections, SECTIONS - 1) for m in metrics])
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([np.asarray(m.figures[name]) for m in steps])
+
+    losses = joined("losses")
+    bins = np.minimum((joined("sigmas") * BINS).astype(int), BINS - 1)
+    sections = np.minimum(joined("sections"), SECTIONS - 1)
     groups: dict[str, list[float]] = defaultdict(list)
     for loss, level, section in zip(losses.tolist(), bins, sections, strict=True):
         groups[f"loss/sigma_{level / BINS:.1f}_{(level + 1) / BINS:.1f}"].append(loss)
@@ -208,19 +218,16 @@ def by_group(metrics: list[Metrics]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
 
 
-def _device(flops_per_second: float) -> dict[str, float]:
-    """Share of the chips' peak, where they are known, and the highest memory of a chip so far."""
-    figures = {}
-    if chip := chip_of(jax.devices()[0]):
-        figures["mfu"] = flops_per_second / (chip.flops * jax.device_count())
+def _memory() -> dict[str, float]:
+    """Peak memory of a chip so far, if the backend reports it."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        figures["peak_memory_bytes"] = float(stats["peak_bytes_in_use"])
-    return figures
+    if "peak_bytes_in_use" not in stats:
+        return {}
+    return {"peak_memory_bytes": float(stats["peak_bytes_in_use"])}
 
 
 def sample_cost(model: Model, schedule: str, batch: Any, size: tuple[int, int]) -> Cost:
-    """What a sample of an (abstract) batch costs whose latents are of `size`, rows and columns."""
+    """Cost of a sample of an (abstract) batch whose latents have `size` (rows, columns)."""
     text, image = batch.conditions.text.shape[1], batch.conditions.image.shape[1]
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))
     tokens = packed + packing.target_tokens(schedule, *size) + image + text

@@ -1,7 +1,7 @@
-"""What a run trains: which parameters, from where, and how they lie on a mesh.
+"""Train state: which parameters are trained, how they are initialised and sharded.
 
-Trained parameters are float32 masters; the others are frozen in the compute dtype, lie beside the
-state and are in no checkpoint.
+Trained parameters are float32 masters. The other parameters are frozen in the compute dtype; they
+are not part of the state nor of checkpoints.
 """
 
 import dataclasses
@@ -29,10 +29,9 @@ Params = dict[str, Any]
 NEW_EMBEDDINGS = r"embed/(context_\w+|image_\w+)/\w+"
 
 
-@struct.dataclass
-class State:
-    """A run between two steps: `params` that are trained, their moving average `ema` or None,
-    and how many updates were left out because they were not finite, in all and in a row."""
+class TrainState(struct.PyTreeNode):
+    """State of a run between two steps: trained `params`, their moving average `ema` or None, and
+    the number of updates that were skipped because they were not finite, in all and in a row."""
 
     step: jax.Array
     params: Params
@@ -43,15 +42,15 @@ class State:
 
 
 def apply_gradients(
-    state: State,
+    state: TrainState,
     grads: Params,
     loss: jax.Array,
     tx: optax.GradientTransformationExtraArgs,
     ema: float,
     rate: jax.Array,
-) -> tuple[State, jax.Array]:
-    """(state after an update, norm of the gradient). Where the loss or the gradient is not finite,
-    the update is left out and counted; `ema` is the decay of the moving average, `rate` the
+) -> tuple[TrainState, jax.Array]:
+    """Return (state after an update, norm of the gradient). If the loss or the gradient is not
+    finite, the update is skipped and counted. `ema` is the decay of the moving average, `rate` the
     learning rate."""
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -59,7 +58,7 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     average = state.ema and jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.ema, params)
     kept = functools.partial(jnp.where, finite)
-    new = State(
+    new = TrainState(
         step=state.step + 1,
         params=jax.tree.map(kept, params, state.params),
         opt_state=jax.tree.map(kept, opt_state, state.opt_state),
@@ -71,14 +70,14 @@ def apply_gradients(
 
 
 class Model(NamedTuple):
-    """The network that is trained: the spec of its kind and its config."""
+    """The trained network: the spec of its kind and its config."""
 
     spec: DenoiserSpec
     cfg: Any
 
 
 def model_of(cfg: TrainConfig, manifest: bundle.Manifest) -> Model:
-    """The transformer of a bundle, or one of other sizes. Raises BundleError."""
+    """Return the transformer of a bundle, with the sizes in `cfg.network`. Raises BundleError."""
     spec, config = bundle.denoiser_config(manifest)
     if cfg.network:
         fields = dataclasses.asdict(config) | dict(cfg.network)
@@ -87,7 +86,7 @@ def model_of(cfg: TrainConfig, manifest: bundle.Manifest) -> Model:
 
 
 def abstract_params(cfg: TrainConfig, model: Model) -> tuple[Params, Params]:
-    """(trained, frozen) parameters of a run without any, as `jax.ShapeDtypeStruct`s."""
+    """Return the (trained, frozen) parameters of a run as `jax.ShapeDtypeStruct`s."""
     params = model.spec.abstract_params(model.cfg)
     if cfg.trainable == "lora":
         factors = jax.eval_shape(lambda: init_lora(cfg.lora, params, jax.random.key(0)))
@@ -105,7 +104,7 @@ def _typed(params: Params, dtype: str) -> Params:
 
 
 def partition_params(params: Params, pattern: str) -> tuple[Params, Params]:
-    """Parameters whose path matches, and the rest. Raises ValueError where none does."""
+    """Return (parameters whose path matches, the rest). Raises ValueError if none matches."""
     leaves = flatten_dict(params)
     chosen = {path for path in leaves if re.fullmatch(pattern, "/".join(path))}
     if not chosen:
@@ -117,7 +116,8 @@ def partition_params(params: Params, pattern: str) -> tuple[Params, Params]:
 
 
 def merge_params(trained: Params, frozen: Params, factor_scale: float = 1.0) -> Params:
-    """All parameters of the network; the second factors of adapters times `factor_scale`."""
+    """Return all parameters of the network; second factors of adapters are multiplied by
+    `factor_scale`."""
     leaves = {
         path: leaf * factor_scale if path[-1] == lora_layers.LORA_B else leaf
         for path, leaf in flatten_dict(trained).items()
@@ -126,15 +126,16 @@ def merge_params(trained: Params, frozen: Params, factor_scale: float = 1.0) -> 
 
 
 def factor_scale(cfg: TrainConfig) -> float:
-    """What adapters are multiplied by: alpha / rank; 1 without adapters."""
+    """Return the scale of adapters, alpha / rank, or 1 without adapters."""
     return cfg.lora.alpha / cfg.lora.rank if cfg.trainable == "lora" else 1.0
 
 
 def init_lora(cfg: LoRAConfig, params: Params, key: jax.Array) -> Params:
-    """Adapters that change nothing yet: `lora_a` (in, r) normal with variance 1 / in, `lora_b`
-    (r, ...out) zero, with a layer axis in a stack. Raises ValueError where `targets` match none."""
+    """Return adapters that change nothing yet: `lora_a` (in, r) normal with variance 1 / in,
+    `lora_b` (r, ...out) zero, with a layer axis in a stack. Raises ValueError if `cfg.targets`
+    matches no layer."""
     leaves = flatten_dict(params)
-    # Those of stacks, whose kernels have a layer axis.
+    # Kernels of stacks have a layer axis.
     modules = [p[:-1] for p, leaf in leaves.items() if p[-1] == "kernel" and leaf.ndim > 2]
     modules = [m for m in modules if re.fullmatch(cfg.targets, "/".join(m))]
     if not modules:
@@ -152,7 +153,7 @@ def init_lora(cfg: LoRAConfig, params: Params, key: jax.Array) -> Params:
 
 
 def to_lora(cfg: TrainConfig, factors: Params) -> lora.LoRA:
-    """Trained adapters layer by layer, as files have them."""
+    """Divide trained adapters into layers, as LoRA files store them."""
     leaves, adapters = flatten_dict(jax.device_get(factors)), {}
     for path, a in leaves.items():
         if path[-1] != lora_layers.LORA_A:
@@ -166,10 +167,10 @@ def to_lora(cfg: TrainConfig, factors: Params) -> lora.LoRA:
     return adapters
 
 
-def abstract(
-    cfg: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[State, Params]:
-    """(state, frozen parameters) of a run as `jax.ShapeDtypeStruct`s that say where they lie."""
+def abstract_state(
+    cfg: TrainConfig, model: Model, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> tuple[TrainState, Params]:
+    """Return (state, frozen parameters) of a run as `jax.ShapeDtypeStruct`s with shardings."""
     trained, frozen = abstract_params(cfg, model)
     rules = (*model.spec.sharding_rules, *lora.SHARDINGS)
     specs = sharding.resolve(rules, trained)
@@ -177,8 +178,8 @@ def abstract(
     opt_state = jax.eval_shape(tx.init, trained)
     opt_specs = optimizer.state_specs(opt_state, trained, specs)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    state = State(number, trained, opt_state, trained if cfg.ema else None, number, number)
-    where = State(
+    state = TrainState(number, trained, opt_state, trained if cfg.ema else None, number, number)
+    where: Any = TrainState(
         PartitionSpec(), specs, opt_specs, specs if cfg.ema else None,
         PartitionSpec(), PartitionSpec(),
     )  # fmt: skip
@@ -192,20 +193,22 @@ def abstract(
 
 
 def shardings(tree: Any) -> Any:
-    """Where the leaves of an abstract tree lie."""
+    """Return the shardings of the leaves of an abstract tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def init_state(
-    cfg: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, params: Params
-) -> tuple[State, Params]:
-    """The state before the first step, and the frozen parameters.
-
-    `params` are all of the network, float32 where they are trained; they are used up.
-    """
+    cfg: TrainConfig,
+    model: Model,
+    tx: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    params: Params,
+) -> tuple[TrainState, Params]:
+    """Return (state before the first step, frozen parameters). `params` are all parameters of the
+    network, float32 if they are trained; the state takes over their memory."""
     if cfg.trainable == "lora":
         key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
-        where = shardings(abstract(cfg, model, tx, mesh)[0].params)
+        where = shardings(abstract_state(cfg, model, tx, mesh)[0].params)
         draw = jax.jit(lambda: init_lora(cfg.lora, params, key), out_shardings=where)
         trained, frozen = draw(), params
     else:
@@ -214,20 +217,24 @@ def init_state(
 
 
 def with_params(
-    cfg: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, trained: Params
-) -> State:
-    """A state that begins from these trained parameters."""
-    where = shardings(abstract(cfg, model, tx, mesh)[0])
+    cfg: TrainConfig,
+    model: Model,
+    tx: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    trained: Params,
+) -> TrainState:
+    """Return the state before the first step with these trained parameters."""
+    where = shardings(abstract_state(cfg, model, tx, mesh)[0])
     opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(trained)
     zero = jax.jit(lambda: jnp.zeros([], jnp.int32), out_shardings=where.step)
-    # A copy: the step gives up the memory of its state.
+    # A copy, as the step donates the memory of its state.
     copied = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=where.params)
     ema = copied(trained) if cfg.ema else None
-    return State(zero(), trained, opt_state, ema, zero(), zero())
+    return TrainState(zero(), trained, opt_state, ema, zero(), zero())
 
 
 def random_params(cfg: TrainConfig, model: Model, mesh: Mesh) -> Params:
-    """Fresh parameters of the whole network on a mesh."""
+    """Draw random parameters of the whole network, sharded on a mesh."""
     key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
     params = jax.eval_shape(lambda: model.spec.init(model.cfg, key))
     where = sharding.shard(params, sharding.resolve(model.spec.sharding_rules, params), mesh)

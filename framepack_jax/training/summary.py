@@ -1,7 +1,7 @@
-"""What a run says before its first step: its data, what it trains, and when results come."""
+"""Lines that describe a run before its first step: data, parameters, batch, steps."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -9,13 +9,15 @@ from jax.sharding import Mesh
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.state import Params, factor_scale
 
+if TYPE_CHECKING:
+    from framepack_jax.training.flow_matching_task import FlowMatchingTask
+
 # Adapters are usually scaled by about 1.
 MAX_FACTOR_SCALE = 4
 
 
 def data_line(what: str, held: int, epochs: float) -> str:
-    """Clips or videos to train on, how many more are kept for validation, and how often a whole run
-    sees them."""
+    """Clips or videos to train on, the number held out for validation, and the epochs of a run."""
     return f"data         {what}, {held:,} more held out; {epochs:.3g} epochs in the whole run"
 
 
@@ -27,7 +29,7 @@ def clips_text(counts: dict[tuple[int, int], int]) -> str:
 
 
 def trained_line(trained: int, count: int) -> str:
-    """Numbers of parameters: how many of how many are trained."""
+    """Numbers of trained parameters and of all parameters."""
     return f"trained      {trained:,} of {count:,} parameters"
 
 
@@ -42,8 +44,8 @@ def batch_line(batch: int, parts: int, mesh: Mesh) -> str:
 
 
 def steps_line(first: int, steps: int, saves: int, validates: int, why_not: str) -> str:
-    """Which steps are taken, and after which of them the first checkpoint and validation come;
-    `validates` is 0 for no validation, because of the flag `why_not`."""
+    """The steps of a run, and those of its first checkpoint and validation; `validates` is 0 for no
+    validation, because of the flag `why_not`."""
 
     def after(every: int) -> int:
         return min((first // every + 1) * every, steps)
@@ -77,20 +79,20 @@ def _trained(cfg: TrainConfig, trained: Params, frozen: Params) -> str:
     return trained_line(count, count + rest)
 
 
-def run_lines(setup: Any, loader: Any, first: int, validates: bool) -> list[str]:
-    """All of the above of a run (`trainer.Setup`) that goes on after step `first`."""
-    cfg = setup.cfg
+def run_lines(task: "FlowMatchingTask", first: int) -> list[str]:
+    """Describe a run that trains a transformer, from the step after `first`."""
+    cfg, loader = task.cfg, task.loader
     counts = {bucket: len(numbers) for bucket, numbers in loader.streams.items()}
     epochs = cfg.steps * cfg.batch / sum(counts.values())
     lines = [
         data_line(clips_text(counts), len(loader.held), epochs),
-        _trained(cfg, setup.abstract.params, setup.frozen),
-        batch_line(cfg.batch, cfg.grad_accum_steps, setup.mesh),
+        _trained(cfg, task.abstract.params, task.frozen),
+        batch_line(cfg.batch, cfg.grad_accum_steps, task.mesh),
         steps_line(
             first,
             cfg.steps,
             cfg.checkpoints.every,
-            cfg.validation.every if validates else 0,
+            cfg.validation.every if task.validates else 0,
             "--validation.every 0" if cfg.data.holdout else "--data.holdout 0",
         ),
         lora_warning(cfg),

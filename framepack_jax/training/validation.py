@@ -1,13 +1,14 @@
-"""What a model makes of clips it is not trained on: losses at fixed noise levels, whether it uses
-its context, and videos.
+"""Validation on held-out clips: losses at fixed noise levels, the use of context, and videos.
 
 Shapes: B batch, P frames, H W rows and columns.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,74 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from framepack_jax import packing
+from framepack_jax import packing, video
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.generation.pipeline import FramePack, Inputs, Network, Settings
-from framepack_jax.parallel.multihost import fetch
-from framepack_jax.training.state import Model
+from framepack_jax.parallel.multihost import fetch, on_primary
+from framepack_jax.training import state
+from framepack_jax.training.prefetch import place
+from framepack_jax.training.state import Model, Params
+
+if TYPE_CHECKING:
+    from framepack_jax.training.flow_matching_task import FlowMatchingTask, Networks
 
 # (batch on the devices, one of other clips, sigma, context groups that are blank, groups of the
 # other clips) -> losses (B,)
 LossesAt = Callable[[Any, Any, np.float32, np.ndarray, np.ndarray], jax.Array]
+
+
+class Validator:
+    """Held-out batches on the devices, and the pipeline that samples videos."""
+
+    def __init__(self, task: "FlowMatchingTask") -> None:
+        self.task, cfg = task, task.cfg
+        ways = task.mesh.shape["data"] * task.mesh.shape["fsdp"]
+        held = task.loader.held_out(cfg.validation.samples, cfg.batch // cfg.grad_accum_steps, ways)
+        self.batches = [
+            (place(batch, task.mesh, size), others and place(others, task.mesh, size))
+            for batch, others, size in held
+        ]
+        self.losses_at = jax.jit(task.losses_at)
+        self.records = task.loader.held_out_records(cfg.validation.videos)
+        self.pipe: FramePack | None = None
+
+    def __call__(self, step: int, params: Params, frozen: "Networks") -> dict[str, float]:
+        """Return the losses of held-out clips, and write sampled videos."""
+        cfg = self.task.cfg
+        with jax.set_mesh(self.task.mesh):
+            at = functools.partial(self.losses_at, params, frozen)
+            figures = losses(at, self.batches, cfg.validation.sigmas, cfg.validation.context)
+        for number, frames in enumerate(self.videos(params, frozen.transformer)):
+            on_primary(save_video, cfg.output, step, number, frames)
+        return figures
+
+    def videos(self, params: Params, frozen: Params) -> Iterator[np.ndarray]:
+        """Yield sampled videos above the decoded clips, (P, H, W, 3) uint8."""
+        task, cfg = self.task, self.task.cfg.validation
+        if not cfg.videos or task.encode is not None:
+            return
+        if self.pipe is None:
+            self.pipe = open_pipe(task.bundle_path, task.schedule, task.cfg.dtype, task.mesh)
+        network = state.merge_params(params, frozen, state.factor_scale(task.cfg))
+        pipe = with_network(self.pipe, task.model, network)
+        window = packing.parse(task.schedule).window
+        for number, record in enumerate(self.records):
+            sections = min(cfg.sections, (len(record.latents) - 1) // window)
+            settings = Settings(steps=cfg.steps, distilled_guidance=cfg.guidance)
+            made = sample_video(pipe, record, sections, settings, seed=number)
+            truth = decoded_clip(pipe, record, 1 + sections * window)
+            yield side_by_side(made, truth)
+
+
+def save_video(output: epath.PathLike, step: int, number: int, frames: np.ndarray) -> None:
+    """Write a validation video and its contact sheet to RUN/validation."""
+    folder = Path(output) / "validation" / f"step_{step:07d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    video.write_mp4(folder / f"{number}.mp4", frames, 30)
+    video.save_png(folder / f"{number}.png", video.contact_sheet(frames, 30))
 
 
 class Losses(NamedTuple):
@@ -80,7 +137,7 @@ def paired(
     for batch, others in batches:
         groups = np.asarray(kernels_of(batch))
         none = np.zeros(len(groups), bool)
-        variants = {(): (none, none)}
+        variants: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {(): (none, none)}
         for kernel in dict.fromkeys(groups.tolist()) if context else ():
             variants[kernel, "blank"] = groups == kernel, none
             if others is not None:

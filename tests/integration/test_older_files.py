@@ -20,7 +20,7 @@ from framepack_jax.cli import decode, prepare, resume
 from framepack_jax.data import loader
 from framepack_jax.data.config import DataConfig
 from framepack_jax.parallel import sharding
-from framepack_jax.training import export, trainer, vae
+from framepack_jax.training import export, flow_matching_task, vae_task
 from framepack_jax.training.config import (
     CheckpointConfig,
     LoRAConfig,
@@ -29,7 +29,8 @@ from framepack_jax.training.config import (
     TrainConfig,
     ValidationConfig,
 )
-from framepack_jax.training.vae import VaeTrainConfig
+from framepack_jax.training.trainer import Trainer
+from framepack_jax.training.vae_config import VaeTrainConfig
 from tests.fixtures.paths import ROOT
 
 OLDER = ROOT / "tests" / "fixtures" / "before_house"
@@ -153,7 +154,7 @@ def test_training(older) -> None:
         log_every=1, tensorboard=False,
     )  # fmt: skip
     said: list[str] = []
-    assert trainer.train(cfg, cfg.bundle, mesh(), say=said.append) == 6
+    assert Trainer(flow_matching_task.open_task(cfg, cfg.bundle, mesh()), said.append).fit() == 6
     check_losses("train", said)
 
 
@@ -167,7 +168,7 @@ def test_training_of_lora(older) -> None:
         log_every=1, tensorboard=False,
     )  # fmt: skip
     said: list[str] = []
-    assert trainer.train(cfg, cfg.bundle, mesh(), say=said.append) == 6
+    assert Trainer(flow_matching_task.open_task(cfg, cfg.bundle, mesh()), said.append).fit() == 6
     check_losses("lora", said)
 
 
@@ -181,7 +182,7 @@ def test_training_of_vae(older) -> None:
         validate_every=6, checkpoints=CheckpointConfig(every=3, keep=1), log_every=1,
     )  # fmt: skip
     said: list[str] = []
-    assert vae.train(cfg, cfg.bundle, mesh(), say=said.append) == 6
+    assert Trainer(vae_task.open_task(cfg, cfg.bundle, mesh()), said.append).fit() == 6
     check_losses("vae", said)
 
 

@@ -19,13 +19,15 @@ from framepack_jax.data import vae_clips
 from framepack_jax.models.hunyuan import vae as model
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.toy import world
-from framepack_jax.training import checkpoints, vae
+from framepack_jax.training import checkpoints, trainer, vae_export, vae_task
 from framepack_jax.training.config import OptimizerConfig
+from framepack_jax.training.vae_config import VaeTrainConfig
+from framepack_jax.training.vae_validation import psnr
 from tests.fixtures.compiling import quick_flags
 
 CONFIG = """
 from framepack_jax.training.config import CheckpointConfig, OptimizerConfig
-from framepack_jax.training.vae import VaeTrainConfig
+from framepack_jax.training.vae_config import VaeTrainConfig
 
 def get_config():
     return VaeTrainConfig(
@@ -135,19 +137,19 @@ def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeyp
             raise ValueError("the disk is gone")
         return read(*args)
 
-    class CountingBar(vae.Bar):
+    class CountingBar(trainer.Bar):
         def update(self, n: int = 1) -> None:
             steps.append(n)
             super().update(n)
 
-    monkeypatch.setattr(vae, "Bar", CountingBar)
+    monkeypatch.setattr(trainer, "Bar", CountingBar)
     monkeypatch.setattr(vae_clips, "read_clip", gone_after_two_steps)
     monkeypatch.setattr(vae_clips, "KEPT_BYTES", 0)
     with pytest.raises(SystemExit) as left:
         train_vae.main([*flags(place, tmp_path / "run"), "--steps", "60"])
     step = max(checkpoints.steps_of(tmp_path / "run"))
     assert str(left.value) == (
-        f"error: step {step + 1} has no clips: the disk is gone. Once they can be read, the same"
+        f"error: step {step + 1} has no data: the disk is gone. Once the data can be read, the same"
         f" command goes on after step {step}"
     )
     position = tmp_path / "run" / "checkpoints" / str(step) / "data" / "metadata"
@@ -216,13 +218,13 @@ def test_held_out_videos_stay_when_others_come(place) -> None:
 
 
 def test_noise_ratio_and_divergence() -> None:
-    np.testing.assert_allclose(vae.psnr([4.0, 0.04, 0.004]), [0, 20, 30], atol=1e-6)
+    np.testing.assert_allclose(psnr([4.0, 0.04, 0.004]), [0, 20, 30], atol=1e-6)
     params = model.init(SMALL, jax.random.key(0))
     # Latents of mean m and variance s for every clip: (m^2 + s - 1 - log s) / 2.
     params["encoder"]["quant"]["kernel"] *= 0
     bias = np.repeat([0.5, np.log(2.0)], 16)
     params["encoder"]["quant"]["bias"] = jnp.asarray(bias, jnp.float32)
-    *_, kl = vae.losses(SMALL, params, jnp.zeros((1, 5, 8, 8, 3)), jax.random.key(1))
+    *_, kl = vae_task.losses(SMALL, params, jnp.zeros((1, 5, 8, 8, 3)), jax.random.key(1))
     np.testing.assert_allclose(kl, (0.25 + 2 - 1 - np.log(2)) / 2, rtol=1e-5)
 
 
@@ -256,7 +258,7 @@ def test_bad_input_is_named(place, tmp_path, more, message) -> None:
 )
 def test_impossible_settings_are_named(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
-        vae.VaeTrainConfig(**fields)
+        VaeTrainConfig(**fields)
 
 
 def test_a_folder_without_videos_is_named(place, tmp_path) -> None:
@@ -271,7 +273,7 @@ def test_a_vae_of_single_frames_takes_a_clip_frame_by_frame() -> None:
     clip = jax.random.normal(jax.random.key(0), (2, 5, 6, 6, 3))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
     params = {"conv": {"kernel": kernel, "bias": jnp.ones(4)}, "qkv": {"kernel": jnp.ones((3, 4))}}
-    made = vae.inflated(params)
+    made = vae_task.inflated(params)
     assert jax.tree.structure(made) == jax.tree.structure(params)
     np.testing.assert_array_equal(made["qkv"]["kernel"], params["qkv"]["kernel"])
     whole = causal_conv3d(clip, made["conv"]["kernel"], made["conv"]["bias"])
@@ -289,13 +291,13 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
     manifest = bundle.read_manifest(bundle.resolve("random"))
     trained = params_of(whole, 8)["encoder"]["conv_in"]["kernel"]
     for folder, changed in ((whole, False), (tmp_path / "single", True)):
-        cfg = vae.VaeTrainConfig(network=record["config"]["network"], init=str(folder), frames=5)
-        network = vae.network_of(cfg, manifest)
-        begun = vae.first_params(cfg, network, manifest, bundle.resolve("random"))
+        cfg = VaeTrainConfig(network=record["config"]["network"], init=str(folder), frames=5)
+        network = vae_task.network_of(cfg, manifest)
+        begun = vae_task.first_params(cfg, network, manifest, bundle.resolve("random"))
         kernel = np.asarray(begun["encoder"]["conv_in"]["kernel"])
         assert (np.abs(kernel[:-1]).max() == 0) == changed
         np.testing.assert_allclose(kernel.sum(0), trained.sum(0), rtol=1e-5, atol=1e-6)
-        still = vae.first_params(
+        still = vae_task.first_params(
             dataclasses.replace(cfg, frames=1), network, manifest, bundle.resolve("random")
         )
         np.testing.assert_array_equal(still["encoder"]["conv_in"]["kernel"], trained)
@@ -303,11 +305,9 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
 
 def test_a_decoder_alone_leaves_latents_as_they_are(whole, place, tmp_path) -> None:
     """No update of the encoder, also by weight decay; and the bundle's statistics are kept."""
-    cfg = vae.VaeTrainConfig(
-        trainable="decoder", optimizer=OptimizerConfig("muon", weight_decay=0.1)
-    )
+    cfg = VaeTrainConfig(trainable="decoder", optimizer=OptimizerConfig("muon", weight_decay=0.1))
     params = model.init(SMALL, jax.random.key(0))
-    tx = vae.transformation(cfg)
+    tx = vae_task.transformation(cfg)
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(ones, tx.init(params), params, learning_rate=1e-3)
     assert all(not leaf.any() for leaf in jax.tree.leaves(updates["encoder"]))
@@ -317,6 +317,6 @@ def test_a_decoder_alone_leaves_latents_as_they_are(whole, place, tmp_path) -> N
     record = checkpoints.read_record(whole)
     record["config"] |= {"trainable": "decoder", "init": "bundle"}
     checkpoints.write_record(tmp_path / "run", record)
-    vae.export(f"{tmp_path / 'run'}@8", whole / "bundle", str(tmp_path / "made"))
+    vae_export.export(f"{tmp_path / 'run'}@8", whole / "bundle", str(tmp_path / "made"))
     begun, made = (bundle.read_manifest(path) for path in (whole / "bundle", tmp_path / "made"))
     assert (made.latent_mean, made.latent_std) == (begun.latent_mean, begun.latent_std)

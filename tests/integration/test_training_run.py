@@ -29,12 +29,13 @@ from framepack_jax.data.config import DataConfig
 from framepack_jax.data.records import read_index
 from framepack_jax.models import lora
 from framepack_jax.parallel import sharding
-from framepack_jax.training import checkpoints, export, state, vae
+from framepack_jax.training import checkpoints, export, state
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.export import provenance
 from framepack_jax.training.metrics import Jsonl, WandB
 from framepack_jax.training.prefetch import check_batch
+from framepack_jax.training.vae_config import VaeTrainConfig
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.hosts import ended, launch
 from tests.fixtures.paths import ROOT
@@ -482,7 +483,7 @@ def test_interrupted_before_the_first_step_it_says_so(place, tmp_path, monkeypat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(train, "open_task", interrupted)
     with pytest.raises(SystemExit) as left:
         train.main(flags(place, tmp_path / "a"))
     assert left.value.code == common.INTERRUPTED
@@ -656,9 +657,7 @@ def test_configs_are_what_they_say() -> None:
         text = file.read_text()
         if "training.config" not in text:
             continue
-        config = train.read_config(
-            file, vae.VaeTrainConfig if "training.vae" in text else TrainConfig
-        )
+        config = train.read_config(file, VaeTrainConfig if "training.vae" in text else TrainConfig)
         assert f"configs/{file.name}" in file.read_text()
         assert dataclasses.asdict(config)["steps"] > 0
         found += 1

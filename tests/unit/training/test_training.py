@@ -28,11 +28,12 @@ from framepack_jax.models.hunyuan import transformer
 from framepack_jax.parallel import sharding
 from framepack_jax.training import (
     flow_matching,
+    flow_matching_task,
     metrics,
     optimizer,
     state,
     summary,
-    trainer,
+    train_step,
     validation,
 )
 from framepack_jax.training.config import (
@@ -43,7 +44,10 @@ from framepack_jax.training.config import (
     TrainConfig,
     ValidationConfig,
 )
+from framepack_jax.training.flow_matching_task import FlowMatchingTask, Networks
+from framepack_jax.training.initial_weights import load_network
 from framepack_jax.training.prefetch import local_share, place
+from framepack_jax.training.task import Cost, StepMetrics
 from tests.fixtures.compiling import QUICK, quick_flags
 from tests.fixtures.paths import ROOT
 from tests.fixtures.torch_reference import relative_error
@@ -60,10 +64,8 @@ RATE = np.float32(1e-2)
 
 @functools.cache
 def train_of(cfg: TrainConfig):
-    """The compiled step of (state, frozen, vae, batch), which uses nothing up."""
-    setup = set_up(cfg)
-    fixed = cfg, setup.model, setup.tx, setup.encode
-    return jax.jit(functools.partial(flow_matching.train_step, *fixed), compiler_options=QUICK)
+    """The compiled step of (state, frozen, batch, learning rate), which donates nothing."""
+    return jax.jit(functools.partial(train_step.train_step, set_up(cfg)), compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +92,9 @@ def begun_once(cfg: TrainConfig):
 
 
 @functools.cache
-def set_up(cfg: TrainConfig) -> trainer.Setup:
+def set_up(cfg: TrainConfig) -> FlowMatchingTask:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return trainer.set_up(cfg, bundle.read_manifest(bundle.resolve("random")), mesh)
+    return flow_matching_task.set_up(cfg, bundle.read_manifest(bundle.resolve("random")), mesh)
 
 
 def begin(cfg: TrainConfig):
@@ -104,11 +106,13 @@ def begin(cfg: TrainConfig):
 def values(cfg: TrainConfig, batch, params, frozen) -> float:
     """The loss alone."""
     setup = set_up(cfg)
-    keys = flow_matching.sample_keys(cfg.seed, batch.meta.element)
-    compute = functools.partial(flow_matching.sample_losses, cfg, setup.model)
-    losses = jax.jit(compute, compiler_options=QUICK)(
-        params, frozen, batch, keys, jnp.asarray([0.1, 0.4, 0.7, 1.0])
-    )
+    keys = flow_matching.sample_keys(jax.random.key(cfg.seed), batch.meta.element)
+    sigmas = jnp.asarray([0.1, 0.4, 0.7, 1.0])
+
+    def compute(params, frozen):
+        return setup.losses(setup.merge(params, Networks(frozen, {})), batch, keys, sigmas)
+
+    losses = jax.jit(compute, compiler_options=QUICK)(params, frozen)
     return float(losses.mean())
 
 
@@ -127,11 +131,11 @@ def on(setup, batch):
 def gradient(cfg: TrainConfig, batch, params=None):
     """Loss and gradient of the trained parameters."""
     setup, begun, frozen = begin(cfg)
-    keys = flow_matching.sample_keys(cfg.seed, batch.meta.element)
+    keys = flow_matching.sample_keys(jax.random.key(cfg.seed), batch.meta.element)
     sigmas = flow_matching.draw_sigmas(cfg.noise_schedule, keys, 0.7)
 
     def loss(params):
-        losses = flow_matching.sample_losses(cfg, setup.model, params, frozen, batch, keys, sigmas)
+        losses = setup.losses(setup.merge(params, Networks(frozen, {})), batch, keys, sigmas)
         return jnp.mean(losses)
 
     compute = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
@@ -178,8 +182,8 @@ def test_parts_of_a_batch_make_the_same_step(batches) -> None:
     results = []
     for parts in (1, 2, 4):
         setup, begun, frozen = begin(changed(grad_accum_steps=parts))
-        new, metrics = train_of(setup.cfg)(begun, frozen, {}, on(setup, batches[0]), RATE)
-        results.append((new.params, metrics.losses, metrics.sigmas))
+        new, metrics = train_of(setup.cfg)(begun, Networks(frozen, {}), on(setup, batches[0]), RATE)
+        results.append((new.params, metrics.figures["losses"], metrics.figures["sigmas"]))
     for other in results[1:]:
         np.testing.assert_allclose(other[1], results[0][1], rtol=2e-5)
         np.testing.assert_allclose(other[2], results[0][2], rtol=1e-6)
@@ -191,11 +195,10 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     """Against the formula, with the network that sampling calls."""
     setup, begun, frozen = begin(BASE)
     batch = batches[0]
-    keys = flow_matching.sample_keys(BASE.seed, batch.meta.element)
+    keys = flow_matching.sample_keys(jax.random.key(BASE.seed), batch.meta.element)
     sigmas = jnp.asarray([0.1, 0.4, 0.7, 1.0])
-    compute = functools.partial(flow_matching.sample_losses, BASE, setup.model)
-    compute = jax.jit(compute, compiler_options=QUICK)
-    found = compute(begun.params, frozen, batch, keys, sigmas)
+    compute = jax.jit(setup.losses, compiler_options=QUICK)
+    found = compute(setup.merge(begun.params, Networks(frozen, {})), batch, keys, sigmas)
     noise = np.stack(
         [
             jax.random.normal(jax.random.fold_in(key, 0), batch.target.shape[1:]) for key in keys
@@ -217,7 +220,7 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
 
 
 def test_noise_levels_are_shifted_as_in_sampling() -> None:
-    keys = flow_matching.sample_keys(3, jnp.arange(20_000))
+    keys = flow_matching.sample_keys(jax.random.key(3), jnp.arange(20_000))
     mu = 0.9
     uniform = flow_matching.draw_sigmas(NoiseSchedule("uniform"), keys, mu)
     # Quantiles of the uniform t are those of the sampler's grid.
@@ -239,7 +242,7 @@ def test_the_shift_is_that_of_the_section(batches) -> None:
 
 def test_history_noise_leaves_what_is_missing(batches) -> None:
     context = jax.tree.map(jnp.asarray, batches[0].context)
-    keys = flow_matching.sample_keys(0, jnp.asarray(batches[0].meta.element))
+    keys = flow_matching.sample_keys(jax.random.key(0), jnp.asarray(batches[0].meta.element))
     moved = flow_matching.noised_context(context, keys, 0.5)
     missing = 0
     for old, new in zip(context.latents, moved.latents, strict=True):
@@ -255,7 +258,7 @@ def test_a_moving_average_follows_by_hand(batches) -> None:
     train = train_of(setup.cfg)
     average = jax.tree.map(np.asarray, now.params)
     for batch in batches:
-        now, _ = train(now, frozen, {}, on(setup, batch), RATE)
+        now, _ = train(now, Networks(frozen, {}), on(setup, batch), RATE)
         average = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), average, now.params)
     assert largest_difference(now.ema, average) < 1e-6
     assert largest_difference(now.ema, now.params) > 1e-3
@@ -265,11 +268,11 @@ def test_a_step_that_is_not_finite_is_left_out(batches) -> None:
     setup, now, frozen = begin(changed(ema=0.9))
     train = train_of(setup.cfg)
     bad = batches[0].replace(target=np.full_like(batches[0].target, np.nan))
-    now, metrics = train(now, frozen, {}, on(setup, batches[0]), RATE)
+    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[0]), RATE)
     assert not metrics.skipped
     before = jax.device_get(now)
     for count in (1, 2):
-        now, metrics = train(now, frozen, {}, on(setup, bad), RATE)
+        now, metrics = train(now, Networks(frozen, {}), on(setup, bad), RATE)
         assert metrics.skipped and int(now.skipped_in_a_row) == count
     after = jax.device_get(now)
     for name in ("params", "opt_state", "ema"):
@@ -278,7 +281,7 @@ def test_a_step_that_is_not_finite_is_left_out(batches) -> None:
             strict=True,
         )  # fmt: skip
         assert all(np.array_equal(a, b) for a, b in pairs)
-    now, metrics = train(now, frozen, {}, on(setup, batches[1]), RATE)
+    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[1]), RATE)
     assert not metrics.skipped and int(now.skipped) == 2 and int(now.skipped_in_a_row) == 0
     assert int(now.step) == 4
 
@@ -306,7 +309,7 @@ def test_frozen_parameters_do_not_move(batches, trainable) -> None:
     first = jax.device_get(now.params)
     train = train_of(setup.cfg)
     for batch in batches[:2]:
-        now, _ = train(now, frozen, {}, on(setup, batch), RATE)
+        now, _ = train(now, Networks(frozen, {}), on(setup, batch), RATE)
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
     assert largest_difference(now.params, first) > 1e-3
@@ -345,12 +348,12 @@ def test_no_frozen_kernel_has_a_gradient(batches) -> None:
     for trainable in ("all", "lora"):
         cfg = changed(trainable=trainable, lora=LoRAConfig(rank=1, alpha=1.0))
         setup, begun, frozen = begin(cfg)
-        keys = flow_matching.sample_keys(cfg.seed, batch.meta.element)
+        keys = flow_matching.sample_keys(jax.random.key(cfg.seed), batch.meta.element)
 
-        def loss(params, cfg=cfg, setup=setup, frozen=frozen, keys=keys):
+        def loss(params, setup=setup, frozen=frozen, keys=keys):
             sigmas = jnp.full(4, 0.5)
-            arguments = cfg, setup.model, params, frozen
-            return flow_matching.sample_losses(*arguments, batch, keys, sigmas).mean()
+            networks = setup.merge(params, Networks(frozen, {}))
+            return setup.losses(networks, batch, keys, sigmas).mean()
 
         program = jax.make_jaxpr(jax.value_and_grad(loss))(begun.params).jaxpr
         costs[trainable] = products(program)
@@ -392,7 +395,7 @@ def test_optimizers_bring_the_loss_down(batches, name) -> None:
     train = train_of(setup.cfg)
     losses = []
     for _ in range(6):
-        now, metrics = train(now, frozen, {}, on(setup, batches[0]), np.float32(3e-3))
+        now, metrics = train(now, Networks(frozen, {}), on(setup, batches[0]), np.float32(3e-3))
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.9 * losses[0]
 
@@ -564,7 +567,8 @@ def setup_of(name, mesh):
     layers = dict.fromkeys(("double_layers", "single_layers", "refiner_layers"), 1)
     remat = "none" if mesh.size == 1 else "attention"
     cfg = t.changed(optimizer=optimizer, network=layers, remat=remat)
-    setup = t.trainer.set_up(cfg, t.bundle.read_manifest(t.bundle.resolve("random")), mesh)
+    manifest = t.bundle.read_manifest(t.bundle.resolve("random"))
+    setup = t.flow_matching_task.set_up(cfg, manifest, mesh)
     params = params_of(mesh, t.functools.partial(t.state.random_params, cfg, setup.model, mesh))
     return setup, *t.state.init_state(cfg, setup.model, setup.tx, mesh, params)
 
@@ -578,9 +582,10 @@ def params_of(mesh, draw):
 def losses(mesh):
     setup, now, frozen = setup_of("adamw", mesh)
     loader = t.open_loader(t.Data(path=sys.argv[1]), t.SCHEDULE, "inverted", setup.cfg.batch)
-    run, found = t.trainer.jitted_step(setup), []
+    run, found = t.train_step.jit_train_step(setup), []
     for batch in t.itertools.islice(loader, 3):
-        now, metrics = run(now, frozen, {}, t.place(batch, setup.mesh, setup.cfg.batch), RATE)
+        batch = t.place(batch, setup.mesh, setup.cfg.batch)
+        now, metrics = run(now, t.Networks(frozen, {}), batch, RATE)
         found.append(float(metrics.loss))
     return found
 
@@ -639,7 +644,7 @@ def test_every_optimizer_does_on_eight_devices_what_it_does_on_one(tmp_path) -> 
 def test_quantized_weights_are_not_trained(monkeypatch, dtype) -> None:
     monkeypatch.setattr(bundle, "stored_dtypes", lambda *_: {"a": "bfloat16", "b": dtype})
     with pytest.raises(ValueError, match=f"bundle made keeps its transformer in {dtype}"):
-        trainer.load_network(set_up(BASE), "made")
+        load_network(dataclasses.replace(set_up(BASE), bundle_path="made"))
 
 
 def test_state_of_no_parameter_is_named() -> None:
@@ -667,8 +672,8 @@ def test_steps_and_learning_rate_are_not_in_the_program(batches) -> None:
 
     def program(**fields) -> str:
         setup = set_up(changed(**fields))
-        arguments = setup.abstract, setup.frozen, {}, batch, trainer.RATE
-        return trainer.jitted_step(setup).lower(*arguments).as_text()
+        arguments = setup.abstract, Networks(setup.frozen, {}), batch, train_step.RATE
+        return train_step.jit_train_step(setup).lower(*arguments).as_text()
 
     other = OptimizerConfig(learning_rate=3e-5, warmup_steps=7, schedule="cosine")
     assert program() == program(steps=77, optimizer=other)
@@ -702,17 +707,18 @@ def test_rates_do_not_depend_on_how_often_they_are_logged(monkeypatch, every) ->
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
     lines = []
     writer = type("Writer", (), {"write": lambda _, step, figures: lines.append(figures)})
-    log = metrics.Log(BASE, lambda step: 0.1, [writer()])
+    log = metrics.Log(BASE, lambda step: 0.1, [writer()], metrics.by_group, metrics.COST["all"])
     one = np.float32(0.5)
     log.begin()
-    figures = flow_matching.Metrics(
-        one, one, False, 0, *[np.full(4, 0.5)] * 2, *[np.zeros(4, int)] * 2
+    halves, zeros = np.full(4, 0.5), np.zeros(4, int)
+    figures = StepMetrics(
+        one, one, False, 0, {"losses": halves, "sigmas": halves, "sections": zeros, "clips": zeros}
     )
     for number in range(1, 13):
         now += 0.25
         log.wait(0.25)
         now += 0.75
-        log.add(number, figures, metrics.Cost(100, 10))
+        log.add(number, figures, Cost(100, 10))
         if number % every == 0:
             log.line()
         if number % 5 == 0:

@@ -1,0 +1,280 @@
+"""Train a transformer by flow matching on packed sections."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from framepack_jax import bundle, packing
+from framepack_jax.data import loader as loading
+from framepack_jax.data.batch import Batch
+from framepack_jax.data.fingerprint import check_bundle
+from framepack_jax.data.pixel_batch import PixelBatch, to_batch
+from framepack_jax.diffusion import sampler
+from framepack_jax.parallel import multihost
+from framepack_jax.parallel.sharding import BATCH
+from framepack_jax.training import checkpoints, flow_matching, metrics, optimizer, state, summary
+from framepack_jax.training.config import TrainConfig
+from framepack_jax.training.initial_weights import first_state, load_frozen
+from framepack_jax.training.prefetch import check_batch, local_share
+from framepack_jax.training.resume_checks import check_init, check_same_run
+from framepack_jax.training.state import Model, Params, TrainState
+from framepack_jax.training.task import Cost, Record, StepMetrics
+from framepack_jax.training.validation import Validator
+
+# Frames (B, P, H, W, 3) in [-1, 1] and the VAE's parameters -> normalised latents.
+Encode = Callable[[Params, jax.Array], jax.Array]
+
+
+class Networks(NamedTuple):
+    """Parameters of the transformer, and of the VAE that encodes batches of frames, else empty."""
+
+    transformer: Params
+    vae: Params
+
+
+@dataclasses.dataclass
+class FlowMatchingTask:
+    """Flow matching on the frames of a section, given its packed context; see `flow_matching`.
+
+    `abstract` and `frozen` are the state and the frozen parameters as `jax.ShapeDtypeStruct`s with
+    shardings. `loader` and `bundle_path` are given by `open_task` only.
+    """
+
+    cfg: TrainConfig
+    manifest: bundle.Manifest
+    model: Model
+    tx: optax.GradientTransformationExtraArgs
+    mesh: Mesh
+    schedule: str
+    order: str
+    abstract: TrainState
+    frozen: Params
+    encode: Encode | None = None
+    loader: Any = None
+    bundle_path: epath.PathLike = ""
+
+    def key(self, step: jax.Array) -> jax.Array:
+        """Return the key of all steps; the number of a sample makes its own key."""
+        del step
+        return jax.random.key(self.cfg.seed)
+
+    def merge(self, trained: Params, frozen: Networks) -> Networks:
+        """Return all parameters of the transformer, and those of the VAE."""
+        scale = state.factor_scale(self.cfg)
+        return Networks(state.merge_params(trained, frozen.transformer, scale), frozen.vae)
+
+    def loss(
+        self, params: Networks, batch: Batch | PixelBatch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return (losses (B,) at drawn noise levels; figures for the log)."""
+        sections = self.latents(params, batch)
+        keys = flow_matching.sample_keys(key, sections.meta.element)
+        mu = flow_matching.section_mu(sections.target.shape)
+        sigmas = flow_matching.draw_sigmas(self.cfg.noise_schedule, keys, mu)
+        losses = self.losses(params, sections, keys, sigmas)
+        figures = {
+            "losses": losses, "sigmas": sigmas,
+            "sections": sections.meta.section, "clips": sections.meta.clip,
+        }  # fmt: skip
+        return losses, figures
+
+    def losses(
+        self, params: Networks, batch: Batch, keys: jax.Array, sigmas: jax.Array
+    ) -> jax.Array:
+        """Return losses (B,) at noise levels (B,)."""
+        return flow_matching.sample_losses(
+            self.cfg, self.model, params.transformer, batch, keys, sigmas
+        )
+
+    def latents(self, params: Networks, batch: Batch | PixelBatch) -> Batch:
+        """Encode the frames of a batch of pixels."""
+        if not isinstance(batch, PixelBatch):
+            return batch
+        assert self.encode is not None
+        return to_batch(batch, functools.partial(self.encode, params.vae))
+
+    def losses_at(
+        self,
+        trained: Params,
+        frozen: Networks,
+        batch: Batch | PixelBatch,
+        others: Batch | PixelBatch,
+        sigma: jax.Array,
+        blank: jax.Array,
+        other: jax.Array,
+    ) -> jax.Array:
+        """Return losses (B,) at one noise level, with the same noise in each call.
+
+        `blank` and `other` (groups,) say which context groups are zero, as missing history is, and
+        which are replaced by those of `others`, a batch of other clips of the same shape.
+        """
+        params = self.merge(trained, frozen)
+        own, theirs = self.latents(params, batch), self.latents(params, others)
+        keys = flow_matching.sample_keys(jax.random.key(self.cfg.seed), own.meta.element)
+        context = flow_matching.changed_context(own.context, theirs.context, blank, other)
+        own = dataclasses.replace(own, context=context)
+        return self.losses(params, own, keys, jnp.full(own.meta.element.shape, sigma))
+
+    def figures(self, steps: Sequence[StepMetrics]) -> dict[str, float]:
+        """Return mean losses by noise level and by section."""
+        return metrics.by_group(steps)
+
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Compute in float32 if the configuration says so."""
+        return sampler.precision(self.cfg.dtype)
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Number of parts of a batch."""
+        return self.cfg.grad_accum_steps
+
+    @property
+    def flops_factor(self) -> int:
+        """Cost of a step in forward passes."""
+        return metrics.COST[self.cfg.trainable]
+
+    @property
+    def max_bad_records(self) -> int:
+        """Number of unreadable clips that are replaced."""
+        return self.cfg.data.max_bad_records
+
+    def blank(self, ahead: int) -> Batch | PixelBatch:
+        """Return a batch without data, for a host that cannot read its share."""
+        return self.loader.blank(ahead)
+
+    def init_state(self) -> tuple[TrainState, Networks, str]:
+        """See `Task.init_state`."""
+        now, frozen, origin = first_state(self)
+        return now, self._networks(frozen), origin
+
+    def load_frozen(self) -> Networks:
+        """See `Task.load_frozen`."""
+        return self._networks(load_frozen(self))
+
+    def _networks(self, frozen: Params) -> Networks:
+        vae: Params = {}
+        if self.encode is not None:
+            vae = bundle.load_params(
+                self.bundle_path, self.manifest, "vae", dtype=jnp.float32, mesh=self.mesh
+            )
+        return Networks(frozen, vae)
+
+    def record(self, previous: Record | None) -> Record:
+        """Return the configuration, the data order, and how the first run that led here began."""
+        record: Record = {
+            "config": checkpoints.as_record(self.cfg),
+            "fingerprint": self.loader.fingerprint,
+            "weights": self.manifest.roles["transformer"].source.get("sha256"),
+        }
+        if previous is not None:
+            check_same_run(self.cfg, record, previous)
+        elif self.cfg.init not in ("bundle", "scratch"):
+            previous = multihost.on_primary(checkpoints.record_of, self.cfg.init)
+            check_init(self.cfg, record, previous)
+        else:
+            previous = {"began": self.cfg.init}
+        return record | {"began": previous.get("began")}
+
+    def check_data(self) -> None:
+        """Raise DatasetError if a bucket has too few clips."""
+        self.loader.check_buckets()
+
+    def batches(self) -> list[tuple[Any, Cost]]:
+        """Return an abstract batch for each bucket and latent window, and the cost of a sample."""
+        kinds = itertools.product(self.loader.buckets, self.loader.samples.schedules)
+        return [self._abstract_batch(bucket, schedule) for bucket, schedule in kinds]
+
+    def _abstract_batch(self, bucket: tuple[int, int], schedule: str) -> tuple[Any, Cost]:
+        where = NamedSharding(self.mesh, PartitionSpec(BATCH))
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            self.loader.abstract(bucket, schedule),
+        )
+        size = self.loader.latent_size(bucket)
+        return batch, metrics.sample_cost(self.model, schedule, batch, size)
+
+    def describe(self, step: int) -> Iterator[str]:
+        """See `Task.describe`."""
+        yield from summary.run_lines(self, step)
+
+    def validates_after(self, step: int) -> bool:
+        """Return True every `cfg.validation.every` steps and after the last."""
+        every = self.cfg.validation.every
+        return self.validates and (step % every == 0 or step == self.cfg.steps)
+
+    @property
+    def validates(self) -> bool:
+        """True if clips are held out and validation is not switched off."""
+        return bool(self.cfg.validation.every) and self.cfg.data.holdout > 0
+
+    def validator(self, frozen: Networks) -> Validator | None:
+        """Read the held-out clips."""
+        del frozen
+        return Validator(self) if self.validates else None
+
+    def clip_ids(self, clips: np.ndarray) -> list[str]:
+        """Return the names of the clips of a batch."""
+        return self.loader.clip_ids(sorted({clip for clip in clips.tolist() if clip >= 0}))
+
+
+def set_up(
+    cfg: TrainConfig, manifest: bundle.Manifest, mesh: Mesh, pixels: bool = False
+) -> FlowMatchingTask:
+    """Check a configuration against its bundle and its mesh; the task has no data yet.
+
+    Raises ValueError, BundleError."""
+    model = state.model_of(cfg, manifest)
+    schedule, order = schedule_of(cfg, manifest)
+    model.spec.check_kernels(model.cfg, model.spec.context_kernels(schedule))
+    model.spec.check_mesh(model.cfg, mesh)
+    check_batch(cfg.batch, cfg.grad_accum_steps, mesh)
+    tx = optimizer.make(cfg.optimizer, model.spec.stacks)
+    abstract, frozen = state.abstract_state(cfg, model, tx, mesh)
+    encode = _encoder(manifest) if pixels else None
+    return FlowMatchingTask(
+        cfg, manifest, model, tx, mesh, schedule, order, abstract, frozen, encode
+    )
+
+
+def open_task(cfg: TrainConfig, bundle_path: epath.PathLike, mesh: Mesh) -> FlowMatchingTask:
+    """Open the bundle and the dataset of a run. Raises ValueError, BundleError, DatasetError."""
+    manifest = bundle.read_manifest(bundle_path)
+    share = local_share(mesh, cfg.batch)
+    schedule, order = schedule_of(cfg, manifest)
+    loader = multihost.on_all_hosts(
+        loading.open_loader, cfg.data, schedule, order, cfg.batch, share
+    )
+    check_bundle(loader.index, manifest)
+    task = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
+    return dataclasses.replace(task, loader=loader, bundle_path=bundle_path)
+
+
+def schedule_of(cfg: TrainConfig, manifest: bundle.Manifest) -> tuple[str, str]:
+    """Return (packing schedule, order) of a run: its own, else those of the bundle."""
+    if cfg.schedule:
+        return cfg.schedule, packing.default_order(cfg.schedule)
+    return manifest.schedule, manifest.order
+
+
+def _encoder(manifest: bundle.Manifest) -> Encode:
+    """Return a function of (parameters of the bundle's VAE, frames (B, P, H, W, 3) in [-1, 1]) that
+    gives normalised latents."""
+    spec, cfg = bundle.vae_config(manifest)
+    mean = np.asarray(manifest.latent_mean, np.float32)
+    std = np.asarray(manifest.latent_std, np.float32)
+
+    def encode(params: Params, frames: jax.Array) -> jax.Array:
+        latents = spec.encode(cfg, params, frames)[0].astype(jnp.float32)
+        return (latents - mean[None, None, None, None]) / std[None, None, None, None]
+
+    return encode

@@ -1,0 +1,51 @@
+"""Check that a run can continue what another run, or an earlier process, began."""
+
+from framepack_jax.data.fingerprint import check_fingerprint
+from framepack_jax.training.checkpoints import RunError
+from framepack_jax.training.config import RunConfig, TrainConfig
+from framepack_jax.training.task import Record
+from framepack_jax.utils.compare import THERE_HERE, differences
+
+# Fields of the configuration that stay the same from the first step to the last.
+FIXED = (
+    "init", "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance",
+    "history_noise", "noise_schedule",
+)  # fmt: skip
+
+
+def check_init(cfg: TrainConfig, record: Record, other: Record) -> None:
+    """Raise RunError if the run with the record `other`, named by --init, trained other parameters
+    than this run does."""
+    names = ["network", "trainable"] + (["lora"] if cfg.trainable == "lora" else [])
+    differing = differences(other["config"], record["config"], names, THERE_HERE)
+    # If all parameters are trained, all come from the run.
+    if cfg.trainable != "all" and other["weights"] != record["weights"]:
+        differing.append("the transformer of the bundle")
+    if differing:
+        raise RunError(
+            f"--init {cfg.init} cannot be begun from ({'; '.join(differing)}); give the same, or"
+            " make a bundle of that run (framepack export-run) and begin from it: --bundle"
+        )
+
+
+def check_same_run(cfg: TrainConfig, record: Record, old: Record) -> None:
+    """Raise RunError or DatasetError if a run, with the record `old`, was begun with another
+    configuration or dataset."""
+    check_fingerprint(old["fingerprint"], record["fingerprint"])
+    then, now = old["config"], record["config"]
+    names = [*FIXED, *(["ema"] if bool(then["ema"]) != bool(now["ema"]) else [])]
+    if then["optimizer"]["name"] != now["optimizer"]["name"]:
+        names.append("optimizer")
+    differing = differences(then, now, names)
+    if old["weights"] != record["weights"]:
+        differing.append("the transformer of the bundle")
+    raise_if_changed(cfg, differing)
+
+
+def raise_if_changed(cfg: RunConfig, differing: list[str]) -> None:
+    """Raise RunError that lists what differs from the run in --output."""
+    if differing:
+        raise RunError(
+            f"{cfg.output} was begun otherwise ({'; '.join(differing)}); go on with what it was"
+            f" begun with, or begin another run from it: --output NEW --init {cfg.output}"
+        )
