@@ -35,8 +35,8 @@ from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
 from framepack_jax.generation.request import Layout, Request, fit_images, make_layout
 from framepack_jax.jobs import sampling, spec
+from framepack_jax.jobs.progress import Progress
 from framepack_jax.jobs.run_dir import RunDir
-from framepack_jax.jobs.runner import Progress
 
 ROOT = Path(__file__).parent.parent
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from framepack_jax.cli.common import ALONE, MultihostFlags, cli_errors, configure_jax
+from framepack_jax.jobs.errors import FAILURES, explained
 from framepack_jax.jobs.loading import check_kernel
-from framepack_jax.jobs.runner import FAILURES, explained
 from framepack_jax.jobs.spec import ComputeOptions
 from framepack_jax.ops.attention import use as use_attention
 from framepack_jax.parallel.multihost import Terminated, assert_same_on_hosts, is_primary

@@ -1,12 +1,12 @@
 """A jobs file: one JSON object per line with the options of a video."""
 
 import json
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec
+from framepack_jax.utils import fields
 from framepack_jax.utils.flags import check_text, tidied
 
 
@@ -65,21 +65,5 @@ def _typed(name: str, value: Any) -> Any:
     """Convert a JSON value to the type of its option. Raises ValueError."""
     if name not in SPEC_FIELDS:
         raise ValueError(f"{name!r} is no flag of a video; known are {', '.join(SPEC_FIELDS)}")
-    given, kind = value, SPEC_FIELDS[name].type
     value = tidied(name, tuple(value) if isinstance(value, list) else value)
-    if kind == tuple[str, ...]:
-        if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-            return value
-        raise ValueError(f"{name} = {given!r}: expected a list of texts")
-    choices = typing.get_args(kind) or (kind,)
-    if value in choices or (value is None and type(None) in choices):
-        return value
-    if isinstance(value, str) and Path in choices:
-        return Path(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in choices:
-        return float(value)
-    types = tuple(c for c in choices if isinstance(c, type))
-    if types and isinstance(value, types) and not isinstance(value, bool):
-        return value
-    names = [c.__name__ if isinstance(c, type) else repr(c) for c in choices]
-    raise ValueError(f"{name} = {given!r}: expected {' or '.join(names)}")
+    return fields.convert(VideoSpec, {name: value})[name]

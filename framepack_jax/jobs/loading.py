@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 
@@ -14,13 +13,11 @@ from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.jobs.provenance import weights
 from framepack_jax.jobs.spec import ComputeOptions
+from framepack_jax.jobs.task import Task
 from framepack_jax.models import lora
 from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.parallel import sharding
 from framepack_jax.parallel.multihost import assert_same_on_hosts, on_all_hosts
-
-if TYPE_CHECKING:
-    from framepack_jax.jobs.runner import Task
 
 logger = logging.getLogger(__name__)
 # The backends of attention kernels; other kernels run on any backend.
@@ -83,7 +80,7 @@ def load_weights(
     pipe: FramePack,
     path: str | Path,
     compute: ComputeOptions,
-    tasks: Sequence["Task"],
+    tasks: Sequence[Task],
     *,
     batch: int = 1,
     roles: Sequence[str] = bundle.ROLES,

@@ -16,7 +16,8 @@ import jax
 from framepack_jax import bundle
 from framepack_jax.conversion.lora import files_of as lora_files
 from framepack_jax.generation.pipeline import FramePack
-from framepack_jax.jobs.run_dir import FORMAT, RunDir
+from framepack_jax.jobs.record import FORMAT
+from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.jobs.spec import ComputeOptions, ModelOptions, VideoSpec, source_file
 from framepack_jax.models.lora import parse_weight
 from framepack_jax.utils import compare

@@ -19,7 +19,7 @@ from framepack_jax.jobs.loading import (
 )
 from framepack_jax.jobs.provenance import check_loras
 from framepack_jax.jobs.run_dir import Busy, RunDir
-from framepack_jax.jobs.runner import Task, decode_again, make_all, peak_memory
+from framepack_jax.jobs.runner import decode_again, make_all, peak_memory
 from framepack_jax.jobs.spec import (
     RANDOM_SEED,
     ComputeOptions,
@@ -27,7 +27,8 @@ from framepack_jax.jobs.spec import (
     ModelOptions,
     VideoSpec,
 )
-from framepack_jax.jobs.tasks import TaskMaker, describe, saved_task
+from framepack_jax.jobs.task import Task
+from framepack_jax.jobs.task_setup import TaskMaker, describe, saved_task
 from framepack_jax.parallel.multihost import assert_same_on_hosts, on_all_hosts, on_primary
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def sample(
         alone: There is one video, whose error is raised. Of several videos, a failure does not stop
             the others, and a finished one is skipped.
 
-    Raises ValueError, OSError, and the errors in `runner.FAILURES`.
+    Raises ValueError, OSError, and the errors in `errors.FAILURES`.
     """
     began = time.monotonic()
     if model.merge_lora and not model.lora:
@@ -125,7 +126,7 @@ def resume(
     """Continue a run after its last finished section.
 
     `bundle_name` and `dtype` replace those of the run. Raises ValueError, OSError, and the errors
-    in `runner.FAILURES`.
+    in `errors.FAILURES`.
     """
     began = time.monotonic()
     if not _is_finished(RunDir.open(folder)):
@@ -160,7 +161,7 @@ def _finish(
 def decode(folder: Path, compute: ComputeOptions, *, bundle_name: str | None = None) -> None:
     """Decode the saved latents of a run again, however many sections it has.
 
-    Raises ValueError, OSError, and the errors in `runner.FAILURES`.
+    Raises ValueError, OSError, and the errors in `errors.FAILURES`.
     """
     began = time.monotonic()
     with RunDir.locked(folder) as run:

@@ -20,7 +20,7 @@ from PIL import Image
 from framepack_jax import bundle, video
 from framepack_jax.cli import decode, resume, sample
 from framepack_jax.generation import pipeline
-from framepack_jax.jobs import run_dir
+from framepack_jax.jobs import run_dir, run_files
 from tests.fixtures.paths import ROOT
 
 RANDOM = bundle.BUILTIN_BUNDLES["random"]
@@ -306,7 +306,7 @@ def manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (lambda root: cut_short(root / "bundle.json"), "bundle.json is damaged"),
         (manifest(lambda m: m.update(format=2)), "has format 2, this version reads format 1"),
         (manifest(lambda m: m["roles"].pop("vae")), "has no vae; make one"),
-        (manifest(lambda m: m.pop("latent_mean")), "damaged ('latent_mean')"),
+        (manifest(lambda m: m.pop("latent_mean")), "damaged (latent_mean is missing)"),
         (without("vae"), "the parameters of vae are missing at"),
         (without("transformer"), "the parameters of transformer are missing at"),
         (without("tokenizer"), "no tokenizer in"),
@@ -449,14 +449,14 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(
 
 @pytest.mark.parametrize("name", ["inputs/image.png", "latents/known.npz", "run.json"])
 def test_a_full_disk_at_the_beginning(tmp_path, whole, monkeypatch, name) -> None:
-    prepare = run_dir._pictures
+    prepare = run_files.pictures
 
     def fill_disk(request: object) -> dict:
         (tmp_path / f"{name}.part").symlink_to("/dev/full")
         return prepare(request)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "_pictures", fill_disk)
+        patch.setattr(run_files, "pictures", fill_disk)
         message = refused(tmp_path)
     assert "No space left on device" in message and str(tmp_path / name) in message
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "beginning"

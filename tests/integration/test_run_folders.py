@@ -465,7 +465,12 @@ def test_jobs_go_on_where_they_were(tmp_path, capsys) -> None:
     jobs.write_text('{"seed": 1}\n{"promt": "x"}\n\n{"image": "nowhere.png"}\n{"seed": "2"}\n[1]\n')
     with pytest.raises(SystemExit, match="4 of 5 videos were not made") as error:
         command(tmp_path / "out", "--sections", 1, "--jobs", jobs)
-    for named in ("line 2: 'promt'", "nowhere.png", "line 5: seed = '2': expected int", "line 6"):
+    for named in (
+        "line 2: 'promt'",
+        "nowhere.png",
+        "line 5: seed = '2': expected a whole number",
+        "line 6",
+    ):
         assert named in str(error.value)
     assert RunDir.open(tmp_path / "out" / "job_0001").record["status"] == "finished"
     before = (tmp_path / "out" / "job_0001" / "video.mp4").stat().st_mtime_ns

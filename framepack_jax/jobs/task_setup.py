@@ -22,8 +22,8 @@ from framepack_jax.jobs.inputs import (
 )
 from framepack_jax.jobs.loading import check_bundle, open_pipe
 from framepack_jax.jobs.provenance import absolute, check_weights, differences, new_record
-from framepack_jax.jobs.run_dir import RECORD, RunDir, check_folder, check_free, record_text
-from framepack_jax.jobs.runner import Inputs, Task
+from framepack_jax.jobs.record import RECORD, record_text
+from framepack_jax.jobs.run_dir import RunDir, check_folder, check_free
 from framepack_jax.jobs.spec import (
     RANDOM_SEED,
     ComputeOptions,
@@ -31,6 +31,7 @@ from framepack_jax.jobs.spec import (
     ModelOptions,
     VideoSpec,
 )
+from framepack_jax.jobs.task import Inputs, Task
 from framepack_jax.parallel.multihost import on_all_hosts, on_primary
 
 
@@ -56,7 +57,7 @@ class TaskMaker:
         record = on_primary(new_record, spec, self.model, self.compute, self.pipe)
         # A video that another process finishes meanwhile is kept, even with --overwrite.
         kept = dataclasses.replace(self, job=dataclasses.replace(self.job, overwrite=False))
-        look = functools.partial(kept.make, requested, folder)
+        refresh = functools.partial(kept.make, requested, folder)
         seen = record_text(folder)
         if seen is not None and self.alone:
             check_free(folder)
@@ -66,9 +67,9 @@ class TaskMaker:
                 if self._is_done(run, record):
                     return None
                 on_all_hosts(check_weights, run)
-                return Task(run, saved_layout(self.pipe, run), settings, seen=seen, look=look)
+                return Task(run, saved_layout(self.pipe, run), settings, seen=seen, refresh=refresh)
         run, layout, read = self._new(spec, folder, record)
-        return Task(run, layout, settings, read, seen=seen, look=look)
+        return Task(run, layout, settings, read, seen=seen, refresh=refresh)
 
     def _new(
         self, spec: VideoSpec, folder: Path, record: dict[str, Any]

@@ -1,0 +1,68 @@
+"""Files of a run: arrays and pictures, each written whole or not at all."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from framepack_jax.generation.request import Request
+from framepack_jax.utils.files import atomic_write
+
+
+class DamagedFile(ValueError):
+    """A file of latents that cannot be used; `done` are the latents of the sections before it."""
+
+    done: Sequence[np.ndarray] = ()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file atomically. Raises OSError that names it."""
+    try:
+        with atomic_write(path) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file. Raises OSError."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Read arrays of an .npz file. Raises DamagedFile, FileNotFoundError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
+        raise DamagedFile(f"{path} is damaged ({error})") from error
+
+
+def pictures(request: Request) -> dict[str, np.ndarray]:
+    """Return the images of a prepared request by the names of their files."""
+    assert request.image is not None, "a prepared request has an image"
+    images = {"image": request.image}
+    if request.end_image is not None:
+        images["end_image"] = request.end_image
+    return images | {key_frame_name(i): image for i, (_, image) in enumerate(request.key_frames)}
+
+
+def key_frame_name(number: int) -> str:
+    return f"key_frame_{number:02d}"
+
+
+def open_picture(path: Path) -> np.ndarray:
+    """Read a picture (H, W, 3) of a run. Raises ValueError if it is damaged."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); make the video again with --overwrite"
+        ) from error

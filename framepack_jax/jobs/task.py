@@ -1,0 +1,61 @@
+"""A video to sample: its run folder, layout, settings and inputs."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator
+
+import numpy as np
+
+from framepack_jax.generation.pipeline import Settings
+from framepack_jax.generation.request import Layout, Request
+from framepack_jax.jobs.run_dir import RunDir
+
+# Fields of a record that depend on the machine that continues the run.
+MACHINE_FIELDS = ("offload", "decode_tile")
+# A request, and the frames of an extended video that no section changes, if any.
+Inputs = tuple[Request, Iterator[np.ndarray] | None]
+
+
+@dataclasses.dataclass(eq=False)
+class Task:
+    """A video to sample.
+
+    `read` gives the inputs of a new run; a resumed run has its `request` in the folder. `seen` is
+    the record that the folder held: if another process has changed it since, `refresh` gives the
+    task that is left, or None if that process has finished the run.
+    """
+
+    run: RunDir
+    layout: Layout
+    settings: Settings
+    read: Callable[[], Inputs] | None = None
+    request: Request | None = None
+    seen: str | None = None
+    refresh: Callable[[], "Task | None"] | None = None
+
+    @property
+    def group(self) -> tuple[Layout, Settings, float]:
+        """What tasks must share to be computed side by side."""
+        return self.layout, self.settings, self.run.record["flags"]["prompt_blend"]
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for tasks that are computed side by side."""
+        return self.group, self.batch_peers
+
+    @property
+    def batch_peers(self) -> tuple[str, ...]:
+        """Names of the runs that finished sections were computed with. Resuming is bit-exact only
+        in the same batch."""
+        return tuple(self.run.record["batch"]) if self.run.has_sections() else ()
+
+    @property
+    def prepared(self) -> Request:
+        """The request of a task that was started."""
+        assert self.request is not None, "the task was not started"
+        return self.request
+
+    def replace_with(self, other: "Task") -> None:
+        """Become another task of the same folder, except for how this machine decodes."""
+        kept = {name: self.run.record[name] for name in MACHINE_FIELDS if name in self.run.record}
+        vars(self).update(vars(other))
+        self.run.record |= kept
