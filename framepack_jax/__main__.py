@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one command; without one, or with --help, list them."""
+    """Run a command; without one, or with --help, list the commands."""
     args = sys.argv[1:] if args is None else args
     if args and args[0] in COMMANDS:
         command = importlib.import_module(f"framepack_jax.cli.{args[0].replace('-', '_')}")

@@ -132,7 +132,8 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
-    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
+    settings = jax.config.values
+    if settings["jax_enable_compilation_cache"] and settings["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         folder = root / "framepack-jax" / "compiled"
         if _can_write(folder):

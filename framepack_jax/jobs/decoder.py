@@ -1,8 +1,7 @@
-"""From the latents of a run to its frames, section by section, beside what the device does next."""
+"""Decode the latents of a run to frames, section by section, while the device samples the next."""
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +15,10 @@ from framepack_jax.parallel.multihost import Terminated
 
 
 class DeferredDecode:
-    """The host's part of decoding, put off until the device has other work. At most one clip waits
-    for it; what still does at the end is done there, and so it is where work is stopped."""
+    """Defer the encoding of frames on the host until the device is busy with the next section.
+
+    At most one clip is pending; it is written on exit, also if the job is stopped.
+    """
 
     def __init__(self) -> None:
         self._rest: Callable[[], None] | None = None
@@ -25,30 +26,30 @@ class DeferredDecode:
     def __enter__(self) -> "DeferredDecode":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         if error is None:
             self.finish()
-        # After an error of its own a process would wait here for the others.
+        # After an error in this process alone, it would wait here for the other processes.
         elif jax.process_count() == 1 or isinstance(error, Terminated):
-            # That error is what people are told of; frames that are not written are made again.
+            # The first error is reported; frames that are not written are decoded again.
             with contextlib.suppress(Exception):
                 self.finish()
 
-    def add(self, start: Callable[..., Callable[[], None]], *args: Any) -> None:
-        """Start a clip on the device, and then do the host's part of the one before."""
+    def add(self, start: Callable[..., Callable[[], None]], *args: object) -> None:
+        """Start a clip on the device, then write the frames of the previous clip."""
         rest = start(*args)
         self.finish()
         self._rest = rest
 
     def finish(self) -> None:
-        """Do what was put off."""
+        """Write the frames of the pending clip."""
         rest, self._rest = self._rest, None
         if rest is not None:
             rest()
 
 
 class Decoder:
-    """Decodes the sections of one run of a group and adds what becomes final to its video."""
+    """Decodes the sections of one run of a batch, and adds final frames to its video."""
 
     def __init__(
         self,
@@ -59,8 +60,7 @@ class Decoder:
         timeline: Timeline,
         sample: int,
     ) -> None:
-        """The run's latents are those of one `sample` of the timeline; its video goes on from
-        prepared `footage`, if any."""
+        """Decode one `sample` of the timeline; the video continues prepared `footage`, if any."""
         self.pipe, self.run, self.layout = pipe, run, layout
         self.timeline, self.sample = timeline, slice(sample, sample + 1)
         self.splicer: Splicer = pipe.splicer(layout.plan, layout.before)
@@ -69,8 +69,8 @@ class Decoder:
             self.splicer.add(len(layout.plan), pipe.overlap(layout, footage))
 
     def catch_up(self, done: int) -> None:
-        """Decode again what the `done` sections of an earlier run have left to their neighbours,
-        and all that has no frames yet."""
+        """Decode those of the `done` sections of an earlier run that have no frames yet, and those
+        whose ends are blended into them."""
         ready = min(self.run.spans(), done)
         for number in self.splicer.waiting([*range(ready), *self.given]):
             if number < ready:
@@ -79,16 +79,16 @@ class Decoder:
                 self.splicer.add(number, clip)
         for number in range(ready, done):
             self.add(number)
-        # An earlier run may have stopped between its last frames and this.
+        # An earlier process may have stopped before it joined its last frames.
         self.run.join()
 
     def add(self, number: int) -> None:
-        """Decode section `number` and write the frames that are final with it."""
+        """Decode section `number`, and write the frames that become final with it."""
         self.start(number)()
 
     def start(self, number: int) -> Callable[[], None]:
-        """Set the device to work on section `number`; what this gives waits for it and writes the
-        frames that are final with it."""
+        """Start to decode section `number`; the returned function waits for the device and writes
+        the frames that become final."""
         clip, check = self._clip(number)
         start, frames = self.splicer.add(number, clip)
         pixels = to_uint8(frames, self.layout.height, self.layout.width)

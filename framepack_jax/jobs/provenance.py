@@ -1,5 +1,5 @@
-"""What `run.json` says of a run: flags, where everything comes from, versions; and whether two runs
-are the same."""
+"""Origin of a run: its options, hashes of files and weights, versions; and whether two runs are
+equal."""
 
 import dataclasses
 import functools
@@ -24,12 +24,12 @@ from framepack_jax.utils import compare
 from framepack_jax.utils.messages import shorten
 
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
-# In records of runs from before there were these flags.
+# Values of flags that the oldest records lack.
 EARLIER = {"lora": [], "merge_lora": False, "gif": False}
 
 
 def absolute(path: str | Path) -> str:
-    """A path that holds in other working directories too."""
+    """Return a path that is valid in every working directory."""
     return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
@@ -64,11 +64,13 @@ def new_record(
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """In what a run that is there differs from one that is asked for, or "". Files that are gone by
-    now do not count."""
+    """List how the record of an existing run differs from the requested one; "" if it does not.
+
+    Files that no longer exist are not compared.
+    """
     old, new = EARLIER | there["flags"], dict(here["flags"])
     if new["end_image_as"] == "auto":
-        # The run has what this meant when it was begun.
+        # The record of the run has the resolved value.
         new["end_image_as"] = old["end_image_as"]
     found = compare.differences(old, new, words=compare.THERE_HERE)
     hashes = there.get("files_sha256", {})
@@ -82,8 +84,8 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def weights(path: str | Path) -> dict[str, Any]:
-    """Where the networks of a bundle come from, with their hashes, by role. How they were trained
-    stays in the bundle."""
+    """Return the sources of a bundle's networks with their hashes, by role, without their training
+    records."""
     return {
         name: {field: value for field, value in role.source.items() if field != "training"}
         for name, role in bundle.read_manifest(path).roles.items()
@@ -91,7 +93,7 @@ def weights(path: str | Path) -> dict[str, Any]:
 
 
 def check_weights(run: RunDir, roles: Sequence[str] = bundle.ROLES) -> None:
-    """Raise ValueError where a run was begun with other weights than its bundle has now."""
+    """Raise ValueError if a run was started with other weights than its bundle holds now."""
     now = weights(run.record["bundle"])
     for role in roles:
         source = run.record["weights"].get(role, {})
@@ -103,7 +105,7 @@ def check_weights(run: RunDir, roles: Sequence[str] = bundle.ROLES) -> None:
 
 
 def check_loras(run: RunDir) -> None:
-    """Raise ValueError where a run was begun with another LoRA than its file holds now."""
+    """Raise ValueError if a run was started with another LoRA than its file holds now."""
     for text in run.record["flags"].get("lora", ()):
         file, _ = parse_weight(text)
         found = _lora_sha256(Path(file))
@@ -123,14 +125,14 @@ def _files(spec: VideoSpec) -> list[Path]:
 
 
 def _plain(value: Any) -> Any:
-    """A flag as JSON has it."""
+    """Return an option as JSON stores it."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def _sha256(path: Path) -> str | None:
-    """Of a file's contents; None where it cannot be read, which is said when it is needed."""
+    """Hash a file; None if it cannot be read, which is reported when the file is needed."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -139,8 +141,8 @@ def _sha256(path: Path) -> str | None:
 
 
 def _lora_sha256(path: Path) -> str | None:
-    """Of all that a LoRA is read from: of a file its own hash, of several one over the names and
-    hashes of all. None where one cannot be read."""
+    """Hash the files of a LoRA: one file's own hash, or a hash over the names and hashes of
+    several. None if a file cannot be read."""
     try:
         files = lora_files(path)
     except (OSError, ValueError):

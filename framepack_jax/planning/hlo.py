@@ -1,5 +1,4 @@
-"""What the text of a compiled program (XLA's HLO) says of its work, and of the exchange between its
-devices."""
+"""Count collectives and attention kernels in the text of a compiled program (XLA's HLO)."""
 
 import math
 import re
@@ -13,26 +12,28 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: how often they run, the bytes that a chip gets by them, and those of
-    them that come from other nodes."""
+    """Collectives of one kind: how often they run, the bytes that a chip receives, and how many of
+    these come from other nodes."""
 
-    count: int = 0
+    runs: int = 0
     bytes: int = 0
     inter_node_bytes: int = 0
 
 
 def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
-    """Collectives of a compiled program by kind. Those in the body of a loop count as often as the
-    loop runs. `nodes` has the node of every device, in the order of the program's mesh; without it
-    all are on one."""
+    """Count the collectives of a compiled program by kind.
+
+    Collectives in the body of a loop count as often as the loop runs. `nodes` has the node of every
+    device, in the order of the program's mesh; default: one node.
+    """
     partitions = re.search(r"num_partitions=(\d+)", text)
     devices = int(partitions[1]) if partitions else 1
     found: dict[str, Traffic] = {}
     seen: set[str] = set()
     for line, often in _instructions(text):
         kind, size = _collective(line)
-        # One that is spread over several steps is written down in each, under one chain. (Not
-        # under its channel, which is one for all that a program wrote by hand.)
+        # A collective that is spread over several steps is listed in each, with one chain id. (The
+        # channel does not tell: all hand-written collectives of a program share one.)
         chain = re.search(r'chain_id="(\d+)"', line)
         if not kind or (chain and chain[0] in seen):
             continue
@@ -42,13 +43,13 @@ def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
         far = max(_far(group, nodes) for group in groups) if nodes else 0.0
         before = found.get(kind, Traffic())
         found[kind] = Traffic(
-            before.count + often, before.bytes + size, before.inter_node_bytes + round(size * far)
+            before.runs + often, before.bytes + size, before.inter_node_bytes + round(size * far)
         )
     return found
 
 
 def _received(kind: str, devices: int) -> float:
-    """Bytes that a device gets from others for a byte of the result, by the algorithms that send
+    """Return the bytes that a device receives per byte of the result, by the algorithms that send
     least; an all-reduce is a reduce-scatter and an all-gather."""
     others = devices - 1
     return {
@@ -61,8 +62,8 @@ def _received(kind: str, devices: int) -> float:
 
 
 def kernels(text: str) -> dict[str, int]:
-    """How often a program runs attention kernels that its compiler did not write, by name: on TPUs
-    splash_mha..., on GPUs __cudnn$fmha...; other kernels of Pallas as well."""
+    """Count the runs of hand-written kernels by name: splash_mha... on TPUs, __cudnn$fmha... on
+    GPUs, and other Pallas kernels."""
     counts: Counter[str] = Counter()
     for line, often in _instructions(text):
         call = re.search(r'%?([\w\-]+)[\w.\-]* = .*custom_call_target="(\w*(?:\$fmha)?\w*)"', line)
@@ -74,11 +75,11 @@ def kernels(text: str) -> dict[str, int]:
 
 
 def _instructions(text: str) -> Iterator[tuple[str, int]]:
-    """(line, how often it runs) of all instructions that run."""
+    """Yield (line, number of runs) of all instructions that run."""
     bodies = dict(computations(text))
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
     times = Counter({entry[1]: 1} if entry else {})
-    # Callers come after what they call, so that going backwards every count is final when used.
+    # Callers follow their callees: going backwards, every count is final when it is used.
     for name in reversed(bodies):
         for line in bodies[name]:
             for callee, often in _calls(line, bodies):
@@ -88,17 +89,17 @@ def _instructions(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _far(group: Sequence[int], nodes: Sequence[int]) -> float:
-    """The share of the others of a group that are on other nodes than its first."""
+    """Return the share of a group's other devices that are on other nodes than its first."""
     here = sum(nodes[device] == nodes[group[0]] for device in group)
     return (len(group) - here) / max(1, len(group) - 1)
 
 
 def _groups(line: str, devices: int) -> list[list[int]]:
-    """The devices that exchange with each other in a collective; all, where it does not say.
+    """Return the groups of devices of a collective; one group of all devices by default.
 
-    They are written out, {{0,1},{2,3}}, or as a range that is reshaped and transposed,
-    [4,2]<=[2,4]T(1,0), or as axes of a grid, mesh['a'=2,'b'=4] {'b'}, which may be made of such a
-    range: mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}.
+    Groups are listed, {{0,1},{2,3}}, or given as a range that is reshaped and transposed,
+    [4,2]<=[2,4]T(1,0), or as axes of a grid, mesh['a'=2,'b'=4] {'b'}, which may be built from such
+    a range: mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}.
     """
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
@@ -118,7 +119,7 @@ def _groups(line: str, devices: int) -> list[list[int]]:
 
 
 def _range(shape: str, order: str | None) -> np.ndarray:
-    """0, 1, ... in this shape, its axes then in this order."""
+    """Return 0, 1, ... in this shape, with its axes in this order."""
     sizes = _numbers(shape)
     numbers = np.arange(math.prod(sizes)).reshape(sizes)
     return numbers.transpose(_numbers(order)) if order else numbers
@@ -129,12 +130,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, lines) of each computation of an HLO module."""
-    name, lines = None, []
+    """Yield (name, lines) of each computation of an HLO module."""
+    name: str | None = None
+    lines: list[str] = []
     for line in text.splitlines():
         if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             name, lines = match[1], []
-        # An attribute of a kernel may have lines of its own that begin with braces.
+        # An attribute of a kernel may span lines that begin with braces.
         elif re.match(r"\}(, \w+=.*)?$", line) and name:
             yield name, lines
             name = None
@@ -143,7 +145,7 @@ def computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _calls(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
-    """(computation, how often) that an instruction runs."""
+    """Yield (computation, number of runs) of an instruction."""
     for kind, callee in re.findall(r"(body|condition|calls|to_apply)=%?([\w.\-]+)", line):
         yield callee, _trips(line, bodies) if kind in ("body", "condition") else 1
     for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
@@ -152,8 +154,8 @@ def _calls(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, in
 
 
 def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
-    """How often a loop runs: as its line says, else by the number that its condition compares its
-    counter with, and by how much the body moves that (by 2 in a loop that was unrolled once)."""
+    """Return how often a loop runs: by its known trip count, else by the limit of its counter and
+    the stride of that (2 in a loop that was unrolled once)."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(known[1])
     condition, body = (
@@ -168,7 +170,7 @@ def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
 
 
 def _defined(lines: Iterable[str]) -> dict[str, str]:
-    """{name: its instruction} of a computation; the last goes by "ROOT" as well."""
+    """Return {name: instruction} of a computation; "ROOT" names the last one too."""
     found = {}
     for line in lines:
         if match := re.match(r"\s*(ROOT )?%?([\w.\-]+) = (.*)", line):
@@ -179,8 +181,7 @@ def _defined(lines: Iterable[str]) -> dict[str, str]:
 
 
 def _stride(body: Mapping[str, str], counter: int) -> int:
-    """By how much the body of a loop moves an element of what it carries; 1 where that is not
-    plainly an addition."""
+    """Return what the body of a loop adds to its counter; 1 if it is no plain addition."""
     carried = re.search(r" tuple\((.*?)\)", re.sub(r"/\*.*?\*/", "", body.get("ROOT", "")))
     names = re.findall(r"%?([\w.\-]+)", carried[1]) if carried else []
     text = body.get(names[counter], "") if counter < len(names) else ""
@@ -196,7 +197,7 @@ def _stride(body: Mapping[str, str], counter: int) -> int:
 
 
 def _collective(line: str) -> tuple[str | None, int]:
-    """(kind, bytes of its result) of an instruction; (None, 0) of any other."""
+    """Return (kind, bytes of the result) of a collective; (None, 0) of other instructions."""
     match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
     if not match:
         return None, 0
@@ -204,15 +205,15 @@ def _collective(line: str) -> tuple[str | None, int]:
         -(-_item_bits(kind) * math.prod(_numbers(dims)) // 8)
         for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", match[1])
     ]
-    # The result of an asynchronous start holds the operands before the results, and some scalars;
-    # but that of an all-reduce, whose operands are of the same shapes, the results alone.
+    # The result of an asynchronous start lists the operands, the results and some scalars; that of
+    # an all-reduce, whose operands have the same shapes, the results only.
     halved = match[2] != "all-reduce" and f" {match[2]}-start(" in line
     return match[2], sum(arrays[len(arrays) // 2 :] if halved else arrays)
 
 
 def _item_bits(kind: str) -> int:
-    """Bits of an element of one of XLA's types, which all but `pred` have in their names: s4, u16,
-    bf16, f8e4m3fn, c64 (xla_data.proto). Raises ValueError for another."""
+    """Return the bits of an element of an XLA type; all types but `pred` name them: s4, u16, bf16,
+    f8e4m3fn, c64 (xla_data.proto). Raises ValueError for an unknown type."""
     bits = re.fullmatch(r"(?:s|u|f|bf|c)(\d+)(?:e\d+m\d+[a-z0-9]*)?", kind)
     if not bits and kind != "pred":
         raise ValueError(

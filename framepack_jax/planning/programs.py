@@ -59,6 +59,8 @@ def compile_program(
         compiled = lower().compile()
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    if memory is None:
+        raise ValueError(f"the compiler for {devices.devices.flat[0]} reports no memory of {name}")
     # TPUs of a slice reach each other by links, on any host.
     nodes = [0 if d.platform == "tpu" else d.process_index for d in devices.devices.flat]
     return Program(

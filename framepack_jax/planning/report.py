@@ -94,7 +94,7 @@ def exchange_lines(kernels: dict[str, int], collectives: dict[str, Traffic]) -> 
         far = traffic.inter_node_bytes / GB
         between = f", {far:.3f} of it from other nodes" if far else ""
         lines.append(
-            f"{kind:<16} {traffic.count} a step, {traffic.bytes / GB:.3f} GB a chip{between}"
+            f"{kind:<16} {traffic.runs} a step, {traffic.bytes / GB:.3f} GB a chip{between}"
         )
     return lines
 
@@ -127,7 +127,7 @@ class Report(StepReport):
             for kind, traffic in program.collectives.items():
                 more = (program.runs * n for n in traffic)
                 total[kind] = Traffic(*map(sum, zip(total.get(kind, Traffic()), more, strict=True)))
-        return {kind: traffic for kind, traffic in total.items() if traffic.count}
+        return {kind: traffic for kind, traffic in total.items() if traffic.runs}
 
     @property
     def kernels(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Will a training run fit? The real training step, compiled for a machine that is not there.
+"""Dry run of training: compile the real training step for a machine that is not present.
 
-As in `dry_run`: memory and collectives are the compiler's, FLOPs are counted from the config, and
-the floor is arithmetic on vendor figures.
+As in sampling, the compiler gives memory and collectives, FLOPs are counted from the config, and
+the roofline is arithmetic on vendor figures.
 """
 
 import dataclasses

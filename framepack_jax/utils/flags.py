@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -49,7 +50,8 @@ def tidied(name: str, value: Any) -> Any:
     home = None if name.rpartition(".")[2] in TEXTS else IN_HOME.fullmatch(text)
     if home is None:
         return value
-    return type(value)((home["time"] or "") + os.path.expanduser(home["path"]))
+    expanded = (home["time"] or "") + os.path.expanduser(home["path"])
+    return expanded if isinstance(value, str) else Path(expanded)
 
 
 def _groups(kind: type) -> set[str]:

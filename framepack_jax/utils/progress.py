@@ -2,18 +2,20 @@
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-# Seconds from one line of a bar in a log to its next.
+# A mixin of tqdm classes, which type checkers see as tqdm itself.
+Base = tqdm if TYPE_CHECKING else object
+# Seconds between the lines of a bar in a log.
 BETWEEN_LINES = 30
 LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
-class Plain:
-    """What a tqdm bar becomes where stderr is no terminal: a line every half a minute and one at
-    its end, without carriage returns and control codes. Beside tqdm or a subclass of it."""
+class Plain(Base):
+    """Mixin for tqdm classes: if stderr is no terminal, the bar prints a line every half minute and
+    one at its end, without carriage returns and control codes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.is_plain = not (sys.stderr is not None and sys.stderr.isatty())

@@ -138,4 +138,4 @@ def test_a_loop_that_was_unrolled_runs_less_often() -> None:
     found = hlo.collectives(UNROLLED)
     assert found == {"collective-permute": hlo.Traffic(4, 4 * 8 * 4)}
     by_one = UNROLLED.replace("constant(2)", "constant(1)")
-    assert hlo.collectives(by_one)["collective-permute"].count == 8
+    assert hlo.collectives(by_one)["collective-permute"].runs == 8
