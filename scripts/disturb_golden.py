@@ -392,7 +392,9 @@ def prepare(work: Path) -> Path:
     sys.path.insert(0, str(ROOT))
     from framepack_jax.bundle import loader, writer
     from framepack_jax.models import registry
+    from tests.fixtures import memory
 
+    memory.release = lambda: None
     registry.abstract_leaves = functools.cache(registry.abstract_leaves)
     loader.ocp = writer.ocp = Memory()
     return root
