@@ -24,7 +24,7 @@ from framepack_jax.parallel.hardware import chip_of
 
 ROUNDS, LEAST_SECONDS = 3, 0.25
 IMAGE_TOKENS = 729
-SCHEDULE = packing.RELEASED_INVERTED
+SCHEDULE = packing.parse(packing.RELEASED_INVERTED)
 BF16 = jnp.bfloat16
 # Of attention with its gradient, in forward passes: the backward kernel has two products for each
 # of the forward one, and computes the scores again.
@@ -203,7 +203,7 @@ def denoiser_inputs(scale: Scale, batch: int = 1, weights: bool = True) -> tuple
     """(params, x, sigma, context, conditions), bfloat16; None for params without `weights`."""
     dit = scale.dit
     frame = (*(side // 8 for side in scale.pixels), dit.in_channels)
-    section = packing.plan(SCHEDULE, packing.default_order(SCHEDULE), 1)[0]
+    section = packing.plan(SCHEDULE, 1)[0]
     timeline = packing.Timeline(packing.length([section]), frame)
     timeline.known[:] = True
     context = jax.tree.map(jnp.asarray, packing.read_context(section, timeline))

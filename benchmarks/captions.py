@@ -100,8 +100,8 @@ def batch_of(
     flags: Config, size: tuple[int, int], encoder: Encoder, manifest: bundle.Manifest
 ) -> Batch:
     """The first sections of all videos, pairs beside each other with the same noise."""
-    section = packing.plan(manifest.schedule, manifest.order, 1)[0]
-    frames = 1 + 4 * packing.parse(manifest.schedule).window
+    section = packing.plan(manifest.schedule, 1)[0]
+    frames = 1 + 4 * manifest.schedule.window
     samples = []
     for number in range(flags.pairs):
         for scene in world.counterfactual(flags.seed, number, *size):

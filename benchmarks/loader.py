@@ -93,8 +93,8 @@ def write(folder: Path, flags: Config) -> int:
 def measure(folder: Path, flags: Config) -> dict[str, float]:
     """Batches for some seconds, after one that opens the files."""
     cfg = DataConfig(path=str(folder), threads=flags.threads)
-    schedule = packing.RELEASED_INVERTED
-    batches = loader.open_loader(cfg, schedule, "inverted", flags.batch)
+    schedule = packing.parse(packing.RELEASED_INVERTED)
+    batches = loader.open_loader(cfg, schedule, flags.batch)
     first = next(batches)
     began, processor, count = time.monotonic(), time.process_time(), 0
     while time.monotonic() - began < flags.seconds:

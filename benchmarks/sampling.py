@@ -305,9 +305,8 @@ def _step(config: Config, schedule: str) -> dict[str, Any]:
     the same with the real network. `alone`: the compiled step on the arguments of that loop, one
     execution after the other and nothing between.
     """
-    pipe = FramePack.load(
-        bundle.BUILTIN_BUNDLES.get(config.bundle, config.bundle), schedule=schedule
-    )
+    parsed = packing.parse(schedule)
+    pipe = FramePack.load(bundle.BUILTIN_BUNDLES.get(config.bundle, config.bundle), schedule=parsed)
     layout, inputs = _inputs(pipe, config)
     idle = dataclasses.replace(pipe, transformer=pipe.transformer._replace(spec=Idle))
     host = _loop(idle, layout, inputs, IDLE_STEPS)
@@ -316,7 +315,7 @@ def _step(config: Config, schedule: str) -> dict[str, Any]:
     rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
     conditions = inputs.conditions[0]
     count = pipe.transformer.spec.forward_flops(
-        pipe.transformer.cfg, schedule, rows, columns,
+        pipe.transformer.cfg, parsed, rows, columns,
         conditions.text.shape[1], conditions.image.shape[1],
     )  # fmt: skip
     rate = matmul_rate(pipe.dtype)

@@ -37,8 +37,7 @@ def get_config(schedule: str) -> Manifest:
         latent_mean=(0.0,) * 16,
         latent_std=(1 / SCALING_FACTOR,) * 16,
         prompt_template=PROMPT_TEMPLATE,
-        schedule=schedule,
-        order=packing.default_order(schedule),
+        schedule=packing.parse(schedule),
     )
 
 

@@ -133,8 +133,7 @@ def write(config: TinyBundle, output: Path) -> None:
         latent_mean=(0.0,) * channels,
         latent_std=(1 / config.scaling_factor,) * channels,
         prompt_template=PROMPT_TEMPLATE,
-        schedule=config.schedule,
-        order=packing.default_order(config.schedule),
+        schedule=packing.parse(config.schedule),
     )
     write_manifest(output, manifest)
     for message in output.glob("*/commit_success.txt"):

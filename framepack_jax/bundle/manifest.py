@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
+from framepack_jax import packing
 from framepack_jax.models import lora, registry
 from framepack_jax.models.sizes import Size
 from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
@@ -47,17 +48,16 @@ class Manifest:
     """What `bundle.json` says.
 
     `latent_mean` and `latent_std` hold one number a latent channel: the transformer sees
-    (latent - mean) / std. `prompt_template` has one `{}` for the prompt. `schedule` and `order`
-    are those of `framepack_jax.packing`. `buckets` are the sizes, (height, width) in pixels, that
-    the transformer was trained at.
+    (latent - mean) / std. `prompt_template` has one `{}` for the prompt. `schedule` is the
+    packing schedule that the transformer was trained for, `buckets` the sizes, (height, width) in
+    pixels.
     """
 
     roles: dict[str, Role]
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
     prompt_template: str
-    schedule: str
-    order: str
+    schedule: packing.Schedule
     buckets: tuple[tuple[Size, Size], ...] = BUCKETS_480P
 
     def __post_init__(self) -> None:
@@ -67,7 +67,11 @@ class Manifest:
 
 def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
     """Finish a bundle: the manifest is there whole, or not at all."""
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1)
+    document = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    document["roles"] = {name: dataclasses.asdict(role) for name, role in manifest.roles.items()}
+    buckets = {"buckets": document.pop("buckets")}
+    schedule = {"schedule": str(manifest.schedule), "order": manifest.schedule.order}
+    text = json.dumps({"format": FORMAT, **document, **schedule, **buckets}, indent=1)
     atomic_write_text(epath.Path(root) / MANIFEST, text + "\n")
 
 
@@ -85,7 +89,12 @@ def read_manifest(root: epath.PathLike) -> Manifest:
                 " convert the weights again"
             )
         roles = {name: fields.load(Role, role) for name, role in document["roles"].items()}
-        return fields.load(Manifest, document | {"roles": roles})
+        order = document.pop("order", None)
+        schedule = packing.parse(document["schedule"], order)
+        manifest = fields.load(Manifest, document | {"roles": roles, "schedule": schedule})
+        if order is None:
+            raise fields.FieldError("order is missing")
+        return manifest
     except BundleError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:

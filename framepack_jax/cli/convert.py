@@ -232,10 +232,10 @@ def convert(flags: Convert) -> Manifest:
     if shared:
         bundle.check_present(flags.encoders_from, [r for r in shared.roles if r not in paths])
     _check_apart(flags, output, paths, shared)
-    flags, order = _scheduled(flags, origins.get("transformer"), paths, shared)
-    plans = _plans(flags, paths, shared)
+    schedule = _scheduled(flags, origins.get("transformer"), paths, shared)
+    plans = _plans(flags, schedule, paths, shared)
     files = _files(flags, paths, plans)
-    manifest = _manifest(flags, order, plans, shared, origins)
+    manifest = _manifest(flags, schedule, plans, shared, origins)
     _check_space(flags, plans)
 
     _keep_freed_memory()
@@ -260,7 +260,7 @@ def summary(output: epath.PathLike, manifest: Manifest, *, assumed: bool = False
     """What was written, and what a person must know about it; `assumed` where nothing told which
     schedule the transformer is made for."""
     said = " (schedule assumed; give --schedule if it is made for another)" if assumed else ""
-    lines = [f"{output}: schedule {manifest.schedule}, order {manifest.order}{said}"]
+    lines = [f"{output}: schedule {manifest.schedule}, order {manifest.schedule.order}{said}"]
     for name, role in manifest.roles.items():
         _, cfg = bundle.role_config(manifest, name)
         count = registry.parameter_count(role.kind, cfg) / 1e6
@@ -324,15 +324,14 @@ def _fetched(flags: Convert) -> tuple[Convert, dict[str, str]]:
 
 def _scheduled(
     flags: Convert, origin: str | None, paths: dict[str, Path], shared: Manifest | None
-) -> tuple[Convert, str]:
-    """The flags with the schedule that the transformer is made for, and its order: those of the
-    bundle that it stays in, else of the released model, by --framepack or by its name on the hub.
-    """
+) -> packing.Schedule:
+    """Return the schedule that the transformer is made for: that of --schedule, else of the bundle
+    that it stays in, else of the released model, by --framepack or by its name on the hub."""
     stays = shared and "transformer" in shared.roles and "transformer" not in paths
-    if stays and flags.schedule in (None, shared.schedule):
-        return dataclasses.replace(flags, schedule=shared.schedule), shared.order
-    schedule = flags.schedule or _released(flags.framepack, origin) or packing.RELEASED_INVERTED
-    return dataclasses.replace(flags, schedule=schedule), packing.default_order(schedule)
+    if stays and flags.schedule in (None, str(shared.schedule)):
+        return shared.schedule
+    released = _released(flags.framepack, origin) or packing.RELEASED_INVERTED
+    return packing.parse(flags.schedule or released)
 
 
 def _released(framepack: str | None, origin: str | None) -> str | None:
@@ -466,7 +465,10 @@ def _parts(output: epath.Path) -> list[epath.Path]:
 
 
 def _plans(
-    flags: Convert, paths: dict[str, Path], shared: Manifest | None
+    flags: Convert,
+    schedule: packing.Schedule,
+    paths: dict[str, Path],
+    shared: Manifest | None,
 ) -> dict[str, engine.ConversionJob]:
     """Open, recognise and check every network; the transformer last, as it may need the width of
     the image encoder."""
@@ -476,7 +478,7 @@ def _plans(
         if shared and role in shared.roles:
             source = dataclasses.replace(source, like=bundle.role_config(shared, role)[1])
         if role == "transformer":
-            source = _transformer_source(flags, source, plans, shared)
+            source = _transformer_source(flags, schedule, source, plans, shared)
         plans[role] = engine.plan(source)
     tables.check_prefix(flags.prefix, [plan.source for plan in plans.values()])
     return {role: plans[role] for role in paths}
@@ -484,6 +486,7 @@ def _plans(
 
 def _transformer_source(
     flags: Convert,
+    schedule: packing.Schedule,
     source: engine.Source,
     plans: dict[str, engine.ConversionJob],
     shared: Manifest | None,
@@ -496,7 +499,7 @@ def _transformer_source(
             width = plans["image_encoder"].cfg.width
         elif shared and "image_encoder" in shared.roles:
             width = bundle.role_config(shared, "image_encoder")[1].width
-        kernels = context_kernels(flags.schedule)
+        kernels = context_kernels(schedule)
         table = transformer.from_base(table, kernels, flags.image_dim or width)
     return dataclasses.replace(source, table=table, given=given)
 
@@ -510,7 +513,7 @@ def _rope_axes(text: str) -> tuple[int, ...]:
 
 def _manifest(
     flags: Convert,
-    order: str,
+    schedule: packing.Schedule,
     plans: dict[str, engine.ConversionJob],
     shared: Manifest | None,
     origins: dict[str, str],
@@ -527,7 +530,7 @@ def _manifest(
     template = flags.prompt_template or (shared.prompt_template if shared else PROMPT_TEMPLATE)
     if template.count("{}") != 1:
         raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
-    manifest = Manifest(roles, mean, std, template, flags.schedule, order)
+    manifest = Manifest(roles, mean, std, template, schedule)
     if shared and "transformer" not in plans:
         manifest = dataclasses.replace(manifest, buckets=shared.buckets)
     _check_parts(manifest)

@@ -160,6 +160,7 @@ def _check_lengths(flags: Evaluate) -> None:
 
 def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
     """Raises ValueError if a setting of the sampler is out of range."""
+    from framepack_jax import packing
     from framepack_jax.generation.pipeline import Settings
     from framepack_jax.toy.evaluation import EvaluationConfig
 
@@ -168,7 +169,8 @@ def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
         cfg_scale=flags.cfg_scale,
     )  # fmt: skip
     return EvaluationConfig(
-        output=flags.output, bundles=flags.bundle, schedules=flags.schedule,
+        output=flags.output, bundles=flags.bundle,
+        schedules=tuple(map(packing.parse, flags.schedule)),
         videos=flags.videos, seconds=flags.seconds,
         occlusion_videos=flags.occlusion_videos, occlusion_seconds=flags.occlusion_seconds,
         prompt_pairs=flags.prompt_pairs, pair_seconds=flags.pair_seconds,

@@ -48,14 +48,15 @@ def explain(settings: Explain) -> str:
         raise SystemExit(f"error: sections = {settings.sections}: expected at least 1")
     schedule = packing.parse(settings.schedule)
     rows, columns = settings.height // settings.cell, settings.width // settings.cell
-    order = packing.default_order(schedule)
+    if not schedule.order:
+        raise packing.ScheduleError(f"schedule {schedule} generates nothing: it has no item g")
     parts = [
-        f"{schedule}   order: {order}",
+        f"{schedule}   order: {schedule.order}",
         f"{settings.height} x {settings.width} pixels = {rows} x {columns} latent cells",
         "",
         _table(schedule, rows, columns),
         "",
-        _reads(schedule, order, settings.sections),
+        _reads(schedule, settings.sections),
     ]
     return "\n".join(parts)
 
@@ -67,13 +68,13 @@ def _table(schedule: packing.Schedule, rows: int, columns: int) -> str:
     lines = [f"{'item':>8}  {'':8} frames    kernel  tokens  of all  each frame keeps"]
     for item in schedule.items:
         if isinstance(item, Context):
-            runs = [(str(run), run.frames, run.kernel, "context") for run in item.runs]
+            segments = [(str(s), s.frames, s.kernel, "context") for s in item.segments]
         elif isinstance(item, Generate):
-            runs = [(str(item), item.frames, "k1", "made")]
+            segments = [(str(item), item.frames, "k1", "made")]
         else:
             lines.append(f"{item!s:>8}  {'left out' if isinstance(item, Skip) else 'older'}")
             continue
-        for name, frames, kernel, role in runs:
+        for name, frames, kernel, role in segments:
             tokens = packing.group_tokens(frames, kernel, rows, columns)
             size = "x".join(map(str, packing.kernel_shape(kernel)))
             bar = "#" * max(1, round(BAR * tokens / total))
@@ -99,10 +100,10 @@ def _total(schedule: packing.Schedule, rows: int, columns: int) -> int:
     return context + packing.group_tokens(_made(schedule), "k1", rows, columns)
 
 
-def _reads(schedule: packing.Schedule, order: str, sections: int) -> str:
+def _reads(schedule: packing.Schedule, sections: int) -> str:
     """What each section writes and reads, or why it cannot be sampled."""
     try:
-        plan = packing.plan(schedule, order, sections)
+        plan = packing.plan(schedule, sections)
     except packing.ScheduleError as error:
         return f"not to be sampled: {error}"
     lines = [f"plan of {sections} sections (positions in latent frames, - is missing history):"]

@@ -58,7 +58,10 @@ def _lines(path: Path, rows: list[tuple[str, str]]) -> str:
 
 def _bundle(path: Path) -> list[tuple[str, str]]:
     manifest = bundle.read_manifest(path)
-    rows = [("format", "bundle"), ("schedule", f"{manifest.schedule}, order {manifest.order}")]
+    rows = [
+        ("format", "bundle"),
+        ("schedule", f"{manifest.schedule}, order {manifest.schedule.order}"),
+    ]
     for name, role in manifest.roles.items():
         _, cfg = bundle.role_config(manifest, name)
         count = _millions(registry.parameter_count(role.kind, cfg))

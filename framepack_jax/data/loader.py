@@ -131,9 +131,9 @@ class Loader:
             "format": FORMAT,
             "clips": {f"{h}x{w}": len(self.streams[h, w]) for h, w in self.buckets},
             "batch": self.batch,
-            "schedule": self.samples.schedule,
+            "schedule": str(self.samples.schedule),
             "windows": list(self.cfg.windows),
-            "order": self.samples.order,
+            "order": self.samples.schedule.order,
             "seed": self.cfg.seed,
             "holdout": self.cfg.holdout,
             "sections": self.cfg.sections,
@@ -148,7 +148,7 @@ class Loader:
         height, width = bucket
         return height // self.index.space_compression, width // self.index.space_compression
 
-    def abstract(self, bucket: tuple[int, int], schedule: str) -> Batch | PixelBatch:
+    def abstract(self, bucket: tuple[int, int], schedule: packing.Schedule) -> Batch | PixelBatch:
         """Return a global batch of a bucket and a schedule as `jax.ShapeDtypeStruct`s."""
         if (bucket, schedule) not in self._abstract:
             sample = self.samples.read_or_replace(0, self.streams[bucket][0], schedule)
@@ -208,7 +208,7 @@ class Loader:
 
 
 def open_loader(
-    cfg: DataConfig, schedule: str, order: str, batch: int, share: tuple[int, int] = (0, 1)
+    cfg: DataConfig, schedule: packing.Schedule, batch: int, share: tuple[int, int] = (0, 1)
 ) -> Loader:
     """Open the stream of a dataset for a packing schedule.
 
@@ -217,13 +217,13 @@ def open_loader(
     """
     folder = Path(cfg.path)
     index = records.read_index(folder)
-    checks.check_lengths(folder, index, max(packing.parse(schedule).window, *cfg.windows, 1))
+    checks.check_lengths(folder, index, max(schedule.window, *cfg.windows, 1))
     holdout.check_holdout(folder, index, cfg.holdout)
     if cfg.text_tokens < MAX_PROMPT_TOKENS:
         empty = len(records.read_empty(folder)[0]) if cfg.caption_dropout else 0
         checks.check_captions(folder, index, cfg.text_tokens, empty)
     checks.check_sources(folder, index)
-    packing.plan(schedule, order, 1)
+    packing.plan(schedule, 1)
     if batch % share[1]:
         raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")
-    return Loader(Samples(folder, index, schedule, order, batch, cfg), batch, share)
+    return Loader(Samples(folder, index, schedule, batch, cfg), batch, share)

@@ -36,19 +36,19 @@ READ_ERRORS = (ValueError, OSError, RuntimeError)
 
 
 def choose_section(
-    rng: np.random.Generator, schedule: str, order: str, length: int, random_length: bool
+    rng: np.random.Generator, schedule: packing.Schedule, length: int, random_length: bool
 ) -> tuple[Section, int, int]:
     """Draw (section, its number in order of generation, sections of its plan) for a clip of
     `length` latent frames, the first of which is the start image."""
-    most = (length - 1) // packing.parse(schedule).window
+    most = (length - 1) // schedule.window
     sections = int(rng.integers(1, most + 1)) if random_length else most
     number = int(rng.integers(sections))
-    return _plan(schedule, order, sections)[number], number, sections
+    return _plan(schedule, sections)[number], number, sections
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(schedule: str, order: str, sections: int) -> list[Section]:
-    return packing.plan(schedule, order, sections)
+def _plan(schedule: packing.Schedule, sections: int) -> list[Section]:
+    return packing.plan(schedule, sections)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +57,17 @@ class Samples:
 
     folder: Path
     index: Index
-    schedule: str
-    order: str
+    schedule: packing.Schedule
     batch: int
     cfg: DataConfig
 
     @functools.cached_property
-    def schedules(self) -> tuple[str, ...]:
+    def schedules(self) -> tuple[packing.Schedule, ...]:
         """Schedules that batches are drawn from: that of the run with each of the windows."""
-        run = packing.parse(self.schedule)
-        windows = sorted(set(self.cfg.windows)) or [run.window]
-        return tuple(str(run.with_window(window)) for window in windows)
+        windows = sorted(set(self.cfg.windows)) or [self.schedule.window]
+        return tuple(self.schedule.with_window(window) for window in windows)
 
-    def schedule_of(self, step: int) -> str:
+    def schedule_of(self, step: int) -> packing.Schedule:
         """Return the schedule of a batch."""
         draw = np.random.default_rng([self.cfg.seed, WINDOW_SEED, step])
         return self.schedules[draw.integers(len(self.schedules))]
@@ -98,7 +96,9 @@ class Samples:
         """Return sample `element` of the stream, from record `number`, without batch axis."""
         return self.read_or_replace(element, number, self.schedule_of(element // self.batch))
 
-    def read_or_replace(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
+    def read_or_replace(
+        self, element: int, number: int, schedule: packing.Schedule
+    ) -> Batch | PixelBatch:
         """Return `read`, or the sample of another record of the bucket if that one is unreadable.
 
         `element` alone decides which record replaces it. Raises DatasetError if none of up to
@@ -127,14 +127,12 @@ class Samples:
         shuffled = rng.permutation(self.streams[bucket]).tolist()
         return [other for other in shuffled if other != number][:MAX_TRIES]
 
-    def read(self, element: int, number: int, schedule: str) -> Batch | PixelBatch:
+    def read(self, element: int, number: int, schedule: packing.Schedule) -> Batch | PixelBatch:
         """Return the sample of a record under a schedule; `element` seeds all that is random."""
         rng = np.random.default_rng([self.cfg.seed, element])
         record = self.source[number]
         random_length = self.cfg.sections == "random"
-        section, made, sections = choose_section(
-            rng, schedule, self.order, self.length(record), random_length
-        )
+        section, made, sections = choose_section(rng, schedule, self.length(record), random_length)
         if rng.random() < self.cfg.caption_dropout:
             text, pooled = self.empty
             record = record._replace(text=text, pooled=pooled)
@@ -142,7 +140,7 @@ class Samples:
         meta = make_meta(element, made, sections, number)
         if self.index.mode == "latents":
             return latent_sample(record, section, conditions, meta)
-        span = packing.span(schedule, self.order)
+        span = packing.span(schedule)
         return self._pixel_sample(record, section, span, conditions, meta)
 
     def read_video(self, number: int) -> None:

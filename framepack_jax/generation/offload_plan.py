@@ -61,7 +61,7 @@ class Work(NamedTuple):
 
     canvas: tuple[int, int]
     batch: int
-    schedule: str
+    schedule: packing.Schedule
     encoded: int = 1
 
 

@@ -153,8 +153,7 @@ class FramePack:
     encoders: Encoders | Callable[[], Encoders] | None
     latent_mean: np.ndarray
     latent_std: np.ndarray
-    schedule: str
-    order: str
+    schedule: packing.Schedule
     buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
     dtype: str = "float32"
     tiling: Tiling = DEFAULT_TILING
@@ -167,7 +166,7 @@ class FramePack:
         path: epath.PathLike,
         *,
         dtype: str | None = None,
-        schedule: str | None = None,
+        schedule: packing.Schedule | None = None,
         tiling: Tiling = DEFAULT_TILING,
         mesh: Mesh | None = None,
         offload: str = "none",
@@ -193,7 +192,7 @@ class FramePack:
         path: epath.PathLike,
         *,
         dtype: str | None = None,
-        schedule: str | None = None,
+        schedule: packing.Schedule | None = None,
         tiling: Tiling = DEFAULT_TILING,
         mesh: Mesh | None = None,
     ) -> "FramePack":
@@ -202,7 +201,6 @@ class FramePack:
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
         manifest = bundle.read_manifest(path)
-        order = packing.default_order(schedule) if schedule else manifest.order
         schedule = schedule or manifest.schedule
         for name in bundle.ROLES:
             bundle.role_config(manifest, name)
@@ -212,7 +210,7 @@ class FramePack:
             spec.check_mesh(cfg, mesh)
         vae = bundle.vae_config(manifest)
         vae[0].check_tiling(vae[1], tiling)
-        frames = packing.start_frames(schedule, order)
+        frames = packing.start_frames(schedule)
         if frames != START_FRAMES:
             raise packing.ScheduleError(
                 f"schedule {schedule} needs {frames} known frames at its start, but a video begins"
@@ -225,7 +223,6 @@ class FramePack:
             latent_mean=np.asarray(manifest.latent_mean, np.float32),
             latent_std=np.asarray(manifest.latent_std, np.float32),
             schedule=schedule,
-            order=order,
             buckets=manifest.buckets,
             dtype=dtype,
             tiling=tiling,
@@ -318,7 +315,7 @@ class FramePack:
         patch = packing.kernel_shape(self.transformer.spec.patch)[1]
         vae = self.vae.cfg
         return Geometry(
-            self.schedule, self.order, vae.time_compression, patch * vae.space_compression,
+            self.schedule, vae.time_compression, patch * vae.space_compression,
             self.buckets,
         )  # fmt: skip
 

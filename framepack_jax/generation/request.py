@@ -35,8 +35,7 @@ class Geometry:
     the least number of pixels that patches and VAE divide, and `buckets` are the sizes, (height,
     width) in pixels, that it works at."""
 
-    schedule: str
-    order: str
+    schedule: packing.Schedule
     time_compression: int
     unit: int
     buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
@@ -44,8 +43,8 @@ class Geometry:
     @property
     def footage_frames(self) -> int:
         """Frames at the end of a video that are needed to extend it."""
-        schedule = packing.parse(self.schedule)
-        reach = max(schedule.window, sum(run.frames for run in schedule.runs))
+        history = sum(segment.frames for segment in self.schedule.segments)
+        reach = max(self.schedule.window, history)
         return self.time_compression * reach + 1
 
     def footage_positions(self, before: int) -> list[int]:
@@ -173,8 +172,7 @@ def make_layout(
     shape = None if first is None else _check_image("image", first)
     size, canvas = geometry.sizes(shape, height, width)
     if sections is None:
-        window = packing.parse(geometry.schedule).window
-        sections = packing.sections_for(seconds, window, fps, compression)
+        sections = packing.sections_for(seconds, geometry.schedule.window, fps, compression)
     before = START_FRAMES
     if footage is not None:
         before = 1 + (footage.frames - 1) // compression
@@ -183,10 +181,10 @@ def make_layout(
                 f"the video to extend has {footage.frames} whole frame; at least"
                 f" {1 + compression} are needed: give that frame as the start image instead"
             )
-    use = end_image_use(geometry.order, request.end_image_as)
-    ends = request.end_image is not None and packing.reads_ahead(geometry.order)
+    use = end_image_use(geometry.schedule, request.end_image_as)
+    ends = request.end_image is not None and geometry.schedule.reads_ahead
     plan = packing.plan(
-        geometry.schedule, geometry.order, sections,
+        geometry.schedule, sections,
         before=before, after=int(ends and use == "still"), guide=ends and use == "guide",
     )  # fmt: skip
     layout = Layout(tuple(plan), *size, canvas, fps, before, ())
@@ -197,18 +195,18 @@ def make_layout(
     return dataclasses.replace(layout, stills=_stills(request, layout, compression, end))
 
 
-def end_image_use(order: str, wanted: str) -> str:
+def end_image_use(schedule: packing.Schedule, wanted: str) -> str:
     """Return "guide" or "still" for one of END_IMAGE_USES. Raises ValueError for another one, and
     for a guide in an order that does not read ahead."""
     if wanted not in END_IMAGE_USES:
         raise ValueError(f"end_image_as = {wanted!r}: expected one of {', '.join(END_IMAGE_USES)}")
-    if wanted == "guide" and not packing.reads_ahead(order):
+    if wanted == "guide" and not schedule.reads_ahead:
         raise ValueError(
-            f"end_image_as = 'guide': sections in order {order!r} read no frames that come after"
-            " them; take 'still', or a bundle or schedule in inverted order"
+            f"end_image_as = 'guide': sections in order {schedule.order!r} read no frames that come"
+            " after them; take 'still', or a bundle or schedule in inverted order"
         )
     if wanted == "auto":
-        return "guide" if packing.reads_ahead(order) else "still"
+        return "guide" if schedule.reads_ahead else "still"
     return wanted
 
 
@@ -307,7 +305,7 @@ def fit_images(geometry: Geometry, request: Request, layout: Layout) -> Request:
     if footage is not None:
         last = np.stack([fit(frame) for frame in footage.last])
         footage = dataclasses.replace(footage, first=fit(footage.first), last=last)
-        anchor = packing.anchor_position(geometry.order, layout.before)
+        anchor = packing.anchor_position(geometry.schedule, layout.before)
         image = footage.last[-1] if anchor else footage.first
     elif image is None:
         image = np.full((*layout.canvas, 3), BLANK, np.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
 from framepack_jax.conversion.lora import read as read_lora
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.jobs.provenance import weights
@@ -52,7 +52,8 @@ def open_pipe(
         sizes = sharding.default_sizes(jax.device_count(), cfg.heads)
     devices = sharding.make_mesh(**sizes) if sizes else None
     tiling = tiling_of(tile)
-    return FramePack.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=devices)
+    parsed = packing.parse(schedule) if schedule else None
+    return FramePack.open(path, dtype=dtype, schedule=parsed, tiling=tiling, mesh=devices)
 
 
 def check_bundle(path: str | Path, roles: Sequence[str]) -> None:

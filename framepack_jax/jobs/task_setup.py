@@ -82,7 +82,7 @@ class TaskMaker:
         request = on_all_hosts(read_request, self.pipe, spec)
         layout = layout_of_spec(self.pipe, spec, request)
         if request.end_image is not None:
-            use = end_image_use(self.pipe.order, spec.end_image_as)
+            use = end_image_use(self.pipe.schedule, spec.end_image_as)
             record["flags"]["end_image_as"] = use
         check_folder(folder)
         record |= {

@@ -12,6 +12,7 @@ import jax
 
 from framepack_jax.diffusion.network import StepCacheHooks, Velocity
 from framepack_jax.models.params import Params
+from framepack_jax.packing import Schedule
 from framepack_jax.parallel import sharding
 
 Config = Any
@@ -56,7 +57,7 @@ class DenoiserSpec(NetworkSpec):
     step_cache: StepCacheHooks
     conditions: Callable[..., Any]
     patch: str
-    context_kernels: Callable[[str], tuple[str, ...]]
+    context_kernels: Callable[[Schedule], tuple[str, ...]]
     check_kernels: Callable[[Config, Iterable[str]], None]
     check_mesh: Callable[..., None]
     forward_flops: Callable[..., int]

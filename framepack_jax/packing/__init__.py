@@ -20,7 +20,6 @@ from framepack_jax.packing.schedule import (
     Segment,
     Skip,
     Tail,
-    default_order,
     kernel_shape,
     parse,
 )
@@ -35,7 +34,6 @@ from framepack_jax.packing.sections import (
     inverted_paddings,
     length,
     plan,
-    reads_ahead,
     span,
     start_frames,
 )
@@ -72,7 +70,6 @@ __all__ = [
     "Timeline",
     "anchor_position",
     "context_tokens",
-    "default_order",
     "drop_context",
     "find_bucket",
     "frame_bound",
@@ -86,7 +83,6 @@ __all__ = [
     "position_at",
     "read_context",
     "read_target",
-    "reads_ahead",
     "sections_for",
     "span",
     "start_frames",

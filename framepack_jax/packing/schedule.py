@@ -8,7 +8,8 @@ Source: arXiv 2504.12626, sections 3.1 to 3.4, whose variant strings are the gra
     kernel   = "k" n | "k" t "h" h "w" w             k1 = (1,2,2), k2 = (2,4,4), k4 = (4,8,8), ...
     tail     = "td" | "ta" | "tc"                    delete | append | compress the far history
 
-Items stand in time order. An *order* says in which sequence sections are generated.
+Items stand in time order. The *order* says in which sequence sections are generated; by
+default it is that of the released models, or the paper, for a schedule of this form.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ RELEASED_F1 = "f1k1_x_f16k4f2k2f1k1_g9"
 DEFAULT_CODEBOOK = 128
 
 _NUMBER = "[1-9][0-9]*"
-_RUN = re.compile(rf"f({_NUMBER})(k{_NUMBER}(?:h{_NUMBER}w{_NUMBER})?)")
+_SEGMENT = re.compile(rf"f({_NUMBER})(k{_NUMBER}(?:h{_NUMBER}w{_NUMBER})?)")
 _KERNEL = re.compile(rf"k({_NUMBER})(?:h({_NUMBER})w({_NUMBER}))?")
 
 
@@ -42,14 +43,14 @@ class Segment:
 class Context:
     """Contiguous context frames, `f1k1f2k2f16k4`."""
 
-    runs: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def frames(self) -> int:
-        return sum(run.frames for run in self.runs)
+        return sum(segment.frames for segment in self.segments)
 
     def __str__(self) -> str:
-        return "".join(map(str, self.runs))
+        return "".join(map(str, self.segments))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,13 @@ Item = Context | Generate | Skip | Tail
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A parsed schedule; `str` gives back the spelling that was parsed.
+    """A parsed schedule with its order; `str` returns the text that was parsed.
 
     `discretize` is None, or the text after "+D": "" for the default codebook size, or a number.
     """
 
     items: tuple[Item, ...]
+    order: str
     discretize: str | None = None
 
     def __str__(self) -> str:
@@ -112,9 +114,15 @@ class Schedule:
         return dataclasses.replace(self, items=items)
 
     @property
-    def runs(self) -> tuple[Segment, ...]:
-        """All context runs in time order."""
-        return tuple(r for item in self.items if isinstance(item, Context) for r in item.runs)
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments of context in time order."""
+        contexts = (item for item in self.items if isinstance(item, Context))
+        return tuple(segment for context in contexts for segment in context.segments)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """True if sections read frames that come after them, as the end of a video."""
+        return self.order == "inverted"
 
     @property
     def codebook(self) -> int | None:
@@ -122,15 +130,18 @@ class Schedule:
         return None if self.discretize is None else int(self.discretize or DEFAULT_CODEBOOK)
 
 
-def parse(text: str) -> Schedule:
-    """Read a schedule. Raises ScheduleError that names the item which cannot be read."""
+def parse(text: str, order: str | None = None) -> Schedule:
+    """Parse a schedule; without an `order`, take the usual one for its form.
+
+    Raises ScheduleError that names the item which cannot be parsed.
+    """
     body, plus, discretize = text.partition("+")
     if plus and not re.fullmatch(rf"D({_NUMBER})?", discretize):
         raise ScheduleError(
             f"schedule {text!r}: cannot read {plus + discretize!r}; expected +D or +D128"
         )
     items = tuple(_parse_item(item, text) for item in body.split("_"))
-    return Schedule(items, discretize[1:] if plus else None)
+    return Schedule(items, order or _default_order(items), discretize[1:] if plus else None)
 
 
 def _parse_item(item: str, schedule: str) -> Item:
@@ -140,8 +151,8 @@ def _parse_item(item: str, schedule: str) -> Item:
         return Tail(item)
     if re.fullmatch(f"g{_NUMBER}", item):
         return Generate(int(item[1:]))
-    if item and re.fullmatch(f"(?:{_RUN.pattern})+", item):
-        return Context(tuple(Segment(int(run[1]), run[2]) for run in _RUN.finditer(item)))
+    if item and re.fullmatch(f"(?:{_SEGMENT.pattern})+", item):
+        return Context(tuple(Segment(int(m[1]), m[2]) for m in _SEGMENT.finditer(item)))
     raise ScheduleError(
         f"schedule {schedule!r}: cannot read item {item!r}; expected frames with kernels"
         " (f1k1f2k2), frames to generate (g9), a gap (x) or a tail (td, ta, tc)"
@@ -157,12 +168,11 @@ def kernel_shape(kernel: str) -> tuple[int, int, int]:
     return int(time), int(height or 2 * int(time)), int(width or 2 * int(time))
 
 
-def default_order(schedule: str | Schedule) -> str:
-    """The order that the released models, or the paper, use with a schedule of this form."""
-    schedule = parse(schedule) if isinstance(schedule, str) else schedule
-    windows = [i for i, item in enumerate(schedule.items) if isinstance(item, Generate)]
+def _default_order(items: tuple[Item, ...]) -> str:
+    """Return the order of the released models, or of the paper; "" if nothing is generated."""
+    windows = [i for i, item in enumerate(items) if isinstance(item, Generate)]
     if not windows:
-        raise ScheduleError(f"schedule {schedule} generates nothing: it has no item g")
-    after = any(isinstance(item, Context) for item in schedule.items[windows[0] + 1 :])
-    before = windows[0] > 0 and isinstance(schedule.items[windows[0] - 1], Context)
+        return ""
+    after = any(isinstance(item, Context) for item in items[windows[0] + 1 :])
+    before = windows[0] > 0 and isinstance(items[windows[0] - 1], Context)
     return "endpoint" if before and after else "inverted" if after else "forward"

@@ -19,7 +19,6 @@ from framepack_jax.packing.schedule import (
     Skip,
     Tail,
     kernel_shape,
-    parse,
 )
 
 MISSING = -1
@@ -59,8 +58,7 @@ class _Layout(NamedTuple):
 
 
 def plan(
-    schedule: str | Schedule,
-    order: str,
+    schedule: Schedule,
     sections: int,
     *,
     before: int | None = None,
@@ -75,22 +73,26 @@ def plan(
     not a part of the video. Only an order that reads ahead can use `after` and `guide`. Raises
     ScheduleError for what cannot be sampled, by name.
     """
-    schedule = parse(schedule) if isinstance(schedule, str) else schedule
     if not 1 <= sections <= MAX_SECTIONS:
         raise ScheduleError(f"sections = {sections}: expected 1 to {MAX_SECTIONS}")
-    layout = _layout(schedule, order)
-    least = start_frames(schedule, order)
+    layout = _layout(schedule)
+    least = start_frames(schedule)
     before = least if before is None else before
     if before < least:
         raise ScheduleError(f"schedule {schedule}: {before} frames are known, {least} are needed")
-    if (after or guide) and not reads_ahead(order):
-        raise ScheduleError(f"schedule {schedule} in order {order!r} reads no frames after its own")
-    if order == "inverted":
+    if (after or guide) and not schedule.reads_ahead:
+        raise ScheduleError(
+            f"schedule {schedule} in order {schedule.order!r} reads no frames after its own"
+        )
+    if schedule.order == "inverted":
         return _plan_inverted(layout, sections, before, after, guide)
     return _plan_forward(layout, sections, before)
 
 
-def _layout(schedule: Schedule, order: str) -> _Layout:
+def _layout(schedule: Schedule) -> _Layout:
+    order = schedule.order
+    if not order:
+        raise ScheduleError(f"schedule {schedule} generates nothing: it has no item g")
     name = order.partition("(")[0]
     if name not in ORDERS:
         raise ScheduleError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
@@ -116,17 +118,15 @@ def _layout(schedule: Schedule, order: str) -> _Layout:
     )
 
 
-def start_frames(schedule: str | Schedule, order: str) -> int:
+def start_frames(schedule: Schedule) -> int:
     """Latent frames at the start of the timeline that must be known before sampling."""
-    schedule = parse(schedule) if isinstance(schedule, str) else schedule
-    anchor = _layout(schedule, order).anchor
+    anchor = _layout(schedule).anchor
     return anchor.frames if anchor else 1
 
 
-def span(schedule: str | Schedule, order: str) -> int:
+def span(schedule: Schedule) -> int:
     """Most latent frames, next to each other, that a section writes and reads beside the anchor."""
-    schedule = parse(schedule) if isinstance(schedule, str) else schedule
-    layout = _layout(schedule, order)
+    layout = _layout(schedule)
     return layout.window + layout.history.frames
 
 
@@ -146,15 +146,10 @@ def length(plan: Sequence[Section]) -> int:
     return max(section.decode[1] for section in plan)
 
 
-def reads_ahead(order: str) -> bool:
-    """Whether sections read frames that come after them, as the end of a video."""
-    return order == "inverted"
-
-
-def anchor_position(order: str, before: int) -> int:
+def anchor_position(schedule: Schedule, before: int) -> int:
     """Where the image lies that leads every section, `before` frames being known at the start: the
     last of them where sections are made towards it, else the first."""
-    return before - 1 if order == "inverted" else 0
+    return before - 1 if schedule.reads_ahead else 0
 
 
 def inverted_paddings(sections: int) -> list[int]:
@@ -220,9 +215,9 @@ def _span(first: int, count: int) -> range:
 
 def _groups(context: Context, reads: Sequence[int], indices: Sequence[int]) -> list[Group]:
     groups, at = [], 0
-    for run in context.runs:
-        end = at + run.frames
-        groups.append(Group(run.kernel, tuple(reads[at:end]), tuple(indices[at:end])))
+    for segment in context.segments:
+        end = at + segment.frames
+        groups.append(Group(segment.kernel, tuple(reads[at:end]), tuple(indices[at:end])))
         at = end
     return groups
 

@@ -2,7 +2,7 @@
 
 import math
 
-from framepack_jax.packing.schedule import Schedule, Segment, kernel_shape, parse
+from framepack_jax.packing.schedule import Schedule, Segment, kernel_shape
 from framepack_jax.packing.sections import MAX_SECTIONS
 
 
@@ -40,16 +40,14 @@ def group_tokens(frames: int, kernel: str, height: int, width: int) -> int:
     return math.prod(-(-n // k) for n, k in zip((frames, height, width), shape, strict=True))
 
 
-def target_tokens(schedule: str | Schedule, height: int, width: int) -> int:
+def target_tokens(schedule: Schedule, height: int, width: int) -> int:
     """Tokens of the section that is made, which decide the flow shift."""
-    schedule = parse(schedule) if isinstance(schedule, str) else schedule
     return group_tokens(schedule.window, "k1", height, width)
 
 
-def context_tokens(schedule: str | Schedule, height: int, width: int) -> list[tuple[Segment, int]]:
-    """(run, tokens) of every context run in time order: constant, whatever the video's length."""
-    schedule = parse(schedule) if isinstance(schedule, str) else schedule
-    return [(r, group_tokens(r.frames, r.kernel, height, width)) for r in schedule.runs]
+def context_tokens(schedule: Schedule, height: int, width: int) -> list[tuple[Segment, int]]:
+    """Return (segment, tokens) of all context in time order: the same for any length of video."""
+    return [(s, group_tokens(s.frames, s.kernel, height, width)) for s in schedule.segments]
 
 
 def frame_bound(window: int, ratio: float = 2) -> float:

@@ -121,7 +121,7 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
     configs = {name: bundle.role_config(task.manifest, name)[1] for name in bundle.ROLES}
     compression, batch = configs["vae"].space_compression, task.cfg.batch
     frame = (*(side // compression for side in size), configs["vae"].latent_channels)
-    section = packing.plan(task.schedule, task.order, 1)[0]
+    section = packing.plan(task.schedule, 1)[0]
     timeline = Timeline(packing.length([section]), frame)
     timeline.known[:] = True
     context = packing.read_context(section, timeline)

@@ -37,13 +37,13 @@ def layout_of(pipe: FramePack, ask: Prompt, sections: int) -> Layout:
 
 def sections_for(pipe: FramePack, seconds: float, fps: float) -> int:
     """Sections that come closest to a duration."""
-    window = packing.parse(pipe.schedule).window
+    window = pipe.schedule.window
     return packing.sections_for(seconds, window, fps, pipe.geometry.time_compression)
 
 
 def frames_for(pipe: FramePack, sections: int) -> int:
     """Frames of a video of so many sections."""
-    return pipe.geometry.frames_of(0, 1 + sections * packing.parse(pipe.schedule).window)[1]
+    return pipe.geometry.frames_of(0, 1 + sections * pipe.schedule.window)[1]
 
 
 def sampled(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.jobs.provenance import weights
 from framepack_jax.toy import baselines, report, results, scenes, suites
@@ -36,7 +36,7 @@ class EvaluationConfig:
 
     output: Path
     bundles: tuple[str, ...]
-    schedules: tuple[str, ...]
+    schedules: tuple[packing.Schedule, ...]
     videos: int
     seconds: tuple[float, ...]
     occlusion_videos: int
@@ -128,8 +128,8 @@ def _record(cfg: EvaluationConfig, models: Sequence[Model]) -> dict[str, Any]:
         "references": {"bundle": first.name, "weights": _hashes(first)},
         "rows": {
             model.name: {
-                "schedule": model.pipe.schedule,
-                "order": model.pipe.order,
+                "schedule": str(model.pipe.schedule),
+                "order": model.pipe.schedule.order,
                 "weights": _hashes(model),
             }
             for model in models

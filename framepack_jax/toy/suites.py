@@ -97,15 +97,15 @@ def model_row(name: str, number: int, blank: Collection[str] = (), shuffled: boo
     return Row(name, number, functools.partial(_sample, blank=tuple(blank), shuffled=shuffled))
 
 
-def drift_rows(name: str, number: int, schedule: str) -> list[Row]:
+def drift_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
     """A model as it is."""
-    onward = packing.default_order(schedule) == "forward"
+    onward = schedule.order == "forward"
     return [dataclasses.replace(model_row(name, number), onward=onward)]
 
 
-def forgetting_rows(name: str, number: int, schedule: str) -> list[Row]:
+def forgetting_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
     """A model with all of its context, and without parts that its schedule has."""
-    kernels = {run.kernel for run in packing.parse(schedule).runs}
+    kernels = {segment.kernel for segment in schedule.segments}
     made = [model_row(name, number)]
     for blank in BLANKS:
         if set(blank) <= kernels:
@@ -113,7 +113,7 @@ def forgetting_rows(name: str, number: int, schedule: str) -> list[Row]:
     return made
 
 
-def prompt_rows(name: str, number: int, schedule: str) -> list[Row]:
+def prompt_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
     """A model with its captions, and with those of others as a control."""
     return [model_row(name, number), model_row(name + SHUFFLED, number, shuffled=True)]
 
@@ -138,7 +138,7 @@ def _sections(pipe: FramePack, asked: Sequence[Case]) -> int:
 
 def sections_of(pipe: FramePack, frames: int) -> int:
     """Fewest sections that make so many frames."""
-    window = packing.parse(pipe.schedule).window
+    window = pipe.schedule.window
     return max(1, math.ceil((frames - 1) / (window * pipe.geometry.time_compression)))
 
 

@@ -87,8 +87,7 @@ def export(
         leaves = itertools.chain(kept, leaves)
     origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
     if cfg.schedule:
-        order = packing.default_order(cfg.schedule)
-        manifest = dataclasses.replace(manifest, schedule=cfg.schedule, order=order)
+        manifest = dataclasses.replace(manifest, schedule=packing.parse(cfg.schedule))
     if record.get("began") == "scratch":
         sizes = (name.split("x") for name in record["fingerprint"]["clips"])
         buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))

@@ -55,8 +55,7 @@ class FlowMatchingTask:
     model: Model
     tx: optax.GradientTransformationExtraArgs
     mesh: Mesh
-    schedule: str
-    order: str
+    schedule: packing.Schedule
     abstract: TrainState
     frozen: Params
     encode: Encode | None = None
@@ -194,7 +193,9 @@ class FlowMatchingTask:
         kinds = itertools.product(self.loader.buckets, self.loader.samples.schedules)
         return [self._abstract_batch(bucket, schedule) for bucket, schedule in kinds]
 
-    def _abstract_batch(self, bucket: tuple[int, int], schedule: str) -> tuple[Any, Cost]:
+    def _abstract_batch(
+        self, bucket: tuple[int, int], schedule: packing.Schedule
+    ) -> tuple[Any, Cost]:
         where = NamedSharding(self.mesh, PartitionSpec(BATCH))
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -234,36 +235,32 @@ def set_up(
 
     Raises ValueError, BundleError."""
     model = state.model_of(cfg, manifest)
-    schedule, order = schedule_of(cfg, manifest)
+    schedule = schedule_of(cfg, manifest)
     model.spec.check_kernels(model.cfg, model.spec.context_kernels(schedule))
     model.spec.check_mesh(model.cfg, mesh)
     check_batch(cfg.batch, cfg.grad_accum_steps, mesh)
     tx = optimizer.make(cfg.optimizer, model.spec.stacks)
     abstract, frozen = state.abstract_state(cfg, model, tx, mesh)
     encode = _encoder(manifest) if pixels else None
-    return FlowMatchingTask(
-        cfg, manifest, model, tx, mesh, schedule, order, abstract, frozen, encode
-    )
+    return FlowMatchingTask(cfg, manifest, model, tx, mesh, schedule, abstract, frozen, encode)
 
 
 def open_task(cfg: TrainConfig, bundle_path: epath.PathLike, mesh: Mesh) -> FlowMatchingTask:
     """Open the bundle and the dataset of a run. Raises ValueError, BundleError, DatasetError."""
     manifest = bundle.read_manifest(bundle_path)
     share = local_share(mesh, cfg.batch)
-    schedule, order = schedule_of(cfg, manifest)
-    loader = multihost.on_all_hosts(
-        loading.open_loader, cfg.data, schedule, order, cfg.batch, share
-    )
+    schedule = schedule_of(cfg, manifest)
+    loader = multihost.on_all_hosts(loading.open_loader, cfg.data, schedule, cfg.batch, share)
     check_bundle(loader.index, manifest)
     task = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
     return dataclasses.replace(task, loader=loader, bundle_path=bundle_path)
 
 
-def schedule_of(cfg: TrainConfig, manifest: bundle.Manifest) -> tuple[str, str]:
-    """Return (packing schedule, order) of a run: its own, else those of the bundle."""
+def schedule_of(cfg: TrainConfig, manifest: bundle.Manifest) -> packing.Schedule:
+    """Return the packing schedule of a run: its own, else that of the bundle."""
     if cfg.schedule:
-        return cfg.schedule, packing.default_order(cfg.schedule)
-    return manifest.schedule, manifest.order
+        return packing.parse(cfg.schedule)
+    return manifest.schedule
 
 
 def _encoder(manifest: bundle.Manifest) -> Encode:

@@ -226,7 +226,9 @@ def _memory() -> dict[str, float]:
     return {"peak_memory_bytes": float(stats["peak_bytes_in_use"])}
 
 
-def sample_cost(model: Model, schedule: str, batch: Any, size: tuple[int, int]) -> Cost:
+def sample_cost(
+    model: Model, schedule: packing.Schedule, batch: Any, size: tuple[int, int]
+) -> Cost:
     """Cost of a sample of an (abstract) batch whose latents have `size` (rows, columns)."""
     text, image = batch.conditions.text.shape[1], batch.conditions.image.shape[1]
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))

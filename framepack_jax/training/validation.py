@@ -69,7 +69,7 @@ class Validator:
             self.pipe = open_pipe(task.bundle_path, task.schedule, task.cfg.dtype, task.mesh)
         network = state.merge_params(params, frozen, state.factor_scale(task.cfg))
         pipe = with_network(self.pipe, task.model, network)
-        window = packing.parse(task.schedule).window
+        window = task.schedule.window
         for number, record in enumerate(self.records):
             sections = min(cfg.sections, (len(record.latents) - 1) // window)
             settings = Settings(steps=cfg.steps, distilled_guidance=cfg.guidance)
@@ -180,7 +180,7 @@ def sample_video(
     pipe: FramePack, record: Record, sections: int, settings: Settings, seed: int
 ) -> np.ndarray:
     """A video (P, H, W, 3) uint8 from the start image and the conditions of a clip."""
-    plan = packing.plan(pipe.schedule, pipe.order, sections)
+    plan = packing.plan(pipe.schedule, sections)
     text = np.zeros((1, MAX_PROMPT_TOKENS, record.text.shape[1]), record.text.dtype)
     text[0, : len(record.text)] = record.text
     valid = (np.arange(text.shape[1]) < len(record.text))[None]
@@ -201,7 +201,7 @@ def decoded_clip(pipe: FramePack, record: Record, positions: int) -> np.ndarray:
     latents = np.asarray(record.latents[None, :positions], np.float32)
     timeline = packing.Timeline(latents.shape[1], latents.shape[2:])
     timeline.write(range(latents.shape[1]), latents)
-    section = packing.plan(pipe.schedule, pipe.order, 1)[0]
+    section = packing.plan(pipe.schedule, 1)[0]
     section = dataclasses.replace(section, decode=(0, latents.shape[1]))
     frames = pipe.decode_clip(section, timeline)
     return np.asarray(to_uint8(frames, record.clip.height, record.clip.width))[0]
@@ -213,7 +213,9 @@ def side_by_side(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.concatenate([made[:count], truth[:count]], axis=1)
 
 
-def open_pipe(path: epath.PathLike, schedule: str, dtype: str, mesh: Mesh) -> FramePack:
+def open_pipe(
+    path: epath.PathLike, schedule: packing.Schedule, dtype: str, mesh: Mesh
+) -> FramePack:
     """The pipeline of a bundle with its VAE, and no transformer yet. Raises BundleError."""
     pipe = FramePack.open(path, dtype=dtype, schedule=schedule, mesh=mesh)
     return pipe.with_weights(path, roles=("vae",))

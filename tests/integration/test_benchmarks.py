@@ -116,17 +116,20 @@ def test_flops_are_those_of_the_traced_network(schedule: str) -> None:
         text_dim=20, pooled_dim=12, image_dim=28, rope_axes=(4, 6, 6),
     )  # fmt: skip
     rows, columns, text, image = 6, 8, 7, 5
+    parsed = packing.parse(schedule)
     traced = jax.make_jaxpr(transformer.velocity, static_argnums=0)(
-        cfg, *_abstract(cfg, schedule, rows, columns, text, image)
+        cfg, *_abstract(cfg, parsed, rows, columns, text, image)
     )
-    counted = forward_flops(cfg, schedule, rows, columns, text, image)
+    counted = forward_flops(cfg, parsed, rows, columns, text, image)
     assert counted == _matmul_flops(traced.jaxpr)
 
 
-def _abstract(cfg, schedule: str, rows: int, columns: int, text: int, image: int) -> tuple:
+def _abstract(
+    cfg, schedule: packing.Schedule, rows: int, columns: int, text: int, image: int
+) -> tuple:
     """Shapes of (params, x, sigma, context, conditions) for one sample."""
-    window = packing.parse(schedule).window
-    plan = packing.plan(schedule, packing.default_order(schedule), 1)
+    window = schedule.window
+    plan = packing.plan(schedule, 1)
     timeline = packing.Timeline(packing.length(plan), (rows, columns, cfg.in_channels))
     timeline.known[:] = True
     params = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from framepack_jax import bundle, conditioning
+from framepack_jax import bundle, conditioning, packing
 from framepack_jax.cli import decode, resume, sample
 from framepack_jax.conditioning import load_encoders
 from framepack_jax.conversion import engine
@@ -40,7 +40,9 @@ FLAGS = (
 
 def load(plan: OffloadPlan | None, path: Path = RANDOM) -> FramePack:
     schedule = "f1k1_x_f16k4f2k2f1k1_g2"
-    return FramePack.open(path, dtype="float32", schedule=schedule).with_weights(path, plan=plan)
+    return FramePack.open(path, dtype="float32", schedule=packing.parse(schedule)).with_weights(
+        path, plan=plan
+    )
 
 
 def video(pipe: FramePack, sections: int) -> Video:

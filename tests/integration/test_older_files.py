@@ -93,7 +93,7 @@ def test_finished_video(older, capsys) -> None:
 def test_dataset(older) -> None:
     """Training reads the same samples in the same order."""
     cfg = DataConfig(path="dataset", holdout=1, seed=5, sections="random", caption_dropout=0.5)
-    opened = loader.open_loader(cfg, INVERTED, packing.default_order(INVERTED), 2, (0, 1))
+    opened = loader.open_loader(cfg, packing.parse(INVERTED), 2, (0, 1))
     expected = json.loads(Path("expected/samples.json").read_text())
     for batch, digests in zip(itertools.islice(opened, len(expected)), expected, strict=True):
         leaves = map(np.asarray, jax.tree.leaves(batch))

@@ -35,7 +35,7 @@ def golden_tags() -> tuple[list[str], list[str]]:
 RUNS, DECODED = golden_tags()
 
 
-def run_of(tag: str) -> tuple[str, int, Settings]:
+def run_of(tag: str) -> tuple[packing.Schedule, int, Settings]:
     """(schedule, sections, settings) that a tag stands for."""
     kind, sections, window, steps, cfg, rescale = TAG.fullmatch(tag).groups()
     settings = Settings(steps=int(steps))
@@ -43,7 +43,7 @@ def run_of(tag: str) -> tuple[str, int, Settings]:
         settings = Settings(
             int(steps), distilled_guidance=6.0, cfg_scale=float(cfg), cfg_rescale=float(rescale)
         )
-    return SCHEDULES[kind].format(window), int(sections), settings
+    return packing.parse(SCHEDULES[kind].format(window)), int(sections), settings
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def networks(golden, tmp_path_factory):
     return network("transformer"), network("vae"), manifest
 
 
-def build(networks, schedule: str, **options) -> FramePack:
+def build(networks, schedule: packing.Schedule, **options) -> FramePack:
     transformer, vae, manifest = networks
     return FramePack(
         transformer=transformer,
@@ -81,7 +81,6 @@ def build(networks, schedule: str, **options) -> FramePack:
         latent_mean=np.asarray(manifest.latent_mean, np.float32),
         latent_std=np.asarray(manifest.latent_std, np.float32),
         schedule=schedule,
-        order=packing.default_order(schedule),
         **options,
     )
 
@@ -103,7 +102,7 @@ def inputs_of(pipe: FramePack, reference, settings: Settings) -> Inputs:
 def run(networks, reference, tag: str):
     schedule, sections, settings = run_of(tag)
     pipe = build(networks, schedule)
-    plan = packing.plan(schedule, pipe.order, sections)
+    plan = packing.plan(schedule, sections)
     noise = [reference[f"{tag}/noise{i}"] for i in range(sections)]
     made = pipe.sample(plan, inputs_of(pipe, reference, settings), settings, noise=noise)
     return pipe, plan, made
@@ -141,8 +140,8 @@ def test_pixels_equal_the_release(networks, reference, tag: str) -> None:
 def test_one_program_for_all_steps_and_sections(networks, reference) -> None:
     sampler.step.clear_cache()
     for schedule in SCHEDULES.values():
-        pipe, settings = build(networks, schedule.format(2)), Settings(steps=3)
-        plan = packing.plan(pipe.schedule, pipe.order, 3)
+        pipe, settings = build(networks, packing.parse(schedule.format(2))), Settings(steps=3)
+        plan = packing.plan(pipe.schedule, 3)
         list(pipe.sample(plan, inputs_of(pipe, reference, settings), settings))
     # Both schedules pack their groups in the same sequence, so that they even share it.
     assert sampler.step._cache_size() == 1
@@ -151,13 +150,13 @@ def test_one_program_for_all_steps_and_sections(networks, reference) -> None:
 @pytest.mark.golden
 def test_vanilla_is_f1_without_its_anchor(networks, reference) -> None:
     """There is no release to compare with. Frame indices are one lower, as the anchor had 0."""
-    schedule, settings = "td_f16k4f2k2f1k1_g2", Settings(steps=2)
+    schedule, settings = packing.parse("td_f16k4f2k2f1k1_g2"), Settings(steps=2)
     pipe = build(networks, schedule)
-    plan = packing.plan(schedule, pipe.order, 2)
+    plan = packing.plan(schedule, 2)
     inputs = inputs_of(pipe, reference, settings)
     *_, (_, timeline) = pipe.sample(plan, inputs, settings)
     assert timeline.known.all() and np.isfinite(timeline.latents).all()
-    f1 = packing.plan("f1k1_x_f16k4f2k2f1k1_g2", "forward", 2)
+    f1 = packing.plan(packing.parse("f1k1_x_f16k4f2k2f1k1_g2"), 2)
     for ours, theirs in zip(plan, f1, strict=True):
         assert ours.targets == theirs.targets and ours.decode == theirs.decode
         rest = [group for group in theirs.groups if group.indices != (0,)]
@@ -169,9 +168,9 @@ def test_vanilla_is_f1_without_its_anchor(networks, reference) -> None:
 @pytest.mark.golden
 def test_a_batch_equals_its_samples(networks, reference) -> None:
     """Prompts of different lengths, side by side, change nothing."""
-    schedule, sections, settings = "f1k1_x_g2_f1k1f2k2f16k4_td", 2, Settings(steps=2)
+    schedule, sections, settings = packing.parse("f1k1_x_g2_f1k1f2k2f16k4_td"), 2, Settings(steps=2)
     pipe = build(networks, schedule)
-    plan = packing.plan(schedule, pipe.order, sections)
+    plan = packing.plan(schedule, sections)
     first = inputs_of(pipe, reference, settings)
     short = np.arange(20)[None, :] < 7
     other = first.conditions[0].replace(text_valid=short)
@@ -191,10 +190,10 @@ def test_a_batch_equals_its_samples(networks, reference) -> None:
 
 @pytest.mark.golden
 def test_noise_of_a_section_does_not_depend_on_the_others(networks, reference) -> None:
-    schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=1)
+    schedule, settings = packing.parse("f1k1_x_f16k4f2k2f1k1_g2"), Settings(steps=1)
     pipe = build(networks, schedule)
     first = [
-        next(pipe.sample(packing.plan(schedule, "forward", n), inputs, settings, seeds=[3]))
+        next(pipe.sample(packing.plan(schedule, n), inputs, settings, seeds=[3]))
         for n in (1, 4)
         for inputs in [inputs_of(pipe, reference, settings)]
     ]
@@ -204,9 +203,9 @@ def test_noise_of_a_section_does_not_depend_on_the_others(networks, reference) -
 
 @pytest.mark.golden
 def test_not_finite_is_named(networks, reference) -> None:
-    schedule, settings = "f1k1_x_f16k4f2k2f1k1_g2", Settings(steps=3)
+    schedule, settings = packing.parse("f1k1_x_f16k4f2k2f1k1_g2"), Settings(steps=3)
     pipe = build(networks, schedule)
-    plan = packing.plan(schedule, "forward", 2)
+    plan = packing.plan(schedule, 2)
     noise = np.zeros((2, 1, 2, 10, 14, 16), np.float32)
     noise[1, 0, 0, 0, 0, 0] = np.nan
     made = pipe.sample(plan, inputs_of(pipe, reference, settings), settings, noise=noise)

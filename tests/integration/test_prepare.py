@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from framepack_jax import bundle, conditioning, video
+from framepack_jax import bundle, conditioning, packing, video
 from framepack_jax.cli import prepare
 from framepack_jax.data import (
     build,
@@ -766,7 +766,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     output = tmp_path / "pixels"
     run(real / "videos", output, "--mode", "pixels")
     schedule = "f1k1_x_g2_f1k1f2k2f16k4_td"
-    opened = loader.open_loader(DataConfig(path=str(output)), schedule, "inverted", 4)
+    opened = loader.open_loader(DataConfig(path=str(output)), packing.parse(schedule), 4)
     batch = next(opened)
     assert isinstance(batch, pixel_batch.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
     source = VideoSource(output, opened.index.shards)
@@ -804,14 +804,14 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
             r"5 of the 5 videos of .* missing or changed: .*0\.mp4 \(No such file.* and 1 more"
         )
         with pytest.raises(DatasetError, match=missing):
-            loader.open_loader(DataConfig(path=str(output)), schedule, "inverted", 4)
+            loader.open_loader(DataConfig(path=str(output)), packing.parse(schedule), 4)
         for number in (0, 1, 2, 4):
             name = f"{number}.mp4"
             shutil.copy(real / "videos" / "moved" / name, real / "videos")
         (real / "videos" / "3.mp4").write_bytes(b"another")
         changed = r"1 of the 5 videos of .*3\.mp4 \(7 bytes, \d+ when it was prepared\); put them"
         with pytest.raises(DatasetError, match=changed):
-            loader.open_loader(DataConfig(path=str(output)), schedule, "inverted", 4)
+            loader.open_loader(DataConfig(path=str(output)), packing.parse(schedule), 4)
     finally:
         for file in (real / "videos" / "moved").glob("*.mp4"):
             file.replace(real / "videos" / file.name)

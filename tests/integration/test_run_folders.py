@@ -58,7 +58,7 @@ def whole(tmp_path_factory) -> dict[str, RunDir]:
 
 @pytest.fixture(scope="module")
 def pipe() -> FramePack:
-    return FramePack.load(bundle.BUILTIN_BUNDLES["random"], schedule=INVERTED)
+    return FramePack.load(bundle.BUILTIN_BUNDLES["random"], schedule=packing.parse(INVERTED))
 
 
 def frames_of(run: RunDir) -> np.ndarray:
@@ -297,7 +297,7 @@ def test_records_of_the_first_format_are_read_under_todays_names(whole, tmp_path
 
 def test_the_end_image_is_read_by_what_comes_before(pipe, pictures, tmp_path) -> None:
     """It changes the section that is made with it in sight, not only its own latent."""
-    plan = packing.plan(INVERTED, "inverted", 2, after=1)
+    plan = packing.plan(packing.parse(INVERTED), 2, after=1)
     nearest = [group for group in plan[0].groups if group.kernel == "k1"][-1]
     assert nearest.reads == (5,) and plan[0].decode == (3, 6)
     flags = ("--sections", 2)
@@ -346,17 +346,17 @@ def test_extended_from_a_run_folder(whole, tmp_path, monkeypatch, schedule: str)
 
 
 def test_what_an_extension_reads_is_the_video_before(whole) -> None:
-    forward = packing.plan(F1, "forward", 2, before=7)
+    forward = packing.plan(packing.parse(F1), 2, before=7)
     by_kernel = {(g.kernel, len(g.reads)): g.reads for g in forward[0].groups}
     assert by_kernel["k2", 2] == (4, 5) and by_kernel["k4", 16][-4:] == (0, 1, 2, 3)
     assert {(0,), (6,)} == {g.reads for g in forward[0].groups if g.kernel == "k1"}
     assert forward[0].targets == (7, 8) and forward[0].decode == (5, 9)
-    inverted = packing.plan(INVERTED, "inverted", 2, before=7)
+    inverted = packing.plan(packing.parse(INVERTED), 2, before=7)
     assert [s.targets for s in inverted] == [(9, 10), (7, 8)]
     assert all((6,) in [g.reads for g in s.groups] for s in inverted)
     assert [s.decode for s in inverted] == [(9, 11), (5, 11)]
     # Frame indices are those of a video that begins with its last frame.
-    for long, short in zip(inverted, packing.plan(INVERTED, "inverted", 2), strict=True):
+    for long, short in zip(inverted, packing.plan(packing.parse(INVERTED), 2), strict=True):
         assert long.indices == short.indices
         assert [g.indices for g in long.groups] == [g.indices for g in short.groups]
 

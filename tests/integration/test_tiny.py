@@ -43,7 +43,7 @@ def test_weights_are_small_and_say_how_they_came_about() -> None:
 
 def test_both_orders_share_all_but_the_transformer(pipe) -> None:
     other = FramePack.load(bundle.BUILTIN_BUNDLES["tiny_inverted"])
-    assert (pipe.order, other.order) == ("forward", "inverted")
+    assert (pipe.schedule.order, other.schedule.order) == ("forward", "inverted")
     assert pipe.buckets == other.buckets == (SIZE,)
     shared = bundle.read_manifest(bundle.BUILTIN_BUNDLES["tiny_inverted"]).roles
     assert {role.path for role in shared.values()} == {

@@ -21,7 +21,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from framepack_jax import FramePack, bundle, video
+from framepack_jax import FramePack, bundle, packing, video
 from framepack_jax.cli import common, convert, export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import holdout, loader, records
@@ -563,7 +563,7 @@ def check_velocities(run: Path, dataset: Path) -> None:
     base = FramePack.load(bundle.resolve("random"), dtype=cfg.dtype)
     adapted = base.with_lora(conversion_lora.read(Path(lora.file_of(run)), model.cfg).lora)
     trained = state.merge_params(factors, base.transformer.params, state.factor_scale(cfg))
-    batch = next(loader.open_loader(DataConfig(str(dataset)), cfg.schedule, "inverted", 2))
+    batch = next(loader.open_loader(DataConfig(str(dataset)), packing.parse(cfg.schedule), 2))
     noise = np.random.default_rng(0).standard_normal(batch.target.shape).astype(np.float32)
     given = batch.conditions
     conditions = model.spec.conditions(

@@ -805,7 +805,7 @@ def test_a_whole_pipeline_becomes_a_bundle(golden, tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     manifest = bundle.read_manifest(output)
     assert tuple(manifest.roles) == bundle.ROLES
-    assert manifest.prompt_template == PROMPT_TEMPLATE and manifest.order == "inverted"
+    assert manifest.prompt_template == PROMPT_TEMPLATE and manifest.schedule.order == "inverted"
     for role in bundle.ROLES:
         leaves = jax.tree.leaves(bundle.load_params(output, manifest, role))
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
@@ -831,7 +831,7 @@ def test_a_fine_tune_points_to_the_encoders(golden, framepack, tmp_path) -> None
     )  # fmt: skip
     manifest = convert(flags)
     assert manifest == bundle.read_manifest(second)
-    assert (manifest.order, manifest.prompt_template) == ("forward", "say {}")
+    assert (manifest.schedule.order, manifest.prompt_template) == ("forward", "say {}")
     assert manifest.roles["vae"].path == "../../first/vae"
     for role in bundle.ROLES:
         bundle.load_params(second, manifest, role)
@@ -918,7 +918,7 @@ def test_a_transformer_that_stays_keeps_its_schedule(golden, tmp_path, capsys) -
     main([*args, "--output", str(second)])
     assert "assumed" not in capsys.readouterr().out
     made = bundle.read_manifest(second)
-    assert (made.schedule, made.order, made.buckets) == (f1, "forward", ((64, 96),))
+    assert (str(made.schedule), made.schedule.order, made.buckets) == (f1, "forward", ((64, 96),))
     main(["--transformer", str(pipeline / "transformer"), "--output", str(tmp_path / "third")])
     assert "(schedule assumed" in capsys.readouterr().out
 

@@ -133,7 +133,7 @@ def test_frames(converted, arrays, image, name: str) -> None:
     run = FACTS["runs"][name]
     assert image.shape == (FACTS["height"], FACTS["width"], 3)
     schedule = SCHEDULES[run["sampling"]].format(FACTS["latent_window_size"])
-    pipe = FramePack.load(converted, dtype="float32", schedule=schedule)
+    pipe = FramePack.load(converted, dtype="float32", schedule=packing.parse(schedule))
     settings = Settings(
         steps=FACTS["steps"],
         sampler=FACTS["sampler"],
@@ -142,7 +142,7 @@ def test_frames(converted, arrays, image, name: str) -> None:
     )
     negative = FACTS["negative_prompt"] if run.get("negative") else ""
     inputs = inputs_of(pipe, image, FACTS["prompts"][run["prompt"]], negative, settings)
-    plan = packing.plan(schedule, pipe.order, run["sections"])
+    plan = packing.plan(pipe.schedule, run["sections"])
     noise = [
         rearrange(arrays[f"{name}/noise{i}"], "b c t h w -> b t h w c") for i in range(len(plan))
     ]

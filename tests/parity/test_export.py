@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conversion import engine, export, lora, tables, weight_files
@@ -201,7 +201,7 @@ def random_bundle(
     bundle.write_params(root / "transformer", leaves.items())
     role = Role("hunyuan_packed_dit", json.loads(json.dumps(vars(cfg))), "transformer")
     bundle.write_manifest(
-        root, Manifest({"transformer": role}, (0.0,), (2.0,), "{}", "g9", "forward")
+        root, Manifest({"transformer": role}, (0.0,), (2.0,), "{}", packing.parse("g9"))
     )
     return leaves
 
@@ -282,7 +282,7 @@ def test_other_networks_lose_no_bit_either(role, data, seed, tmp_path_factory) -
     roles = {role: Role(OTHERS[role], fields, role)}
     channels = cfg.latent_channels if role == "vae" else 1
     bundle.write_manifest(
-        root, Manifest(roles, (0.0,) * channels, (2.0,) * channels, "{}", "g9", "forward")
+        root, Manifest(roles, (0.0,) * channels, (2.0,) * channels, "{}", packing.parse("g9"))
     )
     files = {"tokenizer_2": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
     for name, file in files.items():

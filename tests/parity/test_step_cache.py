@@ -113,7 +113,7 @@ def test_teacache_equals_the_release(golden) -> None:
         for name, x in load_file(golden / "pipeline.safetensors").items()
     }
     schedule = "f1k1_x_g3_f1k1f2k2f16k4_td"
-    (section,) = packing.plan(schedule, "inverted", 1)
+    (section,) = packing.plan(packing.parse(schedule), 1)
     timeline = packing.Timeline(4, reference["start_latent"].shape[2:], 1)
     timeline.write(range(1), reference["start_latent"])
     conditions = transformer.Conditions(
@@ -121,7 +121,7 @@ def test_teacache_equals_the_release(golden) -> None:
         reference["image_embeds"], np.full(1, 10.0, np.float32),
     )  # fmt: skip
     noise, ran = reference[f"{TAG}/noise0"], reference[f"{TAG}/blocks_run_per_step0"]
-    tokens = packing.target_tokens(schedule, *noise.shape[2:4])
+    tokens = packing.target_tokens(packing.parse(schedule), *noise.shape[2:4])
     sigmas = flow.sigmas(len(ran), flow.shift_mu(tokens))
     done = sampler.denoise(
         TRANSFORMER, *network, noise, sigmas, solver_table("unipc", sigmas),

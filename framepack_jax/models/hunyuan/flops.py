@@ -10,7 +10,12 @@ from framepack_jax.models.hunyuan.transformer import PATCH, POOLED_KERNELS, Tran
 
 
 def forward_flops(
-    cfg: TransformerConfig, schedule: str, rows: int, columns: int, text: int, image: int
+    cfg: TransformerConfig,
+    schedule: packing.Schedule,
+    rows: int,
+    columns: int,
+    text: int,
+    image: int,
 ) -> int:
     """FLOPs of all matrix products of one forward pass, for one sample.
 
@@ -32,7 +37,7 @@ def forward_flops(
     double = products(length, *wide) + 2 * products(1, (width, 6 * width))
     single = products(length, *wide) + products(1, (width, 3 * width))
 
-    kernels = [(POOLED_KERNELS.get(run.kernel, run.kernel), n) for run, n in context]
+    kernels = [(POOLED_KERNELS.get(s.kernel, s.kernel), n) for s, n in context]
     embed = sum(
         products(tokens, (math.prod(packing.kernel_shape(kernel)) * cfg.in_channels, width))
         for kernel, tokens in [*kernels, (PATCH, target)]
@@ -49,7 +54,12 @@ def forward_flops(
 
 
 def attention_flops(
-    cfg: TransformerConfig, schedule: str, rows: int, columns: int, text: int, image: int
+    cfg: TransformerConfig,
+    schedule: packing.Schedule,
+    rows: int,
+    columns: int,
+    text: int,
+    image: int,
 ) -> int:
     """Those of `forward_flops` that attention has."""
     length = _packed_tokens(schedule, rows, columns) + image + text
@@ -57,7 +67,7 @@ def attention_flops(
     return 4 * cfg.width * (layers * length**2 + cfg.refiner_layers * text**2)
 
 
-def _packed_tokens(schedule: str, rows: int, columns: int) -> int:
+def _packed_tokens(schedule: packing.Schedule, rows: int, columns: int) -> int:
     """Of context and target."""
     context = packing.context_tokens(schedule, rows, columns)
     return sum(tokens for _, tokens in context) + packing.target_tokens(schedule, rows, columns)

@@ -33,7 +33,7 @@ from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.sizes import Layers, Positive, Size
 from framepack_jax.ops.attention import attend, to_heads, to_tokens
 from framepack_jax.ops.rope import Table, apply_rope, rope_table
-from framepack_jax.packing import PackedContext, kernel_shape, parse
+from framepack_jax.packing import PackedContext, Schedule, kernel_shape
 from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain, dividing, fitting
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
@@ -317,9 +317,9 @@ def programs(
     ]  # fmt: skip
 
 
-def context_kernels(schedule: str) -> tuple[str, ...]:
+def context_kernels(schedule: Schedule) -> tuple[str, ...]:
     """Kernels of a schedule that need patch embeddings of their own, smallest first."""
-    kernels = {POOLED_KERNELS.get(run.kernel, run.kernel) for run in parse(schedule).runs}
+    kernels = {POOLED_KERNELS.get(s.kernel, s.kernel) for s in schedule.segments}
     return tuple(sorted(kernels, key=lambda kernel: math.prod(kernel_shape(kernel))))
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
 from framepack_jax.bundle import BundleError, Manifest, Role, loader, writer
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip
@@ -31,8 +31,8 @@ def manifest(**changes) -> Manifest:
     fields |= changes
     return Manifest(
         roles={"text_encoder_2": Role("clip_text", fields, "text_encoder_2")},
-        latent_mean=(0.0,), latent_std=(2.0,), prompt_template="a {}", schedule="g9",
-        order="forward",
+        latent_mean=(0.0,), latent_std=(2.0,), prompt_template="a {}",
+        schedule=packing.parse("g9"),
     )  # fmt: skip
 
 
@@ -113,12 +113,14 @@ def test_a_reference_to_replaced_weights_is_refused(root, tmp_path) -> None:
     there = bundle.read_manifest(root).roles["text_encoder_2"]
     pointing = Manifest(
         {"text_encoder_2": dataclasses.replace(there, path="../text_encoder_2")},
-        (0.0,), (2.0,), "a {}", "g9", "forward",
+        (0.0,), (2.0,), "a {}", packing.parse("g9"),
     )  # fmt: skip
     other.mkdir()
     bundle.load_params(other, pointing, "text_encoder_2")
     changed = dataclasses.replace(there, source={"sha256": "other"})
-    bundle.write_manifest(root, Manifest({"text_encoder_2": changed}, (), (), "", "", ""))
+    bundle.write_manifest(
+        root, Manifest({"text_encoder_2": changed}, (), (), "", packing.parse("g9"))
+    )
     with pytest.raises(BundleError, match="has been replaced by other weights"):
         bundle.load_params(other, pointing, "text_encoder_2")
     (root / bundle.MANIFEST).unlink()
@@ -139,7 +141,9 @@ def test_a_manifest_is_whole_or_not_there(root, monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "write_text", torn)
     with pytest.raises(KeyboardInterrupt):
-        bundle.write_manifest(root, dataclasses.replace(manifest(), order="inverted"))
+        bundle.write_manifest(
+            root, dataclasses.replace(manifest(), schedule=packing.parse("g9", "inverted"))
+        )
     assert (root / bundle.MANIFEST).read_text() == before
 
 
@@ -181,6 +185,6 @@ def test_roles_that_do_not_fit(root) -> None:
     with pytest.raises(BundleError, match=r"final_norm/bias is \(4,\), expected \(6,\)"):
         bundle.load_params(root, manifest(width=6), "text_encoder_2")
     other = json.loads((root / bundle.MANIFEST).read_text())["roles"]["text_encoder_2"]
-    strange = Manifest({"vae": Role(**{**other, "kind": "gan"})}, (), (), "", "", "")
+    strange = Manifest({"vae": Role(**{**other, "kind": "gan"})}, (), (), "", packing.parse("g9"))
     with pytest.raises(BundleError, match="kind 'gan'"):
         bundle.role_config(strange, "vae")

@@ -25,7 +25,7 @@ INVERTED, F1, VANILLA = (
     "f1k1_x_f16k4f2k2f1k1_g2",
     "td_f16k4f2k2f1k1_g2",
 )
-ORDERS = {INVERTED: "inverted", F1: "forward", VANILLA: "forward"}
+SCHEDULES = (INVERTED, F1, VANILLA)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def dataset(tmp_path_factory):
 def take(folder, count, *, batch=4, share=(0, 1), state=None, schedule=INVERTED, **options):
     """The loader and its next batches."""
     cfg = DataConfig(path=str(folder), **options)
-    opened = open_loader(cfg, schedule, packing.default_order(schedule), batch, share)
+    opened = open_loader(cfg, packing.parse(schedule), batch, share)
     if state is not None:
         opened.set_state(json.loads(json.dumps(state)))
     return opened, list(itertools.islice(opened, count))
@@ -47,7 +47,7 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("schedule", ORDERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
     """Of the same section: context from a timeline that sampling fills, section by section."""
     folder, clips = dataset
@@ -56,7 +56,7 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
     for batch, i in itertools.product(batches, range(4)):
         record = clips[batch.meta.clip[i]]
         latents = np.asarray(record.latents, np.float32)
-        plan = packing.plan(schedule, ORDERS[schedule], int(batch.meta.sections[i]))
+        plan = packing.plan(packing.parse(schedule), int(batch.meta.sections[i]))
         assert len(plan) == (len(latents) - 1) // 2
         timeline = Timeline(packing.length(plan), latents.shape[1:])
         timeline.write([0], latents[None, :1])
@@ -84,8 +84,7 @@ def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
     count = row["sections"]
     write_dataset(tmp_path, {(32, 48): (1 + 9 * count,)})
     schedule = packing.RELEASED_INVERTED if kind == "inverted" else packing.RELEASED_F1
-    order = packing.default_order(schedule)
-    opened = open_loader(DataConfig(path=str(tmp_path)), schedule, order, 8)
+    opened = open_loader(DataConfig(path=str(tmp_path)), packing.parse(schedule), 8)
     found = {}
     for batch in itertools.islice(opened, 12):
         for i in range(8):
@@ -350,7 +349,7 @@ def test_a_dataset_of_another_bundle_is_refused(dataset) -> None:
 def test_what_cannot_be_trained_on_is_named(dataset, tmp_path) -> None:
     folder, _ = dataset
     with pytest.raises(DatasetError, match=r"8 of the 8 clips .* shorter than a section of 9"):
-        open_loader(DataConfig(path=str(folder)), packing.RELEASED_INVERTED, "inverted", 4)
+        open_loader(DataConfig(path=str(folder)), packing.parse(packing.RELEASED_INVERTED), 4)
     nothing = (
         r"--data\.holdout 7 leaves nothing of the 8 .* 4 videos.* give --data\.holdout 6 or less"
     )
@@ -371,14 +370,14 @@ def test_a_bucket_that_cannot_be_read_ends_the_stream_with_its_name(tmp_path) ->
     write_dataset(tmp_path)
     opened, _ = take(tmp_path, 0)
     for bucket in opened.buckets:
-        opened.abstract(bucket, INVERTED)
+        opened.abstract(bucket, packing.parse(INVERTED))
     file = next((tmp_path / records.SHARDS).glob("48x32*"))
     file.write_bytes(file.read_bytes()[:3000])
     records._reader.cache_clear()
     with pytest.raises(DatasetError, match=r"48x32-00000\.arrayrecord.* nor can 2 others"):
         list(itertools.islice(opened, 20))
     assert opened.bucket_at(opened.step) == (48, 32)
-    shapes = opened.abstract((48, 32), INVERTED)
+    shapes = opened.abstract((48, 32), packing.parse(INVERTED))
     blank = opened.blank(0)
     assert jax.tree.map(np.shape, blank) == jax.tree.map(np.shape, shapes)
     assert (blank.meta.clip == LOST).all()
@@ -402,7 +401,8 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(dataset, tmp_pa
             replaced += 1
             assert sample.meta.clip == -2 and sample.meta.element == before.meta.element
             others = [
-                opened.samples.read(int(sample.meta.element), n, INVERTED) for n in (0, 2, 3, 4)
+                opened.samples.read(int(sample.meta.element), n, packing.parse(INVERTED))
+                for n in (0, 2, 3, 4)
             ]
             assert bits(sample.target) in [bits(other.target) for other in others]
     assert replaced >= 3
@@ -425,7 +425,7 @@ def test_a_readable_clip_of_a_bucket_is_always_found(tmp_path) -> None:
         damage(tmp_path, clips[number])
     opened, _ = take(tmp_path, 0)
     for element in range(2000):
-        assert opened.samples.read_or_replace(element, 5, INVERTED).meta.clip == -6
+        assert opened.samples.read_or_replace(element, 5, packing.parse(INVERTED)).meta.clip == -6
     opened.check_buckets()
 
 
@@ -454,19 +454,20 @@ def test_a_fault_anywhere_in_a_video_is_named(tmp_path) -> None:
     records.write_empty(tmp_path, record.text, record.pooled)
     records.write_index(tmp_path, Index("pixels", tuple(shards), {}, 30.0, 4, 8, 16))
     opened, _ = take(tmp_path, 0)
-    assert opened.samples.read(0, 0, INVERTED).meta.clip == 0
+    assert opened.samples.read(0, 0, packing.parse(INVERTED)).meta.clip == 0
     with pytest.raises(ValueError, match=r"a\.mp4"):
         for element in range(20):
-            opened.samples.read(element, 0, INVERTED)
+            opened.samples.read(element, 0, packing.parse(INVERTED))
     assert "a.mp4" in opened.fault(0)
 
 
-@pytest.mark.parametrize("schedule", ORDERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_windows_hold_what_sections_read(schedule) -> None:
-    order, size = ORDERS[schedule], packing.span(schedule, ORDERS[schedule])
+    parsed = packing.parse(schedule)
+    size = packing.span(parsed)
     for sections in (1, 2, 5, 16):
         length = 1 + 2 * sections
-        for section in packing.plan(schedule, order, sections):
+        for section in packing.plan(parsed, sections):
             window = pixel_batch.window_of(section, length, size)
             assert window.first >= 1
             table = [None, 0, *range(window.first, window.first + size)]

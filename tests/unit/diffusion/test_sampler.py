@@ -205,7 +205,7 @@ def conditions() -> transformer.Conditions:
 def test_one_program_for_all_steps_and_sections(network, kind) -> None:
     """Whatever the noise levels, solver, guidance, known latents or threshold are."""
     schedule = "f1k1_x_g2_f1k1f2k2f16k4_td"
-    plan = packing.plan(schedule, "inverted", 3)
+    plan = packing.plan(packing.parse(schedule), 3)
     timeline = packing.Timeline(1 + 2 * len(plan), (4, 4, 4), 1)
     timeline.write(range(1), np.ones((1, 1, 4, 4, 4), np.float32))
     sampler.step.clear_cache()

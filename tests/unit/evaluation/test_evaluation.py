@@ -287,7 +287,7 @@ def test_the_nearest_of_two_tracks() -> None:
 
 @pytest.mark.parametrize("schedule", [packing.RELEASED_INVERTED, packing.RELEASED_F1])
 def test_blanked_context_is_zero_and_nothing_else_is(schedule: str) -> None:
-    plan = packing.plan(schedule, packing.default_order(schedule), 3)
+    plan = packing.plan(packing.parse(schedule), 3)
     latents = np.random.default_rng(5).standard_normal((1, packing.length(plan), 4, 4, 2))
     timeline = packing.Timeline.of(latents.astype(np.float32))
     for before, after in zip(plan, packing.drop_context(plan, ("k2",)), strict=True):
@@ -302,7 +302,9 @@ def test_blanked_context_is_zero_and_nothing_else_is(schedule: str) -> None:
 
 @pytest.fixture(scope="module")
 def pipe() -> FramePack:
-    return FramePack.load(bundle.BUILTIN_BUNDLES["random"], schedule="f1k1_x_f16k4f2k2f1k1_g2")
+    return FramePack.load(
+        bundle.BUILTIN_BUNDLES["random"], schedule=packing.parse("f1k1_x_f16k4f2k2f1k1_g2")
+    )
 
 
 def asks(count: int) -> list[baselines.Prompt]:

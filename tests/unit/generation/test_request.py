@@ -16,8 +16,8 @@ from framepack_jax.generation.request import (
     read_source,
 )
 
-INVERTED = Geometry(packing.RELEASED_INVERTED, "inverted", 4, 16)
-F1 = Geometry(packing.RELEASED_F1, "forward", 4, 16)
+INVERTED = Geometry(packing.parse(packing.RELEASED_INVERTED), 4, 16)
+F1 = Geometry(packing.parse(packing.RELEASED_F1), 4, 16)
 IMAGE = np.zeros((50, 40, 3), np.uint8)
 
 

@@ -96,15 +96,15 @@ def test_kernels() -> None:
 )
 def test_what_cannot_be_sampled_is_refused_by_name(schedule, order, named) -> None:
     with pytest.raises(ScheduleError) as error:
-        packing.plan(schedule, order, 2)
+        packing.plan(packing.parse(schedule, order), 2)
     assert named in str(error.value)
 
 
 def test_default_orders() -> None:
-    assert packing.default_order(packing.RELEASED_INVERTED) == "inverted"
-    assert packing.default_order(packing.RELEASED_F1) == "forward"
-    assert packing.default_order(VANILLA) == "forward"
-    assert packing.default_order("td_f16k4f2k2f1k1_g9_x_f1k1") == "endpoint"
+    assert packing.parse(packing.RELEASED_INVERTED).order == "inverted"
+    assert packing.parse(packing.RELEASED_F1).order == "forward"
+    assert packing.parse(VANILLA).order == "forward"
+    assert packing.parse("td_f16k4f2k2f1k1_g9_x_f1k1").order == "endpoint"
 
 
 def _released(section: packing.Section) -> dict[str, list[int]]:
@@ -125,20 +125,20 @@ def test_sections_equal_the_release(golden) -> None:
         assert n == case["sections"]
         paddings = packing.inverted_paddings(n)
         assert paddings == case["inverted_paddings"]
-        plan = packing.plan(f"f1k1_x_g{w}_f1k1f2k2f16k4_td", "inverted", n)
+        plan = packing.plan(packing.parse(f"f1k1_x_g{w}_f1k1f2k2f16k4_td"), n)
         ours = [
             {"padding": padding, **_released(section)}
             for padding, section in zip(paddings, plan, strict=True)
         ]
         assert (ours if n <= 12 else ours[:3] + ours[-3:]) == case["inverted"]
-        for section in packing.plan(f"f1k1_x_f16k4f2k2f1k1_g{w}", "forward", n):
+        for section in packing.plan(packing.parse(f"f1k1_x_f16k4f2k2f1k1_g{w}"), n):
             assert _released(section) == case["f1"]
 
 
 @pytest.mark.parametrize("sections", [1, 2, 5, 9])
 def test_inverted_reads_what_follows(sections: int) -> None:
     w, end = 3, 1 + 3 * sections
-    plan = packing.plan("f1k1_x_g3_f1k1f2k2f16k4_td", "inverted", sections)
+    plan = packing.plan(packing.parse("f1k1_x_g3_f1k1f2k2f16k4_td"), sections)
     assert [p for s in reversed(plan) for p in s.targets] == list(range(1, end))
     for section in plan:
         four, two, start, near = section.groups
@@ -152,7 +152,7 @@ def test_inverted_reads_what_follows(sections: int) -> None:
 
 @pytest.mark.parametrize("schedule", ["f1k1_x_f16k4f2k2f1k1_g3", "td_f16k4f2k2f1k1_g3"])
 def test_forward_reads_what_came_before(schedule: str) -> None:
-    plan = packing.plan(schedule, "forward", 8)
+    plan = packing.plan(packing.parse(schedule), 8)
     assert [p for s in plan for p in s.targets] == list(range(1, 25))
     anchored = schedule.startswith("f1k1")
     for section in plan:
@@ -169,16 +169,18 @@ def test_forward_reads_what_came_before(schedule: str) -> None:
 def test_context_length_does_not_grow() -> None:
     """Groups, shapes and token counts are those of the first section, for any length."""
     for schedule in (packing.RELEASED_INVERTED, packing.RELEASED_F1, VANILLA):
-        order = packing.default_order(schedule)
+        parsed = packing.parse(schedule)
         shapes = {
             tuple((g.kernel, len(g.reads)) for g in section.groups)
             for n in (1, 3, 120)
-            for section in packing.plan(schedule, order, n)
+            for section in packing.plan(parsed, n)
         }
         assert len(shapes) == 1
-    tokens = [t for _, t in packing.context_tokens(packing.RELEASED_INVERTED, 76, 80)]
+    tokens = [
+        t for _, t in packing.context_tokens(packing.parse(packing.RELEASED_INVERTED), 76, 80)
+    ]
     assert tokens == [1520, 1520, 380, 400]
-    assert packing.target_tokens(packing.RELEASED_INVERTED, 76, 80) == 13680
+    assert packing.target_tokens(packing.parse(packing.RELEASED_INVERTED), 76, 80) == 13680
 
 
 def test_geometric_schedule_stays_under_the_bound() -> None:
@@ -187,7 +189,7 @@ def test_geometric_schedule_stays_under_the_bound() -> None:
     halving = ["f1k1", "f1k1h2w4", "f1k1h4w4", "f1k1h4w8", "f1k1h8w8"]
     for n in range(1, 6):
         schedule = f"g9_{''.join(halving[:n])}_td"
-        history = sum(t for _, t in packing.context_tokens(schedule, 64, 64))
+        history = sum(t for _, t in packing.context_tokens(packing.parse(schedule), 64, 64))
         assert 9 + history / frame < packing.frame_bound(9)
 
 
@@ -206,7 +208,7 @@ def test_timeline() -> None:
 def test_context_is_read_per_sample() -> None:
     timeline = Timeline(7, (2, 2, 1), batch=2)
     timeline.write(range(7), np.arange(56, dtype=np.float32).reshape(2, 7, 2, 2, 1))
-    last = packing.plan("f1k1_x_g3_f1k1f2k2f16k4_td", "inverted", 2)[-1]
+    last = packing.plan(packing.parse("f1k1_x_g3_f1k1f2k2f16k4_td"), 2)[-1]
     context = packing.read_context(last, timeline)
     assert context.kernels == ("k4", "k2", "k1", "k1")
     np.testing.assert_array_equal(context.latents[2], timeline.latents[:, :1])
@@ -247,7 +249,7 @@ def test_times_that_cannot_be(seconds: float) -> None:
 
 
 def test_what_is_known_of_a_target() -> None:
-    section = packing.plan("f1k1_x_f16k4f2k2f1k1_g3", "forward", 1)[0]
+    section = packing.plan(packing.parse("f1k1_x_f16k4f2k2f1k1_g3"), 1)[0]
     timeline = Timeline(4, (1, 1, 2))
     timeline.write([0, 2], np.full((1, 2, 1, 1, 2), 7.0))
     latents, known = packing.read_target(section, timeline)
@@ -262,7 +264,7 @@ def test_sections_after_a_known_beginning(order: str, before: int, sections: int
     """Every position once, nothing read that is not there yet, clips that meet."""
     schedule = packing.RELEASED_INVERTED if order == "inverted" else packing.RELEASED_F1
     after = int(order == "inverted")
-    plan = packing.plan(schedule, order, sections, before=before, after=after)
+    plan = packing.plan(packing.parse(schedule), sections, before=before, after=after)
     end = before + 9 * sections + after
     assert packing.length(plan) == end
     there = set(range(before)) | set(range(end - after, end))
@@ -281,14 +283,14 @@ def test_sections_after_a_known_beginning(order: str, before: int, sections: int
 
 def test_an_end_image_needs_an_order_that_reads_it() -> None:
     with pytest.raises(ScheduleError, match="'forward'"):
-        packing.plan(packing.RELEASED_F1, "forward", 1, after=1)
+        packing.plan(packing.parse(packing.RELEASED_F1), 1, after=1)
     with pytest.raises(ScheduleError, match="reads no frames after its own"):
-        packing.plan(packing.RELEASED_F1, "forward", 1, guide=True)
+        packing.plan(packing.parse(packing.RELEASED_F1), 1, guide=True)
 
 
 def test_a_guide_is_read_by_the_section_made_first_and_is_no_frame() -> None:
-    with_guide = packing.plan("f1k1_x_g9_f1k1f2k2f16k4_td", "inverted", 3, guide=True)
-    without = packing.plan("f1k1_x_g9_f1k1f2k2f16k4_td", "inverted", 3)
+    with_guide = packing.plan(packing.parse("f1k1_x_g9_f1k1f2k2f16k4_td"), 3, guide=True)
+    without = packing.plan(packing.parse("f1k1_x_g9_f1k1f2k2f16k4_td"), 3)
     assert with_guide[1:] == without[1:] and packing.length(with_guide) == 1 + 3 * 9
     first, plain = with_guide[0], without[0]
     assert (first.targets, first.decode) == (plain.targets, plain.decode)
@@ -297,6 +299,6 @@ def test_a_guide_is_read_by_the_section_made_first_and_is_no_frame() -> None:
         g.indices for g in plain.groups
     ]
     with pytest.raises(ScheduleError, match="0 frames are known, 1 are needed"):
-        packing.plan(packing.RELEASED_INVERTED, "inverted", 1, before=0)
+        packing.plan(packing.parse(packing.RELEASED_INVERTED), 1, before=0)
     with pytest.raises(ScheduleError, match="10001"):
-        packing.plan(packing.RELEASED_INVERTED, "inverted", 10001)
+        packing.plan(packing.parse(packing.RELEASED_INVERTED), 10001)

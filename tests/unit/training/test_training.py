@@ -19,7 +19,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
 from framepack_jax.data.config import DataConfig as Data
 from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
@@ -72,7 +72,7 @@ def train_of(cfg: TrainConfig):
 def batches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
     write_dataset(folder, {(32, 48): (7, 9, 5, 5, 7)})
-    loader = open_loader(Data(path=str(folder)), SCHEDULE, "inverted", BASE.batch)
+    loader = open_loader(Data(path=str(folder)), packing.parse(SCHEDULE), BASE.batch)
     return list(itertools.islice(loader, 4))
 
 
@@ -233,10 +233,9 @@ def test_noise_levels_are_shifted_as_in_sampling() -> None:
 
 
 def test_the_shift_is_that_of_the_section(batches) -> None:
-    from framepack_jax import packing
 
     rows, columns = batches[0].target.shape[2:4]
-    expected = flow.shift_mu(packing.target_tokens(SCHEDULE, rows, columns))
+    expected = flow.shift_mu(packing.target_tokens(packing.parse(SCHEDULE), rows, columns))
     assert flow_matching.section_mu(batches[0].target.shape) == expected
 
 
@@ -581,7 +580,7 @@ def params_of(mesh, draw):
 
 def losses(mesh):
     setup, now, frozen = setup_of("adamw", mesh)
-    loader = t.open_loader(t.Data(path=sys.argv[1]), t.SCHEDULE, "inverted", setup.cfg.batch)
+    loader = t.open_loader(t.Data(path=sys.argv[1]), t.packing.parse(t.SCHEDULE), setup.cfg.batch)
     run, found = t.train_step.jit_train_step(setup), []
     for batch in t.itertools.islice(loader, 3):
         batch = t.place(batch, setup.mesh, setup.cfg.batch)
