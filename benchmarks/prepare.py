@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from framepack_jax import bundle, video
-from framepack_jax.data import filters, records
+from framepack_jax.data import records, scenes
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip, Index, Record
 from framepack_jax.packing.buckets import BUCKETS_480P
@@ -66,8 +66,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 def measure(files: list[Path], buckets: Any, flags: Config, folder: Path) -> dict[str, float]:
     """Clips a second of each stage; the first file is not counted."""
     rates = {"read": timed(lambda file: list(video.read_frames(file, 30)), files)[0]}
-    settings = filters.FilterSettings(buckets=buckets, cut=1.0)
-    rates["read_cut_and_score"], cuts = timed(lambda f: next(filters.clips(f, settings)), files)
+    settings = scenes.SceneSettings(buckets=buckets, cut=1.0)
+    rates["read_cut_and_score"], cuts = timed(lambda f: next(scenes.clips(f, settings)), files)
     if not flags.encode:
         return rates
     path = bundle.resolve(flags.bundle)

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from framepack_jax.data.filters import Rejected
+from framepack_jax.data.rejected import Rejected
 
 # Of the file beside a video, NAME.txt, in the order in which they are looked for.
 SUFFIXES = (".txt", ".TXT", ".caption")

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from framepack_jax.data import filters, records
-from framepack_jax.data.filters import FilterSettings, Rejected
+from framepack_jax.data import records, scenes
 from framepack_jax.data.records import Clip, DatasetError, Record
+from framepack_jax.data.rejected import Rejected
+from framepack_jax.data.scenes import SceneClip, SceneSettings
 from framepack_jax.utils.files import atomic_write
 
 STORE = "clips"
@@ -68,9 +69,9 @@ def is_done(folder: Path, video: CachedVideo, made: Mapping[str, Any]) -> bool:
 def add(
     folder: Path,
     video: CachedVideo,
-    cuts: Iterator[filters.Cut],
+    cuts: Iterator[SceneClip],
     encode: Callable[[Sequence[Clip], np.ndarray], Iterable[Record]],
-    settings: FilterSettings,
+    settings: SceneSettings,
     made: Mapping[str, Any],
     advance: Callable[[], Any] = lambda: None,
 ) -> None:
@@ -94,9 +95,7 @@ def add(
                 clips.append(dataclasses.asdict(record.clip))
             advance()
         if not clips:
-            raise Rejected(
-                "too_short", f"{video.path} has no scene of {filters.LEAST_FRAMES} frames"
-            )
+            raise Rejected("too_short", f"{video.path} has no scene of {scenes.MIN_FRAMES} frames")
     except Rejected as error:
         # By its name too: where it lies may be another place when this is read.
         detail = error.detail.replace(str(video.path), video.source)
@@ -108,7 +107,7 @@ def add(
 
 
 def _describe(
-    video: CachedVideo, cut: filters.Cut, number: int, settings: FilterSettings
+    video: CachedVideo, cut: SceneClip, number: int, settings: SceneSettings
 ) -> list[Clip]:
     """The clips of a cut, one a caption, numbered from `number` on."""
     return [

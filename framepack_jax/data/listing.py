@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from framepack_jax.data import captions, clip_cache, manifests
 from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.clip_cache import CachedVideo
-from framepack_jax.data.filters import SUFFIXES, Rejected
 from framepack_jax.data.manifests import Row
 from framepack_jax.data.records import DatasetError
+from framepack_jax.data.rejected import SUFFIXES, Rejected
 
 # Kinds of files in the summary of those left out.
 KINDS_SHOWN = 12

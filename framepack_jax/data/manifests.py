@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from framepack_jax.data.captions import BYTE_ORDER_MARKS
-from framepack_jax.data.filters import Rejected
 from framepack_jax.data.records import DatasetError
+from framepack_jax.data.rejected import Rejected
 
 # Names of columns, in any case; of several in one row the first here is taken.
 VIDEO = (

@@ -1,28 +1,29 @@
 """The CPU stages of preparing on a Ray cluster (extra `ray`): videos are read, cut, judged and
-cropped on its nodes, by the functions of `filters`, and their clips come here to be encoded.
+cropped on its nodes, by the functions of `scenes`, and their clips come here to be encoded.
 
 All nodes must see the videos under the same paths.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from framepack_jax.data import filters
+from framepack_jax.data import scenes
 from framepack_jax.data.clip_cache import CachedVideo
-from framepack_jax.data.filters import Cut, FilterSettings, Rejected
+from framepack_jax.data.rejected import Rejected
+from framepack_jax.data.scenes import SceneClip, SceneSettings
 
 # Videos that the cluster is told of at a time.
 AT_ONCE = 4096
 
 
-def decoded(
-    videos: Iterable[CachedVideo], settings: FilterSettings, address: str | None = None
-) -> Iterator[tuple[CachedVideo, Iterator[Cut]]]:
+def decode_videos(
+    videos: Iterable[CachedVideo], settings: SceneSettings, address: str | None = None
+) -> Generator[tuple[CachedVideo, Iterator[SceneClip]], None, None]:
     """(video, its clips) in order, as the threads of `framepack prepare` give them; what is wrong
     with a video is raised among its clips. Raises ValueError where Ray is not installed, or its
     cluster at `address` (None: this machine) is not there."""
@@ -61,7 +62,7 @@ def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[st
     end |= {"reason": "", "detail": ""}
     try:
         span = row["start"], row["end"]
-        for cut in filters.clips(Path(row["path"]), FilterSettings(**settings), *span):
+        for cut in scenes.clips(Path(row["path"]), SceneSettings(**settings), *span):
             clip = {"first": cut.first, "scores": cut.scores, "shape": list(cut.frames.shape)}
             yield end | clip | {"frames": cut.frames.tobytes()}
     except Rejected as error:
@@ -69,7 +70,7 @@ def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[st
     yield end
 
 
-def cuts(rows: Iterator[dict[str, Any]]) -> Iterator[Cut]:
+def cuts(rows: Iterator[dict[str, Any]]) -> Iterator[SceneClip]:
     """The clips of one video's rows. Raises Rejected, also after clips were given."""
     for row in rows:
         if row["reason"]:
@@ -78,4 +79,4 @@ def cuts(rows: Iterator[dict[str, Any]]) -> Iterator[Cut]:
             continue
         frames = np.frombuffer(row["frames"], np.uint8).reshape(tuple(row["shape"]))
         scores = {name: float(value) for name, value in row["scores"].items()}
-        yield Cut(int(row["first"]), frames, scores)
+        yield SceneClip(int(row["first"]), frames, scores)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from framepack_jax.data.filters import SUFFIXES, probe
+from framepack_jax.data.probe import probe
+from framepack_jax.data.rejected import SUFFIXES
 from framepack_jax.utils.messages import shorten
 from framepack_jax.video import count_frames, read_span
 

@@ -28,24 +28,29 @@ from framepack_jax.cli import prepare
 from framepack_jax.data import (
     build,
     clip_cache,
+    decode_ahead,
     filters,
     fingerprint,
     listing,
     loader,
     pixel_batch,
     precompute,
+    probe,
     ray_backend,
     records,
+    scenes,
 )
 from framepack_jax.data.config import DataConfig
-from framepack_jax.data.filters import FilterSettings, Rejected, Thresholds
+from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.records import DatasetError, Record, VideoSource
+from framepack_jax.data.rejected import Rejected
+from framepack_jax.data.scenes import SceneSettings
 from framepack_jax.toy import world
 from tests.fixtures.hosts import ended, launch
 from tests.fixtures.paths import ROOT
 
 BUCKETS = ((32, 48), (48, 32))
-SETTINGS = FilterSettings(buckets=BUCKETS)
+SETTINGS = SceneSettings(buckets=BUCKETS)
 
 
 def scene_frames(number: int, seconds: float, height=64, width=96):
@@ -83,7 +88,7 @@ class FakeEncoder:
 @pytest.fixture
 def fake(monkeypatch):
     encoder = FakeEncoder()
-    monkeypatch.setattr(prepare.Encoder, "load", lambda *_: encoder)
+    monkeypatch.setattr(precompute.Encoder, "load", lambda *_: encoder)
     return encoder
 
 
@@ -103,29 +108,29 @@ def run(videos: Path, output: Path, *more: str) -> dict:
 def test_a_scene_ends_where_the_picture_changes(tmp_path) -> None:
     parts = [scene_frames(n, 1.0) for n in (0, 1, 2)]
     file = write_video(tmp_path / "a.mp4", itertools.chain(*parts))
-    cuts = list(filters.clips(file, SETTINGS))
+    cuts = list(scenes.clips(file, SETTINGS))
     assert [cut.first for cut in cuts] == [0, 30, 60]
     assert [len(cut.frames) for cut in cuts] == [29, 29, 29]
-    whole = list(filters.clips(file, dataclasses.replace(SETTINGS, cut=1.0)))
+    whole = list(scenes.clips(file, dataclasses.replace(SETTINGS, cut=1.0)))
     assert [len(cut.frames) for cut in whole] == [89]
 
 
 def test_motion_is_no_cut() -> None:
     for number in range(8):
-        frames = [filters._small(frame) for frame in scene_frames(number, 1.0)]
-        assert not any(filters.is_cut(a, b, SETTINGS.cut) for a, b in itertools.pairwise(frames))
+        frames = [filters.small_picture(frame) for frame in scene_frames(number, 1.0)]
+        assert not any(scenes.is_cut(a, b, SETTINGS.cut) for a, b in itertools.pairwise(frames))
 
 
 def test_long_scenes_are_divided(tmp_path) -> None:
     file = write_video(tmp_path / "a.mp4", scene_frames(0, 3.0))
-    cuts = list(filters.clips(file, dataclasses.replace(SETTINGS, max_frames=41)))
+    cuts = list(scenes.clips(file, dataclasses.replace(SETTINGS, max_frames=41)))
     assert [(cut.first, len(cut.frames)) for cut in cuts] == [(0, 41), (41, 41), (82, 5)]
 
 
 def test_clips_are_resampled_by_time_and_cropped(tmp_path) -> None:
     frames = scene_frames(3, 2.0)
     slow = write_video(tmp_path / "slow.mp4", frames[::2], fps=15)
-    (cut,) = filters.clips(slow, SETTINGS)
+    (cut,) = scenes.clips(slow, SETTINGS)
     assert cut.frames.shape == (57, 32, 48, 3)
     shown = [video.resize_center_crop(frame, 32, 48) for frame in video.read_frames(slow)]
     for k in range(57):
@@ -136,7 +141,7 @@ def test_clips_are_resampled_by_time_and_cropped(tmp_path) -> None:
 def test_a_clip_goes_to_the_bucket_of_its_shape(tmp_path, turned) -> None:
     size = (96, 64) if turned else (64, 96)
     file = write_video(tmp_path / "a.mp4", scene_frames(0, 1.0, *size))
-    (cut,) = filters.clips(file, SETTINGS)
+    (cut,) = scenes.clips(file, SETTINGS)
     assert cut.frames.shape[1:3] == ((48, 32) if turned else (32, 48))
 
 
@@ -163,10 +168,10 @@ def test_scores_say_what_they_mean() -> None:
 def test_frames_that_are_repeated_for_the_rate_are_not_still(tmp_path, fps) -> None:
     """Of an animation every frame differs from the one before; at 30 a second most do not."""
     frames = [np.roll(scene_frames(0, 0.1)[0], 3 * k, axis=1) for k in range(3 * fps)]
-    (cut,) = filters.clips(write_video(tmp_path / "a.mp4", frames, fps), SETTINGS)
+    (cut,) = scenes.clips(write_video(tmp_path / "a.mp4", frames, fps), SETTINGS)
     assert len(cut.frames) == 89 and cut.scores["still"] == 0
     repeated = [frames[k - k % 3] for k in range(3 * fps)]
-    (cut,) = filters.clips(write_video(tmp_path / "b.mp4", repeated, fps), SETTINGS)
+    (cut,) = scenes.clips(write_video(tmp_path / "b.mp4", repeated, fps), SETTINGS)
     assert cut.scores["still"] > 0.5, "those of the video itself are"
 
 
@@ -278,8 +283,8 @@ def test_two_hours_are_streamed(tmp_path, monkeypatch) -> None:
         for read in range(2 * 3600 * 30):  # noqa: B007
             yield picture
 
-    monkeypatch.setattr(filters, "read_frames", endless)
-    clips = filters.clips(file, dataclasses.replace(SETTINGS, max_frames=61))
+    monkeypatch.setattr(scenes, "read_frames", endless)
+    clips = scenes.clips(file, dataclasses.replace(SETTINGS, max_frames=61))
     for number, cut in enumerate(itertools.islice(clips, 5)):
         assert len(cut.frames) == 61 and read == 61 * (number + 1)
     clips.close()
@@ -348,7 +353,7 @@ def test_each_caption_and_span_of_a_video_makes_records(tmp_path, fake) -> None:
     assert len({r.clip.id for r in found}) == 3 and len({r.clip.video for r in found}) == 1
     (shard,) = index.shards
     assert len(set(shard.videos)) == 1
-    (cut,) = filters.clips(file, SETTINGS, 3.0)
+    (cut,) = scenes.clips(file, SETTINGS, 3.0)
     expected = [video.resize_center_crop(f, 32, 48) for f in list(video.read_frames(file, 30))[90:]]
     np.testing.assert_array_equal(cut.frames, expected[:57])
     manifest.write_text("\n".join(map(json.dumps, rows)))
@@ -402,7 +407,7 @@ def test_memory_does_not_grow_with_the_videos_that_wait(monkeypatch) -> None:
                 str(number), "", Path(f"/nowhere/{number}.mp4"), ("waves",)
             )
 
-    found = prepare.decoded(videos(), SETTINGS, 3)
+    found = decode_ahead.decode_videos(videos(), SETTINGS, 3)
     for number in range(5):
         one, cuts = next(found)
         assert one.id == str(number) and len(asked) <= number + 3
@@ -776,7 +781,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     for i in range(4):
         clip = source[batch.meta.clip[i]].clip
         assert source[batch.meta.clip[i]].latents is None
-        (cut,) = filters.clips(real / "videos" / Path(clip.source), SETTINGS)
+        (cut,) = scenes.clips(real / "videos" / Path(clip.source), SETTINGS)
         np.testing.assert_array_equal(batch.start_frame[i, 0], cut.frames[0])
         # Clips here are shorter than a window: all of it, and then the last frame again.
         count = len(cut.frames)
@@ -826,7 +831,7 @@ def test_clips_from_a_cluster_are_those_of_threads(tmp_path) -> None:
     whole = {"number": 0, "start": 0.0, "end": math.inf}
     rows = ray_backend.clip_rows(whole | {"path": str(file)}, fields)
     for ours, theirs in zip(
-        ray_backend.cuts(iter(rows)), filters.clips(file, SETTINGS), strict=True
+        ray_backend.cuts(iter(rows)), scenes.clips(file, SETTINGS), strict=True
     ):
         assert (ours.first, ours.scores) == (theirs.first, theirs.scores)
         np.testing.assert_array_equal(ours.frames, theirs.frames)
@@ -842,10 +847,10 @@ def test_a_cluster_sends_clips_as_they_come(tmp_path, monkeypatch) -> None:
     def clips(path, settings, start, end):
         for number in range(3):
             given.append(number)
-            yield filters.Cut(number, np.zeros((5, 2, 2, 3), np.uint8), {})
+            yield scenes.SceneClip(number, np.zeros((5, 2, 2, 3), np.uint8), {})
         raise Rejected("damaged", "its end is missing")
 
-    monkeypatch.setattr(filters, "clips", clips)
+    monkeypatch.setattr(scenes, "clips", clips)
     row = {"number": 0, "path": "a.mp4", "start": 0.0, "end": math.inf}
     rows = ray_backend.clip_rows(row, dataclasses.asdict(SETTINGS))
     assert next(rows)["first"] == 0 and given == [0]
@@ -866,5 +871,5 @@ def test_store_names_are_readable_and_differ() -> None:
 def test_probe_raises_only_rejections(tmp_path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"\0" * 500)
     with pytest.raises(Rejected) as error:
-        filters.probe(tmp_path / "a.mp4")
+        probe.probe(tmp_path / "a.mp4")
     assert error.value.reason == "unreadable"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from framepack_jax.data import captions, listing, manifests
-from framepack_jax.data.filters import Rejected
 from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.records import DatasetError
+from framepack_jax.data.rejected import Rejected
 
 TEXT = "a café at night, 夜"
 BOM = "\ufeff"

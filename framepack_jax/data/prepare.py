@@ -1,0 +1,138 @@
+"""Make a dataset of videos: list, decode, encode, then write what meets the thresholds.
+
+Encoded clips are kept by video in the clip cache, so that an interrupted run resumes and other
+thresholds encode nothing again. With several processes, each encodes a share of the videos, and the
+first writes the dataset.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from framepack_jax import bundle
+from framepack_jax.data import build, clip_cache, decode_ahead, ray_backend
+from framepack_jax.data.captions import NOT_TEXT, escaped
+from framepack_jax.data.clip_cache import CachedVideo
+from framepack_jax.data.filters import Thresholds
+from framepack_jax.data.fingerprint import made_by
+from framepack_jax.data.listing import Listing, list_videos
+from framepack_jax.data.precompute import TILING, Encoder
+from framepack_jax.data.records import INDEX, DatasetError, Index
+from framepack_jax.data.scenes import SceneSettings
+from framepack_jax.parallel.multihost import is_primary, on_all_hosts, on_primary
+from framepack_jax.utils.progress import Bar
+
+# Increased when videos are decoded or judged differently: cached clips are then encoded again.
+FORMAT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Settings of a dataset. `videos` is a folder or a manifest; `ray` is the address of a Ray
+    cluster, None for threads on this machine."""
+
+    videos: Path
+    bundle: str
+    output: Path
+    mode: Literal["latents", "pixels"]
+    scenes: SceneSettings
+    thresholds: Thresholds
+    replace: bool
+    empty_captions: bool
+    workers: int
+    ray: str | None
+    keep_clips: bool
+
+
+def prepare(cfg: PrepareConfig) -> build.Packed:
+    """Make a dataset; all processes call this. Raises ValueError, OSError."""
+    path = bundle.resolve(cfg.bundle)
+    manifest = bundle.read_manifest(path)
+    listing = on_all_hosts(list_videos, cfg.videos, cfg.empty_captions)
+    _check_output(cfg.output)
+    if not cfg.replace:
+        on_primary(build.check_videos, cfg.output, cfg.videos, listing)
+    on_primary(build.check_any, cfg.output, cfg.videos, listing)
+    made = _made(cfg, manifest)
+    encoder = Encoder.load(path, manifest, cfg.mode == "pixels")
+    on_all_hosts(_encode, cfg, listing, encoder, made)
+    packed = on_primary(
+        build.pack, cfg.output, cfg.videos, listing, cfg.thresholds, _index(cfg, manifest, made),
+        encoder.prompt(""),
+    )  # fmt: skip
+    if not cfg.keep_clips:
+        on_primary(shutil.rmtree, cfg.output / clip_cache.STORE)
+    if not packed.clips:
+        raise DatasetError(
+            f"none of {len(listing)} videos gave a clip that is accepted; see"
+            f" {cfg.output}/rejected.jsonl for the reasons: {packed.rejected}"
+        )
+    return packed
+
+
+def _check_output(output: Path) -> None:
+    """Make the output folder. Raises DatasetError if it holds other files, or if its name is not
+    UTF-8, which ArrayRecord cannot write."""
+    if NOT_TEXT.search(str(output)):
+        raise DatasetError(f"--output {escaped(str(output))} is no name in UTF-8; choose another")
+    names = (clip_cache.STORE, INDEX, build.REJECTED)
+    ours = not output.exists() or any((output / name).exists() for name in names)
+    if not ours and any(output.iterdir()):
+        raise DatasetError(f"--output {output} is no dataset and not empty; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _made(cfg: PrepareConfig, manifest: bundle.Manifest) -> dict[str, Any]:
+    """Return all that determines the numbers in the records."""
+    tiling = dataclasses.asdict(TILING) if cfg.mode == "latents" else None
+    return {
+        **made_by(manifest, cfg.mode),
+        "format": FORMAT,
+        "mode": cfg.mode,
+        "vae_tiling": tiling,
+        **dataclasses.asdict(cfg.scenes),
+    }
+
+
+def _index(cfg: PrepareConfig, manifest: bundle.Manifest, made: dict[str, Any]) -> Index:
+    """Return the index of the dataset, without shards."""
+    _, vae = bundle.role_config(manifest, "vae")
+    return Index(
+        cfg.mode, (), json.loads(json.dumps(made)), cfg.scenes.fps, vae.time_compression,
+        vae.space_compression, vae.latent_channels,
+    )  # fmt: skip
+
+
+def _encode(cfg: PrepareConfig, listing: Listing, encoder: Encoder, made: dict[str, Any]) -> None:
+    """Encode the videos of this process into the clip cache, with a progress bar."""
+    index, count = jax.process_index(), jax.process_count()
+    total = len(range(index, len(listing), count))
+    with Bar(total=total, desc="videos", unit="video", disable=not is_primary()) as bar:
+        clips = 0
+
+        def advance() -> None:
+            nonlocal clips
+            clips += 1
+            bar.set_postfix(clips=clips, refresh=False)
+
+        def missing() -> Iterator[CachedVideo]:
+            for video in listing.share(index, count):
+                if clip_cache.is_done(cfg.output, video, made):
+                    bar.update()
+                else:
+                    yield video
+
+        if cfg.ray is None:
+            decoded = decode_ahead.decode_videos(missing(), cfg.scenes, cfg.workers)
+        else:
+            decoded = ray_backend.decode_videos(missing(), cfg.scenes, cfg.ray)
+        for video, scene_clips in decoded:
+            clip_cache.add(
+                cfg.output, video, scene_clips, encoder.records, cfg.scenes, made, advance
+            )
+            bar.update()
