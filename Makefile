@@ -26,7 +26,7 @@ tiny-bundle: .venv/installed
 	$(BIN)/framepack synthetic --output $(WORLD)/footage --clips 400 --seconds 8
 	$(BIN)/framepack synthetic --output $(WORLD)/videos --clips 700 --seconds 5 --seed 1
 	$(BIN)/framepack synthetic --output $(WORLD)/sketches --clips 6000 --seconds 1.3 --seed 2 --size 64x64
-	test -e $(WORLD)/encoders/bundle.json || $(BIN)/python configs/tiny_bundle.py $(WORLD)/encoders --world
+	test -e $(WORLD)/encoders/bundle.json || $(BIN)/python scripts/make_toy_bundle.py $(WORLD)/encoders --world
 	$(BIN)/framepack train-vae --config configs/tiny_vae.py
 	$(BIN)/framepack train-vae --config configs/tiny_vae.py --init $(WORLD)/stills --output $(WORLD)/vae \
 	    --frames 17 --batch 4 --steps 350 --optimizer.learning-rate 2e-4

@@ -26,10 +26,10 @@ import numpy as np
 import tyro
 
 from benchmarks import lengths
-from configs import tiny_bundle
 from framepack_jax import bundle
 from framepack_jax.conversion import engine
 from framepack_jax.models import quantization, registry
+from scripts import make_toy_bundle
 
 ROOT = Path(__file__).parent.parent
 GB = 1e9
@@ -125,11 +125,11 @@ def make_bundle(folder: Path, scale: str, weights: str) -> None:
         print(f"{name}: {written.bytes / GB:.1f} GB of random weights", flush=True)
         source = {"name": _source(scale, weights), **written._asdict()}
         roles[name] = bundle.Role(role.kind, dataclasses.asdict(cfg), name, source)
-    words = bundle.role_config(known, "text_encoder")[1].vocab_size, tiny_bundle.CORPUS
-    tiny_bundle.llama_tokenizer(*words).save_pretrained(folder / "tokenizer")
-    tiny_bundle.clip_tokenizer(*words).save_pretrained(folder / "tokenizer_2")
+    words = bundle.role_config(known, "text_encoder")[1].vocab_size, make_toy_bundle.CORPUS
+    make_toy_bundle.llama_tokenizer(*words).save_pretrained(folder / "tokenizer")
+    make_toy_bundle.clip_tokenizer(*words).save_pretrained(folder / "tokenizer_2")
     _, seeing = bundle.role_config(manifest, "image_encoder")
-    tiny_bundle.write_image_processor(seeing, folder / "image_processor")
+    make_toy_bundle.write_image_processor(seeing, folder / "image_processor")
     bundle.write_manifest(folder, dataclasses.replace(manifest, roles=roles))
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import tiny_bundle
 from framepack_jax import FramePack, __main__, bundle, packing, video
 from framepack_jax.cli import sample
 from framepack_jax.generation import pipeline
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.jobs.run_dir import RunDir
+from scripts import make_toy_bundle
 from tests.fixtures.paths import ROOT
 
 PHOTO = ROOT / "examples" / "astronaut.jpg"
@@ -119,7 +119,7 @@ def test_the_random_bundle_makes_the_same_video_again(tmp_path) -> None:
 
 def test_the_random_bundle_is_that_of_its_config() -> None:
     manifest = bundle.read_manifest(bundle.BUILTIN_BUNDLES["random"])
-    config = tiny_bundle.get_config()
+    config = make_toy_bundle.get_config()
     for role in bundle.ROLES:
         assert bundle.role_config(manifest, role)[1] == getattr(config, role)
     assert str(manifest.schedule) == config.schedule

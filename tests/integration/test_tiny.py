@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny_bundle
 from framepack_jax import FramePack, bundle, conditioning
 from framepack_jax.bundle.builtin import ASSETS
 from framepack_jax.evaluation import metrics
@@ -16,6 +15,7 @@ from framepack_jax.generation.pipeline import Settings
 from framepack_jax.models.encoders import llama
 from framepack_jax.toy import baselines, scenes
 from framepack_jax.toy.baselines import Prompt
+from scripts import make_toy_bundle
 
 SIZE = (128, 128)
 
@@ -86,8 +86,8 @@ def test_the_states_of_a_word_tell_whose_it_is(pipe) -> None:
 
 def test_heads_look_back_by_1_to_6_words() -> None:
     """After one layer a state changes with the words up to 6 before it, and with no other."""
-    cfg = dataclasses.replace(tiny_bundle.get_world_config().text_encoder, layers=1)
-    params = tiny_bundle.look_back(cfg, llama.init(cfg, jax.random.key(0)))
+    cfg = dataclasses.replace(make_toy_bundle.get_world_config().text_encoder, layers=1)
+    params = make_toy_bundle.look_back(cfg, llama.init(cfg, jax.random.key(0)))
     ids = np.random.default_rng(0).permutation(cfg.vocab_size)[:40]
     changed = [np.where(np.arange(40) == 30 - back, 399 - ids, ids) for back in range(1, 10)]
     states = llama.hidden_states(cfg, params, np.stack([ids, *changed]), np.ones((10, 40), bool))

@@ -1,11 +1,11 @@
-"""Tiny bundles: every network of the real kinds, small widths, random weights.
+"""Write toy bundles: every network of the released kinds, small widths, random weights.
 
-Command:  python configs/tiny_bundle.py framepack_jax/assets/random
-          python configs/tiny_bundle.py outputs/world/encoders --world
+Command:  python scripts/make_toy_bundle.py framepack_jax/assets/random
+          python scripts/make_toy_bundle.py outputs/world/encoders --world
 Hardware: a CPU, seconds.
-Result:   the bundle behind `--bundle random`, about 1 MB, whose videos show that everything runs,
-          and nothing else; and the one that models of the demo world begin from, whose encoders
-          stay as they are: the states of a word tell which it is, and what stood before it.
+Result:   the bundle behind `--bundle random`, about 1 MB, whose videos are noise and show that
+          every part runs; and the bundle that models of the toy world are trained from. Its
+          encoders are not trained: the state of a word says which word it is and which came before.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ CORPUS = (
 
 @dataclasses.dataclass(frozen=True)
 class TinyBundle:
-    """Configs of all roles, and how the untrained weights are drawn and stored."""
+    """Configs of all networks, and how the untrained weights are drawn and stored."""
 
     transformer: transformer_model.TransformerConfig
     vae: vae.VaeConfig
@@ -54,11 +54,11 @@ class TinyBundle:
     seed: int = 0
     dtype: str = "bfloat16"
     looking_back: bool = False
-    """Heads of the text encoder that look back by so many words each, see `look_back`."""
+    """Make the heads of the text encoder look back by 0, 1, 2, ... words, see `look_back`."""
 
 
 def get_config() -> TinyBundle:
-    """Widths of tens where the real networks have thousands."""
+    """Return widths of tens; the released networks have thousands."""
     return TinyBundle(
         transformer=transformer_model.TransformerConfig(
             heads=2, head_dim=16, double_layers=2, single_layers=2, text_dim=32, pooled_dim=24,
@@ -78,7 +78,7 @@ def get_config() -> TinyBundle:
 
 
 def get_world_config() -> TinyBundle:
-    """Encoders that read the captions of the demo world, word by word."""
+    """Return encoders that read the captions of the toy world, word by word."""
     captions = tuple(world.scene(0, number).caption for number in range(500))
     return TinyBundle(
         transformer=transformer_model.TransformerConfig(
@@ -119,7 +119,7 @@ def write(config: TinyBundle, output: Path) -> None:
             params = look_back(cfg, params)
         leaves = unstack_layers(cast_params(params, jnp.dtype(config.dtype)), spec.stacks)
         arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
-        source = {"name": "configs/tiny_bundle.py, untrained"}
+        source = {"name": "scripts/make_toy_bundle.py, untrained"}
         source |= write_params(output / role, arrays)._asdict()
         roles[role] = Role(kind, dataclasses.asdict(cfg), role, source)
     words = config.text_encoder.vocab_size, config.corpus
@@ -168,7 +168,7 @@ def look_back(cfg: llama.LlamaConfig, params: Any) -> Any:
 
 
 def llama_tokenizer(vocabulary: int, corpus: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Llama 3's special tokens."""
+    """Train a byte-level BPE with the special tokens of Llama 3."""
     names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
     names += ["<|eot_id|>", "<pad>"]
     tokenizer = _byte_level_bpe(vocabulary, names, [*corpus, PROMPT_TEMPLATE])
@@ -182,7 +182,7 @@ def llama_tokenizer(vocabulary: int, corpus: tuple[str, ...]) -> PreTrainedToken
 
 
 def clip_tokenizer(vocabulary: int, corpus: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with CLIP's special tokens; padded with the end token."""
+    """Train a byte-level BPE with the special tokens of CLIP; it pads with the end token."""
     names = ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = _byte_level_bpe(vocabulary, names, corpus)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -208,7 +208,7 @@ def _byte_level_bpe(vocabulary: int, special: list[str], corpus: Any) -> Tokeniz
 
 
 def write_image_processor(cfg: siglip.SiglipConfig, folder: Path) -> None:
-    """The settings with which SigLIP's images are prepared."""
+    """Write the settings that images for SigLIP are prepared with."""
     settings = {
         "image_processor_type": "SiglipImageProcessor",
         "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,

@@ -1,9 +1,8 @@
-"""The released models without their weights, to plan with and to compile for other machines.
+"""Write bundles with the configs of the released models and no weights, for dry runs.
 
-Command:  python configs/full.py framepack_jax/assets
-Result:   the folders behind `--bundle framepack_i2v` and `--bundle framepack_f1`, a few kB each:
-          every config at full size, and nothing to sample with. `sample.py --dry-run h200:1` needs
-          no more.
+Command:  python scripts/make_size_only_bundles.py framepack_jax/assets
+Result:   the folders behind `--bundle framepack_i2v` and `--bundle framepack_f1`, a few kB each.
+          `sample.py --dry-run h200:1` needs no weights.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ KINDS = {
 
 
 def get_config(schedule: str) -> Manifest:
-    """The networks' defaults are the released sizes."""
+    """Return the manifest of a released model; the defaults of the configs are its sizes."""
     roles = {
         role: Role(kind, dataclasses.asdict(registry.NETWORKS[kind].config()), role)
         for role, kind in KINDS.items()
