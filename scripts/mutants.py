@@ -31,7 +31,7 @@ TESTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "packing": (("unit/packing",), ("unit/data", "unit/generation")),
     "diffusion": (("unit/diffusion",), ("parity/test_step_cache.py",)),
     "generation": (("unit/generation",), ("integration/test_pipeline.py",)),
-    "jobs": (("unit/jobs",), ("integration/test_run_folders.py", "integration/test_sample.py")),
+    "jobs": (("unit/jobs",), ("integration/run_folders", "integration/test_sample.py")),
     "conversion": (("unit/conversion",), ("parity/test_conversion.py", "parity/test_lora.py")),
     "data": (("unit/data",), ("integration/test_prepare.py",)),
     "training": (("unit/training",), ("integration/test_train_vae.py",)),
