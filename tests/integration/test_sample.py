@@ -189,7 +189,8 @@ def test_compiled_programs_are_kept_for_the_next_run(tmp_path) -> None:
     program += "print(jax.config.jax_compilation_cache_dir)"
 
     def run(program: str, **env: str) -> subprocess.CompletedProcess:
-        env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "1", "HOME": str(tmp_path), **env}
+        inherited = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        env = inherited | {"JAX_ENABLE_COMPILATION_CACHE": "1", "HOME": str(tmp_path)} | env
         command = [sys.executable, "-c", program]
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
