@@ -63,46 +63,54 @@ def dry_run(
     `data` does not divide the batch, so that chips would repeat work.
     """
     manifest = bundle.read_manifest(path)
-    kinds = {role: bundle.role_config(manifest, role) for role in bundle.ROLES}
-    configs = {role: cfg for role, (_, cfg) in kinds.items()}
+    networks = {role: bundle.role_config(manifest, role) for role in bundle.ROLES}
     spec, cfg, _ = pipe.transformer
     sizes = mesh or sharding.default_sizes(machine.count, cfg.heads)
     devices = sharding.make_mesh(**sizes, devices=hardware.compile_devices(machine))
     spec.check_mesh(cfg, devices)
     _check_batch(batch, devices.shape["data"])
     params = {
-        role: _abstract(*kinds[role], "float32" if role == "vae" else pipe.dtype, devices)
+        role: _abstract(*networks[role], "float32" if role == "vae" else pipe.dtype, devices)
         for role in bundle.ROLES
     }
-    weights = params["transformer"]
-    programs = _step(pipe, weights, configs, layout, settings, batch, devices, offload)
+    configs = {role: config for role, (_, config) in networks.items()}
+    work = _Work(pipe, configs, layout, settings, batch, devices)
+    programs = work.compile_step(params["transformer"], offload)
+    weights, hosted = _weights(params), 0
+    if offload:
+        weights, hosted = _offloaded(weights, params["transformer"], spec.offloadable, programs)
     if decode:
         programs.append(_decode(pipe, params["vae"], layout, batch, devices))
-    rows, columns = (side // pipe.vae.cfg.space_compression for side in layout.canvas)
-    tokens = image_tokens(configs["image_encoder"])
-    flops = spec.forward_flops(cfg, pipe.schedule, rows, columns, MAX_PROMPT_TOKENS, tokens)
-    networks = {
-        role: Weights(sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), placed_bytes(tree))
-        for role, tree in params.items()
-    }
-    hosted = 0
-    if offload:
-        # Two blocks are on a chip: the one that runs, and the next.
-        hosted = placed_bytes([weights[part] for part in spec.offloadable])
-        two = 2 * max(block.weights for block in programs[: len(spec.offloadable)])
-        networks = {role: networks[role] for role in ("transformer", "vae")}
-        there = networks["transformer"].bytes - hosted + two
-        networks["transformer"] = networks["transformer"]._replace(bytes=there)
     return Report(
         machine=machine,
         mesh=dict(devices.shape),
-        networks=networks,
+        networks=weights,
         hosted=hosted,
         programs=tuple(programs),
-        flops=flops * batch * (1 + (settings.cfg_scale != 1)),
+        flops=work.flops(),
         steps=settings.steps,
         frames=len(layout.plan[-1].targets) * pipe.vae.cfg.time_compression,
     )
+
+
+def _weights(params: dict[str, Any]) -> dict[str, Weights]:
+    """Count the parameters of the networks, and their bytes on a chip."""
+    return {
+        role: Weights(sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), placed_bytes(tree))
+        for role, tree in params.items()
+    }
+
+
+def _offloaded(
+    weights: dict[str, Weights], transformer: Any, stacks: Sequence[str], programs: list[Program]
+) -> tuple[dict[str, Weights], int]:
+    """Return the weights that stay on a chip with offloading, and the bytes of the others."""
+    hosted = placed_bytes([transformer[part] for part in stacks])
+    # Two blocks are on a chip: the one that runs, and the next.
+    two = 2 * max(block.weights for block in programs[: len(stacks)])
+    network = weights["transformer"]
+    network = network._replace(bytes=network.bytes - hosted + two)
+    return {"transformer": network, "vae": weights["vae"]}, hosted
 
 
 def _check_batch(batch: int, data: int) -> None:
@@ -130,47 +138,98 @@ def image_tokens(vision: Any) -> int:
     return (vision.image_size // vision.patch_size) ** 2
 
 
-def _step(
-    pipe: FramePack,
-    weights: Any,
-    configs: dict[str, Any],
-    layout: Layout,
-    settings: Settings,
-    batch: int,
-    devices: Mesh,
-    offload: bool,
-) -> list[Program]:
-    """Compile the denoising step; with offloading, the programs that it consists of."""
-    spec, cfg, _ = pipe.transformer
-    whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
-    inputs, at, state = jax.tree.map(whole, _inputs(pipe, configs, layout, settings, batch))
-    if offload:
-        sigma = whole(jax.ShapeDtypeStruct((batch,), jnp.float32))
-        given = state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
-        with jax.set_mesh(devices):
-            parts = spec.offload_programs(cfg, weights, *given)
-        passes = 1 + (settings.cfg_scale != 1)
-        return [_part(pipe, part, passes, devices) for part in parts]
-    kind = settings.step_cache and settings.step_cache.kind
-    fixed = spec, cfg, pipe.dtype, kind
-    # Zeros on this machine, outside of the mesh, whose devices hold nothing.
-    cached = jax.tree.map(whole, sampler.start_caches(*fixed, weights, inputs, state.x))
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A section to denoise: videos of a layout on the devices of a machine.
 
-    def lower() -> jax.stages.Lowered:
-        return sampler.step.lower(*fixed, weights, inputs, at, state, cached)
+    `configs` are those of the bundle's networks, by role.
+    """
 
-    return [compile_program("step", STEP_ADVICE, weights, lower, devices)]
+    pipe: FramePack
+    configs: dict[str, Any]
+    layout: Layout
+    settings: Settings
+    batch: int
+    devices: Mesh
 
+    @property
+    def passes(self) -> int:
+        """How often a step runs the network."""
+        return 1 + (self.settings.cfg_scale != 1)
 
-def _part(pipe: FramePack, part: Any, passes: int, devices: Mesh) -> Program:
-    """Compile a part of an offloaded step that runs the network `passes` times."""
+    def flops(self) -> int:
+        """Count the FLOPs of a step of all videos."""
+        spec, cfg, _ = self.pipe.transformer
+        compression = self.pipe.vae.cfg.space_compression
+        rows, columns = (side // compression for side in self.layout.canvas)
+        tokens = image_tokens(self.configs["image_encoder"])
+        schedule = self.pipe.schedule
+        flops = spec.forward_flops(cfg, schedule, rows, columns, MAX_PROMPT_TOKENS, tokens)
+        return flops * self.batch * self.passes
 
-    def lower() -> jax.stages.Lowered:
-        with sampler.precision(pipe.dtype):
-            return part.lower()
+    def compile_step(self, weights: Any, offload: bool) -> list[Program]:
+        """Compile the denoising step; with offloading, the programs that it consists of."""
+        pipe, devices = self.pipe, self.devices
+        spec, cfg, _ = pipe.transformer
+        whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
+        inputs, at, state = jax.tree.map(whole, self._inputs())
+        if offload:
+            sigma = whole(jax.ShapeDtypeStruct((self.batch,), jnp.float32))
+            given = state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
+            with jax.set_mesh(devices):
+                parts = spec.offload_programs(cfg, weights, *given)
+            return [self._compile_part(part) for part in parts]
+        kind = self.settings.step_cache and self.settings.step_cache.kind
+        fixed = spec, cfg, pipe.dtype, kind
+        # Zeros on this machine, outside of the mesh, whose devices hold nothing.
+        cached = jax.tree.map(whole, sampler.start_caches(*fixed, weights, inputs, state.x))
 
-    program = compile_program(part.name, STEP_ADVICE, part.weights, lower, devices)
-    return dataclasses.replace(program, runs=passes * part.runs)
+        def lower() -> jax.stages.Lowered:
+            return sampler.step.lower(*fixed, weights, inputs, at, state, cached)
+
+        return [compile_program("step", STEP_ADVICE, weights, lower, devices)]
+
+    def _compile_part(self, part: Any) -> Program:
+        """Compile a part of an offloaded step."""
+
+        def lower() -> jax.stages.Lowered:
+            with sampler.precision(self.pipe.dtype):
+                return part.lower()
+
+        program = compile_program(part.name, STEP_ADVICE, part.weights, lower, self.devices)
+        return dataclasses.replace(program, runs=self.passes * part.runs)
+
+    def _inputs(self) -> tuple[sampler.SectionInputs, sampler.At, solver.State]:
+        """Return the shapes of all inputs of a step except the weights."""
+        pipe, configs, layout = self.pipe, self.configs, self.layout
+        settings, batch = self.settings, self.batch
+        compression = pipe.vae.cfg.space_compression
+        frame = (*(side // compression for side in layout.canvas), pipe.vae.cfg.latent_channels)
+        section = layout.plan[-1]
+        timeline = Timeline(layout.length, frame)
+        timeline.known[:] = True
+        context = packing.read_context(section, timeline)
+        vision, text = configs["image_encoder"], configs["text_encoder"]
+        shape = jax.ShapeDtypeStruct
+        dtype, tokens = jnp.dtype(pipe.dtype), image_tokens(vision)
+        conditions = pipe.transformer.spec.conditions(
+            shape((batch, MAX_PROMPT_TOKENS, text.width), dtype),
+            shape((batch, MAX_PROMPT_TOKENS), jnp.bool_),
+            shape((batch, configs["text_encoder_2"].width), dtype),
+            shape((batch, tokens, vision.width), dtype),
+            shape((batch,), jnp.float32),
+        )
+        context = jax.tree.map(lambda x: shape((batch, *x.shape[1:]), x.dtype), context)
+        x = shape((batch, len(section.targets), *frame), jnp.float32)
+        scalar = shape((), jnp.float32)
+        cached = settings.step_cache is not None
+        inputs = sampler.SectionInputs(
+            context, conditions, conditions if settings.cfg_scale != 1 else None,
+            x, shape(x.shape[:2], jnp.bool_), scalar, scalar, scalar if cached else None,
+        )  # fmt: skip
+        row = shape(solver_table(settings.sampler, flow.sigmas(2, 1.0))[0].shape, jnp.float32)
+        at = sampler.At(scalar, row, shape((), jnp.bool_) if cached else None)
+        return inputs, at, jax.eval_shape(solver.start, x)
 
 
 def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:
@@ -211,36 +270,3 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
     ]
     done = program.outputs * sizes[0] // sizes[1]
     return dataclasses.replace(program, held=done + sizes[0], runs=0)
-
-
-def _inputs(
-    pipe: FramePack, configs: dict[str, Any], layout: Layout, settings: Settings, batch: int
-) -> tuple[sampler.SectionInputs, sampler.At, solver.State]:
-    """Return the shapes of all inputs of a step except the weights."""
-    compression = pipe.vae.cfg.space_compression
-    frame = (*(side // compression for side in layout.canvas), pipe.vae.cfg.latent_channels)
-    section = layout.plan[-1]
-    timeline = Timeline(layout.length, frame)
-    timeline.known[:] = True
-    context = packing.read_context(section, timeline)
-    vision, text = configs["image_encoder"], configs["text_encoder"]
-    shape = jax.ShapeDtypeStruct
-    dtype, tokens = jnp.dtype(pipe.dtype), image_tokens(vision)
-    conditions = pipe.transformer.spec.conditions(
-        shape((batch, MAX_PROMPT_TOKENS, text.width), dtype),
-        shape((batch, MAX_PROMPT_TOKENS), jnp.bool_),
-        shape((batch, configs["text_encoder_2"].width), dtype),
-        shape((batch, tokens, vision.width), dtype),
-        shape((batch,), jnp.float32),
-    )
-    context = jax.tree.map(lambda x: shape((batch, *x.shape[1:]), x.dtype), context)
-    x = shape((batch, len(section.targets), *frame), jnp.float32)
-    scalar = shape((), jnp.float32)
-    cached = settings.step_cache is not None
-    inputs = sampler.SectionInputs(
-        context, conditions, conditions if settings.cfg_scale != 1 else None,
-        x, shape(x.shape[:2], jnp.bool_), scalar, scalar, scalar if cached else None,
-    )  # fmt: skip
-    row = shape(solver_table(settings.sampler, flow.sigmas(2, 1.0))[0].shape, jnp.float32)
-    at = sampler.At(scalar, row, shape((), jnp.bool_) if cached else None)
-    return inputs, at, jax.eval_shape(solver.start, x)
