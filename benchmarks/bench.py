@@ -18,7 +18,9 @@ import numpy as np
 
 from framepack_jax import packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
-from framepack_jax.models.hunyuan import transformer, vae
+from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.flops import attention_flops, forward_flops
 from framepack_jax.parallel.hardware import chip_of
 
@@ -38,8 +40,8 @@ class Scale:
     """Sizes of what is measured; `convs` are (frames, height, width, channels in and out), and
     `lengths` (tokens, valid ones of them) those that kernels of attention are known to fail at."""
 
-    dit: transformer.TransformerConfig
-    vae: vae.VaeConfig
+    dit: TransformerConfig
+    vae: VaeConfig
     pixels: tuple[int, int]
     square: int
     tokens: int
@@ -51,8 +53,8 @@ class Scale:
 
 
 FULL = Scale(
-    dit=transformer.TransformerConfig(),
-    vae=vae.VaeConfig(),
+    dit=TransformerConfig(),
+    vae=VaeConfig(),
     pixels=(608, 640),
     square=8192,
     tokens=18752,
@@ -66,11 +68,11 @@ FULL = Scale(
     remats=("attention", "dots", "full"),
 )  # fmt: skip
 TOY = Scale(
-    dit=transformer.TransformerConfig(
+    dit=TransformerConfig(
         heads=2, head_dim=32, double_layers=1, single_layers=2, refiner_layers=1,
         rope_axes=(8, 12, 12),
     ),
-    vae=vae.VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
+    vae=VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
     pixels=(64, 80),
     square=64,
     tokens=128,
@@ -215,7 +217,7 @@ def denoiser_inputs(scale: Scale, batch: int = 1, weights: bool = True) -> tuple
         params = jax.eval_shape(lambda: transformer.init(dit, jax.random.key(0)))
         params = filled(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, BF16), params))
     valid = jnp.broadcast_to(jnp.arange(MAX_PROMPT_TOKENS) < 100, (batch, MAX_PROMPT_TOKENS))
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         normal(5, batch, MAX_PROMPT_TOKENS, dit.text_dim), valid,
         normal(6, batch, dit.pooled_dim), normal(7, batch, IMAGE_TOKENS, dit.image_dim),
         jnp.full(batch, 10.0),

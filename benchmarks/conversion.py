@@ -28,13 +28,13 @@ import tyro
 from framepack_jax import bundle
 from framepack_jax.bundle import loader
 from framepack_jax.conversion import engine, export, transformer
-from framepack_jax.models.hunyuan import transformer as transformer_model
+from framepack_jax.models.hunyuan.config import TransformerConfig
 
 # Bytes of disk that are left alone, and of a shard (the released model comes in three of 8.6 GB).
 SPARE, SHARD = 10_000_000_000, 5_000_000_000
 DEVICES = 8
-FULL = transformer_model.TransformerConfig()
-TOY = transformer_model.TransformerConfig(
+FULL = TransformerConfig()
+TOY = TransformerConfig(
     heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, text_dim=32,
     pooled_dim=16, image_dim=16, rope_axes=(4, 6, 6),
 )  # fmt: skip
@@ -108,7 +108,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     return figures
 
 
-def convert(root: Path, cfg: transformer_model.TransformerConfig) -> dict[str, Any]:
+def convert(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
     """Make, copy, convert and verify a checkpoint of `cfg`; only the bundle stays."""
     source = root / "checkpoint"
     size = make_checkpoint(source, cfg)
@@ -126,7 +126,7 @@ def convert(root: Path, cfg: transformer_model.TransformerConfig) -> dict[str, A
     }  # fmt: skip
 
 
-def make_checkpoint(folder: Path, cfg: transformer_model.TransformerConfig) -> int:
+def make_checkpoint(folder: Path, cfg: TransformerConfig) -> int:
     """Random bfloat16 tensors in diffusers' names, in shards with an index; returns their bytes."""
     tensors = [
         export.Tensor(name, shape, "bfloat16")
@@ -195,7 +195,7 @@ def read_share(root: str, device: int) -> int:
     return sum(array.nbytes for array in kept)
 
 
-def load_shallow(root: Path, cfg: transformer_model.TransformerConfig) -> dict[str, Any]:
+def load_shallow(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
     """Peak memory of loading a model of a few layers on a mesh of eight devices in one process."""
     shallow = dataclasses.replace(cfg, double_layers=2, single_layers=4)
     convert(root, shallow)
@@ -217,7 +217,7 @@ def _mesh() -> Any:
     return sharding.make_mesh(fsdp=DEVICES)
 
 
-def _deepest(free: int) -> transformer_model.TransformerConfig:
+def _deepest(free: int) -> TransformerConfig:
     """The released config with as many layers as checkpoint, bundle and a copied shard allow."""
     for layers in range(FULL.double_layers, 0, -1):
         cfg = dataclasses.replace(FULL, double_layers=layers, single_layers=2 * layers)

@@ -118,7 +118,7 @@ def quantized(params: Params, dtype: str) -> Params:
         return jax.lax.map(layer, kernel)
 
     leaves = flatten_dict(params)
-    for path in [path for path in leaves if path[-1] == "kernel" and path[0] in transformer.STACKS]:
+    for path in [path for path in leaves if path[-1] == "kernel" and path[0] in TRANSFORMER.stacks]:
         kernel = leaves[path]
         leaves[path], leaves[(*path[:-1], quantization.SCALE)] = jax.block_until_ready(
             eighth(kernel)

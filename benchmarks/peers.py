@@ -26,6 +26,8 @@ from benchmarks.bench import (
 )
 from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.params import stack_layers
 from framepack_jax.models.quantization import cast_params
 
@@ -76,7 +78,7 @@ def _torch_makes(dtype: Any, device: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _model(dit: transformer.TransformerConfig) -> Any:
+def _model(dit: TransformerConfig) -> Any:
     """diffusers' transformer of these sizes, with random weights."""
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
@@ -180,7 +182,7 @@ def measure_error(bench: Bench) -> None:
         plan = engine.plan(
             tables.recognise(weight_files.open_checkpoint(Path(folder)), "transformer")
         )
-        params = cast_params(stack_layers(dict(plan.leaves()), transformer.STACKS), BF16)
+        params = cast_params(stack_layers(dict(plan.leaves()), TRANSFORMER.stacks), BF16)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     args = params, x, sigma, context, conditions
     ours = jax.jit(functools.partial(transformer.velocity, plan.cfg, dtype=BF16))(*args)

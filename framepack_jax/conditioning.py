@@ -28,7 +28,9 @@ from framepack_jax import bundle
 from framepack_jax.models import offload
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.params import Params
+from framepack_jax.models.tiling import Tiling
 
 MAX_PROMPT_TOKENS = 256
 PROMPT_TEMPLATE = (
@@ -46,7 +48,7 @@ ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 # Words shown of a prompt that is cut, of its beginning and of its end.
 KEPT_WORDS = 8
 
-WHOLE_FRAMES = vae.Tiling()
+WHOLE_FRAMES = Tiling()
 # What `encode_prompt` gives.
 PromptStates = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -219,13 +221,13 @@ def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:
 
 
 def clip_latents(
-    cfg: vae.VaeConfig,
+    cfg: VaeConfig,
     params: Params,
     frames: np.ndarray,
     mean: Sequence[float],
     std: Sequence[float],
     key: jax.Array | None = None,
-    tiling: vae.Tiling = WHOLE_FRAMES,
+    tiling: Tiling = WHOLE_FRAMES,
 ) -> jax.Array:
     """uint8 (B, P, H, W, 3) -> (B, 1 + (P - 1) / 4, H/8, W/8, C) float32, the latents of a clip as
     the transformer sees them, (z - mean) / std with a mean and std per channel.
@@ -241,7 +243,7 @@ def clip_latents(
 
 
 def start_latent(
-    cfg: vae.VaeConfig,
+    cfg: VaeConfig,
     params: Params,
     images: np.ndarray,
     mean: Sequence[float],

@@ -35,9 +35,11 @@ from safetensors.torch import load_file, save_file
 
 from framepack_jax.conversion import lora
 from framepack_jax.models.hunyuan import transformer as transformer_model
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.hunyuan.embed import Conditions
 
 WIDTH, MLP, RANK, ALPHA = 3072, 12288, 4, 1.0
-CFG = dataclasses.replace(transformer_model.TransformerConfig(), double_layers=1, single_layers=1)
+CFG = dataclasses.replace(TransformerConfig(), double_layers=1, single_layers=1)
 # {module in diffusers' names: (outputs, inputs)}; q, k and v share their first factor.
 MODULES = {
     **{f"transformer_blocks.0.attn.{n}": (WIDTH, WIDTH) for n in ("to_q", "to_k", "to_v")},
@@ -407,6 +409,7 @@ def _vae_of_comfyui(folder: Path) -> Row:
 
     from framepack_jax.conversion import engine, tables, weight_files
     from framepack_jax.models.hunyuan import vae
+    from framepack_jax.models.hunyuan.spec import VAE
     from framepack_jax.models.params import stack_layers
 
     what = "VAE of ComfyUI, its names"
@@ -436,7 +439,7 @@ def _vae_of_comfyui(folder: Path) -> Row:
         plan = engine.plan(tables.recognise(weight_files.open_checkpoint(file), "vae"))
     except weight_files.ConversionError as error:
         return Row("framepack-jax", what, f"{type(error).__name__}: not read", "-")
-    params = stack_layers(dict(plan.leaves()), vae.STACKS, np.stack)
+    params = stack_layers(dict(plan.leaves()), VAE.stacks, np.stack)
     # One frame: ComfyUI lets a frame attend to later ones, Tencent's VAE does not.
     latents = np.random.default_rng(0).standard_normal((1, 1, 4, 6, 4), np.float32)
     mine = np.asarray(jax.jit(lambda p, z: vae.decode(plan.cfg, p, z))(params, latents))
@@ -593,9 +596,7 @@ def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Mod
     return Row(program, "our transformer, a folder", arrived, _velocities(cfg, params, model))
 
 
-def _velocities(
-    cfg: transformer_model.TransformerConfig, params: Any, model: torch.nn.Module
-) -> str:
+def _velocities(cfg: TransformerConfig, params: Any, model: torch.nn.Module) -> str:
     """The largest relative difference of the two networks' velocity on the same input."""
     import jax
 
@@ -612,7 +613,7 @@ def _velocities(
     context = PackedContext(
         tuple(video[k] for k in kernels), tuple(index[k] for k in kernels), index["target"], kernels
     )
-    conditions = transformer_model.Conditions(
+    conditions = Conditions(
         text, np.arange(5)[None] < 4, pooled, image, np.array([6.0], np.float32)
     )
     velocity = jax.jit(transformer_model.velocity, static_argnames=("cfg",))

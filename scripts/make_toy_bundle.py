@@ -25,8 +25,7 @@ from framepack_jax.bundle import Manifest, Role, write_manifest, write_params
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, llama, siglip
-from framepack_jax.models.hunyuan import transformer as transformer_model
-from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from framepack_jax.models.params import unstack_layers
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.toy import world
@@ -43,8 +42,8 @@ CORPUS = (
 class TinyBundle:
     """Configs of all networks, and how the untrained weights are drawn and stored."""
 
-    transformer: transformer_model.TransformerConfig
-    vae: vae.VaeConfig
+    transformer: TransformerConfig
+    vae: VaeConfig
     text_encoder: llama.LlamaConfig
     text_encoder_2: clip.ClipConfig
     image_encoder: siglip.SiglipConfig
@@ -60,11 +59,11 @@ class TinyBundle:
 def get_config() -> TinyBundle:
     """Return widths of tens; the released networks have thousands."""
     return TinyBundle(
-        transformer=transformer_model.TransformerConfig(
+        transformer=TransformerConfig(
             heads=2, head_dim=16, double_layers=2, single_layers=2, text_dim=32, pooled_dim=24,
             image_dim=24, rope_axes=(4, 6, 6),
         ),
-        vae=vae.VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
+        vae=VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4),
         text_encoder=llama.LlamaConfig(
             vocab_size=400, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48
         ),
@@ -81,11 +80,11 @@ def get_world_config() -> TinyBundle:
     """Return encoders that read the captions of the toy world, word by word."""
     captions = tuple(world.scene(0, number).caption for number in range(500))
     return TinyBundle(
-        transformer=transformer_model.TransformerConfig(
+        transformer=TransformerConfig(
             heads=2, head_dim=64, double_layers=2, single_layers=4, refiner_layers=1, text_dim=96,
             pooled_dim=48, image_dim=32, rope_axes=(16, 24, 24),
         ),
-        vae=vae.VaeConfig(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),
+        vae=VaeConfig(channels=(8, 16, 32, 64), layers_per_block=1, norm_groups=4),
         text_encoder=llama.LlamaConfig(
             vocab_size=400, width=96, layers=2, heads=6, kv_heads=6, head_dim=16, mlp_width=192,
             rope_theta=4.0,

@@ -28,7 +28,7 @@ from framepack_jax.conversion import (
 )
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization, registry
-from framepack_jax.models.hunyuan.transformer import context_kernels
+from framepack_jax.models.hunyuan.config import context_kernels
 from framepack_jax.models.lora import file_of
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.messages import shorten

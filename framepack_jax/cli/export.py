@@ -7,7 +7,7 @@ from framepack_jax import bundle
 from framepack_jax.conversion import export, hub, lora, tables, verify
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
-from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.utils.progress import Bar
 
 
@@ -70,7 +70,7 @@ def export_lora(file: Path, target: Path, names: str | None, root: str | None) -
         raise ConversionError(
             f"--lora {file} --names {names}: expected one of {', '.join(lora.NAMINGS)}"
         )
-    target, cfg = _here(target), transformer.TransformerConfig()
+    target, cfg = _here(target), TransformerConfig()
     if target.exists():
         raise ConversionError(f"{target} is there already; choose another file, or take it away")
     if root:

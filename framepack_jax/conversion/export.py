@@ -30,8 +30,8 @@ from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
 from framepack_jax.models.encoders import clip, siglip
-from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae as vae_model
+from framepack_jax.models.hunyuan.config import TransformerConfig
 
 SHARD = 5_000_000_000
 # Names of types in the header of a safetensors file.
@@ -301,9 +301,7 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _transformer_config(
-    cfg: transformer_model.TransformerConfig, manifest: Manifest
-) -> dict[str, Any]:
+def _transformer_config(cfg: TransformerConfig, manifest: Manifest) -> dict[str, Any]:
     fields = {
         "_class_name": "HunyuanVideoTransformer3DModel",
         "in_channels": cfg.in_channels,
@@ -333,7 +331,7 @@ def _transformer_config(
     return fields | {
         "_class_name": "HunyuanVideoFramepackTransformer3DModel",
         "has_image_proj": cfg.image_dim is not None,
-        "image_proj_dim": cfg.image_dim or transformer_model.TransformerConfig().image_dim,
+        "image_proj_dim": cfg.image_dim or TransformerConfig().image_dim,
         "has_clean_x_embedder": bool(cfg.context_kernels),
     }
 

@@ -39,7 +39,7 @@ from framepack_jax.conversion.weight_files import (
     open_checkpoint,
     read_json,
 )
-from framepack_jax.models.hunyuan.transformer import TransformerConfig
+from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.lora import Factors, LoRA
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import shorten

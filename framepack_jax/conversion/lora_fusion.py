@@ -26,7 +26,7 @@ import numpy as np
 
 from framepack_jax.conversion.engine import Step, Table, steps_of
 from framepack_jax.conversion.transforms import Linear, Patch, Swapped
-from framepack_jax.models.hunyuan.transformer import TransformerConfig
+from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.lora import Factors, alike
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.transforms import Conv, Pointwise, Row, each, kernel, linear, norm
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
-from framepack_jax.models.hunyuan.vae import VaeConfig
+from framepack_jax.models.hunyuan.config import VaeConfig
 
 SCALING_FACTOR = 0.476986
 BLOCK_TYPES = {

@@ -14,7 +14,7 @@ from etils import epath
 from framepack_jax import bundle, conditioning
 from framepack_jax.conditioning import Encoders, load_encoders
 from framepack_jax.data.records import Clip, Record
-from framepack_jax.models.hunyuan.vae import Tiling
+from framepack_jax.models.tiling import Tiling
 
 TILING = Tiling()
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import loader
-from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.tiling import Tiling
 
 MODES = ("auto", "none", "full")
 GB = 1e9
@@ -37,7 +37,7 @@ STEP_UNITS, DECODE_UNITS = 20, 5.5
 # compiled programs take of the process.
 CPU_DECODE_UNITS, PROCESS = 13.5, 1.0 * GB
 # Sides of the VAE's tiles where whole frames are too much.
-TILES = vae.Tiling(size=256, stride=192)
+TILES = Tiling(size=256, stride=192)
 # Frames that are decoded at once, and the tokens of text and image.
 DECODE_FRAMES, OTHER_TOKENS = 17, 1024
 
@@ -50,7 +50,7 @@ class OffloadPlan(NamedTuple):
 
     encoders: bool
     layers: int | None
-    tiling: vae.Tiling
+    tiling: Tiling
     why: str
     hosted: int | None = None
 
@@ -86,17 +86,17 @@ class Need:
     process: int = 0
     encoding: int = 0
 
-    def decode(self, tiling: vae.Tiling) -> int:
+    def decode(self, tiling: Tiling) -> int:
         """Decoding, beside weights."""
         sides = [side if tiling.size is None else min(side, tiling.size) for side in self.canvas]
         return int(self.pixel * math.prod(sides))
 
-    def everything(self, tiling: vae.Tiling) -> int:
+    def everything(self, tiling: Tiling) -> int:
         """All networks stay."""
         weights = self.encoders + self.vae + self.base + sum(self.blocks)
         return self.process + weights + max(self.step, self.decode(tiling), self.encoding)
 
-    def streamed(self, layers: int, tiling: vae.Tiling) -> int:
+    def streamed(self, layers: int, tiling: Tiling) -> int:
         """So many blocks stay, no encoder does; of the other blocks a step has two at a time."""
         two = sum(sorted(self.blocks[layers:])[-2:])
         stay = self.process + self.vae + self.base + sum(self.blocks[:layers])
@@ -109,7 +109,7 @@ def plan(
     work: Work,
     *,
     dtype: str,
-    tiling: vae.Tiling,
+    tiling: Tiling,
     mesh: Mesh | None = None,
     limit: float | None = None,
     roles: Sequence[str] = bundle.ROLES,
@@ -164,7 +164,7 @@ def _read(file: str) -> str:
         return ""
 
 
-def _streamed(needed: Need, layers: int, tiling: vae.Tiling, why: str) -> OffloadPlan:
+def _streamed(needed: Need, layers: int, tiling: Tiling, why: str) -> OffloadPlan:
     count = len(needed.blocks)
     parts = []
     if count:

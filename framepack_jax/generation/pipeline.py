@@ -42,10 +42,10 @@ from framepack_jax.generation.request import (
     make_layout,
 )
 from framepack_jax.models import offload
-from framepack_jax.models.hunyuan.vae import Tiling
 from framepack_jax.models.lora import LoRA, attach
 from framepack_jax.models.lora import merge as merge_lora
 from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
+from framepack_jax.models.tiling import Tiling
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel.multihost import fetch, on_primary

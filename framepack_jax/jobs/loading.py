@@ -15,7 +15,7 @@ from framepack_jax.jobs.provenance import weights
 from framepack_jax.jobs.spec import ComputeOptions
 from framepack_jax.jobs.task import Task
 from framepack_jax.models import lora
-from framepack_jax.models.hunyuan.vae import Tiling
+from framepack_jax.models.tiling import Tiling
 from framepack_jax.parallel import sharding
 from framepack_jax.parallel.multihost import assert_same_on_hosts, on_all_hosts
 

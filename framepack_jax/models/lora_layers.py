@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
-from framepack_jax.models.params import Params
+from framepack_jax.models.params import Params, apply_module
 from framepack_jax.models.quantization import QUANTIZED
 
 LORA_A, LORA_B = "lora_a", "lora_b"
@@ -32,6 +32,12 @@ def lora_interceptor() -> contextlib.AbstractContextManager[None]:
     The sum is named, so that a gradient keeps one array of a layer's two products.
     """
     return nn.intercept_methods(_linear)
+
+
+def apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    """Compute a module whose linear layers may have factors among `params`."""
+    with lora_interceptor():
+        return apply_module(module, params, *args)
 
 
 def _linear(

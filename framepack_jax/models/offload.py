@@ -129,8 +129,8 @@ def run_offloaded(
 
 @functools.partial(jax.jit, static_argnames="block")
 def _run_layer(block: nn.Module, params: Params, x: Any, *args: Any) -> Any:
-    with lora_layers.lora_interceptor():
-        return block.apply({"params": cast_params(params, jax.tree.leaves(x)[0].dtype)}, x, *args)
+    dtype = jax.tree.leaves(x)[0].dtype
+    return lora_layers.apply(block, cast_params(params, dtype), x, *args)
 
 
 def lower_layer(block: nn.Module, params: Params, x: Any, *args: Any) -> jax.stages.Lowered:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -73,3 +74,8 @@ def partition_params(params: Params, pattern: str) -> tuple[Params, Params]:
 def merge_params(trained: Params, frozen: Params) -> Params:
     """Join two parts of a network's parameters; invert `partition_params`."""
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
+
+
+def apply_module(module: nn.Module, params: Params, *args: Any) -> Any:
+    """Compute a Flax module with these parameters."""
+    return module.apply({"params": params}, *args)

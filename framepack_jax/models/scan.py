@@ -54,8 +54,7 @@ def run(
     @functools.partial(_rematerialized, remat=remat)
     def layer(x: Any, params: Params) -> tuple[Any, None]:
         x = checkpoint_name(x, INPUT)
-        with lora_layers.lora_interceptor():
-            return block.apply({"params": cast_params(params, dtype)}, x, *args), None
+        return lora_layers.apply(block, cast_params(params, dtype), x, *args), None
 
     if layers == slice(None):
         return jax.lax.scan(layer, x, params)[0]

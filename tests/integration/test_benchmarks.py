@@ -34,6 +34,8 @@ from framepack_jax.conversion import engine
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.models import quantization, registry, scan
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.flops import forward_flops
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.parallel import hardware
@@ -111,7 +113,7 @@ def test_too_few_sections_are_refused(capsys) -> None:
 
 @pytest.mark.parametrize("schedule", [F1, "f1k1_x_g2_f1k1f2k2f16k4_td"])
 def test_flops_are_those_of_the_traced_network(schedule: str) -> None:
-    cfg = transformer.TransformerConfig(
+    cfg = TransformerConfig(
         heads=2, head_dim=16, double_layers=3, single_layers=2, refiner_layers=2,
         text_dim=20, pooled_dim=12, image_dim=28, rope_axes=(4, 6, 6),
     )  # fmt: skip
@@ -133,7 +135,7 @@ def _abstract(
     timeline = packing.Timeline(packing.length(plan), (rows, columns, cfg.in_channels))
     timeline.known[:] = True
     params = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         jnp.zeros((1, text, cfg.text_dim)), jnp.ones((1, text), bool),
         jnp.zeros((1, cfg.pooled_dim)), jnp.zeros((1, image, cfg.image_dim)), jnp.ones(1),
     )  # fmt: skip

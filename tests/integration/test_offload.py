@@ -23,7 +23,9 @@ from framepack_jax.generation.request import Request, fit_images, make_layout
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import offload, quantization, scan
 from framepack_jax.models.hunyuan import transformer
-from framepack_jax.models.hunyuan.vae import Tiling
+from framepack_jax.models.hunyuan.blocks import DoubleBlock, SingleBlock
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.tiling import Tiling
 from tests.fixtures.paths import ROOT
 from tests.integration.test_sample_lora import random_lora
 
@@ -117,7 +119,7 @@ def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:
     def count(**options) -> int:
         ran.clear()
         latents(low, **options)
-        return sum(isinstance(b, transformer.DoubleBlock | transformer.SingleBlock) for b in ran)
+        return sum(isinstance(b, DoubleBlock | SingleBlock) for b in ran)
 
     # Of two sections three steps; with the cache only the first and the last.
     assert count() == 2 * 3 * 4
@@ -130,7 +132,7 @@ def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
     params = pipe.transformer.params
     kinds = [
         {leaf.sharding.memory_kind for leaf in jax.tree.leaves(layer)}
-        for part in transformer.OFFLOADABLE
+        for part in TRANSFORMER.offloadable
         for layer in params[part].layers
     ]
     assert kinds == [{"device"}] * resident + [{"pinned_host"}] * (4 - resident)
@@ -140,7 +142,7 @@ def test_blocks_lie_where_the_plan_says(high, resident: int) -> None:
 
 def test_blocks_that_the_host_has_no_room_for_are_read_from_the_disk(high) -> None:
     pipe = load(LOW._replace(layers=1, hosted=2))
-    layers = [pipe.transformer.params[part].layers for part in transformer.OFFLOADABLE]
+    layers = [pipe.transformer.params[part].layers for part in TRANSFORMER.offloadable]
     kinds = [
         leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "disk"
         for part in layers
@@ -262,7 +264,7 @@ def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) ->
     monkeypatch.setattr(offload, "_run_layer", started)
     monkeypatch.setattr(offload.jax, "block_until_ready", waited)
     double = low.transformer.params["double"]
-    scan.run(transformer.DoubleBlock(low.transformer.cfg), double, *double_inputs(low))
+    scan.run(DoubleBlock(low.transformer.cfg), double, *double_inputs(low))
     assert events == ["copy", "wait", "copy", "start", "wait", "start"]
     assert max(alive) == 2
 
@@ -277,11 +279,11 @@ def double_inputs(pipe: FramePack) -> tuple:
 
 def test_every_kind_of_block_is_one_program(low) -> None:
     offload._run_layer.clear_cache()
-    transformer._embed.clear_cache()
+    transformer.jit_embed.clear_cache()
     latents(low)
     # Of the text encoder, and of double and single blocks.
     assert offload._run_layer._cache_size() == 3
-    assert transformer._embed._cache_size() == 1
+    assert transformer.jit_embed._cache_size() == 1
 
 
 def test_encoders_are_let_go_of(low, monkeypatch) -> None:
@@ -344,7 +346,7 @@ def quantized(folder: Path, dtype: str) -> Path:
     leaves = {}
     for name, leaf in bundle.read_leaves(RANDOM, manifest, "transformer", names):
         leaves[name] = leaf
-        if name.startswith(transformer.OFFLOADABLE) and name.endswith("/kernel"):
+        if name.startswith(TRANSFORMER.offloadable) and name.endswith("/kernel"):
             leaves[name], scale = engine.quantize(name, leaf, dtype)
             leaves[name.replace("/kernel", "/kernel_scale")] = scale
     bundle.write_params(folder / "transformer", leaves.items())

@@ -24,6 +24,7 @@ from framepack_jax.jobs.loading import read_loras
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import lora, registry
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.parallel import sharding
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import ROOT
@@ -45,7 +46,7 @@ def make_lora(path: Path, seed: int) -> None:
     write(path, random_lora(cfg, seed, ("/img_qkv/kernel", "mlp_out/kernel")), cfg, "kohya")
 
 
-def random_lora(cfg: transformer.TransformerConfig, seed: int, ends: tuple[str, ...]) -> lora.LoRA:
+def random_lora(cfg: TransformerConfig, seed: int, ends: tuple[str, ...]) -> lora.LoRA:
     """Random factors for the kernels whose names end so."""
     random = np.random.default_rng(seed)
     leaves = registry.abstract_leaves("hunyuan_packed_dit", cfg)
@@ -176,7 +177,7 @@ def test_on_eight_devices_as_on_one() -> None:
 
 def main() -> None:
     """Print how far the velocity of adapters on all kernels, unmerged, is from one device's."""
-    cfg = transformer.TransformerConfig(
+    cfg = TransformerConfig(
         in_channels=4, out_channels=4, heads=4, head_dim=6, double_layers=1, single_layers=1,
         refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
         rope_axes=(2, 2, 2), context_kernels=("k1",),

@@ -23,7 +23,9 @@ from framepack_jax import bundle
 from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer, vae
-from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+from framepack_jax.models.hunyuan.embed import Conditions
+from framepack_jax.models.hunyuan.spec import TRANSFORMER, VAE
 from framepack_jax.ops import attention
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
@@ -106,7 +108,7 @@ def test_a_mesh_that_is_not_of_the_devices_is_refused(sizes, message):
 def test_devices_are_divided_for_one_video(count, heads, fsdp, context):
     sizes = sharding.default_sizes(count, heads)
     assert sizes == {"fsdp": fsdp, "context": context}
-    transformer.check_mesh(transformer.TransformerConfig(heads=heads), sizes)
+    TRANSFORMER.check_mesh(TransformerConfig(heads=heads), sizes)
 
 
 def test_every_network_of_the_released_bundle_loads_on_the_mesh_of_its_devices():
@@ -123,7 +125,7 @@ def test_every_network_of_the_released_bundle_loads_on_the_mesh_of_its_devices()
             continue
         mesh = abstract_mesh(**sizes)
         assert mesh.size == count
-        transformer.check_mesh(cfg, mesh)
+        TRANSFORMER.check_mesh(cfg, mesh)
         for params, specs in trees:
             sharding.shard(params, specs, mesh)
     assert set(range(1, 65)) - set(refused) == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}
@@ -150,9 +152,9 @@ def test_devices_for_no_video_are_refused():
 def test_a_mesh_that_does_not_divide_the_heads_is_refused(sizes, message):
     for mesh in (sizes, abstract_mesh(**sizes)):
         with pytest.raises(ValueError, match=message):
-            transformer.check_mesh(transformer.TransformerConfig(), mesh)
+            TRANSFORMER.check_mesh(TransformerConfig(), mesh)
     # What is left after the heads divides queries.
-    transformer.check_mesh(transformer.TransformerConfig(), abstract_mesh(fsdp=16, context=2))
+    TRANSFORMER.check_mesh(TransformerConfig(), abstract_mesh(fsdp=16, context=2))
 
 
 def test_rules_are_matched_to_whole_paths():
@@ -455,7 +457,7 @@ def test_a_picture_is_divided_by_rows(measured):
 
 def main(meshes: list[str]) -> None:
     """Print, for each mesh, how far velocity and gradient are from those of one device."""
-    cfg = transformer.TransformerConfig(
+    cfg = TransformerConfig(
         in_channels=4, out_channels=4, heads=12, head_dim=6, double_layers=2, single_layers=2,
         refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
         rope_axes=(2, 2, 2), context_kernels=("k1",),
@@ -507,7 +509,7 @@ def on_mesh(name: str, gradient, params, batch, expected) -> dict:
 
 
 def on_devices(params, mesh):
-    specs = sharding.resolve(transformer.SHARDINGS, params)
+    specs = sharding.resolve(TRANSFORMER.sharding_rules, params)
     return jax.device_put(params, sharding.shard(params, specs, mesh))
 
 
@@ -529,7 +531,7 @@ def of_sampler(cfg, params, arrays) -> float:
 
 def of_vae() -> dict:
     """A clip encoded and decoded, with its rows over all devices: of one sample `data` too."""
-    cfg = vae.VaeConfig(
+    cfg = VaeConfig(
         channels=(8, 16), norm_groups=4, layers_per_block=1, space_compression=2,
         time_compression=2, latent_channels=4,
     )  # fmt: skip
@@ -541,7 +543,7 @@ def of_vae() -> dict:
 
     expected = jax.jit(there_and_back).lower(params, video).compile()
     mesh = sharding.make_mesh(data=2, fsdp=2, context=2)
-    shardings = sharding.shard(params, sharding.resolve(vae.SHARDINGS, params), mesh)
+    shardings = sharding.shard(params, sharding.resolve(VAE.sharding_rules, params), mesh)
     placed = jax.device_put((params, video), (shardings, NamedSharding(mesh, PartitionSpec())))
     with jax.set_mesh(mesh):
         compiled = jax.jit(there_and_back).lower(*placed).compile()
@@ -556,7 +558,7 @@ def of_vae() -> dict:
     }
 
 
-def example(cfg: transformer.TransformerConfig):
+def example(cfg: TransformerConfig):
     """Random parameters, biases and norms too, and a batch of 8 with prompts of all lengths:
     (params, inputs of `velocity`, target)."""
     random = np.random.default_rng(0)
@@ -572,7 +574,7 @@ def example(cfg: transformer.TransformerConfig):
     x = normal(8, 2, 4, 6, cfg.in_channels)
     latents = normal(8, 1, 4, 6, cfg.in_channels)
     context = PackedContext((latents,), (frames(0),), frames(1, 2), ("k1",))
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         normal(8, 5, cfg.text_dim),
         np.arange(5)[None, :] < 1 + np.arange(8)[:, None] % 5,
         normal(8, cfg.pooled_dim),

@@ -18,11 +18,14 @@ from framepack_jax.conversion import engine, export, transformer, verify
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization, registry
 from framepack_jax.models.hunyuan import transformer as transformer_model
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.hunyuan.embed import Conditions
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 
-CFG = transformer_model.TransformerConfig(
+CFG = TransformerConfig(
     heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, mlp_ratio=2.0,
     text_dim=20, pooled_dim=12, image_dim=10, rope_axes=(4, 6, 6),
 )  # fmt: skip
@@ -30,9 +33,7 @@ BASE = dataclasses.replace(CFG, context_kernels=(), image_dim=None)
 LEAF = "double/01/img_qkv/kernel"
 
 
-def write_checkpoint(
-    file: Path, cfg: transformer_model.TransformerConfig, dtype: str = "bfloat16"
-) -> Path:
+def write_checkpoint(file: Path, cfg: TransformerConfig, dtype: str = "bfloat16") -> Path:
     """Random weights in diffusers' names."""
     random = np.random.default_rng(0)
     tensors = [
@@ -45,7 +46,7 @@ def write_checkpoint(
     return file
 
 
-def make(folder: Path, cfg: transformer_model.TransformerConfig = CFG, **flags) -> tuple[Path, str]:
+def make(folder: Path, cfg: TransformerConfig = CFG, **flags) -> tuple[Path, str]:
     """(checkpoint, bundle)."""
     source = write_checkpoint(folder / "source.safetensors", cfg)
     root = str(folder / "bundle")
@@ -240,7 +241,7 @@ def inputs() -> tuple:
     context = PackedContext(
         (normal(1, 1, 4, 4, 16),), (jnp.array([[0]]),), jnp.array([[5, 6]]), ("k1",)
     )
-    conditions = transformer_model.Conditions(
+    conditions = Conditions(
         normal(1, 3, 20), jnp.ones((1, 3), bool), normal(1, 12), normal(1, 4, 10), jnp.ones(1)
     )
     return normal(1, 2, 4, 4, 16), jnp.full(1, 0.5), context, conditions
@@ -257,7 +258,7 @@ def test_kernels_compute_as_their_products_with_the_scales(small) -> None:
     assert params["embed"]["patch"]["kernel"].dtype == jnp.bfloat16
     wide = {
         name: cast_params(part, jnp.float32)
-        if name not in transformer_model.STACKS
+        if name not in TRANSFORMER.stacks
         else jax.vmap(lambda layer: cast_params(layer, jnp.float32))(part)
         for name, part in params.items()
     }

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from framepack_jax import conditioning
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.quantization import cast_params
 from tests.fixtures.torch_reference import relative_error
 from tests.parity.test_encoders import clip_params, llama_params, siglip_params
@@ -245,7 +246,7 @@ def test_no_torch_is_needed(folder):
 def test_start_latent(folder, reference, image):
     state = safetensors.torch.load_file(folder / "pipeline/vae/diffusion_pytorch_model.safetensors")
     fields = json.loads((folder / "pipeline/vae/config.json").read_text())
-    cfg = vae.VaeConfig(
+    cfg = VaeConfig(
         channels=tuple(fields["block_out_channels"]), layers_per_block=fields["layers_per_block"],
         norm_groups=fields["norm_num_groups"], latent_channels=fields["latent_channels"],
     )  # fmt: skip

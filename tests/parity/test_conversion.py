@@ -29,10 +29,12 @@ from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import engine, inspect, tables, transformer, weight_files
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.transformer import TransformerConfig
-from framepack_jax.packing import PackedContext
+from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+from framepack_jax.models.hunyuan.embed import Conditions, ContextEmbed
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.tiling import Tiling
+from framepack_jax.packing import PackedContext, kernel_shape
 from framepack_jax.utils import prefetch
 from tests.fixtures.torch_reference import randomize, relative_error
 
@@ -230,7 +232,7 @@ def test_diffusers_transformer(framepack, tmp_path) -> None:
 
 def test_vae(autoencoder, tmp_path) -> None:
     plan = plan_of(write_folder(autoencoder, tmp_path / "vae"), "vae")
-    assert plan.cfg == vae.VaeConfig(
+    assert plan.cfg == VaeConfig(
         channels=(4, 8, 8), layers_per_block=1, norm_groups=2, latent_channels=5,
         space_compression=4,
     )  # fmt: skip
@@ -683,13 +685,13 @@ def test_from_base_embeds_enlarged_latents_alike(kernel: str, base, tmp_path) ->
     plan = engine.plan(dataclasses.replace(source, table=table))
     leaves = dict(plan.leaves())
     assert plan.cfg == dataclasses.replace(CFG, context_kernels=(kernel,))
-    shape = transformer_model.kernel_shape(kernel)
+    shape = kernel_shape(kernel)
     small = np.random.default_rng(0).standard_normal((1, 3, 4, 6, 16)).astype(np.float32)
     times = (shape[0], shape[1] // 2, shape[2] // 2)
     large = small
     for axis, n in enumerate(times, 1):
         large = np.repeat(large, n, axis=axis)
-    embed = transformer_model.ContextEmbed(plan.cfg)
+    embed = ContextEmbed(plan.cfg)
 
     def tokens(name: str, latents: np.ndarray, kernel: str) -> jax.Array:
         params = {k: jnp.asarray(leaves[f"embed/{name}/{k}"]) for k in ("kernel", "bias")}
@@ -742,13 +744,13 @@ def test_original_transformer_agrees(original, golden) -> None:
     assert cfg.context_kernels == () and cfg.image_dim is None and cfg.guidance
     params = bundle.load_params(original, manifest, "transformer")
     x = np.moveaxis(reference["latents"], 1, -1)
-    conditions = transformer_model.Conditions(
+    conditions = Conditions(
         jnp.asarray(reference["text"]), jnp.asarray(reference["text_mask"] != 0),
         jnp.asarray(reference["pooled"]), None, jnp.asarray(reference["guidance"] / 1000),
     )  # fmt: skip
     context = PackedContext((), (), jnp.arange(x.shape[1])[None, :], ())
     sigma = jnp.asarray(reference["timestep"] / 1000)
-    ours = transformer_model.velocity(cfg, params, jnp.asarray(x), sigma, context, conditions)
+    ours = TRANSFORMER.velocity(cfg, params, jnp.asarray(x), sigma, context, conditions)
     assert relative_error(np.moveaxis(ours, -1, 1), reference["output"]) <= PARITY
 
 
@@ -758,7 +760,7 @@ def test_original_vae_agrees(original, golden) -> None:
     manifest = bundle.read_manifest(original)
     _, cfg = bundle.role_config(manifest, "vae")
     params = bundle.load_params(original, manifest, "vae")
-    whole = vae.Tiling(frames=None)
+    whole = Tiling(frames=None)
     pixels = jnp.asarray(np.moveaxis(reference["vae_pixels"], 1, -1))
     mean, logvar = vae.encode(cfg, params, pixels, whole)
     decoded = vae.decode(cfg, params, jnp.asarray(np.moveaxis(reference["vae_mean"], 1, -1)), whole)

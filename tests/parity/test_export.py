@@ -32,7 +32,7 @@ from framepack_jax.conversion import engine, export, lora, tables, weight_files
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, siglip
-from framepack_jax.models.hunyuan import transformer, vae
+from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from tests.fixtures.paths import ROOT
 from tests.fixtures.torch_reference import randomize
 from tests.parity.test_conversion import CLIP, SIGLIP, SIZES
@@ -167,9 +167,9 @@ def test_the_original_file_comes_back(golden, tmp_path) -> None:
 
 
 @st.composite
-def configs(draw, framepack: bool) -> transformer.TransformerConfig:
+def configs(draw, framepack: bool) -> TransformerConfig:
     """Small transformers of every shape that the tables tell apart."""
-    return transformer.TransformerConfig(
+    return TransformerConfig(
         in_channels=draw(st.sampled_from([4, 16])),
         out_channels=draw(st.sampled_from([4, 16])),
         heads=draw(st.integers(1, 3)),
@@ -188,7 +188,7 @@ def configs(draw, framepack: bool) -> transformer.TransformerConfig:
 
 
 def random_bundle(
-    root: Path, cfg: transformer.TransformerConfig, seed: int, scale: float = 1
+    root: Path, cfg: TransformerConfig, seed: int, scale: float = 1
 ) -> dict[str, np.ndarray]:
     """A bundle of random bits in several dtypes; returns its leaves."""
     random = np.random.default_rng(seed)
@@ -241,7 +241,7 @@ def other_configs(draw, role: str) -> Any:
     match role:
         case "vae":
             widths = draw(st.lists(st.sampled_from([4, 8, 12]), min_size=3, max_size=4))
-            return vae.VaeConfig(
+            return VaeConfig(
                 latent_channels=draw(st.sampled_from([4, 16])), channels=tuple(widths),
                 layers_per_block=draw(size), norm_groups=draw(st.sampled_from([2, 4])),
                 space_compression=draw(st.sampled_from([4, 8])),
@@ -310,7 +310,7 @@ def test_types_can_be_changed_on_the_way_out(tmp_path) -> None:
 
 def test_names_of_a_single_file(tmp_path) -> None:
     """A base model goes out in the original names, a FramePack model, which has none, does not."""
-    cfg = transformer.TransformerConfig(
+    cfg = TransformerConfig(
         heads=1, head_dim=16, double_layers=1, single_layers=1, refiner_layers=1, text_dim=2,
         pooled_dim=2, image_dim=3, rope_axes=(4, 6, 6),
     )  # fmt: skip
@@ -356,7 +356,7 @@ def test_a_lora_goes_out_in_other_names(framepack_bundle, tmp_path, capsys) -> N
 
 
 def test_numbers_that_a_type_cannot_hold_do_not_go_out(tmp_path) -> None:
-    cfg = transformer.TransformerConfig(
+    cfg = TransformerConfig(
         heads=1, head_dim=16, double_layers=1, single_layers=1, refiner_layers=1, text_dim=2,
         pooled_dim=2, image_dim=3, rope_axes=(4, 6, 6),
     )  # fmt: skip
@@ -413,9 +413,7 @@ def test_llama_and_other_kernels_do_not_go_out(framepack_bundle, tmp_path) -> No
     with pytest.raises(ConversionError, match="make no whole model"):
         export._steps("text_encoder", "diffusers", None)
     role = manifest.roles["transformer"]
-    cfg = bundle.config_from_json(
-        transformer.TransformerConfig, {**role.config, "context_kernels": ["k1"]}
-    )
+    cfg = bundle.config_from_json(TransformerConfig, {**role.config, "context_kernels": ["k1"]})
     with pytest.raises(ConversionError, match="embeds context with k1; diffusers'"):
         export.CONFIGS["transformer"](cfg, manifest)
 

@@ -32,6 +32,10 @@ from framepack_jax.conversion import lora as files
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import lora, lora_layers, quantization, registry, scan
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.hunyuan.embed import Conditions
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.hunyuan.step_cache import block_input, first_block
 from framepack_jax.models.lora import Factors
 from framepack_jax.models.params import Params, stack_layers, unstack_layers
 from framepack_jax.models.quantization import cast_params
@@ -88,7 +92,7 @@ def arguments(inputs):
         tuple(inputs[k] for k in kernels), tuple(indices[k] for k in kernels), indices["target"],
         kernels,
     )  # fmt: skip
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         inputs["text"], np.arange(TEXT)[None, :] < 4, inputs["pooled"], inputs["image"],
         np.array([6.0], np.float32),
     )  # fmt: skip
@@ -229,8 +233,8 @@ def test_parts_of_the_pass_for_step_caches(model) -> None:
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def parts(params):
-        first = transformer.first_block(cfg, params, tokens)
-        return transformer.block_input(cfg, params, tokens), first.img, first.txt
+        first = first_block(cfg, params, tokens)
+        return block_input(cfg, params, tokens), first.img, first.txt
 
     ours, merged, plain = map(parts, (attached, lora.merge(attached), params))
     for part in range(len(ours)):
@@ -344,11 +348,11 @@ def test_several_with_weights_are_the_sum_of_their_changes(model) -> None:
     assert {f.rank for f in both.values()} >= {1, 2, 3, 4, 5, 6}
     # Nothing is rounded yet.
     assert {s for f in both.values() for s in f.scale} == {0.35, -0.65}
-    leaves = unstack_layers(jax.device_get(params), transformer.STACKS)
+    leaves = unstack_layers(jax.device_get(params), TRANSFORMER.stacks)
     for weight, made in ((0.7, one), (-1.3, two)):
         for path, change in changes(made).items():
             leaves[path] = leaves[path] + weight * change
-    expected = stack_layers(leaves, transformer.STACKS, np.stack)
+    expected = stack_layers(leaves, TRANSFORMER.stacks, np.stack)
     attached = lora.attach(params, both)
     error = jax.tree.map(relative_error, lora.merge(attached), expected)
     assert max(jax.tree.leaves(error)) < 1e-6
@@ -410,7 +414,7 @@ def test_on_a_mesh_by_its_rules(model) -> None:
     attached = lora.attach(params, random_lora(cfg, 12), mesh=mesh, dtype=jnp.bfloat16)
     leaf = attached["double"]["img_qkv"]["lora_b"]
     assert leaf.sharding == jax.NamedSharding(mesh, jax.P()) and leaf.dtype == jnp.bfloat16
-    sharding.resolve([*transformer.SHARDINGS, *lora.SHARDINGS], attached)
+    sharding.resolve([*TRANSFORMER.sharding_rules, *lora.SHARDINGS], attached)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +447,7 @@ class Original:
     """Tencent's toy network: config, its tensors, the leaves they become, and its matrices adapted
     at random, {module: (down, up, alpha)}."""
 
-    cfg: transformer.TransformerConfig
+    cfg: TransformerConfig
     tensors: Tensors
     leaves: Tensors
     adapters: dict[str, tuple[np.ndarray, np.ndarray, float]]
@@ -947,10 +951,10 @@ def test_diffusers_and_peft_agree_with_us(module, model, arguments, inputs, tmp_
     made = {p: f._replace(scale=f.scale * (0.1 + 0.2 * i)) for i, (p, f) in enumerate(made.items())}
     file = tmp_path / "x.safetensors"
     files.write(file, made, cfg)
-    leaves = unstack_layers(jax.device_get(params), transformer.STACKS)
+    leaves = unstack_layers(jax.device_get(params), TRANSFORMER.stacks)
     for path, change in changes(files.read(file, cfg).lora).items():
         leaves[path] = leaves[path] + np.float32(change)
-    ours = velocity(cfg, stack_layers(leaves, transformer.STACKS, np.stack), *arguments)
+    ours = velocity(cfg, stack_layers(leaves, TRANSFORMER.stacks, np.stack), *arguments)
     assert relative_error(ours, torch_velocity(module, inputs)) > 0.05
     tensors, metadata = HunyuanVideoFramepackPipeline.lora_state_dict(
         file, return_lora_metadata=True

@@ -18,7 +18,9 @@ from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.diffusion.cache import StepCacheConfig, first_block, run_or_skip, start, tea
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.hunyuan.step_cache import TEACACHE
 from framepack_jax.models.params import stack_layers
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
 
@@ -83,12 +85,10 @@ def context_of(arrays) -> packing.PackedContext:
     )
 
 
-def conditions_of(arrays, prefix: str = "") -> transformer.Conditions:
+def conditions_of(arrays, prefix: str = "") -> Conditions:
     text, pooled = arrays[f"{prefix}text"], arrays[f"{prefix}pooled"]
     guidance = np.full(len(text), 6.0, np.float32)
-    return transformer.Conditions(
-        text, np.ones(text.shape[:2], bool), pooled, arrays["image"], guidance
-    )
+    return Conditions(text, np.ones(text.shape[:2], bool), pooled, arrays["image"], guidance)
 
 
 def denoise(network, arrays, cache: StepCacheConfig | None, prefix: str = "", **options):
@@ -107,7 +107,7 @@ def alone(arrays, sample: int):
 def test_teacache_equals_the_release(golden) -> None:
     checkpoint = weight_files.open_checkpoint(golden / "transformer")
     plan = engine.plan(tables.recognise(checkpoint, "transformer"))
-    network = plan.cfg, stack_layers(dict(plan.leaves()), transformer.STACKS)
+    network = plan.cfg, stack_layers(dict(plan.leaves()), TRANSFORMER.stacks)
     reference = {
         name: rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x
         for name, x in load_file(golden / "pipeline.safetensors").items()
@@ -116,7 +116,7 @@ def test_teacache_equals_the_release(golden) -> None:
     (section,) = packing.plan(packing.parse(schedule), 1)
     timeline = packing.Timeline(4, reference["start_latent"].shape[2:], 1)
     timeline.write(range(1), reference["start_latent"])
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         reference["prompt_embeds"], reference["prompt_mask"].astype(bool), reference["pooled"],
         reference["image_embeds"], np.full(1, 10.0, np.float32),
     )  # fmt: skip
@@ -281,7 +281,7 @@ def test_what_slow_changes_are_measured_from(kind) -> None:
 def test_teacache_goes_on_after_a_change_that_is_no_number() -> None:
     """Once 0 / 0 entered the sum, no sum would ever reach the threshold again."""
     state = start((1, 2, 3), jnp.float32)
-    need, state = tea(state, state.signal, jnp.array(False), 0.15, transformer.TEACACHE)
+    need, state = tea(state, state.signal, jnp.array(False), 0.15, TEACACHE)
     assert need.all() and state.total == 0
 
 

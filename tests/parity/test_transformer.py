@@ -12,6 +12,10 @@ from einops import rearrange
 
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.blocks import DoubleBlock, SingleBlock
+from framepack_jax.models.hunyuan.config import POOLED_KERNELS, TransformerConfig
+from framepack_jax.models.hunyuan.embed import Conditions
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.params import stack_layers, unstack_layers
 from framepack_jax.packing import PackedContext, group_tokens
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
@@ -70,7 +74,7 @@ def ours_of(inputs):
         target_indices=indices("target"),
         kernels=("k4", "k2", "k1", "k1"),
     )
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         inputs["text"],
         np.arange(TEXT)[None, :] < LENGTHS,
         inputs["pooled"],
@@ -152,7 +156,7 @@ def test_double_block(model, tokens, captured) -> None:
     cfg, params = model
     first = jax.tree.map(lambda x: x[0], params["double"])
     img, txt, *rest = tokens
-    ours = jax.jit(transformer.DoubleBlock(cfg).apply)({"params": first}, (img, txt), *rest)
+    ours = jax.jit(DoubleBlock(cfg).apply)({"params": first}, (img, txt), *rest)
     valid = np.asarray(tokens.valid)
     assert relative_error(valid_rows(ours, valid), valid_rows(captured["double"], valid)) < 2e-4
 
@@ -162,7 +166,7 @@ def test_single_block(model, tokens, captured) -> None:
     first = jax.tree.map(lambda x: x[0], params["single"])
     both = np.concatenate([x.numpy() for x in captured["single_in"]], axis=1)
     _, _, *rest = tokens
-    ours = jax.jit(transformer.SingleBlock(cfg).apply)({"params": first}, both, *rest)
+    ours = jax.jit(SingleBlock(cfg).apply)({"params": first}, both, *rest)
     valid = np.asarray(tokens.valid)
     assert relative_error(np.asarray(ours)[valid], valid_rows(captured["single"], valid)) < 2e-4
 
@@ -233,7 +237,7 @@ def test_base_model(tmp_path) -> None:
     x = random.standard_normal((1, 2, 6, 8, 16), dtype=np.float32)
     text = random.standard_normal((1, 5, 32), dtype=np.float32)
     pooled = random.standard_normal((1, 24), dtype=np.float32)
-    conditions = transformer.Conditions(text, np.ones((1, 5), bool), pooled)
+    conditions = Conditions(text, np.ones((1, 5), bool), pooled)
     context = PackedContext((), (), np.arange(2, dtype=np.int32)[None, :], ())
     ours = velocity(cfg, params, x, np.array([0.3], np.float32), context, conditions)
     with torch.no_grad():
@@ -245,7 +249,7 @@ def test_base_model(tmp_path) -> None:
 
 
 def test_parameter_counts_at_full_size() -> None:
-    full = transformer.TransformerConfig()
+    full = TransformerConfig()
     assert registry.parameter_count("hunyuan_packed_dit", full) == 12_874_314_816
     base = dataclasses.replace(full, context_kernels=(), image_dim=None)
     assert registry.parameter_count("hunyuan_packed_dit", base) == 12_821_012_544
@@ -253,7 +257,7 @@ def test_parameter_counts_at_full_size() -> None:
 
 def test_full_size_step_by_shapes() -> None:
     """608 x 640, latent window 9: 17500 image tokens."""
-    cfg = transformer.TransformerConfig()
+    cfg = TransformerConfig()
     params = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
 
     def shape(*dims, dtype=jnp.float32):
@@ -268,7 +272,7 @@ def test_full_size_step_by_shapes() -> None:
         shape(1, 9, dtype=jnp.int32),
         kernels,
     )
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         shape(1, 256, 4096), shape(1, 256, dtype=bool), shape(1, 768), shape(1, 729, 1152), shape(1)
     )
     args = (params, x, shape(1), context, conditions)
@@ -282,8 +286,8 @@ def test_full_size_step_by_shapes() -> None:
 @pytest.mark.parametrize("kernel", ["k1", "k2", "k4", "k8", "k16", "k1h4w4", "k1h2w6"])
 def test_every_kernel_embeds(kernel: str) -> None:
     """Tokens and RoPE tables of any kernel have the length that `packing` says."""
-    stored = transformer.POOLED_KERNELS.get(kernel, kernel)
-    cfg = transformer.TransformerConfig(
+    stored = POOLED_KERNELS.get(kernel, kernel)
+    cfg = TransformerConfig(
         heads=1, head_dim=8, double_layers=1, single_layers=1, refiner_layers=1, text_dim=4,
         pooled_dim=4, image_dim=4, rope_axes=(2, 2, 4), context_kernels=(stored,),
     )  # fmt: skip
@@ -292,7 +296,7 @@ def test_every_kernel_embeds(kernel: str) -> None:
     index = jnp.zeros((1, 5), jnp.int32)
     latents = jnp.ones((1, 5, 10, 14, 16))
     context = PackedContext((latents,), (index,), index[:, :1], (kernel,))
-    conditions = transformer.Conditions(
+    conditions = Conditions(
         jnp.ones((1, 2, 4)), jnp.ones((1, 2), bool), jnp.ones((1, 4)), jnp.ones((1, 3, 4)),
         jnp.ones(1),
     )  # fmt: skip
@@ -318,7 +322,7 @@ def test_what_does_not_fit_is_named(model, inputs) -> None:
 
 def test_layers_split_and_join(model) -> None:
     _, params = model
-    leaves = unstack_layers(params, transformer.STACKS)
+    leaves = unstack_layers(params, TRANSFORMER.stacks)
     assert {"double/01/img_qkv/kernel", "single/00/mod/bias", "embed/patch/bias"} <= set(leaves)
-    again = stack_layers(leaves, transformer.STACKS)
+    again = stack_layers(leaves, TRANSFORMER.stacks)
     jax.tree.map(np.testing.assert_array_equal, again, params)

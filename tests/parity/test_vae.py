@@ -14,9 +14,10 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from flax.traverse_util import unflatten_dict
 
-from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.vae import Tiling, VaeConfig
+from framepack_jax.models.hunyuan import vae, vae_blocks
+from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.tiling import Tiling
 from framepack_jax.ops import conv
 from tests.fixtures.torch_reference import randomize, relative_error, to_jax
 
@@ -283,9 +284,9 @@ def test_gradient_is_finite_and_reaches_every_parameter(block):
         channels=(4, 8), layers_per_block=1, norm_groups=2, space_compression=2, time_compression=2
     )
     module = {
-        "down": vae.Down(cfg, 8, (2, 2, 2)),
-        "mid": vae.Mid(cfg),
-        "up": vae.Up(cfg, 8, (2, 2, 2)),
+        "down": vae_blocks.Down(cfg, 8, (2, 2, 2)),
+        "mid": vae_blocks.Mid(cfg),
+        "up": vae_blocks.Up(cfg, 8, (2, 2, 2)),
     }[block]
     x = ours(sample((1, 4, 3, 4, 4)))
     params = random_params(module, x)
@@ -410,7 +411,7 @@ def test_gradients_on_a_cpu_are_those_of_one_convolution(
 def test_attention_reads_no_later_frame():
     cfg = SMALL
     x = ours(sample((2, 16, 4, 2, 3)))
-    block = vae.Attention(cfg)
+    block = vae_blocks.Attention(cfg)
     params = random_params(block, x)
     # A change that moves no group statistic: the channels of a group trade places.
     later = x.at[:, 2:].set(x[:, 2:].reshape(2, 2, 2, 3, 4, 4)[..., ::-1].reshape(2, 2, 2, 3, 16))

@@ -6,7 +6,7 @@ A compiler's own count takes the body of a loop once, however often it runs.
 import math
 
 from framepack_jax import packing
-from framepack_jax.models.hunyuan.transformer import PATCH, POOLED_KERNELS, TransformerConfig
+from framepack_jax.models.hunyuan.config import PATCH, TransformerConfig, embedding_kernel
 
 
 def forward_flops(
@@ -37,7 +37,7 @@ def forward_flops(
     double = products(length, *wide) + 2 * products(1, (width, 6 * width))
     single = products(length, *wide) + products(1, (width, 3 * width))
 
-    kernels = [(POOLED_KERNELS.get(s.kernel, s.kernel), n) for s, n in context]
+    kernels = [(embedding_kernel(segment.kernel), n) for segment, n in context]
     embed = sum(
         products(tokens, (math.prod(packing.kernel_shape(kernel)) * cfg.in_channels, width))
         for kernel, tokens in [*kernels, (PATCH, target)]

@@ -1,32 +1,26 @@
 """Specs of HunyuanVideo's networks."""
 
-from framepack_jax.diffusion.network import StepCacheHooks
-from framepack_jax.models.hunyuan import flops, transformer, vae
+from framepack_jax.models.hunyuan import config, flops, step_cache, transformer, vae
+from framepack_jax.models.hunyuan.embed import Conditions
+from framepack_jax.models.hunyuan.offload_programs import offload_programs
 from framepack_jax.models.spec import DenoiserSpec, VaeSpec
 
 TRANSFORMER = DenoiserSpec(
     kind="hunyuan_packed_dit",
-    config=transformer.TransformerConfig,
+    config=config.TransformerConfig,
     init=transformer.init,
-    sharding_rules=transformer.SHARDINGS,
-    stacks=transformer.STACKS,
-    offloadable=transformer.OFFLOADABLE,
+    sharding_rules=config.SHARDINGS,
+    stacks=config.STACKS,
+    offloadable=config.OFFLOADABLE,
     velocity=transformer.velocity,
-    step_cache=StepCacheHooks(
-        embed=transformer.embed,
-        block_input=transformer.block_input,
-        first_block=transformer.first_block,
-        run_blocks=transformer.run_blocks,
-        head=transformer.head,
-        teacache=transformer.TEACACHE,
-    ),
-    conditions=transformer.Conditions,
-    patch=transformer.PATCH,
-    context_kernels=transformer.context_kernels,
-    check_kernels=transformer.check_kernels,
-    check_mesh=transformer.check_mesh,
+    step_cache=step_cache.HOOKS,
+    conditions=Conditions,
+    patch=config.PATCH,
+    context_kernels=config.context_kernels,
+    check_kernels=config.check_kernels,
+    check_mesh=config.check_mesh,
     forward_flops=flops.forward_flops,
-    offload_programs=transformer.programs,
+    offload_programs=offload_programs,
 )
 
 VAE = VaeSpec(

@@ -12,6 +12,8 @@ from framepack_jax import packing
 from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver, solver_table
 from framepack_jax.diffusion.network import StepCacheHooks
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from tests.fixtures.torch_reference import relative_error
 
@@ -186,7 +188,7 @@ def test_sigmas_of_another_table_are_refused(noise) -> None:
 
 @pytest.fixture(scope="module")
 def network():
-    cfg = transformer.TransformerConfig(
+    cfg = TransformerConfig(
         in_channels=4, out_channels=4, heads=2, head_dim=6, double_layers=2, single_layers=1,
         refiner_layers=1, text_dim=8, pooled_dim=8, image_dim=None, rope_axes=(2, 2, 2),
     )  # fmt: skip
@@ -196,9 +198,9 @@ def network():
     return cfg, jax.device_put(weights)
 
 
-def conditions() -> transformer.Conditions:
+def conditions() -> Conditions:
     text, valid = np.ones((1, 3, 8), np.float32), np.ones((1, 3), bool)
-    return transformer.Conditions(text, valid, np.ones((1, 8), np.float32), None, np.ones(1))
+    return Conditions(text, valid, np.ones((1, 8), np.float32), None, np.ones(1))
 
 
 @pytest.mark.parametrize("kind", [None, "tea", "first-block"])

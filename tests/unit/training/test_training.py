@@ -25,6 +25,8 @@ from framepack_jax.data.loader import open_loader
 from framepack_jax.diffusion import flow
 from framepack_jax.models import lora, lora_layers, quantization, scan
 from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.embed import Conditions
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.parallel import sharding
 from framepack_jax.training import (
     flow_matching,
@@ -207,9 +209,7 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     x = np.asarray(batch.target, np.float32)
     sigma = np.asarray(sigmas)[:, None, None, None, None]
     given = batch.conditions
-    conditions = transformer.Conditions(
-        given.text, given.text_valid, given.pooled, given.image, jnp.ones(4)
-    )
+    conditions = Conditions(given.text, given.text_valid, given.pooled, given.image, jnp.ones(4))
     denoise = functools.partial(transformer.velocity, setup.model.cfg)
     velocity = jax.jit(denoise, compiler_options=QUICK)(
         begun.params, (1 - sigma) * x + sigma * noise, sigmas,
@@ -527,8 +527,8 @@ def test_the_released_model_shards_with_its_optimizer(name) -> None:
     model = state.model_of(cfg, manifest)
     trained, _ = state.abstract_params(cfg, model)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 12_874_314_816
-    specs = sharding.resolve((*transformer.SHARDINGS, *lora.SHARDINGS), trained)
-    tx = optimizer.make(cfg.optimizer, transformer.STACKS)
+    specs = sharding.resolve((*TRANSFORMER.sharding_rules, *lora.SHARDINGS), trained)
+    tx = optimizer.make(cfg.optimizer, TRANSFORMER.stacks)
     opt_state = jax.eval_shape(tx.init, trained)
     found = optimizer.state_specs(opt_state, trained, specs)
     bytes_, held = 0, 0
