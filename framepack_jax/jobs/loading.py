@@ -50,7 +50,7 @@ def open_pipe(
     if mesh is None and jax.process_count() > 1:
         _, cfg = bundle.role_config(bundle.read_manifest(path), "transformer")
         sizes = sharding.default_sizes(jax.device_count(), cfg.heads)
-    devices = sharding.make_mesh(**sizes) if sizes else None
+    devices = sharding.make_mesh(**sizes, devices=jax.devices()) if sizes else None
     tiling = tiling_of(tile)
     parsed = packing.parse(schedule) if schedule else None
     return FramePack.open(path, dtype=dtype, schedule=parsed, tiling=tiling, mesh=devices)

@@ -226,7 +226,7 @@ class RunDir:
 
         Raises DamagedFile, which holds the sections before the damaged one.
         """
-        latents = []
+        latents: list[np.ndarray] = []
         for number, section in enumerate(plan):
             file = self._section_file(number)
             if not file.exists():

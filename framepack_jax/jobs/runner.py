@@ -114,6 +114,7 @@ def _make_group(
                 if not is_collective_error(error):
                     raise
                 yield task, explained(error)
+        reason: Exception
         while begun:
             try:
                 _make(pipe, begun, decode)
@@ -243,7 +244,7 @@ def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int
     each = [task.run.known() for task in tasks]
     known = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
     timeline = pipe.timeline(plan, known)
-    there = []
+    there: list[Sequence[np.ndarray]] = []
     for task in tasks:
         try:
             there.append(task.run.sections(plan, timeline.latents.shape[2:]))

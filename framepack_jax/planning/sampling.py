@@ -179,7 +179,8 @@ class _Work:
             with jax.set_mesh(devices):
                 parts = spec.offload_programs(cfg, weights, *given)
             return [self._compile_part(part) for part in parts]
-        kind = self.settings.step_cache and self.settings.step_cache.kind
+        step_cache = self.settings.step_cache
+        kind = None if step_cache is None else step_cache.kind
         fixed = spec, cfg, pipe.dtype, kind
         # Zeros on this machine, outside of the mesh, whose devices hold nothing.
         cached = jax.tree.map(whole, sampler.start_caches(*fixed, weights, inputs, state.x))
@@ -210,7 +211,8 @@ class _Work:
         timeline.known[:] = True
         context = packing.read_context(section, timeline)
         vision, text = configs["image_encoder"], configs["text_encoder"]
-        shape = jax.ShapeDtypeStruct
+        # Shapes stand for arrays, whose types they do not have.
+        shape: Any = jax.ShapeDtypeStruct
         dtype, tokens = jnp.dtype(pipe.dtype), image_tokens(vision)
         conditions = pipe.transformer.spec.conditions(
             shape((batch, MAX_PROMPT_TOKENS, text.width), dtype),

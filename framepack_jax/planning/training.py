@@ -127,13 +127,15 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
     context = packing.read_context(section, timeline)
     where = NamedSharding(task.mesh, PartitionSpec(BATCH))
 
-    def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    # Shapes stand for arrays, whose types they do not have.
+    def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=where)
 
     number = shape(dtype=jnp.int32)
     return Batch(
         target=shape(len(section.targets), *frame),
-        context=context.replace(
+        context=dataclasses.replace(
+            context,
             latents=tuple(shape(*x.shape[1:]) for x in context.latents),
             indices=tuple(shape(*x.shape[1:], dtype=jnp.int32) for x in context.indices),
             target_indices=shape(len(section.targets), dtype=jnp.int32),

@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-# A mixin of tqdm classes, which type checkers see as tqdm itself.
-Base = tqdm if TYPE_CHECKING else object
+if TYPE_CHECKING:
+
+    class Base(tqdm):
+        """What type checkers see in place of the tqdm class that `Plain` is mixed into."""
+
+        disable: bool
+else:
+    Base = object
 # Seconds between the lines of a bar in a log.
 BETWEEN_LINES = 30
 LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
