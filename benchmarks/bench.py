@@ -1,4 +1,4 @@
-"""What the benchmarks of one GPU share: sizes, inputs, and rows of figures.
+"""Sizes, inputs and rows of figures that the benchmarks of one GPU share.
 
 Source of the sizes: the released model, at 608 x 640 pixels with window 9.
 """
@@ -24,7 +24,7 @@ from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.flops import attention_flops, forward_flops
 from framepack_jax.parallel.hardware import chip_of
 
-ROUNDS, LEAST_SECONDS = 3, 0.25
+ROUNDS, MIN_SECONDS = 3, 0.25
 IMAGE_TOKENS = 729
 SCHEDULE = packing.parse(packing.RELEASED_INVERTED)
 BF16 = jnp.bfloat16
@@ -37,8 +37,11 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Sizes of what is measured; `convs` are (frames, height, width, channels in and out), and
-    `lengths` (tokens, valid ones of them) those that kernels of attention are known to fail at."""
+    """Sizes to measure at.
+
+    `convs` are (frames, height, width, input channels, output channels). `lengths` are (tokens,
+    valid tokens) at which attention kernels are known to fail.
+    """
 
     dit: TransformerConfig
     vae: VaeConfig
@@ -85,15 +88,18 @@ TOY = Scale(
 
 
 class Bench:
-    """Rows of figures, printed and kept as they come."""
+    """Collect rows of figures; print and save each at once."""
 
     def __init__(self, scale: Scale, rows: list[Row], keep: Callable[[], Any]) -> None:
         self.scale, self.rows, self.keep = scale, rows, keep
         self._peak = 0
 
     def add(self, name: str, *, seconds: float, flops: float = 0, moved: float = 0, **more) -> None:
-        """A row: `flops` and `moved` bytes become rates; those of a network, whose `work` is told
-        by kind, also a share of what the vendor says of the chip."""
+        """Add a timed row.
+
+        `flops` and `moved` bytes become rates. For a network, which gives its `work` by kind, the
+        row also has the share of the chip's peak rate (MFU).
+        """
         row: Row = {"name": name, "ms": 1e3 * seconds}
         if flops:
             row["tflop_s"] = flops / seconds / 1e12
@@ -104,7 +110,7 @@ class Bench:
         self._keep(row | more)
 
     def say(self, name: str, **figures: Any) -> None:
-        """A row that times nothing."""
+        """Add a row without a time."""
         self._keep({"name": name, **figures})
 
     def _keep(self, row: Row) -> None:
@@ -117,14 +123,14 @@ class Bench:
         print(", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
 
     def fail(self, name: str, error: Exception) -> None:
-        """A row that says why there are no figures."""
+        """Add a row that gives the error instead of figures."""
         print(traceback.format_exc(limit=3), flush=True)
         self._peak = peak_memory()
         self.rows.append({"name": name, "error": f"{type(error).__name__}: {error}"[:400]})
         self.keep()
 
     def time(self, name: str, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        """Compile and time a function of arrays; what fails is a row too."""
+        """Compile and time a function of arrays. A failure becomes a row."""
         try:
             began = time.monotonic()
             compiled = jax.jit(function).lower(*args).compile()
@@ -136,7 +142,7 @@ class Bench:
         return self.clock(name, compiled, *args, **more)
 
     def clock(self, name: str, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        """Time a function as it is; what fails is a row too."""
+        """Time a function without compiling it. A failure becomes a row."""
         try:
             seconds, out = timed(function, *args)
         except Exception as error:
@@ -147,18 +153,18 @@ class Bench:
 
 
 def program_bytes(compiled: Any) -> int:
-    """What a compiled program needs of the device: arguments, results, temporaries."""
+    """Return the device bytes of a compiled program: arguments, results, temporaries."""
     size = compiled.memory_analysis()
     parts = size.argument_size_in_bytes, size.output_size_in_bytes, size.temp_size_in_bytes
     return sum(parts) - size.alias_size_in_bytes
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """(median seconds of a call, its result), many calls in a row at a time."""
+    """Return (median seconds of a call, its result); each round times many calls in a row."""
     out = jax.block_until_ready(function(*args))
     began = time.monotonic()
     jax.block_until_ready(function(*args))
-    calls = max(1, math.ceil(LEAST_SECONDS / max(1e-6, time.monotonic() - began)))
+    calls = max(1, math.ceil(MIN_SECONDS / max(1e-6, time.monotonic() - began)))
     seconds = []
     for _ in range(ROUNDS):
         began = time.monotonic()
@@ -170,12 +176,12 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def normal(seed: int, *shape: int, dtype: Any = BF16) -> jax.Array:
-    """Random numbers: zeros would be faster than what people compute with."""
+    """Return random numbers; zeros would compute faster than real data."""
     return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, dtype))()
 
 
 def filled(tree: Any, scale: float = 0.02) -> Any:
-    """Arrays for abstract ones: random numbers, one block of them again and again, True and 0."""
+    """Fill abstract arrays: one block of random numbers repeated, True, or 0."""
     block = normal(0, 2**20 + 3, dtype=jnp.float32) * scale
 
     def leaf(block: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -191,18 +197,18 @@ def filled(tree: Any, scale: float = 0.02) -> Any:
 
 
 def relative_error(x: Any, reference: Any) -> float:
-    """|x - reference| / |reference| in float32; NaN where either has one."""
+    """Return |x - reference| / |reference| in float32; NaN if either has a NaN."""
     x, reference = (np.asarray(jax.device_get(a), np.float32) for a in (x, reference))
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
 
 
 def peak_memory() -> int:
-    """Most bytes that the device's allocator has handed out; 0 where it does not say."""
+    """Return the peak bytes of the device's allocator; 0 if it does not report them."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def denoiser_inputs(scale: Scale, batch: int = 1, weights: bool = True) -> tuple[Any, ...]:
-    """(params, x, sigma, context, conditions), bfloat16; None for params without `weights`."""
+    """Return (params, x, sigma, context, conditions) in bfloat16; params only with `weights`."""
     dit = scale.dit
     frame = (*(side // 8 for side in scale.pixels), dit.in_channels)
     section = packing.plan(SCHEDULE, 1)[0]
@@ -227,13 +233,13 @@ def denoiser_inputs(scale: Scale, batch: int = 1, weights: bool = True) -> tuple
 
 
 def step_flops(scale: Scale) -> int:
-    """FLOPs of a forward pass."""
+    """Return the FLOPs of a forward pass."""
     rows, columns = (side // 8 for side in scale.pixels)
     return forward_flops(scale.dit, SCHEDULE, rows, columns, MAX_PROMPT_TOKENS, IMAGE_TOKENS)
 
 
 def step_work(scale: Scale) -> dict[str, int]:
-    """Them by kind: attention and other products run at different rates."""
+    """Return the FLOPs of a forward pass by kind; attention and other products differ in rate."""
     rows, columns = (side // 8 for side in scale.pixels)
     attention = attention_flops(scale.dit, SCHEDULE, rows, columns, MAX_PROMPT_TOKENS, IMAGE_TOKENS)
     return {"attention": attention, "products": step_flops(scale) - attention}

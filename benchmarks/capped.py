@@ -1,12 +1,12 @@
-"""Whole videos - encoders, sampling, VAE - on a GPU of which JAX may take a part only.
+"""Measure whole videos (encoders, sampling, VAE) on a GPU with a cap on its memory.
 
     python -m benchmarks.capped --folder DIR [--caps 24 12 6] [--weights int8] [--json FILE]
 
 Writes a bundle of random weights with the released model's shapes (42 GB; in 8 bits 22 GB), unless
-DIR has it already. Makes the same video with all of the device and then under each cap, by
-`sample.py` with `--offload auto` in a process of its own, and reads what the run has noted and what
-the system counted of the process. `--scale toy` takes the same way with the random bundle; on a
-CPU, which has no cap, with `--offload full` for the caps.
+DIR has it already. Makes the same video with the whole device and then under each cap: one process
+of `sample.py --offload auto` for each. Reads the times of the run record and the peak memory of the
+process. `--scale toy` does the same with the bundle `random`; a CPU has no cap, so `--offload full`
+stands for the caps there.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from scripts import make_toy_bundle
 ROOT = Path(__file__).parent.parent
 GB = 1e9
 # Of the device's memory, what JAX may take without a cap.
-MOST = 0.95
+MAX_SHARE = 0.95
 # Numbers that are drawn; every array repeats them.
 DRAWN = 2**20 + 3
 # What a process of its own says of the device: all bytes of it, or 0 where they are not counted.
@@ -46,7 +46,7 @@ print(2 * stats.get("bytes_limit", 0))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class CapBenchmark:
     """Measure videos under caps. Times are wall-clock seconds."""
 
     folder: Path
@@ -77,7 +77,7 @@ class Config:
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     """Make the bundle, measure, print and return the figures of every run."""
     try:
-        config = tyro.cli(Config, prog="benchmarks.capped", args=args)
+        config = tyro.cli(CapBenchmark, prog="benchmarks.capped", args=args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     if not (config.folder / bundle.MANIFEST).exists():
@@ -101,7 +101,7 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def make_bundle(folder: Path, scale: str, weights: str) -> None:
-    """Write a bundle of random weights: of the released model's shapes, or of the random bundle's.
+    """Write a bundle of random weights in the shapes of the released model or of bundle `random`.
 
     Kernels are scaled by their inputs, so that all numbers stay finite; the tokenizers are those of
     the random bundle, with their end token.
@@ -138,7 +138,7 @@ def _source(scale: str, weights: str) -> str:
 
 
 def random_leaf(path: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, bfloat16 array) of a leaf; of a kernel, in `dtype`, with scales where that has any."""
+    """Return (path, bfloat16 array) of a leaf; a kernel is in `dtype`, with scales if quantized."""
     kind = path.rpartition("/")[2]
     if kind in ("bias", "scale"):
         yield path, np.full(shape, kind == "scale", "bfloat16")
@@ -155,7 +155,7 @@ def random_leaf(path: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple
 
 
 def device_bytes() -> int:
-    """Bytes of the device's memory; 0 where JAX does not count them."""
+    """Return the bytes of the device's memory; 0 if JAX does not report them."""
     half = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     said = subprocess.run(
         [sys.executable, "-c", DEVICE], env=os.environ | half, check=True, text=True,
@@ -164,9 +164,11 @@ def device_bytes() -> int:
     return int(said.stdout.split()[-1])
 
 
-def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
-    """Figures of a video under a cap in GB, or with all of the device. A run that fails is told by
-    its last words."""
+def measure(config: CapBenchmark, cap: float | None, total: int) -> dict[str, Any]:
+    """Return the figures of a video under a cap in GB, or with the whole device.
+
+    A run that fails gives the last line of its error output.
+    """
     with tempfile.TemporaryDirectory() as folder:
         offload = "none" if cap is None else "auto" if total else "full"
         command = [
@@ -179,7 +181,7 @@ def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
         # Every run compiles for itself, as the first.
         environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
         if total:
-            share = MOST if cap is None else min(MOST, cap * GB / total)
+            share = MAX_SHARE if cap is None else min(MAX_SHARE, cap * GB / total)
             environment |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}"}
         with tempfile.TemporaryFile("w+") as told:
             process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
@@ -202,8 +204,8 @@ def measure(config: Config, cap: float | None, total: int) -> dict[str, Any]:
 
 
 def figures(timings: dict[str, Any]) -> dict[str, Any]:
-    """What a run has noted: median seconds of its settled sections; seconds of loading and
-    encoding; bytes of the device at the most."""
+    """Return the figures of a run record: median seconds of its sections after the first two,
+    seconds of loading and encoding, peak bytes of the device."""
     found = lengths.figures(timings)
     return {
         "section": found["section"],
@@ -214,7 +216,7 @@ def figures(timings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(made: list[dict[str, Any]]) -> str:
-    """A Markdown table, a row a run; times are compared with the run that has all."""
+    """Return a Markdown table with a row for each run, times relative to that without a cap."""
     lines = [
         "| JAX may take | a section | times resident | loading | encoding | device, at most"
         " | host, at most |",

@@ -1,12 +1,12 @@
-"""Whether captions decide what happens, before any video is sampled.
+"""Measure how much captions decide what happens, without sampling a video.
 
     python benchmarks/captions.py --bundle tiny [--size 128x128] [--pairs 16] [--json FILE]
 
-Held-out videos of the demo world come in pairs that begin alike and in which one sprite moves
-differently. For each video the loss of its first section under the other's caption, less that under
-its own, with the same noise: 0 where the caption is not read. A model that has no doubt of either
-loses the mean square of the pair's difference, which is printed beside it. A minute on two cores,
-where sampling as many videos takes ten.
+Held-out videos of the demo world come in pairs: they begin alike, and one sprite moves differently.
+The figure is the loss of a video's first section under the other caption, minus the loss under its
+own caption, with the same noise. It is 0 if the model ignores captions. The upper bound, printed
+beside it, is the mean square of the difference of the pair. Takes a minute on two cores; sampling
+as many videos takes ten.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from framepack_jax.data.samples import conditions_of, latent_sample, make_meta
 from framepack_jax.evaluation.drift import estimate
 from framepack_jax.toy import world
 from framepack_jax.training import flow_matching, state
-from framepack_jax.training.config import TrainConfig as Training
+from framepack_jax.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Measure what a bundle makes of captions."""
+class CaptionBenchmark:
+    """Measure how much a bundle follows captions."""
 
     bundle: str = "tiny"
     """The bundle."""
@@ -53,7 +53,7 @@ class Config:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measure, print and return the figures."""
-    flags = tyro.cli(Config, args=args)
+    flags = tyro.cli(CaptionBenchmark, args=args)
     match = re.fullmatch(r"(\d+)x(\d+)", flags.size)
     if not match:
         raise SystemExit(f"error: --size {flags.size}: expected HEIGHTxWIDTH, as 128x128")
@@ -67,11 +67,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     return figures
 
 
-def measure(flags: Config, size: tuple[int, int]) -> dict[str, Any]:
-    """Losses and their rise by noise level, and what a model without doubt loses."""
+def measure(flags: CaptionBenchmark, size: tuple[int, int]) -> dict[str, Any]:
+    """Return losses, their rise by noise level, and the upper bound of the rise."""
     path = bundle.resolve(flags.bundle)
     manifest = bundle.read_manifest(path)
-    cfg = Training(guidance=flags.guidance, dtype="float32", remat="none")
+    cfg = TrainConfig(guidance=flags.guidance, dtype="float32", remat="none")
     model = state.model_of(cfg, manifest)
     params = bundle.load_params(path, manifest, "transformer", dtype=jnp.float32)
     own = batch_of(flags, size, Encoder.load(path, manifest, pixels=False), manifest)
@@ -97,9 +97,9 @@ def measure(flags: Config, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def batch_of(
-    flags: Config, size: tuple[int, int], encoder: Encoder, manifest: bundle.Manifest
+    flags: CaptionBenchmark, size: tuple[int, int], encoder: Encoder, manifest: bundle.Manifest
 ) -> Batch:
-    """The first sections of all videos, pairs beside each other with the same noise."""
+    """Batch the first sections of all videos; both of a pair have the same noise."""
     section = packing.plan(manifest.schedule, 1)[0]
     frames = 1 + 4 * manifest.schedule.window
     samples = []

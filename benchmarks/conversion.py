@@ -1,11 +1,11 @@
-"""What it costs to convert a 13B checkpoint: peak memory, and time against a copy of the bytes.
+"""Measure the conversion of a 13B checkpoint: peak memory, and time relative to copying it.
 
     python benchmarks/conversion.py [--scale toy] [--folder DIR] [--json FILE]
 
 Makes a random sharded checkpoint of the released transformer's widths in bfloat16, as deep as the
-disk allows; copies it shard by shard; converts it with the command that people use, in a process
-of its own; compares the bundle with it bit for bit; and reads from the bundle what each of eight
-devices would hold. Everything is deleted again.
+disk allows. Copies it shard by shard. Converts it with `framepack convert` in a process of its own.
+Compares bundle and checkpoint bit for bit. Reads from the bundle the share of each of eight
+devices. Deletes everything at the end.
 """
 
 import dataclasses
@@ -77,9 +77,12 @@ print(json.dumps({"bytes": conversion.load_on_mesh(sys.argv[1]), "peak": peak()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Measure a conversion. Times are wall-clock seconds and end when the disk has all; beside
-    them stand seconds of the processor, which other work on the machine changes less."""
+class ConversionBenchmark:
+    """Measure a conversion.
+
+    Times are wall-clock seconds until all is on the disk. CPU seconds, which other work on the
+    machine changes less, stand beside them.
+    """
 
     scale: Literal["full", "toy"] = "full"
     """full: the released widths, as deep as the disk allows, up to the released depth."""
@@ -93,7 +96,7 @@ class Config:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measure, print and return the figures."""
-    flags = tyro.cli(Config, args=args)
+    flags = tyro.cli(ConversionBenchmark, args=args)
     with tempfile.TemporaryDirectory(dir=flags.folder, prefix="conversion-") as name:
         root = Path(name)
         cfg = TOY if flags.scale == "toy" else _deepest(shutil.disk_usage(root).free)
@@ -109,7 +112,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 def convert(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
-    """Make, copy, convert and verify a checkpoint of `cfg`; only the bundle stays."""
+    """Make, copy, convert and verify a checkpoint of `cfg`. Keep only the bundle."""
     source = root / "checkpoint"
     size = make_checkpoint(source, cfg)
     copying, copying_processor = copy_seconds(source, root)
@@ -127,7 +130,7 @@ def convert(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path, cfg: TransformerConfig) -> int:
-    """Random bfloat16 tensors in diffusers' names, in shards with an index; returns their bytes."""
+    """Write random bfloat16 tensors under diffusers' names, in shards. Return their bytes."""
     tensors = [
         export.Tensor(name, shape, "bfloat16")
         for step in engine.steps_of(transformer.DIFFUSERS, cfg)
@@ -146,7 +149,7 @@ def make_checkpoint(folder: Path, cfg: TransformerConfig) -> int:
 
 
 def _random(tensor: export.Tensor) -> np.ndarray:
-    """Random bits, the highest of the exponent off: every number is finite, below 2."""
+    """Return random bits with the highest exponent bit off, so that all numbers are finite."""
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     bits = random.integers(0, 1 << 16, math.prod(tensor.shape), dtype=np.uint16)
     bits &= 0xBFFF
@@ -154,8 +157,8 @@ def _random(tensor: export.Tensor) -> np.ndarray:
 
 
 def copy_seconds(source: Path, root: Path) -> tuple[float, float]:
-    """Seconds in which the files of a folder are copied, each deleted before the next: by the
-    clock, and of the processor."""
+    """Return (wall-clock, CPU) seconds of copying the files of a folder, each deleted before the
+    next."""
     seconds, target, processor = 0.0, root / "copy", time.process_time()
     for file in sorted(source.iterdir()):
         began = time.monotonic()
@@ -168,7 +171,7 @@ def copy_seconds(source: Path, root: Path) -> tuple[float, float]:
 
 
 def read_shares(root: Path) -> dict[str, Any]:
-    """Peak memory of a process that reads what one of eight devices holds, for each of them."""
+    """Measure, for each of eight devices, a process that reads the share of this device."""
     shares = [_child(READ, str(root), str(device)) for device in range(DEVICES)]
     return {
         "share_bytes": [share["share"] for share in shares],
@@ -178,8 +181,10 @@ def read_shares(root: Path) -> dict[str, Any]:
 
 
 def read_share(root: str, device: int) -> int:
-    """Hold the slices of the transformer of a bundle that one device of `fsdp=8` holds; returns
-    their bytes. A leaf is read as orbax reads it, the slice of its file and no more is kept."""
+    """Read the slices of the transformer that one device of `fsdp=8` holds. Return their bytes.
+
+    A leaf is read as orbax reads it: the slice of its file, and no more is kept.
+    """
     import tensorstore
 
     manifest, mesh = bundle.read_manifest(root), _mesh()
@@ -196,7 +201,7 @@ def read_share(root: str, device: int) -> int:
 
 
 def load_shallow(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
-    """Peak memory of loading a model of a few layers on a mesh of eight devices in one process."""
+    """Measure loading a model of a few layers on a mesh of eight devices in one process."""
     shallow = dataclasses.replace(cfg, double_layers=2, single_layers=4)
     convert(root, shallow)
     loaded = _child(LOAD, str(root / "bundle"))
@@ -204,7 +209,7 @@ def load_shallow(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
 
 
 def load_on_mesh(root: str) -> int:
-    """Load the transformer of a bundle on `fsdp=8`; returns its bytes."""
+    """Load the transformer of a bundle on `fsdp=8`. Return its bytes."""
     import jax
 
     params = bundle.load_params(root, bundle.read_manifest(root), "transformer", mesh=_mesh())
@@ -218,7 +223,7 @@ def _mesh() -> Any:
 
 
 def _deepest(free: int) -> TransformerConfig:
-    """The released config with as many layers as checkpoint, bundle and a copied shard allow."""
+    """Return the released config with as many layers as fit on the disk."""
     for layers in range(FULL.double_layers, 0, -1):
         cfg = dataclasses.replace(FULL, double_layers=layers, single_layers=2 * layers)
         steps = engine.steps_of(transformer.DIFFUSERS, cfg)
@@ -229,7 +234,7 @@ def _deepest(free: int) -> TransformerConfig:
 
 
 def _child(program: str, *args: str) -> dict[str, Any]:
-    """What a Python program prints last, and the seconds until it ended and the disk had all."""
+    """Run a Python program. Return its last line of JSON, and seconds until all is on the disk."""
     root = Path(__file__).parent.parent
     flag = f"--xla_force_host_platform_device_count={DEVICES}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}

@@ -1,5 +1,7 @@
-"""What a device can do at all: matrix products, copies, attention, convolutions, weights from the
-host. Parts of `benchmarks.gpu`."""
+"""Measure what a device can do: matrix products, copies, attention, convolutions, offloading.
+
+Parts of `benchmarks.gpu`.
+"""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from framepack_jax.ops import attention, conv
 
 
 def measure_matmul(bench: Bench) -> None:
-    """The rate of matrix products in each of the number formats weights may be kept in."""
+    """Measure matrix products in each number format of weights."""
     scale = bench.scale
     n, width = scale.square, scale.dit.width
     shapes = {
@@ -28,7 +30,7 @@ def measure_matmul(bench: Bench) -> None:
         return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=out)
 
     def scaled(x: jax.Array, w: jax.Array, w_scale: jax.Array, kind: Any, most: float) -> jax.Array:
-        """Activations brought to 8 bits, a scale a row, on the way."""
+        """Quantize the activations to 8 bits with a scale for each row, then multiply."""
         peak = jnp.max(jnp.abs(x), axis=1, keepdims=True).astype(jnp.float32) / most
         x = x.astype(jnp.float32) / peak
         x = (jnp.round(x) if kind == jnp.int8 else x).astype(kind)
@@ -60,13 +62,13 @@ def measure_matmul(bench: Bench) -> None:
 
 
 def measure_copy(bench: Bench) -> None:
-    """Bytes a second of the device's memory, read and written."""
+    """Measure the bytes per second that the device's memory reads and writes."""
     x = normal(1, 16 * bench.scale.square**2)
     bench.time("x + 1", lambda x: x + 1, x, moved=2 * x.nbytes)
 
 
 def measure_attention(bench: Bench) -> None:
-    """The project's attention and the kernels below it, forward and backward."""
+    """Measure `ops.attention` and the kernels below it, forward and backward."""
     dit, length = bench.scale.dit, bench.scale.tokens
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
@@ -128,7 +130,7 @@ def measure_attention(bench: Bench) -> None:
 
 
 def measure_conv(bench: Bench) -> None:
-    """The causal 3-D convolution as one, as a sum of 2-D ones, and as one 2-D of stacked frames."""
+    """Measure the causal 3-D convolution whole, as a sum of 2-D ones, and of stacked frames."""
 
     def stacked(x: jax.Array, w: jax.Array) -> jax.Array:
         """One 2-D convolution whose channels are those of all frames of the kernel."""
@@ -178,7 +180,7 @@ class Products(nn.Module):
 
 
 def measure_streaming(bench: Bench) -> None:
-    """Weights of layers in host memory, copied while the layer before computes."""
+    """Measure layers whose weights come from host memory while the layer before computes."""
     dit, tokens, layers = bench.scale.dit, bench.scale.tokens, bench.scale.streamed_layers
     width = dit.width
     device = jax.local_devices()[0]

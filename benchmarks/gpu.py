@@ -1,13 +1,13 @@
-"""What one GPU does at the shapes of the released model.
+"""Measure one GPU at the shapes of the released model.
 
     python -m benchmarks.gpu [--parts matmul step ...] [--scale toy] [--json FILE] [--document FILE]
 
-Random weights of the true shapes: 608 x 640 pixels, window 9, bfloat16. First what the device can
-do at all - matrix products, copies, attention, convolutions, weights streamed from the host - then
-what is made of it: a denoising step, a section, the VAE, a training step of a LoRA, and what
-diffusers needs for the same (`peer-*`). Each part runs in a process of its own, so that peak memory
-is that part's; with `--json` they can be measured in several runs. `--scale toy` takes the same way
-at sizes for a CPU; its figures mean nothing.
+Weights are random, of the true shapes: 608 x 640 pixels, window 9, bfloat16. The first parts
+measure the device: matrix products, copies, attention, convolutions, weights streamed from the
+host. The others measure the model: a denoising step, a section, the VAE, a training step of a LoRA,
+and the same in diffusers (`peer-*`). Each part runs in a process of its own, so that peak memory is
+of this part. With `--json`, several runs can add to one file. `--scale toy` runs at sizes for a
+CPU; its figures mean nothing.
 """
 
 import contextlib
@@ -58,8 +58,7 @@ from framepack_jax.models.params import Params
 from framepack_jax.parallel import sharding
 from framepack_jax.planning.training import abstract_samples
 from framepack_jax.training import state
-from framepack_jax.training.config import LoRAConfig
-from framepack_jax.training.config import TrainConfig as Training
+from framepack_jax.training.config import LoRAConfig, TrainConfig
 from framepack_jax.training.flow_matching_task import Networks, set_up
 from framepack_jax.training.metrics import COST
 from framepack_jax.training.train_step import RATE, jit_train_step
@@ -74,7 +73,7 @@ ASKED = 300.0
 
 
 def measure_step(bench: Bench) -> None:
-    """A forward pass of the transformer in bfloat16, and with the blocks' kernels in 8 bits."""
+    """Measure a forward pass of the transformer in bfloat16 and with its blocks in 8 bits."""
     run = functools.partial(transformer.velocity, bench.scale.dit, dtype=BF16)
 
     def step(name: str, dtype: str | None = None) -> jax.Array | None:
@@ -135,7 +134,7 @@ def power_of_two(x: jax.Array) -> jax.Array:
 
 
 def measure_section(bench: Bench) -> None:
-    """A section of 25 steps with UniPC: as it is, with either step cache, with weights in 8 bits.
+    """Measure a section of 25 UniPC steps: plain, with each step cache, with weights in 8 bits.
 
     How often a cache leaves the blocks out depends on the weights, and these are random.
     """
@@ -171,7 +170,7 @@ def measure_section(bench: Bench) -> None:
 
 
 def measure_vae(bench: Bench) -> None:
-    """A tile of the VAE in time (5 latents, 17 frames), all of the picture."""
+    """Measure a temporal tile of the VAE: 5 latent frames, 17 frames, the whole picture."""
     cfg = bench.scale.vae
     params = jax.tree.map(jnp.asarray, vae.init(cfg, jax.random.key(0)))
     height, width = bench.scale.pixels
@@ -184,7 +183,7 @@ def measure_vae(bench: Bench) -> None:
 
 
 def measure_train(bench: Bench) -> None:
-    """A step of LoRA training at window 9, up to the largest batch."""
+    """Measure a step of LoRA training at window 9, up to the largest batch that fits."""
     devices = sharding.make_mesh(devices=jax.local_devices()[:1])
     for remat in bench.scale.remats:
 
@@ -213,20 +212,20 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def lora_training(scale: Scale, batch: int, remat: str) -> tuple[Training, Any]:
+def lora_training(scale: Scale, batch: int, remat: str) -> tuple[TrainConfig, Any]:
     """The config of a LoRA training, and the manifest of a bundle with a transformer this large."""
     manifest = bundle.read_manifest(bundle.resolve("framepack_i2v"))
     role = manifest.roles["transformer"]
     role = dataclasses.replace(role, config=dataclasses.asdict(scale.dit))
     manifest = dataclasses.replace(manifest, roles=manifest.roles | {"transformer": role})
-    cfg = Training(
+    cfg = TrainConfig(
         bundle="framepack_i2v", trainable="lora", lora=LoRAConfig(rank=32), batch=batch, remat=remat
     )
     return cfg, manifest
 
 
 def training_program(
-    scale: Scale, cfg: Training, manifest: Any, devices: Any
+    scale: Scale, cfg: TrainConfig, manifest: Any, devices: Any
 ) -> tuple[Any, list[Any], float]:
     """(the compiled step, its arguments, seconds of compiling) of a training, on a mesh in use."""
     task = set_up(cfg, manifest, devices)
@@ -243,7 +242,7 @@ def training_program(
     )
 
 
-def _time_training(bench: Bench, name: str, cfg: Training, manifest: Any, devices: Any) -> None:
+def _time_training(bench: Bench, name: str, cfg: TrainConfig, manifest: Any, devices: Any) -> None:
     with jax.set_mesh(devices):
         step, (now, *rest), compiling = training_program(bench.scale, cfg, manifest, devices)
         seconds: list[float] = []
@@ -282,8 +281,8 @@ MEASURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Measure what one GPU does. Times are medians of wall-clock seconds."""
+class GpuBenchmark:
+    """Measure one GPU. Times are medians of wall-clock seconds."""
 
     parts: tuple[str, ...] = tuple(MEASURES)
     """What is measured, in this order."""
@@ -309,7 +308,7 @@ class Config:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Parse flags, measure, print."""
     try:
-        config = tyro.cli(Config, prog="benchmarks.gpu", args=args)
+        config = tyro.cli(GpuBenchmark, prog="benchmarks.gpu", args=args)
         results = begin(config)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -338,7 +337,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def begin(config: Config) -> dict[str, Any]:
+def begin(config: GpuBenchmark) -> dict[str, Any]:
     """The device, and what the file has of it already. Raises ValueError where figures could not
     be kept in the end, and where the file has those of another device."""
     for flag, file in (("json", config.json), ("document", config.document)):
@@ -366,7 +365,7 @@ def begin(config: Config) -> dict[str, Any]:
     return before | now
 
 
-def in_a_process(config: Config, parts: Sequence[str], limit: float) -> dict[str, Any]:
+def in_a_process(config: GpuBenchmark, parts: Sequence[str], limit: float) -> dict[str, Any]:
     """The device, the figures of parts, and why there are no more."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"

@@ -1,10 +1,10 @@
-"""Whether a section of a long video costs more than one of a short video.
+"""Compare the cost of a section in long and in short videos.
 
     python benchmarks/lengths.py [--bundle tiny] [--seconds 6 20 60] [--json FILE]
 
-Makes a video of each length by `sample.py`, in a process of its own, and reads what the runs have
-noted: seconds of every section, and the peak memory of the process, or of the device where it
-counts its memory.
+Makes a video of each length with `sample.py`, in a process of its own. Reads from the run records
+the seconds of every section and the peak memory: of the device if it reports its memory, else of
+the process.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ SETTLED = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class LengthBenchmark:
     """Measure videos of some lengths, one after the other."""
 
     bundle: str = "tiny"
@@ -43,8 +43,8 @@ class Config:
 
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print and return the figures of every length."""
-    config = tyro.cli(Config, prog="benchmarks/lengths.py", args=args)
+    """Measure, print and return the figures of each length."""
+    config = tyro.cli(LengthBenchmark, prog="benchmarks/lengths.py", args=args)
     try:
         made = [measure(config, seconds) for seconds in config.seconds]
     except (ValueError, RuntimeError) as error:
@@ -55,7 +55,7 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     return made
 
 
-def measure(config: Config, seconds: float) -> dict[str, Any]:
+def measure(config: LengthBenchmark, seconds: float) -> dict[str, Any]:
     """Figures of one length. Raises RuntimeError where sampling fails, ValueError for a video too
     short to tell its sections apart."""
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def figures(timings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(made: list[dict[str, Any]]) -> str:
-    """A Markdown table, a row a length."""
+    """Return a Markdown table with a row for each length."""
     lines = [
         "| length | sections | a section | last third / first | peak memory |",
         "|--:|--:|--:|--:|--:|",

@@ -1,10 +1,10 @@
-"""How fast cached latents become batches: samples a second, and the bytes behind them.
+"""Measure how fast cached latents become batches, in samples and bytes per second.
 
     python benchmarks/loader.py [--scale toy] [--seconds-of-clip 5] [--json FILE]
 
 Writes a dataset of random clips at 480 x 832 pixels with the released widths of text and image
-states, reads batches of it for the released schedule (window 9), and deletes it. The floor is what
-memory allows: the bytes of a record are read once, those of a sample written once.
+states, reads batches of it for the released schedule (window 9), and deletes it. The lower bound is
+set by memory: the bytes of a record are read once, the bytes of a sample written once.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ SIZES = {"full": ((480, 832), 4096, 768, 1152, 729), "toy": ((64, 80), 32, 24, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class LoaderBenchmark:
     """Measure the loader."""
 
     scale: Literal["full", "toy"] = "full"
@@ -51,7 +51,7 @@ class Config:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measure, print and return the figures."""
-    flags = tyro.cli(Config, args=args)
+    flags = tyro.cli(LoaderBenchmark, args=args)
     with tempfile.TemporaryDirectory() as name:
         size = write(Path(name), flags)
         figures = measure(Path(name), flags) | {"record_bytes": size}
@@ -65,8 +65,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     return figures
 
 
-def write(folder: Path, flags: Config) -> int:
-    """The dataset; returns the bytes of a record."""
+def write(folder: Path, flags: LoaderBenchmark) -> int:
+    """Write the dataset. Return the bytes of a record."""
     (height, width), text, pooled, image, tokens = SIZES[flags.scale]
     length = 1 + int(flags.seconds_of_clip * 30) // 4
     shapes = (
@@ -90,8 +90,8 @@ def write(folder: Path, flags: Config) -> int:
     return len(packed(0))
 
 
-def measure(folder: Path, flags: Config) -> dict[str, float]:
-    """Batches for some seconds, after one that opens the files."""
+def measure(folder: Path, flags: LoaderBenchmark) -> dict[str, float]:
+    """Read batches for some seconds, after one that opens the files."""
     cfg = DataConfig(path=str(folder), threads=flags.threads)
     schedule = packing.parse(packing.RELEASED_INVERTED)
     batches = loader.open_loader(cfg, schedule, flags.batch)
@@ -110,7 +110,7 @@ def measure(folder: Path, flags: Config) -> dict[str, float]:
 
 
 def copy_rate() -> float:
-    """Bytes a second that one thread reads and writes together, in copying."""
+    """Return the bytes per second that one thread reads and writes together in copying."""
     source = np.ones(1 << 28, np.uint8)
     target = np.zeros_like(source)
     began = time.monotonic()

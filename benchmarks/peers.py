@@ -1,5 +1,4 @@
-"""What diffusers needs for the same, and how far apart the results are. Parts of
-`benchmarks.gpu`."""
+"""Measure diffusers on the same work, and the difference of results. Parts of `benchmarks.gpu`."""
 
 import contextlib
 import dataclasses
@@ -66,7 +65,7 @@ def _torch_timed(bench: Bench, name: str, function: Callable[[], Any], **more: A
 
 @contextlib.contextmanager
 def _torch_makes(dtype: Any, device: str) -> Iterator[None]:
-    """Tensors and modules made here are of this type, there."""
+    """Create tensors and modules with this dtype on this device."""
     import torch
 
     before = torch.get_default_dtype()
@@ -79,7 +78,7 @@ def _torch_makes(dtype: Any, device: str) -> Iterator[None]:
 
 
 def _model(dit: TransformerConfig) -> Any:
-    """diffusers' transformer of these sizes, with random weights."""
+    """Build diffusers' transformer of these sizes with random weights."""
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
     return HunyuanVideoFramepackTransformer3DModel(
@@ -128,7 +127,7 @@ def _inputs(dtype: Any, device: str, x: Any, sigma: Any, context: Any, condition
 
 
 def measure_step(bench: Bench) -> None:
-    """diffusers' transformer on the same inputs, by each kernel of attention, and compiled.
+    """Measure diffusers' transformer on the same inputs, with each attention kernel, and compiled.
 
     Compiled block by block, with the kernel that was fastest.
     """
@@ -202,7 +201,7 @@ def measure_error(bench: Bench) -> None:
 
 
 def measure_vae(bench: Bench) -> None:
-    """diffusers' VAE on the same shapes, and its convolution."""
+    """Measure diffusers' VAE on the same shapes, and its convolution."""
     import torch
     from diffusers import AutoencoderKLHunyuanVideo
 

@@ -1,11 +1,11 @@
-"""What it takes to prepare a clip, by stage.
+"""Measure the stages of preparing a clip.
 
     python benchmarks/prepare.py [--scale toy] [--clips 8] [--json FILE]
 
-Draws synthetic videos, and times each stage of `framepack prepare` alone, on one thread: reading
-and resampling, cutting and cropping with scores, text encoders, the VAE, packing. Encoders and VAE
-are those of the random bundle, so that only reading, scores and packing say anything about real
-models; `--bundle` names others.
+Draws synthetic videos and times each stage of `framepack prepare` alone, on one thread: reading and
+resampling, cutting and cropping with scores, text encoders, VAE, packing. Encoders and VAE are of
+the bundle `random`, so only reading, scores and packing apply to real models; `--bundle` names
+another bundle.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SIZES = {"full": ((480, 832), BUCKETS_480P, 5.0), "toy": ((64, 96), ((32, 48),),
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class PrepareBenchmark:
     """Time the stages of preparing."""
 
     scale: Literal["full", "toy"] = "full"
@@ -46,8 +46,8 @@ class Config:
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print and return clips a second by stage."""
-    flags = tyro.cli(Config, args=args)
+    """Measure, print and return clips per second by stage."""
+    flags = tyro.cli(PrepareBenchmark, args=args)
     size, buckets, seconds = SIZES[flags.scale]
     with tempfile.TemporaryDirectory() as name:
         files = [
@@ -63,8 +63,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     return figures
 
 
-def measure(files: list[Path], buckets: Any, flags: Config, folder: Path) -> dict[str, float]:
-    """Clips a second of each stage; the first file is not counted."""
+def measure(
+    files: list[Path], buckets: Any, flags: PrepareBenchmark, folder: Path
+) -> dict[str, float]:
+    """Return clips per second of each stage, without the first file."""
     rates = {"read": timed(lambda file: list(video.read_frames(file, 30)), files)[0]}
     settings = scenes.SceneSettings(buckets=buckets, cut=1.0)
     rates["read_cut_and_score"], cuts = timed(lambda f: next(scenes.clips(f, settings)), files)
@@ -92,7 +94,7 @@ def measure(files: list[Path], buckets: Any, flags: Config, folder: Path) -> dic
 
 
 def timed(stage: Callable[[Any], Any], items: list[Any]) -> tuple[float, list[Any]]:
-    """(items a second but the first, results)."""
+    """Return (items per second without the first, results)."""
     results = [stage(items[0])]
     began = time.monotonic()
     results += [stage(item) for item in items[1:]]

@@ -1,12 +1,12 @@
-"""What sampling costs, and whether the hundredth section costs what the second does.
+"""Measure sampling, and the growth of its cost from section to section.
 
     python benchmarks/sampling.py [--sections 20] [--steps 8] [--json FILE]
 
-Measures the command as people run it, run folders and all: `sample.run` makes a video of each
-schedule, in a process of its own, and probes stand at the calls that write files. The same latents
-without frames, and then their frames (each written while the next are decoded), say what the two
-parts take alone. Then the pieces of a denoising step, alone. With the random bundle the transformer
-is next to nothing, so that what shows is everything else.
+Measures the whole command with its run folders: `sample.run` makes a video of each schedule in a
+process of its own, with probes at the calls that write files. Sampling the same latents without
+decoding, and decoding alone, give the times of the two parts. The pieces of a denoising step are
+timed alone at the end. The transformer of the bundle `random` costs next to nothing, so everything
+else shows.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ IDLE_STEPS, ROUNDS = 100, 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class SamplingBenchmark:
     """Measure the sampling of videos: time, compilations, host overhead, memory.
 
     Times are wall-clock seconds, but for `processor`. A quiet machine is assumed.
@@ -85,7 +85,7 @@ class Config:
 def main(args: list[str] | None = None) -> None:
     """Parse flags, measure, print."""
     try:
-        config = tyro.cli(Config, prog="benchmarks/sampling.py", args=args)
+        config = tyro.cli(SamplingBenchmark, prog="benchmarks/sampling.py", args=args)
         results = run(config)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -96,7 +96,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"\n{table(result)}")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: SamplingBenchmark) -> dict[str, Any]:
     """Measure every schedule. Returns {"config": flags, "runs": [figures of `measure`]}."""
     one = _in_a_process if config.fresh else measure
     runs = [one(config, schedule) for schedule in config.schedule]
@@ -104,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
     return {"config": flags, "runs": runs}
 
 
-def _in_a_process(config: Config, schedule: str) -> dict[str, Any]:
+def _in_a_process(config: SamplingBenchmark, schedule: str) -> dict[str, Any]:
     """The figures of `measure`, and peak memory also of a run of two sections."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
@@ -132,8 +132,8 @@ def _run_python(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
 
 
-def measure(config: Config, schedule: str) -> dict[str, Any]:
-    """All figures of one schedule, as JSON has them.
+def measure(config: SamplingBenchmark, schedule: str) -> dict[str, Any]:
+    """Return all figures of one schedule, ready for JSON.
 
     Compiled programs are forgotten first. `seconds` has a list a part, from section 2 on; `memory`
     has bytes by the number of sections, `device_bytes` those of all arrays after each section.
@@ -171,7 +171,11 @@ def measure(config: Config, schedule: str) -> dict[str, Any]:
 
 
 def _flags(
-    config: Config, schedule: str, sections: int, output: Path, latents_only: bool = False
+    config: SamplingBenchmark,
+    schedule: str,
+    sections: int,
+    output: Path,
+    latents_only: bool = False,
 ) -> sample.Sample:
     return sample.Sample(
         output=output,
@@ -274,7 +278,7 @@ def _settled(values: Sequence[float]) -> float:
 
 
 def _growth(values: Sequence[float]) -> float:
-    """The median of the last sections over that of the first."""
+    """Return the median of the last sections divided by that of the first."""
     return statistics.median(values[-ENDS:]) / statistics.median(values[:ENDS])
 
 
@@ -289,15 +293,15 @@ def _compilations(log: Log) -> dict[str, Any]:
 
 
 class Idle:
-    """A network that does nothing: what remains of a step is the work of the host."""
+    """A network that computes nothing, so that a step is the work of the host alone."""
 
     @staticmethod
     def velocity(cfg: Any, params: Any, x: jax.Array, *_: Any) -> jax.Array:
-        """Zeros like x."""
+        """Return zeros like x."""
         return jnp.zeros_like(x)
 
 
-def _step(config: Config, schedule: str) -> dict[str, Any]:
+def _step(config: SamplingBenchmark, schedule: str) -> dict[str, Any]:
     """Milliseconds of a denoising step and of its host overhead, and the step's floor.
 
     `host`: from step to step of the sampler's loop with a network that does nothing. It is handed
@@ -330,8 +334,8 @@ def _step(config: Config, schedule: str) -> dict[str, Any]:
     }
 
 
-def _inputs(pipe: FramePack, config: Config) -> tuple[Layout, Inputs]:
-    """What the first section of a run is sampled from."""
+def _inputs(pipe: FramePack, config: SamplingBenchmark) -> tuple[Layout, Inputs]:
+    """Return the inputs of the first section of a run."""
     request = Request("", video.load_image(config.image))
     layout = make_layout(
         pipe.geometry, request, sections=1, height=config.height, width=config.width
@@ -341,7 +345,7 @@ def _inputs(pipe: FramePack, config: Config) -> tuple[Layout, Inputs]:
 
 
 def _loop(pipe: FramePack, layout: Layout, inputs: Inputs, steps: int) -> float:
-    """Median seconds from step to step as a section is sampled."""
+    """Return the median seconds from step to step while a section is sampled."""
 
     def times() -> Iterator[float]:
         ends: list[float] = []
@@ -380,7 +384,7 @@ def _alone(pipe: FramePack, layout: Layout, inputs: Inputs, steps: int) -> float
 
 
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of the fastest of some large square matrix products, on the default device."""
+    """Return the FLOP/s of the fastest of several large matrix products on the default device."""
     side = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((side, side), dtype)
     precision = "float32" if dtype == "float32" else None
@@ -396,7 +400,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures of `measure` for people, with units."""
+    """Format the figures of `measure` with units."""
     seconds, last = result["seconds"], len(result["seconds"]["all"]) + 1
     lines = [
         f"{result['schedule']} ({result['order']}), {last} sections",

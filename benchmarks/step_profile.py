@@ -1,10 +1,10 @@
-"""Where the time of a program goes: a trace, and a table of what the device was at.
+"""Profile a program: a trace, and a table of the time by module and by kind of work.
 
     python -m benchmarks.step_profile [--program denoise] [--scale toy] [--trace FOLDER]
 
 Runs one of the programs of `benchmarks.gpu`, at the released model's shapes with random weights,
-under JAX's profiler, and adds up the time of its instructions by the module that asked for them and
-by the kind of work. The trace itself opens in Perfetto or XProf.
+under JAX's profiler, and adds up the time of its instructions by module and by kind of work. The
+trace opens in Perfetto or XProf.
 
 (Not `profile.py`: Python searches the folder of a script first, and torch imports the standard
 module of that name.)
@@ -35,14 +35,14 @@ UNNAMED = operations.Operation("without a name", ())
 
 
 class Program(NamedTuple):
-    """A compiled program, and a function that runs it and waits."""
+    """A compiled program, and a function that runs it and waits for the result."""
 
     compiled: Any
     run: Callable[[], Any]
 
 
 class Profile(NamedTuple):
-    """Seconds of one run: by the clock without the profiler, and of instructions by what they do.
+    """Seconds of one run: wall clock without the profiler, and instructions by operation.
 
     Instructions that run side by side are all counted, so that their sum may be more than `wall`.
     """
@@ -52,8 +52,8 @@ class Profile(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Trace a program and print where its time goes."""
+class ProfileBenchmark:
+    """Trace a program and print its time by module and kind of work."""
 
     program: Literal["denoise", "decode", "encode", "train"] = "denoise"
     """A denoising step; 17 frames through the VAE; a step of LoRA training."""
@@ -72,7 +72,7 @@ class Config:
 def main(args: list[str] | None = None) -> Profile:
     """Parse flags, trace, print."""
     try:
-        config = tyro.cli(Config, prog="benchmarks.step_profile", args=args)
+        config = tyro.cli(ProfileBenchmark, prog="benchmarks.step_profile", args=args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     scale = {"full": bench.FULL, "toy": bench.TOY}[config.scale]
@@ -86,26 +86,26 @@ def main(args: list[str] | None = None) -> Profile:
 
 
 def denoise(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
-    """A forward pass of the transformer in bfloat16."""
+    """Build a forward pass of the transformer in bfloat16."""
     args = bench.denoiser_inputs(scale)
     return _program(functools.partial(transformer.velocity, scale.dit, dtype=bench.BF16), *args)
 
 
 def decode(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
-    """5 latents through the VAE's decoder in bfloat16."""
+    """Build the VAE's decoder of 5 latent frames in bfloat16."""
     rows, columns = (side // 8 for side in scale.pixels)
     latents = bench.normal(1, 1, 5, rows, columns, scale.vae.latent_channels)
     return _program(functools.partial(vae.decode, scale.vae), _vae(scale), latents)
 
 
 def encode(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
-    """17 frames through the VAE's encoder in bfloat16."""
+    """Build the VAE's encoder of 17 frames in bfloat16."""
     frames = bench.normal(1, 1, 17, *scale.pixels, 3)
     return _program(functools.partial(vae.encode, scale.vae), _vae(scale), frames)
 
 
 def train(scale: bench.Scale, stack: contextlib.ExitStack) -> Program:
-    """A step of LoRA training."""
+    """Build a step of LoRA training."""
     devices = sharding.make_mesh(devices=jax.local_devices()[:1])
     stack.enter_context(jax.set_mesh(devices))
     training = gpu.lora_training(scale, 1, "attention")
@@ -151,7 +151,7 @@ def measure(program: Program, folder: Path, runs: int) -> Profile:
 
 
 def instructions(trace: ProfileData) -> Iterator[tuple[str, float]]:
-    """(name of an instruction of a compiled program, seconds) of all that one device ran."""
+    """Yield (name of an instruction, seconds) of everything that one device ran."""
     devices = [plane for plane in trace.planes if re.match(r"/device:(GPU|TPU):", plane.name)]
     if not devices:
         # A CPU's are among all else that the host does.

@@ -1,5 +1,5 @@
-"""Figures of `benchmarks.gpu` as Markdown, and what follows from them: the least time that a step
-could take by the rates that the device was seen to reach, and how far from it a step is."""
+"""Format the figures of `benchmarks.gpu` as Markdown, with the lower bound of a step's time at the
+rates that the device reached, and the ratio of the measured time to it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,7 +51,7 @@ def around(document: Path, device: str) -> tuple[str, str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Both tables: what was made of the device, and what it can do at all."""
+    """Return both tables: the model on the device, and the rates of the device."""
     rates = best_rates(results)
     versions = ", ".join(
         f"{name} {results[name]}"
@@ -72,7 +72,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def best_rates(results: dict[str, Any]) -> dict[str, float]:
-    """TFLOP/s of each kind of work (`bench.work`), as far as it was measured."""
+    """Return the TFLOP/s of each kind of work that was measured."""
     kinds = {
         "products": [r for r in results.get("matmul", ()) if r["name"].endswith(" bf16")],
         "attention": [r for r in results.get("attention", ()) if "gradient" not in r["name"]],
@@ -84,8 +84,8 @@ def best_rates(results: dict[str, Any]) -> dict[str, float]:
     return {kind: max(found) for kind, found in measured.items() if any(found)}
 
 
-def floor_seconds(work: dict[str, float], rates: dict[str, float]) -> float | None:
-    """The time of FLOPs by kind, one kind after the other; None where a rate is unknown."""
+def roofline_seconds(work: dict[str, float], rates: dict[str, float]) -> float | None:
+    """Return the seconds of FLOPs by kind, one kind after the other; None if a rate is unknown."""
     if not work or not work.keys() <= rates.keys():
         return None
     return sum(flops / (rates[kind] * 1e12) for kind, flops in work.items())
@@ -96,7 +96,7 @@ def _rows(results: dict[str, Any], parts: Iterable[str]) -> list[Row]:
 
 
 def _work_row(row: Row, rates: dict[str, float]) -> str:
-    floor = floor_seconds(row.get("work", {}), rates)
+    floor = roofline_seconds(row.get("work", {}), rates)
     over = f"{row['ms'] / (1e3 * floor):.2f}" if floor and "ms" in row else ""
     memory = row.get("program_bytes") or row.get("peak_bytes")
     size = f"{memory / 1e9:.1f} GB" if memory else ""
@@ -121,7 +121,7 @@ def _number(row: Row, name: str) -> str:
 
 
 def _others(row: Row) -> str:
-    """What has no column, or why there are no figures."""
+    """Return the fields without a column, or the error."""
     if "error" in row:
         return row["error"].partition("\n")[0].replace("|", "/")
     return ", ".join(

@@ -1,4 +1,4 @@
-"""Disturb each thing in the golden folder, one at a time: some test must fail each time.
+"""Disturb the golden data, one value at a time, and check that a test fails each time.
 
     python scripts/disturb_golden.py [--only REGEX] [--shard 1/2]
 
@@ -179,13 +179,13 @@ class Thing(NamedTuple):
 
 
 def first_match(table: dict[str, Any], label: str) -> tuple[re.Match, Any] | None:
-    """(match, value) of the first pattern of a table that is in `label`."""
+    """Return (match, value) of the first pattern of a table that is in `label`."""
     found = ((re.search(pattern, label), value) for pattern, value in table.items())
     return next(((match, value) for match, value in found if match), None)
 
 
 def seeded(label: str) -> np.random.Generator:
-    """Random numbers that are the same for a thing in every run."""
+    """Return a generator that is the same for a thing in every run."""
     return np.random.default_rng(list(label.encode()))
 
 
@@ -193,7 +193,7 @@ def seeded(label: str) -> np.random.Generator:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The arrays of a file; an image is one."""
+    """Read the arrays of a file; an image is one array."""
     if path.suffix == ".npz":
         return dict(np.load(path))
     if path.suffix == ".png":
@@ -221,7 +221,7 @@ def _state(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def disturb_tensor(label: str, tensors: Tensors, name: str, noise: float) -> np.ndarray:
-    """A copy of a tensor that is off by more than may pass."""
+    """Return a copy of a tensor with an error above the tolerance of the tests."""
     rng, array = seeded(label), tensors[name].copy()
     tolerance = first_match(TOLERANCES, label)
     if tolerance:
@@ -264,7 +264,7 @@ def tensors_of(root: Path, file: str) -> tuple[list[str], Callable]:
 
 
 def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Paths of all values; a list of plain values is one."""
+    """Yield the paths of all values; a list of plain values is one value."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list) and any(isinstance(x, dict | list) for x in value):
@@ -324,7 +324,7 @@ def values_of(root: Path, file: str) -> tuple[list[str], Callable]:
 
 
 def things(root: Path, only: str) -> Iterator[Thing]:
-    """All that is to be disturbed, in the order of files."""
+    """Yield everything to disturb, in the order of files."""
     for path in sorted(path for path in root.rglob("*.*") if path.suffix != ".md"):
         file = path.relative_to(root).as_posix()
         names, write = (values_of if path.suffix == ".json" else tensors_of)(root, file)
@@ -344,13 +344,13 @@ def things(root: Path, only: str) -> Iterator[Thing]:
 
 
 def readers(label: str) -> list[str]:
-    """Ids of the tests that read a thing."""
+    """Return the ids of the tests that read a thing."""
     match, tests = first_match(READERS, label)
     return [test.format(*match.groups()) for test in tests]
 
 
 def passes(tests: list[str], folder: Path) -> bool:
-    """Run tests in this process. Raises RuntimeError where they could not be run at all."""
+    """Run tests in this process. Raises RuntimeError if they cannot run at all."""
     # Some modules read the folder when they are imported.
     for name in [name for name in sys.modules if re.search(r"(^|\.)test_\w+$", name)]:
         if str(ROOT / "tests") in str(sys.modules[name].__file__):
@@ -367,7 +367,7 @@ def passes(tests: list[str], folder: Path) -> bool:
 
 
 def caught(thing: Thing, root: Path, scratch: Path) -> float:
-    """The first of `NOISES` with which a test fails while a thing is disturbed; 0 if none does."""
+    """Return the first of `NOISES` that makes a test fail; 0 if none does."""
     path = root / thing.file
     original = path.read_bytes()
     fixed = path.suffix == ".json" or first_match(TOLERANCES, thing.label)
@@ -382,7 +382,7 @@ def caught(thing: Thing, root: Path, scratch: Path) -> float:
 
 
 def prepare(work: Path) -> Path:
-    """Copy the golden folder, point the tests to it, and let nothing be compiled twice."""
+    """Copy the golden folder, point the tests to it, and keep compiled programs."""
     root = work / "golden"
     shutil.copytree(os.environ.get("FRAMEPACK_GOLDEN", ROOT / "tests" / "golden"), root)
     os.environ["FRAMEPACK_GOLDEN"] = str(root)
@@ -401,7 +401,7 @@ def prepare(work: Path) -> Path:
 
 
 class Memory:
-    """Checkpoints of bundles without a disk, which takes longer than the tests."""
+    """Checkpoints of bundles in memory; a disk takes longer than the tests."""
 
     def __init__(self) -> None:
         self.trees, self.partial = {}, self
@@ -421,7 +421,7 @@ class Memory:
 
 
 def report(results: list[tuple[Thing, float]]) -> bool:
-    """Print the table and what cannot be caught; returns whether all is as it should be."""
+    """Print the table and what no test can notice. Return True if all is as expected."""
     rows = collections.defaultdict(lambda: np.zeros(3, int))
     wrong, silent = [], collections.defaultdict(list)
     for thing, was_caught in results:

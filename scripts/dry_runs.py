@@ -74,7 +74,7 @@ GB = 1e9
 
 
 def main(flags: list[str]) -> None:
-    """Compile for the machines among the flags, or for all."""
+    """Compile for the machines named on the command line, or for all."""
     if "--training" in flags:
         return training([flag for flag in flags if flag != "--training"] or list(TRAINING))
     decode = DECODE if "--no-decoding" not in flags else ()
@@ -165,7 +165,7 @@ def training_cells(report: TrainingReport) -> list[str]:
 
 
 def report_of(name: str, decode: bool) -> Report:
-    """What `sample.py --dry-run` reports of a machine. Raises ValueError."""
+    """Return the report of `sample.py --dry-run` for a machine. Raises ValueError."""
     path = bundle.resolve(BUNDLE)
     pipe = open_pipe(path, "bfloat16", None, None)
     layout = make_layout(pipe.geometry, Request("", None), sections=1, height=HEIGHT, width=WIDTH)
@@ -220,7 +220,7 @@ def compiled(report: Report | TrainingReport, seconds: float) -> str:
 
 
 def write_row(table: str, name: str, order: tuple[str, ...], cells: list[str]) -> None:
-    """Put a row in its place in a table of the document."""
+    """Replace a row of a table of the document."""
     text = DOCUMENT.read_text()
     start, end = f"<!-- {table} -->\n", f"<!-- end of {table} -->\n"
     if text.count(start) != 1 or text.count(end) != 1:

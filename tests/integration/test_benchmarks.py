@@ -203,7 +203,7 @@ def test_preparing_is_measured_by_stage(tmp_path) -> None:
 def briefly(monkeypatch) -> Iterator[None]:
     """A call a round; one thread, as torch's wait for each other where a core has other work; and
     rates as shares of an H100's."""
-    monkeypatch.setattr(bench, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(peers, "ROUNDS", 1)
     monkeypatch.setattr(bench, "chip_of", lambda device: hardware.CHIPS["h100"])
     threads = torch.get_num_threads()
@@ -412,8 +412,8 @@ def test_the_tables_of_a_gpu(tmp_path) -> None:
     rates = summary.best_rates(results)
     assert rates == {"products": 200.0, "attention": 50.0, "attention both ways": 80.0}
     # 4 / 50 + 6 / 200 seconds.
-    assert summary.floor_seconds(work, rates) == pytest.approx(0.11)
-    assert summary.floor_seconds(work, {"products": 1.0}) is None
+    assert summary.roofline_seconds(work, rates) == pytest.approx(0.11)
+    assert summary.roofline_seconds(work, {"products": 1.0}) is None
     document = tmp_path / "document.md"
     document.write_text("# Title\n")
     summary.put(document, results)
@@ -442,7 +442,7 @@ def test_what_captions_decide_is_measured(tmp_path) -> None:
     assert json.loads(file.read_text()) == figures
     (found,) = figures["sigmas"].values()
     assert found["loss"] > 0 and 0 < abs(found["rise"]) < found["loss"]
-    flags = captions.Config(bundle="random", pairs=1)
+    flags = captions.CaptionBenchmark(bundle="random", pairs=1)
     manifest = bundle.read_manifest(bundle.resolve("random"))
     encoder = Encoder.load(bundle.resolve("random"), manifest, pixels=False)
     batch = captions.batch_of(flags, (32, 32), encoder, manifest)
@@ -457,7 +457,7 @@ def test_what_captions_decide_is_measured(tmp_path) -> None:
 def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
     # Sections of 8 frames.
     small = ("schedule=f1k1_x_f16k4f2k2f1k1_g2", "height=32", "width=32")
-    config = lengths.Config(bundle="random", steps=1, flags=small)
+    config = lengths.LengthBenchmark(bundle="random", steps=1, flags=small)
     made = lengths.measure(config, 1.4)
     assert made["sections"] == 5 and made["memory"] > 1e8
     assert made["section"] > 0
@@ -583,7 +583,7 @@ def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
     flags = ["--folder", str(folder), "--scale", "toy", "--caps", "6", "--steps", "1"]
     whole, made = capped.main([*flags, "--flags", *small])
     assert whole["offload"] == "none" and whole["section"] > 0
-    config = capped.Config(folder, steps=1, flags=small)
+    config = capped.CapBenchmark(folder, steps=1, flags=small)
     assert made["plan"].startswith("offload full: 0 of 4 blocks stay")
     assert made["section"] > 0 and made["host_bytes"] > 1e8
     failed = capped.measure(dataclasses.replace(config, folder=tmp_path / "nowhere"), None, total=0)
