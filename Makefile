@@ -1,6 +1,6 @@
-# make demo       a video from an example image with the tiny bundle, and its figures; no downloads
-# make tiny-bundle  the models of the demo world from nothing, in outputs/world: hours on a CPU; the
-#                 same command goes on where it was stopped
+# make demo       sample a video with the tiny bundle and print its metrics; no downloads
+# make tiny-bundle  train the models of the demo world, in outputs/world: hours on a CPU; run it again
+#                 to continue after an interruption
 # make test       the test suite
 # make test-fast  the tests of single modules
 # make test-all   the test suite with what is marked slow

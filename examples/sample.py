@@ -1,0 +1,31 @@
+"""Make a video from an image and a prompt.
+
+    python examples/sample.py [OUTPUT]
+
+The bundle `tiny` animates coloured shapes. Replace it with the folder of a converted model for real
+images.
+"""
+
+import sys
+from pathlib import Path
+
+from framepack_jax import FramePack, Settings, bundle, load_image
+from framepack_jax.video import write_mp4
+
+IMAGE = Path(__file__).parent / "sprites.png"
+PROMPT = (
+    "the small cyan ring orbits the small yellow triangle; the small yellow triangle stays;"
+    " the camera pans down."
+)
+
+
+def main(output: Path, name: str = "tiny") -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    pipe = FramePack.load(bundle.resolve(name))
+    video = pipe(load_image(IMAGE), PROMPT, sections=1, seed=0, settings=Settings(steps=10))
+    write_mp4(output / "video.mp4", video.frames, fps=30)
+    print(f"{output / 'video.mp4'}: {len(video.frames)} frames")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/examples/sample"))
