@@ -389,10 +389,23 @@ def test_a_decompression_bomb_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_photograph_of_200_megapixels_is_read(tmp_path):
-    limit = Image.MAX_IMAGE_PIXELS
-    (tmp_path / "large.png").write_bytes(png_of_grey(12_240, 16_320))
-    assert video.load_image(tmp_path / "large.png").shape == (12_240, 16_320, 3)
+@pytest.mark.parametrize(
+    ("height", "width", "limit"),
+    [
+        (1_224, 1_632, 10**6 - 10**4),
+        # Of a camera with 200 megapixels: takes 2.5 GB.
+        pytest.param(12_240, 16_320, Image.MAX_IMAGE_PIXELS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_photograph_above_twice_the_limit_of_pillow_is_read(
+    tmp_path, monkeypatch, height, width, limit
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert height * width > 2 * limit
+    (tmp_path / "large.png").write_bytes(png_of_grey(height, width))
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "large.png")
+    assert video.load_image(tmp_path / "large.png").shape == (height, width, 3)
     assert limit == Image.MAX_IMAGE_PIXELS, "a limit of the caller's own stays"
 
 
