@@ -27,7 +27,7 @@ from framepack_jax.models.hunyuan.blocks import DoubleBlock, SingleBlock
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.tiling import Tiling
 from tests.fixtures.paths import ROOT
-from tests.integration.test_sample_lora import random_lora
+from tests.fixtures.random_networks import random_lora
 
 RANDOM = bundle.BUILTIN_BUNDLES["random"]
 WHOLE = Tiling()

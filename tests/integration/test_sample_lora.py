@@ -22,14 +22,14 @@ from framepack_jax.conversion.lora import write
 from framepack_jax.jobs import provenance
 from framepack_jax.jobs.loading import read_loras
 from framepack_jax.jobs.run_dir import RunDir
-from framepack_jax.models import lora, registry
+from framepack_jax.models import lora
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.parallel import sharding
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import ROOT
+from tests.fixtures.random_networks import difference, example, on_devices, random_lora
 from tests.fixtures.torch_reference import relative_error
-from tests.integration import test_sharding
 
 FLAGS = (
     "--bundle", "random", "--image", str(ROOT / "examples" / "astronaut.jpg"),
@@ -44,20 +44,6 @@ def make_lora(path: Path, seed: int) -> None:
         bundle.read_manifest(bundle.BUILTIN_BUNDLES["random"]), "transformer"
     )
     write(path, random_lora(cfg, seed, ("/img_qkv/kernel", "mlp_out/kernel")), cfg, "kohya")
-
-
-def random_lora(cfg: TransformerConfig, seed: int, ends: tuple[str, ...]) -> lora.LoRA:
-    """Random factors for the kernels whose names end so."""
-    random = np.random.default_rng(seed)
-    leaves = registry.abstract_leaves("hunyuan_packed_dit", cfg)
-    kernels = [name for name in leaves if name.endswith(ends)]
-    factors = {}
-    for name in kernels:
-        inputs, *outputs = leaves[name].shape
-        a = random.standard_normal((inputs, 3), dtype=np.float32)
-        b = 0.1 * random.standard_normal((3, *outputs), dtype=np.float32)
-        factors[name] = lora.Factors(a, b, np.full(3, 0.5))
-    return factors
 
 
 @pytest.fixture(scope="module")
@@ -182,20 +168,20 @@ def main() -> None:
         refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
         rope_axes=(2, 2, 2), context_kernels=("k1",),
     )  # fmt: skip
-    params, arrays, _ = test_sharding.example(cfg)
+    params, arrays, _ = example(cfg)
     adapters = random_lora(cfg, 0, ("/kernel",))
     velocity = jax.jit(transformer.velocity, static_argnums=0)
     expected = jax.device_get(velocity(cfg, lora.attach(params, adapters), *arrays))
     mesh = sharding.make_mesh(**sharding.parse_mesh("fsdp=2,context=2,tensor=2"))
-    placed = lora.attach(test_sharding.on_devices(params, mesh), adapters, mesh=mesh)
+    placed = lora.attach(on_devices(params, mesh), adapters, mesh=mesh)
     with jax.set_mesh(mesh):
         found = velocity(cfg, placed, *arrays)
     print(
         json.dumps(
             {
                 "devices": len(found.sharding.device_set),
-                "velocity": test_sharding.difference(found, expected),
-                "without": test_sharding.difference(velocity(cfg, params, *arrays), expected),
+                "velocity": difference(found, expected),
+                "without": difference(velocity(cfg, params, *arrays), expected),
             }
         )
     )

@@ -24,13 +24,12 @@ from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
-from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER, VAE
 from framepack_jax.ops import attention
-from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import ROOT
+from tests.fixtures.random_networks import difference, example, on_devices
 
 DOCUMENT = ROOT / "docs" / "measurements" / "sharding.md"
 # Where the part of the document starts that is compared.
@@ -508,11 +507,6 @@ def on_mesh(name: str, gradient, params, batch, expected) -> dict:
     }
 
 
-def on_devices(params, mesh):
-    specs = sharding.resolve(TRANSFORMER.sharding_rules, params)
-    return jax.device_put(params, sharding.shard(params, specs, mesh))
-
-
 def of_sampler(cfg, params, arrays) -> float:
     """Two steps for two samples, on a mesh that divides samples, tokens and heads."""
     x, _, context, conditions = jax.tree.map(lambda x: x[:2], arrays)
@@ -556,39 +550,6 @@ def of_vae() -> dict:
         "temporaries": temporaries[0] / temporaries[1],
         "rows": max(map(int, rows)),
     }
-
-
-def example(cfg: TransformerConfig):
-    """Random parameters, biases and norms too, and a batch of 8 with prompts of all lengths:
-    (params, inputs of `velocity`, target)."""
-    random = np.random.default_rng(0)
-
-    def normal(*sizes: int) -> np.ndarray:
-        return random.standard_normal(sizes, dtype=np.float32)
-
-    def frames(*indices: int) -> np.ndarray:
-        return np.tile(np.asarray(indices, np.int32), (8, 1))
-
-    shapes = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: 0.2 * normal(*leaf.shape), shapes)
-    x = normal(8, 2, 4, 6, cfg.in_channels)
-    latents = normal(8, 1, 4, 6, cfg.in_channels)
-    context = PackedContext((latents,), (frames(0),), frames(1, 2), ("k1",))
-    conditions = Conditions(
-        normal(8, 5, cfg.text_dim),
-        np.arange(5)[None, :] < 1 + np.arange(8)[:, None] % 5,
-        normal(8, cfg.pooled_dim),
-        normal(8, 3, cfg.image_dim),
-        np.linspace(1, 10, 8, dtype=np.float32),
-    )
-    sigma = np.linspace(0.1, 0.9, 8, dtype=np.float32)
-    return params, (x, sigma, context, conditions), normal(*x.shape)
-
-
-def difference(found, expected) -> float:
-    """The largest of the leaves' max|a - b| / max|b|."""
-    pairs = zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(expected), strict=True)
-    return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
 def largest_product(compiled, length: int) -> int:
