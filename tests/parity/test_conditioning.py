@@ -21,9 +21,8 @@ from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.quantization import cast_params
+from tests.fixtures.reference_params import clip_params, llama_params, siglip_params, vae_params
 from tests.fixtures.torch_reference import relative_error
-from tests.parity.test_encoders import clip_params, llama_params, siglip_params
-from tests.parity.test_vae import vae_params
 
 pytestmark = pytest.mark.golden
 PARITY = 1e-4

@@ -1,7 +1,6 @@
 """Llama, CLIP and SigLIP against live transformers at toy sizes, and their full sizes."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,13 @@ import transformers
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.encoders.block import ACTIVATIONS
-from framepack_jax.models.params import Params, stack_layers, unstack_layers
+from framepack_jax.models.params import unstack_layers
 from framepack_jax.models.quantization import cast_params
+from tests.fixtures.reference_params import (
+    clip_params,
+    llama_params,
+    siglip_params,
+)
 from tests.fixtures.torch_reference import randomize, relative_error
 
 LLAMA = llama.LlamaConfig(
@@ -28,74 +32,9 @@ llama_states, clip_pooled, siglip_states = (
     jax.jit(f, static_argnums=0) for f in (llama.hidden_states, clip.pooled, siglip.hidden_states)
 )
 
-LAYER = {"norm1": "layer_norm1", "norm2": "layer_norm2", "out": "self_attn.out_proj",
-         "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}  # fmt: skip
-
 
 def state_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {k: v.numpy() for k, v in module.state_dict().items()}
-
-
-def llama_params(state: dict[str, np.ndarray], cfg: llama.LlamaConfig) -> Params:
-    """Our parameters from a transformers state dict; layers beyond cfg.layers are left out."""
-    state = {re.sub(r"^model\.", "", k): v for k, v in state.items()}
-    leaves = {"embed/embedding": state["embed_tokens.weight"]}
-    for i in range(cfg.layers):
-        layer = {k.removeprefix(f"layers.{i}."): v for k, v in state.items()}
-        for name, heads in (("q", cfg.heads), ("k", cfg.kv_heads), ("v", cfg.kv_heads)):
-            kernel = layer[f"self_attn.{name}_proj.weight"].T.reshape(-1, heads, cfg.head_dim)
-            leaves[f"layers/{i:02d}/{name}/kernel"] = kernel
-        for ours, theirs in (("out", "self_attn.o"), ("gate", "mlp.gate"), ("up", "mlp.up"),
-                             ("down", "mlp.down")):  # fmt: skip
-            leaves[f"layers/{i:02d}/{ours}/kernel"] = layer[f"{theirs}_proj.weight"].T
-        leaves[f"layers/{i:02d}/input_norm/scale"] = layer["input_layernorm.weight"]
-        leaves[f"layers/{i:02d}/mlp_norm/scale"] = layer["post_attention_layernorm.weight"]
-    return stack_layers(leaves, llama.STACKS)
-
-
-def encoder_layers(state: dict[str, np.ndarray], cfg) -> dict[str, np.ndarray]:
-    leaves = {}
-    for i in range(cfg.layers):
-        layer = {k.removeprefix(f"encoder.layers.{i}."): v for k, v in state.items()}
-        fused = {
-            kind: np.stack([layer[f"self_attn.{x}_proj.{kind}"] for x in "qkv"])
-            for kind in ("weight", "bias")
-        }
-        heads = (3, cfg.heads, cfg.width // cfg.heads)
-        leaves[f"layers/{i:02d}/qkv/kernel"] = np.moveaxis(fused["weight"], -1, 0).reshape(
-            -1, *heads
-        )
-        leaves[f"layers/{i:02d}/qkv/bias"] = fused["bias"].reshape(heads)
-        for ours, theirs in LAYER.items():
-            weight = layer[f"{theirs}.weight"]
-            leaf = "scale" if weight.ndim == 1 else "kernel"
-            leaves[f"layers/{i:02d}/{ours}/{leaf}"] = weight.T
-            leaves[f"layers/{i:02d}/{ours}/bias"] = layer[f"{theirs}.bias"]
-    return leaves
-
-
-def clip_params(state: dict[str, np.ndarray], cfg: clip.ClipConfig) -> Params:
-    state = {re.sub(r"^text_model\.", "", k): v for k, v in state.items()}
-    leaves = {
-        "token_embedding/embedding": state["embeddings.token_embedding.weight"],
-        "position_embedding/embedding": state["embeddings.position_embedding.weight"],
-        "final_norm/scale": state["final_layer_norm.weight"],
-        "final_norm/bias": state["final_layer_norm.bias"],
-    }
-    return stack_layers(leaves | encoder_layers(state, cfg), clip.STACKS)
-
-
-def siglip_params(state: dict[str, np.ndarray], cfg: siglip.SiglipConfig) -> Params:
-    state = {re.sub(r"^vision_model\.", "", k): v for k, v in state.items()}
-    patch = state["embeddings.patch_embedding.weight"]
-    leaves = {
-        "patch/kernel": patch.transpose(2, 3, 1, 0).reshape(-1, cfg.width),
-        "patch/bias": state["embeddings.patch_embedding.bias"],
-        "position_embedding/embedding": state["embeddings.position_embedding.weight"],
-        "final_norm/scale": state["post_layernorm.weight"],
-        "final_norm/bias": state["post_layernorm.bias"],
-    }
-    return stack_layers(leaves | encoder_layers(state, cfg), siglip.STACKS)
 
 
 @functools.cache

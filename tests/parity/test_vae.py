@@ -2,8 +2,7 @@
 
 import contextlib
 import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -12,51 +11,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from flax.traverse_util import unflatten_dict
 
 from framepack_jax.models.hunyuan import vae, vae_blocks
 from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.ops import conv
+from tests.fixtures.reference_params import vae_params
 from tests.fixtures.torch_reference import randomize, relative_error, to_jax
 
 PARITY = 2e-4
 DEFAULT = Tiling()
 SMALL = VaeConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4)
-NAMES = (
-    (r"(down|up)_blocks\.(\d+)\.", r"\1_\2."),
-    (r"mid_block\.", "mid."),
-    (r"resnets\.(\d+)\.", r"resnet_\1."),
-    (r"attentions\.0\.", "attention."),
-    (r"(down|up)samplers\.0\.conv\.", r"\1sample."),
-    (r"group_norm\.|conv_norm_out\.", lambda m: {"g": "norm.", "c": "norm_out."}[m[0][0]]),
-    (r"conv_shortcut\.", "shortcut."),
-    (r"to_out\.0\.", "out."),
-    (r"^quant_conv\.", "encoder.quant."),
-    (r"^post_quant_conv\.", "decoder.post_quant."),
-    (r"\.conv\.", "."),
-)
-
-
-def vae_params(state_dict: Mapping[str, torch.Tensor]) -> dict:
-    """Our parameters from diffusers' names."""
-    leaves = {}
-    for name, tensor in state_dict.items():
-        for pattern, here in NAMES:
-            name = re.sub(pattern, here, name)
-        *path, kind = name.split(".")
-        array = to_jax(tensor)
-        if kind == "weight" and array.ndim == 1:
-            kind = "scale"
-        elif kind == "weight":
-            kind, array = "kernel", jnp.moveaxis(array, (0, 1), (-1, -2))
-        leaves[(*path, kind)] = array
-    for path in [path[:-2] for path in leaves if path[-2:] == ("to_q", "kernel")]:
-        for kind, axis in (("kernel", 1), ("bias", 0)):
-            parts = [leaves.pop((*path, f"to_{x}", kind))[..., None, :] for x in "qkv"]
-            leaves[(*path, "qkv", kind)] = jnp.stack(parts, axis=axis)
-    return unflatten_dict(leaves)
 
 
 Pair = tuple[VaeConfig, dict, AutoencoderKLHunyuanVideo]
