@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): combined, laid beside a network's kernels, or merged.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): combine, attach to a network's kernels, merge.
 
-A LoRA is {path of a kernel, layer by layer, as "double/07/img_qkv/kernel": Factors}, as files and
-training have it. `attach` stacks it into the parameters as the leaves `lora_a` and `lora_b`, with
-which `lora_layers` computes x W + (x a) b. So adapters travel inside the parameters: a compiled
-step takes them like any other weight, and another LoRA of the same ranks needs no new program.
+A LoRA maps the path of a kernel of one layer, as "double/07/img_qkv/kernel", to its Factors, in
+files and in training. `attach` stacks it into the parameters as the leaves `lora_a` and `lora_b`,
+with which `lora_layers` computes x W + (x a) b. A compiled step takes them like any other weight,
+so another LoRA of the same ranks needs no new program.
 
 Shapes: r the rank, "in" and "out" those of the kernel (in, ...out).
 """
@@ -26,18 +26,18 @@ from framepack_jax.models.params import Params
 from framepack_jax.parallel import sharding
 from framepack_jax.utils.messages import shorten
 
-# Small beside the kernels: every device has the whole of both.
+# Factors are small compared with kernels: every device holds both whole.
 SHARDINGS = ((rf".*/({LORA_A}|{LORA_B})", ()),)
-# The adapters of a training run, in its folder bundle.
+# The adapters of a training run, in its folder `bundle`.
 FILE = "lora.safetensors"
 
 
 class Factors(NamedTuple):
     """The change a diag(scale) b of one kernel: a (in, r), b (r, ...out), scale (r,), on the host.
 
-    `scale` is alpha / rank times a weight, of each rank because adapters that are joined bring
-    their own. It stays apart from b, so that what was read is what is written, bit for bit, and is
-    multiplied in once, in float32, where factors are attached.
+    `scale` is alpha / rank times a weight, one number a rank because combined adapters have their
+    own. It is separate from b, so that a LoRA is written bit for bit as it was read, and is
+    multiplied in once, in float32, when factors are attached.
     """
 
     a: np.ndarray
@@ -53,10 +53,9 @@ LoRA = dict[str, Factors]
 
 
 def parse_weight(text: str) -> tuple[str, float]:
-    """A flag FILE or FILE:WEIGHT -> (file, weight); the weight is 1 unless given. FILE may be a
-    training run (`file_of`).
+    """Parse a flag FILE or FILE:WEIGHT to (file, weight); the default weight is 1.
 
-    Raises ValueError where no file is named.
+    FILE may be a training run (`file_of`). Raises ValueError if no file is named.
     """
     match = re.fullmatch(r"(.+?)(?::([-+]?(?:\d+\.?\d*|\.\d+)))?", text)
     if match is None:
@@ -81,7 +80,7 @@ def file_of(path: str | Path) -> str:
 
 
 def combine(loras: Iterable[tuple[Mapping[str, Factors], float]]) -> LoRA:
-    """Several (LoRA, weight) as one: the sum of their changes, factors side by side along r."""
+    """Combine several (LoRA, weight) by the sum of their changes, concatenating factors along r."""
     parts: dict[str, list[Factors]] = {}
     for lora, weight in loras:
         for path, factors in lora.items():
@@ -96,13 +95,13 @@ def _side_by_side(parts: list[Factors]) -> Factors:
 
 
 def alike(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Arrays in one dtype: theirs, or float32 where they differ."""
+    """Return arrays in one dtype: theirs, or float32 if they differ."""
     same = len({x.dtype for x in arrays}) == 1
     return list(arrays) if same else [x.astype(np.float32) for x in arrays]
 
 
 def scaled(factors: Factors) -> np.ndarray:
-    """diag(scale) b in float32."""
+    """Return diag(scale) b in float32."""
     scale = factors.scale.astype(np.float32)
     return factors.b.astype(np.float32) * scale.reshape(-1, *[1] * (factors.b.ndim - 1))
 
@@ -114,12 +113,12 @@ def attach(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
 ) -> Params:
-    """The parameters (layers stacked, arrays or `jax.ShapeDtypeStruct`s) with a LoRA beside its
-    kernels: leaves `lora_a` (in, r) and `lora_b` (r, ...out) of `dtype`, scale multiplied in, with
-    a leading layer axis in a stack.
+    """Add a LoRA to parameters (layers stacked, arrays or `jax.ShapeDtypeStruct`s).
 
-    Layers of a stack have the largest of their ranks, filled up with zeros, which change nothing.
-    On a `mesh` they lie by SHARDINGS. Raises ValueError that names what does not fit.
+    Beside each kernel it puts the leaves `lora_a` (in, r) and `lora_b` (r, ...out) of `dtype`, with
+    scale multiplied in and a leading layer axis in a stack. All layers of a stack get the largest
+    of their ranks; factors are padded with zeros. On a `mesh` they are placed by SHARDINGS. Raises
+    ValueError that names kernels that do not fit.
     """
     leaves = flatten_dict(params)
     shapes = flatten_dict(offload.stacked_shapes(params))
@@ -128,18 +127,18 @@ def attach(
     for path, factors in lora.items():
         kernel, layer = _place(path)
         groups.setdefault(kernel[:-1], {})[layer] = factors
-    added = {}
+    added: dict[tuple[str, ...], np.ndarray] = {}
     for module, layers in groups.items():
         shape = shapes[*module, "kernel"].shape
         for name, array in zip((LORA_A, LORA_B), _stacked(layers, shape), strict=True):
             added[*module, name] = array.astype(dtype)
-    streamed = {name for name, leaf in params.items() if isinstance(leaf, offload.OffloadedLayers)}
-    beside = {path: leaf for path, leaf in added.items() if path[0] not in streamed}
-    made = unflatten_dict(leaves | flatten_dict(_on_devices(unflatten_dict(beside), mesh)))
-    for name in streamed:
-        factors = {path[1:]: leaf for path, leaf in added.items() if path[0] == name}
-        made[name] = _beside_layers(params[name], factors, mesh)
-    return made
+    offloaded = {n for n, leaf in params.items() if isinstance(leaf, offload.OffloadedLayers)}
+    beside = {path: leaf for path, leaf in added.items() if path[0] not in offloaded}
+    attached = unflatten_dict(leaves | flatten_dict(_on_devices(unflatten_dict(beside), mesh)))
+    for name in offloaded:
+        own = {path[1:]: leaf for path, leaf in added.items() if path[0] == name}
+        attached[name] = _beside_layers(params[name], own, mesh)
+    return attached
 
 
 def _on_devices(factors: Params, mesh: Mesh | None) -> Params:
@@ -154,7 +153,7 @@ def _beside_layers(
     factors: Mapping[tuple[str, ...], np.ndarray],
     mesh: Mesh | None,
 ) -> offload.OffloadedLayers:
-    """Stacked factors beside the kernels of every layer, where those lie."""
+    """Add stacked factors to every layer, in the memory of its kernels."""
 
     def beside(number: int, layer: Params) -> Params:
         own = unflatten_dict({path: leaf[number] for path, leaf in factors.items()})
@@ -165,9 +164,10 @@ def _beside_layers(
 
 
 def _memory_kind(layer: Params) -> str:
-    """Where a layer lies; the device for one that was just read, for that is where it goes."""
+    """Return the memory of a layer; for a layer just read from disk, the device, where it goes."""
     leaf = jax.tree.leaves(layer)[0]
-    return leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else "device"
+    kind = leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else None
+    return kind or "device"
 
 
 def _place(path: str) -> tuple[tuple[str, ...], int | None]:
@@ -202,7 +202,7 @@ def _check(leaves: Mapping[tuple[str, ...], Any], lora: Mapping[str, Factors]) -
 def _stacked(
     layers: Mapping[int | None, Factors], shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of a kernel of that shape, in float32; a stack's by layer, absent ones zero."""
+    """Return the factors of a kernel of this shape in float32; layers without factors get zeros."""
     rank = max(factors.rank for factors in layers.values())
     count = () if None in layers else shape[:1]
     inputs, *outputs = shape[len(count) :]
@@ -216,9 +216,11 @@ def _stacked(
 
 
 def extract(params: Params) -> LoRA:
-    """The LoRA that lies in parameters, layer by layer, of scale 1; the inverse of `attach` up to
-    the rank: ranks and layers that are zero in both factors are left out."""
-    lora = {}
+    """Return the LoRA in parameters, layer by layer, with scale 1.
+
+    It inverts `attach` up to the rank: ranks and layers with zeros in both factors are dropped.
+    """
+    lora: LoRA = {}
     for (*module, name), a in sorted(flatten_dict(params).items()):
         if name != LORA_A:
             continue
@@ -241,15 +243,15 @@ def _nonzero(path: str, a: np.ndarray, b: np.ndarray) -> LoRA:
 
 
 def merge(params: Params, *, donate: bool = False) -> Params:
-    """Parameters with attached factors -> parameters without, their kernels W + a b.
+    """Merge attached factors into their kernels: W + a b.
 
-    Computed in float32, one layer at a time, and rounded to the kernel's dtype. Other leaves are
-    handed through. With `donate` the kernels are changed in place and those of `params` are used
-    up, which a network that fills most of a device needs. Raises ValueError where a kernel is
-    quantized, before any is changed.
+    Computed in float32, one layer at a time, and rounded to the kernel's dtype. Other leaves pass
+    through. With `donate` the kernels of `params` are changed in place and invalid afterwards, as a
+    network that fills most of a device needs. Raises ValueError if a kernel is quantized, before
+    any is changed.
     """
-    streamed = [leaf for leaf in params.values() if isinstance(leaf, offload.OffloadedLayers)]
-    for part in (params, *(leaf.layers[0] for leaf in streamed)):
+    offloaded = [leaf for leaf in params.values() if isinstance(leaf, offload.OffloadedLayers)]
+    for part in (params, *(leaf.layers[0] for leaf in offloaded)):
         leaves = flatten_dict(part)
         for *module, name in leaves:
             if name == LORA_A:
@@ -267,7 +269,7 @@ def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]
             yield name, dict(_merged(leaf, donate))
         else:
             kernel = jnp.asarray(leaf["kernel"])
-            # Adding in place uses the kernel up.
+            # Adding in place invalidates the kernel.
             own = kernel if donate else kernel.copy()
             summed = _add_layers(own, leaf[LORA_A], leaf[LORA_B])
             rest = {k: v for k, v in leaf.items() if k not in (LORA_A, LORA_B)}
@@ -275,7 +277,7 @@ def _merged(params: Mapping[str, Any], donate: bool) -> Iterator[tuple[str, Any]
 
 
 def _merged_layer(layer: Params, donate: bool) -> Params:
-    """A layer of its own, added up on the device and brought back to where it lies."""
+    """Merge one layer on the device and return it to its memory."""
     kind = _memory_kind(layer)
     donate &= kind == "device"
     return jax.block_until_ready(offload.put(dict(_merged(offload.on_device(layer), donate)), kind))

@@ -166,7 +166,7 @@ def put(params: Params, memory_kind: str) -> Params:
         [shard.data for shard in leaf.addressable_shards] if _is_shared(leaf) else [leaf]
         for leaf in leaves
     ]
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # made at run time
     if not isinstance(default, jax.Device):
         default = jax.local_devices()[0]
     alone = SingleDeviceSharding(default)
@@ -182,7 +182,7 @@ def put(params: Params, memory_kind: str) -> Params:
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
     moved = jax.device_put(parts, jax.tree.map(target, parts))
-    return tree.unflatten(map(joined, leaves, moved))
+    return jax.tree.unflatten(tree, map(joined, leaves, moved))
 
 
 def _is_shared(leaf: Any) -> bool:

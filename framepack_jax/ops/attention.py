@@ -1,9 +1,9 @@
-"""The only attention entry of the project.
+"""Attention: the one entry point, for all networks.
 
-The kernel is chosen where the program is lowered, by the platform it is lowered for: cuDNN for
-CUDA (`ops/cudnn.py`), splash for TPU (`ops/splash.py`), XLA in chunks elsewhere and for whatever
-those two cannot take. A mesh divides all of them alike (`layout`). Scores and softmax are float32
-whatever the inputs are, and the full (queries, keys) matrix never exists, forward or backward.
+The platform that a program is lowered for chooses the kernel: cuDNN for CUDA (`ops/cudnn.py`),
+splash for TPU (`ops/splash.py`), XLA in chunks elsewhere and for all inputs that those two refuse.
+A mesh divides all kernels by the same rule (`layout`). Scores and softmax are float32 for inputs of
+any dtype, and the full (queries, keys) matrix never exists, forward or backward.
 
 Shapes: B batch, L query tokens, S key tokens, N heads, M key/value heads, D head width.
 """
@@ -26,11 +26,11 @@ from framepack_jax.ops import cudnn, splash
 from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain, dividing
 
 QUERY_CHUNK = 256
-# Below this many queries or keys the chunks are few and small: no kernel is tried, none is missed.
-LEAST_LENGTH = 1024
+# With fewer queries or keys the chunks are few and small: no fused kernel is tried.
+MIN_LENGTH = 1024
 
-# A policy of `jax.checkpoint`: keep what any of the kernels leaves for its backward pass, little
-# more than its result, so that none runs a second time.
+# A policy of `jax.checkpoint`: keep the residuals of every kernel, little more than its result, so
+# that no kernel runs a second time.
 KEEP_RESULTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(splash.RESULT), cudnn.is_kernel
 )
@@ -42,7 +42,7 @@ Kernel = Literal["auto", "xla", "cudnn", "splash"]
 
 
 class _Fused(NamedTuple):
-    platform: str  # JAX's name of the platform it is lowered for
+    platform: str  # JAX's name of the platform that it is lowered for
     backend: str  # JAX's name of the backend that runs it
     refusal: Callable[[jax.Array, jax.Array], str | None]
     attend: Callable[..., jax.Array]
@@ -78,12 +78,11 @@ _wanted = jax.make_user_context("auto")
 
 @contextlib.contextmanager
 def use(kernel: Kernel) -> Iterator[None]:
-    """Within this context, and thread, attention runs on `kernel`.
+    """Run attention on `kernel` within this context and thread.
 
-    "auto" is the choice by platform described above. "xla" is the chunks, everywhere. "cudnn" and
-    "splash" are that kernel for every length it can take; a program lowered for a platform that
-    has no such kernel is then an error of JAX's. Only "xla" has forward-mode derivatives. Raises
-    ValueError for other names.
+    "auto" chooses by platform. "xla" computes in chunks everywhere. "cudnn" and "splash" are that
+    kernel for every length that it takes; lowering a program for a platform without it is then an
+    error of JAX's. Only "xla" has forward-mode derivatives. Raises ValueError for other names.
     """
     if kernel not in get_args(Kernel):
         raise ValueError(f"attention kernel {kernel!r}: expected one of {get_args(Kernel)}")
@@ -101,16 +100,24 @@ def attend(
     causal: bool = False,
     query_chunk: int = QUERY_CHUNK,
 ) -> jax.Array:
-    """Softmax attention, softmax(q k^T / sqrt(D)) v.
+    """Compute softmax attention, softmax(q k^T / sqrt(D)) v.
 
-    q is (B, L, N, D); k and v are (B, S, M, D) where M divides N (grouped queries); `valid` (B, S)
-    is True where a key may be read, and its True entries are a prefix of at least one; `causal`
-    lets query i read keys 0 .. i only (then L == S). Returns (B, L, N, D) in q's dtype. Rows of
-    padded queries are finite and meaningless. `query_chunk` is the chunk of the XLA path. On a mesh
-    every device has its part of batch and heads (`layout`), and all tokens; so has the result.
+    On a mesh every device holds its part of batch and heads (`layout`) and all tokens, of the
+    inputs and of the result.
 
-    Raises ValueError where the heads do not divide or a causal call has L != S. Warns, once a
-    shape, where the kernel asked for, or the kernel of this machine, cannot take it.
+    Args:
+        q: Queries (B, L, N, D).
+        k: Keys (B, S, M, D), where M divides N (grouped queries).
+        v: Values (B, S, M, D).
+        valid: (B, S), True for keys that may be read: a prefix of at least one.
+        causal: Let query i read keys 0 .. i only; L must be S.
+        query_chunk: Chunk of the XLA path.
+
+    Returns:
+        (B, L, N, D) in q's dtype. Rows of padded queries are finite and meaningless.
+
+    Raises ValueError if the heads do not divide or a causal call has L != S. Warns, once a shape,
+    if the requested kernel, or the kernel of this machine, refuses the inputs.
     """
     length, heads = q.shape[1:3]
     keys, kv_heads = k.shape[1:3]
@@ -129,8 +136,8 @@ def attend(
 
 
 def _usable(q: jax.Array, k: jax.Array, wanted: Kernel) -> list[_Fused]:
-    """The fused kernels to offer to the lowering; warns of one that is missed."""
-    if wanted == "xla" or (wanted == "auto" and min(q.shape[1], k.shape[1]) < LEAST_LENGTH):
+    """Return the fused kernels to offer to the lowering; warn of one that refuses."""
+    if wanted == "xla" or (wanted == "auto" and min(q.shape[1], k.shape[1]) < MIN_LENGTH):
         return []
     usable = []
     for name, fused in _FUSED.items():
@@ -145,7 +152,7 @@ def _usable(q: jax.Array, k: jax.Array, wanted: Kernel) -> list[_Fused]:
 
 
 def _machine() -> str:
-    """The backend of the mesh in use, or of this process. It decides who misses a kernel only."""
+    """Return the backend of the mesh in use, or of this process; only warnings depend on it."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -160,10 +167,10 @@ def _warn(kernel: str, queries: tuple[int, ...], keys: tuple[int, ...], reason: 
 
 
 def layout(batch: int, kv_heads: int) -> Layout:
-    """How the mesh in use (`jax.set_mesh`) divides attention over a batch with this many key heads.
+    """Divide attention over the mesh in use (`jax.set_mesh`), for a batch and its key heads.
 
-    The batch goes to the axes `sharding.BATCH` that divide it. Key heads go to `tensor` and then to
-    those of the token axes whose product divides them and is largest. Whatever is left divides the
+    The batch goes to the axes `sharding.BATCH` that divide it. Key heads go to `tensor`, then to
+    the token axes with the largest product that divides them. The remaining axes divide the
     queries, each part of which reads all keys of its heads. Only axes of more than one device are
     named; without a mesh there are none.
     """
@@ -186,12 +193,12 @@ def layout(batch: int, kv_heads: int) -> Layout:
 
 
 def to_heads(x: jax.Array) -> jax.Array:
-    """From some tokens of all heads to all tokens of some heads: the layout `attend` works in.
+    """Exchange some tokens of all heads for all tokens of some heads, the layout of `attend`.
 
     x is (B, L, ..., N, D) with tokens, and heads by `tensor`, divided over the mesh in use; the
-    result has the same shape and values. Axes that divide heads exchange the ones for the others
-    (DeepSpeed-Ulysses, arXiv 2309.14509); those that divide queries gather tokens. L may be any
-    length, and without a mesh nothing happens.
+    result has the same shape and values. Axes that divide heads do an all-to-all
+    (DeepSpeed-Ulysses, arXiv 2309.14509); axes that divide queries gather tokens. L may be any
+    length. Without a mesh it returns x.
     """
     of = layout(x.shape[0], x.shape[-2])
 
@@ -208,7 +215,7 @@ def to_heads(x: jax.Array) -> jax.Array:
 
 
 def to_tokens(x: jax.Array) -> jax.Array:
-    """The way back of `to_heads`: from all tokens of some heads to some tokens of all heads."""
+    """Invert `to_heads`: exchange all tokens of some heads for some tokens of all heads."""
     of = layout(x.shape[0], x.shape[-2])
 
     def move(x: jax.Array) -> jax.Array:
@@ -229,7 +236,7 @@ def to_tokens(x: jax.Array) -> jax.Array:
 def _moved(
     move: Callable[[jax.Array], jax.Array], x: jax.Array, of: Layout, source: int
 ) -> jax.Array:
-    """`move` between the layouts by tokens (0) and by heads (1), from `source` to the other."""
+    """Apply `move` to change the layout: from tokens (0) to heads (1), or back."""
     tokens = tuple(name for name in TOKENS if name in of.exchanged + of.gathered)
     if not tokens:
         return x
@@ -244,7 +251,7 @@ def _moved(
 
 
 def _grid(names: tuple[str, ...]) -> dict[str, int]:
-    """Parts of a dimension that these of the token axes divide, for einops."""
+    """Return into how many parts these token axes divide a dimension, for einops."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return {name: sizes[name] if name in names else 1 for name in TOKENS}
 
@@ -258,10 +265,10 @@ def _sharded(
     *,
     causal: bool,
 ) -> jax.Array:
-    """`attend` on every device for its part of batch, heads and queries (`layout`).
+    """Run `attend` on every device for its part of batch, heads and queries (`layout`).
 
-    The compiler cannot divide a fused kernel by itself, and with one rule for all of them a test
-    of one speaks for the others.
+    The compiler cannot divide a fused kernel by itself; one rule for all kernels lets the test of
+    one cover the others.
     """
     sizes = _mesh_sizes()
     if math.prod(sizes.values()) == 1:
@@ -274,7 +281,7 @@ def _sharded(
     whole = _spec(batch, None, heads, None)
     parts = math.prod(sizes[name] for name in queries)
     if queries:
-        # Else the compiler divides the tokens of what comes before, and streams are joined there.
+        # Otherwise the compiler divides the tokens of the operations before, which join streams.
         q = constrain(q, *whole)
 
     def run(q: jax.Array, *others: jax.Array) -> jax.Array:
@@ -286,15 +293,15 @@ def _sharded(
 
 
 def _on_parts(f: Callable[..., jax.Array], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`f` of what each device has."""
-    # Kernels do not say how their results vary over the mesh: check_vma.
+    """Apply `f` to the shards of each device."""
+    # Kernels do not declare how their results vary over the mesh: check_vma.
     return jax.shard_map(
         f, in_specs=in_specs, out_specs=out_specs, axis_names=set(_mesh_sizes()), check_vma=False
     )
 
 
 def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    """Zeros after the tokens of x (B, L, ...), to the next multiple of the length."""
+    """Pad the tokens of x (B, L, ...) with zeros to the next multiple."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)))
 
 
@@ -303,7 +310,7 @@ def _spec(*axes: tuple[str, ...] | None) -> PartitionSpec:
 
 
 def _mesh_sizes() -> dict[str, int]:
-    """The axes of the mesh in use that no outer `shard_map` has taken."""
+    """Return the axes of the mesh in use that no outer `shard_map` has taken."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in axes if kind != AxisType.Manual}
@@ -318,7 +325,7 @@ def _chunked(
     causal: bool,
     query_chunk: int,
 ) -> jax.Array:
-    """`attend` by XLA, a chunk of queries at a time."""
+    """Attend by XLA, a chunk of queries at a time."""
     length, heads = q.shape[1:3]
     keys, kv_heads = k.shape[1:3]
     k = repeat(k, "b s m d -> b s (m g) d", g=heads // kv_heads)
@@ -338,7 +345,7 @@ def _chunked(
     if length <= query_chunk:
         return checkpoint_name(rows(q, jnp.int32(0)), splash.RESULT)
     chunks = -(-length // query_chunk)
-    # Equal ones, so that the last is not mostly padding.
+    # Equal chunks, so that the last is not mostly padding.
     equal = -(-length // chunks)
     padded = jnp.pad(q, ((0, 0), (0, chunks * equal - length), (0, 0), (0, 0)))
     padded = rearrange(padded, "b (c l) n d -> c b l n d", c=chunks)

@@ -1,4 +1,4 @@
-"""The causal 3-D convolution of the video autoencoder, in one place so that it can be exchanged.
+"""The causal 3-D convolution of the video autoencoder.
 
 A frame sees itself and the frames before it: time is padded on the left only. All padding repeats
 the border (HunyuanVideo, arXiv 2412.03603, section 4.1).
@@ -6,19 +6,21 @@ the border (HunyuanVideo, arXiv 2412.03603, section 4.1).
 Shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-Stride = Size = tuple[int, int, int]
-# Channels up to which XLA's convolutions are as fast on a CPU as matrix products.
-FEW_CHANNELS = 16
-# Of the output of one piece on a CPU; what a core keeps near.
+Stride = tuple[int, int, int]
+Size = tuple[int, int, int]
+# Up to these channels XLA's convolutions are as fast on a CPU as matrix products.
+MAX_CONV_CHANNELS = 16
+# Output of one piece on a CPU, which fits into a core's cache.
 PIECE_BYTES = 1 << 19
 
 
@@ -33,22 +35,25 @@ def causal_conv3d(
         x,
         kernel,
         cpu=lambda x, kernel: on_cpu(x, kernel, stride),
-        default=lambda x, kernel: by_volume(_padded(x, kernel.shape[:3]), kernel, stride),
+        default=lambda x, kernel: by_volume(_padded(x, _size(kernel)), kernel, stride),
     )
     return out + bias[None, None, None, None, :]
 
 
 def by_volume(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    """The convolution of a padded x as one 3-D convolution."""
+    """Convolve a padded x by one 3-D convolution."""
     layout = ("NDHWC", "DHWIO", "NDHWC")
     return jax.lax.conv_general_dilated(x, kernel, stride, "VALID", dimension_numbers=layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def on_cpu(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    """The convolution of x, not padded yet, in what is fast on a CPU, where XLA's convolutions of
-    many channels, and the gradients of all, run at a tenth of the speed of matrix products."""
-    return _valid(_padded(x, kernel.shape[:3]), kernel, stride)
+    """Convolve x, not padded yet, by operations that are fast on a CPU.
+
+    There XLA's convolutions of many channels, and all their gradients, run at a tenth of the speed
+    of matrix products.
+    """
+    return _valid(_padded(x, _size(kernel)), kernel, stride)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: Stride) -> Any:
@@ -56,12 +61,15 @@ def _forward(x: jax.Array, kernel: jax.Array, stride: Stride) -> Any:
 
 
 def _backward(stride: Stride, inputs: tuple[jax.Array, jax.Array], dy: jax.Array) -> Any:
-    """Towards x the convolution of dy, spread by the stride, with the kernel turned around; towards
-    the kernel one matrix product a piece and tap."""
+    """Differentiate `on_cpu`.
+
+    The gradient of x is the convolution of dy, dilated by the stride, with the flipped kernel; that
+    of the kernel is one matrix product for each piece and tap.
+    """
     x, kernel = inputs
-    size = kernel.shape[:3]
+    size = _size(kernel)
     padded = _padded(x, size)
-    # What a stride leaves over at the end was never read.
+    # Cells at the end that no stride reaches were never read.
     unread = [n - (m - 1) * s - k for n, m, s, k in
               zip(padded.shape[1:4], dy.shape[1:4], stride, size, strict=True)]  # fmt: skip
     around = [(k - 1, k - 1 + rest, s - 1) for k, rest, s in zip(size, unread, stride, strict=True)]
@@ -69,7 +77,8 @@ def _backward(stride: Stride, inputs: tuple[jax.Array, jax.Array], dy: jax.Array
     turned = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
     dx = _folded(_valid(spread, turned, (1, 1, 1)), size)
 
-    pieces = _Pieces(*dy.shape[:4], max(kernel.shape[3:]))
+    batch, frames, height, width, _ = dy.shape
+    pieces = _Pieces(batch, frames, height, width, max(kernel.shape[3:]))
     parts = dy.reshape(pieces.count, -1, dy.shape[-1])
 
     def add(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
@@ -86,8 +95,14 @@ def _backward(stride: Stride, inputs: tuple[jax.Array, jax.Array], dy: jax.Array
 on_cpu.defvjp(_forward, _backward)
 
 
+def _size(kernel: jax.Array) -> Size:
+    """Return the kernel's (frames, rows, columns)."""
+    frames, rows, columns, *_ = kernel.shape
+    return frames, rows, columns
+
+
 def _margins(size: Size) -> list[tuple[int, int]]:
-    """What is padded (before, after) in time, height and width."""
+    """Return the padding (before, after) in time, height and width."""
     return [(size[0] - 1, 0), *((k // 2, k // 2) for k in size[1:])]
 
 
@@ -96,7 +111,7 @@ def _padded(x: jax.Array, size: Size) -> jax.Array:
 
 
 def _folded(dx: jax.Array, size: Size) -> jax.Array:
-    """The transpose of `_padded`: what flows to the copies of a border is added to it."""
+    """Transpose `_padded`: add the gradients of a border's copies to it."""
     for axis, (before, after) in enumerate(_margins(size), start=1):
         end = dx.shape[axis] - after
         inner = jax.lax.slice_in_dim(dx, before, end, axis=axis)
@@ -108,21 +123,20 @@ def _folded(dx: jax.Array, size: Size) -> jax.Array:
 
 
 def _valid(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    """The convolution of a padded x on a CPU. Pieces are cut out of the whole of x, which a mesh
-    divides."""
+    """Convolve a padded x on a CPU."""
+    # Pieces are cut out of all of x, which a mesh divides.
     divided = jax.sharding.get_abstract_mesh().size > 1
-    few = divided or kernel.shape[3] <= FEW_CHANNELS
+    few = divided or kernel.shape[3] <= MAX_CONV_CHANNELS
     return (by_frames if few else by_pieces)(x, kernel, stride)
 
 
 def by_frames(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    """The convolution of a padded x as a sum, in float32, of one 2-D convolution for each of the
-    kernel's frames."""
+    """Convolve a padded x by a 2-D convolution for each frame of the kernel, summed in float32."""
     layout = ("NHWC", "HWIO", "NHWC")
     step = stride[0]
     last = x.shape[1] - kernel.shape[0]
     frames = [x[:, i : i + last + 1 : step] for i in range(kernel.shape[0])]
-    out = sum(
+    out: Any = sum(
         jax.lax.conv_general_dilated(
             rearrange(frame, "b t h w c -> (b t) h w c"),
             plane,
@@ -137,22 +151,27 @@ def by_frames(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
 
 
 def by_pieces(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    """The convolution of a padded x, some rows of a frame at a time, so few that they stay in the
-    cache: one matrix product a tap of the kernel, summed in float32."""
-    size, features = kernel.shape[:3], kernel.shape[-1]
+    """Convolve a padded x, a band of rows of a frame at a time that fits into the cache.
+
+    Each tap of the kernel is one matrix product; they are summed in float32.
+    """
+    size, features = _size(kernel), kernel.shape[-1]
     sides = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:4], size, stride, strict=True)]
-    pieces = _Pieces(x.shape[0], *sides, max(kernel.shape[3:]))
+    frames, height, width = sides
+    pieces = _Pieces(x.shape[0], frames, height, width, max(kernel.shape[3:]))
     kernel = kernel.astype(jnp.float32)
 
     def piece(number: jax.Array) -> jax.Array:
         taps = pieces.taps(x, number, size, stride)
-        return sum(tap @ kernel[place] for place, tap in taps).astype(x.dtype)
+        total: Any = sum(tap @ kernel[place] for place, tap in taps)
+        return total.astype(x.dtype)
 
     out = jax.lax.map(piece, jnp.arange(pieces.count))
     return out.reshape(x.shape[0], *sides, features)
 
 
-class _Pieces(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
     """An output (B, T, H, W, channels) cut into bands of rows, in the order of memory."""
 
     batch: int
@@ -163,7 +182,7 @@ class _Pieces(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of a piece: the most that divide the height and fit into `PIECE_BYTES`."""
+        """Return the rows of a piece: the most that divide the height and fit `PIECE_BYTES`."""
         row = 4 * self.width * self.channels
         fitting = (r for r in range(1, self.height + 1) if self.height % r == 0)
         return max((r for r in fitting if r * row <= PIECE_BYTES), default=1)
@@ -175,8 +194,8 @@ class _Pieces(NamedTuple):
     def taps(
         self, x: jax.Array, number: jax.Array, kernel: Size, stride: Stride
     ) -> Iterator[tuple[Size, jax.Array]]:
-        """For each place in the kernel, what of a padded x it meets in a piece, (rows, W, C)
-        float32."""
+        """Yield for each place in the kernel the cells of a padded x that it meets in a piece,
+        (rows, W, C) float32."""
         clip, band = jnp.divmod(number, self.height // self.rows)
         sample, frame = jnp.divmod(clip, self.frames)
         start = sample, frame * stride[0], band * self.rows * stride[1], 0, 0

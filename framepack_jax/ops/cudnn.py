@@ -1,8 +1,8 @@
 """Attention by cuDNN's fused kernel, for NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-Its faults are avoided here. Masks go in as lengths, because a mask without a bias is refused
-(jax issue 28974). Lengths are padded to multiples of 128, because the backward kernel returns NaN
-for others: cudnn-frontend issue 160, and pytorch issue 196678, where multiples of 64 fail too.
+Workarounds: masks are passed as lengths, because a mask without a bias is refused (jax issue
+28974). Lengths are padded to multiples of 128, because the backward kernel returns NaN for others
+(cudnn-frontend issue 160; in pytorch issue 196678 multiples of 64 fail too).
 
 Shapes: B batch, L query tokens, S key tokens, N heads, M key/value heads, D head width.
 """
@@ -14,20 +14,22 @@ import jax
 import jax.numpy as jnp
 
 LENGTH_MULTIPLE = 128
-# Wider heads (to 256) need Hopper or newer, and while tracing nobody knows the GPU.
-WIDEST_HEAD = 128
+# Wider heads (up to 256) need Hopper or newer, and the GPU is unknown while tracing.
+MAX_HEAD_WIDTH = 128
 HEAD_MULTIPLE = 8
 
 
 def refusal(q: jax.Array, k: jax.Array) -> str | None:
-    """Why cuDNN cannot attend from q (B, L, N, D) to k (B, S, M, D); None where it can."""
+    """Return why cuDNN cannot attend from q (B, L, N, D) to k (B, S, M, D); None if it can."""
     width = q.shape[-1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.dtype != k.dtype:
         return f"queries are {q.dtype}, keys {k.dtype}"
-    if width > WIDEST_HEAD or width % HEAD_MULTIPLE:
-        return f"head width {width} is not a multiple of {HEAD_MULTIPLE} of at most {WIDEST_HEAD}"
+    if width > MAX_HEAD_WIDTH or width % HEAD_MULTIPLE:
+        return (
+            f"head width {width} is not a multiple of {HEAD_MULTIPLE} of at most {MAX_HEAD_WIDTH}"
+        )
     if not installed():
         return "JAX finds no cuDNN; install the extra cuda12 or cuda13"
     return None
@@ -35,7 +37,7 @@ def refusal(q: jax.Array, k: jax.Array) -> str | None:
 
 @functools.cache
 def installed() -> bool:
-    """Whether JAX has a cuDNN. Without one even tracing the kernel fails, for any platform."""
+    """Return True if JAX has cuDNN; without it tracing the kernel fails for any platform."""
     x = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
     fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     try:
@@ -46,24 +48,24 @@ def installed() -> bool:
 
 
 def is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: keep what the forward kernel leaves for the backward one, its
-    result and a sum for each row. JAX gives them no names (`jax.ad_checkpoint.checkpoint_name`)."""
+    """Tell `jax.checkpoint` to keep the residuals of the forward kernel: its result and a sum for
+    each row. JAX gives them no names (`jax.ad_checkpoint.checkpoint_name`)."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, *, causal: bool
 ) -> jax.Array:
-    """The contract of `ops.attention.attend`, for what `refusal` lets pass."""
+    """Attend as `ops.attention.attend`, for inputs without a `refusal`."""
     length, keys = q.shape[1], k.shape[1]
     lengths = None
     if valid is not None:
         lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
-        # What the kernel leaves behind the last valid key, in the gradients too, is not read.
+        # Beyond the last valid key the kernel leaves garbage, also in gradients: mask it.
         k, v = (jnp.where(valid[:, :, None, None], x, 0) for x in (k, v))
     elif keys % LENGTH_MULTIPLE:
         lengths = jnp.full(q.shape[:1], keys, jnp.int32)
-    # No length of queries is given: padded rows then attend as all others do, and stay finite.
+    # Without a length of queries, padded rows attend like all others and stay finite.
     out = jax.nn.dot_product_attention(
         *(_pad(x) for x in (q, k, v)),
         is_causal=causal,
@@ -74,5 +76,5 @@ def attend(
 
 
 def _pad(x: jax.Array) -> jax.Array:
-    """Zeros after x (B, L, N, D), to the next multiple of the length."""
+    """Pad x (B, L, N, D) with zeros to the next multiple of LENGTH_MULTIPLE."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LENGTH_MULTIPLE), (0, 0), (0, 0)))

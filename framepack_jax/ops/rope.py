@@ -17,7 +17,7 @@ Table = tuple[jax.Array, jax.Array]
 
 
 def rope_table(
-    frame_indices: jax.Array,
+    frame_indices: jax.Array | np.ndarray,
     height: int,
     width: int,
     axes: tuple[int, int, int],
@@ -45,7 +45,7 @@ def rope_table(
     return cos, sin
 
 
-def _axis_table(positions: jax.Array, dim: int, theta: float, pool: int) -> jax.Array:
+def _axis_table(positions: jax.Array | np.ndarray, dim: int, theta: float, pool: int) -> jax.Array:
     """(cos, sin) stacked: positions (B, P) -> (2, B, ceil(P / pool), dim / 2)."""
     frequencies = theta ** -(np.arange(0, dim, 2) / dim)
     angles = positions[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None, :]

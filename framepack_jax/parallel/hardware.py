@@ -1,12 +1,12 @@
 """Chips and machines by name, and their compilers, which run without them.
 
-XLA compiles for a TPU pod or a GPU node on any host; what it then says about memory is what that
-machine would need. The compilers come with the extras `tpu` and `cuda13`.
+XLA compiles for a TPU pod or a GPU node on any host, and reports the memory that the machine would
+need. The compilers come with the extras `tpu` and `cuda13`.
 
     v5e:4x4  v5litepod-16  v5p:2x4x4  v5p-64  v6e:2x2  v6e-8  h100:8  h200:1  rtx4090:1  h100:64
 
-A TPU is named by its topology or as in the cloud, by chips, on v5p by cores (two a chip).
-GPUs are named by their number; more than eight make nodes of eight.
+TPUs are named by topology, or as in the cloud by chips, on v5p by cores (two a chip). GPUs are
+named by their number; more than eight form nodes of eight.
 """
 
 import dataclasses
@@ -25,11 +25,13 @@ GPUS_PER_NODE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator: bytes of memory that a program can have, and vendor figures of dense
-    bfloat16 FLOP/s, bytes/s of memory, and bytes/s of the links to other chips, all in all and in
-    one direction; `network` is a GPU's share of what joins its node to others, None where no vendor
-    builds such nodes. `target` are the fields of XLA's GPU target config; `dims` the axes of a
-    TPU's topology."""
+    """One accelerator.
+
+    `memory` is what a program can allocate, in bytes. Vendor figures: dense bfloat16 FLOP/s,
+    `bandwidth` of the memory and `links` to other chips in bytes/s, all links together in one
+    direction. `network` is a GPU's share of its node's network, None if no vendor builds such
+    nodes. `target` are the fields of XLA's GPU target config, `dims` the axes of a TPU's topology.
+    """
 
     name: str
     memory: float
@@ -47,7 +49,7 @@ class Chip:
 
     @property
     def extra(self) -> str:
-        """The extra of this package that brings its compiler."""
+        """Return the extra of this package that installs its compiler."""
         return "tpu" if self.dims else "cuda13"
 
 
@@ -95,18 +97,18 @@ CHIPS = {
     )
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "a100": "a100-80g"}
-# Parts of what a chip calls itself (`Device.device_kind`), without spaces, the first that fits.
+# Parts of `Device.device_kind` without spaces; the first match counts.
 KINDS = {
     "a100": "a100-80g", "h100": "h100", "h200": "h200", "b200": "b200", "rtx3060": "rtx3060",
     "rtx3090": "rtx3090", "rtx4090": "rtx4090", "rtx5090": "rtx5090", "v5lite": "v5e",
     "v5e": "v5e", "v6lite": "v6e", "v6e": "v6e", "v5p": "v5p", "v5": "v5p",
 }  # fmt: skip
-# A side of a TPU slice closes to a ring: on v5e and v6e when it is that of a whole pod, on v5p when
-# the slice is made of whole cubes.
+# A side of a TPU slice closes to a ring: on v5e and v6e if it spans a whole pod, on v5p if the
+# slice consists of whole cubes.
 RING_2D, CUBE_3D = 16, 4
-# Of TPUs in a slice, as 2x2 or 2x2x1; a chip alone is on a host of its own.
+# TPUs of a slice on one host, as 2x2 or 2x2x1; a single chip has its own host.
 CHIPS_PER_HOST = 4
-# Cloud names give a number alone; these are the shapes they have.
+# Shapes of the numbers of chips in cloud names.
 SHAPES_2D = {
     1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)
 }  # fmt: skip
@@ -125,10 +127,10 @@ class Machine:
 
     @property
     def links(self) -> float:
-        """Bytes/s, in one direction, by which a chip reaches others of its node or TPU slice.
+        """Return the bytes/s, in one direction, from a chip to others of its node or TPU slice.
 
-        Of a TPU, those links that a chip in a corner has: a side of a slice is a line, and only of
-        a large one a ring (https://jax-ml.github.io/scaling-book/tpus).
+        A TPU counts the links of a chip in a corner: a side of a slice is a line, and only in a
+        large slice a ring (https://jax-ml.github.io/scaling-book/tpus).
         """
         if not self.chip.dims:
             return self.chip.links
@@ -146,10 +148,10 @@ class Machine:
 
 
 def parse(text: str) -> Machine:
-    """Read the name of a machine. Raises ValueError that lists what is known."""
+    """Parse the name of a machine. Raises ValueError with the known chips."""
     match = re.fullmatch(r"([a-z0-9-]+?)[:-](\d+(?:x\d+)*)", text.strip().lower())
-    name = ALIASES.get(match[1], match[1]) if match else None
-    if name not in CHIPS:
+    name = ALIASES.get(match[1], match[1]) if match else ""
+    if match is None or name not in CHIPS:
         raise ValueError(
             f"machine {text!r} is unknown; known chips are {', '.join(CHIPS)}, for example v5e:4x4,"
             " v5p-64, h100:8"
@@ -180,8 +182,8 @@ def _nodes(text: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _cloud_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
-    """The topology of a cloud name: nearest to a cube, each side a divisor of the next; a single
-    host lies flat, 2x2x1."""
+    """Return the topology of a cloud name: nearest to a cube, each side a divisor of the next; a
+    single host is 2x2x1."""
     chips = number // chip.cores
     if number % chip.cores or chips.bit_count() != 1:
         unit = "cores" if chip.cores > 1 else "chips"
@@ -202,7 +204,7 @@ def _cloud_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The chip that a device is, None where it is not in the table."""
+    """Return the chip of a device, or None if it is not in the table."""
     kind = device.device_kind.lower().replace(" ", "")
     if device.platform not in ("gpu", "cuda", "tpu"):
         return None
@@ -210,10 +212,10 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 
 def quiet_libtpu() -> None:
-    """Spare a host without a TPU what libtpu says of it, on standard error, wherever JAX loads it.
+    """Silence libtpu's warnings on a host without a TPU.
 
-    It complains that it cannot tell which TPU this is, and names the variables to set; that is done
-    where JAX, on import, found none.
+    libtpu asks for two environment variables that describe the TPU. They are set if JAX found no
+    TPU on import.
     """
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -221,10 +223,10 @@ def quiet_libtpu() -> None:
 
 
 def compile_devices(machine: Machine) -> list[jax.Device]:
-    """Devices to compile for, which are not there.
+    """Return devices to compile for that need not exist on this host.
 
-    Raises ValueError, with the extra to install, where the compiler of the chip is missing, and
-    where it does not know the topology.
+    Raises ValueError, with the extra to install, if the compiler of the chip is missing or does not
+    know the topology.
     """
     from jax.experimental import topologies
 
@@ -243,12 +245,12 @@ def compile_devices(machine: Machine) -> list[jax.Device]:
         )
     try:
         if chip.platform == "tpu":
-            # Without this it asks the metadata server of a cloud machine, for minutes.
+            # Otherwise it queries the metadata server of a cloud machine for minutes.
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             quiet_libtpu()
-            # Compiling needs no chip to itself; several may do so on one host.
+            # Several processes may compile on one host.
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-            # Hosts are full ones, unless told otherwise.
+            # The default is a full host.
             host = {"chips_per_host_bounds": [1, 1, 1]} if machine.count == 1 else {}
             return list(
                 topologies.get_topology_desc(

@@ -1,8 +1,8 @@
 """Several processes that run one program, as on the hosts of a pod.
 
-Each runs the same commands on the devices of all of them. Files that are written belong to the
-first process: what it reads and writes, and what fails with it, is told to all others, so that all
-go the same way. Where there is one process only, nothing here does anything.
+Each process runs the same commands on the devices of all of them. The first process reads and
+writes the files and sends its results and errors to the others, so that all take the same branch.
+With a single process these functions do nothing.
 """
 
 import functools
@@ -21,21 +21,21 @@ from framepack_jax.utils.messages import first_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Seconds until the others notice that a process is gone, or leaves alone.
+# Seconds until the other processes notice that one is gone.
 HEARTBEAT_TIMEOUT_S = 30
 # Bytes of the smallest message; longer ones are padded to powers of two, for few compilations.
 MESSAGE = 1 << 12
-# Whether work is under way that talks to no other process.
+# True while work runs that must not communicate with other processes.
 _inside = False
 _asked = itertools.count()
 
 
 def join(coordinator: str, count: int | None = None, index: int | None = None) -> None:
-    """Become one of `count` processes, number `index` from 0; before anything is computed.
+    """Become one of `count` processes, number `index` from 0; call it before any computation.
 
-    `coordinator` is HOST:PORT of the first, or "auto" where the surroundings tell all three: SLURM,
-    Open MPI, Kubernetes, TPU pods. Raises ValueError where they do not, or the numbers do not go
-    together, or the others do not come.
+    `coordinator` is HOST:PORT of the first process, or "auto" if the environment (SLURM, Open MPI,
+    Kubernetes, TPU pods) defines all three. Raises ValueError if it does not, if the numbers are
+    inconsistent, or if the other processes do not connect.
     """
     if coordinator == "auto":
         address = None
@@ -65,14 +65,14 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
 
 
 def is_primary() -> bool:
-    """Whether files are written here."""
+    """Return True in the process that writes files."""
     return jax.process_index() == 0
 
 
 def on_primary(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `work` in the first process; all get its result, or raise its error.
+    """Call `work` in the first process; return its result, or raise its error, in all.
 
-    Results and errors are pickled. All processes must come here in the same order.
+    Results and errors are pickled. All processes must make these calls in the same order.
     """
     if jax.process_count() == 1 or _inside:
         return work(*args, **kwargs)
@@ -81,8 +81,7 @@ def on_primary(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def on_all_hosts(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `work` in each process for itself; where it fails in one, all raise the error of the
-    first of those."""
+    """Call `work` in every process; if it fails in some, raise the first one's error in all."""
     if jax.process_count() == 1 or _inside:
         return work(*args, **kwargs)
     outcome = _call_locally(work, *args, **kwargs)
@@ -93,7 +92,7 @@ def on_all_hosts(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def assert_same_on_hosts(what: str, *values: Any) -> None:
-    """Raise ValueError in all processes where they differ in values (which are pickled)."""
+    """Raise ValueError in all processes if their values, which are pickled, differ."""
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(pickle.dumps(values)).digest()
@@ -106,13 +105,16 @@ def assert_same_on_hosts(what: str, *values: Any) -> None:
 
 
 def is_collective_error(error: Exception) -> bool:
-    """Whether all processes have this error: they were told of it, or all came to it alike."""
+    """Return True if all processes raise this error: it was sent to them, or is a ValueError."""
     return jax.process_count() == 1 or isinstance(error, ValueError) or hasattr(error, "told")
 
 
 def stopping() -> bool:
-    """Whether some process was sent SIGTERM, which `join` keeps from ending it. All processes must
-    ask equally often, and all get the answer at the same time: a few questions after the signal."""
+    """Return True if some process was sent SIGTERM, which `join` keeps from ending it.
+
+    All processes must call it equally often. All get True at the same call, a few calls after the
+    signal.
+    """
     if jax.process_count() == 1:
         return False
     return multihost_utils.reached_preemption_sync_point(next(_asked))
@@ -123,15 +125,16 @@ class Terminated(KeyboardInterrupt):
 
 
 def stop_if_asked() -> None:
-    """Stop here all of several processes of which one was sent SIGTERM (`stopping`). Raises
-    Terminated."""
+    """Raise Terminated in all processes if one of them was sent SIGTERM (`stopping`)."""
     if stopping():
         raise Terminated
 
 
 def place(tree: Any, bound: bool = False) -> Any:
-    """Arrays, the same in all processes, whole on every device of the mesh in use
-    (`jax.set_mesh`); on the default device where there is none, to which they may be `bound`."""
+    """Replicate arrays, the same in all processes, over the mesh in use (`jax.set_mesh`).
+
+    Without a mesh they go to the default device, to which they are committed if `bound`.
+    """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         tree = jax.device_put(tree)
@@ -150,8 +153,7 @@ def place(tree: Any, bound: bool = False) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays of many devices, whole on one device of each process, to go on with outside of the
-    mesh."""
+    """Gather arrays of many devices on one device of each process, for use outside of the mesh."""
     return jax.tree.map(_fetched, tree)
 
 
@@ -159,7 +161,7 @@ def _fetched(x: jax.Array) -> jax.Array:
     if len(x.sharding.device_set) == 1:
         return x
     if not x.is_fully_replicated:
-        x = _gather(x.sharding.mesh)(x)
+        x = _gather(x.sharding.mesh)(x)  # type: ignore[attr-defined]  # a NamedSharding
     return x.addressable_data(0)
 
 
@@ -169,7 +171,7 @@ def _gather(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def _call_locally(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[bool, Any]:
-    """(whether it succeeded, result or error); in it `on_primary` and `on_all_hosts` call."""
+    """Return (True, result) or (False, error); `on_primary` and `on_all_hosts` in it stay local."""
     global _inside
     _inside = True
     try:
@@ -181,7 +183,7 @@ def _call_locally(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tu
 
 
 def _broadcast(value: Any, source: int) -> Any:
-    """The value of process `source`, in all."""
+    """Return the value of process `source` in all processes."""
     mine = jax.process_index() == source
     data = np.frombuffer(_pickled(value) if mine else b"", np.uint8)
     told = functools.partial(multihost_utils.broadcast_one_to_all, is_source=mine)
@@ -192,7 +194,7 @@ def _broadcast(value: Any, source: int) -> Any:
 
 
 def _pickled(value: tuple[bool, Any]) -> bytes:
-    """An error that does not come out of its pickle again is told by its text."""
+    """Pickle an outcome; replace an error that cannot be unpickled by its text."""
     data = pickle.dumps(value)
     try:
         pickle.loads(data)

@@ -1,15 +1,15 @@
-"""Where arrays lie on many devices: meshes, tables of rules for parameters, constraints.
+"""Divide arrays over many devices: meshes, sharding rules for parameters, constraints.
 
 A mesh has four axes:
 
     data      independent videos
-    fsdp      also divides the batch; each weight is kept in pieces and gathered where it is used
+    fsdp      also divides the batch; each weight is sharded and gathered for its use
     context   divides the tokens of one video
     tensor    divides attention heads and feed-forward width (Megatron-LM, arXiv 1909.08053)
 
-Networks know no mesh. Beside each stands a table of rules, (regular expression, axes), for its
-parameters; what is computed in between passes through `constrain`, which does nothing where no
-mesh is set. `with jax.set_mesh(make_mesh(...))` sets one.
+Networks know no mesh. Each has a table of rules, (regular expression, axes), for its parameters;
+its activations pass through `constrain`, which does nothing without a mesh. `with
+jax.set_mesh(make_mesh(...))` sets one.
 """
 
 import itertools
@@ -24,25 +24,25 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
-# What divides a batch, and the tokens of a sample: where the batch is too small for `fsdp`, that
-# divides the tokens as well.
+# Axes that divide a batch, and the tokens of a sample: if the batch is too small for `fsdp`, `fsdp`
+# divides the tokens too.
 BATCH = ("data", "fsdp")
 TOKENS = ("context", "fsdp")
-# Gathering weights moves more bytes than exchanging tokens for heads: `fsdp` stays within a node.
+# Gathering weights moves more bytes than an all-to-all of tokens: `fsdp` stays within a node.
 NEAREST_LAST = ("data", "context", "fsdp", "tensor")
 REST = -1
 
-# What divides one dimension: nothing, a mesh axis, or several, the first cutting coarsest.
+# Axes of one dimension: none, one, or several, the first dividing coarsest.
 Axis = str | tuple[str, ...] | None
-# (regular expression, one entry for each dimension); () replicates whatever the dimensions are.
+# (regular expression, one entry for each dimension); () replicates an array of any rank.
 Rules = Sequence[tuple[str, tuple[Axis, ...]]]
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes for `make_mesh` from a flag: "fsdp=4,context=2" -> {"fsdp": 4, "context": 2}.
+    """Parse sizes for `make_mesh` from a flag: "fsdp=4,context=2" -> {"fsdp": 4, "context": 2}.
 
-    Raises ValueError where an axis is unknown or there twice, or a size is no positive whole number
-    (nor -1, which stands for all devices that the other axes leave).
+    Raises ValueError if an axis is unknown or repeated, or if a size is neither a positive whole
+    number nor -1, which takes all devices that the other axes leave.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -58,15 +58,14 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def default_sizes(count: int, heads: int) -> dict[str, int]:
-    """Sizes for `make_mesh` that divide ONE video over `count` devices best.
+    """Return the sizes for `make_mesh` that divide ONE video over `count` devices best.
 
-    `fsdp`, the powers of two that count and heads share, divides weights, and attention by heads;
-    what is left of the devices is `context`, which then divides queries. Where `context` would not
-    divide the heads, it takes the part that does and `fsdp` the rest. `fsdp` is a power of two in
-    any case: a width divides by no other number in every network of a bundle (3072 by 3, but 4096
-    not).
+    `fsdp`, the largest power of two that divides both count and heads, divides weights, and
+    attention by heads; `context`, the other devices, divides queries. If `context` would not
+    divide the heads, it takes the part that does and `fsdp` the rest. `fsdp` is always a power of
+    two: no other number divides the width of every network of a bundle (3 divides 3072, not 4096).
 
-    Raises ValueError where count or heads is below 1, and where there are no such sizes.
+    Raises ValueError if count or heads is below 1, or if there are no such sizes.
     """
     if count < 1 or heads < 1:
         raise ValueError(f"{count} devices and {heads} heads: expected at least one of each")
@@ -82,7 +81,7 @@ def default_sizes(count: int, heads: int) -> dict[str, int]:
 
 
 def _odd(n: int) -> int:
-    """The largest odd divisor."""
+    """Return the largest odd divisor."""
     return n // (n & -n)
 
 
@@ -93,9 +92,9 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of `devices` (default: all of `jax.devices()`), all four axes in it.
+    """Return a mesh of `devices` (default: all of `jax.devices()`) with all four axes.
 
-    One size may be -1: all devices that the others leave. Raises ValueError where the sizes do not
+    One size may be -1: all devices that the others leave. Raises ValueError if the sizes do not
     multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -116,21 +115,21 @@ def make_mesh(
             f"mesh {wanted}: the sizes multiply to {product}, but there are {len(devices)}"
             " devices; change the sizes, or pass the devices to use"
         )
-    # Some machines have no link pattern for a shape unless a physical axis serves two of the mesh.
+    # Some machines fit a shape only if one physical axis serves two axes of the mesh.
     grid = mesh_utils.create_device_mesh(
         tuple(sizes[name] for name in NEAREST_LAST), devices, allow_split_physical_axes=True
     )
     grid = grid.transpose([NEAREST_LAST.index(name) for name in AXES])
-    # Auto: the compiler completes what constraints leave open (meshes are Explicit by default).
+    # Auto: the compiler chooses shardings without a constraint (the default type is Explicit).
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def resolve(rules: Rules, params: Any) -> Any:
-    """The tree of `params` (arrays or `jax.ShapeDtypeStruct`s) with a PartitionSpec for each leaf.
+    """Return the tree of `params` (arrays or `jax.ShapeDtypeStruct`s) with a PartitionSpec a leaf.
 
-    A rule speaks of the parameters whose whole path, as "double/img_qkv/kernel", its expression
-    matches. Raises ValueError that names, all together, the parameters without a rule, with more
-    than one, and with a rule of another number of dimensions.
+    A rule applies to the parameters whose whole path, as "double/img_qkv/kernel", it matches.
+    Raises one ValueError that names all parameters without a rule, with several rules, or with a
+    rule of another number of dimensions.
     """
     for pattern, axes in rules:
         _check_rule(pattern, axes)
@@ -153,10 +152,10 @@ def resolve(rules: Rules, params: Any) -> Any:
 
 
 def shard(params: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """NamedShardings of `params` (arrays or `jax.ShapeDtypeStruct`s) by the specs of `resolve`.
+    """Return NamedShardings of `params` (arrays or `jax.ShapeDtypeStruct`s) by `resolve`'s specs.
 
-    Raises ValueError that names every parameter with a dimension that its axes do not divide:
-    nothing is replicated silently.
+    Raises ValueError that names every parameter with a dimension that its axes do not divide;
+    no parameter is replicated silently.
     """
     _check_mesh(mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
@@ -175,7 +174,7 @@ def shard(params: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def device_bytes(params: Any, shardings: Any) -> int:
-    """Bytes of `params` (arrays or `jax.ShapeDtypeStruct`s) that one device holds."""
+    """Return the bytes of `params` (arrays or `jax.ShapeDtypeStruct`s) on one device."""
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -186,12 +185,11 @@ def device_bytes(params: Any, shardings: Any) -> int:
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     """Ask the compiler to divide x over these mesh axes, one entry for each of its dimensions.
 
-    A batch, which is what the entry `BATCH` is for, goes to those axes that divide it exactly
-    (`dividing`). Of several axes for another dimension, the last are left out where it is too short
-    for all; those that remain may not divide it: the compiler pads. An axis named for several
-    dimensions goes to the first that takes it. Without a mesh (`jax.set_mesh`) and outside of
-    `jax.jit` this does nothing. Raises ValueError, mesh or not, for an unknown axis and where there
-    are more or fewer entries than dimensions.
+    The entry `BATCH` divides a batch over the axes that divide it exactly (`dividing`). If another
+    dimension is too short for all its axes, the last ones are dropped; the others need not divide
+    it, as the compiler pads. An axis named for several dimensions goes to the first that takes it.
+    Without a mesh (`jax.set_mesh`) and outside of `jax.jit` it returns x. Raises ValueError, also
+    without a mesh, for an unknown axis or another number of entries than dimensions.
     """
     _check_known("constrain", axes)
     if len(axes) != x.ndim:
@@ -204,8 +202,8 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
 
 
 def dividing(names: Iterable[str], length: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Those of the mesh axes, taken in order, that together divide the length; of axes that `sizes`
-    does not name, none."""
+    """Return the mesh axes, taken in order, that together divide the length; axes without a size
+    are skipped."""
     taken: tuple[str, ...] = ()
     for name in names:
         if name in sizes and length % math.prod(sizes[a] for a in (*taken, name)) == 0:
@@ -213,9 +211,14 @@ def dividing(names: Iterable[str], length: int, sizes: Mapping[str, int]) -> tup
     return taken
 
 
-def fitting(axes: Iterable[Axis], shape: tuple[int, ...], mesh: AbstractMesh) -> PartitionSpec:
-    """For each dimension the axes that are not taken yet: of a batch those that divide it, as
-    attention needs them; else as many as leave no device empty."""
+def fitting(
+    axes: Iterable[Axis], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Return for each dimension its axes that are not taken yet.
+
+    A batch gets those that divide it, as attention needs them, other dimensions as many as leave no
+    device empty.
+    """
     taken: list[str] = []
     spec: list[Axis] = []
     for axis, length in zip(axes, shape, strict=True):
@@ -230,7 +233,7 @@ def fitting(axes: Iterable[Axis], shape: tuple[int, ...], mesh: AbstractMesh) ->
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    """(path, leaf) pairs; a path is as `double/img_qkv/kernel`."""
+    """Return (path, leaf) pairs, with paths like `double/img_qkv/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
@@ -240,7 +243,7 @@ def _is_spec(x: Any) -> bool:
 
 
 def _names(axes: Iterable[Axis]) -> list[str]:
-    """The mesh axes in the entries of some dimensions."""
+    """Return the mesh axes in the entries of some dimensions."""
     return list(
         itertools.chain.from_iterable(
             [axis] if isinstance(axis, str) else axis or () for axis in axes
@@ -260,7 +263,7 @@ def _check_rule(pattern: str, axes: tuple[Axis, ...]) -> None:
 
 
 def _check_mesh(mesh: Mesh | AbstractMesh) -> None:
-    """Raise ValueError for a mesh that this module would not have made."""
+    """Raise ValueError for a mesh with other axes or axis types than those of `make_mesh`."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if types != dict.fromkeys(AXES, AxisType.Auto):
         there = ", ".join(f"{name} ({kind.name})" for name, kind in types.items())

@@ -341,7 +341,7 @@ def test_convolution_ignores_the_future_and_all_forms_agree(sizes, kernel, strid
         )
 
 
-@pytest.mark.parametrize("channels", [3, conv.FEW_CHANNELS + 1])
+@pytest.mark.parametrize("channels", [3, conv.MAX_CONV_CHANNELS + 1])
 @pytest.mark.parametrize(
     ("sizes", "kernel", "stride"),
     [

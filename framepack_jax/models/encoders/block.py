@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that CLIP's text model and SigLIP's vision model share.
+"""The pre-norm transformer block of CLIP's text model and SigLIP's vision model.
 
 Source: CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343), as in Hugging Face transformers.
 
@@ -41,5 +41,5 @@ class EncoderBlock(nn.Module):
 
 
 def layer_norm(cfg: Any, name: str | None = None) -> nn.LayerNorm:
-    """The layer norm of these networks."""
+    """Return the layer norm of these networks."""
     return nn.LayerNorm(cfg.norm_eps, use_fast_variance=False, name=name)

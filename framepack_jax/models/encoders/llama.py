@@ -1,8 +1,8 @@
 """Llama as a text encoder: the hidden states of a layer before the last.
 
 Source: Llama 3 (arXiv 2407.21783), as in Hugging Face transformers' LlamaModel. HunyuanVideo reads
-the states three from the end of a model of n layers, which are the output of layer n - 2: the last
-two layers and the final norm are never computed and do not exist here.
+the third hidden states from the end of a model of n layers, the output of layer n - 2. The last two
+layers and the final norm are never computed and have no parameters here.
 
 Shapes: B batch, L tokens, N heads, M key/value heads, d head width, D width.
 """
@@ -24,8 +24,8 @@ from framepack_jax.ops.attention import attend
 
 STACKS = {"layers": "layers"}
 OFFLOADABLE = ("layers",)
-# Megatron's pairs, and `fsdp` on the dimension that is left. The table of embeddings is cut by
-# width, so that a token is looked up on every device.
+# Megatron's pairs, with `fsdp` on the remaining dimension. The table of embeddings is divided by
+# width, so that every device looks up every token.
 SHARDINGS = (
     (r"embed/embedding", (None, ("tensor", "fsdp"))),
     (r"layers/[qkv]/kernel", (None, "fsdp", "tensor", None)),
@@ -51,10 +51,10 @@ class LlamaConfig:
 
 
 def hidden_states(cfg: LlamaConfig, params: Params, ids: jax.Array, valid: jax.Array) -> jax.Array:
-    """Token ids (B, L) -> states (B, L, D) after all blocks, not normalised.
+    """Encode token ids (B, L) to states (B, L, D) after all blocks, not normalised.
 
-    `valid` (B, L) is True where a token counts, a prefix; rows behind it are meaningless. Computes
-    in the dtype of the embedding table.
+    `valid` (B, L) is True for valid tokens, a prefix; rows behind it are meaningless. Computes in
+    the dtype of the embedding table.
     """
     return hidden_states_of_each(cfg, params, [(ids, valid)])[0]
 
@@ -62,15 +62,14 @@ def hidden_states(cfg: LlamaConfig, params: Params, ids: jax.Array, valid: jax.A
 def hidden_states_of_each(
     cfg: LlamaConfig, params: Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
 ) -> list[jax.Array]:
-    """`hidden_states` for several (ids, valid), each as if it were alone; of layers that are not on
-    the device, each is brought once."""
+    """Encode several (ids, valid), each as if it were alone; copy each offloaded layer once."""
     embedding = params["embed"]["embedding"]
     each = [(embedding[ids], _angles(cfg, ids.shape[1]), valid) for ids, valid in inputs]
     return scan.run_each(Block(cfg), params["layers"], each)
 
 
 def init(cfg: LlamaConfig, key: jax.Array) -> Params:
-    """Random parameters, layers stacked."""
+    """Draw random parameters, layers stacked."""
     embed, layers = jax.random.split(key)
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))
     args = (x, _angles(cfg, 1), jnp.ones((1, 1), bool))
@@ -108,13 +107,13 @@ class Block(nn.Module):
 
 
 def _angles(cfg: LlamaConfig, length: int) -> jax.Array:
-    """RoPE angles (L, d/2) of positions 0 .. L-1, float32."""
+    """Return RoPE angles (L, d/2) of positions 0 .. L-1, float32."""
     frequencies = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
     return jnp.asarray(np.outer(np.arange(length), frequencies), jnp.float32)
 
 
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turn x (B, L, heads, d), whose pairs are (x[i], x[i + d/2]); float32, then x's dtype."""
+    """Rotate x (B, L, heads, d) by pairs (x[i], x[i + d/2]) in float32; return x's dtype."""
     cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]

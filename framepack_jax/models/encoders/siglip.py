@@ -15,13 +15,13 @@ from einops import rearrange
 
 from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
-from framepack_jax.models.params import Params
+from framepack_jax.models.params import Params, apply_module
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.sizes import Layers, Positive, Size
 from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
-# Megatron's pairs, and `fsdp` on the dimension that is left.
+# Megatron's pairs, with `fsdp` on the remaining dimension.
 SHARDINGS = (
     (r"patch/kernel", (None, "fsdp")),
     (r"patch/bias", ()),
@@ -39,7 +39,7 @@ SHARDINGS = (
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
     """Sizes of the network; `image_size` and `patch_size` in pixels, `activation` a key of
-    `encoder_block.ACTIVATIONS`."""
+    `block.ACTIVATIONS`."""
 
     width: Size = 1152
     layers: Layers = 27
@@ -53,14 +53,14 @@ class SiglipConfig:
 
     @property
     def grid(self) -> int:
-        """Patches a side; pixels beyond the last whole patch are not read."""
+        """Return the patches a side; pixels beyond the last whole patch are not read."""
         return self.image_size // self.patch_size
 
 
 def hidden_states(cfg: SiglipConfig, params: Params, pixels: jax.Array) -> jax.Array:
-    """Normalised pixels (B, H, W, C) -> states (B, L, D) after the final norm, in pixels' dtype.
+    """Encode normalised pixels (B, H, W, C) to states (B, L, D) after the final norm.
 
-    Raises ValueError where the image is not of the config's size.
+    States have the pixels' dtype. Raises ValueError if the image is not of the config's size.
     """
     expected = (cfg.image_size, cfg.image_size, cfg.channels)
     if pixels.shape[1:] != expected:
@@ -71,14 +71,14 @@ def hidden_states(cfg: SiglipConfig, params: Params, pixels: jax.Array) -> jax.A
         "b (h ph) (w pw) c -> b (h w) (ph pw c)", ph=cfg.patch_size, pw=cfg.patch_size,
     )  # fmt: skip
     outer = cast_params({k: v for k, v in params.items() if k not in STACKS}, pixels.dtype)
-    x = nn.Dense(cfg.width).apply({"params": outer["patch"]}, patches)
+    x = apply_module(nn.Dense(cfg.width), outer["patch"], patches)
     x += outer["position_embedding"]["embedding"][None, :, :]
     x = scan.run(EncoderBlock(cfg), params["layers"], x, False)
-    return layer_norm(cfg).apply({"params": outer["final_norm"]}, x)
+    return apply_module(layer_norm(cfg), outer["final_norm"], x)
 
 
 def init(cfg: SiglipConfig, key: jax.Array) -> Params:
-    """Random parameters, layers stacked."""
+    """Draw random parameters, layers stacked."""
     patch, position, layers, norm = jax.random.split(key, 4)
     pixels = jnp.zeros((1, 1, cfg.patch_size**2 * cfg.channels))
     index, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, cfg.width))

@@ -72,7 +72,7 @@ class ContextEmbed(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, latents: jax.Array, kernel: str) -> jax.Array:
+    def __call__(self, latents: jax.Array | np.ndarray, kernel: str) -> jax.Array:
         if kernel in POOLED_KERNELS:
             latents = reduce(
                 _pad(latents, (2, 2, 2)),
@@ -98,6 +98,7 @@ class EmbedConditions(nn.Module):
         time = sinusoid(1000 * sigma).astype(dtype)
         vec = self.mlp("time", time)
         if cfg.guidance:
+            assert guidance is not None  # `transformer.check_inputs`
             vec += self.mlp("guidance", sinusoid(1000 * guidance).astype(dtype))
         vec += self.mlp("pooled", conditions.pooled)
 
@@ -141,7 +142,7 @@ def sinusoid(t: jax.Array, width: int = 256) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _patches(x: jax.Array, kernel: str) -> jax.Array:
+def _patches(x: jax.Array | np.ndarray, kernel: str) -> jax.Array:
     """(B, T, H, W, C) -> (B, L, kt * kh * kw * C), padded to the kernel by replication."""
     kt, kh, kw = kernel_shape(kernel)
     return rearrange(
@@ -150,7 +151,7 @@ def _patches(x: jax.Array, kernel: str) -> jax.Array:
     )  # fmt: skip
 
 
-def _pad(x: jax.Array, multiple: tuple[int, int, int]) -> jax.Array:
+def _pad(x: jax.Array | np.ndarray, multiple: tuple[int, int, int]) -> jax.Array:
     ragged = [(0, -n % k) for n, k in zip(x.shape[1:4], multiple, strict=True)]
     return jnp.pad(x, [(0, 0), *ragged, (0, 0)], mode="edge")
 
