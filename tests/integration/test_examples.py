@@ -1,10 +1,13 @@
 """Every script of examples/ runs, with the inputs that the ones before it made."""
 
+import functools
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from framepack_jax import FramePack
 from framepack_jax.video import count_frames
 from tests.fixtures.paths import ROOT
 
@@ -14,6 +17,14 @@ EXAMPLES = ROOT / "examples"
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_load() -> Iterator[None]:
+    """Load each bundle once: what is compiled for it is shared by the scripts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FramePack, "load", functools.cache(FramePack.load))
+        yield
 
 
 def run(monkeypatch: pytest.MonkeyPatch, script: str, *args: Path) -> None:
