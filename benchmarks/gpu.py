@@ -50,7 +50,7 @@ from benchmarks.bench import (
     timed,
 )
 from framepack_jax import bundle, packing
-from framepack_jax.diffusion import cache, flow, sampler, solver_table
+from framepack_jax.diffusion import flow, sampler, solver_table, step_cache
 from framepack_jax.models import quantization
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
@@ -146,11 +146,14 @@ def measure_section(bench: Bench) -> None:
     frames = scale.vae.time_compression * len(noise[0])
     work = {kind: SECTION_STEPS * flops for kind, flops in step_work(scale).items()}
 
-    def measure(name: str, params: Params, config: cache.StepCacheConfig | None = None) -> None:
+    def measure(
+        name: str, params: Params, config: step_cache.StepCacheConfig | None = None
+    ) -> None:
         def run() -> sampler.Denoised:
             return sampler.denoise(
-                TRANSFORMER, scale.dit, params, noise, sigmas, table, context, conditions,
-                dtype="bfloat16", cache=config,
+                TRANSFORMER, scale.dit, params, noise,
+                sampler.SamplerSettings(sigmas, table, dtype="bfloat16", cache=config),
+                context, conditions,
             )  # fmt: skip
 
         try:
@@ -162,8 +165,8 @@ def measure_section(bench: Bench) -> None:
         bench.add(name, seconds=seconds, seconds_a_frame=seconds / frames, **more)
 
     measure("section", params)
-    for kind in cache.THRESHOLDS:
-        measure(f"section, step cache {kind}", params, cache.StepCacheConfig(kind))
+    for kind in step_cache.THRESHOLDS:
+        measure(f"section, step cache {kind}", params, step_cache.StepCacheConfig(kind))
     del params
     for dtype in quantization.QUANTIZED:
         measure(f"section, {dtype} weights", quantized(denoiser_inputs(scale)[0], dtype))

@@ -6,8 +6,14 @@ positive prediction takes that back (Lin et al., arXiv 2305.08891, section 3.4).
 Shapes: B batch; predictions are (B, ...).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from framepack_jax.diffusion import flow
+from framepack_jax.diffusion.network import Denoiser, Pass, Prediction
 
 
 def guide(
@@ -23,3 +29,33 @@ def guide(
     axes = tuple(range(1, positive.ndim))
     ratio = positive.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
     return guided * (1.0 + rescale * (ratio - 1.0))
+
+
+def guided(
+    run: Pass, conditions: Sequence[Any], scale: jax.Array | float, rescale: jax.Array | float
+) -> Denoiser:
+    """Run a pass for each of the `conditions`, the negative ones last, and combine the velocities.
+
+    The memory has an entry for each pass, and so has `blocks_run` (passes, B). One pass needs no
+    guidance.
+    """
+
+    def denoise(x: jax.Array, sigma: jax.Array, memory: Any) -> Prediction:
+        done = [run(x, sigma, *each) for each in zip(conditions, memory, strict=True)]
+        velocities, memory, ran = zip(*done, strict=True)
+        x0 = _x0(x, sigma, velocities, scale, rescale)
+        return Prediction(x0, memory, None if ran[0] is None else jnp.stack(ran))
+
+    return denoise
+
+
+@jax.jit
+def _x0(
+    x: jax.Array,
+    sigma: jax.Array,
+    velocities: Sequence[jax.Array],
+    scale: jax.Array,
+    rescale: jax.Array,
+) -> jax.Array:
+    v = guide(*velocities, scale, rescale) if len(velocities) == 2 else velocities[0]
+    return flow.x0_from_velocity(x, v, sigma)

@@ -1,13 +1,15 @@
-"""The interface of a network that predicts velocity.
+"""The interfaces of a network that predicts velocity, and of a denoiser around it.
 
 Shapes: B batch, w latent window, H W latent rows and columns, C channels, L image tokens, D width.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 class Velocity(Protocol):
@@ -67,3 +69,49 @@ class Network(Protocol):
 
     @property
     def step_cache(self) -> StepCacheHooks: ...
+
+
+class Prediction(NamedTuple):
+    """Output of a denoiser: `x0` (B, w, H, W, C), the clean section, or of one pass its velocity.
+
+    `memory` is what the denoiser reads at the next step. `blocks_run` says for which samples the
+    transformer blocks ran; None without a step cache.
+    """
+
+    x0: jax.Array
+    memory: Any
+    blocks_run: jax.Array | None
+
+
+class Denoiser(Protocol):
+    """Predict the clean section of a noisy one, x (B, w, H, W, C), at the noise level `sigma`.
+
+    A denoiser is made of wrappers, each of which calls the one that it is given:
+    `given_frames.keep(guidance.guided(step_cache.cached(network)))`.
+    """
+
+    def __call__(self, x: jax.Array, sigma: jax.Array, memory: Any) -> Prediction: ...
+
+
+class Pass(Protocol):
+    """Predict the velocity of a noisy section under one set of conditions."""
+
+    def __call__(
+        self, x: jax.Array, sigma: jax.Array, conditions: Any, memory: Any
+    ) -> Prediction: ...
+
+
+def is_array(leaf: Any) -> bool:
+    """Return False for parameters that the network itself brings to the device."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def uncached(network: Network, cfg: Any, params: Any, context: Any, dtype: str) -> Pass:
+    """Run the whole network at every step."""
+
+    def run(x: jax.Array, sigma: jax.Array, conditions: Any, memory: Any) -> Prediction:
+        sigmas = jnp.full(x.shape[0], sigma)
+        v = network.velocity(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
+        return Prediction(v, memory, None)
+
+    return run

@@ -28,7 +28,9 @@ from jax.sharding import Mesh
 
 from framepack_jax import bundle, conditioning, packing
 from framepack_jax.conditioning import Encoders, PromptStates, load_encoders
-from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver_table
+from framepack_jax.diffusion import SOLVERS, flow, sampler, solver_table
+from framepack_jax.diffusion.given_frames import GivenFrames
+from framepack_jax.diffusion.step_cache import StepCacheConfig
 from framepack_jax.generation import offload_plan
 from framepack_jax.generation.crossfade import Interval, Splicer, to_uint8
 from framepack_jax.generation.prompts import prompt_shares, timed_prompts
@@ -94,7 +96,7 @@ class Settings:
     distilled_guidance: float = 10.0
     cfg_scale: float = 1.0
     cfg_rescale: float = 0.0
-    step_cache: cache.StepCacheConfig | None = None
+    step_cache: StepCacheConfig | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
@@ -516,22 +518,22 @@ class FramePack:
         sigmas = flow.sigmas(
             settings.steps, flow.shift_mu(packing.target_tokens(self.schedule, *frame[:2]))
         )
-        table = solver_table(settings.sampler, sigmas)
+        how = sampler.SamplerSettings(
+            sigmas, solver_table(settings.sampler, sigmas), settings.cfg_scale,
+            settings.cfg_rescale, self.dtype, settings.step_cache,
+        )  # fmt: skip
         for i, section in enumerate(plan[done:], start=done):
             if noise is None:
                 shape = (len(section.targets), *frame)
                 x = np.stack([_noise(seed, i, shape) for seed in seeds])
             else:
                 x = np.asarray(noise[i], np.float32)
-            target, known = packing.read_target(section, timeline)
+            context = packing.read_context(section, timeline)
+            conditions = inputs.conditions[i if len(inputs.conditions) > 1 else 0]
             with self._on_mesh():
                 result = sampler.denoise(
-                    spec, cfg, params, x, sigmas, table,
-                    packing.read_context(section, timeline),
-                    inputs.conditions[i if len(inputs.conditions) > 1 else 0], inputs.negative,
-                    target=target, known=known,
-                    cfg_scale=settings.cfg_scale, cfg_rescale=settings.cfg_rescale,
-                    dtype=self.dtype, cache=settings.step_cache,
+                    spec, cfg, params, x, how, context, conditions, inputs.negative,
+                    given=GivenFrames(*packing.read_target(section, timeline)),
                     on_step=on_step and functools.partial(on_step, i),
                 )  # fmt: skip
             self._check_finite(i, settings.steps, result.finite_step)

@@ -101,7 +101,7 @@ class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
 
     def settings(self) -> "Settings":
         """Return the sampler's settings. Raises ValueError if an option is out of range."""
-        from framepack_jax.diffusion.cache import StepCacheConfig
+        from framepack_jax.diffusion.step_cache import StepCacheConfig
         from framepack_jax.generation.pipeline import Settings
 
         if not 0 <= self.prompt_blend < math.inf:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle, packing
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
+from framepack_jax.diffusion.given_frames import GivenFrames
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.request import Layout
 from framepack_jax.models.spec import NetworkSpec
@@ -181,12 +182,12 @@ class _Work:
             return [self._compile_part(part) for part in parts]
         step_cache = self.settings.step_cache
         kind = None if step_cache is None else step_cache.kind
-        fixed = spec, cfg, pipe.dtype, kind
+        step = sampler.StepProgram(spec, cfg, pipe.dtype, kind)
         # Zeros on this machine, outside of the mesh, whose devices hold nothing.
-        cached = jax.tree.map(whole, sampler.start_caches(*fixed, weights, inputs, state.x))
+        memory = jax.tree.map(whole, sampler.start_memory(step, weights, inputs, state.x))
 
         def lower() -> jax.stages.Lowered:
-            return sampler.step.lower(*fixed, weights, inputs, at, state, cached)
+            return sampler.step.lower(step, weights, inputs, at, state, memory)
 
         return [compile_program("step", STEP_ADVICE, weights, lower, devices)]
 
@@ -227,7 +228,8 @@ class _Work:
         cached = settings.step_cache is not None
         inputs = sampler.SectionInputs(
             context, conditions, conditions if settings.cfg_scale != 1 else None,
-            x, shape(x.shape[:2], jnp.bool_), scalar, scalar, scalar if cached else None,
+            GivenFrames(x, shape(x.shape[:2], jnp.bool_)),
+            scalar, scalar, scalar if cached else None,
         )  # fmt: skip
         row = shape(solver_table(settings.sampler, flow.sigmas(2, 1.0))[0].shape, jnp.float32)
         at = sampler.At(scalar, row, shape((), jnp.bool_) if cached else None)

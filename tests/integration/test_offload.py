@@ -15,7 +15,7 @@ from framepack_jax import bundle, conditioning, packing
 from framepack_jax.cli import decode, resume, sample
 from framepack_jax.conditioning import load_encoders
 from framepack_jax.conversion import engine
-from framepack_jax.diffusion import cache
+from framepack_jax.diffusion.step_cache import StepCacheConfig
 from framepack_jax.generation import offload_plan
 from framepack_jax.generation.offload_plan import GB, Need, OffloadPlan, Work
 from framepack_jax.generation.pipeline import FramePack, Settings, Video
@@ -72,7 +72,7 @@ def low() -> FramePack:
     return load(LOW)
 
 
-TEA, FIRST_BLOCK = cache.StepCacheConfig("tea"), cache.StepCacheConfig("first-block")
+TEA, FIRST_BLOCK = StepCacheConfig("tea"), StepCacheConfig("first-block")
 
 
 def test_the_same_video_bit_for_bit(high, low) -> None:
@@ -123,7 +123,7 @@ def test_a_step_cache_spares_layers_that_are_streamed(low, monkeypatch) -> None:
 
     # Of two sections three steps; with the cache only the first and the last.
     assert count() == 2 * 3 * 4
-    assert count(step_cache=cache.StepCacheConfig("tea", threshold=1e9)) == 2 * 2 * 4
+    assert count(step_cache=StepCacheConfig("tea", threshold=1e9)) == 2 * 2 * 4
 
 
 @pytest.mark.parametrize("resident", [0, 1, 3, 4])

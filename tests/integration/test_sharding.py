@@ -514,7 +514,7 @@ def of_sampler(cfg, params, arrays) -> float:
 
     def denoise(params) -> np.ndarray:
         table = solver_table("unipc", sigmas)
-        inputs = x, sigmas, table, context, conditions
+        inputs = x, sampler.SamplerSettings(sigmas, table), context, conditions
         return sampler.denoise(TRANSFORMER, cfg, params, *inputs).latents
 
     mesh = sharding.make_mesh(**sharding.parse_mesh(SAMPLER))

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from framepack_jax import packing
 from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
-from framepack_jax.diffusion.cache import StepCacheConfig, first_block, run_or_skip, start, tea
+from framepack_jax.diffusion.given_frames import GivenFrames
+from framepack_jax.diffusion.step_cache import StepCacheConfig, first_block, run_or_skip, start, tea
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
@@ -93,10 +94,11 @@ def conditions_of(arrays, prefix: str = "") -> Conditions:
 
 def denoise(network, arrays, cache: StepCacheConfig | None, prefix: str = "", **options):
     context, conditions = context_of(arrays), conditions_of(arrays, prefix)
+    scales = {name: options.pop(name) for name in ("cfg_scale", "dtype") if name in options}
+    settings = sampler.SamplerSettings(SIGMAS, EULER, cache=cache, **scales)
     return sampler.denoise(
-        TRANSFORMER, *network, arrays["noise"], SIGMAS, EULER, context, conditions,
-        cache=cache, **options,
-    )  # fmt: skip
+        TRANSFORMER, *network, arrays["noise"], settings, context, conditions, **options
+    )
 
 
 def alone(arrays, sample: int):
@@ -123,10 +125,11 @@ def test_teacache_equals_the_release(golden) -> None:
     noise, ran = reference[f"{TAG}/noise0"], reference[f"{TAG}/blocks_run_per_step0"]
     tokens = packing.target_tokens(packing.parse(schedule), *noise.shape[2:4])
     sigmas = flow.sigmas(len(ran), flow.shift_mu(tokens))
-    done = sampler.denoise(
-        TRANSFORMER, *network, noise, sigmas, solver_table("unipc", sigmas),
-        packing.read_context(section, timeline), conditions, cache=StepCacheConfig("tea"),
-    )  # fmt: skip
+    settings = sampler.SamplerSettings(
+        sigmas, solver_table("unipc", sigmas), cache=StepCacheConfig("tea")
+    )
+    context = packing.read_context(section, timeline)
+    done = sampler.denoise(TRANSFORMER, *network, noise, settings, context, conditions)
     np.testing.assert_array_equal(done.blocks_run[:, 0, 0].astype(int), ran)
     assert relative_error(done.latents, reference[f"{TAG}/section0"]) < 5e-4
     timeline.write(section.targets, done.latents)
@@ -296,16 +299,18 @@ def lowered(cfg, params, arrays, kind: str | None, dtype: str, passes: int = 1):
     negative = conditions_of(arrays, "negative_") if passes == 2 else None
     request = abstract(
         sampler.SectionInputs(
-            context_of(arrays), conditions_of(arrays), negative, noise,
-            jax.ShapeDtypeStruct(noise.shape[:2], bool), scalar, scalar, scalar if kind else None,
+            context_of(arrays), conditions_of(arrays), negative,
+            GivenFrames(noise, jax.ShapeDtypeStruct(noise.shape[:2], bool)),
+            scalar, scalar, scalar if kind else None,
         )
     )  # fmt: skip
     at = sampler.At(
         scalar, abstract(EULER[0], np.float32), jax.ShapeDtypeStruct((), bool) if kind else None
     )
-    fixed = TRANSFORMER, cfg, dtype, kind, abstract(params, jnp.dtype(dtype)), request
-    cached = jax.eval_shape(lambda: sampler.start_caches(*fixed, noise))
-    return sampler.step.lower(*fixed, at, jax.eval_shape(solver.start, noise), cached)
+    program = sampler.StepProgram(TRANSFORMER, cfg, dtype, kind)
+    fixed = program, abstract(params, jnp.dtype(dtype)), request
+    memory = jax.eval_shape(lambda: sampler.start_memory(*fixed, noise))
+    return sampler.step.lower(*fixed, at, jax.eval_shape(solver.start, noise), memory)
 
 
 def sizes(lowered) -> tuple[int, int]:

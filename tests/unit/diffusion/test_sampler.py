@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from framepack_jax import packing
-from framepack_jax.diffusion import SOLVERS, cache, flow, sampler, solver, solver_table
+from framepack_jax.diffusion import SOLVERS, flow, sampler, solver, solver_table
+from framepack_jax.diffusion.given_frames import GivenFrames
 from framepack_jax.diffusion.network import StepCacheHooks
+from framepack_jax.diffusion.step_cache import StepCacheConfig
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.hunyuan.embed import Conditions
@@ -73,14 +75,14 @@ def target() -> np.ndarray:
 
 def denoise(noise, params: float = -1.0, name: str = "unipc", sigmas=SIGMAS, **options):
     table, zero = solver_table(name, sigmas), jnp.zeros((1,) * 5)
-    return sampler.denoise(
-        Network, None, np.float32(params), noise, sigmas, table, (), zero, **options
-    )
+    scales = {name: options.pop(name) for name in ("cfg_scale", "cache") if name in options}
+    settings = sampler.SamplerSettings(sigmas, table, **scales)
+    return sampler.denoise(Network, None, np.float32(params), noise, settings, (), zero, **options)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_known_latents_are_the_result(noise, target, name) -> None:
-    done = denoise(noise, name=name, target=target, known=KNOWN)
+    done = denoise(noise, name=name, given=GivenFrames(target, KNOWN))
     np.testing.assert_array_equal(done.latents[:, KNOWN], target[:, KNOWN])
     free = denoise(noise, name=name)
     assert relative_error(done.latents[:, ~KNOWN], free.latents[:, ~KNOWN]) > 1e-3
@@ -89,7 +91,7 @@ def test_known_latents_are_the_result(noise, target, name) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_where_nothing_is_known_the_target_is_not_read(noise, name) -> None:
-    done = denoise(noise, name=name, target=np.full(SHAPE, np.nan), known=np.zeros(3, bool))
+    done = denoise(noise, name=name, given=GivenFrames(np.full(SHAPE, np.nan), np.zeros(3, bool)))
     np.testing.assert_array_equal(done.latents, denoise(noise, name=name).latents)
 
 
@@ -102,7 +104,7 @@ def test_the_network_meets_known_latents_on_their_path(noise, target, name, monk
         return step(*args)
 
     monkeypatch.setattr(sampler, "step", spy)
-    denoise(noise, name=name, target=target, known=KNOWN)
+    denoise(noise, name=name, given=GivenFrames(target, KNOWN))
     for x, sigma in zip(met, SIGMAS[:-1], strict=True):
         path = flow.interpolate(target, noise, sigma)
         np.testing.assert_allclose(x[:, KNOWN], path[:, KNOWN], atol=3e-6)
@@ -111,7 +113,7 @@ def test_the_network_meets_known_latents_on_their_path(noise, target, name, monk
 
 def test_samples_may_know_different_latents(noise, target) -> None:
     known = np.array([[True, False, False], [False, False, True]])
-    done = denoise(noise, target=target, known=known)
+    done = denoise(noise, given=GivenFrames(target, known))
     np.testing.assert_array_equal(done.latents[known], target[known])
     assert (done.latents[~known] != target[~known]).all()
 
@@ -126,10 +128,10 @@ def test_what_is_not_finite_is_reported_for_its_sample(noise) -> None:
 
 def test_a_known_latent_that_is_not_finite_is_reported(noise, target) -> None:
     target[0, 1, 0, 0, 0] = np.inf
-    assert denoise(noise, target=target, known=KNOWN).finite_step.tolist() == [0, -1]
+    assert denoise(noise, given=GivenFrames(target, KNOWN)).finite_step.tolist() == [0, -1]
 
 
-@pytest.mark.parametrize("config", [None, cache.StepCacheConfig("tea")])
+@pytest.mark.parametrize("config", [None, StepCacheConfig("tea")])
 def test_every_step_is_reported_one_late(noise, config, monkeypatch) -> None:
     step, events = sampler.step, []
 
@@ -161,29 +163,27 @@ def test_predictions_are_those_of_the_steps(noise) -> None:
 def test_decisions_are_reported(noise) -> None:
     """The polynomial is 0.06 everywhere: the threshold is reached at every third step."""
     negative = jnp.ones((1,) * 5)
-    done = denoise(noise, cache=cache.StepCacheConfig("tea"), negative=negative, cfg_scale=2.0)
+    done = denoise(noise, cache=StepCacheConfig("tea"), negative=negative, cfg_scale=2.0)
     assert done.blocks_run.shape == (STEPS, 2, 2)
     assert (done.blocks_run == np.array([1, 0, 0, 1, 0, 0, 1], bool)[:, None, None]).all()
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("given", "named"),
     [
-        ({"known": KNOWN}, "both target and known"),
-        ({"target": np.zeros(SHAPE)}, "both target and known"),
-        ({"target": np.zeros(SHAPE[1:]), "known": KNOWN}, r"target \(3, 4, 4, 2\)"),
-        ({"target": np.zeros(SHAPE), "known": KNOWN[:2]}, r"known \(2,\).*\(3,\) or \(2, 3\)"),
+        ((np.zeros(SHAPE[1:]), KNOWN), r"latents \(3, 4, 4, 2\)"),
+        ((np.zeros(SHAPE), KNOWN[:2]), r"mask \(2,\).*\(3,\) or \(2, 3\)"),
     ],
 )
-def test_known_latents_that_do_not_fit_are_refused(noise, options, named) -> None:
+def test_given_frames_that_do_not_fit_are_refused(noise, given, named) -> None:
     with pytest.raises(ValueError, match=named):
-        denoise(noise, **options)
+        denoise(noise, given=GivenFrames(*given))
 
 
-def test_sigmas_of_another_table_are_refused(noise) -> None:
+def test_sigmas_of_another_table_are_refused() -> None:
     table = solver_table("euler", SIGMAS)
     with pytest.raises(ValueError, match="7 sigmas and 7 rows"):
-        sampler.denoise(Network, None, None, noise, SIGMAS[:-1], table, (), None)
+        sampler.SamplerSettings(SIGMAS[:-1], table)
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +212,13 @@ def test_one_program_for_all_steps_and_sections(network, kind) -> None:
     timeline.write(range(1), np.ones((1, 1, 4, 4, 4), np.float32))
     sampler.step.clear_cache()
     for i, section in enumerate(plan):
-        sigmas, config = flow.sigmas(2 + i, 1.0 + i), kind and cache.StepCacheConfig(kind, 0.1 + i)
+        sigmas, config = flow.sigmas(2 + i, 1.0 + i), kind and StepCacheConfig(kind, 0.1 + i)
         noise = np.full((1, 2, 4, 4, 4), i + 1, np.float32)
-        known = {} if i else {"target": noise, "known": np.array([True, False])}
+        given = None if i else GivenFrames(noise, np.array([True, False]))
+        table = solver_table(("unipc", "euler")[i % 2], sigmas)
         done = sampler.denoise(
-            TRANSFORMER, *network, noise, sigmas, solver_table(("unipc", "euler")[i % 2], sigmas),
-            packing.read_context(section, timeline), conditions(), cache=config, **known,
+            TRANSFORMER, *network, noise, sampler.SamplerSettings(sigmas, table, cache=config),
+            packing.read_context(section, timeline), conditions(), given=given,
         )  # fmt: skip
         timeline.write(section.targets, done.latents)
     assert sampler.step._cache_size() == 1
@@ -229,11 +230,22 @@ def test_float32_means_float32(network, dtype, exact) -> None:
     x = jnp.zeros((1, 2, 4, 4, 4))
     context = packing.PackedContext((), (), jnp.zeros((1, 2), jnp.int32), ())
     request = sampler.SectionInputs(
-        context, conditions(), None, x, jnp.zeros((1, 2), bool), jnp.ones(()), jnp.zeros(()), None
+        context,
+        conditions(),
+        None,
+        GivenFrames(x, jnp.zeros((1, 2), bool)),
+        jnp.ones(()),
+        jnp.zeros(()),
+        None,
     )
     at = sampler.At(jnp.ones(()), jnp.zeros(9), None)
     lowered = sampler.step.lower(
-        TRANSFORMER, network[0], dtype, None, network[1], request, at, solver.start(x), (None,)
+        sampler.StepProgram(TRANSFORMER, network[0], dtype),
+        network[1],
+        request,
+        at,
+        solver.start(x),
+        (None,),
     )
     products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
     # The head is exact whatever the type.

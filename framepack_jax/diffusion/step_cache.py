@@ -21,11 +21,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from framepack_jax.diffusion.network import Network, Pass, Prediction, is_array
 
 THRESHOLDS = {"tea": 0.15, "first-block": 0.05}
 """Kinds of cache, and the threshold that the release and diffusers use for each."""
@@ -142,3 +144,68 @@ def run_or_skip(
 def _over(need: jax.Array) -> jax.Array:
     """(B,) -> (B, 1, 1)."""
     return need[:, None, None]
+
+
+class Control(NamedTuple):
+    """Inputs of a step cache: `forced` and `threshold`, scalars."""
+
+    forced: jax.Array
+    threshold: jax.Array
+
+
+def cached(
+    network: Network,
+    cfg: Any,
+    params: Any,
+    context: Any,
+    dtype: str,
+    kind: str,
+    control: Control,
+) -> Pass:
+    """Run the blocks of the network only for samples that need them; the memory is a `State`."""
+    hooks = network.step_cache
+
+    def run(x: jax.Array, sigma: jax.Array, conditions: Any, memory: State) -> Prediction:
+        sigmas = jnp.full(x.shape[0], sigma)
+        tokens = hooks.embed(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
+        if kind == "tea":
+            first, signal = 0, hooks.block_input(cfg, params, tokens)
+            need, memory = tea(memory, signal, *control, hooks.teacache)
+        else:
+            first, before = 1, tokens.img
+            tokens = hooks.first_block(cfg, params, tokens)
+            need, memory = first_block(memory, tokens.img - before, *control)
+
+        def blocks(img: jax.Array) -> jax.Array:
+            return hooks.run_blocks(cfg, params, tokens._replace(img=img), first)
+
+        img, memory = run_or_skip(memory, need, tokens.img, blocks)
+        return Prediction(hooks.head(cfg, params, img, tokens.vec, x.shape), memory, need)
+
+    return run
+
+
+def start_for(
+    network: Network, cfg: Any, params: Any, x: jax.Array, context: Any, conditions: Any, dtype: str
+) -> State:
+    """Return the state before the first step of a section from x (B, w, H, W, C)."""
+    sigma = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+    # The embedding reads no parameter that the network brings to the device by itself.
+    arrays = jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, params)
+    tokens = _embed.eval_shape(network, cfg, dtype, arrays, x, sigma, context, conditions)
+    return start(tokens.img.shape, tokens.img.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "cfg", "dtype"))
+def _embed(
+    network: Network,
+    cfg: Any,
+    dtype: str,
+    params: Any,
+    x: jax.Array,
+    sigma: jax.Array,
+    context: Any,
+    conditions: Any,
+) -> Any:
+    """Used for its shapes only, which jit remembers from section to section; never run."""
+    return network.step_cache.embed(cfg, params, x, sigma, context, conditions, jnp.dtype(dtype))
