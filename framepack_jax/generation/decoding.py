@@ -1,0 +1,86 @@
+"""From latents to the final frames of a video: decode each section, cross-fade the clips."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from framepack_jax.generation.crossfade import Interval, Splicer
+from framepack_jax.generation.request import START_FRAMES, Geometry, Layout, SourceVideo
+from framepack_jax.generation.results import NotFinite
+from framepack_jax.packing import Section, Timeline
+
+if TYPE_CHECKING:
+    from framepack_jax.generation.pipeline import FramePack
+
+
+def make_splicer(
+    geometry: Geometry, plan: Sequence[Section], before: int = START_FRAMES
+) -> Splicer:
+    """Return a splicer of the clips of a plan; if a video is extended, its end is the last clip."""
+    clips = [Interval(*geometry.frames_of(*section.decode)) for section in plan]
+    if before > START_FRAMES:
+        clips.append(Interval(min(clip.start for clip in clips), geometry.frames_of(0, before)[1]))
+    return Splicer(clips)
+
+
+def overlap(geometry: Geometry, layout: Layout, footage: SourceVideo) -> jax.Array:
+    """Return the frames (1, P, height, width, 3), in [-1, 1], of a fitted source video that clips
+    are cross-faded with."""
+    start = geometry.frames_of(layout.overlap_start, layout.before)[0]
+    return jnp.asarray(footage.last[None, start - footage.frames :], jnp.float32) / 127.5 - 1
+
+
+def decode(
+    pipe: "FramePack",
+    plan: Sequence[Section],
+    made: Iterable[tuple[Section, Timeline]],
+    before: jax.Array | None = None,
+) -> Iterator[tuple[Section, int, jax.Array, Timeline]]:
+    """Decode sections as they come and cross-fade overlapping clips.
+
+    `before` holds the frames of a source video to cross-fade with. Yields (section, first frame,
+    final frames (B, P, height, width, 3) in about [-1, 1], timeline); no later clip changes them.
+    """
+    splicer = make_splicer(
+        pipe.geometry, plan, START_FRAMES if before is None else plan_start(plan)
+    )
+    if before is not None:
+        splicer.add(len(plan), before)
+    for i, (section, timeline) in enumerate(made):
+        start, frames = splicer.add(i, pipe.decode_clip(section, timeline))
+        yield section, start, frames, timeline
+
+
+def start_clip(
+    pipe: "FramePack", section: Section, timeline: Timeline, samples: slice = slice(None)
+) -> tuple[jax.Array, Callable[[], None]]:
+    """Start to decode the clip (B, P, height, width, 3) in about [-1, 1] of a section.
+
+    `samples` selects from the batch. Returns the clip, which may not be computed yet, and a
+    function that waits for it and raises NotFinite if a value is not finite.
+    """
+    spec, cfg, params = pipe.vae
+    latents = timeline.read(range(*section.decode))[samples]
+    latents = latents * pipe.latent_std + pipe.latent_mean
+    clip = pipe.run(spec.decode, cfg, params, latents, pipe.decode_tiling or pipe.tiling)
+    finite = jnp.isfinite(clip).all(axis=(1, 2, 3, 4))
+    numbers = np.arange(timeline.latents.shape[0])[samples]
+    (first, last), dtype = section.decode, latents.dtype
+
+    def check() -> None:
+        if not np.asarray(finite).all():
+            raise NotFinite(
+                f"frames decoded from latents {first} to {last - 1} are not finite in"
+                f" {dtype}; check the weights of the VAE",
+                numbers[~np.asarray(finite)].tolist(),
+            )
+
+    return clip, check
+
+
+def plan_start(plan: Sequence[Section]) -> int:
+    """The first position that a plan writes."""
+    return min(section.targets[0] for section in plan)
