@@ -87,7 +87,7 @@ class Encoders:
 
 
 def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files lie in `folder`. Raises ValueError where there is none."""
+    """Load the tokenizer in `folder`. Raises ValueError if there is none."""
     folder = epath.Path(folder)
     if not (folder / "tokenizer_config.json").exists():
         raise ValueError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
@@ -105,8 +105,8 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
 
 
 def load_image_processor(folder: epath.PathLike) -> ImageProcessor:
-    """Read `preprocessor_config.json`. Raises ValueError where it is missing or asks for anything
-    but a resize to a fixed size, a rescale and a normalisation."""
+    """Read `preprocessor_config.json`. Raises ValueError if it is missing, or asks for anything but
+    a resize to a fixed size, a rescale and a normalisation."""
     file = epath.Path(folder) / "preprocessor_config.json"
     if not file.exists():
         raise ValueError(f"no image processor in {folder}: {file.name} is missing")
@@ -128,7 +128,7 @@ def load_image_processor(folder: epath.PathLike) -> ImageProcessor:
 
 
 def prompt_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
-    """Number of tokens before the prompt's own first one: all that two prompts share."""
+    """Count the tokens before the first token of the prompt: those that two prompts share."""
     first, second = tokenizer([_fill(template, prompt) for prompt in ("a", "1")]).input_ids
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
@@ -255,7 +255,7 @@ def start_latent(
 
 
 def blend_prompts(prompts: Sequence[tuple[PromptStates, float]]) -> PromptStates:
-    """The mean of encoded prompts by their shares; valid is what is valid in any of them."""
+    """Return the weighted mean of encoded prompts; a token is valid if it is in any of them."""
     if len(prompts) == 1:
         return prompts[0][0]
 

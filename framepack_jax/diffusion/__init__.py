@@ -19,9 +19,9 @@ SOLVERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def solver_table(name: str, sigmas: np.ndarray) -> np.ndarray:
-    """Coefficients (steps, 9) float64 of the solver called `name`, for `solver.step`.
+    """Return coefficients (steps, 9) float64 of the solver called `name`, for `solver.step`.
 
-    Raises ValueError where there is no such solver.
+    Raises ValueError if there is no such solver.
     """
     if name not in SOLVERS:
         raise ValueError(f"sampler {name!r} is unknown; choose one of {', '.join(SOLVERS)}")

@@ -15,22 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FEW_TOKENS, FEW_TOKENS_MU = 256, 0.5
-MANY_TOKENS, MANY_TOKENS_MU = 4096, 1.15
-LARGEST_MU = math.log(7.0)
+MIN_TOKENS, MIN_TOKENS_MU = 256, 0.5
+MAX_TOKENS, MAX_TOKENS_MU = 4096, 1.15
+MAX_MU = math.log(7.0)
 
 
 def shift_mu(tokens: int) -> float:
-    """The shift for a section of `tokens` tokens: linear in them, at most ln 7."""
-    slope = (MANY_TOKENS_MU - FEW_TOKENS_MU) / (MANY_TOKENS - FEW_TOKENS)
-    return min(FEW_TOKENS_MU + slope * (tokens - FEW_TOKENS), LARGEST_MU)
+    """Return the shift for a section of `tokens` tokens: linear in them, at most ln 7."""
+    slope = (MAX_TOKENS_MU - MIN_TOKENS_MU) / (MAX_TOKENS - MIN_TOKENS)
+    return min(MIN_TOKENS_MU + slope * (tokens - MIN_TOKENS), MAX_MU)
 
 
 def sigmas(steps: int, mu: float) -> np.ndarray:
-    """Noise levels (steps + 1,) float64 from 1 down to 0, even in t and shifted by mu.
+    """Return noise levels (steps + 1,) float64 from 1 down to 0, even in t and shifted by mu.
 
     sigma = e^mu / (e^mu + 1/t - 1), multiplied by t so that t = 0 needs no special case.
-    Raises ValueError where there is no step.
+    Raises ValueError if there is no step.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; a sampler needs at least 1")
@@ -38,29 +38,29 @@ def sigmas(steps: int, mu: float) -> np.ndarray:
 
 
 def shift(t: Any, mu: float) -> Any:
-    """Noise levels of times t in [0, 1], numpy or JAX: e^mu t / (e^mu t + 1 - t)."""
+    """Shift times t in [0, 1], numpy or JAX, to noise levels: e^mu t / (e^mu t + 1 - t)."""
     return math.exp(mu) * t / (math.exp(mu) * t + 1.0 - t)
 
 
 def interpolate(x: jax.Array, noise: jax.Array, sigma: jax.Array | float) -> jax.Array:
-    """x_t = (1 - sigma) x + sigma noise, float32."""
+    """Return x_t = (1 - sigma) x + sigma noise, float32."""
     x, noise = x.astype(jnp.float32), noise.astype(jnp.float32)
     sigma = _over(x, sigma)
     return (1.0 - sigma) * x + sigma * noise
 
 
 def velocity_target(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """What the network is trained to predict at every x_t: noise - x, float32."""
+    """Return the training target of the network at every x_t: noise - x, float32."""
     return noise.astype(jnp.float32) - x.astype(jnp.float32)
 
 
 def x0_from_velocity(x: jax.Array, velocity: jax.Array, sigma: jax.Array | float) -> jax.Array:
-    """The sample that a velocity at x = x_t points to, x - sigma velocity, float32."""
+    """Return the sample that a velocity at x = x_t points to, x - sigma velocity, float32."""
     x, velocity = x.astype(jnp.float32), velocity.astype(jnp.float32)
     return x - _over(x, sigma) * velocity
 
 
 def _over(x: jax.Array, sigma: jax.Array | float) -> jax.Array:
-    """sigma, a scalar or (B,), with as many axes as x."""
+    """Return sigma, a scalar or (B,), with as many axes as x."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))

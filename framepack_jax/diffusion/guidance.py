@@ -19,7 +19,7 @@ from framepack_jax.diffusion.network import Denoiser, Pass, Prediction
 def guide(
     positive: jax.Array, negative: jax.Array, scale: jax.Array | float, rescale: jax.Array | float
 ) -> jax.Array:
-    """negative + scale (positive - negative), float32, its deviation pulled towards positive's.
+    """Return negative + scale (positive - negative), float32, rescaled to positive's deviation.
 
     `rescale` from 0 (leave it) to 1 (equal to positive's) blends; deviations are taken per sample
     over all axes but the first. scale = 1 returns positive.

@@ -37,7 +37,7 @@ Memory = tuple[step_cache.State | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
-    """What decides the program of a step beside shapes: network, dtype, kind of step cache."""
+    """Static arguments of a step: the network, its dtype, the kind of step cache."""
 
     network: Network
     cfg: Any

@@ -30,10 +30,10 @@ COLUMNS = 9
 
 
 class State(NamedTuple):
-    """What one step hands to the next; all arrays have the shape of the noise."""
+    """State between two steps; all arrays have the shape of the noise."""
 
     x: jax.Array
-    """Where the network is asked next; after the last step, the sample."""
+    """Input of the network at the next step; after the last step, the sample."""
     base: jax.Array
     """The corrected state of the step before."""
     history: tuple[jax.Array, ...]
@@ -41,13 +41,13 @@ class State(NamedTuple):
 
 
 def start(noise: jax.Array) -> State:
-    """The state before the first step, in float32 (float64 noise stays float64)."""
+    """Return the state before the first step, in float32 (float64 noise stays float64)."""
     noise = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
     return State(noise, noise, (jnp.zeros_like(noise),) * HISTORY)
 
 
 def step(state: State, x0: jax.Array, row: jax.Array) -> State:
-    """One step with the prediction x0 at `state.x`; row (9,) is one row of a solver's table."""
+    """Take a step with the prediction x0 at `state.x`; row (9,) is a row of a solver's table."""
     x0 = x0.astype(state.x.dtype)
     row = jnp.asarray(row, state.x.dtype)
     known = (x0, *state.history)
@@ -57,7 +57,7 @@ def step(state: State, x0: jax.Array, row: jax.Array) -> State:
 
 
 def empty_table(steps: int) -> np.ndarray:
-    """A table (steps, 9) float64 in which the first row corrects nothing and the last one ends."""
+    """Return a table (steps, 9) float64 whose first row corrects nothing and last row ends."""
     table = np.zeros((steps, COLUMNS))
     table[0, CORRECTOR] = [1, 0, 0, 0, 0]
     table[-1, PREDICTOR] = [0, 1, 0, 0]
@@ -65,7 +65,7 @@ def empty_table(steps: int) -> np.ndarray:
 
 
 def euler(sigmas: np.ndarray) -> np.ndarray:
-    """Euler's method in the velocity; sigmas (steps + 1,) end in 0. Returns (steps, 9) float64.
+    """Return the table (steps, 9) float64 of Euler's method; sigmas (steps + 1,) end in 0.
 
     x_{i+1} = r x_i + (1 - r) m0 with r = sigma_{i+1} / sigma_i. The corrector only makes the same
     move from the state before.
@@ -80,5 +80,5 @@ def euler(sigmas: np.ndarray) -> np.ndarray:
 
 
 def _combine(weights: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
-    """The weighted sum of equal-shaped arrays."""
+    """Return the weighted sum of equal-shaped arrays."""
     return sum(weight * array for weight, array in zip(weights, arrays, strict=True))

@@ -1,4 +1,4 @@
-"""Step caches: leave the transformer blocks out at steps where they would change little.
+"""Step caches: skip the transformer blocks at steps where they would change little.
 
 The blocks take nearly all of a step's time, and what they add to the image tokens changes slowly
 from step to step. A cache looks at something cheap, the *signal*; where it has moved little, the
@@ -56,23 +56,23 @@ class StepCacheConfig:
 
 
 class State(NamedTuple):
-    """What one step hands to the next; one for each pass through the network."""
+    """State between two steps of one pass through the network."""
 
     signal: jax.Array
-    """(B, L, D): what the next signal is compared with."""
+    """(B, L, D): signal to compare the next one with."""
     residual: jax.Array
-    """(B, L, D): what the blocks added to the image tokens when they last ran."""
+    """(B, L, D): change of the image tokens by the blocks when they last ran."""
     total: jax.Array
     """(B,) float32: change since the blocks last ran ("tea")."""
 
 
 def start(shape: Sequence[int], dtype: jnp.dtype) -> State:
-    """The state before the first step of a section, for image tokens (B, L, D) of `dtype`."""
+    """Return the state before the first step, for image tokens (B, L, D) of `dtype`."""
     return State(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[0], jnp.float32))
 
 
 def forced(kind: str, steps: int) -> np.ndarray:
-    """(steps,) bool: where the blocks run whatever the signal says."""
+    """Return (steps,) bool: steps at which the blocks always run."""
     step = np.arange(steps)
     return (step == 0) | (step == steps - 1) if kind == "tea" else step == 0
 
@@ -85,7 +85,7 @@ def tea(
     threshold: jax.Array,
     polynomial: Sequence[float],
 ) -> tuple[jax.Array, State]:
-    """TeaCache: (who needs the blocks (B,) bool, the state with the signal taken in).
+    """Decide by TeaCache: (samples that need the blocks (B,) bool, next state).
 
     `polynomial` lists coefficients, highest power first. The signal (B, L, D) is kept as the next
     step's measure whether or not the blocks run. `forced` and `threshold` are scalars.
@@ -104,7 +104,7 @@ def tea(
 def first_block(
     state: State, signal: jax.Array, forced: jax.Array, threshold: jax.Array
 ) -> tuple[jax.Array, State]:
-    """First block cache: (who needs the other blocks (B,) bool, the state with the signal).
+    """Decide by first block cache: (samples that need the other blocks (B,) bool, next state).
 
     The signal (B, L, D) is kept only where the blocks run, so that slow changes add up.
     """
@@ -113,7 +113,7 @@ def first_block(
 
 
 def relative_change(signal: jax.Array, before: jax.Array) -> jax.Array:
-    """mean |signal - before| / mean |before| of each sample: (B, L, D) twice -> (B,) float32."""
+    """Return mean |signal - before| / mean |before| of each sample, (B,) float32."""
     signal, before = signal.astype(jnp.float32), before.astype(jnp.float32)
     return jnp.abs(signal - before).mean((1, 2)) / jnp.abs(before).mean((1, 2))
 
@@ -121,7 +121,7 @@ def relative_change(signal: jax.Array, before: jax.Array) -> jax.Array:
 def run_or_skip(
     state: State, need: jax.Array, img: jax.Array, blocks: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, State]:
-    """Image tokens (B, L, D) after the blocks: `blocks(img)` where needed, else img + residual.
+    """Return image tokens (B, L, D) after the blocks: `blocks(img)` if needed, else img + residual.
 
     The blocks are computed only if some sample needs them. Returns the state with the residuals.
     Outside of a compiled program it waits to know.

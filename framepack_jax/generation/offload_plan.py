@@ -1,7 +1,7 @@
-"""What of a bundle lies on the device, where it is too small for all of it.
+"""Decide which weights stay on the device when the whole bundle does not fit.
 
-Weights that are not needed at once can wait elsewhere: the blocks of the transformer in host
-memory, each brought while the one before computes (`offload.OffloadedLayers`); the encoders on
+Other weights wait elsewhere: the blocks of the transformer in host memory, each copied while the
+one before computes (`offload.OffloadedLayers`); the encoders on
 the disk, as they read a prompt once and are let go of. What programs need beside their weights is
 estimated, by what compilers and an H100 said of the released model (docs/measurements/memory.md and
 gpu.md). A CPU's memory is that of the process: there the estimate has all of it.
@@ -87,12 +87,12 @@ class Need:
     encoding: int = 0
 
     def decode(self, tiling: Tiling) -> int:
-        """Decoding, beside weights."""
+        """Return the bytes of decoding, beside weights."""
         sides = [side if tiling.size is None else min(side, tiling.size) for side in self.canvas]
         return int(self.pixel * math.prod(sides))
 
     def everything(self, tiling: Tiling) -> int:
-        """All networks stay."""
+        """Return the bytes if all networks stay on the device."""
         weights = self.encoders + self.vae + self.base + sum(self.blocks)
         return self.process + weights + max(self.step, self.decode(tiling), self.encoding)
 
@@ -145,12 +145,12 @@ def plan(
 
 
 def limit_of_device() -> int | None:
-    """Bytes that JAX may take of the device; None where it does not count them."""
+    """Return the bytes that JAX may use of the device; None if the device does not report them."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def limit_of_host() -> int | None:
-    """Bytes of memory that this host can still give to a process; None where it does not say."""
+    """Return the bytes of memory that this host still has for a process; None if unknown."""
     free = re.search(r"MemAvailable: +(\d+) kB", _read("/proc/meminfo"))
     group = re.fullmatch(r"(\d+)\n", _read("/sys/fs/cgroup/memory.max"))
     limits = [1024 * int(free[1])] if free else []
@@ -255,7 +255,7 @@ def need(
 
 
 def _step_bytes(manifest: bundle.Manifest, work: Work, dtype: jnp.dtype) -> int:
-    """What a denoising step needs beside weights, on one device."""
+    """Return the bytes that a denoising step needs beside weights, on one device."""
     _, cfg = bundle.role_config(manifest, "transformer")
     compression = bundle.role_config(manifest, "vae")[1].space_compression
     rows, columns = (side // compression for side in work.canvas)

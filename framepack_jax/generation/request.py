@@ -1,8 +1,8 @@
-"""What a video is asked to be, and where everything of it then lies on its timeline.
+"""Requests for videos, and the layout of each on its timeline.
 
-A `Request` is what one video shows; with the `Geometry` of a bundle it gives a `Layout`: the plan
-of sections, the size that is sampled, and the positions of key frames and end image. All that can
-be wrong with a request is found here, before any weights are loaded.
+A `Request` with the `Geometry` of a bundle gives a `Layout`: the plan of sections, the size to
+sample, and the positions of key frames and end image. Requests are checked here, before any
+weights are loaded.
 """
 
 import collections
@@ -21,7 +21,7 @@ from framepack_jax.video import count_frames, read_frames, read_span, resize_cen
 # Latent frames that an image gives.
 START_FRAMES = 1
 # Sides of a video in pixels; H.264 wants them even.
-LEAST_SIDE, LARGEST_SIDE = 16, 4096
+MIN_SIDE, MAX_SIDE = 16, 4096
 # Without an image: the shape that decides the bucket, and the colour that the video begins with.
 TEXT_CANVAS = (480, 832)
 BLANK = 0
@@ -88,7 +88,7 @@ class SourceVideo:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """What one video shows. Images are (height, width, 3) uint8 of any size.
+    """Content of one video. Images are (height, width, 3) uint8 of any size.
 
     `prompt` may change with time, "0s: she waves 4s: she bows". The video begins with `image`, or
     with `footage`; with neither, from black, led by text alone. `key_frames` are (seconds, image).
@@ -326,20 +326,19 @@ def check_seed(seed: int) -> None:
 
 
 def check_size(height: int | None, width: int | None) -> tuple[int, int]:
-    """(height, width) in pixels. Raises ValueError for what cannot be a video."""
+    """Return (height, width) in pixels. Raises ValueError unless a video can have that size."""
     if height is None or width is None:
         raise ValueError(f"height = {height}, width = {width}: give both or neither")
     for name, side in (("height", height), ("width", width)):
-        if not LEAST_SIDE <= side <= LARGEST_SIDE or side % 2:
+        if not MIN_SIDE <= side <= MAX_SIDE or side % 2:
             raise ValueError(
-                f"{name} = {side} pixels: expected an even number from {LEAST_SIDE} to"
-                f" {LARGEST_SIDE}"
+                f"{name} = {side} pixels: expected an even number from {MIN_SIDE} to {MAX_SIDE}"
             )
     return height, width
 
 
 def _check_image(name: str, image: np.ndarray) -> tuple[int, int]:
-    """(height, width) of an image. Raises ValueError where it is none."""
+    """Return (height, width) of an image. Raises ValueError unless it is one."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(

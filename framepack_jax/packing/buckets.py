@@ -1,4 +1,4 @@
-"""Aspect buckets: the canvas sizes a model works at, and which of them fits an image.
+"""Aspect buckets: canvas sizes of a model, and the choice of one for an image.
 
 The buckets are those of the released FramePack sampler. All sides are multiples of 32 (8 of the
 VAE times 4 of the 2x context kernel) and the areas differ by few percent, so one batch size and
@@ -29,10 +29,10 @@ BUCKETS_480P: tuple[tuple[int, int], ...] = (
 def find_bucket(
     height: int, width: int, buckets: Sequence[tuple[int, int]] = BUCKETS_480P
 ) -> tuple[int, int]:
-    """The bucket (height, width) of nearest aspect: smallest |height bw - width bh|.
+    """Return the bucket (height, width) of nearest aspect: smallest |height bw - width bh|.
 
-    A tie goes to the later bucket, so a square image becomes (640, 608). Raises ValueError where
-    the image has no area.
+    A tie goes to the later bucket, so a square image becomes (640, 608). Raises ValueError if the
+    image has no area.
     """
     if height < 1 or width < 1:
         raise ValueError(f"image is {height}x{width} pixels; both sides must be at least 1")

@@ -25,7 +25,7 @@ _KERNEL = re.compile(rf"k({_NUMBER})(?:h({_NUMBER})w({_NUMBER}))?")
 
 
 class ScheduleError(ValueError):
-    """A schedule or order that cannot be read, or not be sampled."""
+    """A schedule or order that cannot be parsed, or cannot be sampled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Frames to be made, `g9`: the latent window of a section."""
+    """Frames to generate, `g9`: the latent window of a section."""
 
     frames: int
 
@@ -65,7 +65,7 @@ class Generate:
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """Frames that are left out, `x`."""
+    """Frames that are skipped, `x`."""
 
     def __str__(self) -> str:
         return "x"
@@ -73,7 +73,7 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """What happens to history past the schedule: `td`, `ta` or `tc`."""
+    """Treatment of history beyond the schedule: `td`, `ta` or `tc`."""
 
     kind: str
 
@@ -101,14 +101,14 @@ class Schedule:
 
     @property
     def window(self) -> int:
-        """Latent window: frames of the only `g`. Raises ScheduleError where it is not one."""
+        """Latent window: frames of the only `g`. Raises ScheduleError unless there is one."""
         windows = [item.frames for item in self.items if isinstance(item, Generate)]
         if len(windows) != 1:
             raise ScheduleError(f"schedule {self} has {len(windows)} items g, expected one")
         return windows[0]
 
     def with_window(self, window: int) -> "Schedule":
-        """The same with another latent window. Raises ScheduleError where it has not one."""
+        """Return the schedule with another window. Raises ScheduleError unless it has one."""
         old = Generate(self.window)
         items = tuple(Generate(window) if item == old else item for item in self.items)
         return dataclasses.replace(self, items=items)
@@ -126,7 +126,7 @@ class Schedule:
 
     @property
     def codebook(self) -> int | None:
-        """Entries of the history codebook, None without discretization."""
+        """Number of entries of the history codebook; None without discretization."""
         return None if self.discretize is None else int(self.discretize or DEFAULT_CODEBOOK)
 
 
@@ -160,7 +160,7 @@ def _parse_item(item: str, schedule: str) -> Item:
 
 
 def kernel_shape(kernel: str) -> tuple[int, int, int]:
-    """(time, height, width) of a kernel name in latent cells: "k2" -> (2, 4, 4)."""
+    """Return (time, height, width) of a kernel name in latent cells: "k2" -> (2, 4, 4)."""
     match = _KERNEL.fullmatch(kernel)
     if not match:
         raise ScheduleError(f"kernel {kernel!r}: expected a name such as k1, k4 or k1h4w4")

@@ -37,10 +37,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section: positions to write, RoPE frame indices, what it reads, what it lets us decode.
+    """One section: positions to write, RoPE frame indices, context to read, clip to decode.
 
     `groups` stand in sequence order, coarsest kernel first, then in time. `decode` is the range
-    (first, last + 1) of positions that is decoded when the section is done.
+    (first, last + 1) of positions to decode after the section.
     """
 
     targets: tuple[int, ...]
@@ -50,7 +50,7 @@ class Section:
 
 
 class _Layout(NamedTuple):
-    """A schedule as the two orders that can be sampled use it."""
+    """The parts of a schedule that can be sampled."""
 
     anchor: Context | None
     history: Context
@@ -65,13 +65,13 @@ def plan(
     after: int = 0,
     guide: bool = False,
 ) -> list[Section]:
-    """Return the sections of a video in the order of their making.
+    """Return the sections of a video in the order of generation.
 
-    `before` frames are known at the start (by default those that the schedule needs, a start
-    image; more where a video is extended), `after` frames at the end (an end image). With `guide`,
-    the frame that follows the last one is known, too: the section made first reads it, and it is
-    not a part of the video. Only an order that reads ahead can use `after` and `guide`. Raises
-    ScheduleError for what cannot be sampled, by name.
+    `before` frames are given at the start (default: those that the schedule needs, a start image;
+    more if a video is extended), `after` frames at the end (an end image). With `guide`, the frame
+    after the last one is given too: the first section to be generated reads it, and it is not part
+    of the video. Only an order that reads ahead can use `after` and `guide`. Raises ScheduleError
+    if the schedule cannot be sampled.
     """
     if not 1 <= sections <= MAX_SECTIONS:
         raise ScheduleError(f"sections = {sections}: expected 1 to {MAX_SECTIONS}")
@@ -119,20 +119,20 @@ def _layout(schedule: Schedule) -> _Layout:
 
 
 def start_frames(schedule: Schedule) -> int:
-    """Latent frames at the start of the timeline that must be known before sampling."""
+    """Return the number of latent frames that must be given at the start of the timeline."""
     anchor = _layout(schedule).anchor
     return anchor.frames if anchor else 1
 
 
 def span(schedule: Schedule) -> int:
-    """Most latent frames, next to each other, that a section writes and reads beside the anchor."""
+    """Return how many adjacent latent frames a section writes and reads, without the anchor."""
     layout = _layout(schedule)
     return layout.window + layout.history.frames
 
 
 def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:
-    """The plan without the context under these kernels, which is missing as it is before a video
-    begins: what a model makes then shows what it takes from there."""
+    """Return the plan with the context under these kernels missing, as before the start of a video.
+    The difference in the result shows what the model uses that context for."""
 
     def blank(group: Group) -> Group:
         missing = group.kernel in kernels
@@ -142,18 +142,18 @@ def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Sect
 
 
 def length(plan: Sequence[Section]) -> int:
-    """Latent frames of the video that a plan makes, with all that is known beside it."""
+    """Return the number of latent frames of the video of a plan, given frames included."""
     return max(section.decode[1] for section in plan)
 
 
 def anchor_position(schedule: Schedule, before: int) -> int:
-    """Where the image lies that leads every section, `before` frames being known at the start: the
-    last of them where sections are made towards it, else the first."""
+    """Return the position of the anchor image for `before` frames given at the start: the last one
+    if sections are generated towards it, else the first."""
     return before - 1 if schedule.reads_ahead else 0
 
 
 def inverted_paddings(sections: int) -> list[int]:
-    """Windows between start and target, in generation order (the released rule).
+    """Return the windows between start and target, in order of generation (the released rule).
 
     Long videos reuse small distances, which the model has seen in training.
     """
@@ -205,7 +205,7 @@ def _plan_forward(layout: _Layout, sections: int, before: int) -> list[Section]:
 
 
 def _decoded_from(section: int, first: int, before: int, window: int, overlap: int) -> int:
-    """Where the clip of a section begins: the first in time takes in what is known before it."""
+    """Return the first position of a section's clip; the first in time includes given frames."""
     return max(0, before - window) if section == 0 else first - overlap
 
 

@@ -10,10 +10,10 @@ from framepack_jax.packing.sections import MISSING, Section
 
 
 class Timeline:
-    """Latent frames at absolute positions, on the host, with a mask of what is known.
+    """Latent frames at absolute positions, on the host, with a mask of the known ones.
 
-    `latents` is (B, T, H, W, C), float32 unless made `of` others, `known` is (T,). In training all
-    of it is known.
+    `latents` is (B, T, H, W, C), float32 unless made by `of`; `known` is (T,). In training all
+    positions are known.
     """
 
     def __init__(self, length: int, frame_shape: tuple[int, int, int], batch: int = 1) -> None:
@@ -22,18 +22,19 @@ class Timeline:
 
     @classmethod
     def of(cls, latents: np.ndarray) -> "Timeline":
-        """A timeline of latents (B, T, H, W, C) of any dtype, all known, which are not copied."""
+        """Return a timeline of latents (B, T, H, W, C) of any dtype, all known, without a copy."""
         timeline = cls.__new__(cls)
         timeline.latents, timeline.known = latents, np.ones(latents.shape[1], bool)
         return timeline
 
     def write(self, positions: Sequence[int], latents: np.ndarray) -> None:
-        """Put (B, len(positions), H, W, C) latents at positions."""
+        """Write latents (B, len(positions), H, W, C) at positions."""
         self.latents[:, list(positions)] = latents
         self.known[list(positions)] = True
 
     def read(self, positions: Sequence[int]) -> np.ndarray:
-        """(B, len(positions), H, W, C); MISSING reads zeros. Raises ValueError if not yet known."""
+        """Return latents (B, len(positions), H, W, C); MISSING reads zeros. Raises ValueError if a
+        position is not known yet."""
         positions = np.asarray(positions, int)
         if unknown := [int(p) for p in positions if p != MISSING and not self.known[p]]:
             raise ValueError(f"the timeline does not know positions {unknown} yet")
@@ -44,7 +45,7 @@ class Timeline:
 
 @struct.dataclass
 class PackedContext:
-    """What the network reads besides the noisy target, a group an entry, in sequence order.
+    """Context that the network reads beside the noisy target, by group, in sequence order.
 
     `latents[i]` (B, F, H, W, C), `indices[i]` (B, F) frame indices, `kernels[i]` its patch kernel;
     `target_indices` (B, w). Only the kernels are static: all sections of a video share one program.
@@ -57,8 +58,8 @@ class PackedContext:
 
 
 def read_target(section: Section, timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
-    """What is known of the frames that a section writes: latents (B, w, H, W, C), zero where
-    nothing is, and the mask (w,)."""
+    """Return the known frames of those that a section writes: latents (B, w, H, W, C), zero where
+    none is known, and their mask (w,)."""
     known = timeline.known[list(section.targets)]
     positions = np.where(known, section.targets, MISSING)
     return timeline.read(positions), known

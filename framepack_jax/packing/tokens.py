@@ -7,21 +7,21 @@ from framepack_jax.packing.sections import MAX_SECTIONS
 
 
 def position_at(seconds: float, fps: float = 30, time_compression: int = 4) -> int:
-    """The latent position of the frame that is shown at a time: the first latent is one frame,
-    every other `time_compression`. Raises ValueError for a time that is negative or not finite."""
+    """Return the latent position of the frame at a time. The first latent stands for one frame,
+    each other for `time_compression`. Raises ValueError unless the time is finite and 0 or more."""
     if not (math.isfinite(seconds) and seconds >= 0):
         raise ValueError(f"time {seconds} s: expected a number of seconds, 0 or more")
     return -(-round(seconds * fps) // time_compression)
 
 
 def frames_of(first: int, last: int, time_compression: int = 4) -> tuple[int, int]:
-    """(first frame, last frame + 1) of latent positions first .. last - 1 decoded as one clip,
-    whose first latent gives one frame."""
+    """Return (first frame, last frame + 1) of latent positions first .. last - 1, decoded as one
+    clip, whose first latent gives one frame."""
     return first * time_compression, (last - 1) * time_compression + 1
 
 
 def sections_for(seconds: float, window: int, fps: float = 30, time_compression: int = 4) -> int:
-    """Sections that come closest to a duration (the released rule, with Python's round).
+    """Return the number of sections nearest to a duration (the released rule, Python's round).
 
     Raises ValueError unless seconds and fps are positive, finite numbers.
     """
@@ -35,13 +35,13 @@ def sections_for(seconds: float, window: int, fps: float = 30, time_compression:
 
 
 def group_tokens(frames: int, kernel: str, height: int, width: int) -> int:
-    """Tokens of frames at (height, width) latent cells; ragged edges are padded to the kernel."""
+    """Count tokens of frames of (height, width) latent cells; edges are padded to the kernel."""
     shape = kernel_shape(kernel)
     return math.prod(-(-n // k) for n, k in zip((frames, height, width), shape, strict=True))
 
 
 def target_tokens(schedule: Schedule, height: int, width: int) -> int:
-    """Tokens of the section that is made, which decide the flow shift."""
+    """Count tokens of the target section, which decide the flow shift."""
     return group_tokens(schedule.window, "k1", height, width)
 
 
@@ -51,7 +51,7 @@ def context_tokens(schedule: Schedule, height: int, width: int) -> list[tuple[Se
 
 
 def frame_bound(window: int, ratio: float = 2) -> float:
-    """The paper's limit for the length of target and endless history, in whole frames.
+    """Return the paper's limit for the length of target and endless history, in whole frames.
 
     window + ratio / (ratio - 1), every older frame being `ratio` times shorter than the one after
     it (arXiv 2504.12626, section 3.1).
