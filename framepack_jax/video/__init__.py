@@ -13,8 +13,6 @@ from framepack_jax.video.decode import (
     read_frames_at,
     read_mp4,
     read_span,
-    shown_size,
-    video_stream,
 )
 from framepack_jax.video.images import (
     MAX_ASPECT,
@@ -24,6 +22,7 @@ from framepack_jax.video.images import (
     save_png,
 )
 from framepack_jax.video.mp4 import DEFAULT_CRF, check_encoding, join_mp4, write_mp4
+from framepack_jax.video.orientation import shown_size
 from framepack_jax.video.sheets import (
     PREVIEW_BIAS,
     PREVIEW_WEIGHT,
@@ -34,6 +33,7 @@ from framepack_jax.video.sheets import (
     preview_sheet,
     save_gif,
 )
+from framepack_jax.video.source import video_stream
 
 __all__ = [
     "DEFAULT_CRF",
