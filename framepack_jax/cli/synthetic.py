@@ -1,34 +1,35 @@
-"""`framepack synthetic`: make videos with captions to try training with."""
+"""`framepack synthetic`: draw toy videos with captions, to try training."""
 
 import dataclasses
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from framepack_jax.cli.common import cli_errors, parse_size
-from framepack_jax.toy import world
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import Bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-    """Draw videos of coloured shapes that move as their captions say, a .txt file beside each."""
+    """Draw videos of coloured shapes that move as their captions say, with a .txt file beside
+    each."""
 
     output: Path
     """Folder of the videos."""
     clips: int = 64
-    """How many."""
+    """Number of videos."""
     seed: int = 0
-    """The same seed gives the same videos."""
+    """Seed of the scenes."""
     seconds: float = 5.0
-    """Length of each, at 30 frames a second."""
+    """Length of each video, at 30 frames a second."""
     size: str = "128x128"
-    """Height and width in pixels; or buckets, for several shapes of about that area."""
-    split: world.Split = "train"
-    """Each held-out video has a form in a colour that no training video shows together."""
+    """HEIGHTxWIDTH in pixels; or buckets, for several shapes of about 128x128 pixels."""
+    split: Literal["train", "held-out"] = "train"
+    """held-out: each video shows a form in a colour that no training video shows together."""
     workers: int = 2
-    """Processes that draw."""
+    """Number of processes."""
 
 
 def main(args: list[str] | None = None, prog: str = "framepack synthetic") -> None:
@@ -50,8 +51,10 @@ def _run(flags: Synthetic) -> None:
             f"--clips {flags.clips}, --seconds {flags.seconds}, --workers {flags.workers}: expected"
             " numbers above 0"
         )
+    from framepack_jax.toy import world
+
     flags.output.mkdir(parents=True, exist_ok=True)
-    # Fresh processes: one that has threads, as JAX's, cannot be copied safely.
+    # Spawned processes: one that has threads, as those of JAX, cannot be forked safely.
     with ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
         made = [
             pool.submit(world.write, flags.output, i, flags.seed, flags.seconds, size, flags.split)

@@ -5,7 +5,11 @@ import sys
 
 import pytest
 
+from framepack_jax import packing
 from framepack_jax.cli.evaluate import Evaluate
+from framepack_jax.cli.explain import Explain
+from framepack_jax.cli.prepare import Prepare
+from framepack_jax.data.scenes import SceneSettings
 from framepack_jax.generation.pipeline import DEFAULT_SETTINGS
 from framepack_jax.utils import extras
 
@@ -48,6 +52,23 @@ def test_a_package_that_is_installed_is_not_asked_for() -> None:
 def test_evaluate_samples_with_the_defaults_of_the_release() -> None:
     flags = Evaluate()
     assert (flags.steps, flags.sampler, flags.distilled_guidance, flags.cfg_scale) == (
-        DEFAULT_SETTINGS.steps, DEFAULT_SETTINGS.sampler, DEFAULT_SETTINGS.guidance,
-        DEFAULT_SETTINGS.cfg,
+        DEFAULT_SETTINGS.steps, DEFAULT_SETTINGS.sampler,
+        DEFAULT_SETTINGS.distilled_guidance, DEFAULT_SETTINGS.cfg_scale,
     )  # fmt: skip
+
+
+def test_flags_written_out_for_a_quick_help_are_the_defaults_of_the_library() -> None:
+    assert Explain().schedule == packing.RELEASED_INVERTED
+    assert Prepare.scene_threshold == SceneSettings.cut
+
+
+@pytest.mark.parametrize("command", ["prepare", "evaluate", "synthetic", "explain"])
+def test_help_does_not_import_jax(command) -> None:
+    program = f"""
+import sys
+sys.modules["jax"] = None
+from framepack_jax.__main__ import main
+main([{command!r}, "--help"])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0 and "usage" in ran.stdout, ran.stderr
