@@ -81,7 +81,7 @@ def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> Non
     try:
         extras.require("eval", extras.EVAL, prog)
         if flags.video is not None:
-            print(_evaluate_file(flags))
+            print(_evaluate_file(flags, flags.video))
         else:
             print(f"{_evaluate(flags)}: {time.monotonic() - began:.1f} s in all")
     except (ValueError, OSError, FloatingPointError) as error:
@@ -90,7 +90,7 @@ def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> Non
         raise SystemExit("interrupted; run the same command again to resume") from None
 
 
-def _evaluate_file(flags: Evaluate) -> str:
+def _evaluate_file(flags: Evaluate, video: Path) -> str:
     """Measure a video file. Raises ValueError, OSError."""
     if flags.bundle:
         raise ValueError("--video measures a file alone; leave out --bundle")
@@ -98,7 +98,7 @@ def _evaluate_file(flags: Evaluate) -> str:
         raise ValueError("--caption is compared by a pretrained model: give --clip FOLDER")
     from framepack_jax.evaluation import video_file
 
-    return video_file.evaluate(flags.video, flags.output, flags.clip, flags.caption)
+    return video_file.evaluate(video, flags.output, flags.clip, flags.caption)
 
 
 def _evaluate(flags: Evaluate) -> Path:
@@ -164,6 +164,7 @@ def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
     from framepack_jax.generation.pipeline import Settings
     from framepack_jax.toy.evaluation import EvaluationConfig
 
+    assert flags.output is not None
     settings = Settings(
         steps=flags.steps, sampler=flags.sampler, distilled_guidance=flags.distilled_guidance,
         cfg_scale=flags.cfg_scale,

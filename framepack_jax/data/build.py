@@ -11,7 +11,7 @@ import itertools
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def check_videos(folder: Path, source: Path, listing: Listing) -> None:
     )
 
 
-def _read_videos(file: Path) -> Iterator[Any]:
+def _read_videos(file: Path) -> Generator[Any, None, None]:
     """Where the videos were listed, then (name, stamp) of each."""
     with open(file) as lines:
         head = json.loads(lines.readline())
@@ -195,9 +195,9 @@ class Judged:
         for problem in listing.problems():
             self._reject(problem.as_dict())
         for video in listing:
-            clips, problem = clip_cache.clips_of(self.folder, video)
-            if problem is not None:
-                self._reject({"source": video.source, **problem})
+            clips, rejected = clip_cache.clips_of(self.folder, video)
+            if rejected is not None:
+                self._reject({"source": video.source, **rejected})
             self._judge(self._placed(clips, video), thresholds)
 
     def _placed(self, clips: list[Clip], video: CachedVideo) -> list[Clip]:
@@ -217,7 +217,7 @@ class Judged:
             self._add(clip, reason)
             before = clip
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: object) -> bool:
         """Whether a clip with this hash got in."""
         found = self._base.execute("SELECT 1 FROM hashes WHERE hash = ?", (value,))
         return found.fetchone() is not None

@@ -83,7 +83,8 @@ def add(
     if root.exists():
         shutil.rmtree(root)
     root.mkdir(parents=True)
-    clips, rejected = [], None
+    clips: list[dict[str, Any]] = []
+    rejected: dict[str, str] | None = None
     try:
         for cut in cuts:
             described = _describe(video, cut, len(clips), settings)
@@ -110,10 +111,11 @@ def _describe(
     video: CachedVideo, cut: SceneClip, number: int, settings: SceneSettings
 ) -> list[Clip]:
     """The clips of a cut, one a caption, numbered from `number` on."""
+    count, height, width, _ = cut.frames.shape
     return [
         Clip(
-            f"{video.id}-{n:03d}", video.source, cut.first / settings.fps, len(cut.frames),
-            *cut.frames.shape[1:3], caption, cut.scores,
+            f"{video.id}-{n:03d}", video.source, cut.first / settings.fps, count, height, width,
+            caption, cut.scores,
         )
         for n, caption in enumerate(video.captions, number)
     ]  # fmt: skip

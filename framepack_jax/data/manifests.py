@@ -188,7 +188,8 @@ def _array(file: io.TextIOWrapper, source: Path) -> Iterator[Any]:
     decoder, text, count = json.JSONDecoder(), file.read(CHUNK), 0
     at = text.index("[") + 1
     while True:
-        at = SPACE.match(text, at).end()
+        if space := SPACE.match(text, at):  # always: it may be empty
+            at = space.end()
         if text[at : at + 1] == "]":
             return
         try:

@@ -63,6 +63,7 @@ class Encoder:
     def latents(self, frames: np.ndarray) -> np.ndarray:
         """Frames (P, H, W, 3) uint8 -> latents (T, h, w, C): the first frame encoded alone, then
         those of the clip encoded whole, in diffusers' tiles in time."""
+        assert self.vae is not None
         cfg, params = self.vae
         first = conditioning.start_latent(cfg, params, frames[:1], self.mean, self.std)
         whole = conditioning.clip_latents(

@@ -147,7 +147,8 @@ def unpack(data: bytes) -> Record:
         clip = Clip(**json.loads(header.pop("__metadata__")["clip"]))
         body = memoryview(data)[8 + length :]
         arrays = {name: _view(body, entry) for name, entry in header.items()}
-        return Record(clip, **{name: arrays.get(name) for name in ARRAYS})
+        fields: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
+        return Record(clip, **fields)
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"a record is damaged ({error})") from error
 
@@ -168,8 +169,8 @@ def write_shards(
     records = iter(records)
     while (first := next(records, None)) is not None:
         file = f"{bucket[0]}x{bucket[1]}-{len(shards):05d}.arrayrecord"
-        written = _write_shard(Path(folder) / SHARDS / file, first, records)
-        shards.append(Shard(file, *bucket, *written))
+        lengths, videos, tokens = _write_shard(Path(folder) / SHARDS / file, first, records)
+        shards.append(Shard(file, *bucket, lengths, videos, tokens))
     return shards
 
 
@@ -226,10 +227,7 @@ def read_index(folder: Path) -> Index:
                 f"dataset {folder} has format {version}, this version reads format {FORMAT};"
                 " prepare it again"
             )
-        shards = [
-            Shard(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()})
-            for s in fields.pop("shards")
-        ]
+        shards = [_shard(shard) for shard in fields.pop("shards")]
         index = Index(shards=tuple(shards), **fields)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is damaged ({error}); prepare the dataset again") from error
@@ -239,6 +237,11 @@ def read_index(folder: Path) -> Index:
             " them, or prepare it again"
         )
     return index
+
+
+def _shard(fields: Mapping[str, Any]) -> Shard:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Shard(**values)
 
 
 def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> None:

@@ -113,7 +113,8 @@ class Samples:
             with contextlib.suppress(*READ_ERRORS):
                 sample = self.read(element, other, schedule)
                 clip = np.asarray(-1 - number, np.int32)
-                return sample.replace(meta=sample.meta.replace(clip=clip))
+                meta = dataclasses.replace(sample.meta, clip=clip)
+                return dataclasses.replace(sample, meta=meta)
         height, width = self.index.record_buckets[number]
         tried = f"nor can {len(others)} others" if others else "it is the only clip"
         raise DatasetError(

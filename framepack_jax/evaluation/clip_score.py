@@ -10,6 +10,7 @@ Shapes: P frames, H W rows and columns, D width of the embedding.
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def measure(folder: Path, frames: Iterable[np.ndarray], caption: str) -> dict[st
     return found
 
 
-def _load(folder: Path) -> tuple:
+def _load(folder: Path) -> tuple[Any, Any, Any]:
     try:
         import torch  # noqa: F401
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
@@ -45,17 +46,19 @@ def _load(folder: Path) -> tuple:
             f"--clip needs PyTorch, which is not there ({error}): pip install framepack-jax[torch]"
         ) from error
     try:
-        made = CLIPModel, AutoTokenizer, CLIPImageProcessor
-        model, *rest = (kind.from_pretrained(folder, local_files_only=True) for kind in made)
+        made: tuple[Any, ...] = (CLIPModel, AutoTokenizer, CLIPImageProcessor)
+        model, tokenizer, processor = (
+            kind.from_pretrained(folder, local_files_only=True) for kind in made
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--clip {folder}: expected a folder with a CLIP model, its tokenizer and its image"
             f" processor, as of openai/clip-vit-large-patch14 ({error})"
         ) from error
-    return model.eval(), *rest
+    return model.eval(), tokenizer, processor
 
 
-def _embedded(model, processor, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def _embedded(model: Any, processor: Any, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Unit vectors (some frames, D)."""
     import torch
 
@@ -66,7 +69,7 @@ def _embedded(model, processor, frames: Iterable[np.ndarray]) -> Iterator[np.nda
             yield _unit(model.get_image_features(**pixels))
 
 
-def _text(model, tokenizer, caption: str) -> np.ndarray:
+def _text(model: Any, tokenizer: Any, caption: str) -> np.ndarray:
     """The unit vector (D,) of a caption, cut to what the model can read."""
     import torch
 
@@ -75,6 +78,6 @@ def _text(model, tokenizer, caption: str) -> np.ndarray:
         return _unit(model.get_text_features(**ids))[0]
 
 
-def _unit(features) -> np.ndarray:
+def _unit(features: Any) -> np.ndarray:
     vectors = features.pooler_output.float().numpy()
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -13,11 +13,11 @@ SHARE = 0.15
 
 
 class Estimate(NamedTuple):
-    """A mean over `count` videos and its standard error, None of a single one."""
+    """A mean over so many `videos` and its standard error, None of a single one."""
 
     mean: float
     error: float | None
-    count: int
+    videos: int
 
 
 def drift(values: np.ndarray, share: float = SHARE) -> float:

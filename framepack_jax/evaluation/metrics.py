@@ -43,7 +43,8 @@ stands beside dynamic degree, of which it has none."""
 
 def measure(frames: Iterable[np.ndarray], fps: float) -> dict[str, np.ndarray]:
     """All `METRICS` of every frame of a video. Frames are held three at a time."""
-    flow, figures = Flow(), {name: [] for name in METRICS}
+    flow = Flow()
+    figures: dict[str, list[float]] = {name: [] for name in METRICS}
     before: list[np.ndarray] = []
     for frame in frames:
         for name, value in still(frame).items():
@@ -53,7 +54,7 @@ def measure(frames: Iterable[np.ndarray], fps: float) -> dict[str, np.ndarray]:
             dynamics = dynamic_degree(flow(before[-1], frame), fps)
         figures["dynamics"].append(dynamics)
         if len(before) == 2:
-            figures["smoothness"].append(smoothness(flow, *before, frame))
+            figures["smoothness"].append(smoothness(flow, before[0], before[1], frame))
         before = [*before[-1:], frame]
     # Frame i is judged when frame i + 1 is there.
     ends = [math.nan] * min(2, len(figures["noise"]))

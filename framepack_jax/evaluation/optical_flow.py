@@ -18,12 +18,12 @@ class Flow:
     """The flow from one frame to another: first(p) is second(p + flow(first, second)(p))."""
 
     def __init__(self) -> None:
-        self._method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         scale = max(0, int(math.log2(min(first.shape[:2]) / FINE)))
         self._method.setFinestScale(scale)
-        return self._method.calc(grey(first), grey(second), None)
+        return self._method.calc(grey(first), grey(second), None)  # type: ignore[call-overload]  # stub: no None
 
 
 def grey(frame: np.ndarray) -> np.ndarray:

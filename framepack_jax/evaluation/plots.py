@@ -3,12 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from framepack_jax.evaluation.drift import SHARE, Estimate
 from framepack_jax.evaluation.metrics import Metric
 from framepack_jax.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE = 7.5, 4.0
 POINTS = 150
@@ -70,7 +75,7 @@ def over_hiding(
     _save(figure, axes, path)
 
 
-def _axes(metric: Metric, time: str):
+def _axes(metric: Metric, time: str) -> "tuple[Figure, Axes]":
     # Without pyplot: nothing is asked of a screen, nothing global is kept.
     from matplotlib.figure import Figure
 
@@ -82,7 +87,7 @@ def _axes(metric: Metric, time: str):
     return figure, axes
 
 
-def _save(figure, axes, path: Path) -> None:
+def _save(figure: "Figure", axes: "Axes", path: Path) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:

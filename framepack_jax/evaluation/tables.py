@@ -57,7 +57,7 @@ def plain(table: Table) -> dict[str, Any]:
 def _plain(estimate: Estimate) -> dict[str, Any]:
     # JSON has no infinity.
     mean = estimate.mean if math.isfinite(estimate.mean) else None
-    return {"mean": mean, "error": estimate.error, "videos": estimate.count}
+    return {"mean": mean, "error": estimate.error, "videos": estimate.videos}
 
 
 def against(table: Table, reference: str, frozen: str, models: Sequence[str]) -> list[str]:
@@ -65,12 +65,14 @@ def against(table: Table, reference: str, frozen: str, models: Sequence[str]) ->
     model. Where more or less is no merit, nearer to the `reference` row is better."""
     notes = []
     for model in models:
-        better, worse = [], []
+        better: list[str] = []
+        worse: list[str] = []
         for name, metric in table.columns.items():
             values = [table.rows.get(row, {}).get(name) for row in (frozen, model, reference)]
-            if None in values:
+            means = [estimate.mean for estimate in values if estimate is not None]
+            if len(means) < len(values):
                 continue
-            still, made, truth = (estimate.mean for estimate in values)
+            still, made, truth = means
             gain = metric.better * (made - still) or abs(still - truth) - abs(made - truth)
             if gain:
                 (worse if gain > 0 else better).append(metric.title.lower())

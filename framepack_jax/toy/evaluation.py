@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from framepack_jax import bundle, packing
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.jobs.provenance import weights
+from framepack_jax.packing import Schedule
 from framepack_jax.toy import baselines, report, results, scenes, suites
-from framepack_jax.toy.suites import Part, Row
+from framepack_jax.toy.suites import Row, Suite
 from framepack_jax.utils.progress import Bar
 
 FPS = scenes.FPS
@@ -74,8 +73,9 @@ def evaluate(cfg: EvaluationConfig) -> Path:
     return cfg.output / "report.md" if tables else cfg.output
 
 
-def _figures(folder: Path, row: Row, part: Part) -> dict[str, scenes.Figures]:
-    return {case.name: results.load(folder, row.name, case) for case in part.cases}
+def _figures(folder: Path, row: Row, part: Suite) -> dict[str, scenes.Figures]:
+    found = {case.name: results.load(folder, row.name, case) for case in part.cases}
+    return {name: figures for name, figures in found.items() if figures is not None}
 
 
 def open_models(cfg: EvaluationConfig) -> list[Model]:
@@ -141,7 +141,7 @@ def _hashes(model: Model) -> dict[str, Any]:
     return {role: source.get("sha256") for role, source in weights(model.path).items()}
 
 
-def _parts(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Part]:
+def _parts(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Suite]:
     """Yield the suites that were asked for, with their cases and rows."""
     if cfg.videos:
         yield from _drift(cfg, models)
@@ -150,40 +150,40 @@ def _parts(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Part]:
     if cfg.prompt_pairs:
         part, count = f"prompts_{cfg.pair_seconds:g}s", _frames(models[0].pipe, cfg.pair_seconds)
         made = scenes.counterfactual_cases(cfg.seed, cfg.prompt_pairs, count, cfg.size, part)
-        yield Part(part, made, _rows(models, suites.prompt_rows), scenes.prompt_figures)
+        yield Suite(part, made, _rows(models, suites.prompt_rows), scenes.prompt_figures)
 
 
-def _drift(cfg: EvaluationConfig, models: Sequence[Model]) -> list[Part]:
-    found: list[Part] = []
+def _drift(cfg: EvaluationConfig, models: Sequence[Model]) -> list[Suite]:
+    found: list[Suite] = []
     for seconds in sorted(cfg.seconds):
         part, count = f"drift_{seconds:g}s", _frames(models[0].pipe, seconds)
         made = scenes.drift_cases(cfg.seed, cfg.videos, count, cfg.size, part)
         rows = _rows(models, suites.drift_rows)
-        found.append(Part(part, made, rows, scenes.drift_figures, tuple(found)))
+        found.append(Suite(part, made, rows, scenes.drift_figures, tuple(found)))
     return found
 
 
-def _forgetting(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Part]:
+def _forgetting(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Suite]:
     pipe = models[0].pipe
     for hidden in cfg.occlusion_seconds:
         part = f"forgetting_{hidden:g}s"
         made = scenes.hiding_cases(cfg.seed, cfg.occlusion_videos, hidden, cfg.size, part)
         whole = baselines.frames_for(pipe, suites.sections_of(pipe, made[0].frames))
         made = [dataclasses.replace(case, frames=whole) for case in made]
-        yield Part(part, made, _rows(models, suites.forgetting_rows), scenes.forgetting_figures)
+        yield Suite(part, made, _rows(models, suites.forgetting_rows), scenes.forgetting_figures)
 
 
 def _frames(pipe: FramePack, seconds: float) -> int:
     return baselines.frames_for(pipe, baselines.sections_for(pipe, seconds, FPS))
 
 
-def _rows(models: Sequence[Model], rows_of: Callable[[str, int, str], list[Row]]) -> list[Row]:
+def _rows(models: Sequence[Model], rows_of: Callable[[str, int, Schedule], list[Row]]) -> list[Row]:
     each = [rows_of(model.name, i, model.pipe.schedule) for i, model in enumerate(models)]
     return [*suites.references(), *itertools.chain(*each)]
 
 
 def make_all(
-    folder: Path, todo: Sequence[Part], models: Sequence[Model], settings: Settings, batch: int
+    folder: Path, todo: Sequence[Suite], models: Sequence[Model], settings: Settings, batch: int
 ) -> None:
     """Make and measure every video that `folder` lacks, `batch` of them side by side.
 
@@ -205,13 +205,13 @@ def make_all(
                     some = missing[first : first + batch]
                     made = row.make(pipe, some, settings)
                     numbers = [part.cases.index(case) for case in some]
-                    for each in (part, *(part.shorter if row.onward else ())):
+                    for each in (part, *(part.shorter if row.extendable else ())):
                         _keep(folder, row, each, [each.cases[i] for i in numbers], made, pool)
                     bar.update(len(some))
 
 
 def _keep(
-    folder: Path, row: Row, part: Part, asked: Sequence[scenes.Case], made: Sequence[np.ndarray],
+    folder: Path, row: Row, part: Suite, asked: Sequence[scenes.Case], made: suites.Videos,
     pool: ThreadPoolExecutor,
 ) -> None:  # fmt: skip
     """Measure and save videos, cut to the lengths of their cases, unless they are saved already."""

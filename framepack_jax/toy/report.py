@@ -12,7 +12,7 @@ from framepack_jax import video
 from framepack_jax.evaluation import plots, tables
 from framepack_jax.evaluation.tables import Table
 from framepack_jax.toy import results, suites
-from framepack_jax.toy.suites import ByRow, Part
+from framepack_jax.toy.suites import ByRow, Suite
 from framepack_jax.toy.world import FPS
 from framepack_jax.utils.files import atomic_write
 
@@ -23,7 +23,7 @@ SHEET_COLUMNS, CELL = 8, 128
 
 def write(
     folder: Path,
-    made: Sequence[tuple[Part, ByRow]],
+    made: Sequence[tuple[Suite, ByRow]],
     models: Sequence[str],
     about: Mapping[str, Any],
 ) -> list[Table]:
@@ -93,7 +93,7 @@ def _over_hiding(folder: Path, tables: Mapping[float, Table]) -> list[str]:
     return names
 
 
-def _sheets(folder: Path, part: Part, rows: Sequence[str]) -> list[str]:
+def _sheets(folder: Path, part: Suite, rows: Sequence[str]) -> list[str]:
     names = []
     for case in part.cases[:SHEETS]:
         names.append(f"sheets/{part.name}_{case.name}.png")

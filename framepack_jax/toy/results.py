@@ -28,21 +28,21 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder, or go on with it. Raises ValueError where it holds an evaluation of other
     settings, or other files; rows may be added."""
     file = folder / SETTINGS
-    settings = json.loads(json.dumps({"format": FORMAT, **settings}))
+    record: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **settings}))
     if file.exists():
         there = _read(file)
-        rows = there.get("rows", {}) | settings["rows"]
-        if differing := _differences(there, settings):
+        rows = there.get("rows", {}) | record["rows"]
+        if differing := _differences(there, record):
             raise ValueError(
                 f"--output {folder} holds an evaluation of other settings ({differing}); choose"
                 " another folder"
             )
-        settings["rows"] = rows
+        record["rows"] = rows
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--output {folder} is no evaluation and not empty; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as partial:
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -94,4 +94,5 @@ def save(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(file, frames, fps)
     with atomic_write(file.with_suffix(".npz")) as partial, open(partial, "wb") as opened:
-        np.savez_compressed(opened, **figures)
+        arrays: dict[str, Any] = dict(figures)
+        np.savez_compressed(opened, **arrays)

@@ -165,7 +165,7 @@ def drift_figures(case: Case, frames: np.ndarray) -> Figures:
 def words_of(scene: Scene, frames: int) -> list[list[str]]:
     """What the caption says of each sprite in each frame. What moves to one side does so until it
     bounces off an edge, and after that to both: along an axis."""
-    words = [[] for _ in range(frames)]
+    words: list[list[str]] = [[] for _ in range(frames)]
     for sprite in scene.sprites:
         places = [world.position(scene, sprite, n / FPS) for n in range(frames + 1)]
         before = None
@@ -211,9 +211,9 @@ def forgetting_figures(case: Case, frames: np.ndarray) -> Figures:
     seen = tracking.track(frames[back], cast, truth.visible[back], every=1)
     apart = np.hypot(*(seen.centres - truth.centres[back])[:, sprite].T) / scene.height
     return {
-        "hidden": np.float32(1 - hidden.mean()),
-        "identity": np.float32(mean(seen.identity[:, sprite])),
-        "place": np.float32(mean(apart)),
+        "hidden": np.asarray(1 - hidden.mean(), np.float32),
+        "identity": np.asarray(mean(seen.identity[:, sprite]), np.float32),
+        "place": np.asarray(mean(apart), np.float32),
     }
 
 
@@ -221,13 +221,14 @@ def prompt_figures(case: Case, frames: np.ndarray) -> Figures:
     """`match`, whether the sprite's motion is nearer to what its caption says than to the other
     caption's; `dynamics` of the video; `psnr` of its first frame to the image."""
     cast, sprite = cast_of(case.scene), case.sprite
+    assert case.other is not None
     truths = [world.truth(scene, len(frames) / FPS) for scene in (case.scene, case.other)]
     seen = tracking.track(frames, cast, 0 * truths[0].visible)
     near = motion_labels.nearest(
         seen.centres[1:, sprite], [truth.centres[1:, sprite] for truth in truths]
     )
     return {
-        "match": np.float32(near == 0),
-        "dynamics": np.float32(mean(metrics.measure(frames, FPS)["dynamics"])),
-        "psnr": np.float32(min(99.0, metrics.psnr(frames[0], case.image))),
+        "match": np.asarray(near == 0, np.float32),
+        "dynamics": np.asarray(mean(metrics.measure(frames, FPS)["dynamics"]), np.float32),
+        "psnr": np.asarray(min(99.0, metrics.psnr(frames[0], case.image)), np.float32),
     }

@@ -40,7 +40,8 @@ PROMPT_METRICS = {
 BESIDE_DRIFT = ("dynamics", "caption")
 # The whole context, which is the row of the model itself, and what is kept from it.
 BLANKS = (("k2",), ("k4",), ("k2", "k4"))
-Make = Callable[[FramePack | None, Sequence[Case], Settings], Sequence[np.ndarray]]
+Videos = Sequence[np.ndarray] | np.ndarray
+Make = Callable[[FramePack | None, Sequence[Case], Settings], Videos]
 ByRow = Mapping[str, Mapping[str, Figures]]
 """Figures by row, then by name of the case."""
 
@@ -48,16 +49,16 @@ ByRow = Mapping[str, Mapping[str, Figures]]
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row of tables and how its videos are made; `model` is the number of the model whose
-    weights it takes, None without. With `onward` a longer video begins like a shorter one."""
+    weights it takes, None without. With `extendable` a longer video begins like a shorter one."""
 
     name: str
     model: int | None
     make: Make
-    onward: bool = True
+    extendable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Suite:
     """Cases of equal length, the rows of their videos, and what is measured of each. `shorter` are
     parts of the same cases at lesser lengths."""
 
@@ -65,7 +66,7 @@ class Part:
     cases: Sequence[Case]
     rows: Sequence[Row]
     measure: Callable[[Case, np.ndarray], Figures]
-    shorter: Sequence["Part"] = ()
+    shorter: Sequence["Suite"] = ()
 
 
 def references() -> list[Row]:
@@ -74,7 +75,9 @@ def references() -> list[Row]:
         Row(TRUTH, None, lambda pipe, asked, settings: [case.truth() for case in asked]),
         Row(
             VAE, 0,
-            lambda pipe, asked, settings: [baselines.reconstructed(pipe, c.truth()) for c in asked],
+            lambda pipe, asked, settings: [
+                baselines.reconstructed(_loaded(pipe), case.truth()) for case in asked
+            ],
         ),
         Row(
             FROZEN, None,
@@ -85,10 +88,15 @@ def references() -> list[Row]:
         Row(
             REPEATED, 0,
             lambda pipe, asked, settings: baselines.repeated(
-                pipe, _asks(asked), _sections(pipe, asked), settings
+                _loaded(pipe), _asks(asked), _sections(_loaded(pipe), asked), settings
             ),
         ),
     ]  # fmt: skip
+
+
+def _loaded(pipe: FramePack | None) -> FramePack:
+    assert pipe is not None, "a row with a model gets a pipeline"
+    return pipe
 
 
 def model_row(name: str, number: int, blank: Collection[str] = (), shuffled: bool = False) -> Row:
@@ -99,8 +107,8 @@ def model_row(name: str, number: int, blank: Collection[str] = (), shuffled: boo
 
 def drift_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
     """A model as it is."""
-    onward = schedule.order == "forward"
-    return [dataclasses.replace(model_row(name, number), onward=onward)]
+    extendable = schedule.order == "forward"
+    return [dataclasses.replace(model_row(name, number), extendable=extendable)]
 
 
 def forgetting_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
@@ -119,9 +127,13 @@ def prompt_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]
 
 
 def _sample(
-    pipe: FramePack, asked: Sequence[Case], settings: Settings, blank=(), shuffled=False
+    pipe: FramePack | None,
+    asked: Sequence[Case],
+    settings: Settings,
+    blank: Collection[str] = (),
+    shuffled: bool = False,
 ) -> np.ndarray:
-    asks = _asks(asked, shuffled)
+    pipe, asks = _loaded(pipe), _asks(asked, shuffled)
     return baselines.sampled(pipe, asks, _sections(pipe, asked), settings, blank)
 
 
@@ -204,8 +216,8 @@ def prompting(seconds: float, found: ByRow) -> Table:
     )
 
 
-def _ratio(value: np.ndarray, truth: np.ndarray) -> float:
-    return float(value) / float(truth) if truth > 0 else math.nan
+def _ratio(value: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return np.asarray(float(value) / float(truth) if truth > 0 else math.nan)
 
 
 def _means(title: str, about: str, columns: Mapping[str, Metric], found: ByRow) -> Table:

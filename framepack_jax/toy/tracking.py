@@ -111,7 +111,7 @@ def _gone(last: tuple[float, float], hidden: np.ndarray, template: np.ndarray) -
 
 
 def label(frame: np.ndarray, palette: np.ndarray, within: float = WITHIN) -> np.ndarray:
-    """The colour of each pixel (H, W) as an index of the palette, or NOBODY."""
+    """The colour of each pixel (H, W) as an index of the palette, or BACKGROUND."""
     distances = np.linalg.norm(frame[:, :, None].astype(np.float32) - palette[None, None], axis=-1)
     nearest = distances.argmin(axis=-1)
     return np.where(distances.min(axis=-1) < within, nearest, BACKGROUND)
@@ -162,7 +162,7 @@ def overlap(mask: np.ndarray, seen: np.ndarray, template: np.ndarray) -> Overlap
     # A sprite half of which is covered has its middle somewhere else.
     reach = max(2, int(half.max()) // 2)
     top, left = int(y) - half[0] - reach, int(x) - half[1] - reach
-    size = np.asarray(template.shape) + 2 * reach
+    size = template.shape[0] + 2 * reach, template.shape[1] + 2 * reach
     mine, counting, form = (
         area.astype(np.float32)
         for area in (_crop(mask & seen, top, left, size), _crop(seen, top, left, size), template)

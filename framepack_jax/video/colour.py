@@ -123,7 +123,7 @@ class ColourConverter:
 
 def check_colours(frame: av.VideoFrame) -> None:
     """Raise UnsupportedVideo for colours that would come out wrong."""
-    kinds = {data.type for data in frame.side_data}
+    kinds = {data.type for data in frame.side_data}  # type: ignore[attr-defined]  # stub: Mapping
     dolby = kinds & {Type.DOVI_METADATA, Type.DOVI_RPU_BUFFER}
     if dolby and frame.color_trc == UNSPECIFIED:
         kind = "Dolby Vision without a compatible base layer (profile 5)"
@@ -149,7 +149,7 @@ def _scaled(frame: av.VideoFrame, height: int, width: int, form: str) -> av.Vide
 
 def _peak(frame: av.VideoFrame) -> float:
     """The brightest light in cd/m2 by a frame's metadata, that of usual material by default."""
-    level = frame.side_data.get(Type.CONTENT_LIGHT_LEVEL)
+    level = frame.side_data.get(Type.CONTENT_LIGHT_LEVEL)  # type: ignore[call-overload]  # stub: str
     brightest = 0 if level is None else int(np.frombuffer(level, np.uint32)[0])
     return float(np.clip(brightest, WHITE_NITS, 10_000)) if brightest else NOMINAL_PEAK
 
@@ -219,8 +219,8 @@ def _hlg_nits(signal: np.ndarray) -> np.ndarray:
 
 def _tone_mapped(light: np.ndarray, peak: float) -> np.ndarray:
     """ITU-R BT.2390-11, 5.4.1: the curve on the largest of the three, which keeps hues."""
-    top = float(_pq_signal(np.float32(peak)))
-    target = float(_pq_signal(np.float32(WHITE_NITS))) / top
+    top = float(_pq_signal(np.asarray(peak, np.float32)))
+    target = float(_pq_signal(np.asarray(WHITE_NITS, np.float32))) / top
     if target >= 1:
         return light
     largest = np.maximum(light.max(-1, keepdims=True), 1e-6)

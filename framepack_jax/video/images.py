@@ -191,7 +191,9 @@ def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Ima
     elif space != image.mode:
         raise ValueError(f"it is a profile of {space} colours, the image has {image.mode}")
     srgb = ImageCms.createProfile("sRGB")
-    image = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+    converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+    assert converted is not None  # None is for conversion in place only
+    image = converted
     if alpha is not None:
         image.putalpha(alpha)
     return image
@@ -201,8 +203,7 @@ def _encoding(path: str | os.PathLike, image: Image.Image) -> colour.Encoding | 
     """What an image without a profile says of its colours, None for sRGB: HEIC by nclx, PNG by
     cICP, else by sRGB, else by gAMA and cHRM."""
     if nclx := image.info.get("nclx_profile"):
-        codes = nclx["color_primaries"], nclx["transfer_characteristics"]
-        return colour.Encoding.of_codes(*codes)
+        return colour.Encoding.of_codes(nclx["color_primaries"], nclx["transfer_characteristics"])
     if image.format != "PNG":
         return None
     if (codes := _cicp(path)) is not None:

@@ -106,6 +106,7 @@ def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> 
             for packet in _packets(segment, first.fps):
                 # Each segment counts its own delay between decoding and showing, none where it is
                 # short: times of decoding are made anew, so that they grow by one at the joints.
+                assert packet.pts is not None
                 packet.pts += done
                 packet.dts = done + count - delay
                 packet.stream = stream

@@ -19,7 +19,7 @@ class Orientation(NamedTuple):
     @classmethod
     def of(cls, frame: av.VideoFrame) -> "Orientation":
         """Read the display matrix: a pixel (x, y) is shown at (a x + c y, b x + d y)."""
-        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # stub: str only
         if matrix is None:
             return cls()
         a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()

@@ -126,7 +126,7 @@ def preview_sheet(latents: np.ndarray, caption: str) -> np.ndarray:
     colours = ((_fitted(picked) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     scale = -(-PREVIEW_WIDTH // colours.shape[2])
     cells = repeat(colours, "f h w c -> f (h i) (w j) c", i=scale, j=scale)
-    grid = _grid(cells, [""] * len(cells), PREVIEW_COLUMNS, strip=0)
+    grid = _grid(list(cells), [""] * len(cells), PREVIEW_COLUMNS, strip=0)
     width = max(grid.width, 2 * GAP + math.ceil(_font().getlength(caption)))
     sheet = Image.new("RGB", (width, grid.height + STRIP), "white")
     sheet.paste(grid, (0, 0))

@@ -99,11 +99,12 @@ class Source:
         """Yield each frame with the number of times k / fps, from k = `first` on, that show it."""
         frames = self.frames_from(self.origin + first / fps) if first else self.frames()
         shown = next(frames)
-        for frame in itertools.chain(frames, [None]):
-            end = end_of(shown, self.rate) if frame is None else time_after(shown, frame)
-            stop = max(first, times_before(end - self.origin, fps))
+        for frame in frames:
+            stop = max(first, times_before(time_after(shown, frame) - self.origin, fps))
             yield shown, stop - first
             shown, first = frame, stop
+        stop = max(first, times_before(end_of(shown, self.rate) - self.origin, fps))
+        yield shown, stop - first
 
     def rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Convert a decoded frame to (H, W, 3) uint8 as shown."""
@@ -149,6 +150,7 @@ def video_stream(container: InputContainer) -> VideoStream:
     if best is None or best.disposition & Disposition.attached_pic:
         held = ["sound"] * bool(container.streams.audio) + ["a cover picture"] * (best is not None)
         raise ValueError(f"it has {' and '.join(held) or 'neither sound'} but no video")
+    assert isinstance(best, VideoStream)
     return best
 
 
@@ -160,7 +162,7 @@ def is_avi(container: InputContainer) -> bool:
 
 def timed_by_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
     """Yield decoded frames with the times of the packets in order; one packet is one frame."""
-    times: collections.deque[int] = collections.deque()
+    times: collections.deque[int | None] = collections.deque()
     for packet in container.demux(stream):
         if packet.size:
             times.append(packet.dts)

@@ -16,14 +16,16 @@ NO_TIMES = "its frames have no times; put it into a container: ffmpeg -i FILE -c
 
 def time_of(frame: av.VideoFrame) -> Fraction:
     """Return when a frame is shown, in seconds."""
-    if frame.pts is None:
+    if frame.pts is None or frame.time_base is None:
         raise UnsupportedVideo(NO_TIMES)
     return frame.pts * frame.time_base
 
 
 def end_of(frame: av.VideoFrame, rate: Fraction) -> Fraction:
     """Return when a frame ends: by its own duration, or by the frame rate if it has none."""
-    return time_of(frame) + (frame.duration * frame.time_base if frame.duration else 1 / rate)
+    start = time_of(frame)
+    assert frame.time_base is not None
+    return start + (frame.duration * frame.time_base if frame.duration else 1 / rate)
 
 
 def time_after(frame: av.VideoFrame, following: av.VideoFrame) -> Fraction:

@@ -11,7 +11,7 @@ from framepack_jax.__main__ import main as framepack
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.toy import results, scenes
 from framepack_jax.toy.evaluation import make_all
-from framepack_jax.toy.suites import Part, Row
+from framepack_jax.toy.suites import Row, Suite
 
 SIZE = 64, 64
 
@@ -95,7 +95,7 @@ def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
 
     rows = [Row(n, None, functools.partial(make, n), n == "onward") for n in ("onward", "back")]
     short, long = (
-        Part(name, scenes.drift_cases(0, 3, frames, SIZE, name), rows, scenes.drift_figures)
+        Suite(name, scenes.drift_cases(0, 3, frames, SIZE, name), rows, scenes.drift_figures)
         for name, frames in (("drift_1s", 33), ("drift_2s", 65))
     )  # fmt: skip
     todo = [short, dataclasses.replace(long, shorter=(short,))]
