@@ -34,7 +34,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "generation": ("unit/generation", "integration/test_pipeline.py"),
     "jobs": ("unit/jobs", "integration/run_folders", "integration/test_sample.py"),
     "conversion": ("unit/conversion", "parity/test_conversion.py"),
-    "data": ("unit/data", "integration/test_prepare.py"),
+    "data": ("unit/data", "integration/test_prepare.py integration/test_prepare_again.py"),
     "training": ("unit/training",),
 }
 # Tests of single files besides, by a pattern of their names.

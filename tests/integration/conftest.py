@@ -1,0 +1,3 @@
+"""Fixtures of several files of integration tests."""
+
+from tests.fixtures.preparing import fake_encoder as fake_encoder
