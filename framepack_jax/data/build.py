@@ -1,7 +1,8 @@
-"""Stored clips become a dataset: thresholds, shards by bucket, tables of what got in or not.
+"""Write a dataset from cached clips: apply thresholds, write shards by bucket and tables.
 
-It is written beside the one that is there, and takes its place when it is whole. Clips are judged
-into a temporary database on disk, so that memory does not grow with their number.
+The new dataset is written beside the existing one and replaces it when it is complete. Accepted and
+rejected clips are kept in a temporary database on disk, so that memory does not grow with their
+number.
 """
 
 import collections
@@ -28,12 +29,12 @@ from framepack_jax.data.records import Clip, DatasetError, Index
 from framepack_jax.utils.files import atomic_write
 
 MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"
-# What videos the dataset is of: a line that says where they were listed, and one for each with its
-# name and stamp. Datasets made before have one JSON object.
+# The videos of the dataset: one line with the place of the listing, then one line per video with
+# its name and stamp. Older datasets have one JSON object.
 VIDEOS, VIDEOS_BEFORE = "videos.jsonl", "videos.json"
 SHEETS = ("accepted.png", "rejected.png")
 SHEET_CLIPS = 24
-# In the order in which they come; the index says that all are there.
+# In the order of writing; the index is last and marks the dataset as complete.
 PARTS = (
     records.SHARDS, records.EMPTY, VIDEOS_BEFORE, VIDEOS, MANIFEST, REJECTED, *SHEETS,
     records.INDEX,
@@ -51,8 +52,8 @@ CREATE TABLE hashes (hash REAL PRIMARY KEY) WITHOUT ROWID;
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """What became of the videos: the clips that got in, and reasons with their numbers; how many of
-    the clips have a caption that was cut, and what files were left out, by suffix."""
+    """Summary of a dataset: accepted clips, their seconds and buckets, rejections by reason, number
+    of truncated captions, and files left out by suffix."""
 
     clips: int
     seconds: float
@@ -77,8 +78,8 @@ class Packed:
 
 
 def check_any(folder: Path, source: Path, listing: Listing) -> None:
-    """Raise DatasetError if all that is listed was rejected; a folder without a dataset gets
-    rejected.jsonl."""
+    """Raise DatasetError if every video of the listing was rejected; write rejected.jsonl into a
+    folder without a dataset."""
     if len(listing):
         return
     reasons = collections.Counter(problem.reason for problem in listing.problems())
@@ -95,8 +96,8 @@ def check_any(folder: Path, source: Path, listing: Listing) -> None:
 
 
 def check_videos(folder: Path, source: Path, listing: Listing) -> None:
-    """Raise DatasetError if the dataset in a folder is of other videos: of another listing than
-    `source`, none of whose videos is in `listing`."""
+    """Raise DatasetError if the dataset in a folder is of other videos: it was made from another
+    listing than `source`, and shares no video with `listing`."""
     folder = Path(folder)
     file = next((folder / n for n in (VIDEOS, VIDEOS_BEFORE) if (folder / n).exists()), None)
     if file is None:
@@ -119,7 +120,7 @@ def check_videos(folder: Path, source: Path, listing: Listing) -> None:
 
 
 def _read_videos(file: Path) -> Generator[Any, None, None]:
-    """Where the videos were listed, then (name, stamp) of each."""
+    """Yield the place of the listing, then (name, stamp) of each video."""
     with open(file) as lines:
         head = json.loads(lines.readline())
         yield head["listing"]
@@ -139,9 +140,15 @@ def pack(
     index: Index,
     empty: Any,
 ) -> Packed:
-    """Make a dataset of the videos in the store, which takes the place of the one that is there
-    when it is whole. `source` is where the videos are listed, `index` says all but the shards,
-    `empty` are the empty prompt's states. Raises OSError, DatasetError."""
+    """Write a dataset of the cached videos, which replaces an existing one when it is complete.
+
+    Args:
+        source: place of the listing.
+        index: index of the dataset, without shards.
+        empty: states of the empty prompt, (n, D) and (D,).
+
+    Raises OSError, DatasetError.
+    """
     folder = Path(folder)
     new = folder / records.NEW
     if new.exists():
@@ -165,9 +172,9 @@ def pack(
 
 
 def _swap(folder: Path, new: Path) -> None:
-    """Put the parts of a dataset that lie in `new` in the place of those in `folder`. The index
-    goes first and comes last: a folder where this was stopped is no dataset, until it is packed
-    again."""
+    """Move the parts of a dataset from `new` to `folder`, replacing those there. The old index is
+    removed first and the new one comes last: an interrupted move leaves no dataset, until the
+    command runs again."""
     old = new / "old"
     old.mkdir()
     for name in reversed(PARTS):
@@ -179,8 +186,8 @@ def _swap(folder: Path, new: Path) -> None:
 
 
 class Judged:
-    """The clips of all videos in order, each with the reason why it is left out, None for those
-    that get in; and lines for all that was rejected."""
+    """The clips of all videos in order, each with the reason of its rejection, None if it is
+    accepted; and the lines of rejected.jsonl."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index = folder, index
@@ -191,7 +198,7 @@ class Judged:
         self._base.close()
 
     def judge(self, listing: Listing, thresholds: Thresholds) -> None:
-        """Judge the clips in the store of all videos that are listed."""
+        """Judge the cached clips of all listed videos."""
         for problem in listing.problems():
             self._reject(problem.as_dict())
         for video in listing:
@@ -201,14 +208,14 @@ class Judged:
             self._judge(self._placed(clips, video), thresholds)
 
     def _placed(self, clips: list[Clip], video: CachedVideo) -> list[Clip]:
-        """In pixels mode training reads videos from where they are now."""
+        """Return the clips; in pixels mode, with the present path of their video."""
         if self.index.mode == "latents":
             return clips
         return [dataclasses.replace(clip, source=str(video.path)) for clip in clips]
 
     def _judge(self, clips: list[Clip], thresholds: Thresholds) -> None:
-        """Judge the clips of a video. Those with another caption of the same frames get in with the
-        first of them."""
+        """Judge the clips of a video. Clips of the same frames with other captions share the result
+        of the first."""
         before, reason = None, None
         for clip in clips:
             if before is None or clip.start != before.start:
@@ -218,7 +225,7 @@ class Judged:
             before = clip
 
     def __contains__(self, value: object) -> bool:
-        """Whether a clip with this hash got in."""
+        """Return True if a clip with this hash was accepted."""
         found = self._base.execute("SELECT 1 FROM hashes WHERE hash = ?", (value,))
         return found.fetchone() is not None
 
@@ -237,16 +244,16 @@ class Judged:
         self._base.execute("INSERT INTO rejected VALUES (?, ?)", (row["reason"], json.dumps(row)))
 
     def clips(self, where: str = "1") -> Iterator[tuple[Clip, str | None]]:
-        """(clip, reason) of those that meet a condition, in order."""
+        """Yield (clip, reason) of the clips that meet an SQL condition, in order."""
         rows = self._base.execute(f"SELECT clip, reason FROM clips WHERE {where} ORDER BY number")
         return ((Clip(**json.loads(clip)), reason) for clip, reason in rows)
 
     def rejected(self) -> Iterator[str]:
-        """The lines of rejected.jsonl."""
+        """Yield the lines of rejected.jsonl."""
         return (line for (line,) in self._base.execute("SELECT line FROM rejected ORDER BY rowid"))
 
     def buckets(self) -> dict[tuple[int, int], int]:
-        """How many clips got into each bucket."""
+        """Count the accepted clips of each bucket."""
         rows = self._base.execute(
             "SELECT height, width, count(*) FROM clips WHERE reason IS NULL"
             " GROUP BY height, width ORDER BY height, width"
@@ -254,14 +261,14 @@ class Judged:
         return {(height, width): count for height, width, count in rows}
 
     def picks(self, where: str) -> list[tuple[Clip, str | None]]:
-        """At most `SHEET_CLIPS` of the clips that meet a condition, at even distances."""
+        """Return at most `SHEET_CLIPS` of the clips that meet a condition, evenly spaced."""
         (count,) = self._base.execute(f"SELECT count(*) FROM clips WHERE {where}").fetchone()
         places = np.linspace(0, count - 1, min(SHEET_CLIPS, count)).round().astype(int)
         wanted = set(places.tolist())
         return [found for n, found in enumerate(self.clips(where)) if n in wanted]
 
     def packed(self, listing: Listing) -> Packed:
-        """The figures of the dataset."""
+        """Return the summary of the dataset."""
         accepted = "FROM clips WHERE reason IS NULL"
         clips, frames = self._base.execute(
             f"SELECT count(*), coalesce(sum(frames), 0) {accepted}"
@@ -282,7 +289,7 @@ def _detail(clip: Clip, fps: float) -> str:
 
 
 def _stored(judged: Judged, bucket: tuple[int, int]) -> Iterator[tuple[bytes, int]]:
-    """(record, latent frames) of the clips of a bucket."""
+    """Yield (record, latent frames) of the accepted clips of a bucket."""
     height, width = bucket
     mine = f"reason IS NULL AND height = {height} AND width = {width}"
     for clip, _ in judged.clips(mine):
@@ -314,7 +321,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _write_sheets(new: Path, judged: Judged) -> None:
-    """Contact sheets, clips at even distances; none where there is nothing to show."""
+    """Write contact sheets of evenly spaced clips; none if there are no clips."""
     for name, where in zip(SHEETS, ("reason IS NULL", "reason IS NOT NULL"), strict=True):
         shown = judged.picks(where)
         if shown:

@@ -1,6 +1,6 @@
-"""What a dataset can be refused for before the first step of training, without reading its arrays.
+"""Check a dataset before the first training step, without reading its arrays.
 
-Each check names the fault, how many clips have it, and a value or a command that mends it.
+Each error names the fault, the number of clips with it, and a value or a command that repairs it.
 """
 
 import json
@@ -51,7 +51,7 @@ def check_captions(folder: Path, index: Index, limit: int, empty: int = 0) -> No
 
 
 def _caption_tokens(folder: Path, index: Index) -> Iterable[int]:
-    """Tokens of each caption. Datasets packed before the index had them are read through."""
+    """Return the tokens of each caption. Records are read if the index has no token counts."""
     if all(len(shard.tokens) == len(shard.lengths) for shard in index.shards):
         return [count for shard in index.shards for count in shard.tokens]
     source = VideoSource(folder, index.shards)
@@ -88,7 +88,7 @@ def _fault(path: Path, size: int | None) -> str | None:
 
 
 def _sources(folder: Path, index: Index) -> list[tuple[Path, str]]:
-    """(where it lies, name in the store) of each video, from the manifest beside the records."""
+    """Return (path, name in the cache) of each video, from the manifest beside the records."""
     videos = {}
     for place, name in _clips(folder, index):
         videos[place] = name.rpartition("-")[0].partition("@")[0]
@@ -97,7 +97,7 @@ def _sources(folder: Path, index: Index) -> list[tuple[Path, str]]:
 
 
 def _clips(folder: Path, index: Index) -> Iterator[tuple[str, str]]:
-    """(video, name) of each clip."""
+    """Yield (video, name) of each clip."""
     manifest = folder / build.MANIFEST
     if not manifest.exists():
         source = VideoSource(folder, index.shards)
@@ -110,7 +110,7 @@ def _clips(folder: Path, index: Index) -> Iterator[tuple[str, str]]:
 
 
 def _prepared_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each video by its name in the store, as far as they were kept."""
+    """Return the recorded size in bytes of each video by its name in the cache."""
     file = next((folder / name for name in VIDEOS if (folder / name).exists()), None)
     if file is None:
         return {}
@@ -121,7 +121,7 @@ def _prepared_sizes(folder: Path) -> dict[str, int]:
 
 
 def _mapped(function: Any, items: Sequence[Any], what: str) -> list[Any]:
-    """Results in order, computed in threads behind a bar that shows where it takes long."""
+    """Map a function in threads, in order, with a progress bar if it takes long."""
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(function, items)
         return list(Bar(done, total=len(items), desc=what, delay=2, disable=not is_primary()))

@@ -1,8 +1,7 @@
-"""Encoded clips by video, kept beside a dataset: what is there is not encoded again, and other
-thresholds only pack anew.
+"""Encoded clips by video, cached beside a dataset, so that nothing is encoded twice.
 
-    clips/ID.json      what became of a video, written last
-    clips/ID/000.rec   records, 000.png a picture of each
+clips/ID.json      clips of a video or the reason of its rejection, written last
+clips/ID/000.rec   record of a clip; 000.png is a thumbnail of it
 """
 
 import dataclasses
@@ -30,12 +29,12 @@ THUMBNAIL = 160
 
 @dataclasses.dataclass(frozen=True)
 class CachedVideo:
-    """A video to be prepared, or the seconds of it from `start` to `end`.
+    """A video to prepare, or the seconds of it from `start` to `end`.
 
-    `source` is its name in the listing, relative to the listing's folder if it lies there, `id` its
-    name in the store, made of that, `path` where it lies now. Each clip is stored once for each of
-    the captions. `stamp` is the bytes of the file and the time of its change in ns: with the name
-    they tell it from all others, wherever it lies.
+    `source` is its name in the listing, relative to the folder of the listing if it lies there;
+    `id` its name in the cache, derived from `source`; `path` its present place. Each clip is stored
+    once per caption. `stamp` is the size of the file in bytes and its modification time in ns,
+    which identify the video together with its name.
     """
 
     id: str
@@ -48,8 +47,8 @@ class CachedVideo:
 
 
 def video_id(source: str, start: float = 0.0, end: float = math.inf) -> str:
-    """A file name for a source, or a span of it in seconds: readable, and different for different
-    ones. The part before @ is that of the whole video."""
+    """Return a readable, unique file name for a source, or for a span of it in seconds. The part
+    before @ is the name of the whole video."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).stem)[:40]
     name = f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     if not start and end == math.inf:
@@ -58,7 +57,7 @@ def video_id(source: str, start: float = 0.0, end: float = math.inf) -> str:
 
 
 def is_done(folder: Path, video: CachedVideo, made: Mapping[str, Any]) -> bool:
-    """Whether a video is in the store as it is now, whole, and was encoded with these settings."""
+    """Return True if a video is completely cached in its present state and with these settings."""
     marker = _read_marker(folder, video.id)
     if marker is None or marker["key"] != _key(video, made):
         return False
@@ -75,10 +74,10 @@ def add(
     made: Mapping[str, Any],
     advance: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Encode the clips of a video into the store; what is wrong with a video is kept there too.
-    Raises OSError where it cannot be written."""
+    """Encode the clips of a video into the cache, or record why the video is rejected. Raises
+    OSError if the cache cannot be written."""
     root = Path(folder) / STORE / video.id
-    # First what says that these clips are whole: with other settings they are other clips.
+    # The marker of complete clips goes first: with other settings these are other clips.
     _marker_file(folder, video.id).unlink(missing_ok=True)
     if root.exists():
         shutil.rmtree(root)
@@ -98,7 +97,7 @@ def add(
         if not clips:
             raise Rejected("too_short", f"{video.path} has no scene of {scenes.MIN_FRAMES} frames")
     except Rejected as error:
-        # By its name too: where it lies may be another place when this is read.
+        # Name the video as listed: it may have moved when this is read.
         detail = error.detail.replace(str(video.path), video.source)
         clips, rejected = [], {"reason": error.reason, "detail": detail}
     marker = {"key": _key(video, made), "source": video.source, "clips": clips}
@@ -110,7 +109,7 @@ def add(
 def _describe(
     video: CachedVideo, cut: SceneClip, number: int, settings: SceneSettings
 ) -> list[Clip]:
-    """The clips of a cut, one a caption, numbered from `number` on."""
+    """Return the clips of a scene, one per caption, numbered from `number` on."""
     count, height, width, _ = cut.frames.shape
     return [
         Clip(
@@ -122,7 +121,7 @@ def _describe(
 
 
 def clips_of(folder: Path, video: CachedVideo) -> tuple[list[Clip], dict[str, str] | None]:
-    """(clips, why there are none) of a video in the store. Raises DatasetError."""
+    """Return (clips, rejection) of a cached video. Raises DatasetError if it is not cached."""
     marker = _read_marker(folder, video.id)
     if marker is None:
         raise DatasetError(f"{video.source} is not prepared yet; run framepack prepare again")
@@ -130,13 +129,13 @@ def clips_of(folder: Path, video: CachedVideo) -> tuple[list[Clip], dict[str, st
 
 
 def record_file(folder: Path, clip: Clip) -> Path:
-    """Where the record of a clip lies; its picture has the suffix .png."""
+    """Return the file of the record of a clip; its thumbnail has the suffix .png."""
     number = clip.id.rpartition("-")[2]
     return Path(folder) / STORE / clip.entry / f"{number}.rec"
 
 
 def _key(video: CachedVideo, made: Mapping[str, Any]) -> str:
-    """All that decides what becomes of a video."""
+    """Hash all that determines the clips of a video."""
     captions = video.captions[0] if len(video.captions) == 1 else video.captions
     of = [video.source, video.stamp, captions, made]
     text = json.dumps(of, sort_keys=True, default=str)

@@ -39,8 +39,8 @@ CREATE TABLE links (path BLOB PRIMARY KEY) WITHOUT ROWID;
 
 
 class Problem(NamedTuple):
-    """A file or row that gives no video: its name, number in the manifest, if it is of one, and
-    what is wrong with it."""
+    """A rejected file or row: its name, its number in the manifest if there is one, the reason and
+    the details."""
 
     source: str
     row: int | None
@@ -48,14 +48,14 @@ class Problem(NamedTuple):
     detail: str
 
     def as_dict(self) -> dict[str, Any]:
-        """As a line of rejected.jsonl."""
+        """Return a line of rejected.jsonl."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Listing:
-    """Videos in the order of their ids, to be gone through any number of times.
+    """Videos in the order of their ids; can be iterated several times.
 
-    `left_out` counts the files of a folder that were not taken, by suffix.
+    `left_out` counts the files of a folder that are no videos, by suffix.
     """
 
     def __init__(self, folder: Path, empty_captions: bool = False) -> None:
@@ -84,11 +84,11 @@ class Listing:
             )
 
     def share(self, index: int, count: int) -> Iterator[CachedVideo]:
-        """Every `count`-th video, from number `index` on."""
+        """Yield every `count`-th video, from number `index` on."""
         return itertools.islice(self, index, None, count)
 
     def problems(self) -> Iterator[Problem]:
-        """What was rejected, in the order of names."""
+        """Yield the rejected files and rows in the order of their names."""
         rows = self._base.execute("SELECT * FROM rejected ORDER BY source, line, reason, detail")
         return itertools.starmap(Problem, rows)
 
@@ -116,7 +116,7 @@ class Listing:
         return Path(os.fsdecode(found[0][0])) if found else None
 
     def add(self, row: Row | Rejected, number: int | None = None, name: str = "") -> None:
-        """List the video of a row, or reject it, by its own name or else by `name`."""
+        """List the video of a row, or reject the row under its own name, else under `name`."""
         try:
             if isinstance(row, Rejected):
                 raise row
@@ -141,7 +141,7 @@ class Listing:
             raise Rejected("repeated", f"{source} is there already with the same caption")
 
     def _captions(self, row: Row, source: str) -> list[str]:
-        """Those of the row, or of the file beside the video. Raises Rejected."""
+        """Return the captions of the row, or of the file beside the video. Raises Rejected."""
         given = [text for text in row.captions if text.strip()]
         if not given:
             beside = captions.caption_beside(self.folder / source)
@@ -178,15 +178,15 @@ def list_videos(source: Path, empty_captions: bool = False) -> Listing:
 
 
 def say_left_out(counts: collections.Counter[str]) -> str:
-    """1 .jpg, 2 .wmv"""
+    """Format counts by suffix: 1 .jpg, 2 .wmv"""
     said = [f"{count} {kind}" for kind, count in sorted(counts.most_common(KINDS_SHOWN))]
     others = counts.total() - sum(count for _, count in counts.most_common(KINDS_SHOWN))
     return ", ".join(said + [f"{others} others"] * bool(others))
 
 
 def _add_folder(listing: Listing) -> None:
-    """List all videos below the folder. Links come last, so that a file that can be reached by
-    several names has its own."""
+    """List all videos below the folder. Links come last, so that a file with several names is
+    listed under its own."""
     place: Path | None = listing.folder
     while place is not None:
         for file in _files(listing, place) if place.is_dir() else [place]:
@@ -195,7 +195,7 @@ def _add_folder(listing: Listing) -> None:
 
 
 def _files(listing: Listing, folder: Path) -> Iterator[Path]:
-    """Files below a folder that was not gone through before; links are put off."""
+    """Yield the files below a folder that was not visited before; links are deferred."""
     if not listing.is_new(os.path.realpath(folder)):
         return
     try:
@@ -226,7 +226,7 @@ def _add_file(listing: Listing, file: Path) -> None:
 
 
 def _name_in(folder: Path, name: str) -> str:
-    """The name of a video relative to the folder, if it lies there. Raises Rejected."""
+    """Return the name of a video, relative to the folder if it lies there. Raises Rejected."""
     if NOT_TEXT.search(name):
         raise Rejected("bad_name", f"{escaped(name)} is no name in UTF-8; rename the file")
     if ADDRESS.match(name):
@@ -238,7 +238,7 @@ def _name_in(folder: Path, name: str) -> str:
 
 
 def _stamp(path: Path, source: str) -> tuple[int, int]:
-    """Bytes of a file and when it was changed, in ns. Raises Rejected."""
+    """Return the size of a file in bytes and its modification time in ns. Raises Rejected."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -38,7 +38,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
-    """A video by its name in the manifest, its captions, and the seconds of it that are meant."""
+    """A video by its name in the manifest, its captions, and the span to use in seconds."""
 
     video: str
     captions: tuple[str, ...] = ()
@@ -98,12 +98,12 @@ def _row(fields: Any) -> Row:
 
 
 def _first(given: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first value of these names that is not empty."""
+    """Return the first value of these names that is not empty."""
     return next((v for name in names if (v := given.get(name)) not in (None, "")), None)
 
 
 def _names(fields: Mapping[Any, Any]) -> set[str]:
-    """The columns of a row as they are compared."""
+    """Return the normalised names of the columns of a row."""
     return {str(name).strip().lower() for name in fields}
 
 
@@ -112,7 +112,7 @@ def _either(names: Sequence[str]) -> str:
 
 
 def _seconds(value: Any, default: float) -> float:
-    """Seconds, to the millisecond, from a number or H:MM:SS.s. Raises Rejected."""
+    """Parse a number or H:MM:SS.s to seconds, rounded to milliseconds. Raises Rejected."""
     if value is None or value == "":
         return default
     try:
@@ -136,7 +136,7 @@ def _text(source: Path, newline: str = "\n") -> io.TextIOWrapper:
 
 
 def _lines(source: Path) -> Fields:
-    """JSON lines. They end with \\n alone: a caption may hold other marks of an end."""
+    """Yield JSON lines. Only \\n ends a line: a caption may hold other line separators."""
     with _text(source) as file:
         for number in itertools.count(1):
             line = file.readline(MAX_ROW)
@@ -166,7 +166,7 @@ def _parsed(line: str) -> Any:
 
 
 def _json(source: Path) -> Fields:
-    """An array of rows, an object of captions (or rows) by name, or JSON lines."""
+    """Yield rows of an array, of an object of captions or rows by name, or of JSON lines."""
     with _text(source) as file:
         while (first := file.read(1)).isspace():
             pass
@@ -184,7 +184,7 @@ def _json(source: Path) -> Fields:
 
 
 def _array(file: io.TextIOWrapper, source: Path) -> Iterator[Any]:
-    """The items of an array, each parsed as soon as it is read."""
+    """Yield the items of an array, parsing each as soon as it is read."""
     decoder, text, count = json.JSONDecoder(), file.read(CHUNK), 0
     at = text.index("[") + 1
     while True:
@@ -224,7 +224,7 @@ def _by_name(file: io.TextIOWrapper, source: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Lines:
-    """The lines of a file for a reader of tables, which can go back within a row."""
+    """The lines of a file for a CSV reader, which can go back within a row."""
 
     def __init__(self, file: io.TextIOWrapper) -> None:
         self._file, self._start = file, 1
@@ -251,15 +251,15 @@ class _Lines:
         self._row = []
 
     def back_behind_first(self) -> None:
-        """Give the lines of the row behind its first one again."""
+        """Go back to the second line of the row."""
         first = self.number - self._start + 1
         self._again.extendleft(reversed(self._row[first:]))
         self._row = self._row[:first]
 
 
 def _table(source: Path) -> Fields:
-    """Rows of a table whose first line names its columns. A row with a quote that is left open
-    swallows no other."""
+    """Yield rows of a table whose first line names its columns. A row with an unclosed quote does
+    not swallow the following rows."""
     csv.field_size_limit(MAX_ROW)
     with _text(source, newline="") as file:
         delimiter = max(",\t;|", key=file.readline(MAX_ROW).count)
@@ -301,7 +301,7 @@ def _check_columns(source: Path, names: Iterable[str]) -> None:
 
 
 def _parquet(source: Path) -> Fields:
-    """Rows of the columns that are asked for: others may hold the videos themselves."""
+    """Yield rows with the known columns only: others may hold the videos themselves."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""Sections read from raw videos while training, for the VAE to encode in the step.
+"""Sections of raw videos, decoded in training and encoded by the VAE in the step.
 
-Of a clip only a window is decoded: the frames of the positions that a section reads and writes, and
-one frame before, which is the single first frame of the clip that the VAE is given and whose latent
-is dropped, as in its own tiles in time. Latents so made differ slightly from those of the clip
-encoded whole, as the VAE's norms span time.
+Only a window of a clip is decoded: the frames of the positions that a section reads and writes, and
+one frame before. The VAE encodes that frame first, and its latent is dropped, as in the temporal
+tiles of the VAE. These latents differ slightly from those of the whole clip, as the norms of the
+VAE span time.
 
 Shapes: B batch, S latent positions of a window, w latent window, H W pixels, h w latents.
 """
@@ -47,30 +47,31 @@ class Window(NamedTuple):
     size: int
 
     def frames(self, time_compression: int) -> tuple[int, int]:
-        """(first frame, number of frames): those of its positions and one before."""
+        """Return (first frame, number of frames) of its positions and one frame before."""
         return time_compression * (self.first - 1), 1 + time_compression * self.size
 
 
 def window_of(section: Section, length: int, size: int) -> Window:
-    """`size` positions of a clip of `length` that hold what a section reads and writes."""
+    """Return `size` positions of a clip of `length` that contain the reads and writes of a
+    section."""
     used = [p for group in section.groups for p in group.reads if p not in (MISSING, 0)]
     first = min((*used, *section.targets))
     return Window(max(1, min(first, length - size)), size)
 
 
 def rows(positions: tuple[int, ...], window: Window) -> np.ndarray:
-    """Positions as rows of [zeros, start latent, window], int32."""
+    """Convert positions to rows of [zeros, start latent, window], int32."""
     special = {MISSING: NOTHING, 0: START}
     return np.asarray([special.get(p, p - window.first + WINDOW) for p in positions], np.int32)
 
 
 def to_batch(batch: PixelBatch, encode: Callable[[jax.Array], jax.Array]) -> Batch:
-    """Encode the frames of a batch; `encode` takes (B, P, H, W, 3) in [-1, 1] and gives normalised
-    latents (B, 1 + (P - 1) / 4, h, w, C)."""
+    """Encode the frames of a batch. `encode` maps (B, P, H, W, 3) in [-1, 1] to normalised latents
+    (B, 1 + (P - 1) / 4, h, w, C)."""
     start = encode(signed(batch.start_frame))
     window = encode(signed(batch.frames))[:, 1:]
     table = jnp.concatenate([jnp.zeros_like(start), start, window], axis=1).astype(jnp.bfloat16)
-    # Latents are data here: nothing is learned through them.
+    # The latents are data: no gradient flows through them.
     table = jax.lax.stop_gradient(table)
 
     def gather(at: jax.Array) -> jax.Array:
@@ -87,5 +88,5 @@ def to_batch(batch: PixelBatch, encode: Callable[[jax.Array], jax.Array]) -> Bat
 
 
 def signed(frames: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]."""
+    """Convert uint8 to float32 in [-1, 1]."""
     return frames.astype(jnp.float32) / 127.5 - 1

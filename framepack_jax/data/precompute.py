@@ -1,4 +1,4 @@
-"""Clips and captions become records, by a bundle's encoders, as sampling encodes its inputs."""
+"""Encode clips and captions to records with the encoders of a bundle, as sampling does."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ TILING = Tiling()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-    """What encodes; `vae` (config, parameters) is None where frames are encoded in training."""
+    """The encoders; `vae` (config, parameters) is None if training encodes the frames."""
 
     encoders: Encoders
     vae: tuple[Any, Any] | None
@@ -42,7 +42,7 @@ class Encoder:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - one is made a run
     def prompt(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """States (n, D) of the prompt's own tokens, and its gist (D,)."""
+        """Return the states (n, D) of the tokens of a prompt, and its pooled state (D,)."""
         with warnings.catch_warnings():
             # Captions are cut by thousands; they are counted by `caption_tokens`.
             warnings.simplefilter("ignore")
@@ -61,8 +61,8 @@ class Encoder:
             yield Record(clip, *self.prompt(clip.caption), image, latents)
 
     def latents(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (P, H, W, 3) uint8 -> latents (T, h, w, C): the first frame encoded alone, then
-        those of the clip encoded whole, in diffusers' tiles in time."""
+        """Encode frames (P, H, W, 3) uint8 to latents (T, h, w, C): the first frame alone, the
+        others from the whole clip, in the temporal tiles of diffusers."""
         assert self.vae is not None
         cfg, params = self.vae
         first = conditioning.start_latent(cfg, params, frames[:1], self.mean, self.std)

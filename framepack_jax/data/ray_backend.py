@@ -1,5 +1,4 @@
-"""The CPU stages of preparing on a Ray cluster (extra `ray`): videos are read, cut, judged and
-cropped on its nodes, by the functions of `scenes`, and their clips come here to be encoded.
+"""Decode videos on a Ray cluster (extra [ray]): its nodes cut and score clips, this host encodes.
 
 All nodes must see the videos under the same paths.
 """
@@ -17,16 +16,16 @@ from framepack_jax.data.clip_cache import CachedVideo
 from framepack_jax.data.rejected import Rejected
 from framepack_jax.data.scenes import SceneClip, SceneSettings
 
-# Videos that the cluster is told of at a time.
+# Videos that are sent to the cluster at a time.
 AT_ONCE = 4096
 
 
 def decode_videos(
     videos: Iterable[CachedVideo], settings: SceneSettings, address: str | None = None
 ) -> Generator[tuple[CachedVideo, Iterator[SceneClip]], None, None]:
-    """(video, its clips) in order, as the threads of `framepack prepare` give them; what is wrong
-    with a video is raised among its clips. Raises ValueError where Ray is not installed, or its
-    cluster at `address` (None: this machine) is not there."""
+    """Yield (video, its clips) in order, like `decode_ahead.decode_videos`. The error of a video is
+    raised among its clips. Raises ValueError if Ray is not installed, or if its cluster at
+    `address` (None for this machine) cannot be reached."""
     try:
         import ray
         import ray.data
@@ -46,7 +45,7 @@ def decode_videos(
             {"number": n, "path": str(video.path), "start": video.start, "end": video.end}
             for n, video in enumerate(some)
         ]
-        # One block a video: they are of very different length.
+        # One block per video, as their lengths differ widely.
         stream = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
             clip_rows, fn_kwargs={"settings": dataclasses.asdict(settings)}
         )
@@ -56,8 +55,8 @@ def decode_videos(
 
 
 def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A video -> its clips, one after another, and a row that ends it and says what is wrong with
-    it, if anything is."""
+    """Yield the clips of a video as rows, then an end row with the reason of a rejection, if
+    any."""
     end = {"number": row["number"], "first": -1, "frames": b"", "shape": [], "scores": {}}
     end |= {"reason": "", "detail": ""}
     try:
@@ -71,7 +70,7 @@ def clip_rows(row: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[st
 
 
 def cuts(rows: Iterator[dict[str, Any]]) -> Iterator[SceneClip]:
-    """The clips of one video's rows. Raises Rejected, also after clips were given."""
+    """Yield the clips of the rows of one video. Raises Rejected, also after clips were yielded."""
     for row in rows:
         if row["reason"]:
             raise Rejected(row["reason"], row["detail"])

@@ -39,7 +39,7 @@ ARRAYS = ("text", "pooled", "image", "latents")
 
 
 class DatasetError(ValueError):
-    """A dataset that is missing, unfinished, damaged, or not made for this."""
+    """A dataset that is missing, incomplete, damaged or unsuitable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +127,12 @@ class Index:
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """Buckets that occur, in pixels, by growing height."""
+        """Buckets in use, in pixels, by increasing height."""
         return sorted({(shard.height, shard.width) for shard in self.shards})
 
 
 def pack(record: Record) -> bytes:
-    """A record as bytes, the same for the same record."""
+    """Serialize a record; equal records give equal bytes."""
     arrays = {name: getattr(record, name) for name in ARRAYS if getattr(record, name) is not None}
     stored = {name: np.ascontiguousarray(array).astype(BFLOAT16) for name, array in arrays.items()}
     clip = json.dumps(dataclasses.asdict(record.clip), sort_keys=True)
@@ -140,7 +140,7 @@ def pack(record: Record) -> bytes:
 
 
 def unpack(data: bytes) -> Record:
-    """The record that `pack` made bytes of; its arrays are views of them. Raises DatasetError."""
+    """Read the bytes of `pack`; the arrays are views of them. Raises DatasetError."""
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(bytes(data[8 : 8 + length]))
@@ -163,8 +163,8 @@ def _view(body: memoryview, entry: Mapping[str, Any]) -> np.ndarray:
 def write_shards(
     folder: Path, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
 ) -> list[Shard]:
-    """Write (bytes, latent frames) of one bucket, about `SHARD_BYTES` a file, each whole or not at
-    all; the same records give the same files. Raises OSError where the disk is full."""
+    """Write records (bytes, latent frames) of one bucket to files of about `SHARD_BYTES`, each
+    atomically. Equal records give equal files. Raises OSError if the disk is full."""
     shards: list[Shard] = []
     records = iter(records)
     while (first := next(records, None)) is not None:
@@ -177,8 +177,8 @@ def write_shards(
 def _write_shard(
     path: Path, first: tuple[bytes, int], rest: Iterator[tuple[bytes, int]]
 ) -> tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]:
-    """Write records until the shard is full; returns their lengths, their videos' digests and the
-    tokens of their captions."""
+    """Write records until the shard is full. Return their lengths, the digests of their videos and
+    the tokens of their captions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lengths, videos, tokens, size = [], [], [], 0
     try:
@@ -202,14 +202,14 @@ def _write_shard(
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Finish a dataset: the index is there whole, or not at all."""
+    """Write the index atomically, which completes a dataset."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(index)}, indent=1)
     with atomic_write(Path(folder) / INDEX) as partial:
         partial.write_text(text + "\n")
 
 
 def read_index(folder: Path) -> Index:
-    """Read `dataset.json`, and see that its shards are there. Raises DatasetError."""
+    """Read `dataset.json` and check that its shards exist. Raises DatasetError."""
     folder = Path(folder)
     file = folder / INDEX
     if not file.exists():
@@ -245,14 +245,14 @@ def _shard(fields: Mapping[str, Any]) -> Shard:
 
 
 def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> None:
-    """Keep the states (n, D) and (D,) of the empty prompt."""
+    """Write the states (n, D) and (D,) of the empty prompt."""
     stored = {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
     with atomic_write(Path(folder) / EMPTY) as partial:
         partial.write_bytes(safetensors.numpy.save(stored))
 
 
 def read_empty(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The states (n, D) and (D,) of the empty prompt. Raises DatasetError."""
+    """Read the states (n, D) and (D,) of the empty prompt. Raises DatasetError."""
     file = Path(folder) / EMPTY
     if not file.exists():
         raise DatasetError(f"dataset {folder} lacks {EMPTY}; prepare it again")
@@ -264,7 +264,7 @@ def read_empty(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class VideoSource:
-    """The records of some shards, as grain reads a source: by number, from any thread."""
+    """The records of some shards, by number, from any thread: a source for Grain."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
         self.folder, self.shards = Path(folder), tuple(shards)
@@ -274,7 +274,7 @@ class VideoSource:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Record:
-        """Raises DatasetError that names a damaged shard."""
+        """Read a record. Raises DatasetError that names a damaged shard."""
         shard, i = self._places[number]
         path = self.folder / SHARDS / self.shards[shard].file
         with _named(path, i):
@@ -288,12 +288,12 @@ class VideoSource:
             return unpack(data)
 
     def place(self, number: int) -> str:
-        """Where a record lies."""
+        """Return the shard and place of a record."""
         shard, i = self._places[number]
         return f"{SHARDS}/{self.shards[shard].file}, record {i}"
 
     def __repr__(self) -> str:
-        # grain writes it into its state: the same wherever the dataset lies.
+        # Grain writes this into its state: it must not depend on the folder of the dataset.
         digest = hashlib.sha256(repr(self.shards).encode()).hexdigest()
         return f"Source({digest[:16]})"
 

@@ -1,4 +1,4 @@
-"""Short clips cut at random out of a folder of videos, for training a VAE.
+"""Random short clips of a folder of videos, to train a VAE.
 
 Clip e of the endless stream - which video, from when, which part of the picture - is the same
 whatever the number of threads and hosts.
@@ -63,7 +63,8 @@ def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[
 
 
 def _look_at(file: Path, folder: Path, frames: int, size: tuple[int, int]) -> ListedVideo:
-    """Raises ValueError if clips of `frames` frames of `size` cannot be cut out of a video."""
+    """Probe a video. Raises ValueError if clips of `frames` frames of `size` cannot be cut from
+    it."""
     shown, name = probe(file), file.relative_to(folder).as_posix()
     count = count_frames(file, FPS)
     if count < frames or shown.height < size[0] or shown.width < size[1]:
@@ -76,8 +77,8 @@ def _look_at(file: Path, folder: Path, frames: int, size: tuple[int, int]) -> Li
 def hold_out(
     videos: Sequence[ListedVideo], count: int
 ) -> tuple[list[ListedVideo], list[ListedVideo]]:
-    """(videos to train on, `count` others), chosen by the digests of their names, so that a folder
-    that grows keeps most of them. Raises ValueError where nothing is left."""
+    """Divide videos into (training, `count` held out) by the digests of their names, so that a
+    growing folder keeps most of them. Raises ValueError if no video is left to train on."""
     if count >= len(videos):
         most = len(videos) - 1
         raise ValueError(
@@ -90,18 +91,18 @@ def hold_out(
 
 
 def read_clip(video: ListedVideo, first: int, frames: int) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 from `first` on, in the video's own size."""
+    """Read frames (T, H, W, 3) uint8 from `first` on, in the size of the video."""
     return read_span(video.path, FPS, first, frames, (video.height, video.width))
 
 
 @functools.cache
 def _whole(video: ListedVideo) -> np.ndarray:
-    """A video in memory, for as long as the process."""
+    """Return all frames of a video, kept in memory."""
     return read_clip(video, 0, video.frames)
 
 
 class Clips:
-    """Batches (B, T, H, W, 3) uint8 for ever, of which this host reads its `share` (index,
+    """Endless batches (B, T, H, W, 3) uint8, of which this host reads its `share` (index,
     count)."""
 
     def __init__(
@@ -143,9 +144,9 @@ class Clips:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream is, the same on every host."""
+        """Return the position of the stream, the same on every host."""
         return self._iterator.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where a stream was."""
+        """Move the stream to a position."""
         self._iterator.set_state(state)

@@ -1,8 +1,8 @@
-"""What a pretrained CLIP says of real footage, for users who have its weights.
+"""Score the frames of a video with a pretrained CLIP, for users who have its weights.
 
-Two figures of every frame: how like the first frame it is (subject consistency, as in VBench,
-arXiv 2311.17982, but by CLIP), and how like the caption (CLIPScore, arXiv 2104.08718, without its
-factor). The network is transformers' own, which needs torch (the extra `torch`).
+Two metrics of every frame: similarity to the first frame (subject consistency, as in VBench,
+arXiv 2311.17982, but by CLIP), and to the caption (CLIPScore, arXiv 2104.08718, without factor).
+The network is that of transformers, which needs PyTorch (extra [torch]).
 
 Shapes: P frames, H W rows and columns, D width of the embedding.
 """
@@ -24,10 +24,10 @@ AT_ONCE = 32
 
 
 def measure(folder: Path, frames: Iterable[np.ndarray], caption: str) -> dict[str, np.ndarray]:
-    """`METRICS` of frames (H, W, 3) uint8, each (P,); without a caption the first alone.
+    """Measure `METRICS` of frames (H, W, 3) uint8, each (P,); without a caption, only likeness.
 
     `folder` holds a CLIP model as `save_pretrained` writes it, with tokenizer and image processor.
-    Raises ValueError where it does not, or torch is not there.
+    Raises ValueError if it does not, or if PyTorch is not installed.
     """
     model, tokenizer, processor = _load(folder)
     images = np.concatenate(list(_embedded(model, processor, frames)))
@@ -59,7 +59,7 @@ def _load(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def _embedded(model: Any, processor: Any, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Unit vectors (some frames, D)."""
+    """Yield unit vectors (some frames, D)."""
     import torch
 
     frames = iter(frames)
@@ -70,7 +70,7 @@ def _embedded(model: Any, processor: Any, frames: Iterable[np.ndarray]) -> Itera
 
 
 def _text(model: Any, tokenizer: Any, caption: str) -> np.ndarray:
-    """The unit vector (D,) of a caption, cut to what the model can read."""
+    """Return the unit vector (D,) of a caption, truncated to the length of the model."""
     import torch
 
     ids = tokenizer(caption, truncation=True, return_tensors="pt")

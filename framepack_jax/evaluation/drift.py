@@ -13,7 +13,7 @@ SHARE = 0.15
 
 
 class Estimate(NamedTuple):
-    """A mean over so many `videos` and its standard error, None of a single one."""
+    """A mean over so many `videos` and its standard error; None for a single video."""
 
     mean: float
     error: float | None
@@ -21,27 +21,27 @@ class Estimate(NamedTuple):
 
 
 def drift(values: np.ndarray, share: float = SHARE) -> float:
-    """|mean of the first share - mean of the last| of the figures (P,) of a video's frames; nan
-    where one of them has none."""
+    """Return |mean of the first share - mean of the last share| of the values (P,) of a video; nan
+    if one of them has no value."""
     first, last = ends(values, share)
     return abs(first - last)
 
 
 def ends(values: np.ndarray, share: float = SHARE) -> tuple[float, float]:
-    """Means of the first share of figures (P,) and of the last."""
+    """Return the means of the first and of the last share of values (P,)."""
     count = max(1, round(share * len(values)))
     return mean(values[:count]), mean(values[-count:])
 
 
 def mean(values: np.ndarray) -> float:
-    """Mean of the figures that there are; nan of none."""
+    """Return the mean of the values that are not nan; nan if there are none."""
     there = np.asarray(values, np.float64)
     there = there[~np.isnan(there)]
     return float(there.mean()) if there.size else math.nan
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
-    """Mean and standard error over videos, of those that have a figure; None where none has."""
+    """Return mean and standard error over the videos that have a value; None if none has."""
     there = np.asarray([value for value in values if not math.isnan(value)], np.float64)
     if not there.size:
         return None

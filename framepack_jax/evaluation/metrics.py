@@ -1,7 +1,7 @@
-"""Figures of every frame of a video that need no truth: clarity, colours, motion.
+"""Metrics of every frame of a video that need no ground truth: sharpness, colours, motion.
 
-Shapes: P frames, H W rows and columns. Frames are (P, H, W, 3) uint8; figures are (P,) float32, nan
-where a frame has none (the first and the last have one neighbour only).
+Shapes: P frames, H W rows and columns. Frames are (P, H, W, 3) uint8; values are (P,) float32, nan
+if a frame has none (the first and the last frame have one neighbour only).
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What a figure is called and means. `better` is 1 where more of it is better, -1 where less
-    is, 0 where the truth's value is best: noise makes gradients too, and blur takes noise away."""
+    """Name and meaning of a metric. `better` is 1 if more is better, -1 if less is better, 0 if the
+    value of the ground truth is best: noise adds gradients too, and blur removes noise."""
 
     title: str
     unit: str
@@ -37,12 +37,12 @@ METRICS = {
     "smoothness": Metric("Smoothness", "0 to 1", 1, 4),
     "dynamics": Metric("Dynamic degree", "heights a second", 0),
 }
-"""Figures of `measure`, in the order of tables: smoothness, which a still picture has most of,
-stands beside dynamic degree, of which it has none."""
+"""Metrics of `measure`, in the order of tables. Smoothness, which is highest for a still picture,
+stands beside dynamic degree, which is 0 for it."""
 
 
 def measure(frames: Iterable[np.ndarray], fps: float) -> dict[str, np.ndarray]:
-    """All `METRICS` of every frame of a video. Frames are held three at a time."""
+    """Measure all `METRICS` of every frame of a video. At most three frames are in memory."""
     flow = Flow()
     figures: dict[str, list[float]] = {name: [] for name in METRICS}
     before: list[np.ndarray] = []
@@ -56,14 +56,14 @@ def measure(frames: Iterable[np.ndarray], fps: float) -> dict[str, np.ndarray]:
         if len(before) == 2:
             figures["smoothness"].append(smoothness(flow, before[0], before[1], frame))
         before = [*before[-1:], frame]
-    # Frame i is judged when frame i + 1 is there.
+    # Smoothness of frame i is measured when frame i + 1 arrives.
     ends = [math.nan] * min(2, len(figures["noise"]))
     figures["smoothness"] = [*ends[:1], *figures["smoothness"], *ends[1:]]
     return {name: np.asarray(values, np.float32) for name, values in figures.items()}
 
 
 def still(frame: np.ndarray) -> dict[str, float]:
-    """The figures of a frame (H, W, 3) uint8 that need no neighbours."""
+    """Measure the metrics of a frame (H, W, 3) uint8 that need no neighbours."""
     luma = grey(frame).astype(np.float32)
     channels = frame.astype(np.float32)
     highest, lowest = channels.max(axis=-1), channels.min(axis=-1)
@@ -96,8 +96,8 @@ def dynamic_degree(flow: np.ndarray, fps: float) -> float:
 
 
 def smoothness(flow: Flow, before: np.ndarray, frame: np.ndarray, after: np.ndarray) -> float:
-    """1 less the mean absolute difference (of 255) between a frame and the mean of its neighbours,
-    each moved half of the flow between them. Steady motion has 1; flicker and jumps have less."""
+    """Return 1 - |frame - mean of its neighbours, each warped by half of the flow between them|,
+    averaged over pixels, in units of 255. Steady motion gives 1; flicker and jumps give less."""
     forth, back = flow(before, after), flow(after, before)
     middle = (warped(before, back / 2) + warped(after, forth / 2)) / 2
     return 1 - float(np.abs(middle - frame.astype(np.float32)).mean()) / 255

@@ -1,6 +1,6 @@
-"""Dense optical flow between frames, and frames moved along it.
+"""Dense optical flow between frames, and warping along it.
 
-The flow is that of "Fast Optical Flow using Dense Inverse Search" (arXiv 1603.03590), OpenCV's.
+The flow is OpenCV's "Fast Optical Flow using Dense Inverse Search" (arXiv 1603.03590).
 
 Shapes: H W rows and columns. Frames are (H, W, 3) uint8; flow is (H, W, 2), x and y in pixels.
 """
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 FINE = 128
-"""Pixels of the shorter side that are looked at, at least: of larger pictures, a coarser scale."""
+"""Minimum length of the shorter side in pixels; larger pictures are read at a coarser scale."""
 
 
 class Flow:
@@ -27,12 +27,13 @@ class Flow:
 
 
 def grey(frame: np.ndarray) -> np.ndarray:
-    """Luma (H, W) uint8 of a frame."""
+    """Convert a frame to luma (H, W) uint8."""
     return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
 
 
 def warped(frame: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """The picture whose pixel p is the frame's at p + flow(p), float32; edges are continued."""
+    """Return the picture whose pixel p is that of the frame at p + flow(p), float32, with edges
+    repeated."""
     rows, columns = np.mgrid[: frame.shape[0], : frame.shape[1]].astype(np.float32)
     return cv2.remap(
         frame.astype(np.float32), columns + flow[..., 0], rows + flow[..., 1],

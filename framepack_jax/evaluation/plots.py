@@ -1,4 +1,4 @@
-"""Pictures of figures: over the time of a video, and over the time that something was hidden."""
+"""Plots of metrics over the time of a video, and over the time that a sprite was hidden."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 SIZE = 7.5, 4.0
 POINTS = 150
-"""Points of a curve over time, at most: frames are put together."""
+"""Maximum number of points of a curve over time; frames are averaged."""
 
 
 def over_time(
     path: Path, metric: Metric, rows: Mapping[str, Sequence[np.ndarray]], fps: float
 ) -> None:
-    """Write a PNG of a figure over time: of each row the mean over its videos, with a band of its
-    standard error; the parts that drift compares are shaded."""
+    """Write a PNG of a metric over time: the mean over the videos of each row, with a band of its
+    standard error. The parts that drift compares are shaded."""
     figure, axes = _axes(metric, "seconds")
     last = 0.0
     for name, videos in rows.items():
@@ -40,7 +40,7 @@ def over_time(
 
 
 def curve(videos: Sequence[np.ndarray], fps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Times, means over videos and their standard errors (0 of one video) where there are any."""
+    """Return times, means over videos and their standard errors (0 for one video)."""
     count = min(map(len, videos))
     width = max(1, -(-count // POINTS))
     times, means, errors = [], [], []
@@ -58,17 +58,17 @@ def curve(videos: Sequence[np.ndarray], fps: float) -> tuple[np.ndarray, np.ndar
 def over_hiding(
     path: Path, metric: Metric, rows: Mapping[str, Mapping[float, Estimate | None]]
 ) -> None:
-    """Write a PNG of a figure over the seconds for which a sprite was hidden, with error bars."""
+    """Write a PNG of a metric over the seconds for which a sprite was hidden, with error bars."""
     figure, axes = _axes(metric, "seconds hidden")
     seconds = sorted({time for points in rows.values() for time in points})
     for number, (name, points) in enumerate(rows.items()):
-        # Places by rank, beside each other: equal figures do not hide one another.
+        # Points are offset sideways, so that equal values do not hide one another.
         aside = 0.05 * (number - (len(rows) - 1) / 2)
         there = {seconds.index(t) + aside: e for t, e in points.items() if e is not None}
         axes.errorbar(
             list(there), [e.mean for e in there.values()],
             yerr=[e.error or 0.0 for e in there.values()], label=name, capsize=3,
-            # After ten rows colours begin anew.
+            # Colours repeat after ten rows.
             marker="os"[number // 10 % 2], linestyle=("-", "--")[number // 10 % 2],
         )  # fmt: skip
     axes.set_xticks(range(len(seconds)), [f"{time:g}" for time in seconds])
@@ -76,7 +76,7 @@ def over_hiding(
 
 
 def _axes(metric: Metric, time: str) -> "tuple[Figure, Axes]":
-    # Without pyplot: nothing is asked of a screen, nothing global is kept.
+    # Without pyplot, which needs a display backend and keeps global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")

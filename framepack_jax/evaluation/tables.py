@@ -11,8 +11,8 @@ from framepack_jax.evaluation.metrics import Metric
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Estimates by row and column, and what they are. `columns` are metrics by name; `rows` are
-    estimates by name of the row, then of the column."""
+    """Estimates by row and column, with a title and a description. `columns` are metrics by name;
+    `rows` are estimates by name of the row, then of the column."""
 
     title: str
     about: str
@@ -21,7 +21,7 @@ class Table:
 
 
 def markdown(table: Table, notes: Sequence[str] = ()) -> str:
-    """A heading, what the table is, the table, and notes below it."""
+    """Format heading, description, table and notes as Markdown."""
     titles = [f"{metric.title} ({metric.unit})" for metric in table.columns.values()]
     lines = [f"## {table.title}", "", table.about, ""]
     lines.append("| |" + "|".join(f" {title} " for title in titles) + "|")
@@ -33,7 +33,7 @@ def markdown(table: Table, notes: Sequence[str] = ()) -> str:
 
 
 def text(estimate: Estimate | None, digits: int) -> str:
-    """ "0.52 ± 0.03"; without an error where there is one video only."""
+    """Format an estimate, "0.52 ± 0.03", without error if there is one video only."""
     if estimate is None:
         return "-"
     if estimate.error is None:
@@ -42,7 +42,7 @@ def text(estimate: Estimate | None, digits: int) -> str:
 
 
 def plain(table: Table) -> dict[str, Any]:
-    """The table as JSON has it."""
+    """Convert a table to plain values for JSON."""
     return {
         "title": table.title,
         "about": table.about,
@@ -61,8 +61,8 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
 
 
 def against(table: Table, reference: str, frozen: str, models: Sequence[str]) -> list[str]:
-    """What a still picture is better at than each model, and what it is worse at: a sentence a
-    model. Where more or less is no merit, nearer to the `reference` row is better."""
+    """Return one sentence per model: the metrics in which a still picture is better, and worse. For
+    metrics with no better direction, nearer to the `reference` row is better."""
     notes = []
     for model in models:
         better: list[str] = []

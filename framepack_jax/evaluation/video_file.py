@@ -1,4 +1,4 @@
-"""A video file measured alone: any footage, whose truth is not known."""
+"""Measure one video file, without ground truth."""
 
 import dataclasses
 import json
@@ -28,9 +28,15 @@ ALL_METRICS = METRICS | clip_score.METRICS
 def evaluate(
     file: Path, output: Path | None = None, clip: Path | None = None, caption: str = ""
 ) -> str:
-    """The table of a video file as text; with `output` also report.md, report.json, plots and a
-    contact sheet there. `clip` is a folder of a pretrained CLIP that measures as well, against a
-    caption too if there is one. Raises ValueError where it is no video, OSError."""
+    """Measure a video file; return a table as Markdown.
+
+    Args:
+        output: folder for report.md, report.json, plots and a contact sheet.
+        clip: folder of a pretrained CLIP, which scores the frames too.
+        caption: caption to compare with, by CLIP.
+
+    Raises ValueError if the file is no video, OSError.
+    """
     if not file.exists():
         raise ValueError(f"--video {file} does not exist; expected a video file")
     info = video.mp4_info(file)
@@ -45,7 +51,7 @@ def evaluate(
 
 
 def table_of(title: str, figures: Mapping[str, np.ndarray]) -> Table:
-    """One column a metric; of every row one number."""
+    """Return a table with one column per metric and one number per cell."""
     found = {
         row: {name: _number(of(values)) for name, values in figures.items()}
         for row, of in ROWS.items()
