@@ -16,11 +16,15 @@ from framepack_jax.video import write_mp4
 PROMPT = "the small cyan ring orbits the small yellow triangle; the small yellow triangle stays."
 
 
-def main(video: Path, output: Path, name: str = "tiny") -> None:
+def main(video: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    pipe = FramePack.load(bundle.resolve(name))
-    source = read_source(pipe.geometry, video, fps=30)
-    (new,) = pipe.stream(None, PROMPT, footage=source, sections=1, settings=Settings(steps=10))
+    pipe = FramePack.load(bundle.resolve("tiny"))
+    height, width = next(read_frames(video, 30)).shape[:2]
+    source = read_source(pipe.geometry, video, 30, height, width)
+    (new,) = pipe.stream(
+        None, PROMPT, footage=source, sections=1, height=height, width=width,
+        settings=Settings(steps=10),
+    )  # fmt: skip
     # `new` starts before the end of the source, whose last frames are cross-faded with it.
     kept = itertools.islice(read_frames(video, 30), new.start)
     write_mp4(output / "continued.mp4", itertools.chain(kept, new.frames), fps=30)

@@ -1,6 +1,6 @@
 """Make a video from an image and a prompt.
 
-    python examples/sample.py [OUTPUT]
+    python examples/sample.py [OUTPUT [SIZE]]
 
 The bundle `tiny` animates coloured shapes. Replace it with the folder of a converted model for real
 images.
@@ -19,13 +19,16 @@ PROMPT = (
 )
 
 
-def main(output: Path, name: str = "tiny") -> None:
+def main(output: Path, size: int = 128) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    pipe = FramePack.load(bundle.resolve(name))
-    video = pipe(load_image(IMAGE), PROMPT, sections=1, seed=0, settings=Settings(steps=10))
+    pipe = FramePack.load(bundle.resolve("tiny"))
+    video = pipe(
+        load_image(IMAGE), PROMPT, sections=1, height=size, width=size, settings=Settings(steps=10)
+    )
     write_mp4(output / "video.mp4", video.frames, fps=30)
     print(f"{output / 'video.mp4'}: {len(video.frames)} frames")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/examples/sample"))
+    args = [*sys.argv[1:], *("outputs/examples/sample", "128")[len(sys.argv) - 1 :]]
+    main(Path(args[0]), int(args[1]))

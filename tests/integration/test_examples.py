@@ -27,14 +27,14 @@ def one_load() -> Iterator[None]:
         yield
 
 
-def run(monkeypatch: pytest.MonkeyPatch, script: str, *args: Path) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *args: Path | int) -> None:
     monkeypatch.setattr("sys.argv", [script, *map(str, args)])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
 def test_videos(outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     video = outputs / "sample" / "video.mp4"
-    run(monkeypatch, "sample.py", video.parent)
+    run(monkeypatch, "sample.py", video.parent, 64)
     assert count_frames(video, 30) == 37
     run(monkeypatch, "continue_video.py", video, outputs / "continued")
     assert count_frames(outputs / "continued" / "continued.mp4", 30) == 73
