@@ -52,7 +52,7 @@ def peak():
 COMMAND = (
     PEAK
     + """
-from framepack_jax.cli.convert import main
+from framepack_jax.__main__ import main
 try:
     main(sys.argv[1:])
 finally:
@@ -117,9 +117,9 @@ def convert(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
     size = make_checkpoint(source, cfg)
     copying, copying_processor = copy_seconds(source, root)
     shape = ["--rope-axes", ",".join(map(str, cfg.rope_axes))]
-    args = ["--transformer", str(source), "--output", str(root / "bundle"), *shape]
+    args = ["convert", "--transformer", str(source), "--output", str(root / "bundle"), *shape]
     converting = _child(COMMAND, *args)
-    verifying = _child(COMMAND, "--verify", str(source), str(root / "bundle"))
+    verifying = _child(COMMAND, "verify", str(source), str(root / "bundle"))
     shutil.rmtree(source)
     return {
         "bytes": size, "copy_seconds": copying, "copy_processor": copying_processor,

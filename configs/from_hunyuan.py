@@ -1,6 +1,6 @@
 """A FramePack model from base HunyuanVideo: what the authors did, whose recipe is not public.
 
-Command:  python convert_weights.py --pipeline HunyuanVideo --from-base --image-encoder
+Command:  framepack convert --pipeline HunyuanVideo --from-base --image-encoder
               flux_redux_bfl/image_encoder --output weights/from_base
           python train.py --config configs/from_hunyuan.py --bundle weights/from_base
               --data.path datasets/large --output runs/framepack

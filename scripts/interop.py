@@ -373,7 +373,7 @@ def _network_of_comfyui(folder: Path) -> Row:
     import comfy.supported_models
     from diffusers import HunyuanVideoTransformer3DModel
 
-    from framepack_jax.cli.convert import main
+    from framepack_jax.cli import convert, export
 
     what = "our export of a base HunyuanVideo transformer, `original` names"
     torch.manual_seed(0)
@@ -382,10 +382,10 @@ def _network_of_comfyui(folder: Path) -> Row:
         num_refiner_layers=2, text_embed_dim=32, pooled_projection_dim=24, rope_axes_dim=(4, 6, 6),
     ).save_pretrained(folder / "base")  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):
-        main(["--transformer", str(folder / "base"), "--output", str(folder / "bundle")])
+        convert.main(["--transformer", str(folder / "base"), "--output", str(folder / "bundle")])
         for name in ("original", "comfyui"):
             file = str(folder / f"{name}.safetensors")
-            main(["--export", file, "--bundle", str(folder / "bundle"), "--names", name])
+            export.main([file, "--bundle", str(folder / "bundle"), "--key-format", name])
     model = theirs.HunyuanVideo(
         in_channels=16, out_channels=16, vec_in_dim=24, context_in_dim=32, hidden_size=32,
         mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[4, 6, 6], theta=256,
@@ -581,11 +581,11 @@ def framepack(files: Mapping[str, Path], folder: Path) -> Iterator[Row]:
 def _our_network(program: str, folder: Path, load: Callable[[Path], torch.nn.Module]) -> Row:
     """The transformer of the bundle `random` in another program's code: its velocity."""
     from framepack_jax import bundle
-    from framepack_jax.cli.convert import main
+    from framepack_jax.cli import export
 
     random = bundle.resolve("random")
     with contextlib.redirect_stdout(sys.stderr):
-        main(["--export", str(folder / "network"), "--bundle", str(random), "--dtype", "float32"])
+        export.main([str(folder / "network"), "--bundle", str(random), "--dtype", "float32"])
     (file,) = (folder / "network").glob("*.safetensors")
     tensors, model = load_file(file), load(folder / "network")
     same = [n for n, x in model.state_dict().items() if torch.equal(x, tensors.get(n, x[..., :0]))]

@@ -117,7 +117,7 @@ def _what_it_is(root: epath.Path) -> str:
             f" or {root / 'bundle' / lora.FILE}, for --lora; framepack export-run {root} makes it"
         )
     return (
-        f"{root} is no bundle (it has no {MANIFEST}); make one with convert_weights.py, and if"
+        f"{root} is no bundle (it has no {MANIFEST}); make one with framepack convert, and if"
         " a conversion was interrupted, run it again"
     )
 
@@ -127,7 +127,7 @@ def role_config(manifest: Manifest, name: str) -> tuple[NetworkSpec, Any]:
     its config makes no network."""
     if name not in manifest.roles:
         raise BundleError(
-            f"the bundle has no {name}; make one that has it with: python convert_weights.py"
+            f"the bundle has no {name}; make one that has it with: framepack convert"
             f" --{name.replace('_', '-')} FILE_OR_FOLDER --encoders-from THIS_BUNDLE --output NEW"
         )
     role = manifest.roles[name]

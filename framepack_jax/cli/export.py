@@ -1,96 +1,126 @@
-"""What a bundle or LoRA gives back: files for PyTorch, and a comparison with where it came from."""
+"""`framepack export`: write a network of a bundle, or a LoRA, for PyTorch."""
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
 
 from framepack_jax import bundle
-from framepack_jax.conversion import export, hub, lora, tables, verify
+from framepack_jax.cli.common import cli_errors
+from framepack_jax.conversion import export, lora
+from framepack_jax.conversion.request import Dtype, long_dtype
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
 from framepack_jax.models.hunyuan.config import TransformerConfig
-from framepack_jax.utils.progress import Bar
+from framepack_jax.models.lora import file_of
+from framepack_jax.utils.flags import parse
+from framepack_jax.utils.progress import byte_bar
 
 
-def compare(source: Path, root: str, prefix: str | None = None) -> list[verify.Comparison]:
-    """Every network that the checkpoint or pipeline at `source` and a bundle both have, compared;
-    `prefix` as for `tables.recognise`. Raises ConversionError, BundleError."""
-    manifest = bundle.read_manifest(root)
-    if there := hub.split(str(source)):
-        source = hub.fetch(*there, pipeline=None)
-    plans = {
-        role: verify.plan(path, manifest, role, prefix)
-        for role, path in verify.sources(source, manifest).items()
-    }
-    tables.check_prefix(prefix, [plan.source for plan in plans.values()])
-    results = []
-    for role, plan in plans.items():
-        size = bundle.stored_bytes(root, manifest, role)
-        with byte_bar(role, size) as bar:
-            results.append(verify.compare(plan, root, manifest, role, bar.update))
-    return results
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a network of a bundle, or a LoRA, for PyTorch."""
+
+    target: Annotated[Path, Positional]
+    """A .safetensors file; or a folder for from_pretrained of diffusers and transformers."""
+    bundle: str | None = None
+    """The bundle: a folder, or a bundle of this package by its name."""
+    role: Literal["transformer", "vae", "text_encoder_2", "image_encoder"] = "transformer"
+    """The network to write."""
+    dtype: Dtype | None = None
+    """Type of the written weights; default: the stored type."""
+    key_format: str | None = None
+    """Names of the tensors in a file: diffusers, original (HunyuanVideo's, also read by ComfyUI) or
+    comfyui (ComfyUI's own); default: original, and diffusers for FramePack models, which have no
+    other names. Of a LoRA: diffusers; original, which all programs read; kohya (of musubi-tuner) or
+    kohya-tencent; comfyui."""
+    lora: Path | None = None
+    """Instead of a network: a LoRA file, or a training run of one, to write again in another
+    --key-format, for the transformer of --bundle or else the released one."""
 
 
-def export_role(
-    root: str | None, role: str, target: Path, names: str | None, dtype: str | None
-) -> str:
-    """Write a network of the bundle at `root`, in those names; returns what was written. Raises
-    ConversionError, BundleError."""
-    if root is None:
-        raise ConversionError("--export needs --bundle, the bundle to take the network from")
+def main(args: list[str] | None = None, prog: str = "framepack export") -> None:
+    """Parse flags and export; user errors end with one line and exit code 1."""
+    flags = parse(Export, args, prog)
+    with cli_errors(duration=True):
+        print(_export_network(flags) if flags.lora is None else _export_lora(flags, flags.lora))
+
+
+def _export_network(flags: Export) -> str:
+    """Write a network; return what was written. Raises ConversionError, BundleError."""
+    if flags.bundle is None:
+        raise ConversionError("framepack export needs --bundle, the bundle to read")
+    dtype, root = long_dtype(flags.dtype), bundle.resolve(flags.bundle)
     if dtype in quantization.QUANTIZED:
         raise ConversionError(
-            f"--export --dtype {dtype}: weights are exported in 16 or 32 bits; leave it out"
+            f"--dtype {dtype}: weights are exported in 16 or 32 bits; remove the flag"
         )
-    manifest, target = bundle.read_manifest(root), _here(target)
-    single = target.suffix == ".safetensors"
-    if names not in (None, *export.TABLES):
-        raise ConversionError(
-            f"--names {names}: expected one of {', '.join(export.TABLES)} for a network"
-        )
-    if not single and names not in (None, "diffusers"):
-        raise ConversionError(
-            f"--export {target} --names {names}: a folder for from_pretrained has diffusers'"
-            " names; for others give a file that ends in .safetensors"
-        )
-    default = export.default_naming(manifest, role) if single else "diffusers"
-    naming = names or default
-    network = export.Export(root, manifest, role, naming, dtype)
-    with byte_bar(role, network.nbytes) as bar:
-        (network.single if single else network.folder)(target, bar.update)
+    _check_local(flags.target)
+    manifest = bundle.read_manifest(root)
+    key_format = _key_format(flags, manifest)
+    network = export.Export(root, manifest, flags.role, key_format, dtype)
+    write = network.single if _is_file(flags.target) else network.folder
+    with byte_bar(flags.role, network.nbytes) as bar:
+        write(flags.target, bar.update)
     return (
-        f"{target}: {role} of {root} in {naming} names,"
+        f"{flags.target}: {flags.role} of {root} in {key_format} names,"
         f" {len(network.tensors):,} tensors, {network.nbytes / 1e6:,.1f} MB"
     )
 
 
-def export_lora(file: Path, target: Path, names: str | None, root: str | None) -> str:
-    """Write a LoRA file again in those names, for the transformer of the bundle at `root` or else
-    the released one; returns what was written. Raises ConversionError, BundleError."""
-    if names not in lora.NAMINGS:
+def _key_format(flags: Export, manifest: bundle.Manifest) -> str:
+    """Return the names of the tensors. Raises ConversionError if the target cannot have them."""
+    given = flags.key_format
+    if given not in (None, *export.TABLES):
         raise ConversionError(
-            f"--lora {file} --names {names}: expected one of {', '.join(lora.NAMINGS)}"
+            f"--key-format {given}: expected one of {', '.join(export.TABLES)} for a network"
         )
-    target, cfg = _here(target), TransformerConfig()
-    if target.exists():
-        raise ConversionError(f"{target} is there already; choose another file, or take it away")
-    if root:
-        _, cfg = bundle.role_config(bundle.read_manifest(root), "transformer")
+    if _is_file(flags.target):
+        return given or export.default_naming(manifest, flags.role)
+    if given not in (None, "diffusers"):
+        raise ConversionError(
+            f"{flags.target} --key-format {given}: a folder for from_pretrained has diffusers'"
+            " names; for others give a file that ends in .safetensors"
+        )
+    return "diffusers"
+
+
+def _export_lora(flags: Export, source: Path) -> str:
+    """Write a LoRA in other names; return what was written. Raises ConversionError, BundleError."""
+    if flags.dtype or flags.role != "transformer":
+        raise ConversionError(
+            "--lora is of the transformer and keeps its types; remove --dtype and --role"
+        )
+    file, key_format = Path(file_of(source)), flags.key_format
+    if key_format not in lora.NAMINGS:
+        raise ConversionError(
+            f"--lora {file} --key-format {key_format}: expected one of {', '.join(lora.NAMINGS)}"
+        )
+    _check_local(flags.target)
+    if flags.target.exists():
+        raise ConversionError(f"{flags.target} exists already; choose another file, or remove it")
+    cfg = TransformerConfig()
+    if flags.bundle:
+        manifest = bundle.read_manifest(bundle.resolve(flags.bundle))
+        _, cfg = bundle.role_config(manifest, "transformer")
     found = lora.read(file, cfg)
-    lora.write(target, found.lora, cfg, names, lora.about(file))
-    said = f"{target}: {file} in {names} names ({found.summary()})"
-    return "\n".join(filter(None, [said, (why := found.warning()) and f"warning: {file}: {why}"]))
+    lora.write(flags.target, found.lora, cfg, key_format, lora.about(file))
+    lines = [f"{flags.target}: {file} in {key_format} names ({found.summary()})"]
+    if warning := found.warning():
+        lines.append(f"warning: {file}: {warning}")
+    return "\n".join(lines)
 
 
-def _here(path: Path) -> Path:
-    """The path of a file on a disk. Raises ConversionError where it is of an object store."""
-    if found := re.match(r"([a-z0-9]+):/", str(path)):
+def _is_file(target: Path) -> bool:
+    return target.suffix == ".safetensors"
+
+
+def _check_local(target: Path) -> None:
+    """Raise ConversionError if a path lies in an object store."""
+    if found := re.match(r"([a-z0-9]+):/", str(target)):
         raise ConversionError(
-            f"--export {path}: files are not written to {found[1]}://; give a path here, and copy"
-            " the result"
+            f"{target}: files are not written to {found[1]}://; give a local path, and copy the"
+            " result"
         )
-    return path
-
-
-def byte_bar(name: str, size: int) -> Bar:
-    """A bar of bytes."""
-    return Bar(total=size, desc=name, unit="B", unit_scale=True)

@@ -5,11 +5,9 @@ is wrong - absent layers, missing tensors, wrong shapes, unknown tensors - befor
 `Plan.leaves` then makes the leaves one after another.
 """
 
-import ctypes
 import dataclasses
 import functools
 import math
-import mmap
 import re
 import shutil
 from collections import Counter
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from framepack_jax.conversion.memory import release_pages
 from framepack_jax.conversion.transforms import Row, Shape
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError, count_not_finite
 from framepack_jax.models import quantization, registry
@@ -200,7 +199,7 @@ class ConversionJob:
             yield step, tensors
             mapped += sum(tensor.nbytes for tensor in tensors)
             if mapped >= MAPPED:
-                _release(self.source.checkpoint.files)
+                release_pages(self.source.checkpoint.files)
                 mapped = 0
 
     def paths(self, dtype: str | None = None) -> Iterator[str]:
@@ -332,24 +331,6 @@ def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.
 
 def _quantized_paths(path: str) -> tuple[str, str]:
     return path, path.removesuffix("kernel") + quantization.SCALE
-
-
-def _release(files: Iterable[Path]) -> None:
-    """Give back the pages of mapped files that were read.
-
-    They would count as this process's memory until the files are closed, and come back from the
-    files where they are read again. Does nothing where the system does not list what is mapped.
-    """
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return
-    names = {str(file.resolve()) for file in files}
-    advise = ctypes.CDLL(None).madvise
-    for line in maps.read_text().splitlines():
-        region, *_, name = line.split(maxsplit=5)
-        if name in names:
-            begin, end = (int(address, 16) for address in region.split("-"))
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def check_space(target: Path, needed: int, freed: int = 0) -> None:

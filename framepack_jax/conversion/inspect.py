@@ -13,6 +13,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from framepack_jax import bundle
 from framepack_jax.conversion import engine, lora, tables
 from framepack_jax.conversion.engine import Source
+from framepack_jax.conversion.request import SHORT_DTYPES
 from framepack_jax.conversion.weight_files import (
     Checkpoint,
     ConversionError,
@@ -27,9 +28,6 @@ BLOCKS = {
     "Tencent's": re.compile(r"(double|single)_blocks[._]\d"),
     "diffusers'": re.compile(r"transformer_blocks[._]\d"),
 }
-DTYPE_NAMES = {
-    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8",
-}  # fmt: skip
 
 
 def describe(path: Path) -> str:
@@ -198,4 +196,4 @@ def _millions(count: int) -> str:
 
 
 def _short(dtype: str) -> str:
-    return DTYPE_NAMES.get(dtype, dtype)
+    return SHORT_DTYPES.get(dtype, dtype)

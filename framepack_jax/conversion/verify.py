@@ -10,11 +10,12 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import engine, tables, transformer, weight_files
+from framepack_jax.conversion import engine, hub, tables, transformer, weight_files
 from framepack_jax.conversion.engine import Advance, ConversionJob
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
 from framepack_jax.utils.messages import shorten
+from framepack_jax.utils.progress import byte_bar
 
 
 @dataclasses.dataclass
@@ -27,6 +28,25 @@ class Comparison:
     bytes: int = 0
     differing: list[str] = dataclasses.field(default_factory=list)
     casts: set[str] = dataclasses.field(default_factory=set)
+
+
+def compare(source: Path, root: epath.PathLike, prefix: str | None = None) -> list[Comparison]:
+    """Compare every network that a checkpoint or pipeline and a bundle both have.
+
+    `prefix` is that of `tables.recognise`. Raises ConversionError, BundleError.
+    """
+    manifest = bundle.read_manifest(root)
+    if remote := hub.split(str(source)):
+        source = hub.fetch(*remote, pipeline=None)
+    jobs = {
+        role: plan(path, manifest, role, prefix) for role, path in sources(source, manifest).items()
+    }
+    tables.check_prefix(prefix, [job.source for job in jobs.values()])
+    results = []
+    for role, job in jobs.items():
+        with byte_bar(role, bundle.stored_bytes(root, manifest, role)) as bar:
+            results.append(compare_network(job, root, manifest, role, bar.update))
+    return results
 
 
 def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
@@ -70,7 +90,7 @@ def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -
     return made
 
 
-def compare(
+def compare_network(
     made: ConversionJob,
     root: epath.PathLike,
     manifest: Manifest,

@@ -57,3 +57,8 @@ class Plain(Base):
 
 class Bar(Plain, tqdm):
     """A tqdm bar on a terminal, plain lines in a log."""
+
+
+def byte_bar(name: str, size: int) -> Bar:
+    """Return a bar of bytes."""
+    return Bar(total=size, desc=name, unit="B", unit_scale=True)

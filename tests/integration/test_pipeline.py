@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from framepack_jax import bundle, packing
-from framepack_jax.cli import convert
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.diffusion import sampler
 from framepack_jax.generation.pipeline import FramePack, Inputs, Network, NotFinite, Settings
 from tests.fixtures.paths import GOLDEN
@@ -60,10 +61,8 @@ def reference(golden):
 def networks(golden, tmp_path_factory):
     """The golden transformer and VAE, converted and loaded."""
     root = tmp_path_factory.mktemp("golden_bundle") / "bundle"
-    flags = convert.Convert(
-        output=str(root), transformer=golden / "transformer", vae=golden / "vae"
-    )
-    manifest = convert.convert(flags)
+    flags = BundleRequest(output=str(root), transformer=golden / "transformer", vae=golden / "vae")
+    manifest = make_bundle(flags)
 
     def network(role: str) -> Network:
         params = bundle.load_params(root, manifest, role)

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from framepack_jax import bundle
-from framepack_jax.cli import convert, resume, sample
+from framepack_jax.cli import export, resume, sample
 from framepack_jax.conversion.lora import write
 from framepack_jax.jobs import provenance
 from framepack_jax.jobs.loading import read_loras
@@ -97,9 +97,9 @@ def test_a_lora_that_applies_in_part_is_warned_of(files, tmp_path, capsys) -> No
         read_loras(pipe, [str(tmp_path / "x.safetensors")])
     with warnings.catch_warnings(action="error"):
         read_loras(pipe, [str(files[0])])
-    convert.main([
-        "--lora", str(tmp_path / "x.safetensors"), "--export", str(tmp_path / "y.safetensors"),
-        "--bundle", str(bundle.BUILTIN_BUNDLES["random"]), "--names", "original",
+    export.main([
+        "--lora", str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors"),
+        "--bundle", str(bundle.BUILTIN_BUNDLES["random"]), "--key-format", "original",
     ])  # fmt: skip
     assert "\nwarning: " in capsys.readouterr().out
 

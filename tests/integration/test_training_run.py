@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from framepack_jax import FramePack, bundle, packing, video
-from framepack_jax.cli import common, convert, export_run, sample, train
+from framepack_jax import __main__ as cli
+from framepack_jax.cli import common, export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import holdout, loader, records
 from framepack_jax.data.config import DataConfig
@@ -599,8 +600,9 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
             command.main([*other, "--bundle", str(output / "bundle")])
     with pytest.raises(SystemExit, match=r"is a training run and no bundle; .*for --lora"):
         sample.main(["--bundle", str(output)])
-    convert.main([
-        "--export", str(tmp_path / "kohya.safetensors"), "--names", "kohya",
+    cli.main([
+        "export",
+        str(tmp_path / "kohya.safetensors"), "--key-format", "kohya",
         "--lora", str(output), "--bundle", str(bundle.resolve("random")),
     ])  # fmt: skip
     assert (tmp_path / "kohya.safetensors").exists()

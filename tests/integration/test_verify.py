@@ -10,11 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from framepack_jax import __main__ as cli
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError
-from framepack_jax.cli.convert import Convert, convert, main
-from framepack_jax.cli.export import compare
+from framepack_jax.cli.convert import main
 from framepack_jax.conversion import engine, export, transformer, verify
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
+from framepack_jax.conversion.verify import compare
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization, registry
 from framepack_jax.models.hunyuan import transformer as transformer_model
@@ -50,7 +53,7 @@ def make(folder: Path, cfg: TransformerConfig = CFG, **flags) -> tuple[Path, str
     """(checkpoint, bundle)."""
     source = write_checkpoint(folder / "source.safetensors", cfg)
     root = str(folder / "bundle")
-    convert(Convert(output=root, transformer=source, rope_axes="4,6,6", **flags))
+    make_bundle(BundleRequest(output=root, transformer=source, rope_axes="4,6,6", **flags))
     return source, root
 
 
@@ -70,7 +73,7 @@ def made(tmp_path_factory) -> tuple[Path, str]:
 
 def test_the_same_is_the_same(made, capsys) -> None:
     source, root = made
-    main(["--verify", str(source), root])
+    cli.main(["verify", str(source), root])
     said = capsys.readouterr().out
     leaves = registry.abstract_leaves("hunyuan_packed_dit", CFG)
     size = sum(2 * leaf.size for leaf in leaves.values())
@@ -87,7 +90,7 @@ def test_one_bit_is_found_and_named(tmp_path, capsys) -> None:
     source, root = make(tmp_path)
     edit(root, LEAF, flip_a_bit)
     with pytest.raises(SystemExit) as stopped:
-        main(["--verify", str(source), root])
+        cli.main(["verify", str(source), root])
     said = capsys.readouterr().out
     assert stopped.value.code == 1
     assert f"transformer differs in {LEAF}\n" in said
@@ -128,12 +131,12 @@ def test_every_network_of_a_pipeline(golden, tmp_path, capsys) -> None:
     root = str(tmp_path / "bundle")
     main(["--pipeline", str(folder), "--output", root, "--dtype", "bfloat16"])
     capsys.readouterr()
-    main(["--verify", str(folder), root])
+    cli.main(["verify", str(folder), root])
     said = capsys.readouterr().out
     for role in bundle.ROLES:
         (line,) = [line for line in said.splitlines() if line.split(" ")[0] == role]
         assert int(line.split()[2].replace(",", "")) > 1000 and line.split()[3] == "0"
-    main(["--verify", str(folder / "vae"), root])
+    cli.main(["verify", str(folder / "vae"), root])
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -147,23 +150,32 @@ def test_what_cannot_be_compared(made, tmp_path) -> None:
     with pytest.raises(ConversionError, match="holds none of the bundle's networks: vae"):
         verify.sources(source, without)
     with pytest.raises(SystemExit, match="is no bundle"):
-        main(["--verify", str(source), str(tmp_path)])
+        cli.main(["verify", str(source), str(tmp_path)])
     with pytest.raises(SystemExit, match="does not exist"):
-        main(["--verify", str(tmp_path / "absent"), root])
+        cli.main(["verify", str(tmp_path / "absent"), root])
 
 
-def test_one_thing_at_a_time(made, tmp_path) -> None:
-    source, root = made
-    with pytest.raises(SystemExit, match="nothing to do: give one of --output"):
-        main([])
-    with pytest.raises(SystemExit, match="--output and --verify: give one of"):
-        main(["--verify", str(source), root, "--output", str(tmp_path / "x")])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["convert"], "--output"),
+        (["convert", "--output", "x", "--key-format", "original"], "--key-format"),
+        (["verify", "source", "bundle", "--output", "x"], "--output"),
+        (["export", "x", "--bundle", "bundle", "--output", "y"], "--output"),
+        (["export", "x", "--bundle", "bundle", "--from-base"], "--from-base"),
+    ],
+)
+def test_a_command_refuses_flags_of_another(args, said, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_inspect_is_there(made, capsys) -> None:
     source, root = made
     for path in (source, root):
-        main(["--inspect", str(path)])
+        cli.main(["inspect", str(path)])
         assert "transformer" in capsys.readouterr().out
 
 
@@ -314,5 +326,5 @@ def test_a_lost_scale_is_missed(tmp_path) -> None:
 def test_eight_bits_do_not_go_out(small, tmp_path) -> None:
     _, root, dtype = small
     with pytest.raises(SystemExit, match=f"kept in {dtype}"):
-        main(["--export", str(tmp_path / "out"), "--bundle", root])
+        cli.main(["export", str(tmp_path / "out"), "--bundle", root])
     assert not (tmp_path / "out").exists()

@@ -24,10 +24,13 @@ from diffusers import (
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from framepack_jax import __main__ as cli
 from framepack_jax import bundle
-from framepack_jax.cli.convert import Convert, convert, main
+from framepack_jax.cli.convert import main
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import engine, inspect, tables, transformer, weight_files
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
@@ -636,12 +639,12 @@ def test_a_tokenizer_that_is_a_pointer_is_named(golden, framepack, tmp_path) -> 
     )
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 9100000\n"
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(pointer)
-    flags = Convert(
+    flags = BundleRequest(
         output=str(tmp_path / "out"), transformer=write_folder(framepack, tmp_path / "model"),
         tokenizer=tmp_path / "tokenizer",
     )  # fmt: skip
     with pytest.raises(ConversionError, match=r"tokenizer\.json is a Git LFS pointer to 9\.1 MB"):
-        convert(flags)
+        make_bundle(flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -703,7 +706,9 @@ def test_from_base_embeds_enlarged_latents_alike(kernel: str, base, tmp_path) ->
 
 def test_from_base_keeps_the_rest(base, framepack, tmp_path) -> None:
     path = write_folder(base, tmp_path / "base")
-    convert(Convert(output=f"{tmp_path}/b", transformer=path, from_base=True, image_dim=10))
+    make_bundle(
+        BundleRequest(output=f"{tmp_path}/b", transformer=path, from_base=True, image_dim=10)
+    )
     manifest = bundle.read_manifest(tmp_path / "b")
     _, cfg = bundle.role_config(manifest, "transformer")
     assert cfg == CFG
@@ -719,7 +724,7 @@ def test_from_base_keeps_the_rest(base, framepack, tmp_path) -> None:
     assert 0.8 < np.std(embed["image_up"]["kernel"]) * math.sqrt(10) < 1.2
     with pytest.raises(ConversionError, match="FramePack model already"):
         path = write_folder(framepack, tmp_path / "framepack")
-        convert(Convert(output=f"{tmp_path}/c", transformer=path, from_base=True))
+        make_bundle(BundleRequest(output=f"{tmp_path}/c", transformer=path, from_base=True))
 
 
 # Tencent's files
@@ -825,13 +830,13 @@ def test_a_whole_pipeline_becomes_a_bundle(golden, tmp_path, capsys) -> None:
 def test_a_fine_tune_points_to_the_encoders(golden, framepack, tmp_path) -> None:
     pipeline = golden / "diffusers_pipeline" / "pipeline"
     first, second = tmp_path / "first", tmp_path / "sub" / "second"
-    convert(Convert(output=str(first), pipeline=pipeline, prompt_template="say {}"))
+    make_bundle(BundleRequest(output=str(first), pipeline=pipeline, prompt_template="say {}"))
     f1 = "f1k1_x_f16k4f2k2f1k1_g3"
-    flags = Convert(
+    flags = BundleRequest(
         output=str(second), transformer=pipeline / "transformer", encoders_from=str(first),
         schedule=f1,
     )  # fmt: skip
-    manifest = convert(flags)
+    manifest = make_bundle(flags)
     assert manifest == bundle.read_manifest(second)
     assert (manifest.schedule.order, manifest.prompt_template) == ("forward", "say {}")
     assert manifest.roles["vae"].path == "../../first/vae"
@@ -840,37 +845,37 @@ def test_a_fine_tune_points_to_the_encoders(golden, framepack, tmp_path) -> None
     assert not (second / "vae").exists() and (second / "tokenizer" / "tokenizer.json").exists()
     with pytest.raises(ConversionError, match="do not belong together"):
         path = write_folder(framepack, tmp_path / "other")
-        convert(dataclasses.replace(flags, transformer=path, output=f"{tmp_path}/third"))
+        make_bundle(dataclasses.replace(flags, transformer=path, output=f"{tmp_path}/third"))
     with pytest.raises(ConversionError, match="would be replaced"):
-        convert(dataclasses.replace(flags, output=str(first), overwrite=True))
+        make_bundle(dataclasses.replace(flags, output=str(first), overwrite=True))
     bundle.load_params(first, bundle.read_manifest(first), "vae")
 
 
 def test_output_is_never_lost_by_accident(base, framepack, tmp_path) -> None:
     path = write_folder(framepack, tmp_path / "model")
-    flags = Convert(output=str(tmp_path / "out"), transformer=path)
+    flags = BundleRequest(output=str(tmp_path / "out"), transformer=path)
     with pytest.raises(ConversionError, match="not empty"):
-        convert(dataclasses.replace(flags, output=str(tmp_path)))
-    convert(flags)
+        make_bundle(dataclasses.replace(flags, output=str(tmp_path)))
+    make_bundle(flags)
     with pytest.raises(ConversionError, match="--overwrite"):
-        convert(flags)
+        make_bundle(flags)
     with pytest.raises(ConversionError, match="lies in"):
         inside = write_folder(base, tmp_path / "out" / "vae")
-        convert(dataclasses.replace(flags, transformer=inside, overwrite=True))
+        make_bundle(dataclasses.replace(flags, transformer=inside, overwrite=True))
     save_file({"x": torch.zeros(1)}, tmp_path / "bad.safetensors")
     with pytest.raises(ConversionError):
         bad = tmp_path / "bad.safetensors"
-        convert(dataclasses.replace(flags, transformer=bad, overwrite=True))
+        make_bundle(dataclasses.replace(flags, transformer=bad, overwrite=True))
     assert bundle.read_manifest(tmp_path / "out").roles["transformer"].config["image_dim"] == 10
     plain = write_folder(base, tmp_path / "base")
-    convert(dataclasses.replace(flags, transformer=plain, overwrite=True))
+    make_bundle(dataclasses.replace(flags, transformer=plain, overwrite=True))
     assert bundle.read_manifest(tmp_path / "out").roles["transformer"].config["image_dim"] is None
 
 
 def test_an_interrupted_conversion_is_no_bundle_and_runs_again(
     framepack, tmp_path, monkeypatch
 ) -> None:
-    flags = Convert(
+    flags = BundleRequest(
         output=str(tmp_path / "out"), transformer=write_folder(framepack, tmp_path / "model")
     )
 
@@ -879,16 +884,18 @@ def test_an_interrupted_conversion_is_no_bundle_and_runs_again(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(bundle, "write_params", power_cut)
-        convert(flags)
+        make_bundle(flags)
     with pytest.raises(bundle.BundleError, match="is no bundle"):
         bundle.read_manifest(tmp_path / "out")
-    assert convert(flags) == bundle.read_manifest(tmp_path / "out")
+    assert make_bundle(flags) == bundle.read_manifest(tmp_path / "out")
 
 
 def test_leftovers_of_a_killed_run_make_room_and_go(framepack, tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
-    flags = Convert(output=str(output), transformer=write_folder(framepack, tmp_path / "model"))
-    made = convert(flags)
+    flags = BundleRequest(
+        output=str(output), transformer=write_folder(framepack, tmp_path / "model")
+    )
+    made = make_bundle(flags)
     left = output / "vae.partial_save.orbax-checkpoint-tmp"
     left.mkdir()
     (left / "data").write_bytes(bytes(1000))
@@ -900,7 +907,7 @@ def test_leftovers_of_a_killed_run_make_room_and_go(framepack, tmp_path, monkeyp
     check = engine.check_space
     monkeypatch.setattr(engine, "check_space", lambda *args: freed.append(args[2]) or check(*args))
     assert "bundle, unfinished" in inspect.describe(output)
-    assert convert(flags) == made
+    assert make_bundle(flags) == made
     assert freed == [held + 1000]
     assert not left.exists() and (output / "notes").exists()
     assert not (output / bundle.UNFINISHED).exists()
@@ -931,7 +938,6 @@ def test_a_transformer_that_stays_keeps_its_schedule(golden, tmp_path, capsys) -
         ([], "nothing to convert"),
         (["--framepack", "f1", "--pipeline", "."], "--framepack f1 brings all that --pipeline ."),
         (["--transformer", "{model}", "--image-dim", "4"], "--image-dim 4 is of"),
-        (["--transformer", "{model}", "--names", "original"], "--output does not read --names"),
         (["--pipeline", "."], "no model_index.json"),
         (["--transformer", "{model}", "--rope-axes", "a"], "--rope-axes a"),
         (["--transformer", "{model}", "--rope-axes", "4,4,4"], "do not add up"),
@@ -964,11 +970,11 @@ def test_a_base_model_is_said_to_be_no_framepack_model(base, tmp_path, capsys) -
 @pytest.mark.golden
 def test_bundles_of_the_package_go_by_their_names(golden, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    main(["--inspect", "random"])
+    cli.main(["inspect", "random"])
     assert "hunyuan_vae, 0.2 M, bf16" in capsys.readouterr().out
-    main(["--export", "vae.safetensors", "--bundle", "random", "--role", "vae"])
+    cli.main(["export", "vae.safetensors", "--bundle", "random", "--role", "vae"])
     # Its config is the bundle's: the file is one of its widths.
-    main(["--verify", "vae.safetensors", "random"])
+    cli.main(["verify", "vae.safetensors", "random"])
     assert "differs" not in capsys.readouterr().out
     flags = ["--transformer", str(golden / "transformer"), "--output", "out", "--encoders-from"]
     main([*flags, "random"])
@@ -988,7 +994,7 @@ def test_help_explains_every_flag(capsys) -> None:
         main(["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    for field in dataclasses.fields(Convert):
+    for field in dataclasses.fields(BundleRequest):
         assert f"--{field.name.replace('_', '-')}" in text
     for words in ("diffusers pipeline folder", "Tencent", "f1k1_x_f16k4f2k2f1k1_g9", "16,56,56"):
         assert words in text

@@ -25,10 +25,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
+from framepack_jax import __main__ as cli
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
-from framepack_jax.cli.convert import Convert, convert, main
 from framepack_jax.conversion import engine, export, lora, tables, weight_files
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, siglip
@@ -69,7 +71,7 @@ def bundle_of(module: torch.nn.Module, name: str, folder: Path) -> str:
     source = folder / "source"
     for file in ("tokenizer_config.json", "preprocessor_config.json"):
         (source / file).write_text("{}")
-    convert(Convert(output=str(folder / "bundle"), **{MODULES[name][0]: source}))
+    make_bundle(BundleRequest(output=str(folder / "bundle"), **{MODULES[name][0]: source}))
     return str(folder / "bundle")
 
 
@@ -94,7 +96,7 @@ def test_the_libraries_load_a_folder(name: str, tmp_path, monkeypatch) -> None:
     role = MODULES[name][0]
     shard = bundle.stored_bytes(root, bundle.read_manifest(root), role) // 4
     monkeypatch.setattr(export, "SHARD", shard)
-    main(["--export", str(target), "--bundle", root, "--role", role])
+    cli.main(["export", str(target), "--bundle", root, "--role", role])
     shards = sorted(target.glob("*.safetensors"))
     assert len(shards) > 2
     for tensors in map(load_file, shards):
@@ -121,7 +123,7 @@ def config_of(module: torch.nn.Module) -> dict[str, Any]:
 def test_the_loaded_model_gives_the_same_output(tmp_path) -> None:
     module = module_of("framepack", torch.float32)
     root = bundle_of(module, "framepack", tmp_path)
-    main(["--export", str(tmp_path / "out"), "--bundle", root])
+    cli.main(["export", str(tmp_path / "out"), "--bundle", root])
     loaded = type(module).from_pretrained(tmp_path / "out").eval()
     random = torch.Generator().manual_seed(0)
 
@@ -156,9 +158,9 @@ def test_the_original_file_comes_back(golden, tmp_path) -> None:
     with its halves in the original order."""
     file = golden / "hunyuan_original" / "mp_rank_00_model_states.pt"
     root = str(tmp_path / "bundle")
-    convert(Convert(output=root, transformer=file, rope_axes="4,6,6"))
+    make_bundle(BundleRequest(output=root, transformer=file, rope_axes="4,6,6"))
     target = tmp_path / "out.safetensors"
-    main(["--export", str(target), "--bundle", root])
+    cli.main(["export", str(target), "--bundle", root])
     theirs = torch.load(file, weights_only=True)["module"]
     assert same_bits(load_file(target), dict(theirs))
 
@@ -303,7 +305,9 @@ def test_types_can_be_changed_on_the_way_out(tmp_path) -> None:
     module = module_of("base")
     root = bundle_of(module, "base", tmp_path)
     target = tmp_path / "wide.safetensors"
-    main(["--export", str(target), "--bundle", root, "--dtype", "float32", "--names", "diffusers"])
+    cli.main(
+        ["export", str(target), "--bundle", root, "--dtype", "float32", "--key-format", "diffusers"]
+    )
     wide = {name: tensor.float() for name, tensor in module.state_dict().items()}
     assert same_bits(load_file(target), wide)
 
@@ -315,11 +319,11 @@ def test_names_of_a_single_file(tmp_path) -> None:
         pooled_dim=2, image_dim=3, rope_axes=(4, 6, 6),
     )  # fmt: skip
     random_bundle(tmp_path, cfg, 0)
-    main(["--export", str(tmp_path / "a.safetensors"), "--bundle", str(tmp_path)])
+    cli.main(["export", str(tmp_path / "a.safetensors"), "--bundle", str(tmp_path)])
     assert "clean_x_embedder.proj_4x.weight" in load_file(tmp_path / "a.safetensors")
     with pytest.raises(SystemExit, match="goes out in diffusers' names"):
-        args = ["--export", str(tmp_path / "b.safetensors"), "--bundle", str(tmp_path)]
-        main([*args, "--names", "original"])
+        args = ["export", str(tmp_path / "b.safetensors"), "--bundle", str(tmp_path)]
+        cli.main([*args, "--key-format", "original"])
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -327,7 +331,7 @@ def test_a_vae_file_has_bare_names(tmp_path) -> None:
     """As the VAE loaders of ComfyUI and Tencent look for them."""
     module = module_of("vae")
     root = bundle_of(module, "vae", tmp_path)
-    main(["--export", str(tmp_path / "vae.safetensors"), "--bundle", root, "--role", "vae"])
+    cli.main(["export", str(tmp_path / "vae.safetensors"), "--bundle", root, "--role", "vae"])
     assert same_bits(load_file(tmp_path / "vae.safetensors"), module.state_dict())
 
 
@@ -341,7 +345,7 @@ def test_a_lora_goes_out_in_other_names(framepack_bundle, tmp_path, capsys) -> N
     save_file(factors, tmp_path / "in.safetensors")
     args = ["--bundle", framepack_bundle, "--lora", str(tmp_path / "in.safetensors")]
     target = tmp_path / "out.safetensors"
-    main(["--export", str(target), *args, "--names", "kohya"])
+    cli.main(["export", str(target), *args, "--key-format", "kohya"])
     assert "1 of 1 modules apply" in capsys.readouterr().out
     flat = "lora_unet_transformer_blocks_0_attn_to_out_0"
     made = load_file(target)
@@ -349,10 +353,10 @@ def test_a_lora_goes_out_in_other_names(framepack_bundle, tmp_path, capsys) -> N
     np.testing.assert_array_equal(made[f"{flat}.lora_up.weight"], up)
     theirs, ours = (lora.read(tmp_path / f"{n}.safetensors", cfg).lora for n in ("in", "out"))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    with pytest.raises(SystemExit, match="is there already"):
-        main(["--export", str(target), *args, "--names", "kohya"])
+    with pytest.raises(SystemExit, match="exists already"):
+        cli.main(["export", str(target), *args, "--key-format", "kohya"])
     with pytest.raises(SystemExit, match="expected one of diffusers, original, kohya"):
-        main(["--export", str(tmp_path / "x.safetensors"), *args, "--names", "tencent"])
+        cli.main(["export", str(tmp_path / "x.safetensors"), *args, "--key-format", "tencent"])
 
 
 def test_numbers_that_a_type_cannot_hold_do_not_go_out(tmp_path) -> None:
@@ -362,7 +366,7 @@ def test_numbers_that_a_type_cannot_hold_do_not_go_out(tmp_path) -> None:
     )  # fmt: skip
     random_bundle(tmp_path, cfg, 0, scale=1e5)
     with pytest.raises(SystemExit, match=r"weight holds \d+ numbers .* float16 cannot hold"):
-        main(["--export", str(tmp_path / "a.safetensors"), "--bundle", str(tmp_path),
+        cli.main(["export", str(tmp_path / "a.safetensors"), "--bundle", str(tmp_path),
               "--dtype", "fp16"])  # fmt: skip
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -373,23 +377,25 @@ def test_numbers_that_a_type_cannot_hold_do_not_go_out(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "--export needs --bundle"),
+        ([], "framepack export needs --bundle"),
         (["--bundle", "{absent}"], "is no bundle"),
         (["--bundle", "{bundle}", "--role", "vae"], "has no vae"),
         (["--bundle", "{bundle}", "--dtype", "int8"], "int8"),
-        (["--bundle", "{bundle}", "--names", "original"], "ends in .safetensors"),
-        (["--bundle", "{bundle}", "--output", "x"], "give one of"),
-        (["--bundle", "{bundle}", "--from-base"], "--export does not read --from-base"),
-        (["--bundle", "{bundle}", "--names", "theirs"], "expected one of diffusers, original"),
-        (["--bundle", "{bundle}", "--export", "gs://there/x"], "not written to gs://"),
+        (["--bundle", "{bundle}", "--key-format", "original"], "ends in .safetensors"),
+        (["--bundle", "{bundle}", "--key-format", "theirs"], "expected one of diffusers, original"),
     ],
 )
 def test_export_errors_are_one_message(args, said, framepack_bundle, tmp_path) -> None:
     paths = {"bundle": framepack_bundle, "absent": tmp_path / "absent"}
     with pytest.raises(SystemExit) as stopped:
-        main(["--export", str(tmp_path / "out"), *(arg.format(**paths) for arg in args)])
+        cli.main(["export", str(tmp_path / "out"), *(arg.format(**paths) for arg in args)])
     assert stopped.value.code.startswith("error: ") and said in stopped.value.code
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_exported_to_an_object_store(framepack_bundle) -> None:
+    with pytest.raises(SystemExit, match="not written to gs://"):
+        cli.main(["export", "gs://there/x", "--bundle", framepack_bundle])
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +409,7 @@ def test_nothing_is_written_over(framepack_bundle, tmp_path) -> None:
     (tmp_path / "there.safetensors").write_text("mine")
     for target in ("there", "there.safetensors"):
         with pytest.raises(SystemExit, match="is there"):
-            main(["--export", str(tmp_path / target), "--bundle", framepack_bundle])
+            cli.main(["export", str(tmp_path / target), "--bundle", framepack_bundle])
     assert (tmp_path / "there" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "there.safetensors").read_text() == "mine"
 
@@ -423,19 +429,19 @@ def test_a_full_disk_is_told_before(framepack_bundle, tmp_path, monkeypatch) -> 
     monkeypatch.setattr(engine.shutil, "disk_usage", lambda folder: usage)
     for target in ("out", "out.safetensors"):
         with pytest.raises(SystemExit, match=r"needs 0\.0\d* GB, and 0\.0\d* GB are free"):
-            main(["--export", str(tmp_path / "deep" / target), "--bundle", framepack_bundle])
+            cli.main(["export", str(tmp_path / "deep" / target), "--bundle", framepack_bundle])
     source = Path(framepack_bundle).parent / "source"
     with pytest.raises(ConversionError, match="are free there"):
-        convert(Convert(output=str(tmp_path / "bundle"), transformer=source))
+        make_bundle(BundleRequest(output=str(tmp_path / "bundle"), transformer=source))
     assert list(tmp_path.iterdir()) == []
     size = bundle.stored_bytes(
         framepack_bundle, bundle.read_manifest(framepack_bundle), "transformer"
     )
     usage.free = size
-    convert(Convert(output=str(tmp_path / "bundle"), transformer=source))
+    make_bundle(BundleRequest(output=str(tmp_path / "bundle"), transformer=source))
     # What an old bundle takes comes back before its place is needed.
     usage.free = 10_000
-    convert(Convert(output=str(tmp_path / "bundle"), transformer=source, overwrite=True))
+    make_bundle(BundleRequest(output=str(tmp_path / "bundle"), transformer=source, overwrite=True))
 
 
 @pytest.mark.parametrize("target", ["out", "out.safetensors"])
@@ -449,7 +455,7 @@ def test_what_a_stopped_export_left_makes_room(
         partial.write_bytes(b"half")
     there = []
     monkeypatch.setattr(engine, "check_space", lambda *_: there.append(partial.exists()))
-    main(["--export", str(tmp_path / target), "--bundle", framepack_bundle])
+    cli.main(["export", str(tmp_path / target), "--bundle", framepack_bundle])
     assert there == [False]
 
 
@@ -457,7 +463,7 @@ def test_what_a_stopped_export_left_makes_room(
 def test_an_interrupted_export_leaves_nothing_with_its_name(
     target, framepack_bundle, tmp_path, monkeypatch
 ) -> None:
-    args = ["--export", str(tmp_path / target), "--bundle", framepack_bundle]
+    args = ["export", str(tmp_path / target), "--bundle", framepack_bundle]
     monkeypatch.setattr(export, "SHARD", 30_000)
     invert, calls = export.invert, iter(range(60))
 
@@ -468,11 +474,11 @@ def test_an_interrupted_export_leaves_nothing_with_its_name(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(export, "invert", power_cut)
-        main(args)
+        cli.main(args)
     assert not (tmp_path / target).exists()
     (leftover,) = tmp_path.iterdir()
     assert leftover.name == f".{target}.partial"
-    main(args)
+    cli.main(args)
     assert [path.name for path in tmp_path.iterdir()] == [target]
 
 
@@ -482,11 +488,12 @@ import os, random, sys
 from pathlib import Path
 from framepack_jax import bundle
 from framepack_jax.bundle import writer
-from framepack_jax.cli import convert
 from framepack_jax.conversion import engine
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
 
 source, output = sys.argv[1:]
-flags = convert.Convert(output=output, transformer=Path(source))
+request = BundleRequest(output=output, transformer=Path(source))
 leaves = engine.ConversionJob.leaves
 writer.WRITE_CHUNK = 5_000
 
@@ -505,7 +512,7 @@ for point in points:
     child = os.fork()
     if child == 0:
         engine.ConversionJob.leaves = cut_after(point)
-        convert.convert(flags)
+        make_bundle(request)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), f"not killed at {point}"
@@ -514,7 +521,7 @@ for point in points:
     except bundle.BundleError:
         continue
     raise AssertionError(f"killed at {point}, it looks finished")
-convert.convert(flags)
+make_bundle(request)
 """
 
 

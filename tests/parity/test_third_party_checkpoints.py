@@ -1,6 +1,5 @@
-"""Files as people have them: ComfyUI's and Kijai's names, wrappers' prefixes, several networks or
-sets of weights in one file, 8-bit floats, repackaged encoders; and what `--inspect` says of them.
-"""
+"""Checkpoints of other programs: names of ComfyUI and Kijai, prefixes of wrappers, several networks
+or sets of weights in one file, 8-bit floats, repackaged encoders; and their `framepack inspect`."""
 
 import dataclasses
 import json
@@ -16,9 +15,11 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransforme
 from safetensors.torch import save_file
 
 from framepack_jax import bundle
-from framepack_jax.cli.convert import Convert, convert, main
-from framepack_jax.cli.export import compare
+from framepack_jax.cli.convert import main
 from framepack_jax.conversion import encoders, engine, export, float8, inspect, tables, weight_files
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
+from framepack_jax.conversion.verify import compare
 from framepack_jax.conversion.weight_files import ConversionError, Entry
 from tests.fixtures.torch_reference import randomize
 from tests.parity.test_conversion import LLAMA, RELEASED, SIZES, assert_same, plan_of
@@ -161,10 +162,10 @@ def test_a_framepack_model_in_tencents_names(tencent, framepack, tmp_path) -> No
 @pytest.mark.golden
 def test_a_framepack_model_begins_from_comfyuis_file(tencent, tmp_path) -> None:
     file = write(comfyui(tencent), tmp_path / "base.safetensors", "model.model.")
-    flags = Convert(
+    flags = BundleRequest(
         output=str(tmp_path / "out"), transformer=file, from_base=True, rope_axes="4,6,6"
     )
-    assert convert(flags).roles["transformer"].config["context_kernels"] == ["k1", "k2", "k4"]
+    assert make_bundle(flags).roles["transformer"].config["context_kernels"] == ["k1", "k2", "k4"]
 
 
 def test_released_names_behind_a_prefix(framepack, tmp_path) -> None:
@@ -283,8 +284,8 @@ def test_what_wrappers_add_to_names_is_taken_off(wrapper: str, framepack, tmp_pa
     said = capsys.readouterr().out
     assert {
         "compiled": "_orig_mod. taken out of names",
-        "DDP": "prefix module. taken off",
-        "unknown": "prefix student.net_2. taken off",
+        "DDP": "prefix module. removed",
+        "unknown": "prefix student.net_2. removed",
         "FSDP": "_checkpoint_wrapped_module., _fsdp_wrapped_module. taken out of names",
     }[wrapper] in said
 
@@ -305,7 +306,7 @@ def test_averaged_weights_are_never_guessed(framepack, tmp_path, capsys) -> None
         main([*flags, str(tmp_path / "out"), "--prefix", "student"])
     main([*flags, str(tmp_path / "out"), "--prefix", "ema.module"])
     said = capsys.readouterr().out
-    assert "prefix ema.module. taken off; optimizer.state.0.exp_avg left out" in said
+    assert "prefix ema.module. removed; optimizer.state.0.exp_avg left out" in said
     plain = write(framepack, tmp_path / "plain.safetensors")
     ema = write(averaged, tmp_path / "ema.safetensors")
     assert [bool(compare(f, str(tmp_path / "out"))[0].differing) for f in (plain, ema)] == [1, 0]
@@ -395,7 +396,7 @@ def test_a_whole_checkpoint_is_taken_apart(whole, tmp_path, capsys) -> None:
         "vae.",
         "text_encoders.clip_l.transformer.text_model.",
     ):
-        assert f"prefix {prefix} taken off" in said
+        assert f"prefix {prefix} removed" in said
     manifest = bundle.read_manifest(tmp_path / "out")
     assert [r for r in bundle.ROLES if manifest.roles[r].path == r] == list(ENCODERS)
     for root in (tmp_path / "out", bundle.resolve("random")):
@@ -403,7 +404,7 @@ def test_a_whole_checkpoint_is_taken_apart(whole, tmp_path, capsys) -> None:
         assert [(r.role, r.differing) for r in results] == [(role, []) for role in ENCODERS]
     main(["--vae", str(whole), "--encoders-from", "random", "--output", str(tmp_path / "vae")])
     said = capsys.readouterr().out
-    assert "also holds transformer, text_encoder, text_encoder_2; to take all of it, give" in said
+    assert "also holds transformer, text_encoder, text_encoder_2; to convert all" in said
     # Without a bundle the toy encoders' sizes are not known; a real one's are.
     said = inspect.describe(whole)
     assert said.count("  prefix ") == 4 and f"convert with --pipeline {whole}" in said
@@ -650,10 +651,10 @@ def test_inspect_a_pipeline_a_bundle_and_tencents_file(golden, tmp_path) -> None
     pipeline = golden / "diffusers_pipeline" / "pipeline"
     said = inspect.describe(pipeline)
     assert "pipeline HunyuanVideoFramepackPipeline" in said and "SigLIP vision model" in said
-    flags = Convert(
+    flags = BundleRequest(
         output=str(tmp_path / "out"), transformer=pipeline / "transformer", dtype="bfloat16"
     )
-    manifest = convert(flags)
+    manifest = make_bundle(flags)
     said = inspect.describe(tmp_path / "out")
     assert f"schedule     {manifest.schedule}, order inverted" in said
     assert "hunyuan_packed_dit, 0.3 M, bf16" in said

@@ -20,8 +20,10 @@ from huggingface_hub import constants
 from safetensors.numpy import save
 
 from framepack_jax import bundle
-from framepack_jax.cli.convert import Convert, _is_assumed, convert
 from framepack_jax.conversion import hub, weight_files
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
+from framepack_jax.conversion.sources import is_schedule_assumed
 from framepack_jax.conversion.weight_files import ConversionError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -357,19 +359,19 @@ def test_one_command_fetches_and_converts_a_released_model(
             with pytest.raises(
                 ConversionError, match=r"GB to fetch into .* a bundle of .* HF_HOME"
             ):
-                convert(Convert(output=str(first), framepack="i2v"))
+                make_bundle(BundleRequest(output=str(first), framepack="i2v"))
     assert not served.downloads() and not first.exists()
-    made = convert(Convert(output=str(first), framepack="i2v"))
+    made = make_bundle(BundleRequest(output=str(first), framepack="i2v"))
     assert tuple(made.roles) == bundle.ROLES and str(made.schedule) == hub.SCHEDULES["i2v"]
     assert (first / "tokenizer" / "tokenizer.json").exists()
     served.seen.clear()
-    made = convert(Convert(output=str(second), framepack="f1", encoders_from=str(first)))
+    made = make_bundle(BundleRequest(output=str(second), framepack="f1", encoders_from=str(first)))
     assert str(made.schedule) == hub.SCHEDULES["f1"] and made.schedule.order == "forward"
-    named = Convert(
+    named = BundleRequest(
         output=str(tmp_path / "named"), transformer=Path(hub.FRAMEPACK["f1"]["transformer"][0])
     )
-    assert str(convert(named).schedule) == hub.SCHEDULES["f1"]
-    assert not _is_assumed(named, convert(dataclasses.replace(named, overwrite=True)))
+    assert str(make_bundle(named).schedule) == hub.SCHEDULES["f1"]
+    assert not is_schedule_assumed(named, make_bundle(dataclasses.replace(named, overwrite=True)))
     assert {name: role.path for name, role in made.roles.items()} == {
         name: name if name == "transformer" else f"../i2v/{name}" for name in bundle.ROLES
     }
@@ -400,7 +402,7 @@ def test_names_of_the_hub_and_paths(text: str, expected, tmp_path, monkeypatch) 
 def test_released_parts_are_those_of_the_command() -> None:
     """Every network and file of a bundle, by the names of the command's flags; the two models
     differ in the transformer alone."""
-    flags = {field.name for field in dataclasses.fields(Convert)}
+    flags = {field.name for field in dataclasses.fields(BundleRequest)}
     i2v, f1 = hub.FRAMEPACK["i2v"], hub.FRAMEPACK["f1"]
     assert set(bundle.ROLES) <= i2v.keys() <= flags
     assert {role for role in i2v if i2v[role] != f1[role]} == {"transformer"}

@@ -16,8 +16,10 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransforme
 from safetensors.torch import save, save_file
 
 from framepack_jax import bundle
-from framepack_jax.cli.convert import Convert, convert, main
+from framepack_jax.cli.convert import main
 from framepack_jax.conversion import engine, export, inspect, tables, vae, weight_files
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError, Entry, open_checkpoint
 from tests.parity.test_conversion import RELEASED, SIZES, plan_of
 
@@ -422,7 +424,7 @@ def test_damaged_files_make_the_bundle_of_what_they_say_or_none(framepack, tmp_p
         file.write_bytes(data[:begin] + changed if mutate is flipped else changed)
         output = tmp_path / f"bundle_{number}"
         try:
-            convert(Convert(output=str(output), transformer=file, rope_axes="4,6,6"))
+            make_bundle(BundleRequest(output=str(output), transformer=file, rope_axes="4,6,6"))
         except ConversionError as error:
             assert "x.safetensors" in str(error)
             outcomes.append(False)

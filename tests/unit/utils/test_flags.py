@@ -10,6 +10,7 @@ from framepack_jax.cli.prepare import Prepare
 from framepack_jax.cli.resume import Resume
 from framepack_jax.cli.sample import Sample
 from framepack_jax.cli.train import Train, TrainConfig, defaults
+from framepack_jax.cli.verify import Verify
 from framepack_jax.jobs.jobs_file import read_jobs
 from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec
 from framepack_jax.utils.flags import parse
@@ -59,8 +60,12 @@ def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
     args = ["--videos=~/v", "--bundle=~/b", "--output=~/o"]
     prepare = parse(Prepare, args, "framepack prepare")
     assert (prepare.videos, prepare.bundle) == (tmp_path / "v", f"{tmp_path}/b")
-    convert = parse(Convert, ["--verify", "~/s", "~/b", "--vae=~/v"], "convert_weights.py")
-    assert convert.verify == (tmp_path / "s", f"{tmp_path}/b") and convert.vae == tmp_path / "v"
+    args = ["--output=~/o", "--vae=~/v", "--prompt-template=~"]
+    convert = parse(Convert, args, "framepack convert")
+    assert (convert.output, convert.networks.vae) == (f"{tmp_path}/o", tmp_path / "v")
+    assert convert.settings.prompt_template == "~"
+    verify = parse(Verify, ["~/s", "~/b"], "framepack verify")
+    assert (verify.source, verify.bundle) == (tmp_path / "s", f"{tmp_path}/b")
     evaluate = parse(Evaluate, ["--bundle=~/b", "--caption=~"], "framepack evaluate")
     assert evaluate.bundle == (f"{tmp_path}/b",) and evaluate.caption == "~"
 

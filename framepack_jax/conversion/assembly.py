@@ -1,0 +1,170 @@
+"""Fit the networks of a bundle, and assemble its manifest."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from framepack_jax import bundle, packing
+from framepack_jax.bundle import Manifest, Role
+from framepack_jax.conditioning import PROMPT_TEMPLATE
+from framepack_jax.conversion import tables, transformer, vae, weight_files
+from framepack_jax.conversion.engine import ConversionJob, Source, plan
+from framepack_jax.conversion.request import BundleRequest
+from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
+from framepack_jax.models.hunyuan.config import context_kernels
+from framepack_jax.utils.messages import shorten
+
+DEFAULT_IMAGE_DIM = 1152
+# Role -> (config field of its output width, config field of the transformer's input width).
+WIDTHS = {
+    "text_encoder": ("width", "text_dim"),
+    "text_encoder_2": ("width", "pooled_dim"),
+    "image_encoder": ("width", "image_dim"),
+    "vae": ("latent_channels", "in_channels"),
+}
+
+
+def fit_networks(
+    request: BundleRequest,
+    paths: Mapping[str, Path],
+    schedule: packing.Schedule,
+    shared: Manifest | None,
+) -> dict[str, ConversionJob]:
+    """Open, recognise and check every network. Raises ConversionError.
+
+    The transformer comes last, as it may need the width of the image encoder.
+    """
+    jobs: dict[str, ConversionJob] = {}
+    for role in sorted(paths, key=lambda role: role == "transformer"):
+        source = tables.recognise(weight_files.open_checkpoint(paths[role]), role, request.prefix)
+        if shared and role in shared.roles:
+            source = dataclasses.replace(source, like=bundle.role_config(shared, role)[1])
+        if role == "transformer":
+            source = _transformer_source(request, source, schedule, jobs, shared)
+        jobs[role] = plan(source)
+    tables.check_prefix(request.prefix, [job.source for job in jobs.values()])
+    return {role: jobs[role] for role in paths}
+
+
+def _transformer_source(
+    request: BundleRequest,
+    source: Source,
+    schedule: packing.Schedule,
+    jobs: Mapping[str, ConversionJob],
+    shared: Manifest | None,
+) -> Source:
+    given = {"rope_axes": _rope_axes(request.rope_axes)} if request.rope_axes else {}
+    table = source.table
+    if request.from_base:
+        width = request.image_dim or _image_width(jobs, shared)
+        table = transformer.from_base(table, context_kernels(schedule), width)
+    return dataclasses.replace(source, table=table, given=given)
+
+
+def _image_width(jobs: Mapping[str, ConversionJob], shared: Manifest | None) -> int:
+    if "image_encoder" in jobs:
+        return jobs["image_encoder"].cfg.width
+    if shared and "image_encoder" in shared.roles:
+        return bundle.role_config(shared, "image_encoder")[1].width
+    return DEFAULT_IMAGE_DIM
+
+
+def _rope_axes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise ConversionError(
+            f"--rope-axes {text}: expected three numbers, such as 16,56,56"
+        ) from error
+
+
+def assemble_manifest(
+    request: BundleRequest,
+    schedule: packing.Schedule,
+    jobs: Mapping[str, ConversionJob],
+    shared: Manifest | None,
+    origins: Mapping[str, str],
+) -> Manifest:
+    """Return the manifest of a new bundle. Raises ConversionError if its parts do not fit."""
+    roles = {name: _role(name, jobs, origins.get(name)) for name in jobs}
+    if shared and request.encoders_from:
+        for name, role in shared.roles.items():
+            path = bundle.reference(epath.Path(request.encoders_from) / role.path, request.output)
+            roles.setdefault(name, dataclasses.replace(role, path=path))
+    roles = {name: roles[name] for name in bundle.ROLES if name in roles}
+    mean, std = (shared.latent_mean, shared.latent_std) if shared else _statistics(None, roles)
+    if "vae" in jobs:
+        mean, std = _statistics(jobs["vae"].source.config_json(), roles)
+    template = request.prompt_template or (shared.prompt_template if shared else PROMPT_TEMPLATE)
+    if template.count("{}") != 1:
+        raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
+    manifest = Manifest(roles, mean, std, template, schedule)
+    if shared and "transformer" not in jobs:
+        manifest = dataclasses.replace(manifest, buckets=shared.buckets)
+    _check_widths(manifest)
+    _check_kernels(manifest)
+    return manifest
+
+
+def _role(name: str, jobs: Mapping[str, ConversionJob], origin: str | None) -> Role:
+    job = jobs[name]
+    source = {**job.source.checkpoint.source(), "naming": job.source.table.what}
+    more = {
+        "prefix": job.source.prefix,
+        "left_out": shorten(job.source.left_out()),
+        "also_holds": _not_taken(job.source.checkpoint, jobs),
+    }
+    source |= {field: value for field, value in more.items() if value}
+    # A folder in the hub's cache has the name of its commit.
+    source["name"] = origin or source["name"]
+    return Role(job.source.table.kind, dataclasses.asdict(job.cfg), name, source)
+
+
+def _not_taken(checkpoint: Checkpoint, jobs: Mapping[str, ConversionJob]) -> list[str]:
+    """Return the roles of a checkpoint's networks that the bundle takes from elsewhere."""
+    taken = {role for role, job in jobs.items() if job.source.checkpoint.path == checkpoint.path}
+    return [role for role in tables.networks(checkpoint) if role not in taken]
+
+
+def _statistics(
+    fields: dict[str, Any] | None, roles: Mapping[str, Role]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each latent channel."""
+    channels = [
+        roles[name].config[field]
+        for name, field in (("vae", "latent_channels"), ("transformer", "in_channels"))
+        if name in roles
+    ]
+    return vae.latent_statistics(fields, channels[0] if channels else 0)
+
+
+def _check_widths(manifest: Manifest) -> None:
+    """Raise ConversionError if a network has another width than the transformer reads."""
+    if "transformer" not in manifest.roles:
+        return
+    reader = manifest.roles["transformer"].config
+    for name, (made, read) in WIDTHS.items():
+        if name not in manifest.roles or reader[read] is None:
+            continue
+        width = manifest.roles[name].config[made]
+        if width != reader[read]:
+            raise ConversionError(
+                f"{name} has {made} {width}, but the transformer has {read} {reader[read]}: they"
+                " do not belong together"
+            )
+
+
+def _check_kernels(manifest: Manifest) -> None:
+    """Raise ConversionError if the transformer lacks a context kernel of the schedule."""
+    if "transformer" not in manifest.roles:
+        return
+    kernels = manifest.roles["transformer"].config["context_kernels"]
+    wanted = set(context_kernels(manifest.schedule))
+    if kernels and (absent := sorted(wanted - set(kernels))):
+        raise ConversionError(
+            f"schedule {manifest.schedule} needs kernels {', '.join(absent)}; the transformer has"
+            f" {', '.join(kernels)}"
+        )
