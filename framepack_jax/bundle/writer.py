@@ -43,7 +43,7 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
             for name, array in prefetch(leaves):
                 array = np.ascontiguousarray(array)
                 digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-                digest.update(array.reshape(-1).view(np.uint8))
+                digest.update(array.reshape(-1).view(np.uint8).data)
                 held[tuple(name.split("/"))] = array.view(_Settled)
                 size += array.nbytes
                 if size >= WRITE_CHUNK:

@@ -61,7 +61,7 @@ def _transformer_source(
     if request.from_base:
         width = request.image_dim or _image_width(jobs, shared)
         table = transformer.from_base(table, context_kernels(schedule), width)
-    return dataclasses.replace(source, table=table, given=given)
+    return dataclasses.replace(source, table=table, overrides=given)
 
 
 def _image_width(jobs: Mapping[str, ConversionJob], shared: Manifest | None) -> int:
@@ -111,7 +111,7 @@ def assemble_manifest(
 
 def _role(name: str, jobs: Mapping[str, ConversionJob], origin: str | None) -> Role:
     job = jobs[name]
-    source = {**job.source.checkpoint.source(), "naming": job.source.table.what}
+    source = {**job.source.checkpoint.source(), "naming": job.source.table.description}
     more = {
         "prefix": job.source.prefix,
         "left_out": shorten(job.source.left_out()),

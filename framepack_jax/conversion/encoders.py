@@ -89,7 +89,7 @@ def _llama_config(source: Source) -> llama.LlamaConfig:
     )
 
 
-def _llama_leftovers(cfg: llama.LlamaConfig) -> tuple[str, ...]:
+def _llama_ignored_keys(cfg: llama.LlamaConfig) -> tuple[str, ...]:
     unused = "|".join(str(cfg.layers + i) for i in range(UNUSED_LAYERS))
     return (
         rf"^layers\.({unused})\.",
@@ -142,7 +142,7 @@ def _clip_config(source: Source) -> clip.ClipConfig:
     )
 
 
-def _clip_leftovers(cfg: clip.ClipConfig) -> tuple[str, ...]:
+def _clip_ignored_keys(cfg: clip.ClipConfig) -> tuple[str, ...]:
     return (r"position_ids$",)
 
 
@@ -178,7 +178,7 @@ def _siglip_config(source: Source) -> siglip.SiglipConfig:
     )
 
 
-def _siglip_leftovers(cfg: siglip.SiglipConfig) -> tuple[str, ...]:
+def _siglip_ignored_keys(cfg: siglip.SiglipConfig) -> tuple[str, ...]:
     return (r"^head\.", r"position_ids$")
 
 
@@ -208,13 +208,13 @@ def _transformers_config(source: Source, part: str, model_type: str) -> Any | No
     except Exception as error:  # of many kinds, by what is wrong in the file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
-            f"{folder}/config.json is no config of a {source.table.what} ({reason})"
+            f"{folder}/config.json is no config of a {source.table.description} ({reason})"
         ) from error
     config = getattr(config, part, config)
     if config.model_type != model_type:
         raise ConversionError(
-            f"{folder}/config.json is of model type {config.model_type!r}; a {source.table.what} is"
-            f" {model_type!r}"
+            f"{folder}/config.json is of model type {config.model_type!r}; a"
+            f" {source.table.description} is {model_type!r}"
         )
     return config
 
@@ -230,28 +230,28 @@ def _sized(source: Source, known: Any, **sizes: int) -> Any:
 
 LLAMA = Table(
     kind="llama",
-    what="Llama text model",
-    landmark="embed_tokens.weight",
+    description="Llama text model",
+    detect_key="embed_tokens.weight",
     rows=_llama_rows,
     config=_llama_config,
-    leftovers=_llama_leftovers,
+    ignored_keys=_llama_ignored_keys,
 )
 CLIP = Table(
     kind="clip_text",
-    what="CLIP text model",
-    landmark="embeddings.token_embedding.weight",
+    description="CLIP text model",
+    detect_key="embeddings.token_embedding.weight",
     # SigLIP's text model.
     stranger="head.weight",
     rows=_clip_rows,
     config=_clip_config,
-    leftovers=_clip_leftovers,
+    ignored_keys=_clip_ignored_keys,
 )
 SIGLIP = Table(
     kind="siglip_vision",
-    what="SigLIP vision model",
+    description="SigLIP vision model",
     # CLIP's vision model has no such bias.
-    landmark="embeddings.patch_embedding.bias",
+    detect_key="embeddings.patch_embedding.bias",
     rows=_siglip_rows,
     config=_siglip_config,
-    leftovers=_siglip_leftovers,
+    ignored_keys=_siglip_ignored_keys,
 )

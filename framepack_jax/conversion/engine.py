@@ -29,7 +29,7 @@ from framepack_jax.utils.messages import first_line, shorten
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Bytes from which it pays to have XLA transpose.
-LEAST_TRANSPOSED = 1 << 20
+MIN_TRANSPOSED = 1 << 20
 # Bytes that are read of mapped files before their pages are given back.
 MAPPED = 256 << 20
 # What tracing a network raises where its sizes do not go together.
@@ -42,7 +42,7 @@ def silent(size: int) -> None:
     """Shows no progress."""
 
 
-def _no_leftovers(cfg: Any) -> tuple[str, ...]:
+def _no_ignored_keys(cfg: Any) -> tuple[str, ...]:
     return ()
 
 
@@ -50,27 +50,27 @@ def _no_leftovers(cfg: Any) -> tuple[str, ...]:
 class Table:
     """One naming of one kind of network.
 
-    A checkpoint that holds the tensor `landmark`, behind any prefix, is in this naming, unless it
+    A checkpoint that holds the tensor `detect_key`, behind any prefix, is in this naming, unless it
     holds `stranger` there too. `config` reads the model's config off a `Source`, `rows` are those
-    for a config, and `leftovers` are regular expressions of names, without prefix, that may stay
+    for a config, and `ignored_keys` are regular expressions of names, without prefix, that may stay
     unused.
     """
 
     kind: str
-    what: str
-    landmark: str
+    description: str
+    detect_key: str
     rows: Callable[[Any], list[Row]]
     config: Callable[["Source"], Any]
     stranger: str | None = None
-    leftovers: Callable[[Any], tuple[str, ...]] = _no_leftovers
+    ignored_keys: Callable[[Any], tuple[str, ...]] = _no_ignored_keys
 
     def prefixes_in(self, checkpoint: Checkpoint) -> list[str]:
         """Return the prefixes, "" or with a dot at the end, behind which a checkpoint holds
         networks in this naming."""
         found = (
-            name.removesuffix(self.landmark)
+            name.removesuffix(self.detect_key)
             for name in checkpoint.names()
-            if f".{name}".endswith(f".{self.landmark}")
+            if f".{name}".endswith(f".{self.detect_key}")
         )
         return sorted(p for p in found if not self.stranger or p + self.stranger not in checkpoint)
 
@@ -79,7 +79,7 @@ class Table:
 class Source:
     """A network of a checkpoint, read by a table; names are without prefix.
 
-    `given` holds config fields that a person supplies because the checkpoint may not tell them.
+    `overrides` holds config fields that the user sets because the checkpoint may not state them.
     `like` is the config of the network that this one replaces: it tells what neither shapes nor a
     `config.json` tell. `others` are the prefixes of all networks in the checkpoint; `has_config`
     says whether the `config.json` beside it can be this network's.
@@ -88,7 +88,7 @@ class Source:
     checkpoint: Checkpoint
     table: Table
     prefix: str = ""
-    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     like: Any = None
     others: tuple[str, ...] = ()
     has_config: bool = True
@@ -114,7 +114,7 @@ class Source:
             if cfg is not None and getattr(cfg, name) == size:
                 return cfg
         raise ConversionError(
-            f"{self.checkpoint.path}: a {self.table.what} with {name} {size} needs its"
+            f"{self.checkpoint.path}: a {self.table.description} with {name} {size} needs its"
             " config.json beside it, in a file of its own, or --encoders-from a bundle that has one"
             f" with the same {name}; without, only one with {name} {getattr(released, name)} is"
             " known"
@@ -129,7 +129,7 @@ class Source:
             return self.checkpoint.shape(name.string)
         raise ConversionError(
             f"{self.checkpoint.path}: there is no tensor {self.prefix}{pattern}, which tells the"
-            f" sizes of a {self.table.what}; is the file whole?"
+            f" sizes of a {self.table.description}; is the file whole?"
         )
 
     def count(self, pattern: str) -> int:
@@ -146,7 +146,7 @@ class Source:
             if fields.get(name, value) != value:
                 raise ConversionError(
                     f"{self.checkpoint.path}: config.json has {name} = {fields[name]!r}; only"
-                    f" {value!r} is supported for a {self.table.what}"
+                    f" {value!r} is supported for a {self.table.description}"
                 )
 
 
@@ -185,9 +185,10 @@ class ConversionJob:
             tensors = [tensor.astype(self._dtype(step), copy=False) for tensor in tensors]
             arrays = step.row.transform(tensors, list(step.targets.values()))
             for path, array in zip(step.targets, arrays, strict=True):
-                if self._is_quantized(path, dtype):
-                    arrays = quantize(path, array, dtype)
-                    yield from zip(_quantized_paths(path), arrays, strict=True)
+                if dtype and self._is_quantized(path, dtype):
+                    yield from zip(
+                        _quantized_paths(path), quantize(path, array, dtype), strict=True
+                    )
                 else:
                     yield path, contiguous(cast(path, array, self._target(step, dtype)))
 
@@ -247,14 +248,14 @@ def plan(source: Source) -> ConversionJob:
     except NO_NETWORK as error:
         line = first_line(error)
         raise ConversionError(
-            f"{source.checkpoint.path}: its sizes make no {source.table.what}: {cfg} ({line}); the"
-            " file or its config.json is damaged, or of another model"
+            f"{source.checkpoint.path}: its sizes make no {source.table.description}: {cfg}"
+            f" ({line}); the file or its config.json is damaged, or of another model"
         ) from error
     steps = steps_of(source.table, cfg, source.prefix)
     if problems := _problems(source, cfg, steps):
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConversionError(
-            f"{source.checkpoint.path} does not fit a {source.table.what}:\n{listed}"
+            f"{source.checkpoint.path} does not fit a {source.table.description}:\n{listed}"
         )
     return ConversionJob(source, cfg, steps)
 
@@ -273,7 +274,7 @@ def steps_of(table: Table, cfg: Any, prefix: str = "") -> list[Step]:
     for path, leaf in registry.abstract_leaves(table.kind, cfg).items():
         found = [(row, part, m) for row, part, e in patterns if (m := e.fullmatch(path))]
         if len(found) != 1:
-            raise LookupError(f"table of {table.what}: {len(found)} rows for {path}")
+            raise LookupError(f"table of {table.description}: {len(found)} rows for {path}")
         row, part, match = found[0]
         layer = {name: int(number) for name, number in match.groupdict().items()}
         key = (row.targets, *layer.values())
@@ -351,7 +352,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     numpy copies a transposed matrix number by number; XLA's copy to the host as a device goes by
     blocks, on several cores.
     """
-    small = array.ndim < 2 or array.nbytes < LEAST_TRANSPOSED
+    small = array.ndim < 2 or array.nbytes < MIN_TRANSPOSED
     if small or array.itemsize > 4 or array.flags.c_contiguous or not (host := _host()):
         return np.ascontiguousarray(array)
     # As words without a type of their own, so that none is unknown there.
@@ -371,7 +372,11 @@ def _host() -> jax.Device | None:
 def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:
     """One line for each sort of problem."""
     checkpoint = source.checkpoint
-    gaps, missing, misshapen, types = {}, {}, {}, {}
+    # Dicts as sets that keep their order.
+    gaps: dict[str, None] = {}
+    missing: dict[str, None] = {}
+    misshapen: dict[str, None] = {}
+    types: dict[str, None] = {}
     modules = _modules(checkpoint.names())
     for step in steps:
         pairs = zip(step.row.sources, step.sources, step.source_shapes(), strict=True)
@@ -383,9 +388,11 @@ def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:
                     types[f"{name} is {checkpoint.dtype(name)}"] = None
                 continue
             layer = _layer_of(source.prefix + pattern, step.layer)
-            absent = layer and layer not in modules
-            (gaps if absent else missing)[layer if absent else name] = None
-    allowed = re.compile("|".join(source.table.leftovers(cfg)) or "(?!)")
+            if layer and layer not in modules:
+                gaps[layer] = None
+            else:
+                missing[name] = None
+    allowed = re.compile("|".join(source.table.ignored_keys(cfg)) or "(?!)")
     used = {name for step in steps for name in step.sources}
     unknown = [
         name

@@ -142,7 +142,7 @@ class Export:
         partial.mkdir(parents=True)
         arrays = self.arrays()
         parts, stem = shards(self.tensors, SHARD), STEMS.get(self.role, "model")
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, tensors in enumerate(parts, 1):
             several = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
             file = f"{stem}{several}.safetensors"
@@ -223,8 +223,8 @@ def _steps(role: str, naming: str, cfg: Any) -> list[Step]:
         return engine.steps_of(table, cfg, prefix)
     except LookupError as error:
         raise ConversionError(
-            f"{role}: not all of it has a name in a {table.what} ({error}); a FramePack model goes"
-            " out in diffusers' names"
+            f"{role}: not all of it has a name in a {table.description} ({error}); a FramePack model"
+            " goes out in diffusers' names"
         ) from error
 
 

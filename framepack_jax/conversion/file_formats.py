@@ -255,7 +255,8 @@ def _check_archive(file: Path) -> None:
             raw.seek(record.header_offset)
             lengths = ZIP_HEADER.unpack(raw.read(ZIP_HEADER.size))
             end = record.header_offset + ZIP_HEADER.size + sum(lengths) + record.file_size
-            gaps, note = (16, 24), ZIP_DESCRIPTOR + struct.pack("<I", record.CRC)
+            gaps: tuple[int, ...] = (16, 24)
+            note = ZIP_DESCRIPTOR + struct.pack("<I", record.CRC)
             if not record.flag_bits & DESCRIBED:
                 gaps, note = (0,), b""
             raw.seek(end)

@@ -7,6 +7,7 @@ marker `scaled_fp8`) or `X.weight_scale` (ComfyUI's later `comfy_quant`), or in 
 activations is left out.
 """
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -156,7 +157,7 @@ def _mapped_scales(files: list[Path], packed: Iterable[str]) -> Entries:
         ) from error
     names = {name: _end_among(arrays, name.removesuffix(WEIGHT)) for name in packed}
     return {
-        name: Entry(arrays[module].shape, "float32", lambda array=arrays[module]: array)
+        name: Entry(arrays[module].shape, "float32", functools.partial(arrays.__getitem__, module))
         for name, module in names.items()
         if module is not None
     }

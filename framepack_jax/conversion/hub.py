@@ -90,7 +90,7 @@ def fetch(
     except _Unreachable as error:
         if cached := _cached(repo_id, subfolder):
             return cached
-        raise _explained(repo_id, error.__cause__) from error
+        raise _explained(repo_id, error.__cause__ or error) from error
     _check_space(repo_id, listed.missing)
     chosen = listed.chosen
     try:
@@ -251,7 +251,7 @@ def _explained(repo_id: str, error: BaseException) -> ConversionError:
             f"there is no folder {repo_id} here, and no repository that you may read at {page};"
             " check the name, or set HF_TOKEN if it is private or gated"
         )
-    if isinstance(error, hub_errors.EntryNotFoundError) and status:
+    if isinstance(error, hub_errors.RemoteEntryNotFoundError) and status:
         name = str(error.response.request.url).partition("/resolve/")[2].partition("/")[2]
         return ConversionError(
             f"{repo_id} lists {name}, but the hub does not have it; try again later, or tell its"

@@ -97,7 +97,7 @@ def _pipeline(path: Path) -> list[tuple[str, str]]:
             continue
         try:
             checkpoint = open_checkpoint(path / role)
-            what = tables.recognise(checkpoint, role).table.what
+            what = tables.recognise(checkpoint, role).table.description
             rows.append((role, f"{what}, {_parameters(checkpoint)}"))
         except ConversionError as error:
             rows.append((role, f"cannot be read: {error}"))
@@ -111,7 +111,7 @@ def _network(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         begins = ", ".join(checkpoint.names()[:3])
         return [*rows[:1], ("model", f"unknown; its tensors begin with {begins}"), *rows[1:]]
     described = [
-        [("model", source.table.what), *_fit(role, source, choice=len(sources) > 1)]
+        [("model", source.table.description), *_fit(role, source, choice=len(sources) > 1)]
         for role, sources in found.items()
         for source in sources
     ]

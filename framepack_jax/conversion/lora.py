@@ -88,33 +88,35 @@ class Naming(NamedTuple):
     flat: bool = False
     one_rank: bool = False
 
+    @classmethod
+    def peft(cls, table: Table, prefix: str, *, one_rank: bool = False) -> "Naming":
+        """Names of PEFT: the scale is part of `up`."""
+        down, up = f"{prefix}{{}}.lora_A.weight", f"{prefix}{{}}.lora_B.weight"
+        return cls(table, down, up, one_rank=one_rank)
 
-PEFT_KEYS = ("{}.lora_A.weight", "{}.lora_B.weight")
-KOHYA_KEYS = ("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha")
+    @classmethod
+    def kohya(cls, table: Table, prefix: str, *, flat: bool = False) -> "Naming":
+        """Names of kohya-ss/sd-scripts: alpha is a tensor."""
+        down, up = f"{prefix}{{}}.lora_down.weight", f"{prefix}{{}}.lora_up.weight"
+        return cls(table, down, up, f"{prefix}{{}}.alpha", flat)
+
+
 NAMINGS = {
     # Read by `pipe.load_lora_weights` and `load_lora_adapter`; ranks stand in the metadata too.
-    "diffusers": Naming(transformer.DIFFUSERS, *(f"transformer.{key}" for key in PEFT_KEYS)),
+    "diffusers": Naming.peft(transformer.DIFFUSERS, "transformer."),
     # As diffusion-pipe writes them: every program reads these (docs/other-programs.md). Without
     # metadata, readers take alpha from one module for all, so that all have one rank.
-    "original": Naming(
-        transformer.TENCENT_FRAMEPACK,
-        *(f"diffusion_model.{key}" for key in PEFT_KEYS),
-        one_rank=True,
-    ),
+    "original": Naming.peft(transformer.TENCENT_FRAMEPACK, "diffusion_model.", one_rank=True),
     # As musubi-tuner writes a LoRA of FramePack,
-    "kohya": Naming(transformer.DIFFUSERS, *(f"lora_unet_{key}" for key in KOHYA_KEYS), flat=True),
+    "kohya": Naming.kohya(transformer.DIFFUSERS, "lora_unet_", flat=True),
     # and one of HunyuanVideo.
-    "kohya-tencent": Naming(
-        transformer.TENCENT_FRAMEPACK, *(f"lora_unet_{key}" for key in KOHYA_KEYS), flat=True
-    ),
+    "kohya-tencent": Naming.kohya(transformer.TENCENT_FRAMEPACK, "lora_unet_", flat=True),
     # ComfyUI looks its modules up in both spellings of factors; this one keeps alpha apart.
-    "comfyui": Naming(
-        transformer.COMFYUI_FRAMEPACK, *(f"diffusion_model.{key}" for key in KOHYA_KEYS)
-    ),
+    "comfyui": Naming.kohya(transformer.COMFYUI_FRAMEPACK, "diffusion_model."),
 }
 Alphas = Callable[[str, int], float]
 # Trainers have alphas about as large as the rank; float32 ends at 3e38.
-MOST_ALPHA = 1e9
+MAX_ALPHA = 1e9
 
 
 class Place(NamedTuple):
@@ -415,8 +417,8 @@ def _pair(checkpoint: Checkpoint, tensors: Mapping[str, str], place: Place, alph
         alpha = checkpoint.read(tensors["alpha"])
         if alpha.size != 1:
             raise ConversionError(f"alpha has shape {alpha.shape}, expected a single number")
-        if not abs(value := float(alpha.reshape(()))) < MOST_ALPHA:
-            raise ConversionError(f"alpha is {value:g}, expected less than {MOST_ALPHA:g}")
+        if not abs(value := float(alpha.reshape(()))) < MAX_ALPHA:
+            raise ConversionError(f"alpha is {value:g}, expected less than {MAX_ALPHA:g}")
         scale = value / rank
     factors = checkpoint.read(tensors["down"]), checkpoint.read(tensors["up"])
     return trimmed(pair_of(place.step, *factors, np.full(rank, scale)))
@@ -465,7 +467,7 @@ def _checked_alphas(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[s
     patterns = fields.get("alpha_pattern") or {}
     numbers = patterns.values() if isinstance(patterns, dict) else [None]
     for alpha in (fields.get("lora_alpha", 1), *numbers):
-        if not isinstance(alpha, int | float) or not abs(alpha) < MOST_ALPHA:
+        if not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
             raise ConversionError(
                 f"{checkpoint.path}: its PEFT config has {str(alpha)[:40]} for an alpha; expected"
                 " lora_alpha to be a number and alpha_pattern {module: number}"

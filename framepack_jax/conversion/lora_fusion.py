@@ -157,7 +157,7 @@ def _join(parts: Sequence[Pair | None], sizes: list[int]) -> Pair:
     downs, ups, scales = (alike(arrays) for arrays in zip(*there, strict=True))
     if all(map(np.array_equal, downs[1:], downs)) and all(map(np.array_equal, scales[1:], scales)):
         # They share `down`: they are cut from one matrix.
-        down, scale, begins = downs[0], scales[0], [0] * len(there)
+        down, scale, begins = downs[0], scales[0], np.zeros(len(there), int)
     else:
         down, scale = np.concatenate(downs), np.concatenate(scales)
         begins = np.cumsum([0, *map(len, downs[:-1])])

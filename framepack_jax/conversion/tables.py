@@ -7,7 +7,7 @@ from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
 
 TABLES: dict[str, tuple[Table, ...]] = {
-    # The landmark of one may stand in those before it too.
+    # The detect_key of one may stand in those before it too.
     "transformer": (
         transformer.DIFFUSERS,
         transformer.COMFYUI_WEIGHT,
@@ -42,12 +42,12 @@ def recognise(checkpoint: Checkpoint, role: str, prefix: str | None = None) -> S
             f" instance plain and averaged ones (EMA); choose one with {flags}"
         )
     others = [
-        f"it looks like a {source.table.what}: give it as --{other.replace('_', '-')}"
+        f"it looks like a {source.table.description}: give it as --{other.replace('_', '-')}"
         for other, sources in found.items()
         for source in sources
     ]
-    landmarks = {table.what: table.landmark for table in TABLES[role]}
-    expected = " or ".join(f"{name} (of a {what})" for what, name in landmarks.items())
+    detect_keys = {table.description: table.detect_key for table in TABLES[role]}
+    expected = " or ".join(f"{name} (of a {what})" for what, name in detect_keys.items())
     begins = ", ".join(checkpoint.names()[:3])
     raise ConversionError(
         f"{checkpoint.path} is no {role.replace('_', ' ')}: expected a tensor {expected}, behind"

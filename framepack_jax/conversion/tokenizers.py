@@ -35,7 +35,7 @@ def find(role: str, model: Path | None, given: Path | None) -> Path:
     """The folder with the files that the network at `model` needs: the one given, the network's
     own, or the one next to it in a diffusers pipeline. Raises ConversionError."""
     name = FOLDERS[role]
-    candidates = [given] if given else _candidates(name, model)
+    candidates = [given] if given else _candidates(name, model) if model else []
     for folder in candidates:
         if (folder / MARKERS[name]).exists():
             for file in _files_in(folder, name):

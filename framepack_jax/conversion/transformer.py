@@ -230,7 +230,7 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> TransformerConf
         **{name: name for name in ("in_channels", "out_channels", "mlp_ratio", "rope_theta")},
     }
     sizes = {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
-    axes = source.given.get("rope_axes") or fields.get("rope_axes_dim", RELEASED.rope_axes)
+    axes = source.overrides.get("rope_axes") or fields.get("rope_axes_dim", RELEASED.rope_axes)
     cfg = make_config(
         source.checkpoint.folder / "config.json",
         TransformerConfig,
@@ -270,7 +270,7 @@ def _config_from_shapes(source: Source) -> TransformerConfig:
             pooled_dim=shape("embed/pooled_in/kernel")[1],
             image_dim=shape("embed/image_up/kernel")[1] if has("embed/image_up/kernel") else None,
             guidance=has("embed/guidance_in/kernel"),
-            rope_axes=source.given.get("rope_axes") or _known_axes(source, head_dim),
+            rope_axes=source.overrides.get("rope_axes") or _known_axes(source, head_dim),
             context_kernels=tuple(k for k in CONTEXT_NAMES if has(f"embed/context_{k}/kernel")),
         )
     return _with_checked_axes(source, cfg)
@@ -300,15 +300,15 @@ def _with_checked_axes(source: Source, cfg: TransformerConfig) -> TransformerCon
 
 DIFFUSERS = Table(
     kind=KIND,
-    what="HunyuanVideo or FramePack transformer in diffusers' naming",
-    landmark="x_embedder.proj.weight",
+    description="HunyuanVideo or FramePack transformer in diffusers' naming",
+    detect_key="x_embedder.proj.weight",
     rows=_diffusers_rows,
     config=_config,
 )
 TENCENT = Table(
     kind=KIND,
-    what="HunyuanVideo transformer in Tencent's naming",
-    landmark="img_in.proj.weight",
+    description="HunyuanVideo transformer in Tencent's naming",
+    detect_key="img_in.proj.weight",
     rows=_tencent_rows,
     # The config.json that lies beside Tencent's files is another model's.
     config=_config_from_shapes,
@@ -316,27 +316,27 @@ TENCENT = Table(
 # What trainers that keep to Tencent's code make of FramePack.
 TENCENT_FRAMEPACK = dataclasses.replace(
     TENCENT,
-    what="FramePack transformer in Tencent's naming",
-    landmark="clean_x_embedder.proj.weight",
+    description="FramePack transformer in Tencent's naming",
+    detect_key="clean_x_embedder.proj.weight",
     rows=_tencent_framepack_rows,
 )
 COMFYUI = Table(
     kind=KIND,
-    what="HunyuanVideo transformer in ComfyUI's naming",
-    landmark="txt_in.t_embedder.in_layer.weight",
+    description="HunyuanVideo transformer in ComfyUI's naming",
+    detect_key="txt_in.t_embedder.in_layer.weight",
     rows=_comfyui_rows,
     config=_config_from_shapes,
 )
 # ComfyUI has no names for what FramePack adds: those of the release.
 COMFYUI_FRAMEPACK = dataclasses.replace(
     COMFYUI,
-    what="FramePack transformer in ComfyUI's naming",
+    description="FramePack transformer in ComfyUI's naming",
     rows=_comfyui_framepack_rows,
 )
 # Saved by versions whose norms are PyTorch's.
 COMFYUI_WEIGHT = dataclasses.replace(
     COMFYUI,
-    landmark="double_blocks.0.img_attn.norm.query_norm.weight",
+    detect_key="double_blocks.0.img_attn.norm.query_norm.weight",
     rows=_comfyui_weight_rows,
 )
 

@@ -189,22 +189,22 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _leftovers(cfg: VaeConfig) -> tuple[str, ...]:
+def _ignored_keys(cfg: VaeConfig) -> tuple[str, ...]:
     """Tencent's file may carry what its training needed."""
     return (r"^loss\.",)
 
 
 TABLE = Table(
     kind="hunyuan_vae",
-    what="HunyuanVideo VAE",
-    landmark="encoder.mid_block.resnets.0.conv1.conv.weight",
+    description="HunyuanVideo VAE",
+    detect_key="encoder.mid_block.resnets.0.conv1.conv.weight",
     rows=_diffusers_rows,
     config=_config,
-    leftovers=_leftovers,
+    ignored_keys=_ignored_keys,
 )
 COMFYUI = dataclasses.replace(
     TABLE,
-    what="HunyuanVideo VAE in ComfyUI's naming",
-    landmark="encoder.mid.block_1.conv1.conv.weight",
+    description="HunyuanVideo VAE in ComfyUI's naming",
+    detect_key="encoder.mid.block_1.conv1.conv.weight",
     rows=_comfyui_rows,
 )

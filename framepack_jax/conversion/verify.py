@@ -74,7 +74,7 @@ def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -
     source = tables.recognise(weight_files.open_checkpoint(path), role, prefix)
     source = dataclasses.replace(source, like=cfg)
     if role == "transformer":
-        source = dataclasses.replace(source, given={"rope_axes": cfg.rope_axes})
+        source = dataclasses.replace(source, overrides={"rope_axes": cfg.rope_axes})
         found = source.table.config(source)
         if cfg.context_kernels and not found.context_kernels and cfg.image_dim is not None:
             table = transformer.from_base(source.table, cfg.context_kernels, cfg.image_dim)

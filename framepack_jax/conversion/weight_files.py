@@ -215,10 +215,10 @@ def _files_of(folder: Path) -> list[Path]:
             f"{folder} is a checkpoint of torch.distributed; make one file of it with: python -m"
             f" torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
         )
-    suffixes = ", ".join("*" + suffix for suffix in file_formats.TORCH_SUFFIXES)
+    listed = ", ".join("*" + suffix for suffix in file_formats.TORCH_SUFFIXES)
     raise ConversionError(
         f"{folder} has no checkpoint; expected *.safetensors, with *.safetensors.index.json where"
-        f" it is sharded, or one of {suffixes}"
+        f" it is sharded, or one of {listed}"
     )
 
 

@@ -92,7 +92,7 @@ def autoencoder() -> torch.nn.Module:
 
 def plan_of(path: Path, role: str = "transformer", **given) -> engine.ConversionJob:
     source = tables.recognise(weight_files.open_checkpoint(path), role)
-    return engine.plan(dataclasses.replace(source, given=given))
+    return engine.plan(dataclasses.replace(source, overrides=given))
 
 
 def state_of(model: torch.nn.Module) -> Leaves:
@@ -465,7 +465,7 @@ def test_names_are_gone_through_once(tmp_path, monkeypatch) -> None:
         kept = {k: v for k, v in state.items() if whole or ".norm" not in k}
         source = tables.recognise(abstract_checkpoint(kept, tmp_path), "transformer")
         calls.clear()
-        source = dataclasses.replace(source, given={"rope_axes": (4, 6, 6)})
+        source = dataclasses.replace(source, overrides={"rope_axes": (4, 6, 6)})
         problems = engine._problems(source, CFG, engine.steps_of(source.table, CFG))
         assert whole != bool(problems)
         counts.append(len(calls))

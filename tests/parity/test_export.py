@@ -227,7 +227,7 @@ def test_in_and_out_again_no_bit_is_lost(form, framepack, data, seed, tmp_path_f
     with mock.patch.object(export, "SHARD", 20_000):
         (network.folder if form == "folder" else network.single)(target)
     source = tables.recognise(weight_files.open_checkpoint(target), "transformer")
-    plan = engine.plan(dataclasses.replace(source, given={"rope_axes": (4, 6, 6)}))
+    plan = engine.plan(dataclasses.replace(source, overrides={"rope_axes": (4, 6, 6)}))
     assert plan.cfg == cfg if form == "folder" else plan.cfg.width == cfg.width
     again = dict(plan.leaves())
     assert again.keys() == leaves.keys()

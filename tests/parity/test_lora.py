@@ -439,7 +439,7 @@ def test_a_flag_without_a_file() -> None:
 
 def plan_of(file: Path) -> engine.ConversionJob:
     source = tables.recognise(weight_files.open_checkpoint(file), "transformer")
-    return engine.plan(dataclasses.replace(source, given={"rope_axes": (4, 6, 6)}))
+    return engine.plan(dataclasses.replace(source, overrides={"rope_axes": (4, 6, 6)}))
 
 
 @dataclasses.dataclass

@@ -141,7 +141,7 @@ def test_single_files_hold_what_tencents_does(prefix: str, tencent, tmp_path) ->
         plan = plan_of(write(state, tmp_path / f"{name}.safetensors", prefix), **AXES)
         assert_same(dict(plan.leaves()), expected)
         naming = "Tencent's" if name == "kept" else "ComfyUI's"
-        assert plan.source.table.what == f"HunyuanVideo transformer in {naming} naming"
+        assert plan.source.table.description == f"HunyuanVideo transformer in {naming} naming"
 
 
 @pytest.mark.golden
@@ -248,7 +248,7 @@ def test_comfyuis_vae_holds_what_diffusers_does(tmp_path) -> None:
     model.save_config(file.parent)
     plan, expected = plan_of(file, "vae"), plan_of(tmp_path / "diffusers", "vae")
     assert plan.cfg == expected.cfg
-    assert plan.source.table.what == "HunyuanVideo VAE in ComfyUI's naming"
+    assert plan.source.table.description == "HunyuanVideo VAE in ComfyUI's naming"
     assert_same(dict(plan.leaves()), dict(expected.leaves()))
 
 
@@ -326,7 +326,7 @@ def test_plain_weights_beside_averaged_ones(framepack, tmp_path) -> None:
         plan_of(file)
     assert inspect.describe(file).count("transformer in diffusers' naming") == 2
     source = tables.recognise(weight_files.open_checkpoint(file), "transformer", "")
-    leaves = dict(engine.plan(dataclasses.replace(source, given=AXES)).leaves())
+    leaves = dict(engine.plan(dataclasses.replace(source, overrides=AXES)).leaves())
     assert_same(leaves, leaves_of(write(framepack, tmp_path / "plain.safetensors"), **AXES))
 
 
@@ -432,7 +432,7 @@ def test_a_whole_checkpoint_of_released_sizes_fits_without_a_config(framepack, t
         (source,) = found[role]
         engine.plan(source)
     (source,) = found["transformer"]
-    plan = engine.plan(dataclasses.replace(source, given=AXES))
+    plan = engine.plan(dataclasses.replace(source, overrides=AXES))
     assert plan.cfg.context_kernels == ("k1", "k2", "k4")
 
 
