@@ -27,7 +27,7 @@ import tyro
 
 from benchmarks import lengths
 from framepack_jax import bundle
-from framepack_jax.conversion import engine
+from framepack_jax.conversion import arrays
 from framepack_jax.models import quantization, registry
 from scripts import make_toy_bundle
 
@@ -149,7 +149,7 @@ def random_leaf(path: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple
     numbers = numbers.astype("bfloat16")
     if kind == "kernel" and dtype in quantization.QUANTIZED:
         # As one channel; all have its scale.
-        numbers, scale = engine.quantize(path, numbers[:, None], dtype)
+        numbers, scale = arrays.quantize(path, numbers[:, None], dtype)
         yield path.removesuffix("kernel") + quantization.SCALE, np.resize(scale, shape[1:])
     yield path, np.resize(numbers, shape)
 

@@ -95,7 +95,7 @@ def measure_step(bench: Bench) -> None:
 
 def quantized(params: Params, dtype: str) -> Params:
     """The same network with the kernels of its blocks in 8 bits, each layer as
-    `conversion.engine.quantize` makes it. The kernels in `params` are deleted, each when its own
+    `conversion.arrays.quantize` makes it. The kernels in `params` are deleted, each when its own
     is made, so that a device never has them all twice."""
     integer = jnp.issubdtype(dtype, jnp.integer)
     largest = float((jnp.iinfo if integer else jnp.finfo)(dtype).max)

@@ -1,18 +1,21 @@
-"""PyTorch checkpoints -> parameters of the networks here, and back.
+"""PyTorch checkpoints to parameters of the networks here, and back.
 
-    hub          repositories of the Hugging Face hub as folders here
-    file_formats one file: safetensors, PyTorch's archives
-    float8       8-bit weights and their scales as bfloat16
-    weight_files files and folders as one table of named tensors, read one at a time
-    transforms   how a torch tensor and a leaf here hold the same numbers; rows that say so
-    engine       rows matched against a model and a checkpoint: all that is wrong, then leaves
+    request, sources    options of a bundle; the source of each of its parts
+    make_bundle         check all inputs, write a bundle (output_folder, assembly, summary)
+    hub                 download repositories of the Hugging Face hub
+    file_formats        one file: safetensors, PyTorch's archives
+    float8              8-bit weights and their scales as bfloat16
+    weight_files        files and folders as one table of named tensors, read one at a time
+    transforms          how a torch tensor and a leaf here hold the same numbers; rows that say so
+    engine              match rows with a model and a checkpoint: all problems, then leaves
+    arrays, memory      cast, quantize and reorder arrays; memory of the process
     transformer, vae, encoders   the tables, one for each naming
-    tables       which table fits a checkpoint
-    tokenizers   tokenizer and image processor files
-    inspect      what a file is, in words
-    verify       whether a bundle holds what a checkpoint holds
-    export       the way back: the same rows, inverted
-    lora, lora_fusion   adapters in and out; how a pair of factors goes through a row
+    tables              choose the table of a checkpoint
+    tokenizers          tokenizer and image-processor files
+    inspect             describe a file
+    verify              compare a bundle with a checkpoint
+    export              write checkpoints: the same rows, inverted (export_configs)
+    lora                read and write adapters (lora_fusion, lora_places, lora_peft)
 
-The only place that may import torch, and only inside functions.
+Only this package and one metric of evaluation import torch, inside functions.
 """

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,14 +24,11 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import encoders, engine, transformer, vae
+from framepack_jax.conversion import arrays, encoders, engine, export_configs, transformer, vae
 from framepack_jax.conversion.engine import Advance, Step, Table
 from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape, Swapped, Transform
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
-from framepack_jax.models.encoders import clip, siglip
-from framepack_jax.models.hunyuan import vae as vae_model
-from framepack_jax.models.hunyuan.config import TransformerConfig
 
 SHARD = 5_000_000_000
 # Names of types in the header of a safetensors file.
@@ -49,8 +46,6 @@ TABLES: dict[str, dict[str, tuple[Table, str]]] = {
 }
 # How the libraries name the weights in a folder.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-# The kernels that diffusers' FramePack model embeds context with.
-DIFFUSERS_KERNELS = tuple(transformer.CONTEXT_NAMES)
 
 
 class Tensor(NamedTuple):
@@ -110,9 +105,9 @@ class Export:
         leaves = bundle.read_leaves(self.root, self.manifest, self.role, paths)
         for step, dtype in self._steps:
             held = [next(leaves)[1] for _ in step.targets]
-            arrays = invert(step.row.transform, held, step.source_shapes())
-            for name, array in zip(step.sources, arrays, strict=True):
-                yield engine.contiguous(engine.cast(name, array, dtype))
+            tensors = invert(step.row.transform, held, step.source_shapes())
+            for name, array in zip(step.sources, tensors, strict=True):
+                yield arrays.contiguous(arrays.cast(name, array, dtype))
 
     def single(self, path: Path, advance: Advance = engine.silent) -> None:
         """Write one safetensors file; `advance` is told the bytes of each tensor.
@@ -135,7 +130,7 @@ class Export:
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConversionError(f"{path} is there and not empty; choose another folder")
-        config = CONFIGS[self.role](self.cfg, self.manifest)
+        config = export_configs.CONFIGS[self.role](self.cfg, self.manifest)
         partial = _partial(path)
         shutil.rmtree(partial, ignore_errors=True)
         engine.check_space(path, self.nbytes)
@@ -223,8 +218,8 @@ def _steps(role: str, naming: str, cfg: Any) -> list[Step]:
         return engine.steps_of(table, cfg, prefix)
     except LookupError as error:
         raise ConversionError(
-            f"{role}: not all of it has a name in a {table.description} ({error}); a FramePack model"
-            " goes out in diffusers' names"
+            f"{role}: not all of it has a name in a {table.description} ({error}); a FramePack"
+            " model goes out in diffusers' names"
         ) from error
 
 
@@ -299,106 +294,3 @@ def _write_header(file: BinaryIO, tensors: list[Tensor], metadata: Mapping[str, 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def _transformer_config(cfg: TransformerConfig, manifest: Manifest) -> dict[str, Any]:
-    fields = {
-        "_class_name": "HunyuanVideoTransformer3DModel",
-        "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels,
-        "num_attention_heads": cfg.heads,
-        "attention_head_dim": cfg.head_dim,
-        "num_layers": cfg.double_layers,
-        "num_single_layers": cfg.single_layers,
-        "num_refiner_layers": cfg.refiner_layers,
-        "mlp_ratio": cfg.mlp_ratio,
-        "patch_size": 2,
-        "patch_size_t": 1,
-        "qk_norm": "rms_norm",
-        "guidance_embeds": cfg.guidance,
-        "text_embed_dim": cfg.text_dim,
-        "pooled_projection_dim": cfg.pooled_dim,
-        "rope_theta": cfg.rope_theta,
-        "rope_axes_dim": list(cfg.rope_axes),
-    }
-    if not cfg.context_kernels and cfg.image_dim is None:
-        return fields
-    if cfg.context_kernels not in ((), DIFFUSERS_KERNELS):
-        raise ConversionError(
-            f"the transformer embeds context with {', '.join(cfg.context_kernels)}; diffusers'"
-            f" model has {', '.join(DIFFUSERS_KERNELS)}, all or none: export a single file"
-        )
-    return fields | {
-        "_class_name": "HunyuanVideoFramepackTransformer3DModel",
-        "has_image_proj": cfg.image_dim is not None,
-        "image_proj_dim": cfg.image_dim or TransformerConfig().image_dim,
-        "has_clean_x_embedder": bool(cfg.context_kernels),
-    }
-
-
-def _vae_config(cfg: vae_model.VaeConfig, manifest: Manifest) -> dict[str, Any]:
-    if set(manifest.latent_mean) - {0.0} or len(set(manifest.latent_std)) != 1:
-        raise ConversionError(
-            "the bundle normalises latents by channel; diffusers' VAE knows one scaling factor"
-            " for all, so that it cannot go out as a folder: export a single file"
-        )
-    blocks = len(cfg.channels)
-    return {
-        "_class_name": "AutoencoderKLHunyuanVideo",
-        "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels,
-        "latent_channels": cfg.latent_channels,
-        "down_block_types": ["HunyuanVideoDownBlock3D"] * blocks,
-        "up_block_types": ["HunyuanVideoUpBlock3D"] * blocks,
-        "block_out_channels": list(cfg.channels),
-        "layers_per_block": cfg.layers_per_block,
-        "act_fn": "silu",
-        "norm_num_groups": cfg.norm_groups,
-        # The reciprocal of a reciprocal; its last digit is rounding.
-        "scaling_factor": float(f"{1 / manifest.latent_std[0]:.12g}"),
-        "spatial_compression_ratio": cfg.space_compression,
-        "temporal_compression_ratio": cfg.time_compression,
-        "mid_block_add_attention": True,
-    }
-
-
-def _block_config(cfg: clip.ClipConfig | siglip.SiglipConfig) -> dict[str, Any]:
-    theirs = {ours: theirs for theirs, ours in encoders.ACTIVATIONS.items()}
-    return {
-        "hidden_size": cfg.width,
-        "intermediate_size": cfg.mlp_width,
-        "num_hidden_layers": cfg.layers,
-        "num_attention_heads": cfg.heads,
-        "layer_norm_eps": cfg.norm_eps,
-        "hidden_act": theirs[cfg.activation],
-    }
-
-
-def _clip_config(cfg: clip.ClipConfig, manifest: Manifest) -> dict[str, Any]:
-    return _block_config(cfg) | {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": cfg.vocab_size,
-        "max_position_embeddings": cfg.max_tokens,
-        "eos_token_id": cfg.eos_token_id,
-    }
-
-
-def _siglip_config(cfg: siglip.SiglipConfig, manifest: Manifest) -> dict[str, Any]:
-    """A bundle has no pooling head, and the model says so."""
-    return _block_config(cfg) | {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
-        "image_size": cfg.image_size,
-        "patch_size": cfg.patch_size,
-        "num_channels": cfg.channels,
-        "vision_use_head": False,
-    }
-
-
-CONFIGS: dict[str, Callable[[Any, Manifest], dict[str, Any]]] = {
-    "transformer": _transformer_config,
-    "vae": _vae_config,
-    "text_encoder_2": _clip_config,
-    "image_encoder": _siglip_config,
-}

@@ -8,24 +8,20 @@ looks up.
 
 import collections
 import dataclasses
-import json
-import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import safetensors
 
-from framepack_jax.conversion import transformer
+from framepack_jax.conversion import lora_peft, lora_places, transformer
 from framepack_jax.conversion.engine import DTYPES, Step, Table
 from framepack_jax.conversion.export import Tensor, stream_safetensors
 from framepack_jax.conversion.lora_fusion import (
     Pair,
     folded,
     kernel_steps,
-    module_names,
     padded,
     pair_of,
     tensors_of,
@@ -37,25 +33,12 @@ from framepack_jax.conversion.weight_files import (
     Checkpoint,
     ConversionError,
     open_checkpoint,
-    read_json,
 )
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.lora import Factors, LoRA
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import shorten
 
-# Tencent's names and those of ComfyUI are alike in part; the first that has one takes it.
-TABLES = {
-    "diffusers'": transformer.DIFFUSERS,
-    "Tencent's": transformer.TENCENT_FRAMEPACK,
-    "ComfyUI's": transformer.COMFYUI_FRAMEPACK,
-}
-METADATA = "lora_adapter_metadata"
-ADAPTER_CONFIG = "adapter_config.json"
-# What trainers and wrappers put before a module's name, dots written as underscores.
-PREFIX = re.compile(
-    r"(lora_unet|lora_transformer|lycoris|base_model_model|model|module|transformer|diffusion_model)_"
-)
 # A LoRA of which more than this share has no place in the network is warned of.
 LARGE_SHARE = 0.1
 TENSOR = re.compile(
@@ -71,10 +54,6 @@ UNSUPPORTED = {
     r".*\.lora_\w+(\.[\w-]+)?\.bias": "a LoRA with biases",
     r".*\.(diff|diff_b|set_weight)": "a file of full differences",
 }
-# Fields of a PEFT config that make more of an adapter than scale * up @ down.
-PLAIN = {"peft_type": "LORA", "use_dora": False, "lora_bias": False, "bias": "none"}
-# Initial values that PEFT takes out of the base weights, which are then not those of the release.
-CHANGED_BASE = ("pissa", "olora", "corda")
 
 
 class Naming(NamedTuple):
@@ -114,17 +93,6 @@ NAMINGS = {
     # ComfyUI looks its modules up in both spellings of factors; this one keeps alpha apart.
     "comfyui": Naming.kohya(transformer.COMFYUI_FRAMEPACK, "diffusion_model."),
 }
-Alphas = Callable[[str, int], float]
-# Trainers have alphas about as large as the rank; float32 ends at 3e38.
-MAX_ALPHA = 1e9
-
-
-class Place(NamedTuple):
-    """A module of the network: whose name it is, the name with dots, and the row it belongs to."""
-
-    naming: str
-    name: str
-    step: Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +135,7 @@ def files_of(path: Path) -> list[Path]:
     """The files that `read` may open: those of weights, and of PEFT's settings. Raises
     ConversionError where the weights cannot be opened."""
     checkpoint = open_checkpoint(path)
-    beside = _config_beside(checkpoint)
+    beside = lora_peft.config_beside(checkpoint)
     return [*checkpoint.files, *([beside] if beside else [])]
 
 
@@ -180,8 +148,8 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
     """
     checkpoint = open_checkpoint(path)
     modules = _modules(checkpoint)
-    places = _places(cfg)
-    matched = _placed(path, modules, places)
+    places = lora_places.places_of(cfg)
+    matched = lora_places.match_places(path, modules, places)
     unmatched = tuple(module for module, place in matched.items() if place is None)
     if len(unmatched) == len(modules):
         examples = [p.name for p in places.values() if "double/00/img_qkv/kernel" in p.step.targets]
@@ -190,7 +158,7 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
             f" {shorten(modules)}; expected are {' or '.join(dict.fromkeys(examples))} and so on,"
             " with dots or underscores, all behind one prefix or none"
         )
-    alphas, pairs, problems = _alphas(checkpoint), {}, []
+    alphas, pairs, problems = lora_peft.alphas_of(checkpoint), {}, []
     for module, place in matched.items():
         if place is None:
             continue
@@ -216,8 +184,10 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
 def about(path: Path) -> dict[str, str]:
     """The header of a safetensors file but for what `write` says itself, and hashes of the file's
     tensors; {} for other formats."""
-    header = _header(open_checkpoint(path))
-    said = re.compile(rf"format|{METADATA}|ss_network_(dim|alpha)|sshs_.*|modelspec\.hash_sha256")
+    header = lora_peft.header_of(open_checkpoint(path))
+    said = re.compile(
+        rf"format|{lora_peft.METADATA}|ss_network_(dim|alpha)|sshs_.*|modelspec\.hash_sha256"
+    )
     return {key: value for key, value in header.items() if not said.fullmatch(key)}
 
 
@@ -245,14 +215,16 @@ def write(
     pairs = _to_pairs(path, lora, cfg, spelling)
     arrays: dict[str, np.ndarray] = {}
     for name, (step, pair) in pairs.items():
-        spelt = _flat(name) if spelling.flat else name
+        spelt = lora_places.flat(name) if spelling.flat else name
         down, up = tensors_of(step, pair)
         arrays |= {spelling.down.format(spelt): down, spelling.up.format(spelt): up}
         if spelling.alpha:
             arrays[spelling.alpha.format(spelt)] = np.array(_alpha(pair), np.float32)
     metadata = {**(about or {}), **_rank_and_alpha([pair for _, pair in pairs.values()])}
     if naming == "diffusers":
-        metadata[METADATA] = _peft_metadata({n: len(pair.down) for n, (_, pair) in pairs.items()})
+        metadata[lora_peft.METADATA] = lora_peft.peft_metadata(
+            {n: len(pair.down) for n, (_, pair) in pairs.items()}
+        )
     tensors = [Tensor(name, x.shape, str(x.dtype)) for name, x in arrays.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial, partial.open("wb") as file:
@@ -296,72 +268,6 @@ def _to_pairs(
     return pairs
 
 
-def _places(cfg: TransformerConfig) -> dict[str, Place]:
-    """Every module by its names, with underscores for dots."""
-    places: dict[str, Place] = {}
-    for naming, table in TABLES.items():
-        for step in kernel_steps(table, cfg):
-            for name in module_names(step):
-                places.setdefault(_flat(name), Place(naming, name, step))
-    return places
-
-
-def _placed(
-    path: Path, modules: Collection[str], places: Mapping[str, Place]
-) -> dict[str, Place | None]:
-    """Return the place of each module: behind the known prefixes or, if no module has a place so,
-    behind one prefix of the whole file."""
-    placed = {module: _place(module, places) for module in modules}
-    if any(placed.values()):
-        return placed
-    prefix = _common_prefix(path, modules, places)
-    return {module: places.get(_flat(module.removeprefix(prefix))) for module in modules}
-
-
-def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Place]) -> str:
-    """Return the prefix that gives a place to the largest number of modules, "" if none does.
-
-    More than half of the modules behind it must have a place: a text encoder or another network
-    may have a few modules whose names end as those of the network do. Raises ConversionError if
-    two prefixes give a place to as many, such as those of plain and averaged weights.
-    """
-    before = (_before_place(module, places) for module in modules)
-    placed = collections.Counter(prefix for prefix in before if prefix)
-    found = [
-        (count, prefix)
-        for prefix, count in placed.most_common()
-        if 2 * count > sum(module.startswith(prefix) for module in modules)
-    ]
-    if len(found) > 1 and found[0][0] == found[1][0]:
-        raise ConversionError(
-            f"{path}: {found[0][0]} modules of this network are behind {found[0][1]!r} and as many"
-            f" behind {found[1][1]!r}; expected a single adapter of FramePack's or HunyuanVideo's"
-            " transformer, behind one prefix"
-        )
-    return found[0][1] if found else ""
-
-
-def _before_place(module: str, places: Mapping[str, Place]) -> str | None:
-    """Return what stands before the longest end of a module's name that has a place; None if no
-    end has."""
-    ends = (match.end() for match in re.finditer(r"[._]", module))
-    return next((module[:end] for end in ends if _flat(module[end:]) in places), None)
-
-
-def _place(module: str, places: Mapping[str, Place]) -> Place | None:
-    """The place of a module as a file names it: with dots, with underscores, or with dots where
-    the network has underscores, and behind any number of prefixes."""
-    name = _flat(module)
-    # A prefix may be the beginning of a name too: transformer_ of transformer_blocks.
-    while name not in places and (prefix := PREFIX.match(name)):
-        name = name[prefix.end() :]
-    return places.get(name)
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
-
-
 def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     """{module as the file names it: {"down", "up", "alpha": tensor name}}."""
     if found := _unsupported(checkpoint):
@@ -397,7 +303,12 @@ def _unsupported(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return None
 
 
-def _pair(checkpoint: Checkpoint, tensors: Mapping[str, str], place: Place, alphas: Alphas) -> Pair:
+def _pair(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, str],
+    place: lora_places.Place,
+    alphas: lora_peft.Alphas,
+) -> Pair:
     """The factors of a module. Raises ConversionError where they do not fit it."""
     if absent := {"down", "up"} - tensors.keys():
         raise ConversionError(f"it has {shorten(tensors.values())} but no {absent.pop()} factor")
@@ -417,8 +328,8 @@ def _pair(checkpoint: Checkpoint, tensors: Mapping[str, str], place: Place, alph
         alpha = checkpoint.read(tensors["alpha"])
         if alpha.size != 1:
             raise ConversionError(f"alpha has shape {alpha.shape}, expected a single number")
-        if not abs(value := float(alpha.reshape(()))) < MAX_ALPHA:
-            raise ConversionError(f"alpha is {value:g}, expected less than {MAX_ALPHA:g}")
+        if not abs(value := float(alpha.reshape(()))) < lora_peft.MAX_ALPHA:
+            raise ConversionError(f"alpha is {value:g}, expected less than {lora_peft.MAX_ALPHA:g}")
         scale = value / rank
     factors = checkpoint.read(tensors["down"]), checkpoint.read(tensors["up"])
     return trimmed(pair_of(place.step, *factors, np.full(rank, scale)))
@@ -429,104 +340,6 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
-
-
-def _alphas(checkpoint: Checkpoint) -> Alphas:
-    """(module, rank) -> scale of a module that has no alpha of its own: by PEFT's config where
-    there is one, otherwise 1, as diffusers, ComfyUI and kohya's scripts take it."""
-    fields = _peft_config(checkpoint)
-    patterns = _checked_alphas(checkpoint, fields)
-    root = bool(fields.get("use_rslora"))
-
-    def scale(module: str, rank: int) -> float:
-        alpha = fields.get("lora_alpha")
-        for key, value in patterns.items():
-            name = key.strip("^$").replace("\\.", ".")
-            if module == name or (not key.startswith("^") and module.endswith(f".{name}")):
-                alpha = value
-                break
-        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
-
-    return scale
-
-
-def _checked_alphas(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[str, float]:
-    """`alpha_pattern` of PEFT's settings. Raises ConversionError where they say more than a scale,
-    or say it otherwise than by numbers and names of modules."""
-    for name, plain in PLAIN.items():
-        if fields.get(name, plain) != plain:
-            raise ConversionError(
-                f"{checkpoint.path}: its PEFT config has {name} = {fields[name]!r}, which is not"
-                f" supported; expected {plain!r}"
-            )
-    if str(fields.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
-        raise ConversionError(
-            f"{checkpoint.path}: init_lora_weights = {fields['init_lora_weights']!r} changes the"
-            " base weights; save it with PEFT's path_initial_model_for_weight_conversion"
-        )
-    patterns = fields.get("alpha_pattern") or {}
-    numbers = patterns.values() if isinstance(patterns, dict) else [None]
-    for alpha in (fields.get("lora_alpha", 1), *numbers):
-        if not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
-            raise ConversionError(
-                f"{checkpoint.path}: its PEFT config has {str(alpha)[:40]} for an alpha; expected"
-                " lora_alpha to be a number and alpha_pattern {module: number}"
-            )
-    if special := [key for key in patterns if re.search(r"[*+?|()\[\]{}]", key)]:
-        raise ConversionError(
-            f"{checkpoint.path}: alpha_pattern {special[0]!r} is a regular expression; only names"
-            " of modules are supported"
-        )
-    return patterns
-
-
-def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """PEFT's settings, from the header of the file or beside it; {} where there are none."""
-    file, header = checkpoint.files[0], _header(checkpoint)
-    if METADATA in header:
-        try:
-            fields = json.loads(header[METADATA])
-        except (ValueError, RecursionError) as error:
-            raise ConversionError(f"{file}: its {METADATA} is no JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise ConversionError(f"{file}: its {METADATA} is no JSON object")
-        # A pipeline's file has its settings by component.
-        prefix = "transformer."
-        own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-        return own or fields
-    beside = _config_beside(checkpoint)
-    return read_json(beside) if beside else {}
-
-
-def _header(checkpoint: Checkpoint) -> dict[str, str]:
-    """The metadata of a safetensors file; {} for other formats."""
-    try:
-        return safetensors.safe_open(checkpoint.files[0], "np").metadata() or {}
-    except (OSError, safetensors.SafetensorError):
-        return {}
-
-
-def _config_beside(checkpoint: Checkpoint) -> Path | None:
-    """PEFT's settings in a file of their own."""
-    file = checkpoint.files[0]
-    beside = file.parent / ADAPTER_CONFIG
-    belongs = checkpoint.path.is_dir() or file.stem == "adapter_model"
-    return beside if belongs and beside.exists() else None
-
-
-def _peft_metadata(ranks: Mapping[str, int]) -> str:
-    """What diffusers makes its LoraConfig of, from {module: rank}; alpha is the rank everywhere."""
-    rank = collections.Counter(ranks.values()).most_common(1)[0][0]
-    # Anchored: PEFT also matches the ends of longer names.
-    others = {f"^{name}": r for name, r in ranks.items() if r != rank}
-    fields = {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": list(ranks),
-    }
-    return json.dumps({f"transformer.{name}": value for name, value in fields.items()})
 
 
 def _raise_together(path: Path, problems: list[str]) -> None:

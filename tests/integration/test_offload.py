@@ -14,7 +14,7 @@ import pytest
 from framepack_jax import bundle, conditioning, packing
 from framepack_jax.cli import decode, resume, sample
 from framepack_jax.conditioning import load_encoders
-from framepack_jax.conversion import engine
+from framepack_jax.conversion import arrays
 from framepack_jax.diffusion.step_cache import StepCacheConfig
 from framepack_jax.generation import offload_plan
 from framepack_jax.generation.offload_plan import GB, Need, OffloadPlan, Work
@@ -347,7 +347,7 @@ def quantized(folder: Path, dtype: str) -> Path:
     for name, leaf in bundle.read_leaves(RANDOM, manifest, "transformer", names):
         leaves[name] = leaf
         if name.startswith(TRANSFORMER.offloadable) and name.endswith("/kernel"):
-            leaves[name], scale = engine.quantize(name, leaf, dtype)
+            leaves[name], scale = arrays.quantize(name, leaf, dtype)
             leaves[name.replace("/kernel", "/kernel_scale")] = scale
     bundle.write_params(folder / "transformer", leaves.items())
     roles = {

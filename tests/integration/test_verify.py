@@ -14,7 +14,7 @@ from framepack_jax import __main__ as cli
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError
 from framepack_jax.cli.convert import main
-from framepack_jax.conversion import engine, export, transformer, verify
+from framepack_jax.conversion import arrays, engine, export, transformer, verify
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.verify import compare
@@ -220,19 +220,19 @@ def test_numbers_move_by_half_a_step_at_most(small) -> None:
 
 def test_an_empty_channel_and_numbers_that_are_not_finite() -> None:
     kernel = np.array([[0.0, 1.0], [0.0, -2.0]], np.float32)
-    quantized, scale = engine.quantize("x/kernel", kernel, "int8")
+    quantized, scale = arrays.quantize("x/kernel", kernel, "int8")
     np.testing.assert_array_equal(quantized, [[0, 64], [0, -127]])
     np.testing.assert_allclose(scale, [2.0**-126, 2 / 127])
-    quantized, scale = engine.quantize("x/kernel", kernel, "float8_e4m3fn")
+    quantized, scale = arrays.quantize("x/kernel", kernel, "float8_e4m3fn")
     np.testing.assert_array_equal(quantized.astype(np.float32), [[0, 128], [0, -256]])
     np.testing.assert_array_equal(scale, [1, 2**-7])
     for least, dtype in itertools.product((1e-45, 9e-43, 1e-40), quantization.QUANTIZED):
         kernel = np.array([[0.0, least]], np.float32)
-        quantized, scale = engine.quantize("x/kernel", kernel, dtype)
+        quantized, scale = arrays.quantize("x/kernel", kernel, dtype)
         np.testing.assert_allclose(quantized.astype(np.float32) * scale, kernel, atol=2.0**-127)
     for bad, dtype in itertools.product((np.nan, np.inf, -np.inf), quantization.QUANTIZED):
         with pytest.raises(ConversionError, match=f"numbers that are not finite; {dtype} cannot"):
-            engine.quantize("x/kernel", np.array([[0.0, bad]], np.float32), dtype)
+            arrays.quantize("x/kernel", np.array([[0.0, bad]], np.float32), dtype)
 
 
 def test_what_was_in_eight_bit_floats_stays_as_it_was() -> None:
@@ -240,7 +240,7 @@ def test_what_was_in_eight_bit_floats_stays_as_it_was() -> None:
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     every = every[np.isfinite(every)]
     kernel = np.where(np.abs(every[:, None]) <= np.abs(every[None, :]), every[:, None], 0)
-    quantized, scale = engine.quantize("x/kernel", kernel, "float8_e4m3fn")
+    quantized, scale = arrays.quantize("x/kernel", kernel, "float8_e4m3fn")
     np.testing.assert_array_equal(quantized.astype(np.float32) * scale[None], kernel)
 
 

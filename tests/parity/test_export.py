@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from framepack_jax import __main__ as cli
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
-from framepack_jax.conversion import engine, export, lora, tables, weight_files
+from framepack_jax.conversion import engine, export, export_configs, lora, tables, weight_files
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
@@ -421,7 +421,7 @@ def test_llama_and_other_kernels_do_not_go_out(framepack_bundle, tmp_path) -> No
     role = manifest.roles["transformer"]
     cfg = bundle.config_from_json(TransformerConfig, {**role.config, "context_kernels": ["k1"]})
     with pytest.raises(ConversionError, match="embeds context with k1; diffusers'"):
-        export.CONFIGS["transformer"](cfg, manifest)
+        export_configs.CONFIGS["transformer"](cfg, manifest)
 
 
 def test_a_full_disk_is_told_before(framepack_bundle, tmp_path, monkeypatch) -> None:

@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from framepack_jax.conversion import engine, lora_fusion, tables, weight_files
+from framepack_jax.conversion import engine, lora_fusion, lora_peft, tables, weight_files
 from framepack_jax.conversion import lora as files
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import lora, lora_layers, quantization, registry, scan
@@ -784,7 +784,7 @@ def test_no_lora_at_all(module, model, tmp_path) -> None:
     ],
 )  # fmt: skip
 def test_settings_that_mean_more(fields: dict, said: str, peft, model, tmp_path) -> None:
-    metadata = {files.METADATA: json.dumps({f"transformer.{k}": v for k, v in fields.items()})}
+    metadata = {lora_peft.METADATA: json.dumps({f"transformer.{k}": v for k, v in fields.items()})}
     save_file(load_file(peft[0]), tmp_path / "x.safetensors", metadata)
     with pytest.raises(ConversionError, match=said):
         files.read(tmp_path / "x.safetensors", model[0])
@@ -792,7 +792,7 @@ def test_settings_that_mean_more(fields: dict, said: str, peft, model, tmp_path)
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
 def test_damaged_settings(text: str, peft, model, tmp_path) -> None:
-    save_file(load_file(peft[0]), tmp_path / "x.safetensors", {files.METADATA: text})
+    save_file(load_file(peft[0]), tmp_path / "x.safetensors", {lora_peft.METADATA: text})
     with pytest.raises(ConversionError, match="no JSON"):
         files.read(tmp_path / "x.safetensors", model[0])
 
@@ -803,7 +803,7 @@ def test_mutated_files_are_read_or_refused(peft, model, tmp_path) -> None:
     tensors["transformer_blocks.1.attn.to_q.alpha"] = np.float32([3])
     settings = {"lora_alpha": 4, "alpha_pattern": {"^proj_out": 2}}
     file = tmp_path / "x.safetensors"
-    save_file(tensors, file, {files.METADATA: json.dumps(settings)})
+    save_file(tensors, file, {lora_peft.METADATA: json.dumps(settings)})
     whole = file.read_bytes()
     header = int.from_bytes(whole[:8], "little")
     random, outcomes = np.random.default_rng(3), collections.Counter()

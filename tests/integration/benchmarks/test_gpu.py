@@ -18,7 +18,7 @@ from benchmarks import (
     peers,
     summary,
 )
-from framepack_jax.conversion import engine
+from framepack_jax.conversion import arrays
 from framepack_jax.models import quantization
 from framepack_jax.parallel import hardware
 
@@ -99,7 +99,7 @@ def test_weights_in_8_bits_are_those_of_a_converted_bundle(dtype: str) -> None:
     }
     got = gpu.quantized(params, dtype)
     for i, layer in enumerate(kernel):
-        numbers, scale = engine.quantize("kernel", layer, dtype)
+        numbers, scale = arrays.quantize("kernel", layer, dtype)
         found = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), got["single"]["qkv"])
         assert found["kernel"].dtype == numbers.dtype
         np.testing.assert_array_equal(found["kernel"], numbers)

@@ -1,0 +1,116 @@
+"""`config.json` of exported networks, as diffusers and transformers read it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from framepack_jax.bundle import Manifest
+from framepack_jax.conversion import encoders, transformer
+from framepack_jax.conversion.weight_files import ConversionError
+from framepack_jax.models.encoders import clip, siglip
+from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+
+# The kernels that diffusers' FramePack model embeds context with.
+DIFFUSERS_KERNELS = tuple(transformer.CONTEXT_NAMES)
+
+
+def _transformer_config(cfg: TransformerConfig, manifest: Manifest) -> dict[str, Any]:
+    fields = {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "num_attention_heads": cfg.heads,
+        "attention_head_dim": cfg.head_dim,
+        "num_layers": cfg.double_layers,
+        "num_single_layers": cfg.single_layers,
+        "num_refiner_layers": cfg.refiner_layers,
+        "mlp_ratio": cfg.mlp_ratio,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "qk_norm": "rms_norm",
+        "guidance_embeds": cfg.guidance,
+        "text_embed_dim": cfg.text_dim,
+        "pooled_projection_dim": cfg.pooled_dim,
+        "rope_theta": cfg.rope_theta,
+        "rope_axes_dim": list(cfg.rope_axes),
+    }
+    if not cfg.context_kernels and cfg.image_dim is None:
+        return fields
+    if cfg.context_kernels not in ((), DIFFUSERS_KERNELS):
+        raise ConversionError(
+            f"the transformer embeds context with {', '.join(cfg.context_kernels)}; diffusers'"
+            f" model has {', '.join(DIFFUSERS_KERNELS)}, all or none: export a single file"
+        )
+    return fields | {
+        "_class_name": "HunyuanVideoFramepackTransformer3DModel",
+        "has_image_proj": cfg.image_dim is not None,
+        "image_proj_dim": cfg.image_dim or TransformerConfig().image_dim,
+        "has_clean_x_embedder": bool(cfg.context_kernels),
+    }
+
+
+def _vae_config(cfg: VaeConfig, manifest: Manifest) -> dict[str, Any]:
+    if set(manifest.latent_mean) - {0.0} or len(set(manifest.latent_std)) != 1:
+        raise ConversionError(
+            "the bundle normalises latents by channel; diffusers' VAE knows one scaling factor"
+            " for all, so that it cannot go out as a folder: export a single file"
+        )
+    blocks = len(cfg.channels)
+    return {
+        "_class_name": "AutoencoderKLHunyuanVideo",
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "latent_channels": cfg.latent_channels,
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * blocks,
+        "up_block_types": ["HunyuanVideoUpBlock3D"] * blocks,
+        "block_out_channels": list(cfg.channels),
+        "layers_per_block": cfg.layers_per_block,
+        "act_fn": "silu",
+        "norm_num_groups": cfg.norm_groups,
+        # The reciprocal of a reciprocal; its last digit is rounding.
+        "scaling_factor": float(f"{1 / manifest.latent_std[0]:.12g}"),
+        "spatial_compression_ratio": cfg.space_compression,
+        "temporal_compression_ratio": cfg.time_compression,
+        "mid_block_add_attention": True,
+    }
+
+
+def _block_config(cfg: clip.ClipConfig | siglip.SiglipConfig) -> dict[str, Any]:
+    theirs = {ours: theirs for theirs, ours in encoders.ACTIVATIONS.items()}
+    return {
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "layer_norm_eps": cfg.norm_eps,
+        "hidden_act": theirs[cfg.activation],
+    }
+
+
+def _clip_config(cfg: clip.ClipConfig, manifest: Manifest) -> dict[str, Any]:
+    return _block_config(cfg) | {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": cfg.vocab_size,
+        "max_position_embeddings": cfg.max_tokens,
+        "eos_token_id": cfg.eos_token_id,
+    }
+
+
+def _siglip_config(cfg: siglip.SiglipConfig, manifest: Manifest) -> dict[str, Any]:
+    """A bundle has no pooling head, and the model says so."""
+    return _block_config(cfg) | {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "num_channels": cfg.channels,
+        "vision_use_head": False,
+    }
+
+
+CONFIGS: dict[str, Callable[[Any, Manifest], dict[str, Any]]] = {
+    "transformer": _transformer_config,
+    "vae": _vae_config,
+    "text_encoder_2": _clip_config,
+    "image_encoder": _siglip_config,
+}

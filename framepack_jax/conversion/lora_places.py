@@ -1,0 +1,100 @@
+"""Find the module of the network that a name in a LoRA file stands for."""
+
+import collections
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from framepack_jax.conversion import transformer
+from framepack_jax.conversion.engine import Step
+from framepack_jax.conversion.lora_fusion import kernel_steps, module_names
+from framepack_jax.conversion.weight_files import ConversionError
+from framepack_jax.models.hunyuan.config import TransformerConfig
+
+# Tencent's names and those of ComfyUI are alike in part; the first that has one takes it.
+TABLES = {
+    "diffusers'": transformer.DIFFUSERS,
+    "Tencent's": transformer.TENCENT_FRAMEPACK,
+    "ComfyUI's": transformer.COMFYUI_FRAMEPACK,
+}
+
+
+# What trainers and wrappers put before a module's name, dots written as underscores.
+PREFIX = re.compile(
+    r"(lora_unet|lora_transformer|lycoris|base_model_model|model|module|transformer|diffusion_model)_"
+)
+
+
+class Place(NamedTuple):
+    """A module of the network: whose name it is, the name with dots, and the row it belongs to."""
+
+    naming: str
+    name: str
+    step: Step
+
+
+def places_of(cfg: TransformerConfig) -> dict[str, Place]:
+    """Every module by its names, with underscores for dots."""
+    places: dict[str, Place] = {}
+    for naming, table in TABLES.items():
+        for step in kernel_steps(table, cfg):
+            for name in module_names(step):
+                places.setdefault(flat(name), Place(naming, name, step))
+    return places
+
+
+def match_places(
+    path: Path, modules: Collection[str], places: Mapping[str, Place]
+) -> dict[str, Place | None]:
+    """Return the place of each module: behind the known prefixes or, if no module has a place so,
+    behind one prefix of the whole file."""
+    placed = {module: _place(module, places) for module in modules}
+    if any(placed.values()):
+        return placed
+    prefix = _common_prefix(path, modules, places)
+    return {module: places.get(flat(module.removeprefix(prefix))) for module in modules}
+
+
+def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Place]) -> str:
+    """Return the prefix that gives a place to the largest number of modules, "" if none does.
+
+    More than half of the modules behind it must have a place: a text encoder or another network
+    may have a few modules whose names end as those of the network do. Raises ConversionError if
+    two prefixes give a place to as many, such as those of plain and averaged weights.
+    """
+    before = (_before_place(module, places) for module in modules)
+    placed = collections.Counter(prefix for prefix in before if prefix)
+    found = [
+        (count, prefix)
+        for prefix, count in placed.most_common()
+        if 2 * count > sum(module.startswith(prefix) for module in modules)
+    ]
+    if len(found) > 1 and found[0][0] == found[1][0]:
+        raise ConversionError(
+            f"{path}: {found[0][0]} modules of this network are behind {found[0][1]!r} and as many"
+            f" behind {found[1][1]!r}; expected a single adapter of FramePack's or HunyuanVideo's"
+            " transformer, behind one prefix"
+        )
+    return found[0][1] if found else ""
+
+
+def _before_place(module: str, places: Mapping[str, Place]) -> str | None:
+    """Return what stands before the longest end of a module's name that has a place; None if no
+    end has."""
+    ends = (match.end() for match in re.finditer(r"[._]", module))
+    return next((module[:end] for end in ends if flat(module[end:]) in places), None)
+
+
+def _place(module: str, places: Mapping[str, Place]) -> Place | None:
+    """The place of a module as a file names it: with dots, with underscores, or with dots where
+    the network has underscores, and behind any number of prefixes."""
+    name = flat(module)
+    # A prefix may be the beginning of a name too: transformer_ of transformer_blocks.
+    while name not in places and (prefix := PREFIX.match(name)):
+        name = name[prefix.end() :]
+    return places.get(name)
+
+
+def flat(name: str) -> str:
+    return name.replace(".", "_")
