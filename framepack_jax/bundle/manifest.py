@@ -134,7 +134,7 @@ def role_config(manifest: Manifest, name: str) -> tuple[NetworkSpec, Any]:
     if not isinstance(role.kind, str) or role.kind not in registry.NETWORKS:
         raise BundleError(f"{name} is of kind {role.kind!r}; known are {sorted(registry.NETWORKS)}")
     spec = registry.NETWORKS[role.kind]
-    cfg = config_from_json(spec.config, role.config)
+    cfg: Any = config_from_json(spec.config, role.config)
     try:
         registry.abstract_leaves(role.kind, cfg)
     except Exception as error:  # of many kinds, by what does not go together

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest
@@ -20,16 +21,20 @@ def fetch(request: BundleRequest) -> tuple[BundleRequest, dict[str, str]]:
     Return the request with local paths, and {part: its name on the hub}. Raises ConversionError.
     """
     names = ("pipeline", *bundle.ROLES, *tokenizers.MARKERS)
-    given = {name: hub.split(str(path)) for name in names if (path := getattr(request, name))}
+    given: dict[str, tuple[str, str | None] | None] = {
+        name: hub.split(str(path)) for name in names if (path := getattr(request, name))
+    }
     if request.framepack:
         released = hub.FRAMEPACK[request.framepack]
         fetched = ["transformer"] if request.encoders_from else list(released)
-        given = {name: released[name] for name in fetched} | given
+        given = {**{name: released[name] for name in fetched}, **given}
     remote = {name: there for name, there in given.items() if there}
     if len(remote) > 1:
         output = None if "://" in request.output else Path(request.output)
         hub.check_space(remote, output, 0.5 if request.dtype in quantization.QUANTIZED else 1.0)
-    paths = {n: hub.fetch(*there, pipeline=n == "pipeline") for n, there in remote.items()}
+    paths: dict[str, Any] = {
+        name: hub.fetch(*there, pipeline=name == "pipeline") for name, there in remote.items()
+    }
     origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
     return dataclasses.replace(request, **paths), origins
 

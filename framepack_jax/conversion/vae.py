@@ -11,7 +11,16 @@ import math
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
-from framepack_jax.conversion.transforms import Conv, Pointwise, Row, each, kernel, linear, norm
+from framepack_jax.conversion.transforms import (
+    Conv,
+    Linear,
+    Pointwise,
+    Row,
+    each,
+    kernel,
+    linear,
+    norm,
+)
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
 from framepack_jax.models.hunyuan.config import VaeConfig
 
@@ -108,7 +117,7 @@ def _conv(target: str, source: str) -> list[Row]:
 
 def _pointwise(target: str, sources: str | tuple[str, ...]) -> list[Row]:
     weight, bias = linear(target, sources)
-    return [dataclasses.replace(weight, transform=Pointwise(weight.transform)), bias]
+    return [dataclasses.replace(weight, transform=Pointwise(Linear())), bias]
 
 
 def _config(source: Source) -> VaeConfig:
@@ -173,7 +182,7 @@ def _config_from_shapes(source: Source) -> VaeConfig:
 
 def latent_statistics(
     fields: dict[str, Any] | None, channels: int
-) -> tuple[tuple[float, ...], ...]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of each latent channel from the scaling and shift of a VAE's `config.json`.
     Raises ConversionError where they are no numbers."""
     fields = fields or {}
