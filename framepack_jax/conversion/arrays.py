@@ -13,8 +13,8 @@ MIN_TRANSPOSED = 1 << 20
 
 
 def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """The array in another type, each number rounded once. Raises ConversionError where numbers
-    become infinite."""
+    """Return the array in another type, each number rounded once. Raises ConversionError if a
+    number becomes infinite."""
     if str(array.dtype) == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -53,9 +53,9 @@ def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The same array in row-major order.
+    """Return the array in row-major order.
 
-    numpy copies a transposed matrix number by number; XLA's copy to the host as a device goes by
+    numpy copies a transposed matrix number by number. XLA's copy to the host device works in
     blocks, on several cores.
     """
     small = array.ndim < 2 or array.nbytes < MIN_TRANSPOSED
@@ -68,7 +68,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _host() -> jax.Device | None:
-    """The host as a device of JAX, where it is one (JAX_PLATFORMS may leave it out)."""
+    """Return the host as a JAX device, or None if JAX_PLATFORMS excludes it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

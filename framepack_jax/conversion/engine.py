@@ -1,8 +1,8 @@
-"""A table of rows, matched against a checkpoint and a model.
+"""Match a table of rows with a checkpoint and a model.
 
-`plan` pairs every leaf of the model with the tensors that it is made of, and finds everything that
-is wrong - absent layers, missing tensors, wrong shapes, unknown tensors - before a byte is written.
-`Plan.leaves` then makes the leaves one after another.
+`plan` pairs every leaf of the model with its source tensors. It reports all problems together
+(absent layers, missing tensors, wrong shapes, unknown tensors) before a byte is written.
+`ConversionJob.leaves` then makes one leaf after another.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Advance = Callable[[int], Any]
 
 
 def silent(size: int) -> None:
-    """Shows no progress."""
+    """Show no progress."""
 
 
 def _no_ignored_keys(cfg: Any) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionJob:
-    """A conversion that is known to fit."""
+    """A network of a checkpoint that fits its table, ready to convert."""
 
     source: Source
     cfg: Any
@@ -192,7 +192,7 @@ class ConversionJob:
                     )
 
     def _read(self) -> Iterator[tuple[Step, list[np.ndarray]]]:
-        """Every step with its tensors."""
+        """Yield every step with its tensors."""
         mapped = 0
         for step in self.steps:
             tensors = [self.source.checkpoint.read(name) for name in step.sources]
@@ -203,7 +203,7 @@ class ConversionJob:
                 mapped = 0
 
     def paths(self, dtype: str | None = None) -> Iterator[str]:
-        """The paths of `leaves`, in its order."""
+        """Yield the paths of `leaves`, in the same order."""
         for path in (path for step in self.steps for path in step.targets):
             if self._is_quantized(path, dtype):
                 yield from _quantized_paths(path)
@@ -211,7 +211,7 @@ class ConversionJob:
                 yield path
 
     def nbytes(self, dtype: str | None = None) -> int:
-        """Bytes of all leaves."""
+        """Return the bytes of all leaves."""
         return sum(
             math.prod(shape) + 4 * math.prod(shape[1:])
             if self._is_quantized(path, dtype)
@@ -229,8 +229,8 @@ class ConversionJob:
         return self._dtype(step) if dtype in (None, *quantization.QUANTIZED) else dtype
 
     def _dtype(self, step: Step) -> str:
-        """The narrowest that holds all of a step's tensors; leaves without a tensor take the one
-        that most tensors have."""
+        """Return the narrowest type for all tensors of a step; without tensors, the type of most
+        tensors in the checkpoint."""
         dtype = self.source.checkpoint.dtype
         if step.sources:
             return str(jnp.result_type(*map(dtype, step.sources)))
@@ -239,8 +239,8 @@ class ConversionJob:
 
 
 def plan(source: Source) -> ConversionJob:
-    """Match a checkpoint. Raises one ConversionError with everything that does not fit, or where
-    its sizes make no network."""
+    """Match a checkpoint with its table. Raises one ConversionError with all problems, also if its
+    sizes make no network."""
     cfg = source.table.config(source)
     try:
         registry.abstract_leaves(source.table.kind, cfg)
@@ -260,9 +260,9 @@ def plan(source: Source) -> ConversionJob:
 
 
 def steps_of(table: Table, cfg: Any, prefix: str = "") -> list[Step]:
-    """Every leaf of the model with the one row that it belongs to.
+    """Return the steps that make all leaves of a model.
 
-    Raises LookupError where the table has no row, or several, for a leaf.
+    Raises LookupError if the table has no row, or several rows, for a leaf.
     """
     patterns = [
         (row, part, _expression(target))
@@ -294,8 +294,8 @@ def _quantized_paths(path: str) -> tuple[str, str]:
 
 
 def check_space(target: Path, needed: int, freed: int = 0) -> None:
-    """Raise ConversionError where `needed` bytes do not fit on the filesystem of `target`, whose
-    present content of `freed` bytes goes first."""
+    """Raise ConversionError if `needed` bytes do not fit on the filesystem of `target`, after its
+    `freed` bytes of old content are removed."""
     folder = next(f for f in (target, *target.absolute().parents) if f.is_dir())
     free = shutil.disk_usage(folder).free + freed
     if needed > free:
@@ -306,7 +306,7 @@ def check_space(target: Path, needed: int, freed: int = 0) -> None:
 
 
 def _problems(source: Source, cfg: Any, steps: list[Step]) -> list[str]:
-    """One line for each sort of problem."""
+    """Return one line for each kind of problem."""
     checkpoint = source.checkpoint
     # Dicts as sets that keep their order.
     gaps: dict[str, None] = {}

@@ -1,5 +1,7 @@
-"""What a file or folder of weights is, told without converting it: bundles, diffusers pipelines,
-checkpoints of networks, LoRA files. Told by keys, never by file names; no weights are read."""
+"""Describe a bundle, diffusers pipeline, checkpoint or LoRA file.
+
+Keys decide, never file names; no weights are read.
+"""
 
 import math
 import re
@@ -31,10 +33,10 @@ BLOCKS = {
 
 
 def describe(path: Path) -> str:
-    """What is at `path`, in lines of a name and a value: format, model, dtypes, numbers of
-    parameters; rank, alpha and naming of a LoRA; schedule and networks of a bundle.
+    """Return lines of a name and a value: format, model, dtypes and parameter counts; rank, alpha
+    and naming of a LoRA; schedule and networks of a bundle.
 
-    Raises ConversionError or BundleError where it cannot be read.
+    Raises ConversionError or BundleError if `path` cannot be read.
     """
     path = Path(path)
     if (path / bundle.UNFINISHED).exists():
@@ -79,7 +81,7 @@ def _unfinished(path: Path) -> list[tuple[str, str]]:
 
 
 def _stored_dtypes(path: Path) -> str:
-    """The dtypes of a role's parameters on disk, the commonest first."""
+    """Return the stored dtypes of a role, most parameters first."""
     if not path.exists():
         return "parameters missing"
     leaves = jax.tree.leaves(ocp.metadata(path).metadata)
@@ -140,7 +142,7 @@ def _fit(role: str, source: Source, *, choice: bool) -> list[tuple[str, str]]:
 
 
 def _sizes(cfg: Any) -> list[tuple[str, str]]:
-    """What tells one network from another of its kind."""
+    """Return the sizes that distinguish networks of one kind."""
     fields = {
         name: value
         for name in ("layers", "double_layers", "single_layers", "width", "heads", "channels")

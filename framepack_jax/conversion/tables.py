@@ -1,4 +1,4 @@
-"""Which table reads a checkpoint: told by its tensor names, never by file names."""
+"""Choose the table of a checkpoint by its tensor names, never by file names."""
 
 from collections.abc import Collection
 

@@ -1,4 +1,4 @@
-"""Whether a bundle holds what a checkpoint holds, bit for bit."""
+"""Compare a bundle with a checkpoint, bit for bit."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from framepack_jax.utils.progress import byte_bar
 
 @dataclasses.dataclass
 class Comparison:
-    """One network of a bundle against its source: how many leaves, their bytes in the bundle, the
-    paths of those that differ, and the types that the source was cast to."""
+    """Result for one network: number of leaves, their bytes in the bundle, paths of those that
+    differ, and types that the source was cast to."""
 
     role: str
     leaves: int = 0
@@ -50,8 +50,9 @@ def compare(source: Path, root: epath.PathLike, prefix: str | None = None) -> li
 
 
 def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
-    """Role -> checkpoint of what both the bundle and `path` have: a diffusers pipeline, or a
-    checkpoint of one network or several. Raises ConversionError where there is nothing to compare.
+    """Return {role: checkpoint} of the networks that a bundle and `path` both have; `path` is a
+    diffusers pipeline, or a checkpoint of one or several networks. Raises ConversionError if there
+    is no such network.
     """
     if (path / "model_index.json").exists():
         held = weight_files.read_json(path / "model_index.json")
@@ -67,9 +68,11 @@ def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
 
 
 def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -> ConversionJob:
-    """The conversion that should have made a role of this checkpoint; `prefix` as for
-    `tables.recognise`. Raises ConversionError, also where it would have made a network of another
-    config."""
+    """Return the conversion of a checkpoint to a role of the bundle.
+
+    `prefix` is that of `tables.recognise`. Raises ConversionError, also if the checkpoint has
+    another config than the network in the bundle.
+    """
     _, cfg = bundle.role_config(manifest, role)
     source = tables.recognise(weight_files.open_checkpoint(path), role, prefix)
     source = dataclasses.replace(source, like=cfg)
@@ -97,9 +100,9 @@ def compare_network(
     role: str,
     advance: Advance = engine.silent,
 ) -> Comparison:
-    """Every leaf, bit for bit; where the bundle keeps another type, after the same cast.
+    """Compare every leaf, bit for bit; if the bundle has another type, after the same cast.
 
-    Raises ConversionError, BundleError where either cannot be read.
+    Raises ConversionError or BundleError if one of the two cannot be read.
     """
     types = bundle.stored_dtypes(root, manifest, role)
     dtype = next((each for each in quantization.QUANTIZED if each in types.values()), None)
@@ -118,8 +121,8 @@ def compare_network(
 
 
 def table(results: Sequence[Comparison]) -> str:
-    """Lines of role, tensors, bytes, differing, and the types that there was a cast to; then the
-    first that differ."""
+    """Return a line for each network (role, tensors, bytes, differing tensors, casts), then the
+    names of the first tensors that differ."""
     lines = [f"{'role':15} {'tensors':>8} {'bytes':>16} {'differing':>10}"]
     for r in results:
         casts = f"  after a cast to {' and '.join(sorted(r.casts))}" if r.casts else ""
@@ -131,12 +134,12 @@ def table(results: Sequence[Comparison]) -> str:
 
 
 def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers beyond the type become infinite."""
+    """Cast; numbers beyond the range of the type become infinite."""
     with np.errstate(over="ignore"):
         return np.asarray(array, jnp.dtype(dtype))
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    """NaNs too are the same where their bits are; zeros of two signs are not."""
+    """Compare shapes and bits: equal NaNs are the same, zeros of different sign are not."""
     unsigned = f"u{one.itemsize}"
     return one.shape == other.shape and np.array_equal(one.view(unsigned), other.view(unsigned))
