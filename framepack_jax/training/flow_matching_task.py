@@ -20,6 +20,8 @@ from framepack_jax.data.batch import Batch
 from framepack_jax.data.fingerprint import check_bundle
 from framepack_jax.data.pixel_batch import PixelBatch, to_batch
 from framepack_jax.diffusion import sampler
+from framepack_jax.models.lora_layers import scale_factors
+from framepack_jax.models.params import merge_params
 from framepack_jax.parallel import multihost
 from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.training import checkpoints, flow_matching, metrics, optimizer, state, summary
@@ -69,8 +71,8 @@ class FlowMatchingTask:
 
     def merge(self, trained: Params, frozen: Networks) -> Networks:
         """Return all parameters of the transformer, and those of the VAE."""
-        scale = state.factor_scale(self.cfg)
-        return Networks(state.merge_params(trained, frozen.transformer, scale), frozen.vae)
+        scaled = scale_factors(trained, state.factor_scale(self.cfg))
+        return Networks(merge_params(scaled, frozen.transformer), frozen.vae)
 
     def loss(
         self, params: Networks, batch: Batch | PixelBatch, key: jax.Array

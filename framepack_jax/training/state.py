@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
 from framepack_jax.models import lora, lora_layers
+from framepack_jax.models.params import partition_params
 from framepack_jax.models.spec import DenoiserSpec
 from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
@@ -101,28 +102,6 @@ def _trained_pattern(cfg: TrainConfig) -> str:
 
 def _typed(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params)
-
-
-def partition_params(params: Params, pattern: str) -> tuple[Params, Params]:
-    """Return (parameters whose path matches, the rest). Raises ValueError if none matches."""
-    leaves = flatten_dict(params)
-    chosen = {path for path in leaves if re.fullmatch(pattern, "/".join(path))}
-    if not chosen:
-        raise ValueError(f"no parameter of the network matches {pattern!r}; nothing to train")
-    return (
-        unflatten_dict({path: leaf for path, leaf in leaves.items() if path in chosen}),
-        unflatten_dict({path: leaf for path, leaf in leaves.items() if path not in chosen}),
-    )
-
-
-def merge_params(trained: Params, frozen: Params, factor_scale: float = 1.0) -> Params:
-    """Return all parameters of the network; second factors of adapters are multiplied by
-    `factor_scale`."""
-    leaves = {
-        path: leaf * factor_scale if path[-1] == lora_layers.LORA_B else leaf
-        for path, leaf in flatten_dict(trained).items()
-    }
-    return unflatten_dict(flatten_dict(frozen) | leaves)
 
 
 def factor_scale(cfg: TrainConfig) -> float:

@@ -22,6 +22,8 @@ from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.generation.pipeline import FramePack, Inputs, Network, Settings
+from framepack_jax.models.lora_layers import scale_factors
+from framepack_jax.models.params import merge_params
 from framepack_jax.parallel.multihost import fetch, on_primary
 from framepack_jax.training import state
 from framepack_jax.training.prefetch import place
@@ -67,7 +69,7 @@ class Validator:
             return
         if self.pipe is None:
             self.pipe = open_pipe(task.bundle_path, task.schedule, task.cfg.dtype, task.mesh)
-        network = state.merge_params(params, frozen, state.factor_scale(task.cfg))
+        network = merge_params(scale_factors(params, state.factor_scale(task.cfg)), frozen)
         pipe = with_network(self.pipe, task.model, network)
         window = task.schedule.window
         for number, record in enumerate(self.records):

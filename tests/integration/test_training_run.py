@@ -29,6 +29,8 @@ from framepack_jax.data import holdout, loader, records
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.records import read_index
 from framepack_jax.models import lora
+from framepack_jax.models.lora_layers import scale_factors
+from framepack_jax.models.params import merge_params
 from framepack_jax.parallel import sharding
 from framepack_jax.training import checkpoints, export, state
 from framepack_jax.training.checkpoints import RunError
@@ -563,7 +565,8 @@ def check_velocities(run: Path, dataset: Path) -> None:
     factors = checkpoints.restore_params(run, cfg.steps, abstract, "params")
     base = FramePack.load(bundle.resolve("random"), dtype=cfg.dtype)
     adapted = base.with_lora(conversion_lora.read(Path(lora.file_of(run)), model.cfg).lora)
-    trained = state.merge_params(factors, base.transformer.params, state.factor_scale(cfg))
+    scaled = scale_factors(factors, state.factor_scale(cfg))
+    trained = merge_params(scaled, base.transformer.params)
     batch = next(loader.open_loader(DataConfig(str(dataset)), packing.parse(cfg.schedule), 2))
     noise = np.random.default_rng(0).standard_normal(batch.target.shape).astype(np.float32)
     given = batch.conditions

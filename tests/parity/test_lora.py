@@ -37,7 +37,8 @@ from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.hunyuan.step_cache import block_input, first_block
 from framepack_jax.models.lora import Factors
-from framepack_jax.models.params import Params, stack_layers, unstack_layers
+from framepack_jax.models.lora_layers import scale_factors
+from framepack_jax.models.params import Params, merge_params, stack_layers, unstack_layers
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
@@ -853,7 +854,7 @@ def test_what_training_makes_gives_the_same_in_diffusers(
     factors = state.init_lora(run.lora, params, jax.random.key(0))
     random = np.random.default_rng(1)
     factors = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape, np.float32), factors)
-    applied = state.merge_params(factors, params, state.factor_scale(run))
+    applied = merge_params(scale_factors(factors, state.factor_scale(run)), params)
     ours = velocity(cfg, applied, *arguments)
     files.write(tmp_path / "lora.safetensors", state.to_lora(run, factors), cfg)
     adapted = copy.deepcopy(module)

@@ -27,6 +27,8 @@ from framepack_jax.models import lora, lora_layers, quantization, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.lora_layers import scale_factors
+from framepack_jax.models.params import merge_params
 from framepack_jax.parallel import sharding
 from framepack_jax.training import (
     flow_matching,
@@ -291,7 +293,7 @@ def test_adapters_merged_are_adapters_applied(batches) -> None:
     _, begun, frozen = begin(cfg)
     params = perturbed(begun.params)
     applied = values(cfg, batches[0], params, frozen)
-    merged = lora.merge(state.merge_params(params, frozen, state.factor_scale(cfg)))
+    merged = lora.merge(merge_params(scale_factors(params, state.factor_scale(cfg)), frozen))
     assert not any(
         path[-1] in (lora_layers.LORA_A, lora_layers.LORA_B) for path in flatten_dict(merged)
     )
