@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from framepack_jax import FramePack
+from framepack_jax import FramePack, bundle
 from framepack_jax.video import count_frames
 from tests.fixtures.paths import ROOT
 
@@ -41,6 +41,11 @@ def test_videos(outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     capsys.readouterr()
     run(monkeypatch, "evaluate.py", video)
     assert "37 frames" in capsys.readouterr().out
+
+
+def test_conversion(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "convert.py", outputs / "converted")
+    assert "transformer" in bundle.read_manifest(outputs / "converted" / "bundle").roles
 
 
 def test_training(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

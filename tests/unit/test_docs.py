@@ -28,8 +28,6 @@ SCRIPTS = {"sample.py": "sample", "train.py": "train", "convert_weights.py": "co
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
 # Flags of SLURM, and of every program.
 FOREIGN = {"--help", "--requeue", "--signal"}
-# Subcommands that are being divided from `framepack convert`.
-NOT_YET = {"export", "verify", "inspect"} - {*COMMANDS}
 
 
 def page_id(path: Path) -> str:
@@ -86,8 +84,6 @@ def test_named_files_exist(page: Path) -> None:
 @functools.cache
 def flags_of(command: str) -> frozenset[str]:
     """Return the flags in the help of a subcommand."""
-    if command in NOT_YET:
-        return frozenset({"--bundle", "--key-format", "--lora", "--role"})
     module = importlib.import_module(f"framepack_jax.cli.{command.replace('-', '_')}")
     told = io.StringIO()
     with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
@@ -114,7 +110,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
     inline = re.findall(r"`([^`]+)`", prose)
     for text in [*lines, *inline]:
         for words in re.findall(r"(?<![\w-])framepack ([a-z][a-z-]*)", text):
-            assert words in {*COMMANDS, *NOT_YET}, f"{page_id(page)} names framepack {words}"
+            assert words in COMMANDS, f"{page_id(page)} names framepack {words}"
         scripts = "|".join(map(re.escape, SCRIPTS))
         for name, rest in re.findall(
             rf"((?<![\w-])framepack [a-z-]+|python (?:{scripts}))\b([^#]*)", text
@@ -127,7 +123,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_named_flags_exist(page: Path) -> None:
     prose, _ = split_fences(page.read_text())
-    known = other_flags().union(*map(flags_of, {*COMMANDS, *NOT_YET}))
+    known = other_flags().union(*map(flags_of, COMMANDS))
     for span in re.findall(r"`([^`]+)`", prose):
         if not span.startswith("pip"):
             unknown = {*FLAG.findall(span)} - known
