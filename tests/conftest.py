@@ -61,6 +61,14 @@ def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     memory.release()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Drop what earlier tests of a file have compiled once it is too much."""
+    result = yield
+    memory.release_if_large()
+    return result
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of processes that have a core and enough memory."""
