@@ -1,4 +1,4 @@
-"""Where the videos of an evaluation come from: models under test, and the references beside them.
+"""Make the videos of an evaluation: samples of the models under test, and reference videos.
 
 Shapes: B videos side by side, P frames, H W rows and columns. Frames are (P, H, W, 3) uint8.
 """
@@ -16,12 +16,12 @@ from framepack_jax.generation.request import Layout, Request, fit_images, make_l
 from framepack_jax.packing import Section, Timeline
 
 CLIP_LATENTS = 18
-"""Latents of a clip that the VAE encodes at a time, beside its first."""
+"""Latent frames that the VAE encodes at a time, in addition to the first one of a clip."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """A video that is asked for: its first frame (H, W, 3) uint8, what happens, the seed."""
+    """A video to sample: its first frame (H, W, 3) uint8, its caption and its seed."""
 
     image: np.ndarray
     caption: str
@@ -29,20 +29,20 @@ class Prompt:
 
 
 def layout_of(pipe: FramePack, ask: Prompt, sections: int) -> Layout:
-    """Where so many sections from an image lie. Raises ValueError."""
+    """Return the layout of `sections` sections after an image. Raises ValueError if none fits."""
     height, width = ask.image.shape[:2]
     request = Request(ask.caption, ask.image, seed=ask.seed)
     return make_layout(pipe.geometry, request, sections=sections, height=height, width=width)
 
 
 def sections_for(pipe: FramePack, seconds: float, fps: float) -> int:
-    """Sections that come closest to a duration."""
+    """Return the number of sections whose duration is closest to `seconds`."""
     window = pipe.schedule.window
     return packing.sections_for(seconds, window, fps, pipe.geometry.time_compression)
 
 
 def frames_for(pipe: FramePack, sections: int) -> int:
-    """Frames of a video of so many sections."""
+    """Return the number of frames of a video of `sections` sections."""
     return pipe.geometry.frames_of(0, 1 + sections * pipe.schedule.window)[1]
 
 
@@ -53,8 +53,10 @@ def sampled(
     settings: Settings,
     blank: Collection[str] = (),
 ) -> np.ndarray:
-    """Videos (B, P, H, W, 3) made side by side from images of one size; context under the kernels
-    `blank` is kept from the model."""
+    """Sample a batch of videos (B, P, H, W, 3) from images of equal size.
+
+    Context under the kernels in `blank` is hidden from the model.
+    """
     layout = layout_of(pipe, asks[0], sections)
     requests = [
         fit_images(pipe.geometry, Request(ask.caption, ask.image, seed=ask.seed), layout)
@@ -73,8 +75,10 @@ def sampled(
 def repeated(
     pipe: FramePack, asks: Sequence[Prompt], sections: int, settings: Settings
 ) -> np.ndarray:
-    """As long videos of single sections, each begun anew from the last frame of the one before it,
-    as an image without history."""
+    """Sample videos of the same length by chaining single sections.
+
+    Each section starts from the last frame of the previous one as its image, without history.
+    """
     made = sampled(pipe, asks, 1, settings)
     videos = [made]
     for number in range(1, sections):
@@ -88,10 +92,10 @@ def repeated(
 
 
 def reconstructed(pipe: FramePack, frames: np.ndarray) -> np.ndarray:
-    """Frames (P, H, W, 3) as the VAE shows them, encoded and decoded in clips."""
+    """Encode frames (P, H, W, 3) with the VAE and decode them again, clip by clip."""
     reach = CLIP_LATENTS * pipe.geometry.time_compression
     clips = [
-        # The last frame of a clip is the first of the next.
+        # The last frame of a clip is the first frame of the next one.
         _through_vae(pipe, frames[first : first + reach + 1])[min(first, 1) :]
         for first in range(0, max(1, len(frames) - 1), reach)
     ]

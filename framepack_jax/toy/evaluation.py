@@ -1,7 +1,7 @@
 """Evaluate bundles on the toy world: sample, measure, report.
 
-Every video is saved with its metrics as soon as it is made, so that an evaluation resumes where it
-was interrupted.
+Every video is saved with its metrics as soon as it is sampled, so an interrupted evaluation resumes
+without sampling it again.
 """
 
 import dataclasses
@@ -26,11 +26,17 @@ FPS = scenes.FPS
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What to evaluate, on how many scenes, and how to sample.
+    """Settings of an evaluation: bundles, schedules, suites and sampling.
 
-    `seconds` are lengths of the `videos` of the drift suites, `occlusion_seconds` the times for
-    which a sprite is hidden in `occlusion_videos` each; `prompt_pairs` images get two captions
-    each, for videos of `pair_seconds`. `size` is (height, width) in pixels.
+    Args:
+        videos: number of scenes of each drift suite.
+        seconds: durations of the drift suites.
+        occlusion_videos: number of scenes of each forgetting suite.
+        occlusion_seconds: durations for which a sprite is hidden, one forgetting suite each.
+        prompt_pairs: number of first frames of the prompt suite, each with two captions.
+        pair_seconds: duration of the videos of the prompt suite.
+        size: (height, width) in pixels.
+        batch: number of videos sampled together.
     """
 
     output: Path
@@ -51,7 +57,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A bundle with a schedule, under its name in the tables."""
+    """A bundle with a schedule, and its name in the tables."""
 
     name: str
     path: str | Path
@@ -59,22 +65,23 @@ class Model:
 
 
 def evaluate(cfg: EvaluationConfig) -> Path:
-    """Sample, measure and report; returns the report. Raises ValueError, OSError."""
+    """Sample, measure and report. Return the path of the report. Raises ValueError, OSError."""
     models = open_models(cfg)
     _check_size(cfg.size, models)
     results.begin(cfg.output, _record(cfg, models))
     todo = list(_parts(cfg, models))
     make_all(cfg.output, todo, models, cfg.settings, cfg.batch)
     made = [
-        (part, {row.name: _figures(cfg.output, row, part) for row in part.rows}) for part in todo
+        (suite, {row.name: _figures(cfg.output, row, suite) for row in suite.rows})
+        for suite in todo
     ]
     about = json.loads((cfg.output / results.SETTINGS).read_text())
     tables = report.write(cfg.output, made, [model.name for model in models], about)
     return cfg.output / "report.md" if tables else cfg.output
 
 
-def _figures(folder: Path, row: Row, part: Suite) -> dict[str, scenes.Figures]:
-    found = {case.name: results.load(folder, row.name, case) for case in part.cases}
+def _figures(folder: Path, row: Row, suite: Suite) -> dict[str, scenes.Figures]:
+    found = {case.name: results.load(folder, row.name, case) for case in suite.cases}
     return {name: figures for name, figures in found.items() if figures is not None}
 
 
@@ -92,7 +99,7 @@ def open_models(cfg: EvaluationConfig) -> list[Model]:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Raise ValueError if a name occurs twice or is that of a reference row."""
+    """Raise ValueError if two models share a name or a model has the name of a reference row."""
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
@@ -114,7 +121,7 @@ def _check_size(size: tuple[int, int], models: Sequence[Model]) -> None:
 
 
 def _record(cfg: EvaluationConfig, models: Sequence[Model]) -> dict[str, Any]:
-    """All that decides the videos: an evaluation resumes only if these values are the same."""
+    """Return every setting that affects the videos. They must be equal to resume an evaluation."""
     first = models[0]
     return {
         "size": f"{cfg.size[0]}x{cfg.size[1]}",
@@ -142,35 +149,35 @@ def _hashes(model: Model) -> dict[str, Any]:
 
 
 def _parts(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Suite]:
-    """Yield the suites that were asked for, with their cases and rows."""
+    """Yield the requested suites with their cases and rows."""
     if cfg.videos:
         yield from _drift(cfg, models)
     if cfg.occlusion_videos:
         yield from _forgetting(cfg, models)
     if cfg.prompt_pairs:
-        part, count = f"prompts_{cfg.pair_seconds:g}s", _frames(models[0].pipe, cfg.pair_seconds)
-        made = scenes.counterfactual_cases(cfg.seed, cfg.prompt_pairs, count, cfg.size, part)
-        yield Suite(part, made, _rows(models, suites.prompt_rows), scenes.prompt_figures)
+        name, count = f"prompts_{cfg.pair_seconds:g}s", _frames(models[0].pipe, cfg.pair_seconds)
+        made = scenes.counterfactual_cases(cfg.seed, cfg.prompt_pairs, count, cfg.size, name)
+        yield Suite(name, made, _rows(models, suites.prompt_rows), scenes.prompt_figures)
 
 
 def _drift(cfg: EvaluationConfig, models: Sequence[Model]) -> list[Suite]:
     found: list[Suite] = []
     for seconds in sorted(cfg.seconds):
-        part, count = f"drift_{seconds:g}s", _frames(models[0].pipe, seconds)
-        made = scenes.drift_cases(cfg.seed, cfg.videos, count, cfg.size, part)
+        name, count = f"drift_{seconds:g}s", _frames(models[0].pipe, seconds)
+        made = scenes.drift_cases(cfg.seed, cfg.videos, count, cfg.size, name)
         rows = _rows(models, suites.drift_rows)
-        found.append(Suite(part, made, rows, scenes.drift_figures, tuple(found)))
+        found.append(Suite(name, made, rows, scenes.drift_figures, tuple(found)))
     return found
 
 
 def _forgetting(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Suite]:
     pipe = models[0].pipe
     for hidden in cfg.occlusion_seconds:
-        part = f"forgetting_{hidden:g}s"
-        made = scenes.hiding_cases(cfg.seed, cfg.occlusion_videos, hidden, cfg.size, part)
+        name = f"forgetting_{hidden:g}s"
+        made = scenes.hiding_cases(cfg.seed, cfg.occlusion_videos, hidden, cfg.size, name)
         whole = baselines.frames_for(pipe, suites.sections_of(pipe, made[0].frames))
         made = [dataclasses.replace(case, frames=whole) for case in made]
-        yield Suite(part, made, _rows(models, suites.forgetting_rows), scenes.forgetting_figures)
+        yield Suite(name, made, _rows(models, suites.forgetting_rows), scenes.forgetting_figures)
 
 
 def _frames(pipe: FramePack, seconds: float) -> int:
@@ -185,40 +192,40 @@ def _rows(models: Sequence[Model], rows_of: Callable[[str, int, Schedule], list[
 def make_all(
     folder: Path, todo: Sequence[Suite], models: Sequence[Model], settings: Settings, batch: int
 ) -> None:
-    """Make and measure every video that `folder` lacks, `batch` of them side by side.
+    """Sample and measure every video missing in `folder`, in batches of `batch`.
 
-    Weights of one model are on the device at a time. The longest videos come first, as shorter ones
-    are cut from them.
+    Only one model has its weights on the device at a time. The longest videos are sampled first,
+    because the shorter ones are cut from them.
     """
-    total = sum(len(part.cases) * len(part.rows) for part in todo)
+    total = sum(len(suite.cases) * len(suite.rows) for suite in todo)
     with Bar(total=total, unit="video") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in (None, *range(len(models))):
             pipe = None
-            order = sorted(todo, key=lambda part: -len(part.shorter))
-            for part, row in ((p, r) for p in order for r in p.rows if r.model == number):
-                bar.set_description(f"{part.name}, {row.name}")
-                missing = [c for c in part.cases if results.load(folder, row.name, c) is None]
-                bar.update(len(part.cases) - len(missing))
+            order = sorted(todo, key=lambda suite: -len(suite.shorter))
+            for suite, row in ((p, r) for p in order for r in p.rows if r.model == number):
+                bar.set_description(f"{suite.name}, {row.name}")
+                missing = [c for c in suite.cases if results.load(folder, row.name, c) is None]
+                bar.update(len(suite.cases) - len(missing))
                 if missing and number is not None and pipe is None:
                     pipe = models[number].pipe.with_weights(models[number].path)
                 for first in range(0, len(missing), batch):
                     some = missing[first : first + batch]
                     made = row.make(pipe, some, settings)
-                    numbers = [part.cases.index(case) for case in some]
-                    for each in (part, *(part.shorter if row.extendable else ())):
+                    numbers = [suite.cases.index(case) for case in some]
+                    for each in (suite, *(suite.shorter if row.extendable else ())):
                         _keep(folder, row, each, [each.cases[i] for i in numbers], made, pool)
                     bar.update(len(some))
 
 
 def _keep(
-    folder: Path, row: Row, part: Suite, asked: Sequence[scenes.Case], made: suites.Videos,
+    folder: Path, row: Row, suite: Suite, asked: Sequence[scenes.Case], made: suites.Videos,
     pool: ThreadPoolExecutor,
 ) -> None:  # fmt: skip
-    """Measure and save videos, cut to the lengths of their cases, unless they are saved already."""
+    """Cut videos to the lengths of their cases, measure and save them. Skip saved videos."""
     new = [
         (case, frames[: case.frames])
         for case, frames in zip(asked, made, strict=True)
         if results.load(folder, row.name, case) is None
     ]
-    for (case, frames), found in zip(new, pool.map(lambda p: part.measure(*p), new), strict=True):
+    for (case, frames), found in zip(new, pool.map(lambda p: suite.measure(*p), new), strict=True):
         results.save(folder, row.name, case, frames, found, FPS)

@@ -1,7 +1,7 @@
-"""What a shape does, in the words of captions: left, right, up, down, orbit, stay.
+"""Label the motion of a sprite with the words of captions: left, right, up, down, orbit, stay.
 
-A track is the places (n, 2) of a shape in even steps of time, x to the right and y downwards, in
-picture heights, nan where it is not seen.
+A track holds the positions (n, 2) of a sprite at equal time steps, x to the right and y downwards,
+in picture heights. Positions of an invisible sprite are nan.
 """
 
 import math
@@ -10,25 +10,27 @@ from collections.abc import Sequence
 import numpy as np
 
 WINDOW = 1.0
-"""Seconds of a track that are put into one word."""
+"""Seconds of a track that get one label."""
 STILL = 0.08
-"""A shape whose places in a window are within so many picture heights stays where it is."""
+"""Maximum extent of a track in a window, in picture heights, for the label "stay"."""
 TURNED = 0.35
-"""Least angle of an orbit in a window, in radians."""
+"""Minimum angle of an orbit in a window, in radians."""
 ENOUGH = 0.6
-"""Share of a window in which a shape must be seen."""
+"""Minimum fraction of a window in which the sprite must be visible."""
 
 AXES = {"left": "sideways", "right": "sideways", "up": "upright", "down": "upright"}
-"""Of a direction, the way there and back."""
+"""Axis of each direction."""
 KINDS = {word: {word} for word in (*AXES, "orbit", "stay")} | {
     axis: {word for word in AXES if AXES[word] == axis} for axis in AXES.values()
 }
-"""Of what may be said, the words that a track may have."""
+"""Labels of a track that agree with each word of a caption."""
 
 
 def word(track: np.ndarray, anchor: np.ndarray | None = None) -> str:
-    """What a shape does along its track (n, 2): a direction; "orbit" where a circle around the
-    `anchor` fits better than a straight line; "stay"; "" where it is hardly seen."""
+    """Label a track (n, 2): a direction, "orbit", "stay", or "" if the sprite is mostly invisible.
+
+    The label is "orbit" if a circle around the `anchor` fits better than a straight line.
+    """
     seen = ~np.isnan(track).any(axis=1)
     if seen.mean() < ENOUGH:
         return ""
@@ -45,7 +47,7 @@ def word(track: np.ndarray, anchor: np.ndarray | None = None) -> str:
 
 
 def _line(times: np.ndarray, track: np.ndarray) -> tuple[np.ndarray, float]:
-    """Velocity (2,) of the best straight line, and how far the track is from it (rms)."""
+    """Fit a straight line by least squares. Return its velocity (2,) and the rms residual."""
     times = times - times.mean()
     centred = track - track.mean(axis=0, keepdims=True)
     velocity = (times[:, None] * centred).sum(axis=0) / (times**2).sum()
@@ -54,7 +56,10 @@ def _line(times: np.ndarray, track: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _circles(times: np.ndarray, around: np.ndarray, off_line: float) -> bool:
-    """Whether places (n, 2) relative to an anchor turn steadily, nearer to that than `off_line`."""
+    """Return True if positions (n, 2) relative to an anchor fit a steady rotation.
+
+    The rms residual of the rotation must be smaller than `off_line`, that of the straight line.
+    """
     seen = ~np.isnan(around).any(axis=1)
     if seen.mean() < ENOUGH:
         return False
@@ -74,9 +79,16 @@ def agreement(
     fps: float,
     window: float = WINDOW,
 ) -> np.ndarray:
-    """Whether sprites do what the caption says, (P, S): 1 or 0 in windows in which it says one
-    thing throughout, nan in others. `tracks` (P, S, 2), `words` (P, S) of the caption, `anchors`
-    (S,) the sprite that each may circle around. A sprite that is not seen does not agree."""
+    """Compare the motion of sprites with the caption; return (P, S), 1 for agreement, 0 without.
+
+    Values are nan in windows in which the caption has more than one word for a sprite. An invisible
+    sprite does not agree.
+
+    Args:
+        tracks: positions (P, S, 2) in picture heights.
+        words: words of the caption, (P, S).
+        anchors: index of the sprite that each sprite may orbit, (S,).
+    """
     count, sprites, _ = tracks.shape
     found = np.full((count, sprites), math.nan, np.float32)
     length = max(2, round(window * fps))
@@ -93,8 +105,10 @@ def agreement(
 
 
 def nearest(track: np.ndarray, candidates: Sequence[np.ndarray]) -> int | None:
-    """Which of the candidates (n, 2) a track is nearest to, on average over where it is seen; None
-    where it never is."""
+    """Return the index of the candidate (n, 2) with the smallest mean distance to a track.
+
+    Time steps with an invisible sprite are ignored. Return None if the sprite is never visible.
+    """
     seen = ~np.isnan(track).any(axis=1)
     if not seen.any():
         return None

@@ -1,4 +1,4 @@
-"""The results of an evaluation written out: report.md, report.json, plots and sheets."""
+"""Write the report of an evaluation: report.md, report.json, plots and contact sheets."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from framepack_jax.toy.world import FPS
 from framepack_jax.utils.files import atomic_write
 
 SHEETS = 3
-"""Cases of a part that are shown."""
+"""Number of cases per suite with a contact sheet."""
 SHEET_COLUMNS, CELL = 8, 128
 
 
@@ -27,15 +27,18 @@ def write(
     models: Sequence[str],
     about: Mapping[str, Any],
 ) -> list[Table]:
-    """Write everything; the tables come back. A sheet shows the same case in all rows."""
+    """Write the report to `folder` and return its tables.
+
+    A contact sheet shows one case, with one strip of frames per row of the table.
+    """
     written, text, hiding = [], [_head(about)], {}
-    for part, found in made:
-        kind, _, amount = part.name.partition("_")
-        count = max(case.frames for case in part.cases)
+    for suite, found in made:
+        kind, _, amount = suite.name.partition("_")
+        count = max(case.frames for case in suite.cases)
         lengths = count / FPS
         if kind == "drift":
             new = [suites.quality(lengths, found), suites.drifting(lengths, found)]
-            pictures = _over_time(folder, part.name, found)
+            pictures = _over_time(folder, suite.name, found)
         elif kind == "forgetting":
             hidden = float(amount.removesuffix("s"))
             new, pictures = [suites.forgetting(hidden, found)], []
@@ -48,7 +51,7 @@ def write(
                 table, suites.TRUTH, suites.FROZEN, [m for m in models if m in found]
             )
             text.append(tables.markdown(table, notes))
-        pictures += _sheets(folder, part, list(found))
+        pictures += _sheets(folder, suite, list(found))
         text.append(_shown(pictures))
     if hiding:
         text.append("## Forgetting over the time hidden\n\n" + _shown(_over_hiding(folder, hiding)))
@@ -72,11 +75,11 @@ def _shown(pictures: Sequence[str]) -> str:
     return "\n".join(f"![{Path(name).stem}]({name})\n" for name in pictures)
 
 
-def _over_time(folder: Path, part: str, found: ByRow) -> list[str]:
+def _over_time(folder: Path, suite: str, found: ByRow) -> list[str]:
     names = []
     for name, metric in suites.DRIFT_METRICS.items():
         curves = {row: [figures[name] for figures in by.values()] for row, by in found.items()}
-        names.append(f"plots/{part}_{name}.png")
+        names.append(f"plots/{suite}_{name}.png")
         plots.over_time(folder / names[-1], metric, curves, FPS)
     return names
 
@@ -93,10 +96,10 @@ def _over_hiding(folder: Path, tables: Mapping[float, Table]) -> list[str]:
     return names
 
 
-def _sheets(folder: Path, part: Suite, rows: Sequence[str]) -> list[str]:
+def _sheets(folder: Path, suite: Suite, rows: Sequence[str]) -> list[str]:
     names = []
-    for case in part.cases[:SHEETS]:
-        names.append(f"sheets/{part.name}_{case.name}.png")
+    for case in suite.cases[:SHEETS]:
+        names.append(f"sheets/{suite.name}_{case.name}.png")
         (folder / "sheets").mkdir(exist_ok=True)
         strips = [_strip(results.video_file(folder, row, case)) for row in rows]
         video.save_png(folder / names[-1], video.labelled_sheet(strips, rows, columns=1))
@@ -104,7 +107,7 @@ def _sheets(folder: Path, part: Suite, rows: Sequence[str]) -> list[str]:
 
 
 def _strip(file: Path) -> np.ndarray:
-    """Frames of a video side by side, from first to last."""
+    """Return a strip of frames of a video at equal distances, from first to last."""
     picks = np.linspace(0, video.mp4_info(file).frames - 1, SHEET_COLUMNS).round().astype(int)
     frames = []
     for frame in video.read_frames_at(file, picks.tolist()):

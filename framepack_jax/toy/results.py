@@ -1,8 +1,8 @@
-"""What has been made and measured so far, in the folder of an evaluation.
+"""Save and load the results of an evaluation.
 
-evaluation.json                 what was asked for: another evaluation does not go on from it
-videos/PART/ROW/NAME.mp4, .npz  a video, and the figures of its frames as they were before they
-                                were encoded; the .npz is written last
+evaluation.json                  settings; an evaluation resumes only with equal settings
+videos/SUITE/ROW/NAME.mp4, .npz  a video and its metrics, measured on the frames before encoding;
+                                 the .npz is written last
 """
 
 import json
@@ -25,8 +25,10 @@ FORMAT = 1
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, or go on with it. Raises ValueError where it holds an evaluation of other
-    settings, or other files; rows may be added."""
+    """Create the folder of an evaluation, or resume it. A resumed evaluation may add rows.
+
+    Raises ValueError if the folder holds an evaluation with other settings, or other files.
+    """
     file = folder / SETTINGS
     record: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **settings}))
     if file.exists():
@@ -34,12 +36,14 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
         rows = there.get("rows", {}) | record["rows"]
         if differing := _differences(there, record):
             raise ValueError(
-                f"--output {folder} holds an evaluation of other settings ({differing}); choose"
+                f"--output {folder} holds an evaluation with other settings ({differing}); choose"
                 " another folder"
             )
         record["rows"] = rows
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output {folder} is no evaluation and not empty; choose another folder")
+        raise ValueError(
+            f"--output {folder} is not empty and holds no evaluation; choose another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
@@ -57,7 +61,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     found = differences(there, here, names, THERE_HERE)
     rows = there.get("rows", {})
     found += [
-        f"{name} is of other weights there"
+        f"{name} has other weights there"
         for name, row in here["rows"].items()
         if rows.get(name, row) != row
     ]
@@ -65,17 +69,17 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def file_name(row: str) -> str:
-    """The name of a row as a file has it."""
+    """Return the name of a row as a folder name."""
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", row).strip("_")
 
 
 def video_file(folder: Path, row: str, case: Case) -> Path:
-    """Where a video lies."""
+    """Return the path of a video."""
     return folder / "videos" / case.part / file_name(row) / f"{case.name}.mp4"
 
 
 def load(folder: Path, row: str, case: Case) -> Figures | None:
-    """The figures of a video, None where it is not there yet."""
+    """Load the metrics of a video; return None if it is not saved yet."""
     file = video_file(folder, row, case).with_suffix(".npz")
     if not file.exists():
         return None
@@ -89,7 +93,7 @@ def load(folder: Path, row: str, case: Case) -> Figures | None:
 def save(
     folder: Path, row: str, case: Case, frames: np.ndarray, figures: Figures, fps: float
 ) -> None:
-    """Keep a video and its figures."""
+    """Save a video and its metrics."""
     file = video_file(folder, row, case)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(file, frames, fps)

@@ -1,8 +1,7 @@
-"""Held-out scenes of the demo world, what is asked of each, and what is measured of what is made.
+"""Held-out test cases of the toy world, and the metrics of their videos.
 
-Three parts: `drift`, long videos from their first frames; `forgetting`, a sprite that is hidden for
-a while and comes back; `prompts`, pairs of captions for one first frame that differ in the motion
-of one sprite.
+Three suites: `drift`, long videos; `forgetting`, a sprite that is hidden for a while and comes
+back; `prompts`, two captions for one first frame that differ in the motion of one sprite.
 
 Shapes: P frames, S sprites, H W rows and columns. Frames are (P, H, W, 3) uint8.
 """
@@ -22,21 +21,25 @@ from framepack_jax.toy.tracking import Sprites
 from framepack_jax.toy.world import DIRECTIONS, FPS, Scene
 
 AFTER = 1.0
-"""Seconds after a hidden sprite is out again for which it is looked for."""
+"""Seconds after the reappearance of a hidden sprite in which it is measured."""
 GONE = 0.02
-"""Share of a sprite in sight, at most, for it to count as hidden."""
+"""Maximum visible fraction of a hidden sprite."""
 LATEST = 12.0
-"""Seconds by which a hidden sprite is out again, beside the time for which it is hidden."""
+"""Maximum seconds until a hidden sprite reappears, in addition to its time hidden."""
 Figures = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A video that is asked for: a scene, its first frame and caption, at least so many frames.
+    """A video to sample: a scene with its first frame and caption, and the minimum of frames.
 
-    `sprite` is the one that is hidden, in the frames `away`, and in sight again in those of `back`;
-    or the one that moves as one of two captions says, `other` being the scene of the other caption
-    and `shuffled` a caption of another case.
+    Args:
+        part: name of the suite.
+        sprite: index of the hidden sprite, or of the sprite whose motion differs in the captions.
+        away: frames in which the sprite is hidden.
+        back: frames after its reappearance.
+        other: scene of the other caption.
+        shuffled: caption of another case.
     """
 
     part: str
@@ -56,19 +59,19 @@ class Case:
         return next(iter(world.frames(self.scene, 1 / FPS)))
 
     def truth(self) -> np.ndarray:
-        """The frames as they are, (P, H, W, 3)."""
+        """Render the ground truth (P, H, W, 3)."""
         return np.stack(list(world.frames(self.scene, self.frames / FPS)))
 
 
 def fingerprint(seed: int, size: tuple[int, int]) -> str:
-    """A hash that changes where the scenes of a seed do."""
+    """Return a hash that changes if the scenes of a seed change."""
     scene = world.scene(seed, 0, *size, split="held-out")
     frame = next(iter(world.frames(scene, 1 / FPS)))
     return hashlib.sha256(scene.caption.encode() + frame.tobytes()).hexdigest()[:16]
 
 
 def drift_cases(seed: int, count: int, frames: int, size: tuple[int, int], part: str) -> list[Case]:
-    """Held-out scenes as long as wanted."""
+    """Make cases of `frames` frames from held-out scenes."""
     scenes = [world.scene(seed, i, *size, split="held-out") for i in range(count)]
     return [Case(part, f"{i:03d}", scene, frames, seed + i) for i, scene in enumerate(scenes)]
 
@@ -76,7 +79,7 @@ def drift_cases(seed: int, count: int, frames: int, size: tuple[int, int], part:
 def hiding_cases(
     seed: int, count: int, hidden: float, size: tuple[int, int], part: str
 ) -> list[Case]:
-    """Scenes with a sprite that is hidden for so many seconds, long enough to see it back."""
+    """Make cases with a sprite hidden for `hidden` seconds, long enough to show it again."""
     made = []
     for number in range(count):
         scene = world.hiding(seed, number, hidden, *size)
@@ -93,7 +96,7 @@ def hiding_cases(
 def counterfactual_cases(
     seed: int, count: int, frames: int, size: tuple[int, int], part: str
 ) -> list[Case]:
-    """Two cases for each of `count` first frames, with the same seed of noise."""
+    """Make two cases for each of `count` first frames, with the same noise seed."""
     pairs = [world.counterfactual(seed, i, *size) for i in range(count)]
     rng = np.random.default_rng([seed, 2])
     cases = []
@@ -110,8 +113,10 @@ def counterfactual_cases(
 
 
 def hidden_span(scene: Scene, sprite: int, seconds: float) -> tuple[slice, slice]:
-    """Frames in which a sprite is hidden, and those just after, in which all of it is in sight
-    again. Raises ValueError where it is never hidden, or does not come back."""
+    """Return the frames in which a sprite is hidden, and the frames from its full reappearance.
+
+    Raises ValueError if the sprite is never hidden or does not reappear.
+    """
     visible = world.truth(scene, seconds).visible[:, sprite]
     gone = np.flatnonzero(visible <= GONE)
     if not gone.size:
@@ -127,7 +132,7 @@ def hidden_span(scene: Scene, sprite: int, seconds: float) -> tuple[slice, slice
 
 
 def cast_of(scene: Scene) -> Sprites:
-    """The sprites of a scene as they are looked for."""
+    """Return colours, shapes and templates of a scene's sprites for tracking."""
     names = list(world.COLOURS)
     return Sprites(
         palette=np.asarray([world.COLOURS[name] for name in names], np.float32),
@@ -139,7 +144,7 @@ def cast_of(scene: Scene) -> Sprites:
 
 @functools.cache
 def templates(height: int) -> dict[str, np.ndarray]:
-    """Masks of all forms in all sizes, in pictures of so many rows."""
+    """Return masks of all forms in all sizes for pictures of `height` rows."""
     made = {}
     for (size, radius), form in itertools.product(world.SIZES.items(), world.FORMS):
         side = 2 * math.ceil(1.2 * radius * height) + 1
@@ -149,7 +154,7 @@ def templates(height: int) -> dict[str, np.ndarray]:
 
 
 def drift_figures(case: Case, frames: np.ndarray) -> Figures:
-    """Of every frame, (P,): all that `metrics.measure` gives, identity and caption agreement."""
+    """Measure every frame, (P,): those of `metrics.measure`, identity and caption agreement."""
     scene = case.scene
     truth = world.truth(scene, len(frames) / FPS)
     seen = tracking.track(frames, cast_of(scene), truth.visible)
@@ -163,8 +168,10 @@ def drift_figures(case: Case, frames: np.ndarray) -> Figures:
 
 
 def words_of(scene: Scene, frames: int) -> list[list[str]]:
-    """What the caption says of each sprite in each frame. What moves to one side does so until it
-    bounces off an edge, and after that to both: along an axis."""
+    """Return the caption's word for each sprite in each frame.
+
+    After a sprite bounced off an edge, the word is the axis of its direction.
+    """
     words: list[list[str]] = [[] for _ in range(frames)]
     for sprite in scene.sprites:
         places = [world.position(scene, sprite, n / FPS) for n in range(frames + 1)]
@@ -179,7 +186,7 @@ def words_of(scene: Scene, frames: int) -> list[list[str]]:
 
 
 def anchors_of(scene: Scene) -> list[int | None]:
-    """Of each sprite the one that it circles around, if it does."""
+    """Return the index of the sprite that each sprite orbits, or None."""
     return [
         next((motion.around for motion in sprite.motions if motion.kind == "orbit"), None)
         for sprite in scene.sprites
@@ -187,13 +194,13 @@ def anchors_of(scene: Scene) -> list[int | None]:
 
 
 def tracks_of(scene: Scene, frames: np.ndarray) -> np.ndarray:
-    """Where the sprites of a scene are seen in frames, (P, S, 2) in picture heights."""
+    """Track the sprites of a scene; return positions (P, S, 2) in picture heights."""
     everyone = np.zeros((len(frames), len(scene.sprites)))
     return tracking.track(frames, cast_of(scene), everyone).centres / scene.height
 
 
 def over_sprites(values: np.ndarray) -> np.ndarray:
-    """Mean over those sprites (P, S) that are judged; nan where none is."""
+    """Average values (P, S) over sprites, ignoring nan; nan if a frame has no value."""
     judged = ~np.isnan(values)
     total = np.where(judged, values, 0).sum(axis=1)
     count = judged.sum(axis=1)
@@ -201,9 +208,12 @@ def over_sprites(values: np.ndarray) -> np.ndarray:
 
 
 def forgetting_figures(case: Case, frames: np.ndarray) -> Figures:
-    """Of the hidden sprite: `hidden`, the share of frames in which it was gone when it should;
-    `identity`, that in which it is itself when it is out again; `place`, its mean distance from
-    where it should be then, in picture heights, nan where it is not there."""
+    """Measure the hidden sprite.
+
+    `hidden` is the fraction of the frames `away` without it. `identity` is the fraction of the
+    frames `back` in which it has its colour, form and size. `place` is its mean distance there from
+    the true position, in picture heights; nan if it is missing.
+    """
     scene, sprite, away, back = case.scene, case.sprite, case.away, case.back
     truth = world.truth(scene, len(frames) / FPS)
     cast = cast_of(scene)
@@ -218,8 +228,11 @@ def forgetting_figures(case: Case, frames: np.ndarray) -> Figures:
 
 
 def prompt_figures(case: Case, frames: np.ndarray) -> Figures:
-    """`match`, whether the sprite's motion is nearer to what its caption says than to the other
-    caption's; `dynamics` of the video; `psnr` of its first frame to the image."""
+    """Measure whether the video follows its caption.
+
+    `match` is 1 if the sprite's track is nearer to that of its caption than to that of the other.
+    `dynamics` is the dynamic degree of the video. `psnr` compares its first frame with the image.
+    """
     cast, sprite = cast_of(case.scene), case.sprite
     assert case.other is not None
     truths = [world.truth(scene, len(frames) / FPS) for scene in (case.scene, case.other)]

@@ -1,4 +1,4 @@
-"""The parts of an evaluation: whose videos each has, and the tables that come of their figures."""
+"""Suites of an evaluation: the rows of their tables, and the tables of their metrics."""
 
 import dataclasses
 import functools
@@ -36,20 +36,24 @@ PROMPT_METRICS = {
     "ratio": Metric("Dynamic degree over truth's", "ratio", 0),
     "psnr": Metric("First frame", "dB", 1, 1),
 }
-# What a still picture lacks, beside the drift that it does not have either.
+# Metrics that are low for a still picture, shown next to its zero drift.
 BESIDE_DRIFT = ("dynamics", "caption")
-# The whole context, which is the row of the model itself, and what is kept from it.
+# Context kernels hidden from the model, one row each.
 BLANKS = (("k2",), ("k4",), ("k2", "k4"))
 Videos = Sequence[np.ndarray] | np.ndarray
 Make = Callable[[FramePack | None, Sequence[Case], Settings], Videos]
 ByRow = Mapping[str, Mapping[str, Figures]]
-"""Figures by row, then by name of the case."""
+"""Metrics by row, then by name of the case."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of tables and how its videos are made; `model` is the number of the model whose
-    weights it takes, None without. With `extendable` a longer video begins like a shorter one."""
+    """A row of the tables, and the function that makes its videos.
+
+    Args:
+        model: index of the model whose weights `make` uses; None without weights.
+        extendable: True if a longer video starts with the same frames as a shorter one.
+    """
 
     name: str
     model: int | None
@@ -59,8 +63,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Cases of equal length, the rows of their videos, and what is measured of each. `shorter` are
-    parts of the same cases at lesser lengths."""
+    """Cases of equal length, the rows of their tables, and the metrics of each video.
+
+    `shorter` holds suites with the same cases at shorter lengths.
+    """
 
     name: str
     cases: Sequence[Case]
@@ -70,7 +76,10 @@ class Suite:
 
 
 def references() -> list[Row]:
-    """The four rows that stand in every table; the first model lends its VAE, and repeats."""
+    """Return the four reference rows of every table.
+
+    The first model gives the VAE reconstruction and the repeated image-to-video.
+    """
     return [
         Row(TRUTH, None, lambda pipe, asked, settings: [case.truth() for case in asked]),
         Row(
@@ -100,19 +109,21 @@ def _loaded(pipe: FramePack | None) -> FramePack:
 
 
 def model_row(name: str, number: int, blank: Collection[str] = (), shuffled: bool = False) -> Row:
-    """The videos of a model; without the context under the kernels `blank`, or with the captions
-    of other cases."""
+    """Return the row of a model, optionally without the context under the kernels `blank`.
+
+    With `shuffled`, the model gets the captions of other cases.
+    """
     return Row(name, number, functools.partial(_sample, blank=tuple(blank), shuffled=shuffled))
 
 
 def drift_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
-    """A model as it is."""
+    """Return the one row of a model in the drift suites."""
     extendable = schedule.order == "forward"
     return [dataclasses.replace(model_row(name, number), extendable=extendable)]
 
 
 def forgetting_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
-    """A model with all of its context, and without parts that its schedule has."""
+    """Return rows of a model with its full context, and without some of its context kernels."""
     kernels = {segment.kernel for segment in schedule.segments}
     made = [model_row(name, number)]
     for blank in BLANKS:
@@ -122,7 +133,7 @@ def forgetting_rows(name: str, number: int, schedule: packing.Schedule) -> list[
 
 
 def prompt_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
-    """A model with its captions, and with those of others as a control."""
+    """Return rows of a model with its captions, and with shuffled captions as a control."""
     return [model_row(name, number), model_row(name + SHUFFLED, number, shuffled=True)]
 
 
@@ -149,13 +160,13 @@ def _sections(pipe: FramePack, asked: Sequence[Case]) -> int:
 
 
 def sections_of(pipe: FramePack, frames: int) -> int:
-    """Fewest sections that make so many frames."""
+    """Return the smallest number of sections with at least `frames` frames."""
     window = pipe.schedule.window
     return max(1, math.ceil((frames - 1) / (window * pipe.geometry.time_compression)))
 
 
 def quality(seconds: float, found: ByRow) -> Table:
-    """Means over the whole of each video."""
+    """Return the table of means over whole videos."""
     return Table(
         f"Over whole videos of {seconds:.1f} s",
         "Means over videos ± their standard errors.",
@@ -168,7 +179,7 @@ def quality(seconds: float, found: ByRow) -> Table:
 
 
 def drifting(seconds: float, found: ByRow) -> Table:
-    """Drift of every metric, and beside it what a picture that does not drift lacks."""
+    """Return the table of the drift of every metric, with the means of `BESIDE_DRIFT`."""
     columns = {
         name: dataclasses.replace(metric, title=f"Drift of {metric.title.lower()}", better=-1)
         for name, metric in DRIFT_METRICS.items()
@@ -189,17 +200,18 @@ def drifting(seconds: float, found: ByRow) -> Table:
 
 
 def forgetting(hidden: float, found: ByRow) -> Table:
-    """What is left of a sprite that was hidden."""
+    """Return the table of metrics of hidden sprites."""
     return _means(
         f"Forgetting: a sprite hidden for {hidden:g} s",
-        f"In the {scenes.AFTER:g} s after it should be out again; place where it is found.",
+        f"Measured in the {scenes.AFTER:g} s after the sprite should reappear."
+        " Videos in which it is not found have no place.",
         FORGETTING_METRICS,
         found,
     )
 
 
 def prompting(seconds: float, found: ByRow) -> Table:
-    """Whether captions decide what happens."""
+    """Return the table of how well videos follow their captions."""
     with_ratio = {
         row: {
             case: f | {"ratio": _ratio(f["dynamics"], found[TRUTH][case]["dynamics"])}
@@ -209,8 +221,8 @@ def prompting(seconds: float, found: ByRow) -> Table:
     }
     return _means(
         f"Counterfactual prompts, {seconds:.1f} s",
-        "Two captions for each first frame that differ in the motion of one sprite: how often its"
-        " motion is nearer to that of its own caption. By chance: 0.5.",
+        "Two captions for each first frame differ in the motion of one sprite. The match is the"
+        " share of videos whose motion is nearer to their own caption. Chance level: 0.5.",
         PROMPT_METRICS,
         with_ratio,
     )

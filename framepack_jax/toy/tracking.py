@@ -1,8 +1,9 @@
-"""Coloured shapes that are known by name: where they are in a video, and whether they are still
-themselves. They are found by colour alone, so that a shape which became another one is still seen.
+"""Track coloured sprites through a video, and check that they keep colour, form and size.
+
+Sprites are found by colour alone, so a sprite that changes its form is still tracked.
 
 Shapes: P frames, S sprites, K colours of the palette, H W rows and columns. Frames are (H, W, 3)
-uint8; places are (x, y) in pixels, the middle of the first pixel being (0.5, 0.5).
+uint8; positions are (x, y) in pixels, with the centre of the first pixel at (0.5, 0.5).
 """
 
 import dataclasses
@@ -16,27 +17,32 @@ import numpy as np
 
 BACKGROUND = -1
 WITHIN = 70.0
-"""A pixel is of a colour when it is nearer than that, in levels of RGB, and to no other nearer."""
+"""Maximum distance of a pixel from its nearest palette colour, in levels of RGB."""
 PRESENT = 0.25
-"""Share of a sprite's area that must be seen of its colour, or the sprite is gone."""
+"""Minimum area of a sprite's colour, as a fraction of its template; with less, it is missing."""
 PIECE = 0.25
-"""Pieces smaller than that share of the largest one are stray pixels."""
+"""Minimum area of a connected piece, as a fraction of the largest one."""
 CLEAR = 0.9
-"""Share of a sprite that must be in sight in truth for it to be looked for."""
+"""Minimum visible fraction of a sprite in the ground truth for its identity to be judged."""
 OPEN = 0.5
-"""Share of a sprite that must lie neither outside of the picture nor under other sprites for its
-form to be judged."""
+"""Minimum fraction of a sprite inside the picture and not under other sprites for its form to be
+judged."""
 ALIKE = 0.5
-"""Least overlap, intersection over union, with the sprite's form and size."""
+"""Minimum intersection over union with the template of the sprite's form and size."""
 EVERY = 5
-"""Forms are compared in one frame of so many: it takes longer than all else."""
+"""Interval in frames at which forms are compared, the slowest part of tracking."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sprites:
-    """Who is in a video: the sprites' `colours` as indices of the `palette` (K, 3), their `shapes`
-    as keys of the `templates`, bool masks (h, w) of odd sides with the sprite's middle in the
-    middle."""
+    """The sprites of a video.
+
+    Args:
+        palette: all colours, (K, 3).
+        colours: index into the palette for each sprite.
+        shapes: key into the templates for each sprite.
+        templates: bool masks (h, w) with odd sides, centred on the sprite.
+    """
 
     palette: np.ndarray
     colours: tuple[int, ...]
@@ -45,9 +51,11 @@ class Sprites:
 
 
 class Tracks(NamedTuple):
-    """What is seen of sprites: `centres` (P, S, 2), nan where one is gone; `present` (P, S) bool;
-    `identity` (P, S), 1 where a sprite has its colour, form and size, 0 where it has not or is
-    gone, nan where that is not judged."""
+    """Tracks of sprites.
+
+    `centres` (P, S, 2) are nan if a sprite is missing; `present` (P, S) is bool. `identity` (P, S)
+    is 1 if a sprite has its colour, form and size, 0 if not or if it is missing, nan if not judged.
+    """
 
     centres: np.ndarray
     present: np.ndarray
@@ -57,8 +65,11 @@ class Tracks(NamedTuple):
 def track(
     frames: Iterable[np.ndarray], cast: Sprites, visible: np.ndarray, every: int = EVERY
 ) -> Tracks:
-    """Follow sprites through a video. `visible` (P, S) is the share of each that is in sight in
-    truth: identity is judged where all of it is, in every frame of `every`."""
+    """Track sprites through a video.
+
+    `visible` (P, S) is the visible fraction of each sprite in the ground truth. Identity is judged
+    in one of `every` frames, for sprites that are visible by at least `CLEAR`.
+    """
     centres, present, identity = [], [], []
     last = [(math.nan, math.nan)] * len(cast.colours)
     for number, (frame, sight) in enumerate(zip(frames, visible, strict=True)):
@@ -100,8 +111,7 @@ def _by_colour(frame: np.ndarray, cast: Sprites) -> list[np.ndarray]:
 
 
 def _gone(last: tuple[float, float], hidden: np.ndarray, template: np.ndarray) -> float:
-    """0 for a sprite that is not there; nan where others may cover it, at the `last` place where it
-    was seen."""
+    """Return the identity of a missing sprite: 0; nan if others may cover its `last` position."""
     if math.isnan(last[0]):
         return 0.0
     half = np.asarray(template.shape) // 2
@@ -111,15 +121,17 @@ def _gone(last: tuple[float, float], hidden: np.ndarray, template: np.ndarray) -
 
 
 def label(frame: np.ndarray, palette: np.ndarray, within: float = WITHIN) -> np.ndarray:
-    """The colour of each pixel (H, W) as an index of the palette, or BACKGROUND."""
+    """Label each pixel (H, W) with the index of its palette colour, or BACKGROUND."""
     distances = np.linalg.norm(frame[:, :, None].astype(np.float32) - palette[None, None], axis=-1)
     nearest = distances.argmin(axis=-1)
     return np.where(distances.min(axis=-1) < within, nearest, BACKGROUND)
 
 
 def pieces(mask: np.ndarray) -> np.ndarray:
-    """The mask (H, W) without stray pixels: its largest connected piece, and those that are not
-    much smaller, as of a sprite that another one divides."""
+    """Remove stray pixels from a mask (H, W).
+
+    Keep the largest connected piece and pieces of similar size, since another sprite may divide it.
+    """
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     if count < 3:
         return mask
@@ -129,7 +141,7 @@ def pieces(mask: np.ndarray) -> np.ndarray:
 
 
 def centre(mask: np.ndarray) -> tuple[float, float]:
-    """The middle (x, y) of a mask (H, W) that is not empty."""
+    """Return the centroid (x, y) of a non-empty mask (H, W)."""
     rows, columns = np.nonzero(mask)
     return float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
 
@@ -137,9 +149,11 @@ def centre(mask: np.ndarray) -> tuple[float, float]:
 def is_itself(
     mask: np.ndarray, hidden: np.ndarray, shape: str, templates: Mapping[str, np.ndarray]
 ) -> float:
-    """1 where a mask (H, W) overlaps with its own template better than with any other, and by at
-    least ALIKE; else 0. What lies `hidden` (H, W) under others or outside of the picture is left
-    out; nan where that is too much."""
+    """Return 1 if a mask (H, W) fits its own template best, by at least ALIKE, else 0.
+
+    Pixels `hidden` (H, W) under other sprites or outside the picture do not count. Return nan if
+    less than OPEN of the template remains.
+    """
     found = {name: overlap(mask, ~hidden, template) for name, template in templates.items()}
     if found[shape].open < OPEN:
         return math.nan
@@ -148,18 +162,17 @@ def is_itself(
 
 
 class Overlap(NamedTuple):
-    """Intersection over union at the best place, and the share of the template that is open
-    there."""
+    """Intersection over union at the best position, and the template's visible fraction there."""
 
     iou: float
     open: float
 
 
 def overlap(mask: np.ndarray, seen: np.ndarray, template: np.ndarray) -> Overlap:
-    """Of a mask (H, W) with a template (h, w) near it, where `seen` (H, W) tells what counts."""
+    """Match a mask (H, W) with a template (h, w) near it; only pixels in `seen` (H, W) count."""
     x, y = centre(mask)
     half = np.asarray(template.shape) // 2
-    # A sprite half of which is covered has its middle somewhere else.
+    # The centroid of a half-covered sprite is off its centre.
     reach = max(2, int(half.max()) // 2)
     top, left = int(y) - half[0] - reach, int(x) - half[1] - reach
     size = template.shape[0] + 2 * reach, template.shape[1] + 2 * reach
@@ -175,7 +188,7 @@ def overlap(mask: np.ndarray, seen: np.ndarray, template: np.ndarray) -> Overlap
 
 
 def _crop(area: np.ndarray, top: int, left: int, size: Sequence[int]) -> np.ndarray:
-    """A window of an area (H, W) bool, False outside of it."""
+    """Crop a window from a bool area (H, W), padded with False."""
     window = np.zeros(tuple(size), bool)
     rows = slice(max(0, top), max(0, min(area.shape[0], top + size[0])))
     columns = slice(max(0, left), max(0, min(area.shape[1], left + size[1])))
