@@ -39,32 +39,23 @@ from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.packing import PackedContext, kernel_shape
 from framepack_jax.utils import prefetch
+from tests.fixtures.checkpoints import (
+    CLIP,
+    LLAMA,
+    RELEASED,
+    SIGLIP,
+    SIZES,
+    Leaves,
+    assert_same,
+    plan_of,
+)
 from tests.fixtures.torch_reference import randomize, relative_error
 
 PARITY = 2e-4
-SIZES = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 3,
-    "num_refiner_layers": 1, "mlp_ratio": 2.0, "text_embed_dim": 20, "pooled_projection_dim": 12,
-    "rope_axes_dim": (4, 6, 6),
-}  # fmt: skip
 CFG = TransformerConfig(
     heads=2, head_dim=16, double_layers=2, single_layers=3, refiner_layers=1, mlp_ratio=2.0,
     text_dim=20, pooled_dim=12, image_dim=10, rope_axes=(4, 6, 6),
 )  # fmt: skip
-LLAMA = {
-    "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 1e4,
-}  # fmt: skip
-CLIP = {
-    "vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
-    "num_attention_heads": 3, "max_position_embeddings": 12, "eos_token_id": 2,
-}  # fmt: skip
-SIGLIP = {
-    "hidden_size": 10, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": 17, "patch_size": 7,
-}  # fmt: skip
-
-Leaves = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +81,8 @@ def autoencoder() -> torch.nn.Module:
     return randomize(model, 3)
 
 
-def plan_of(path: Path, role: str = "transformer", **given) -> engine.ConversionJob:
-    source = tables.recognise(weight_files.open_checkpoint(path), role)
-    return engine.plan(dataclasses.replace(source, overrides=given))
-
-
 def state_of(model: torch.nn.Module) -> Leaves:
     return {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(leaves: Leaves, expected: Leaves) -> None:
-    assert leaves.keys() == expected.keys()
-    for path in expected:
-        np.testing.assert_array_equal(leaves[path], expected[path], err_msg=path)
 
 
 def assert_every_number_moved_once(leaves: Leaves, tensors: Leaves) -> None:
@@ -361,25 +341,6 @@ def abstract_checkpoint(state: dict[str, torch.Tensor], path: Path) -> weight_fi
     """Shapes without weights, and no config."""
     entries = {k: weight_files.Entry(tuple(v.shape), "bfloat16", None) for k, v in state.items()}
     return weight_files.Checkpoint(path / "lone.safetensors", [], entries)
-
-
-# One thin layer (three for Llama) of the released widths, without a config.
-RELEASED = {
-    "text_encoder": (
-        transformers.LlamaModel,
-        {"hidden_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "vocab_size": 7},
-    ),
-    "text_encoder_2": (
-        transformers.CLIPTextModel,
-        {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "vocab_size": 7},
-    ),
-    "image_encoder": (
-        transformers.SiglipVisionModel,
-        {"hidden_size": 1152, "num_hidden_layers": 1, "num_attention_heads": 16,
-         "image_size": 384, "patch_size": 14},
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("role", RELEASED)

@@ -35,9 +35,9 @@ from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, siglip
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+from tests.fixtures.checkpoints import CLIP, SIGLIP, SIZES
 from tests.fixtures.paths import ROOT
 from tests.fixtures.torch_reference import randomize
-from tests.parity.test_conversion import CLIP, SIGLIP, SIZES
 
 FRAMEPACK = {"has_image_proj": True, "image_proj_dim": 10, "has_clean_x_embedder": True}
 VAE = {

@@ -44,8 +44,8 @@ from framepack_jax.packing import PackedContext
 from framepack_jax.parallel import sharding
 from framepack_jax.training import state
 from framepack_jax.training.config import LoRAConfig, TrainConfig
+from tests.fixtures.comfyui import comfyui as renamed_by_comfyui
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
-from tests.parity.test_third_party_checkpoints import comfyui as renamed_by_comfyui
 
 PARITY = 2e-4
 TIMES = {"k4": range(6, 22), "k2": (4, 5), "k1": (0,), "target": (1, 2)}

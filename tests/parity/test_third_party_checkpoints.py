@@ -21,62 +21,12 @@ from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.verify import compare
 from framepack_jax.conversion.weight_files import ConversionError, Entry
+from tests.fixtures.checkpoints import LLAMA, RELEASED, SIZES, assert_same, plan_of
+from tests.fixtures.comfyui import State, comfyui
 from tests.fixtures.torch_reference import randomize
-from tests.parity.test_conversion import LLAMA, RELEASED, SIZES, assert_same, plan_of
 
 FP8 = torch.float8_e4m3fn
 AXES = {"rope_axes": (4, 6, 6)}
-State = dict[str, torch.Tensor]
-
-# The modules of ComfyUI's HunyuanVideo, and what Tencent calls them; both sides have a weight and,
-# but for the query and key norms, a bias.
-COMFYUI_BLOCKS = {
-    "double_blocks.{}": {
-        **{
-            f"{side}_{ours}": f"{side}_{theirs}"
-            for side in ("img", "txt")
-            for ours, theirs in {
-                "mod.lin": "mod.linear", "attn.qkv": "attn_qkv", "attn.proj": "attn_proj",
-                "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2",
-            }.items()
-        }
-    },
-    "single_blocks.{}": {
-        "linear1": "linear1", "linear2": "linear2", "modulation.lin": "modulation.linear",
-    },
-    "txt_in.individual_token_refiner.blocks.{}": {
-        "norm1": "norm1", "norm2": "norm2", "self_attn.qkv": "self_attn_qkv",
-        "self_attn.proj": "self_attn_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2",
-        "adaLN_modulation.1": "adaLN_modulation.1",
-    },
-}  # fmt: skip
-COMFYUI_NORMS = {
-    **{
-        f"double_blocks.{{}}.{side}_attn.norm.{kind}_norm.scale":
-            f"double_blocks.{{}}.{side}_attn_{kind[0]}_norm.weight"
-        for side in ("img", "txt") for kind in ("query", "key")
-    },
-    **{
-        f"single_blocks.{{}}.norm.{kind}_norm.scale": f"single_blocks.{{}}.{kind[0]}_norm.weight"
-        for kind in ("query", "key")
-    },
-}  # fmt: skip
-COMFYUI_MODULES = {
-    "img_in.proj": "img_in.proj",
-    "time_in.in_layer": "time_in.mlp.0",
-    "time_in.out_layer": "time_in.mlp.2",
-    "guidance_in.in_layer": "guidance_in.mlp.0",
-    "guidance_in.out_layer": "guidance_in.mlp.2",
-    "vector_in.in_layer": "vector_in.in_layer",
-    "vector_in.out_layer": "vector_in.out_layer",
-    "txt_in.input_embedder": "txt_in.input_embedder",
-    "txt_in.t_embedder.in_layer": "txt_in.t_embedder.mlp.0",
-    "txt_in.t_embedder.out_layer": "txt_in.t_embedder.mlp.2",
-    "txt_in.c_embedder.in_layer": "txt_in.c_embedder.linear_1",
-    "txt_in.c_embedder.out_layer": "txt_in.c_embedder.linear_2",
-    "final_layer.linear": "final_layer.linear",
-    "final_layer.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -94,25 +44,6 @@ def tencent(golden) -> State:
     """A toy of Tencent's own code."""
     file = golden / "hunyuan_original" / "mp_rank_00_model_states.pt"
     return torch.load(file, weights_only=True)["module"]
-
-
-def comfyui(tencent: State) -> State:
-    """Tencent's tensors under ComfyUI's names."""
-    modules = dict(COMFYUI_MODULES)
-    norms = {}
-    for layer in range(3):
-        for block, names in COMFYUI_BLOCKS.items():
-            at = block.format(layer)
-            modules |= {f"{at}.{ours}": f"{at}.{theirs}" for ours, theirs in names.items()}
-        norms |= {o.format(layer): t.format(layer) for o, t in COMFYUI_NORMS.items()}
-    names = norms | {
-        f"{ours}.{leaf}": f"{theirs}.{leaf}"
-        for ours, theirs in modules.items()
-        for leaf in ("weight", "bias")
-    }
-    state = {ours: tencent[theirs] for ours, theirs in names.items() if theirs in tencent}
-    assert len(state) == len(tencent)
-    return state
 
 
 def write(state: State, file: Path, prefix: str = "", **metadata: str) -> Path:

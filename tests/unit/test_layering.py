@@ -59,6 +59,13 @@ def test_imports_point_down() -> None:
     assert checked > 20
 
 
+def test_test_files_share_by_fixtures_alone() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        for module in imported_modules(path):
+            if module.split(".")[0] == "tests":
+                assert module.startswith("tests.fixtures"), f"{path} imports {module}"
+
+
 def test_every_unit_has_a_row() -> None:
     units = {p for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert len(units) > 5

@@ -21,7 +21,7 @@ from framepack_jax.conversion import engine, export, inspect, tables, vae, weigh
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError, Entry, open_checkpoint
-from tests.parity.test_conversion import RELEASED, SIZES, plan_of
+from tests.fixtures.checkpoints import RELEASED, SIZES, plan_of
 
 NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
