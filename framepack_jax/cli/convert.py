@@ -59,7 +59,9 @@ def main(args: list[str] | None = None, prog: str = "convert_weights.py") -> Non
     from framepack_jax.conversion.make_bundle import make_bundle
     from framepack_jax.conversion.sources import is_schedule_assumed
     from framepack_jax.conversion.summary import summarize
+    from framepack_jax.parallel import hardware
 
+    hardware.quiet_libtpu()
     with cli_errors(duration=True):
         request = flags.request()
         manifest = make_bundle(request)

@@ -15,6 +15,7 @@ from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.lora import file_of
+from framepack_jax.parallel import hardware
 from framepack_jax.utils.flags import parse
 from framepack_jax.utils.progress import byte_bar
 
@@ -44,6 +45,7 @@ class Export:
 def main(args: list[str] | None = None, prog: str = "framepack export") -> None:
     """Parse flags and export; user errors end with one line and exit code 1."""
     flags = parse(Export, args, prog)
+    hardware.quiet_libtpu()
     with cli_errors(duration=True):
         print(_export_network(flags) if flags.lora is None else _export_lora(flags, flags.lora))
 

@@ -23,6 +23,8 @@ def main(args: list[str] | None = None, prog: str = "framepack inspect") -> None
     """Parse flags and print the description; user errors end with one line and exit code 1."""
     flags = parse(Inspect, args, prog)
     from framepack_jax.conversion.inspect import describe
+    from framepack_jax.parallel import hardware
 
+    hardware.quiet_libtpu()
     with cli_errors():
         print(describe(Path(bundle.resolve(flags.path))))

@@ -31,7 +31,9 @@ def main(args: list[str] | None = None, prog: str = "framepack verify") -> None:
     """Parse flags and compare; differences and user errors end with exit code 1."""
     flags = parse(Verify, args, prog)
     from framepack_jax.conversion import verify
+    from framepack_jax.parallel import hardware
 
+    hardware.quiet_libtpu()
     with cli_errors(duration=True):
         prefix = flags.prefix and f"{flags.prefix.removesuffix('.')}."
         results = verify.compare(flags.source, bundle.resolve(flags.bundle), prefix)
