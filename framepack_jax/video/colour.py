@@ -1,9 +1,9 @@
 """Convert colours of files to sRGB: matrices, primaries, transfer functions, tone mapping.
 
-Codes of matrices, primaries and transfer functions are those of ITU-T H.273. Light is linear, and 1
-is white paper, the brightest that sRGB has; HDR goes beyond. White paper has 203 cd/m2 in HDR
-(ITU-R BT.2408), and brighter light is compressed by the curve of ITU-R BT.2390, annex 5, up to the
-peak of the material: the highest level that its metadata name, else 1000 cd/m2.
+Codes of matrices, primaries and transfer functions are those of ITU-T H.273. Light is linear; 1 is
+diffuse white, the maximum of sRGB, and HDR exceeds it. Diffuse white has 203 cd/m2 in HDR (ITU-R
+BT.2408). Brighter light is compressed by the curve of ITU-R BT.2390, annex 5, up to the peak of the
+video: the maximum level in its metadata, else 1000 cd/m2.
 
 Shapes: H W rows and columns; colours are (..., 3), red, green and blue.
 """
@@ -22,13 +22,13 @@ from av.video.reformatter import Colorspace, Interpolation
 from framepack_jax.video.mp4 import UnsupportedVideo
 
 UNSPECIFIED = 2
-# Matrices that libswscale knows; 0 is RGB.
+# Matrices that libswscale supports; 0 is RGB.
 MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
-# Videos without a matrix are read by BT.709 from so many rows on, by BT.601 below.
+# Untagged videos with at least this many rows use the BT.709 matrix, smaller ones BT.601.
 HD_ROWS = 720
 LINEAR, SRGB, PQ, HLG = 8, 13, 16, 18
-# SDR video is made on screens of this exponent (ITU-R BT.1886) and sent to sRGB screens as it is:
-# its primaries change, its transfer function does not.
+# Display gamma of SDR video (ITU-R BT.1886). It is shown on sRGB screens without conversion of the
+# transfer function; only its primaries are converted.
 VIDEO, VIDEO_GAMMA = (1, 6, 14, 15), 2.4
 BT709, BT2020 = 1, 9
 D65 = 0.3127, 0.3290
@@ -38,18 +38,19 @@ PRIMARIES = {
     11: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),  # DCI-P3
     12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), D65),  # Display P3
 }
-"""Chromaticities (x, y) of red, green, blue and white by code; of videos, others look alike."""
+"""Chromaticities (x, y) of red, green, blue and white by code. Other codes of videos are close to
+BT.709."""
 WHITE_NITS, NOMINAL_PEAK = 203.0, 1000.0
-"""Luminance in cd/m2 of white paper in HDR, and of the brightest light of usual material."""
+"""Luminance in cd/m2 of diffuse white in HDR, and the default peak."""
 GRID = 65
-"""Points on an edge of the table of colours that HDR videos are converted by."""
+"""Points along each axis of the 3D lookup table for HDR videos."""
 
 
 class Encoding(NamedTuple):
-    """How a file writes colours.
+    """Colour encoding of a file.
 
-    `primaries` are chromaticities as in PRIMARIES; `transfer` is a code; `gamma`, if given, is the
-    exponent that gives linear light instead; `peak` is the brightest light of PQ in cd/m2.
+    `primaries` are chromaticities as in PRIMARIES. `transfer` is a code; `gamma`, if given, is an
+    exponent that replaces it. `peak` is the maximum luminance of PQ in cd/m2.
     """
 
     primaries: tuple[tuple[float, float], ...]
@@ -61,8 +62,10 @@ class Encoding(NamedTuple):
     def of_codes(
         cls, primaries: int, transfer: int, peak: float = NOMINAL_PEAK
     ) -> "Encoding | None":
-        """By codes of H.273, None for what screens show as it is. HDR without primaries is BT.2020;
-        primaries that are not in PRIMARIES look like BT.709's."""
+        """Return the encoding of codes of H.273; None if screens show it without conversion.
+
+        HDR without primaries is BT.2020. Primaries missing in PRIMARIES are taken as BT.709's.
+        """
         if transfer in (PQ, HLG):
             return cls(PRIMARIES.get(primaries, PRIMARIES[BT2020]), transfer, peak=peak)
         if primaries not in PRIMARIES:
@@ -73,9 +76,9 @@ class Encoding(NamedTuple):
 
 
 def to_srgb(colours: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Convert colours (..., 3) as written, 0 to 1, to sRGB, float32 from 0 to 1.
+    """Convert encoded colours (..., 3) from 0 to 1 to sRGB, float32 from 0 to 1.
 
-    Light that sRGB has not is tone-mapped; colours outside of its gamut are cut to it.
+    Light above diffuse white is tone-mapped; colours outside the gamut are clipped.
     """
     light = _linear(np.asarray(colours, np.float32), encoding) @ to_bt709(encoding.primaries).T
     if encoding.transfer == PQ:
@@ -89,17 +92,19 @@ def to_srgb(colours: np.ndarray, encoding: Encoding) -> np.ndarray:
 
 
 class ColourConverter:
-    """Convert decoded frames of one video to RGB. `first` is its first frame, whose metadata say
-    how bright its brightest light is."""
+    """Convert decoded frames of one video to RGB.
+
+    `first` is its first frame, whose metadata give the peak luminance.
+    """
 
     def __init__(self, first: av.VideoFrame) -> None:
         self._peak = _peak(first)
         self._tables: dict[tuple[Encoding, int, int], Graph] = {}
 
     def __call__(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-        """(height, width, 3) uint8 sRGB. Transparent pixels are laid on white.
+        """Convert a frame to (height, width, 3) uint8 sRGB. Transparent pixels become white.
 
-        Raises UnsupportedVideo if the frame's colours are of a kind that is not known.
+        Raises UnsupportedVideo if the frame's colour format is not supported.
         """
         check_colours(frame)
         transfer = VIDEO[0] if frame.color_trc == UNSPECIFIED else frame.color_trc
@@ -122,7 +127,7 @@ class ColourConverter:
 
 
 def check_colours(frame: av.VideoFrame) -> None:
-    """Raise UnsupportedVideo for colours that would come out wrong."""
+    """Raise UnsupportedVideo for colour formats that would be converted wrongly."""
     kinds = {data.type for data in frame.side_data}  # type: ignore[attr-defined]  # stub: Mapping
     dolby = kinds & {Type.DOVI_METADATA, Type.DOVI_RPU_BUFFER}
     if dolby and frame.color_trc == UNSPECIFIED:
@@ -138,7 +143,7 @@ def check_colours(frame: av.VideoFrame) -> None:
 
 
 def _scaled(frame: av.VideoFrame, height: int, width: int, form: str) -> av.VideoFrame:
-    """A frame as RGB of `form` in that size, by the matrix and range it is tagged with."""
+    """Scale a frame and convert it to RGB of pixel format `form` by its tagged matrix and range."""
     matrix = None
     if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
         matrix = Colorspace.ITU709 if frame.height >= HD_ROWS else Colorspace.ITU601
@@ -148,14 +153,14 @@ def _scaled(frame: av.VideoFrame, height: int, width: int, form: str) -> av.Vide
 
 
 def _peak(frame: av.VideoFrame) -> float:
-    """The brightest light in cd/m2 by a frame's metadata, that of usual material by default."""
+    """Return the peak luminance in cd/m2 from a frame's metadata, or the default."""
     level = frame.side_data.get(Type.CONTENT_LIGHT_LEVEL)  # type: ignore[call-overload]  # stub: str
     brightest = 0 if level is None else int(np.frombuffer(level, np.uint32)[0])
     return float(np.clip(brightest, WHITE_NITS, 10_000)) if brightest else NOMINAL_PEAK
 
 
 def _table_filter(frame: av.VideoFrame, encoding: Encoding) -> Graph:
-    """libavfilter's conversion by a table of colours, for frames like this one."""
+    """Build a libavfilter graph that applies the 3D lookup table to frames like this one."""
     graph = Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
@@ -171,7 +176,7 @@ def _table_filter(frame: av.VideoFrame, encoding: Encoding) -> Graph:
 
 @functools.lru_cache(maxsize=4)
 def _cube(encoding: Encoding) -> str:
-    """The conversion of an encoding to sRGB as a .cube file: red changes fastest."""
+    """Format the conversion of an encoding to sRGB as a .cube file, red changing fastest."""
     axis = np.linspace(0, 1, GRID, dtype=np.float32)
     blue, green, red = np.meshgrid(axis, axis, axis, indexing="ij")
     rows = to_srgb(np.stack([red, green, blue], -1), encoding).reshape(-1, 3)
@@ -179,7 +184,7 @@ def _cube(encoding: Encoding) -> str:
 
 
 def _linear(signal: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Light of a signal from 0 to 1; of unknown transfer functions, that of an sRGB screen."""
+    """Convert a signal from 0 to 1 to linear light. Unknown transfer functions count as sRGB."""
     if encoding.gamma is not None:
         return signal**encoding.gamma
     if encoding.transfer == PQ:
@@ -209,7 +214,7 @@ def _pq_signal(nits: np.ndarray) -> np.ndarray:
 
 
 def _hlg_nits(signal: np.ndarray) -> np.ndarray:
-    """ITU-R BT.2100: light of a screen of 1000 cd/m2, whose system gamma is 1.2."""
+    """Display light of HLG for a peak of 1000 cd/m2, with system gamma 1.2 (ITU-R BT.2100)."""
     a = 0.17883277
     b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
     scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
@@ -218,7 +223,7 @@ def _hlg_nits(signal: np.ndarray) -> np.ndarray:
 
 
 def _tone_mapped(light: np.ndarray, peak: float) -> np.ndarray:
-    """ITU-R BT.2390-11, 5.4.1: the curve on the largest of the three, which keeps hues."""
+    """Tone-map light by its largest component, which keeps hues (ITU-R BT.2390-11, 5.4.1)."""
     top = float(_pq_signal(np.asarray(peak, np.float32)))
     target = float(_pq_signal(np.asarray(WHITE_NITS, np.float32))) / top
     if target >= 1:
@@ -237,16 +242,18 @@ def _tone_mapped(light: np.ndarray, peak: float) -> np.ndarray:
 
 
 def to_bt709(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Linear light of these primaries -> that of BT.709, (3, 3) float32. Raises ValueError for
-    chromaticities that span no triangle."""
+    """Return the matrix (3, 3) float32 from linear light of `primaries` to that of BT.709.
+
+    Raises ValueError if the chromaticities span no triangle.
+    """
     if any(y <= 0 for _, y in primaries) or abs(np.linalg.det(_corners(primaries))) < 1e-9:
-        raise ValueError(f"chromaticities {primaries} are those of no colours")
+        raise ValueError(f"chromaticities {primaries} span no triangle")
     to_xyz, to_709 = (_to_xyz(p) for p in (primaries, PRIMARIES[BT709]))
     return (np.linalg.inv(to_709) @ to_xyz).astype(np.float32)
 
 
 def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Linear RGB -> CIE XYZ under D65; another white is adapted by Bradford's transform."""
+    """Return the matrix from linear RGB to CIE XYZ under D65, with Bradford adaptation."""
     white, columns = _xyz(primaries[-1]), _corners(primaries)
     matrix = columns * np.linalg.solve(columns, white)
     bradford = np.array(
@@ -257,7 +264,7 @@ def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
 
 
 def _corners(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """XYZ of red, green and blue, each of luminance 1, in columns."""
+    """Return XYZ of red, green and blue as columns, each with luminance 1."""
     return np.stack([_xyz(corner) for corner in primaries[:3]], axis=1)
 
 

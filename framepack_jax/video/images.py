@@ -1,4 +1,4 @@
-"""Read any photograph as RGB, resize and crop it, write PNG.
+"""Read images as sRGB, resize and crop them, write PNG.
 
 Shapes: H W rows and columns. Images are (H, W, 3) uint8 sRGB.
 """
@@ -17,13 +17,13 @@ from framepack_jax.utils.files import atomic_write
 from framepack_jax.video import colour
 
 MIN_SIDE = 16
-"""Fewest pixels of an image's shorter side: two latent pixels."""
+"""Minimum length of the shorter side of an image in pixels: two latent pixels."""
 MAX_ASPECT = 32
-"""Longer over shorter side, at most: of more, cropping to a video's shape leaves next to nothing.
-"""
+"""Maximum ratio of the longer to the shorter side: the crop to a video's shape keeps too little of
+longer images."""
 MAX_PIXELS = 2**28
-"""Most pixels of an image, 268 million: 0.8 GB. Telephones make 200 million."""
-# Pillow's decoders of damaged files raise all of these (TypeError TIFF, RuntimeError AVIF).
+"""Maximum number of pixels of an image, 268 million (0.8 GB). Phones make 200 million."""
+# Pillow raises all of these for damaged files (TypeError for TIFF, RuntimeError for AVIF).
 PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -34,21 +34,21 @@ PILLOW_ERRORS = (
 )
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 BITS_PER_SAMPLE = 258  # TIFF's tag
-# PNG's gAMA and cHRM (white, red, green, blue) of what was made for sRGB screens.
+# Values of PNG's gAMA and cHRM (white, red, green, blue) for sRGB.
 SRGB_GAMMA = 0.45455
 SRGB_CHROMATICITIES = 0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """Return the image file at `path` as (H, W, 3) uint8 sRGB, turned upright as its EXIF data say.
+    """Read an image file as (H, W, 3) uint8 sRGB, rotated by its EXIF orientation.
 
-    Colours are converted by the file's ICC profile, or by PNG's cICP, gAMA and cHRM; a profile that
-    is damaged, or of other colours than the image has, warns and is ignored. Transparent images are
-    laid on white: the colours stored under transparent pixels are arbitrary and often black. Of
-    more than 8 bits the upper eight are kept. Of an animation, the first frame is taken.
+    Colours are converted by the file's ICC profile, or by PNG's cICP, gAMA and cHRM. A damaged
+    profile, or one for another colour space, is ignored with a warning. Transparent pixels are
+    blended with white, because their stored colours are arbitrary and often black. Images with more
+    than 8 bits keep the upper eight. An animation gives its first frame.
 
-    Raises ValueError for what is no image, and for images with a side below MIN_SIDE pixels, of an
-    aspect above MAX_ASPECT, or of more pixels than MAX_PIXELS; their pixels are not read.
+    Raises ValueError if the file is not an image. Also raises ValueError, before decoding, if a
+    side is below MIN_SIDE pixels, the aspect above MAX_ASPECT, or the area above MAX_PIXELS.
     """
     _register_heif()
     with contextlib.ExitStack() as stack:
@@ -60,9 +60,9 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def resize_center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale (H, W, 3) uint8 to cover height x width, and cut the middle out of it.
+    """Scale (H, W, 3) uint8 to cover height x width, and crop its centre.
 
-    The rounding is the released sampler's; an image of that size already comes back untouched.
+    Rounding follows the released sampler. An image of that size is returned unchanged.
     """
     rows, columns = image.shape[:2]
     if (rows, columns) == (height, width):
@@ -75,7 +75,7 @@ def resize_center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 to `path`. Raises OSError with its name where that cannot be."""
+    """Write (H, W, 3) uint8 to `path`. Raises OSError with the path if writing fails."""
     try:
         with atomic_write(path) as partial:
             Image.fromarray(image).save(partial, format="PNG")
@@ -85,19 +85,19 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _named(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what Pillow raises for unreadable files into ValueError with the file's name."""
+    """Convert Pillow's errors for unreadable files to ValueError with the file's name."""
     try:
         yield
     except PILLOW_ERRORS as error:
         remedy = "give a PNG, JPEG or WebP file"
         if Path(path).suffix.lower() in HEIF_SUFFIXES and not _register_heif():
-            remedy = "reading HEIC needs pip install pillow-heif (the extra heif)"
+            remedy = "HEIC needs the extra heif: pip install pillow-heif"
         raise ValueError(f"image {os.fspath(path)} cannot be read ({error}); {remedy}") from error
 
 
 @contextlib.contextmanager
 def _unlimited() -> Iterator[None]:
-    """Let Pillow open images of any size; `_check_size` has a limit of its own."""
+    """Disable Pillow's limit on the image size; `_check_size` has its own limit."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -106,7 +106,7 @@ def _unlimited() -> Iterator[None]:
 
 
 def _register_heif() -> bool:
-    """Let Pillow read HEIC, the format of iPhones, if the package for it is installed."""
+    """Register HEIC, the format of iPhones, with Pillow if pillow-heif is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -121,11 +121,11 @@ def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
         problem = f"each side must have at least {MIN_SIDE} pixels; give a larger image"
     elif longer > MAX_ASPECT * shorter:
         problem = (
-            f"the longer side may be at most {MAX_ASPECT} times the shorter, since a video shows"
-            " only the middle; crop it to the part that matters"
+            f"the longer side may be at most {MAX_ASPECT} times the shorter, because a video shows"
+            " only the centre; crop the image"
         )
     elif width * height > MAX_PIXELS:
-        problem = f"at most {MAX_PIXELS // 10**6} million are read; scale it down"
+        problem = f"the maximum is {MAX_PIXELS // 10**6} million pixels; scale it down"
     else:
         return
     raise ValueError(
@@ -134,11 +134,11 @@ def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
 
 
 def _upright_rgb(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
-    # In place, and no conversion without need: large photographs are copied often enough.
+    # In place and without needless conversions, to avoid copies of large photographs.
     encoding = None if "icc_profile" in image.info else _encoding(path, image)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
-        raise ValueError("its floating-point pixels have no known range")
+        raise ValueError("the range of its floating-point pixels is unknown")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     image = _by_profile(path, image)
@@ -150,7 +150,7 @@ def _upright_rgb(path: str | os.PathLike, image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 12, 16 or 32 bits as grey of 8: TIFF says how many, others are scaled to 16."""
+    """Convert grey of 12, 16 or 32 bits to 8 bits. TIFF stores the depth; others are 16 bits."""
     tags = getattr(image, "tag_v2", {})
     (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
     levels = np.asarray(image)
@@ -161,7 +161,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _by_profile(path: str | os.PathLike, image: Image.Image) -> Image.Image:
-    """An image in the colours that its ICC profile says, its transparency kept."""
+    """Convert an image to sRGB by its ICC profile; keep its alpha channel."""
     data = image.info.get("icc_profile")
     if not data or image.mode == "1":
         return image
@@ -175,7 +175,7 @@ def _by_profile(path: str | os.PathLike, image: Image.Image) -> Image.Image:
 
 def _warn_of_profile(path: str | os.PathLike, error: Exception) -> None:
     warnings.warn(
-        f"image {os.fspath(path)}: its colour profile is ignored ({error}), so its colours may be"
+        f"image {os.fspath(path)}: its colour profile is ignored ({error}); its colours may be"
         " wrong; save the image as sRGB",
         stacklevel=2,
     )
@@ -189,10 +189,10 @@ def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Ima
     elif space == "GRAY" and image.mode in ("L", "LA"):
         image = image.convert("L")
     elif space != image.mode:
-        raise ValueError(f"it is a profile of {space} colours, the image has {image.mode}")
+        raise ValueError(f"the profile is for {space} colours, the image has {image.mode}")
     srgb = ImageCms.createProfile("sRGB")
     converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
-    assert converted is not None  # None is for conversion in place only
+    assert converted is not None  # None only if converted in place
     image = converted
     if alpha is not None:
         image.putalpha(alpha)
@@ -200,8 +200,10 @@ def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Ima
 
 
 def _encoding(path: str | os.PathLike, image: Image.Image) -> colour.Encoding | None:
-    """What an image without a profile says of its colours, None for sRGB: HEIC by nclx, PNG by
-    cICP, else by sRGB, else by gAMA and cHRM."""
+    """Return the colour encoding of an image without a profile; None for sRGB.
+
+    HEIC has nclx. PNG has cICP, else sRGB, else gAMA and cHRM.
+    """
     if nclx := image.info.get("nclx_profile"):
         return colour.Encoding.of_codes(nclx["color_primaries"], nclx["transfer_characteristics"])
     if image.format != "PNG":
@@ -229,7 +231,7 @@ def _pairs(numbers: tuple[float, ...]) -> list[tuple[float, float]]:
 
 
 def _cicp(path: str | os.PathLike) -> tuple[int, int] | None:
-    """(primaries, transfer function) of a PNG's cICP chunk, which Pillow does not read."""
+    """Read (primaries, transfer function) from a PNG's cICP chunk, which Pillow ignores."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
@@ -241,7 +243,7 @@ def _cicp(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def _by_encoding(pixels: np.ndarray, encoding: colour.Encoding) -> np.ndarray:
-    """uint8 pixels as sRGB, some rows at a time, since light takes four bytes a number."""
+    """Convert uint8 pixels to sRGB in blocks of rows, to limit the memory of float32 light."""
     result = np.empty_like(pixels)
     rows = max(1, 2**20 // pixels.shape[1])
     for top in range(0, len(pixels), rows):

@@ -1,4 +1,4 @@
-"""Write videos as H.264 mp4, and join them without encoding again.
+"""Write videos as H.264 mp4, and concatenate them without re-encoding.
 
 Shapes: T frames, H W rows and columns. Frames are (H, W, 3) uint8 RGB.
 """
@@ -21,15 +21,17 @@ from framepack_jax.utils.files import atomic_write
 DEFAULT_CRF = 16
 MIN_FPS, MAX_FPS = 0.1, 1000
 FASTSTART = {"movflags": "+faststart"}
-# Opening a file decodes its first frame, unless told not to: ten times the cost of the rest.
+# By default, opening a file decodes its first frame, which takes ten times as long as the rest.
 UNDECODED = {"skip_frame": "all"}
-# Times in files are often rounded to milliseconds: a frame that is late by less is on time.
+# Tolerance in seconds for timestamps, which are often rounded to milliseconds.
 TIME_ROUNDING = Fraction(1, 1000)
 
 
 class _Coding(NamedTuple):
-    """What segments must share to be one stream. `header` has the decoder's parameter sets, which
-    an mp4 file has once."""
+    """Encoding parameters that segments must share to form one stream.
+
+    `header` holds the decoder's parameter sets, stored once per mp4 file.
+    """
 
     codec: str
     height: int
@@ -39,20 +41,20 @@ class _Coding(NamedTuple):
 
 
 def check_encoding(fps: float, crf: int) -> None:
-    """Raise ValueError for what `write_mp4` would refuse, before there are any frames."""
+    """Raise ValueError if `write_mp4` would reject `fps` or `crf`; needs no frames."""
     if not 1 <= crf <= 51:
         raise ValueError(f"crf is {crf}; give 1 (best) to 51 (smallest), usually {DEFAULT_CRF}")
     check_rate(fps)
 
 
 def check_rate(fps: float) -> None:
-    """Raise ValueError for a rate, frames per second, that no video has."""
+    """Raise ValueError if a frame rate in frames per second is out of range."""
     if not MIN_FPS <= fps <= MAX_FPS:
         raise ValueError(f"fps is {fps}; give {MIN_FPS} to {MAX_FPS} frames per second, usually 30")
 
 
 def frame_rate(fps: float) -> Fraction:
-    """Return frames per second as the fraction that files store: 23.976 is 24000/1001."""
+    """Return a frame rate as the fraction stored in files: 24000/1001 for 23.976."""
     return Fraction(fps).limit_denominator(1001)
 
 
@@ -61,10 +63,11 @@ def write_mp4(
 ) -> None:
     """Encode uint8 frames (H, W, 3), an array (T, H, W, 3) or an iterator, as H.264 yuv420p.
 
-    Colours are converted by BT.709 in the limited range, and tagged so: without tags, players
-    guess from the size of the picture. Raises ValueError for crf outside 1..51 (0 is a lossless
-    profile that players refuse), fps outside 0.1..1000, no frames, and frames of odd or changing
-    shape.
+    Colours are converted and tagged as BT.709 in the limited range. Without tags, players guess
+    the matrix from the size of the picture.
+
+    Raises ValueError if crf is outside 1..51 (0 selects a lossless profile that players reject),
+    fps is outside 0.1..1000, there are no frames, or frames have an odd or changing shape.
     """
     check_encoding(fps, crf)
     frames = iter(frames)
@@ -81,11 +84,13 @@ def write_mp4(
 
 
 def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> None:
-    """Put mp4 files that `write_mp4` wrote one after another into one, without encoding again.
+    """Concatenate mp4 files of `write_mp4` into one file, without re-encoding.
 
-    The frames decode to the same bits as those of the segments. `path` may be one of them. Raises
-    ValueError, and leaves `path` as it was, where there are no segments or one cannot be read, has
-    no constant rate, or differs from the first in codec, size, rate or encoder settings.
+    The frames decode to the same bits as those of the segments. `path` may be one of the segments.
+
+    Raises ValueError and leaves `path` unchanged if there are no segments, or if a segment is
+    unreadable, has no constant frame rate, or differs from the first in codec, size, frame rate or
+    encoder settings.
     """
     if not segments:
         raise ValueError(f"there are no segments to join into {os.fspath(path)}")
@@ -104,8 +109,8 @@ def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> 
         for segment in segments:
             count = 0
             for packet in _packets(segment, first.fps):
-                # Each segment counts its own delay between decoding and showing, none where it is
-                # short: times of decoding are made anew, so that they grow by one at the joints.
+                # The delay from decoding to display differs by segment (0 for short ones). Decoding
+                # times are therefore recounted, so that they increase by one across segments.
                 assert packet.pts is not None
                 packet.pts += done
                 packet.dts = done + count - delay
@@ -116,12 +121,12 @@ def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> 
 
 
 class UnsupportedVideo(ValueError):
-    """A whole video that cannot be read as players show it; its message says what to do."""
+    """An intact video in an unsupported format. The message includes the remedy."""
 
 
 @contextlib.contextmanager
 def named_video(path: str | os.PathLike) -> Iterator[None]:
-    """Turn errors of reading `path` into ValueError with its name."""
+    """Convert errors while reading `path` to ValueError with its name."""
     try:
         yield
     except UnsupportedVideo as error:
@@ -136,7 +141,7 @@ def named_video(path: str | os.PathLike) -> Iterator[None]:
 def _h264(
     path: Path, size: tuple[int, int], fps: float, crf: int
 ) -> Iterator[Callable[[av.VideoFrame], None]]:
-    """An encoder into the mp4 file `path`: a function that takes one yuv420p frame."""
+    """Yield a function that encodes one yuv420p frame into the mp4 file `path`."""
     with av.open(path, "w", format="mp4", options=FASTSTART) as container:
         stream = container.add_stream("libx264", rate=frame_rate(fps), options={"crf": str(crf)})
         stream.height, stream.width = size
@@ -149,7 +154,7 @@ def _h264(
 
 
 def _yuv(frame: np.ndarray, shape: tuple[int, ...]) -> av.VideoFrame:
-    """An RGB frame of `shape` as the encoder wants it."""
+    """Convert an RGB frame of `shape` to yuv420p."""
     frame = np.asarray(frame)
     if frame.dtype != np.uint8 or frame.shape != shape:
         raise ValueError(f"frame is {frame.dtype} {frame.shape}, expected uint8 {shape}")
@@ -166,14 +171,13 @@ def _undecoded(path: str | os.PathLike) -> InputContainer:
 
 
 def _examine(segment: str | os.PathLike) -> tuple[_Coding, int]:
-    """What a segment shares with others, and how many frames before the first one shown its
-    decoder has to start."""
+    """Return the encoding parameters of a segment, and its decoding delay in frames."""
     with named_video(segment), _undecoded(segment) as container:
         stream = container.streams.video[0]
         codec, fps = stream.codec_context, stream.average_rate
         first = next(container.demux(stream))
         if not fps or first.dts is None:
-            raise ValueError(f"no frames, or rate {fps}")
+            raise ValueError(f"it has no frames, or its frame rate is {fps}")
         header = bytes(codec.extradata or b"")
         coding = _Coding(codec.name, codec.height, codec.width, fps, header)
         return coding, -round(first.dts * first.time_base * fps)
@@ -199,7 +203,7 @@ def _check_same(
 
 
 def _packets(segment: str | os.PathLike, fps: Fraction) -> Iterator[av.Packet]:
-    """The coded frames of a segment in the order of decoding, their times in frames."""
+    """Yield the encoded frames of a segment in decoding order, with timestamps in frames."""
     with named_video(segment), _undecoded(segment) as container:
         stream = container.streams.video[0]
         expected, count = stream.frames, 0
@@ -208,10 +212,10 @@ def _packets(segment: str | os.PathLike, fps: Fraction) -> Iterator[av.Packet]:
                 continue
             count += 1
             if packet.pts is None:
-                raise ValueError("its frames have no times")
+                raise ValueError("its frames have no timestamps")
             time = packet.pts * packet.time_base * fps
             if time.denominator != 1:
-                raise ValueError(f"its rate is not constant: a frame at {float(time)} / {fps} s")
+                raise ValueError(f"its frame rate varies: a frame at {float(time)} / {fps} s")
             packet.time_base, packet.pts, packet.duration = 1 / fps, int(time), 1
             yield packet
         if count < expected:
@@ -219,8 +223,11 @@ def _packets(segment: str | os.PathLike, fps: Fraction) -> Iterator[av.Packet]:
 
 
 def coded_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """Yield the packets of a stream; the last is empty. Raises ValueError for damaged ones, but not
-    in transport streams, where whole packets are marked so if files were joined."""
+    """Yield the packets of a stream; the last is empty.
+
+    Raises ValueError for a damaged packet. Transport streams are exempt, because joined files mark
+    intact packets as damaged.
+    """
     strict = container.format.name != "mpegts"
     for number, packet in enumerate(container.demux(stream)):
         if packet.is_corrupt and strict:

@@ -1,4 +1,4 @@
-"""Pictures of videos: contact sheets of frames, and the cheap preview of latents.
+"""Contact sheets and GIFs of videos, and previews of latents without the VAE.
 
 Shapes: T frames, F latent frames, H W rows and columns. Pictures are (H, W, 3) uint8 RGB.
 """
@@ -37,24 +37,24 @@ PREVIEW_WEIGHT = np.array(
     ],
     np.float32,
 )
-"""Latent channel -> RGB in [-1, 1], the linear fit to HunyuanVideo's VAE that the released sampler
-shows."""
+"""Linear map from latent channels to RGB in [-1, 1], fitted to HunyuanVideo's VAE; from the
+released sampler."""
 PREVIEW_CELLS = 12
 PREVIEW_COLUMNS = 4
 PREVIEW_WIDTH = 160
-"""Fewest pixels of a latent frame's width in a preview."""
+"""Minimum width of a latent frame in a preview, in pixels."""
 GIF_FPS = 20.0
-"""Times in a GIF are hundredths of a second, so that 30 is not possible."""
+"""Frame rate of GIFs. Their delays are whole hundredths of a second, so 30 is not possible."""
 GAP, STRIP, FONT_SIZE = 6, 20, 13
-"""Pixels between cells, of a line of text, and of its letters."""
+"""Pixels between cells, height of a line of text, and font size."""
 
 
 def contact_sheet(
     frames: np.ndarray, fps: float, columns: int = 4, rows: int = 3, cell_width: int = 320
 ) -> np.ndarray:
-    """A sheet (H', W', 3) uint8 of frames (T, H, W, 3), from first to last at even distances.
+    """Return a contact sheet (H', W', 3) uint8 of frames (T, H, W, 3) at equal distances.
 
-    Each carries its time in seconds. There are fewer rows where there are fewer frames.
+    Each frame is labelled with its time in seconds. Short videos give fewer rows.
     """
     picks = _picks(len(frames), columns * rows)
     return _frame_sheet((frames[pick] for pick in picks), picks, fps, columns, cell_width)
@@ -63,9 +63,9 @@ def contact_sheet(
 def contact_sheet_mp4(
     path: str | os.PathLike, columns: int = 4, rows: int = 3, cell_width: int = 320
 ) -> np.ndarray:
-    """The `contact_sheet` of a video file; one of its frames is in memory at a time.
+    """Return the `contact_sheet` of a video file. Only one full frame is in memory at a time.
 
-    Raises ValueError where the file is no video that can be decoded.
+    Raises ValueError if the file is not a readable video.
     """
     info = mp4_info(path)
     picks = _picks(info.frames, columns * rows)
@@ -73,9 +73,9 @@ def contact_sheet_mp4(
 
 
 def save_gif(path: str | os.PathLike, source: str | os.PathLike) -> None:
-    """Write a video file as a GIF that plays for ever, `GIF_FPS` frames a second.
+    """Convert a video file to a GIF in an endless loop, at `GIF_FPS` frames per second.
 
-    Raises ValueError where `source` is no video, OSError where `path` cannot be written.
+    Raises ValueError if `source` is not a video, OSError if writing `path` fails.
     """
     frames = map(Image.fromarray, read_frames(source, GIF_FPS))
     with atomic_write(path) as partial:
@@ -88,7 +88,10 @@ def save_gif(path: str | os.PathLike, source: str | os.PathLike) -> None:
 def labelled_sheet(
     pictures: Sequence[np.ndarray], labels: Sequence[str], columns: int = 6
 ) -> np.ndarray:
-    """A sheet (H', W', 3) uint8 of pictures of any sizes, each over its label, cut to its width."""
+    """Return a sheet (H', W', 3) uint8 of pictures of any size, each above its label.
+
+    Labels are truncated to the width of their picture.
+    """
     height = max(picture.shape[0] for picture in pictures)
     width = max(picture.shape[1] for picture in pictures)
     cells = []
@@ -101,25 +104,25 @@ def labelled_sheet(
 
 
 def _shortened(label: str, width: int) -> str:
-    """What of a label fits into so many pixels."""
+    """Truncate a label to `width` pixels."""
     while label and _font().getlength(label) > width:
         label = label[:-1]
     return label
 
 
 def latent_preview(latents: np.ndarray) -> np.ndarray:
-    """The released sampler's picture of scaled latents (..., 16): RGB (..., 3) float32 in [0, 1].
+    """Map scaled latents (..., 16) to RGB (..., 3) float32 in [0, 1], as the released sampler does.
 
-    It takes the fit, whose range is [-1, 1], for one of [0, 1], so dark halves come out black.
+    The released sampler clips the fit, with range [-1, 1], to [0, 1], so dark colours become black.
     """
     return np.clip(_fitted(latents), 0.0, 1.0)
 
 
 def preview_sheet(latents: np.ndarray, caption: str) -> np.ndarray:
-    """A sheet (H', W', 3) uint8 that shows what latents (F, H, W, 16), normalised, will become.
+    """Return a preview sheet (H', W', 3) uint8 of normalised latents (F, H, W, 16).
 
-    At most 12 latent frames at even distances, at least 160 pixels wide, each of their pixels a
-    square; `caption` is written below. Takes milliseconds: no VAE.
+    The sheet shows at most 12 latent frames at equal distances, each at least 160 pixels wide, with
+    `caption` below. It takes milliseconds, because the VAE is not needed.
     """
     latents = np.asarray(latents)
     picked = latents[_picks(len(latents), PREVIEW_CELLS)]
@@ -135,7 +138,7 @@ def preview_sheet(latents: np.ndarray, caption: str) -> np.ndarray:
 
 
 def _picks(count: int, cells: int) -> list[int]:
-    """At most `cells` of the indices below `count`, from first to last at even distances."""
+    """Return at most `cells` indices below `count`, from first to last at equal distances."""
     return np.linspace(0, count - 1, min(cells, count)).round().astype(int).tolist()
 
 
@@ -153,7 +156,7 @@ def _frame_sheet(
 def _grid(
     cells: Sequence[np.ndarray], labels: Sequence[str], columns: int, strip: int
 ) -> Image.Image:
-    """Pictures of one size, row by row on white, each over a strip with its label."""
+    """Arrange pictures of equal size in rows on white, each above its label."""
     columns = min(columns, len(cells))
     height, width = cells[0].shape[:2]
     pitch = width + GAP, height + GAP + strip
@@ -167,7 +170,7 @@ def _grid(
 
 
 def _fitted(latents: np.ndarray) -> np.ndarray:
-    """Scaled latents (..., 16) -> RGB (..., 3) float32, about [-1, 1]."""
+    """Map scaled latents (..., 16) to RGB (..., 3) float32, about [-1, 1]."""
     return np.asarray(latents, np.float32) @ PREVIEW_WEIGHT + PREVIEW_BIAS
 
 
