@@ -42,7 +42,8 @@ def older(tmp_path, monkeypatch) -> Path:
     """A copy of the files, as working directory: training runs name the rest by relative paths."""
     folder = tmp_path / "older"
     shutil.copytree(OLDER, folder)
-    # What version control does not keep: the place and the times of the videos.
+    # What version control does not keep: empty folders, the place and the times of the videos.
+    (folder / "inverted" / "segments").mkdir(exist_ok=True)
     first, *rest = (folder / "dataset/videos.jsonl").read_text().splitlines()
     for video_line in map(json.loads, rest):
         time_ns = video_line["stamp"][1]
