@@ -1,6 +1,6 @@
-"""What the commands share: errors as one line and an exit code, JAX settings, and flag groups.
+"""Shared code of the commands: one-line errors with exit codes, JAX settings, flag groups.
 
-Nothing here imports JAX at the top, so that `--help` is quick.
+This module imports no JAX at the top, so that `--help` is quick.
 """
 
 import contextlib

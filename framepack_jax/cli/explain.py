@@ -1,4 +1,4 @@
-"""`framepack explain`: draw what a schedule packs into the context, and how long it is."""
+"""`framepack explain`: draw the context of a packing schedule."""
 
 import dataclasses
 from typing import Annotated

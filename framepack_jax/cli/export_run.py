@@ -1,4 +1,4 @@
-"""`framepack export-run`: a training run becomes a bundle, or its adapters a LoRA file."""
+"""`framepack export-run`: export a training run as a bundle, or its adapters as a LoRA file."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -14,25 +14,25 @@ from framepack_jax.utils.flags import parse
 
 @dataclasses.dataclass(frozen=True)
 class ExportRun:
-    """Make a bundle of a training run, or LoRA files of its adapters."""
+    """Export a training run as a bundle, or its adapters as LoRA files."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """RUN or RUN@STEP; the newest checkpoint by default."""
+    """RUN or RUN@STEP; default: the newest checkpoint."""
     output: str | None = None
-    """Folder of the bundle, or of the LoRA files of adapters (lora.safetensors in diffusers' names,
-    lora_original.safetensors in those that other programs read), or a .safetensors file for the
-    first of these; default: RUN/bundle."""
+    """Folder of the bundle, or of the LoRA files: lora.safetensors with the tensor names of
+    diffusers, and lora_original.safetensors with those of other programs. A .safetensors file gets
+    the names of diffusers. Default: RUN/bundle."""
     bundle: str | None = None
-    """The bundle that the run was trained from, where it has moved."""
+    """The bundle that the run was trained from, if it has moved."""
     weights: Literal["auto", "average", "last"] = "auto"
-    """The moving average of the parameters, or the parameters as they are after the step; auto: the
-    average where the run keeps one."""
+    """Export the moving average of the parameters, or the parameters of the step; auto: the average
+    if the run has one."""
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    """Type of the trained weights; default: bfloat16, of adapters float32."""
+    """Type of the trained weights; default: bfloat16, for adapters float32."""
     copy: bool = False
-    """Copy the other networks; by default the bundle points to them where they are."""
+    """Copy the other networks into the bundle instead of linking to them."""
     overwrite: bool = False
-    """Replace a bundle, or LoRA files, that are there already."""
+    """Replace an existing bundle or LoRA files."""
 
 
 def main(args: list[str] | None = None, prog: str = "framepack export-run") -> None:

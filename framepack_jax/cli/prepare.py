@@ -1,4 +1,4 @@
-"""`framepack prepare`: videos with captions -> dataset."""
+"""`framepack prepare`: make a dataset of videos with captions."""
 
 import dataclasses
 import sqlite3

@@ -1,4 +1,4 @@
-"""`framepack sample`: images and prompts become videos, each in a run folder."""
+"""`framepack sample`: sample videos from images and prompts, each in a run folder."""
 
 import contextlib
 import dataclasses

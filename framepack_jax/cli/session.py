@@ -1,4 +1,4 @@
-"""What `sample`, `resume` and `decode` set up: signals, errors, other processes, attention."""
+"""Set up `sample`, `resume` and `decode`: signals, errors, other processes, attention."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""`framepack train`: a configuration and a dataset become a trained model."""
+"""`framepack train`: train a FramePack model on a dataset."""
 
 import dataclasses
 import importlib.util
@@ -39,26 +39,27 @@ FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.Jax
 class Train(TrainConfig):
     """Train a FramePack model.
 
-    Every field of the configuration is a flag, and replaces what --config FILE says. The run's
-    folder, --output, holds checkpoints, log.jsonl, tensorboard/, validation/ and at the end a
-    bundle/. A run that was stopped goes on with the same command.
+    Every field of the configuration is a flag, which overrides --config FILE. The run folder,
+    --output, holds checkpoints, log.jsonl, tensorboard/, validation/ and at the end bundle/. Run
+    the same command again to resume an interrupted run.
     """
 
     config: Path | None = None
-    """A Python file with get_config(), as configs/tiny.py."""
+    """Python file that defines get_config(), for example configs/tiny.py."""
     resume: Literal["auto", "never"] = "auto"
-    """Go on from the last checkpoint in --output, if there is one; or refuse to."""
+    """auto: resume from the last checkpoint in --output, if any. never: an existing run is an
+    error."""
     mesh: str | None = None
-    """How devices share weights and work: fsdp=8 or data=4,fsdp=16,tensor=2, their product being
-    the number of devices. Default: all for fsdp."""
+    """Mesh axes and their sizes: fsdp=8 or data=4,fsdp=16,tensor=2. The product of the sizes is the
+    number of devices. Default: all devices on fsdp."""
     export: bool = True
-    """Make a bundle (or, of adapters, a LoRA file) of the last step."""
+    """Export the last step as a bundle, or adapters as a LoRA file."""
     dry_run: str | None = None
-    """Train nothing; compile the step for this machine and say whether it fits: v5p-64, h100:8,
-    a100-80g:8. Exit code 0 where it does, else 1. Needs no dataset, and a bundle without weights
-    does: framepack_i2v and framepack_f1 are the released models for this."""
+    """Machine: v5p-64, h100:8, a100-80g:8. Compile the training step for it and report whether it
+    fits, without training; exit code 0 if it fits, else 1. Needs neither a dataset nor weights: the
+    bundles framepack_i2v and framepack_f1 are the released models without weights."""
     dry_run_size: str = "608x640"
-    """Height and width in pixels of the bucket that a --dry-run compiles."""
+    """Height and width in pixels of the bucket that --dry-run compiles."""
     multihost: tyro.conf.OmitArgPrefixes[MultihostFlags] = ALONE
 
 
@@ -74,8 +75,8 @@ def main(args: list[str] | None = None, prog: str = "train.py") -> None:
 
 def training_errors() -> AbstractContextManager[None]:
     """Handle the errors of a training command, and print how long it took."""
-    # Interrupted before the first step or after the last; in between, the trainer saves and ends.
-    interrupted = "interrupted; what was saved stays, and the same command goes on"
+    # For signals before the first or after the last step; in between, the trainer saves and ends.
+    interrupted = "interrupted; saved steps are kept; run the same command again to resume"
     return cli_errors(FAILURES, explain=_explained, interrupted=interrupted, duration=True)
 
 
@@ -93,28 +94,28 @@ def _run(flags: Train) -> None:
     step = trainer.fit(resume=flags.resume == "auto")
     if step < cfg.steps:
         on_primary(print, f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved;"
-                 " the same command goes on")  # fmt: skip
+                 " run the same command again to resume")  # fmt: skip
         return
-    on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the figures")
+    on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the metrics")
     if flags.export:
         on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
 
 
 def _export(run: str, path: Any) -> str:
-    """The bundle of a finished run, in a process of its own where there are several: to orbax,
-    reading and writing are work for all of them together."""
+    """Export the bundle of a finished run. With several processes, a separate process exports it,
+    because Orbax reads and writes collectively."""
     if jax.process_count() == 1:
         return export(run, None, path, overwrite=True)
     command = [sys.executable, "-m", "framepack_jax", "export-run", run, "--bundle", str(path)]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([*command, "--overwrite"], env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"the run is whole, its bundle is not made: {done.stderr[-500:]}")
+        raise RunError(f"the run is complete, but its export failed: {done.stderr[-500:]}")
     return done.stdout.splitlines()[0]
 
 
 def _dry_run(cfg: TrainConfig, flags: Train) -> None:
-    """Compile for another machine; leaves with exit code 1 where it does not fit."""
+    """Compile for another machine; exit with code 1 if the step does not fit."""
     if not cfg.bundle:
         raise ValueError("give --bundle: that of the run, or framepack_i2v for the released model")
     configure_jax_for_dry_run()
@@ -129,13 +130,13 @@ def _dry_run(cfg: TrainConfig, flags: Train) -> None:
 
 
 def in_first_only(work: Any) -> Any:
-    """A function that works in the first process only, and waits for nothing."""
+    """Return a function that runs `work` in the first process only, without synchronisation."""
     return work if jax.process_index() == 0 else lambda *_: None
 
 
 def defaults(flags: type[T], kind: type, args: list[str]) -> T:
-    """Flags as the file behind --config says, a `kind` of configuration; others are read over
-    them. Raises ValueError."""
+    """Return default flags with the values of the file after --config, a configuration of type
+    `kind`. Raises ValueError."""
     file = next(
         (a.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
          for i, a in enumerate(args) if a == "--config" or a.startswith("--config=")),
@@ -150,33 +151,35 @@ def defaults(flags: type[T], kind: type, args: list[str]) -> T:
 
 
 def read_config(file: Path, kind: type = TrainConfig) -> Any:
-    """`get_config()` of a Python file. Raises ValueError that names the file and what is wrong."""
+    """Return `get_config()` of a Python file. Raises ValueError with the file and the fault."""
     if not file.is_file():
-        raise ValueError(f"--config {file} does not exist; configs/ has some, as configs/tiny.py")
+        raise ValueError(
+            f"--config {file} does not exist; see configs/, for example configs/tiny.py"
+        )
     spec = importlib.util.spec_from_file_location("config", file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--config {file} is no Python file; expected one with get_config()")
+        raise ValueError(f"--config {file}: expected a Python file that defines get_config()")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         cfg = module.get_config()
-    except Exception as error:  # of many kinds: it is a program
+    except Exception as error:  # a Python file can raise any error
         line = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"--config {file} cannot be read: {line}") from error
     if not isinstance(cfg, kind):
         raise ValueError(
-            f"--config {file}: get_config() gives a {type(cfg).__name__}, expected"
+            f"--config {file}: get_config() returns a {type(cfg).__name__}, expected"
             f" {kind.__module__}.{kind.__name__}"
         )
     return cfg
 
 
 def _check(cfg: TrainConfig) -> None:
-    """Raise ValueError where something that has no default is not given."""
+    """Raise ValueError if a flag without a default is missing."""
     missing = {
-        "--output": (cfg.output, "the folder of the run"),
-        "--bundle": (cfg.bundle, "the bundle whose transformer is trained, or tiny"),
-        "--data.path": (cfg.data.path, "a dataset, as framepack prepare makes it"),
+        "--output": (cfg.output, "the run folder"),
+        "--bundle": (cfg.bundle, "the bundle to train, or tiny"),
+        "--data.path": (cfg.data.path, "a dataset made by framepack prepare"),
     }
     if absent := [f"{flag} ({what})" for flag, (given, what) in missing.items() if not given]:
         raise ValueError(f"give {', '.join(absent)}, or a --config that does")
@@ -196,7 +199,7 @@ def _explained(error: Exception) -> str:
     first = line.partition("\n")[0] or type(error).__name__
     if "RESOURCE_EXHAUSTED" in line or isinstance(error, MemoryError):
         return (
-            f"out of memory ({first}); --grad-accum-steps 2 takes a batch in parts, --remat full"
-            " keeps less, more devices share more; --dry-run says what fits"
+            f"out of memory ({first}); try --grad-accum-steps 2, --remat full or more devices;"
+            " --dry-run reports what fits"
         )
     return first

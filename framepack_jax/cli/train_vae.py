@@ -1,4 +1,4 @@
-"""`framepack train-vae`: a folder of videos becomes a VAE, in a bundle of its own."""
+"""`framepack train-vae`: train a VAE on a folder of videos and export it as a bundle."""
 
 import dataclasses
 import sys
@@ -20,17 +20,18 @@ from framepack_jax.utils.flags import parse
 
 @dataclasses.dataclass(frozen=True)
 class TrainVae(VaeTrainConfig):
-    """Train the VAE of a bundle, or one of other sizes, on a folder of videos.
+    """Train the VAE of a bundle, or a new VAE of another size, on a folder of videos.
 
-    Every field of the configuration is a flag, and replaces what --config FILE says. The run's
-    folder, --output, holds checkpoints, log.jsonl, validation/ and at the end a bundle/. A run that
-    was stopped goes on with the same command. On one host, with all its devices.
+    Every field of the configuration is a flag, which overrides --config FILE. The run folder,
+    --output, holds checkpoints, log.jsonl, validation/ and at the end bundle/. Run the same command
+    again to resume an interrupted run. Training uses all devices of one host.
     """
 
     config: Path | None = None
-    """A Python file with get_config(), as configs/tiny_vae.py."""
+    """Python file that defines get_config(), for example configs/tiny_vae.py."""
     resume: Literal["auto", "never"] = "auto"
-    """Go on from the last checkpoint in --output, if there is one; or refuse to."""
+    """auto: resume from the last checkpoint in --output, if any. never: an existing run is an
+    error."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights in the bundle."""
 
@@ -53,7 +54,7 @@ def _run(flags: TrainVae) -> None:
     mesh = sharding.make_mesh(data=jax.device_count())
     step = Trainer(open_task(cfg, path, mesh)).fit(resume=flags.resume == "auto")
     if step < cfg.steps:
-        print(f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved; the same"
-              " command goes on")  # fmt: skip
+        print(f"{cfg.output}: stopped after step {step} of {cfg.steps}, which is saved; run the"
+              " same command again to resume")  # fmt: skip
         return
     print(export(f"{cfg.output}@{step}", path, f"{cfg.output}/bundle", dtype=flags.dtype))

@@ -54,13 +54,13 @@ class BadRecords:
         self.check()
 
     def check(self, done: str = "") -> None:
-        """Raise DatasetError if there are too many; `done` says what is saved."""
+        """Raise DatasetError if there are too many; `done` states what is saved."""
         if self.too_many:
             count = len(self.numbers)
             raise DatasetError(
                 f"{count} clips cannot be read, more than --data.max-bad-records {self.most}:"
-                f" {self}; {done}mend them, or give --data.max-bad-records {count} or more, and the"
-                " same command goes on"
+                f" {self}; {done}repair them, or give --data.max-bad-records {count} or more, and"
+                " run the same command again to resume"
             )
 
     def __str__(self) -> str:

@@ -103,7 +103,7 @@ def restore(
     except Exception as error:  # of many kinds, by what is damaged or differs
         raise RunError(
             f"checkpoint {step} in {manager.directory} cannot be restored ({_line(error)}); if it"
-            f" is damaged, move it away, and the same command goes on from"
+            f" is damaged, move it away, and run the same command again to resume from"
             f" {_before(manager, step)}"
         ) from error
     return found["state"], found["data"]

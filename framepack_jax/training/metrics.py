@@ -107,7 +107,8 @@ class WandB:
 
 
 def writers(cfg: RunConfig, step: int, record: dict[str, Any]) -> list[Writer]:
-    """Those of a run that goes on after `step`, in the first process. Raises ValueError."""
+    """Return the metrics of a run that resumes after `step`, in the first process. Raises
+    ValueError."""
     if not is_primary():
         return []
     folder = Path(cfg.output)

@@ -103,7 +103,7 @@ class Trainer:
         self.task.loader.set_state(data)
         frozen = self.task.load_frozen()
         self.bad = BadRecords(self.task.loader, self.task.max_bad_records, unread)
-        self.say(f"{self.cfg.output}: goes on after step {step}")
+        self.say(f"{self.cfg.output}: resumes after step {step}")
         return state, frozen
 
     def train(self, state: TrainState, frozen: Frozen, first: int, record: Record) -> int:
@@ -254,8 +254,8 @@ class Trainer:
             checkpoints.wait(self.manager)
         cause = self.error or "another process cannot read its part of the batch"
         raise DatasetError(
-            f"step {step} has no data: {cause}. Once the data can be read, the same command goes on"
-            f" after step {step - 1}"
+            f"step {step} has no data: {cause}. Once the data can be read, run the same command"
+            f" again to resume after step {step - 1}"
         ) from self.error
 
     def compile(self, frozen: Frozen) -> dict[Any, tuple[Any, Cost | None]]:

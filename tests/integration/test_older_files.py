@@ -128,7 +128,7 @@ def lines_of(log: Path) -> dict[int, dict[str, float]]:
 
 def check_losses(name: str, said: list[str]) -> None:
     """The run went on, to the losses that the older program had at its last steps."""
-    assert any("goes on after step" in line for line in said)
+    assert any("resumes after step" in line for line in said)
     expected, found = map(lines_of, (Path("expected", f"{name}.jsonl"), Path(name, "log.jsonl")))
     assert list(found) == [1, 2, 3, 4, 5, 6]
     numbers = ("loss", "psnr", "still_psnr", "kl", "grad_norm", "learning_rate")

@@ -106,7 +106,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, place, tmp_path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
     # The place of a run is no part of it.
-    assert "goes on after step 4" in run(place, tmp_path / "run")
+    assert "resumes after step 4" in run(place, tmp_path / "run")
     same = jax.tree.map(np.array_equal, params_of(whole, 8), params_of(tmp_path / "run", 8))
     assert all(jax.tree.leaves(same))
     changed = jax.tree.map(np.array_equal, params_of(whole, 8), params_of(whole, 4))
@@ -149,8 +149,8 @@ def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeyp
         train_vae.main([*flags(place, tmp_path / "run"), "--steps", "60"])
     step = max(checkpoints.steps_of(tmp_path / "run"))
     assert str(left.value) == (
-        f"error: step {step + 1} has no data: the disk is gone. Once the data can be read, the same"
-        f" command goes on after step {step}"
+        f"error: step {step + 1} has no data: the disk is gone. Once the data can be read, run the"
+        f" same command again to resume after step {step}"
     )
     position = tmp_path / "run" / "checkpoints" / str(step) / "data" / "metadata"
     assert json.loads(position.read_text()) == {"global_next_index": 2 * step}

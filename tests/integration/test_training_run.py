@@ -225,7 +225,7 @@ def test_a_disk_that_goes_ends_a_run_before_the_step(place, whole, tmp_path, mon
     step = checkpoints.steps_of(output)[-1]
     assert 2 < step < STEPS
     assert re.match(
-        rf"error: step {step + 1} has no data: the disk is gone.*goes on after step {step}",
+        rf"error: step {step + 1} has no data: the disk is gone.*resume after step {step}",
         str(left.value),
     )  # fmt: skip
     monkeypatch.undo()
@@ -267,7 +267,7 @@ def test_killed_three_times_it_is_the_run_that_never_was(place, whole) -> None:
         process.communicate()
     # A checkpoint is on disk some time after its step, or was about to be.
     kept = checkpoints.steps_of(output)
-    expected = f"goes on after step {kept[-1]}" if kept else "begins from random weights"
+    expected = f"resumes after step {kept[-1]}" if kept else "begins from random weights"
     assert expected in finish(start(place, output))
     same(output, whole)
 
@@ -278,7 +278,7 @@ def test_sigterm_saves_the_step_and_ends_well(place, whole) -> None:
     wait_for(process, output, 4)
     process.send_signal(signal.SIGTERM)
     out = finish(process)
-    assert "stopped after step" in out and "the same command goes on" in out
+    assert "stopped after step" in out and "run the same command again to resume" in out
     (step,) = checkpoints.steps_of(output)
     assert 4 <= step < STEPS
     finish(start(place, output))
@@ -288,7 +288,7 @@ def test_sigterm_saves_the_step_and_ends_well(place, whole) -> None:
 def test_a_finished_run_has_nothing_to_do(place, whole) -> None:
     before = state_of(whole)
     out = finish(start(place, whole))
-    assert f"goes on after step {STEPS}" in out
+    assert f"resumes after step {STEPS}" in out
     assert all(np.array_equal(a, b) for a, b in zip(before, state_of(whole), strict=True))
 
 
@@ -476,7 +476,7 @@ def test_a_damaged_checkpoint_is_gone_on_without(place, whole, tmp_path) -> None
     process = start(place, output, "--steps", str(STEPS + 1))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in err, err[-3000:]
-    assert "move it away, and the same command goes on from step 9" in err
+    assert "move it away, and run the same command again to resume from step 9" in err
     shutil.rmtree(newest)
     finish(start(place, output))
     same(output, whole)
@@ -490,7 +490,7 @@ def test_interrupted_before_the_first_step_it_says_so(place, tmp_path, monkeypat
     with pytest.raises(SystemExit) as left:
         train.main(flags(place, tmp_path / "a"))
     assert left.value.code == common.INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
 
 
 def test_a_bundle_is_replaced_when_told_to(place, whole, tmp_path) -> None:
