@@ -31,6 +31,14 @@ class DryRun:
     """Compile the VAE's decoder too: seconds for a GPU, minutes for a TPU."""
 
 
+# Flags that a dry run would ignore, by the groups that hold them.
+NOT_COMPILED = {
+    "input": ("end_image", "end_image_as", "key_frame", "extend"),
+    "model": ("lora", "merge_lora"),
+    "job": ("overwrite", "latents_only"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Sample videos from images and prompts.
@@ -117,6 +125,7 @@ def _videos(flags: Sample, output: Path) -> "list[Video]":
 
 def _dry_run(flags: Sample, machine_name: str) -> None:
     """Compile for another machine; exit with code 1 if the run does not fit."""
+    _refuse_ignored(flags)
     configure_jax_for_dry_run()
     from framepack_jax import bundle, video
     from framepack_jax.generation.offload_plan import TILES
@@ -148,3 +157,18 @@ def _dry_run(flags: Sample, machine_name: str) -> None:
     print(report)
     if not report.fits:
         raise SystemExit(1)
+
+
+def _refuse_ignored(flags: Sample) -> None:
+    """Raise ValueError for flags that a dry run does not count."""
+    default = Sample()
+    given = [name for name in ("jobs", "output") if getattr(flags, name) is not None]
+    for group, names in NOT_COMPILED.items():
+        now, before = vars(getattr(flags, group)), vars(getattr(default, group))
+        given += [name for name in names if now[name] != before[name]]
+    if given:
+        shown = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(
+            f"--dry-run compiles one section of a new video and does not count {shown}:"
+            " leave it out"
+        )

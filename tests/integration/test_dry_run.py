@@ -122,6 +122,7 @@ def test_what_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> No
         (("--dry-run", "h300:1"), "machine 'h300:1' is unknown"),
         (("--dry-run", "h200:1", "--mesh", "fsdp=2"), "multiply to 2, but there are 1 devices"),
         (("--dry-run", "h200:1", "--mesh", "fspd=1"), "'fspd=1' is not AXIS=SIZE"),
+        (("--dry-run", "h200:1", "--lora", "a.st", "--gif", "--output", "b"), "--output, --lora"),
     ],
 )
 def test_errors_name_what_is_wrong(this_cpu, more, named) -> None:
