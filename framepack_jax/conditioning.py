@@ -67,7 +67,9 @@ class ImageProcessor:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) -> float32 (B, height, width, 3)."""
         height, width = self.size
-        resized = [Image.fromarray(x).resize((width, height), self.resample) for x in images]
+        resized = [
+            np.asarray(Image.fromarray(x).resize((width, height), self.resample)) for x in images
+        ]
         mean, std = (np.asarray(x, np.float32)[None, None, None, :] for x in (self.mean, self.std))
         return ((np.stack(resized) * self.rescale).astype(np.float32) - mean) / std
 
@@ -154,7 +156,7 @@ def tokenize_prompt(
     for i, whole in enumerate(tokenizer(texts, verbose=False).input_ids):
         kept = start + MAX_PROMPT_TOKENS
         if len(whole) > kept:
-            words = tokenizer.decode(whole[start:kept], skip_special_tokens=True).split()
+            words = str(tokenizer.decode(whole[start:kept], skip_special_tokens=True)).split()
             warnings.warn(
                 f"prompt {' '.join(prompts[i].split()[:KEPT_WORDS])!r} ... is too long:"
                 f" {len(whole) - start} tokens with the template's end, of"
@@ -195,22 +197,27 @@ def encode_each(encoders: Encoders, batches: Sequence[Sequence[str]]) -> list[Pr
     cfg, params = encoders.text_encoder
     tokens = []
     for prompts in batches:
-        ids, valid, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
+        ids, mask, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
         _check_ids("tokenizer", ids, cfg.vocab_size)
-        tokens.append((ids, valid))
+        tokens.append((ids, mask))
     if offload.is_offloaded(params):
         read = llama.hidden_states_of_each(cfg, params, tokens)
     else:
         read = [_text_states(cfg, params, *each) for each in tokens]
     given = []
-    cfg, params = encoders.text_encoder_2
-    for prompts, (_, valid), states in zip(batches, tokens, read, strict=True):
-        states, valid = states[:, start:], jnp.asarray(valid[:, start:])
+    for prompts, (_, mask), states in zip(batches, tokens, read, strict=True):
+        states, valid = states[:, start:], jnp.asarray(mask[:, start:])
         text = jnp.where(valid[:, :, None], states, jnp.zeros_like(states))
-        ids = tokenize_summary(encoders.tokenizer_2, prompts, cfg.max_tokens)
-        _check_ids("tokenizer_2", ids, cfg.vocab_size)
-        given.append((text, valid, _pooled(cfg, params, ids)))
+        given.append((text, valid, _summaries(encoders, prompts)))
     return given
+
+
+def _summaries(encoders: Encoders, prompts: Sequence[str]) -> jax.Array:
+    """Return CLIP's vectors (B, D_pooled) of prompts."""
+    cfg, params = encoders.text_encoder_2
+    ids = tokenize_summary(encoders.tokenizer_2, prompts, cfg.max_tokens)
+    _check_ids("tokenizer_2", ids, cfg.vocab_size)
+    return _pooled(cfg, params, ids)
 
 
 def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:
@@ -238,8 +245,8 @@ def clip_latents(
     z, logvar = (x.astype(jnp.float32) for x in vae.encode(cfg, params, video, tiling))
     if key is not None:
         z += jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
-    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None, None, :] for x in (mean, std))
-    return (z - mean) / std
+    centre, scale = (jnp.asarray(x, jnp.float32)[None, None, None, None, :] for x in (mean, std))
+    return (z - centre) / scale
 
 
 def start_latent(
@@ -260,8 +267,8 @@ def blend_prompts(prompts: Sequence[tuple[PromptStates, float]]) -> PromptStates
         return prompts[0][0]
 
     def mean(part: int) -> jax.Array:
-        total = sum(states[part].astype(jnp.float32) * share for states, share in prompts)
-        return total.astype(prompts[0][0][part].dtype)
+        weighted = [states[part].astype(jnp.float32) * share for states, share in prompts]
+        return sum(weighted, start=jnp.zeros((), jnp.float32)).astype(prompts[0][0][part].dtype)
 
     valid = functools.reduce(jnp.logical_or, [states[1] for states, _ in prompts])
     return mean(0), valid, mean(2)

@@ -54,13 +54,15 @@ def velocity_target(x: jax.Array, noise: jax.Array) -> jax.Array:
     return noise.astype(jnp.float32) - x.astype(jnp.float32)
 
 
-def x0_from_velocity(x: jax.Array, velocity: jax.Array, sigma: jax.Array | float) -> jax.Array:
+def x0_from_velocity(
+    x: jax.Array, velocity: jax.Array, sigma: jax.Array | np.ndarray | np.floating | float
+) -> jax.Array:
     """Return the sample that a velocity at x = x_t points to, x - sigma velocity, float32."""
     x, velocity = x.astype(jnp.float32), velocity.astype(jnp.float32)
     return x - _over(x, sigma) * velocity
 
 
-def _over(x: jax.Array, sigma: jax.Array | float) -> jax.Array:
+def _over(x: jax.Array, sigma: jax.Array | np.ndarray | np.floating | float) -> jax.Array:
     """Return sigma, a scalar or (B,), with as many axes as x."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))

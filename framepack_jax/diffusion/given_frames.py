@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from framepack_jax.diffusion.network import Denoiser, Prediction
+from framepack_jax.diffusion.network import Array, Denoiser, Prediction
 
 
 class GivenFrames(NamedTuple):
@@ -45,7 +45,7 @@ def checked(given: GivenFrames | None, shape: tuple[int, ...]) -> GivenFrames:
 def keep(denoiser: Denoiser, given: GivenFrames) -> Denoiser:
     """Predict the given latents where there are any."""
 
-    def denoise(x: jax.Array, sigma: jax.Array, memory: Any) -> Prediction:
+    def denoise(x: jax.Array, sigma: Array, memory: Any) -> Prediction:
         prediction = denoiser(x, sigma, memory)
         return prediction._replace(x0=_chosen(given, prediction.x0))
 

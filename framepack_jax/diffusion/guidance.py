@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from framepack_jax.diffusion import flow
-from framepack_jax.diffusion.network import Denoiser, Pass, Prediction
+from framepack_jax.diffusion.network import Array, Denoiser, Pass, Prediction
 
 
 def guide(
-    positive: jax.Array, negative: jax.Array, scale: jax.Array | float, rescale: jax.Array | float
+    positive: jax.Array, negative: jax.Array, scale: Array | float, rescale: Array | float
 ) -> jax.Array:
     """Return negative + scale (positive - negative), float32, rescaled to positive's deviation.
 
@@ -32,7 +32,7 @@ def guide(
 
 
 def guided(
-    run: Pass, conditions: Sequence[Any], scale: jax.Array | float, rescale: jax.Array | float
+    run: Pass, conditions: Sequence[Any], scale: Array | float, rescale: Array | float
 ) -> Denoiser:
     """Run a pass for each of the `conditions`, the negative ones last, and combine the velocities.
 
@@ -40,7 +40,7 @@ def guided(
     guidance.
     """
 
-    def denoise(x: jax.Array, sigma: jax.Array, memory: Any) -> Prediction:
+    def denoise(x: jax.Array, sigma: Array, memory: Any) -> Prediction:
         done = [run(x, sigma, *each) for each in zip(conditions, memory, strict=True)]
         velocities, memory, ran = zip(*done, strict=True)
         x0 = _x0(x, sigma, velocities, scale, rescale)
@@ -52,10 +52,12 @@ def guided(
 @jax.jit
 def _x0(
     x: jax.Array,
-    sigma: jax.Array,
+    sigma: Array,
     velocities: Sequence[jax.Array],
-    scale: jax.Array,
-    rescale: jax.Array,
+    scale: Array | float,
+    rescale: Array | float,
 ) -> jax.Array:
-    v = guide(*velocities, scale, rescale) if len(velocities) == 2 else velocities[0]
-    return flow.x0_from_velocity(x, v, sigma)
+    velocity, *negative = velocities
+    if negative:
+        velocity = guide(velocity, negative[0], scale, rescale)
+    return flow.x0_from_velocity(x, velocity, sigma)

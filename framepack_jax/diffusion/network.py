@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray | np.floating
+"""An input of a compiled program, on the device or still on the host."""
+
 
 class Velocity(Protocol):
     """Predict the velocity (B, w, H, W, C), float32, of a noisy section x (B, w, H, W, C).
@@ -90,15 +93,13 @@ class Denoiser(Protocol):
     `given_frames.keep(guidance.guided(step_cache.cached(network)))`.
     """
 
-    def __call__(self, x: jax.Array, sigma: jax.Array, memory: Any) -> Prediction: ...
+    def __call__(self, x: jax.Array, sigma: Array, memory: Any) -> Prediction: ...
 
 
 class Pass(Protocol):
     """Predict the velocity of a noisy section under one set of conditions."""
 
-    def __call__(
-        self, x: jax.Array, sigma: jax.Array, conditions: Any, memory: Any
-    ) -> Prediction: ...
+    def __call__(self, x: jax.Array, sigma: Array, conditions: Any, memory: Any) -> Prediction: ...
 
 
 def is_array(leaf: Any) -> bool:
@@ -109,7 +110,7 @@ def is_array(leaf: Any) -> bool:
 def uncached(network: Network, cfg: Any, params: Any, context: Any, dtype: str) -> Pass:
     """Run the whole network at every step."""
 
-    def run(x: jax.Array, sigma: jax.Array, conditions: Any, memory: Any) -> Prediction:
+    def run(x: jax.Array, sigma: Array, conditions: Any, memory: Any) -> Prediction:
         sigmas = jnp.full(x.shape[0], sigma)
         v = network.velocity(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
         return Prediction(v, memory, None)

@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ import numpy as np
 
 from framepack_jax.diffusion import given_frames, guidance, network, solver, step_cache
 from framepack_jax.diffusion.given_frames import GivenFrames
-from framepack_jax.diffusion.network import Denoiser, Network
+from framepack_jax.diffusion.network import Array, Denoiser, Network
 from framepack_jax.parallel.multihost import fetch, place
 from framepack_jax.parallel.sharding import constrain
 
@@ -85,9 +85,9 @@ class SectionInputs(NamedTuple):
     conditions: Any
     negative: Any
     given: GivenFrames
-    cfg_scale: jax.Array
-    cfg_rescale: jax.Array
-    threshold: jax.Array | None
+    cfg_scale: Array
+    cfg_rescale: Array
+    threshold: Array | None
 
     @property
     def passes(self) -> list[Any]:
@@ -159,7 +159,7 @@ def denoise(
     compiled = is_compiled(params)
     put = functools.partial(place, bound=not compiled)
     inputs = put(inputs)
-    state = put(solver.start(noise))
+    state = put(solver.start(cast(jax.Array, noise)))
     memory = put(start_memory(program, params, inputs, state.x))
     advance = step if compiled else _step
     reports, show = [], _Delayed(on_step, int(compiled))
@@ -202,9 +202,8 @@ class _Delayed:
 def _steps(settings: SamplerSettings) -> list[At]:
     sigmas = np.asarray(settings.sigmas, np.float32)
     table = np.asarray(settings.table, np.float32)
-    forced = [None] * len(table)
-    if settings.cache is not None:
-        forced = step_cache.forced(settings.cache.kind, len(table))
+    cache = settings.cache
+    forced = [None] * len(table) if cache is None else step_cache.forced(cache.kind, len(table))
     return [At(*at) for at in zip(sigmas[:-1], table, forced, strict=True)]
 
 
@@ -214,6 +213,7 @@ def make_denoiser(program: StepProgram, params: Any, inputs: SectionInputs, at: 
     if program.cache is None:
         run = network.uncached(*fixed)
     else:
+        assert at.forced is not None and inputs.threshold is not None, "inputs of a step cache"
         control = step_cache.Control(at.forced, inputs.threshold)
         run = step_cache.cached(*fixed, program.cache, control)
     denoiser = guidance.guided(run, inputs.passes, inputs.cfg_scale, inputs.cfg_rescale)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from framepack_jax.diffusion.network import Network, Pass, Prediction, is_array
+from framepack_jax.diffusion.network import Array, Network, Pass, Prediction, is_array
 
 THRESHOLDS = {"tea": 0.15, "first-block": 0.05}
 """Kinds of cache, and the threshold that the release and diffusers use for each."""
@@ -47,12 +47,12 @@ class StepCacheConfig:
     def __post_init__(self) -> None:
         if self.kind not in THRESHOLDS:
             raise ValueError(f"step cache {self.kind!r}: expected one of {', '.join(THRESHOLDS)}")
-        if self.threshold is None:
-            object.__setattr__(self, "threshold", THRESHOLDS[self.kind])
-        if not (math.isfinite(self.threshold) and self.threshold > 0):
+        threshold = THRESHOLDS[self.kind] if self.threshold is None else self.threshold
+        if not (math.isfinite(threshold) and threshold > 0):
             raise ValueError(
-                f"threshold of the step cache = {self.threshold}: expected a number above 0"
+                f"threshold of the step cache = {threshold}: expected a number above 0"
             )
+        object.__setattr__(self, "threshold", threshold)
 
 
 class State(NamedTuple):
@@ -149,8 +149,8 @@ def _over(need: jax.Array) -> jax.Array:
 class Control(NamedTuple):
     """Inputs of a step cache: `forced` and `threshold`, scalars."""
 
-    forced: jax.Array
-    threshold: jax.Array
+    forced: Array
+    threshold: Array
 
 
 def cached(
@@ -165,7 +165,7 @@ def cached(
     """Run the blocks of the network only for samples that need them; the memory is a `State`."""
     hooks = network.step_cache
 
-    def run(x: jax.Array, sigma: jax.Array, conditions: Any, memory: State) -> Prediction:
+    def run(x: jax.Array, sigma: Array, conditions: Any, memory: State) -> Prediction:
         sigmas = jnp.full(x.shape[0], sigma)
         tokens = hooks.embed(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
         if kind == "tea":

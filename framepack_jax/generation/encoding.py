@@ -42,7 +42,10 @@ def encode(
     they are there already."""
     encoders = pipe.encoders() if callable(pipe.encoders) else pipe.encoders
     embedded = jnp.concatenate(
-        [pipe.run(conditioning.encode_image, encoders, request.image[None]) for request in requests]
+        [
+            pipe.run(conditioning.encode_image, encoders, start_image(request)[None])
+            for request in requests
+        ]
     )
     guidance = jnp.full(len(requests), settings.distilled_guidance, jnp.float32)
 
@@ -94,7 +97,7 @@ def known_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[i
     footage, of key frames and end image."""
     known = {}
     if request.footage is None:
-        known[0] = encode_clip(pipe, request.image[None])[0]
+        known[0] = encode_clip(pipe, start_image(request)[None])[0]
     else:
         known |= _known_footage(pipe, request.footage, layout.before)
     pictures = [image for _, image in request.key_frames]
@@ -102,6 +105,12 @@ def known_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[i
     for position, picture in zip(layout.stills, pictures, strict=True):
         known[position] = _still(pipe, picture, guide=position == layout.length)
     return known
+
+
+def start_image(request: Request) -> np.ndarray:
+    """Return the image that leads every section of a fitted request."""
+    assert request.image is not None, "fit_images gives every request an image"
+    return request.image
 
 
 def _still(pipe: "FramePack", picture: np.ndarray, guide: bool) -> np.ndarray:

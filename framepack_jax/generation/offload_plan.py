@@ -125,13 +125,14 @@ def plan(
         raise ValueError(f"offload {mode!r}: expected one of {', '.join(MODES)}")
     if mode == "none":
         return OffloadPlan(True, None, tiling, "offload none: all networks stay on the device")
+    small = TILES if tiling.size is None else tiling
     limit = limit_of_device() if limit is None else limit
-    if mode == "auto" and limit is None:
+    if mode == "full":
+        needed = need(path, work, dtype=dtype, mesh=mesh, roles=roles)
+        return _streamed(needed, 0, small, "offload full")
+    if limit is None:
         return OffloadPlan(True, None, tiling, "")
     needed = need(path, work, dtype=dtype, mesh=mesh, roles=roles)
-    small = TILES if tiling.size is None else tiling
-    if mode == "full":
-        return _streamed(needed, 0, small, "offload full")
     has = f"{needed.everything(tiling) / GB:.1f} of {limit / GB:.1f} GB"
     if needed.everything(tiling) <= USABLE * limit:
         why = f"offload auto: all networks stay on the device, {has}"
@@ -179,6 +180,7 @@ def _streamed(needed: Need, layers: int, tiling: Tiling, why: str) -> OffloadPla
         if fitting:
             parts.append(f"{fitting} wait in {taken / GB:.3g} GB of the host's memory")
         if fitting < len(sizes):
+            assert limit is not None, "a host of unknown memory takes all blocks"
             hosted = fitting
             parts.append(
                 f"{len(sizes) - fitting} are read from the disk at every step, as the host has"

@@ -248,7 +248,7 @@ class FramePack:
         made = self.sample(layout.plan, inputs, settings, seeds=[seed], on_step=on_step)
         if on_section is not None:
             made = _announced(made, layout, on_section)
-        before = None if footage is None else self.overlap(layout, request.footage)
+        before = None if request.footage is None else self.overlap(layout, request.footage)
         for section, start, frames, timeline in self.decode(layout.plan, made, before):
             positions = layout.new_positions(section)
             pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]

@@ -222,10 +222,10 @@ def _stills(request: Request, layout: Layout, compression: int, end: int) -> tup
         _check_image(name, image)
         position = layout.before - 1 + packing.position_at(seconds, layout.fps, compression)
         if not layout.before <= position <= last:
-            end = compression * (last - layout.before + 1) / layout.fps
+            seconds_made = compression * (last - layout.before + 1) / layout.fps
             raise ValueError(
                 f"{name}: expected a time after 0 s, where the start image or the video to extend"
-                f" is, up to the end at {end:.2f} s"
+                f" is, up to the end at {seconds_made:.2f} s"
             )
         if position in taken:
             raise ValueError(

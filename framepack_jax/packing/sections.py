@@ -166,6 +166,7 @@ def _plan_inverted(
     layout: _Layout, sections: int, before: int, after: int, guide: bool
 ) -> list[Section]:
     anchor, history, w = layout
+    assert anchor is not None, "a schedule whose sections read ahead has an anchor"
     end = before + sections * w + after
     plans = []
     for s, padding in zip(reversed(range(sections)), inverted_paddings(sections), strict=True):

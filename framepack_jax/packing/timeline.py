@@ -32,14 +32,14 @@ class Timeline:
         self.latents[:, list(positions)] = latents
         self.known[list(positions)] = True
 
-    def read(self, positions: Sequence[int]) -> np.ndarray:
+    def read(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return latents (B, len(positions), H, W, C); MISSING reads zeros. Raises ValueError if a
         position is not known yet."""
-        positions = np.asarray(positions, int)
-        if unknown := [int(p) for p in positions if p != MISSING and not self.known[p]]:
+        at = np.asarray(positions, int)
+        if unknown := [int(p) for p in at if p != MISSING and not self.known[p]]:
             raise ValueError(f"the timeline does not know positions {unknown} yet")
-        latents = self.latents[:, positions]
-        latents[:, positions == MISSING] = 0
+        latents = self.latents[:, at]
+        latents[:, at == MISSING] = 0
         return latents
 
 

@@ -60,7 +60,9 @@ def hidden_states(cfg: LlamaConfig, params: Params, ids: jax.Array, valid: jax.A
 
 
 def hidden_states_of_each(
-    cfg: LlamaConfig, params: Params, inputs: Sequence[tuple[jax.Array, jax.Array]]
+    cfg: LlamaConfig,
+    params: Params,
+    inputs: Sequence[tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]],
 ) -> list[jax.Array]:
     """Encode several (ids, valid), each as if it were alone; copy each offloaded layer once."""
     embedding = params["embed"]["embedding"]
