@@ -5,7 +5,7 @@
     tokenizer/ tokenizer_2/ image_processor/   files of the transformers library
 
 A role's path may point into another bundle, so that two transformers share their encoders.
-`bundle.json` is written last; a folder without it is no bundle.
+`bundle.json` is written last; a folder without it is not a bundle.
 """
 
 from framepack_jax.bundle.builtin import BUILTIN_BUNDLES, resolve

@@ -104,7 +104,7 @@ def read_manifest(root: epath.PathLike) -> Manifest:
 
 
 def _what_it_is(root: epath.Path) -> str:
-    """Describe a folder that is no bundle, and what to give in its place."""
+    """Describe a folder that is not a bundle, and what to give in its place."""
     if (root / lora.FILE).exists():
         return (
             f"{root} holds a LoRA ({lora.FILE}) and no bundle; give the bundle that it was trained"
@@ -117,7 +117,7 @@ def _what_it_is(root: epath.Path) -> str:
             f" or {root / 'bundle' / lora.FILE}, for --lora; framepack export-run {root} makes it"
         )
     return (
-        f"{root} is no bundle (it has no {MANIFEST}); make one with framepack convert, and if"
+        f"{root} is not a bundle (it has no {MANIFEST}); make one with framepack convert, and if"
         " a conversion was interrupted, run it again"
     )
 
@@ -183,7 +183,7 @@ def check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
         return
     if not (path.parent / MANIFEST).exists():
         raise BundleError(
-            f"bundle {root} points to {path}, in a folder that is no whole bundle (it has no"
+            f"bundle {root} points to {path}, in a folder that is not a complete bundle (it has no"
             f" {MANIFEST}); finish its conversion, or convert this one again with --encoders-from"
         )
     there = read_manifest(path.parent).roles.get(path.name)

@@ -98,7 +98,7 @@ ALONE = MultihostFlags()
 
 
 def parse_size(flag: str, text: str, multiple: int = 1) -> tuple[int, int]:
-    """Parse HEIGHTxWIDTH in pixels. Raises ValueError if a side is no multiple of `multiple`."""
+    """Parse HEIGHTxWIDTH in pixels. Raises ValueError if a side is not a multiple of `multiple`."""
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if not min(size) or any(side % multiple for side in size):

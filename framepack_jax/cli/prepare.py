@@ -150,7 +150,7 @@ def _scene_settings(flags: Prepare) -> "SceneSettings":
 
 
 def parse_buckets(text: str, multiple: int) -> tuple[tuple[int, int], ...]:
-    """Parse sizes (height, width). Raises ValueError if a side is no multiple of `multiple`."""
+    """Parse sizes (height, width). Raises ValueError if a side is not a multiple of `multiple`."""
     from framepack_jax.packing.buckets import BUCKETS_480P
 
     if text == "480p":

@@ -69,7 +69,7 @@ def entries_of(file: Path) -> tuple[dict[str, Entry], str]:
         return _safetensors_entries(file), ""
     if file.suffix in TORCH_SUFFIXES:
         return _torch_entries(file)
-    raise ConversionError(f"{file} is no checkpoint; expected {_suffixes()}")
+    raise ConversionError(f"{file} is not a checkpoint; expected {_suffixes()}")
 
 
 def _suffixes() -> str:
@@ -164,7 +164,7 @@ def load_torch(file: Path) -> Any:
     except Exception as error:  # of many kinds, by what is damaged or asked to run
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
-            f"{file} is no complete PyTorch checkpoint of plain tensors ({first_line});"
+            f"{file} is not a complete PyTorch checkpoint of plain tensors ({first_line});"
             " download it again, or, if it is whole and holds more, save its state dict alone"
         ) from error
 
@@ -177,7 +177,7 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
             kinds = {n: (tuple(v.get_shape()), v.get_dtype()) for n, v in views.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ConversionError(
-            f"{file} is no complete safetensors file ({error}); download it again"
+            f"{file} is not a complete safetensors file ({error}); download it again"
         ) from error
     # safetensors has checked that ranges lie in the file and fit the shapes.
     with file.open("rb") as opened:

@@ -143,8 +143,8 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
     """The LoRA of a safetensors or PyTorch file, or of PEFT's folder, for a network of that config.
 
     Modules that the network does not have (a text encoder's, for one) are reported in the result.
-    Raises ConversionError where the file is damaged, is no LoRA, is an adapter of another kind, is
-    of another network altogether, or does not fit: all that does not is named together.
+    Raises ConversionError if the file is damaged, is not a LoRA, is an adapter of another kind or
+    of another network, or does not fit; the error names all modules that do not fit.
     """
     checkpoint = open_checkpoint(path)
     modules = _modules(checkpoint)
@@ -288,8 +288,9 @@ def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
                 )
     if not any(tensors.keys() - {"alpha"} for tensors in modules.values()):
         raise ConversionError(
-            f"{checkpoint.path} is no LoRA: it holds {shorten(checkpoint.names())}; expected names"
-            " as lora_unet_MODULE.lora_down.weight (kohya), MODULE.lora_A.weight (PEFT, diffusers)"
+            f"{checkpoint.path} is not a LoRA: it holds {shorten(checkpoint.names())}; expected"
+            " names as lora_unet_MODULE.lora_down.weight (kohya) or MODULE.lora_A.weight (PEFT,"
+            " diffusers)"
         )
     return modules
 

@@ -89,9 +89,9 @@ def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
         try:
             fields = json.loads(header[METADATA])
         except (ValueError, RecursionError) as error:
-            raise ConversionError(f"{file}: its {METADATA} is no JSON ({error})") from error
+            raise ConversionError(f"{file}: its {METADATA} is not valid JSON ({error})") from error
         if not isinstance(fields, dict):
-            raise ConversionError(f"{file}: its {METADATA} is no JSON object")
+            raise ConversionError(f"{file}: its {METADATA} is not a JSON object")
         # A pipeline's file has its settings by component.
         prefix = "transformer."
         own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}

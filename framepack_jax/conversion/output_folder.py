@@ -22,7 +22,7 @@ def check_replaceable(output: epath.Path, *, overwrite: bool) -> None:
         )
     ours = finished or stopped or not output.exists()
     if not ours and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} is no bundle and not empty; choose another --output")
+        raise ConversionError(f"{output} is not a bundle and not empty; choose another --output")
 
 
 def check_outside(output: str, sources: Iterable[Path]) -> None:

@@ -155,7 +155,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{file} is no JSON file ({error}); download it again") from error
+        raise ConversionError(f"{file} is not a JSON file ({error}); download it again") from error
     if not isinstance(found, dict):
         raise ConversionError(f"{file} holds a JSON {type(found).__name__}, expected an object")
     return found

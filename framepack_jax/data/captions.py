@@ -79,7 +79,7 @@ def check(text: str, what: str) -> str:
     if bad := NOT_TEXT.search(text):
         raise Rejected(
             "bad_caption",
-            f"{what} has {escaped(bad[0])} at character {bad.start()}, which is no text; write it"
+            f"{what} has {escaped(bad[0])} at character {bad.start()}, which is not text; write it"
             " in UTF-8",
         )
     return text

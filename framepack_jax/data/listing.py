@@ -228,7 +228,7 @@ def _add_file(listing: Listing, file: Path) -> None:
 def _name_in(folder: Path, name: str) -> str:
     """Return the name of a video, relative to the folder if it lies there. Raises Rejected."""
     if NOT_TEXT.search(name):
-        raise Rejected("bad_name", f"{escaped(name)} is no name in UTF-8; rename the file")
+        raise Rejected("bad_name", f"{escaped(name)} is not valid UTF-8; rename the file")
     if ADDRESS.match(name):
         raise Rejected("missing", f"{name} is an address; download it, and write the file's name")
     path = folder / os.path.expanduser(name)
@@ -247,5 +247,5 @@ def _stamp(path: Path, source: str) -> tuple[int, int]:
         reason = "bad_name" if error.errno == errno.ENAMETOOLONG else "unreadable"
         raise Rejected(reason, f"{source} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(found.st_mode):
-        raise Rejected("unreadable", f"{source} is no file")
+        raise Rejected("unreadable", f"{source} is not a file")
     return found.st_size, found.st_mtime_ns

@@ -62,7 +62,9 @@ def read_rows(source: Path) -> Iterator[tuple[int, Row | Rejected]]:
         for number, fields in reader(source):
             yield number, _row_or_problem(fields)
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{source} is no {error.encoding} text ({error}); write UTF-8") from None
+        raise DatasetError(
+            f"{source} is not {error.encoding} text ({error}); write UTF-8"
+        ) from None
 
 
 def _row_or_problem(fields: Any) -> Row | Rejected:
@@ -75,7 +77,8 @@ def _row_or_problem(fields: Any) -> Row | Rejected:
 def _row(fields: Any) -> Row:
     if not isinstance(fields, dict):
         raise Rejected(
-            "bad_row", f'{str(fields)[:80]} is no object; expected {{"video": ..., "caption": ...}}'
+            "bad_row",
+            f'{str(fields)[:80]} is not an object; expected {{"video": ..., "caption": ...}}',
         )
     given = {str(name).strip().lower(): value for name, value in fields.items()}
     columns = [name for name in VIDEO if name in given]
@@ -90,7 +93,7 @@ def _row(fields: Any) -> Row:
         raise Rejected("bad_row", f"its {column} is {str(video)[:80]!r}, expected a path")
     captions = captions if isinstance(captions, list) else [captions]
     if not all(isinstance(caption, str | None) for caption in captions):
-        raise Rejected("bad_row", f"caption {str(captions)[:80]} of {video} is no text")
+        raise Rejected("bad_row", f"caption {str(captions)[:80]} of {video} is not text")
     start, end = _seconds(_first(given, START), 0.0), _seconds(_first(given, END), math.inf)
     if not 0 <= start < end:
         raise Rejected("bad_row", f"{video}: expected 0 <= start < end, not {start:g} and {end:g}")
@@ -121,7 +124,7 @@ def _seconds(value: Any, default: float) -> float:
             value = sum(part * 60**k for k, part in enumerate(reversed(parts)))
         return round(float(value), 3)
     except (ValueError, TypeError, OverflowError) as error:
-        raise Rejected("bad_row", f"{str(value)[:80]!r} is no time; write seconds") from error
+        raise Rejected("bad_row", f"{str(value)[:80]!r} is not a time; write seconds") from error
 
 
 def _text(source: Path, newline: str = "\n") -> io.TextIOWrapper:
@@ -162,7 +165,7 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Rejected("bad_row", f"it is no JSON ({error})")
+        return Rejected("bad_row", f"it is not valid JSON ({error})")
 
 
 def _json(source: Path) -> Fields:
@@ -197,7 +200,9 @@ def _array(file: io.TextIOWrapper, source: Path) -> Iterator[Any]:
         except (ValueError, RecursionError) as error:
             rest, more = text[at:], file.read(max(CHUNK, len(text) - at))
             if not more or len(rest) > MAX_ROW:
-                raise DatasetError(f"{source} is no JSON after row {count} ({error})") from error
+                raise DatasetError(
+                    f"{source} is not valid JSON after row {count} ({error})"
+                ) from error
             text, at = rest + more, 0
             continue
         count += 1
@@ -211,7 +216,7 @@ def _by_name(file: io.TextIOWrapper, source: Path) -> Iterator[dict[str, Any]]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{source} is no JSON ({error})") from error
+        raise DatasetError(f"{source} is not valid JSON ({error})") from error
     if _names(rows) & set(VIDEO):
         yield rows
         return
@@ -274,7 +279,7 @@ def _table(source: Path) -> Fields:
                 row = next(table, None)
             except csv.Error as error:
                 lines.back_behind_first()
-                problem = f"it is no row of a table ({error}); is a quote left open?"
+                problem = f"it is not a row of a table ({error}); is a quote left open?"
                 yield lines.number, Rejected("bad_row", problem)
                 continue
             if row is not None:

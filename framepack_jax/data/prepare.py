@@ -79,11 +79,13 @@ def _check_output(output: Path) -> None:
     """Make the output folder. Raises DatasetError if it holds other files, or if its name is not
     UTF-8, which ArrayRecord cannot write."""
     if NOT_TEXT.search(str(output)):
-        raise DatasetError(f"--output {escaped(str(output))} is no name in UTF-8; choose another")
+        raise DatasetError(f"--output {escaped(str(output))} is not valid UTF-8; choose another")
     names = (clip_cache.STORE, INDEX, build.REJECTED)
     ours = not output.exists() or any((output / name).exists() for name in names)
     if not ours and any(output.iterdir()):
-        raise DatasetError(f"--output {output} is no dataset and not empty; choose another folder")
+        raise DatasetError(
+            f"--output {output} is not a dataset and not empty; choose another folder"
+        )
     output.mkdir(parents=True, exist_ok=True)
 
 

@@ -1,6 +1,6 @@
 """Prepared clips on disk: one record a clip, in ArrayRecord shards by bucket.
 
-    dataset.json                 the index below, written last: a folder without it is no dataset
+    dataset.json                 the index below, written last: a folder without it is not a dataset
     empty.safetensors            the empty prompt's states, for caption dropout
     shards/480x832-00000.arrayrecord   records, "group_size:1,uncompressed"
     dataset.new/                 the next dataset, until it is whole and takes this one's place
@@ -214,7 +214,7 @@ def read_index(folder: Path) -> Index:
     file = folder / INDEX
     if not file.exists():
         begun = any((folder / name).exists() for name in (SHARDS, NEW))
-        what = "an unfinished dataset" if begun else "no dataset"
+        what = "an unfinished dataset" if begun else "not a dataset"
         raise DatasetError(
             f"{folder} is {what} (it has no {INDEX}); make one with: framepack prepare --videos"
             f" FOLDER --bundle BUNDLE --output {folder}"

@@ -64,6 +64,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _typed(name: str, value: Any) -> Any:
     """Convert a JSON value to the type of its option. Raises ValueError."""
     if name not in SPEC_FIELDS:
-        raise ValueError(f"{name!r} is no flag of a video; known are {', '.join(SPEC_FIELDS)}")
+        raise ValueError(f"{name!r} is not a flag of a video; known are {', '.join(SPEC_FIELDS)}")
     value = tidied(name, tuple(value) if isinstance(value, list) else value)
     return fields.convert(VideoSpec, {name: value})[name]

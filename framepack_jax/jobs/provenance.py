@@ -99,7 +99,7 @@ def check_weights(run: RunDir, roles: Sequence[str] = bundle.ROLES) -> None:
         source = run.record["weights"].get(role, {})
         if now.get(role, {}).get("sha256") != source.get("sha256"):
             raise ValueError(
-                f"run {run.folder} was begun with another {role} than bundle"
+                f"run {run.folder} was started with another {role} than bundle"
                 f" {run.record['bundle']} holds now; make it again with --overwrite"
             )
 
@@ -111,7 +111,7 @@ def check_loras(run: RunDir) -> None:
         found = _lora_sha256(Path(file))
         if found is None or found != run.record["files_sha256"].get(file):
             raise ValueError(
-                f"run {run.folder} was begun with another LoRA than {file} holds now, if it is"
+                f"run {run.folder} was started with another LoRA than {file} holds now, if it is"
                 " there; put it back, or make the video again with --overwrite"
             )
 

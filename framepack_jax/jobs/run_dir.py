@@ -142,7 +142,7 @@ class RunDir:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise Busy(f"{self.folder} is being made by another process") from None
+            raise Busy(f"{self.folder} is in use by another process") from None
         except OSError as error:
             warnings.warn(
                 f"{self.folder} cannot be locked ({error.strerror}): make sure that no other"
@@ -332,7 +332,8 @@ def _check_folder(folder: Path) -> None:
     # The record is checked last: another process may start a run here at this moment.
     if others and not (folder / RECORD).exists():
         raise ValueError(
-            f"output folder {folder} has a {others[0]} that is no run's; choose another --output"
+            f"output folder {folder} has a {others[0]} that belongs to no run; choose another"
+            " --output"
         )
 
 

@@ -164,7 +164,7 @@ def _mend_known(pipe: FramePack, task: Task) -> None:
     except (DamagedFile, FileNotFoundError) as error:
         if task.prepared.footage is not None:
             raise DamagedFile(f"{error}; make the video again with --overwrite") from error
-        logger.warning("%s; it is made again", error)
+        logger.warning("%s; it is encoded again", error)
         task.run.save_known(pipe.known_latents(task.prepared, task.layout))
 
 
@@ -249,7 +249,7 @@ def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int
         try:
             there.append(task.run.sections(plan, timeline.latents.shape[2:]))
         except DamagedFile as error:
-            logger.warning("%s; section %d is made again", error, len(error.done) + 1)
+            logger.warning("%s; section %d is sampled again", error, len(error.done) + 1)
             there.append(error.done)
     done = min(len(sections) for sections in there)
     for number in range(done):

@@ -96,7 +96,7 @@ def _tasks(maker: TaskMaker, videos: Sequence[Video]) -> tuple[list[Task], dict[
             logger.error("%s: error: %s", folder, error)
             continue
         if task is None:
-            logger.info("%s: finished already", folder)
+            logger.info("%s: already finished", folder)
         else:
             logger.info("%s: %s", folder, describe(maker.pipe, task))
             tasks.append(task)
@@ -106,11 +106,11 @@ def _tasks(maker: TaskMaker, videos: Sequence[Video]) -> tuple[list[Task], dict[
 def _raise_failures(failures: dict[Path, Exception], count: int) -> None:
     """Raise one ValueError for all failures, except for videos that other processes sample."""
     if busy := [folder for folder, error in failures.items() if isinstance(error, Busy)]:
-        logger.info("left to other processes, which are making them: %s", ", ".join(map(str, busy)))
+        logger.info("left to other processes, which sample them: %s", ", ".join(map(str, busy)))
     failures = {folder: error for folder, error in failures.items() if folder not in busy}
     if failures:
         raise ValueError(
-            f"{len(failures)} of {count} videos were not made: "
+            f"{len(failures)} of {count} videos failed: "
             + "; ".join(f"{folder.name}: {error}" for folder, error in failures.items())
         )
 
@@ -134,7 +134,7 @@ def resume(
             if not _is_finished(run):
                 pipe, task = saved_task(run, bundle_name, dtype, compute)
                 return _finish(pipe, task, compute, JobOptions(latents_only=latents_only), began)
-    logger.info("%s is finished already: %s", folder, folder / "video.mp4")
+    logger.info("%s is already finished: %s", folder, folder / "video.mp4")
     return None
 
 
@@ -191,13 +191,13 @@ def _run(
             failures[folder] = error
             if not isinstance(error, Busy):
                 started = task.run.record["status"] != "beginning"
-                kept = f"; what is done stays: framepack resume {folder}" if started else ""
+                kept = f"; finished sections are kept: framepack resume {folder}" if started else ""
                 logger.error("%s: %s%s", folder, error, kept)
     except KeyboardInterrupt:
         for task in tasks:
             if task.run.record["status"] == "interrupted":
                 logger.error(
-                    "interrupted; what is done stays: framepack resume %s", task.run.folder
+                    "interrupted; finished sections are kept: framepack resume %s", task.run.folder
                 )
         raise
     seconds, peak = time.monotonic() - began, peak_memory() / 2**30

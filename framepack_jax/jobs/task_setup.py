@@ -46,7 +46,7 @@ class TaskMaker:
     alone: bool
 
     def make(self, spec: VideoSpec, folder: Path) -> Task | None:
-        """Check a video as far as that needs no weights; return None if it is finished already.
+        """Check a video as far as that needs no weights; return None if it is already finished.
 
         Raises ValueError, OSError.
         """
@@ -104,15 +104,17 @@ class TaskMaker:
         for a video `alone`, in any case."""
         if differing := differences(run.record, record):
             raise ValueError(
-                f"{run.folder} already holds a run of other flags ({differing}); choose another"
+                f"{run.folder} already holds a run with other flags ({differing}); choose another"
                 " --output or --overwrite"
             )
         status = run.record["status"]
         if self.alone:
             advice = "--overwrite makes it again"
             if status != "finished":
-                advice = f"go on with framepack resume {run.folder}, or {advice}"
-            raise ValueError(f"{run.folder} already holds a run of these flags, {status}; {advice}")
+                advice = f"continue it with framepack resume {run.folder}, or {advice}"
+            raise ValueError(
+                f"{run.folder} already holds a run with these flags, {status}; {advice}"
+            )
         return status in ("finished", "sampled" if self.job.latents_only else "finished")
 
 

@@ -122,7 +122,9 @@ def attend(
     length, heads = q.shape[1:3]
     keys, kv_heads = k.shape[1:3]
     if heads % kv_heads:
-        raise ValueError(f"attention: {heads} query heads are no multiple of {kv_heads} key heads")
+        raise ValueError(
+            f"attention: {heads} query heads are not a multiple of {kv_heads} key heads"
+        )
     if causal and length != keys:
         raise ValueError(f"attention: causal needs as many queries as keys, got {length}, {keys}")
     run = functools.partial(_chunked, causal=causal, query_chunk=query_chunk)

@@ -187,14 +187,14 @@ def _cloud_shape(text: str, chip: Chip, number: int) -> tuple[int, ...]:
     chips = number // chip.cores
     if number % chip.cores or chips.bit_count() != 1:
         unit = "cores" if chip.cores > 1 else "chips"
-        raise ValueError(f"machine {text!r}: {number} {unit} make no known topology")
+        raise ValueError(f"machine {text!r}: {number} {unit} form no known topology")
     if chip.dims == 2:
         if chips not in SHAPES_2D:
             raise ValueError(f"machine {text!r}: known are {', '.join(map(str, SHAPES_2D))} chips")
         return SHAPES_2D[chips]
     if 1 < chips < CHIPS_PER_HOST:
         raise ValueError(
-            f"machine {text!r}: {chips} chips are no slice of {chip.name}, whose hosts have"
+            f"machine {text!r}: {chips} chips do not form a slice of {chip.name}, whose hosts have"
             f" {CHIPS_PER_HOST} (2x2x1); take {chip.name}-{CHIPS_PER_HOST * chip.cores}"
         )
     if chips == CHIPS_PER_HOST:
@@ -265,7 +265,7 @@ def compile_devices(machine: Machine) -> list[jax.Device]:
         )
     except (ValueError, RuntimeError) as error:
         line = first_line(error)
-        raise ValueError(f"the compiler cannot be had for {machine}: {line}") from error
+        raise ValueError(f"the compiler is not available for {machine}: {line}") from error
 
 
 def _target(chip: Chip) -> str:

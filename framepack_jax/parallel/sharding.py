@@ -259,7 +259,7 @@ def _check_known(where: str, axes: Iterable[Axis]) -> None:
 def _check_rule(pattern: str, axes: tuple[Axis, ...]) -> None:
     _check_known(f"rule {pattern!r}", axes)
     if repeated := [name for name, count in Counter(_names(axes)).items() if count > 1]:
-        raise ValueError(f"rule {pattern!r}: mesh axes {repeated} are there more than once")
+        raise ValueError(f"rule {pattern!r}: mesh axes {repeated} occur more than once")
 
 
 def _check_mesh(mesh: Mesh | AbstractMesh) -> None:

@@ -78,7 +78,7 @@ def export(
     if (target / bundle.MANIFEST).exists() and not overwrite:
         raise RunError(f"{target} is a bundle already; choose another --output, or --overwrite")
     if target.exists() and not (target / bundle.MANIFEST).exists() and any(target.iterdir()):
-        raise RunError(f"{target} is no bundle and not empty; choose another --output")
+        raise RunError(f"{target} is not a bundle and not empty; choose another --output")
     trained, frozen = state.abstract_params(cfg, model)
     leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):

@@ -29,7 +29,7 @@ def check_init(cfg: TrainConfig, record: Record, other: Record) -> None:
 
 
 def check_same_run(cfg: TrainConfig, record: Record, old: Record) -> None:
-    """Raise RunError or DatasetError if a run, with the record `old`, was begun with another
+    """Raise RunError or DatasetError if a run, with the record `old`, was started with another
     configuration or dataset."""
     check_fingerprint(old["fingerprint"], record["fingerprint"])
     then, now = old["config"], record["config"]

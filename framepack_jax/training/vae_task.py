@@ -135,7 +135,7 @@ class VaeTask:
         return record
 
     def _check_same_run(self, record: Record, old: Record) -> None:
-        """Raise RunError if the run was begun with another configuration or other videos."""
+        """Raise RunError if the run was started with another configuration or other videos."""
         then, now = old["config"], record["config"]
         differing = differences(then, now, FIXED)
         if then["optimizer"]["name"] != now["optimizer"]["name"]:

@@ -160,7 +160,7 @@ def test_inverted_run_stopped_at_every_point(shared, tmp_path) -> None:
     check_stopped(folder, stop, ended, whole)
     stop_and_resume(shared, folder, whole, INVERTED_STOPS[1:])
     ended = stopped_run.run(shared, None, folder, command=resume)
-    assert ended.code == 0 and "finished already" in ended.stdout
+    assert ended.code == 0 and "already finished" in ended.stdout
 
 
 def test_forward_run(shared, forward, tmp_path) -> None:

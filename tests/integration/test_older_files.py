@@ -83,7 +83,7 @@ def test_finished_video(older, capsys) -> None:
     """It needs no more work, and its latents are decoded again."""
     frames, _ = video.read_mp4("finished/video.mp4")
     resume.main(["finished", "--bundle", "bundle"])
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     Path("finished/video.mp4").unlink()
     decode.main(["finished", "--bundle", "bundle"])
     again, _ = video.read_mp4("finished/video.mp4")

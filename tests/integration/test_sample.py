@@ -129,7 +129,7 @@ def test_the_random_bundle_is_that_of_its_config() -> None:
     ("flags", "named"),
     [
         (["--image", "nowhere.png"], "nowhere.png"),
-        (["--bundle", "nowhere"], "nowhere is no bundle"),
+        (["--bundle", "nowhere"], "nowhere is not a bundle"),
         (["--steps", "0"], "steps = 0"),
         (["--crf", "0"], "crf is 0"),
         (["--seconds", "nan"], "seconds = nan"),

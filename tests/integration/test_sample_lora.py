@@ -81,7 +81,7 @@ def test_a_run_goes_on_with_its_own(files, tmp_path) -> None:
         latents(folder)
     RunDir.open(folder).write_record(status="interrupted")
     make_lora(file, 7)
-    with pytest.raises(SystemExit, match=r"begun with another LoRA than .*mine.safetensors"):
+    with pytest.raises(SystemExit, match=r"started with another LoRA than .*mine.safetensors"):
         resume.main([str(folder)])
 
 
@@ -130,7 +130,7 @@ def test_what_a_lora_is_read_from_is_hashed(files, tmp_path) -> None:
         for change in changes:
             begin(path)
             change()
-            with pytest.raises(ValueError, match=r"begun with another LoRA than .*adapter"):
+            with pytest.raises(ValueError, match=r"started with another LoRA than .*adapter"):
                 provenance.check_loras(run)
     # What could never be read is not taken for what it was.
     missing = str(tmp_path / "missing.safetensors")

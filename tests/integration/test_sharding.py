@@ -188,7 +188,7 @@ def test_every_parameter_without_one_fitting_rule_is_named():
     [
         (("fsdb",), r"rule 'a': unknown mesh axes \['fsdb'\]; there are data, fsdp"),
         ((("tensor", "fsdb"),), r"unknown mesh axes \['fsdb'\]"),
-        (("fsdp", ("tensor", "fsdp")), r"rule 'a': mesh axes \['fsdp'\] are there more than once"),
+        (("fsdp", ("tensor", "fsdp")), r"rule 'a': mesh axes \['fsdp'\] occur more than once"),
     ],
 )
 def test_a_misspelt_rule_is_refused_though_nothing_has_it(axes, message):

@@ -149,7 +149,7 @@ def test_what_cannot_be_compared(made, tmp_path) -> None:
     without = dataclasses.replace(manifest, roles={"vae": manifest.roles["transformer"]})
     with pytest.raises(ConversionError, match="holds none of the bundle's networks: vae"):
         verify.sources(source, without)
-    with pytest.raises(SystemExit, match="is no bundle"):
+    with pytest.raises(SystemExit, match="is not a bundle"):
         cli.main(["verify", str(source), str(tmp_path)])
     with pytest.raises(SystemExit, match="does not exist"):
         cli.main(["verify", str(tmp_path / "absent"), root])

@@ -104,7 +104,7 @@ def alone(tmp_path_factory) -> RunDir:
 
 def test_a_signal_to_one_stops_both(stopped) -> None:
     assert [code for code, *_ in stopped] == [common.TERMINATED] * 2, stopped
-    assert "interrupted; what is done stays" in stopped[0][2]
+    assert "interrupted; finished sections are kept" in stopped[0][2]
 
 
 def test_two_processes_make_the_video_of_one(hosts, resumed, alone) -> None:
@@ -132,7 +132,7 @@ def test_one_of_them_writes(hosts, resumed) -> None:
     ("flags", "named"),
     [
         (("--image", "only_here.jpg"), "only_here.jpg"),
-        (("--image", "image.jpg", "--bundle", "only_here"), "only_here is no bundle"),
+        (("--image", "image.jpg", "--bundle", "only_here"), "only_here is not a bundle"),
         (("--jobs", "jobs.jsonl"), "the jobs of process 1 differ from those of process 0"),
     ],
 )

@@ -571,7 +571,7 @@ def damaged(tmp_path: Path, model) -> dict[str, tuple[Path, str]]:
         "empty": (tmp_path / "empty", "has no checkpoint"),
         "dcp": (tmp_path / "dcp", "format_utils dcp_to_torch"),
         "absent": (tmp_path / "absent", "does not exist"),
-        "notes": (tmp_path / "notes.txt", "is no checkpoint"),
+        "notes": (tmp_path / "notes.txt", "is not a checkpoint"),
         "no bytes": (misnamed[".safetensors"], "is empty; download it again"),
         "no bytes.pt": (misnamed[".pt"], "is empty; download it again"),
         "answer": (misnamed[".bin"], "is a text file, .* begins 'Entry not found'"),
@@ -846,7 +846,7 @@ def test_an_interrupted_conversion_is_no_bundle_and_runs_again(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(bundle, "write_params", power_cut)
         make_bundle(flags)
-    with pytest.raises(bundle.BundleError, match="is no bundle"):
+    with pytest.raises(bundle.BundleError, match="is not a bundle"):
         bundle.read_manifest(tmp_path / "out")
     assert make_bundle(flags) == bundle.read_manifest(tmp_path / "out")
 

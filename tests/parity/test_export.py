@@ -378,7 +378,7 @@ def test_numbers_that_a_type_cannot_hold_do_not_go_out(tmp_path) -> None:
     ("args", "said"),
     [
         ([], "framepack export needs --bundle"),
-        (["--bundle", "{absent}"], "is no bundle"),
+        (["--bundle", "{absent}"], "is not a bundle"),
         (["--bundle", "{bundle}", "--role", "vae"], "has no vae"),
         (["--bundle", "{bundle}", "--dtype", "int8"], "int8"),
         (["--bundle", "{bundle}", "--key-format", "original"], "ends in .safetensors"),

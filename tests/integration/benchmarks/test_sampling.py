@@ -172,7 +172,9 @@ def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
     assert made["section"] > 0
     head, _, row = lengths.table([made]).splitlines()
     assert head.count("|") == row.count("|") and row.startswith("| 1.4 s | 5 |")
-    with pytest.raises(SystemExit, match=r"error: sample.py ended with 1: .*nowhere is no bundle"):
+    with pytest.raises(
+        SystemExit, match=r"error: sample.py ended with 1: .*nowhere is not a bundle"
+    ):
         lengths.main(["--bundle", "nowhere", "--seconds", "1"])
 
 
@@ -222,7 +224,7 @@ def test_a_video_under_a_cap_is_measured(tmp_path) -> None:
     assert made["plan"].startswith("offload full: 0 of 4 blocks stay")
     assert made["section"] > 0 and made["host_bytes"] > 1e8
     failed = capped.measure(dataclasses.replace(config, folder=tmp_path / "nowhere"), None, total=0)
-    assert "nowhere is no bundle" in failed["error"]
+    assert "nowhere is not a bundle" in failed["error"]
     head, _, first, last = capped.table([made, failed]).splitlines()
     assert head.count("|") == first.count("|") and first.startswith("| 6 GB |")
     assert "failed: error: " in last

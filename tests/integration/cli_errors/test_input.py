@@ -217,7 +217,7 @@ def manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (shutil.rmtree, "is no bundle"),
+        (shutil.rmtree, "is not a bundle"),
         (without("bundle.json"), "has no bundle.json"),
         (lambda root: cut_short(root / "bundle.json"), "bundle.json is damaged"),
         (manifest(lambda m: m.update(format=2)), "has format 2, this version reads format 1"),
@@ -266,9 +266,9 @@ def test_folders_that_cannot_be_written(tmp_path, place) -> None:
 
 def test_a_run_of_other_flags_is_not_replaced(stopped, whole) -> None:
     message = refused(stopped, prompt="he sits", seed=4)
-    assert f"{stopped} already holds a run of other flags" in message
+    assert f"{stopped} already holds a run with other flags" in message
     assert "prompt = 'she waves' there, 'he sits' here" in message and "seed = 0 there" in message
-    assert f"go on with framepack resume {stopped}" in refused(stopped)
+    assert f"continue it with framepack resume {stopped}" in refused(stopped)
     check_same_latents(stopped, whole)
 
 

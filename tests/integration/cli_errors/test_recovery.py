@@ -30,14 +30,14 @@ def test_latents_cut_short_are_made_again(stopped, whole, capsys) -> None:
     cut_short(file)
     resume.main([str(stopped)])
     said = capsys.readouterr().err
-    assert f"{file} is damaged" in said and "section 2 is made again" in said
+    assert f"{file} is damaged" in said and "section 2 is sampled again" in said
     check_finished(stopped, whole)
 
 
 def test_latents_of_the_first_section_cut_short(stopped, whole, capsys) -> None:
     cut_short(stopped / "latents" / "section_000.npz")
     resume.main([str(stopped)])
-    assert "section 1 is made again" in capsys.readouterr().err
+    assert "section 1 is sampled again" in capsys.readouterr().err
     check_finished(stopped, whole)
 
 
@@ -47,7 +47,7 @@ def test_given_latents_are_encoded_again(stopped, whole, capsys, damage) -> None
     damage(file)
     resume.main([str(stopped)])
     said = capsys.readouterr().err
-    assert str(file) in said and "it is made again" in said
+    assert str(file) in said and "it is encoded again" in said
     check_finished(stopped, whole)
 
 
@@ -176,13 +176,13 @@ def test_a_bad_job_does_not_stop_the_others(tmp_path, whole, capsys) -> None:
     )
     output = tmp_path / "made"
     message = refused(output, jobs=jobs)
-    assert "3 of 4 videos were not made" in message
-    for part in ("line 1", "nowhere.png", "'heigth' is no flag of a video"):
+    assert "3 of 4 videos failed" in message
+    for part in ("line 1", "nowhere.png", "'heigth' is not a flag of a video"):
         assert part in message
     check_finished(output / "good", whole)
     capsys.readouterr()
     refused(output, jobs=jobs)
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_nan_in_one_of_two_does_not_stop_the_other(tmp_path, whole) -> None:

@@ -46,7 +46,7 @@ def test_a_batch_gives_the_videos_of_single_runs(tmp_path) -> None:
 def test_jobs_go_on_where_they_were(tmp_path, capsys) -> None:
     jobs = tmp_path / "jobs.jsonl"
     jobs.write_text('{"seed": 1}\n{"promt": "x"}\n\n{"image": "nowhere.png"}\n{"seed": "2"}\n[1]\n')
-    with pytest.raises(SystemExit, match="4 of 5 videos were not made") as error:
+    with pytest.raises(SystemExit, match="4 of 5 videos failed") as error:
         command(tmp_path / "out", "--sections", 1, "--jobs", jobs)
     for named in (
         "line 2: 'promt'",
@@ -60,7 +60,7 @@ def test_jobs_go_on_where_they_were(tmp_path, capsys) -> None:
     jobs.write_text('{"seed": 1}\n')
     capsys.readouterr()
     command(tmp_path / "out", "--sections", 1, "--jobs", jobs)
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert (tmp_path / "out" / "job_0001" / "video.mp4").stat().st_mtime_ns == before
 
 
@@ -68,7 +68,7 @@ def test_other_files_are_never_removed(tmp_path) -> None:
     (tmp_path / "inputs").mkdir()
     shutil.copy(PHOTO, tmp_path / "inputs" / "photo.jpg")
     for more in ((), ("--overwrite",)):
-        with pytest.raises(SystemExit, match="has a inputs that is no run's"):
+        with pytest.raises(SystemExit, match="has a inputs that belongs to no run"):
             command(tmp_path, "--sections", 1, *more)
     assert (tmp_path / "inputs" / "photo.jpg").exists()
     run = make(tmp_path / "run", "--sections", 1, "--latents-only")
@@ -89,7 +89,7 @@ def test_a_seed_is_drawn_and_kept(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert all(f"seed {seed}\n" in printed for seed in seeds)
     command(tmp_path / "out", *flags)
-    assert capsys.readouterr().out.count("finished already") == 2
+    assert capsys.readouterr().out.count("already finished") == 2
     again = make(tmp_path / "again", "--sections", 1, "--latents-only", "--seed", seeds[0])
     assert_same_latents(again, RunDir.open(tmp_path / "out" / "job_0001"))
 
@@ -121,14 +121,14 @@ def test_a_finished_job_needs_its_image_no_more(tmp_path, capsys) -> None:
     command(tmp_path / "out", *flags, image=False)
     image.unlink()
     command(tmp_path / "out", *flags, image=False)
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_one_run_is_not_made_twice_at_once(whole, tmp_path) -> None:
     run = copy(whole[F1], tmp_path / "run")
     run.write_record(status="interrupted")
     run.lock()
-    with pytest.raises(SystemExit, match="is being made by another process"):
+    with pytest.raises(SystemExit, match="is in use by another process"):
         resume.main([str(run.folder)])
     run.unlock()
     resume.main([str(run.folder)])
@@ -185,7 +185,7 @@ def test_what_another_process_makes_is_left_to_it(tmp_path, monkeypatch, capsys)
     other = RunDir(tmp_path / "out" / "one", {})
     other.lock()
     command(tmp_path / "out", *both, "--latents-only")
-    assert "left to other processes, which are making them: " in capsys.readouterr().out
+    assert "left to other processes, which sample them: " in capsys.readouterr().out
     assert not (other.folder / "run.json").exists()
     assert RunDir.open(tmp_path / "out" / "two").record["status"] == "sampled"
     during_the_first_section(monkeypatch, other.unlock)

@@ -85,7 +85,7 @@ def test_resumed_is_as_if_never_stopped(whole, tmp_path, schedule: str, kept: in
 def test_a_finished_run_is_left_alone(whole, capsys) -> None:
     before = (whole[F1].folder / "video.mp4").stat().st_mtime_ns
     resume.main([str(whole[F1].folder)])
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert (whole[F1].folder / "video.mp4").stat().st_mtime_ns == before
 
 
@@ -180,7 +180,7 @@ def test_runs_from_before_there_were_guides_go_on_as_they_were(pictures, tmp_pat
     run.write_record(status="begun")
     # A job that says nothing of it is that run, one that says otherwise is not.
     with pytest.raises(
-        SystemExit, match=r"holds a run of these flags, begun; go on with framepack resume"
+        SystemExit, match=r"holds a run with these flags, begun; continue it with framepack resume"
     ):
         command(run.folder, *flags)
     with pytest.raises(SystemExit, match="end_image_as = 'still' there, 'guide' here"):
@@ -282,7 +282,7 @@ def test_other_weights_are_noticed(whole, tmp_path) -> None:
     weights["vae"]["sha256"] = "0" * 64
     run.write_record(status="interrupted", weights=weights)
     for again in (resume, decode):
-        with pytest.raises(SystemExit, match="was begun with another vae"):
+        with pytest.raises(SystemExit, match="was started with another vae"):
             again.main([str(run.folder)])
     with pytest.raises(SystemExit, match="the vae of the bundle has changed"):
         command(run.folder, "--sections", 3, schedule=F1)
@@ -290,7 +290,7 @@ def test_other_weights_are_noticed(whole, tmp_path) -> None:
 
 @pytest.mark.parametrize(("command", "flag"), [(resume, "--seed"), (decode, "--dtype")])
 def test_options_of_the_video_come_from_the_run(whole, capsys, command, flag) -> None:
-    """What the video was started with is no flag of the commands that continue it."""
+    """What the video was started with is not a flag of the commands that continue it."""
     with pytest.raises(SystemExit) as ended:
         command.main([str(whole[F1].folder), flag, "5"])
     assert ended.value.code == 2

@@ -102,7 +102,7 @@ def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path) -> No
     with pytest.raises(KeyboardInterrupt):
         bundle.write_params(tmp_path / "text_encoder_2", half())
     assert not (tmp_path / "text_encoder_2").exists()
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         bundle.read_manifest(tmp_path)
     with pytest.raises(BundleError, match="are missing at"):
         bundle.load_params(tmp_path, manifest(), "text_encoder_2")
@@ -124,7 +124,7 @@ def test_a_reference_to_replaced_weights_is_refused(root, tmp_path) -> None:
     with pytest.raises(BundleError, match="has been replaced by other weights"):
         bundle.load_params(other, pointing, "text_encoder_2")
     (root / bundle.MANIFEST).unlink()
-    with pytest.raises(BundleError, match=r"is no whole bundle .*finish its conversion"):
+    with pytest.raises(BundleError, match=r"is not a complete bundle .*finish its conversion"):
         bundle.load_params(other, pointing, "text_encoder_2")
     lost = {"text_encoder_2": dataclasses.replace(there, path="../gone/text_encoder_2")}
     with pytest.raises(BundleError, match=r"missing at .*: move both together"):

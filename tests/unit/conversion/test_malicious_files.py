@@ -75,7 +75,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(place: str, zipped: bool, tmp_p
     torch.save(stored, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(SystemExit) as stopped:
         main(["--transformer", str(file), "--output", str(tmp_path / "out")])
-    assert str(stopped.value.code).startswith(f"error: {file} is no complete PyTorch checkpoint")
+    assert str(stopped.value.code).startswith(f"error: {file} is not a complete PyTorch checkpoint")
     assert "\n" not in stopped.value.code and not proof.exists()
     # The same file does harm to who trusts it.
     torch.load(file, weights_only=False)
@@ -101,7 +101,7 @@ def test_cut_files_are_refused(tmp_path) -> None:
     for whole, file in ((data, tmp_path / "x.safetensors"), (archive, tmp_path / "x.pt")):
         for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
             file.write_bytes(whole[:length])
-            said = "is no complete" if length else "is empty"
+            said = "is not a complete" if length else "is empty"
             with pytest.raises(ConversionError, match=f"{file} {said}"):
                 open_checkpoint(file)
         file.write_bytes(whole)
@@ -173,7 +173,7 @@ def test_an_index_without_a_map(weight_map, tmp_path) -> None:
 
 def test_deep_json_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"a":' * 100_000)
-    with pytest.raises(ConversionError, match="is no JSON file"):
+    with pytest.raises(ConversionError, match="is not a JSON file"):
         weight_files.read_json(tmp_path / "config.json")
 
 

@@ -224,7 +224,7 @@ def test_json_that_is_an_array_an_object_of_captions_or_lines(folder, monkeypatc
     here = listed(folder, "wrapped.json", json.dumps({"data": rows[::2]}))
     assert found(here) == {"a.mp4": ("waves",), "b.mp4": (TEXT,)}
     for text in ('[{"video": "a.mp4"}, {"video"', '[{"video": "a.mp4"}'):
-        with pytest.raises(DatasetError, match="is no JSON after row 1"):
+        with pytest.raises(DatasetError, match="is not valid JSON after row 1"):
             listed(folder, "list.json", text)
 
 
@@ -233,7 +233,7 @@ def test_manifests_in_utf_16(folder) -> None:
     assert found(listed(folder, "list.jsonl", text.encode("utf-16-le"))) == {"a.mp4": (TEXT,)}
     table = f"{BOM}video,caption\na.mp4,{TEXT.replace(',', '')}\n"
     assert len(listed(folder, "list.csv", table.encode("utf-16-be"))) == 1
-    with pytest.raises(DatasetError, match=r"list\.csv is no utf-16.* text"):
+    with pytest.raises(DatasetError, match=r"list\.csv is not utf-16.* text"):
         listed(folder, "list.csv", table.encode("utf-16-le") + b"x")
 
 

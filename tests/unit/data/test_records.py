@@ -78,7 +78,7 @@ def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
 
 
 def test_unfinished_and_damaged_datasets_are_told_apart(tmp_path) -> None:
-    with pytest.raises(DatasetError, match=r"is no dataset .* framepack prepare"):
+    with pytest.raises(DatasetError, match=r"is not a dataset .* framepack prepare"):
         records.read_index(tmp_path)
     write_dataset(tmp_path)
     fields = json.loads((tmp_path / records.INDEX).read_text())

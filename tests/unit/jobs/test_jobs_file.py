@@ -31,7 +31,7 @@ def test_lines_replace_the_flags_of_the_command(tmp_path) -> None:
         ("[1]", "expected a JSON object"),
         ('{"seed"', "Expecting ':'"),
         ('{"seed": 1, "seed": 2}', "'seed' is given twice"),
-        ('{"sead": 1}', "'sead' is no flag of a video; known are"),
+        ('{"sead": 1}', "'sead' is not a flag of a video; known are"),
         ('{"seed": "1"}', "seed = '1': expected a whole number"),
         ('{"seed": true}', "seed = True: expected a whole number"),
         ('{"sampler": "heun"}', "sampler = 'heun': expected one of unipc, unipc-bh2, euler"),

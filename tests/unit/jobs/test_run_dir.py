@@ -39,7 +39,7 @@ def test_a_run_is_locked_once(run) -> None:
     other = RunDir.open(run.folder)
     run.lock()
     run.lock()
-    with pytest.raises(Busy, match="is being made by another process"):
+    with pytest.raises(Busy, match="is in use by another process"):
         other.lock()
     with pytest.raises(Busy):
         check_free(run.folder)
@@ -115,7 +115,7 @@ def test_other_files_are_refused_by_name(tmp_path) -> None:
     (tmp_path / "latents").mkdir()
     check_folder(tmp_path)
     (tmp_path / "latents" / "mine.txt").touch()
-    with pytest.raises(ValueError, match="has a latents that is no run's"):
+    with pytest.raises(ValueError, match="has a latents that belongs to no run"):
         check_folder(tmp_path)
     (tmp_path / "run.json").touch()
     check_folder(tmp_path)

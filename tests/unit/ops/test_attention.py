@@ -253,7 +253,7 @@ def test_bfloat16_stays_bfloat16(run) -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     q, k, v = draw(4, 4, heads=4, kv_heads=3)
-    with pytest.raises(ValueError, match="4 query heads are no multiple of 3"):
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         attend(q, k, v)
     q, k, v = draw(4, 5)
     with pytest.raises(ValueError, match="got 4, 5"):

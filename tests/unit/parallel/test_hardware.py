@@ -103,10 +103,10 @@ def test_a_tpu_that_is_there_is_not_described(monkeypatch) -> None:
         ("h100:12", "whole nodes"),
         ("h100:2x4", "by their number"),
         ("h100:0", "at least one"),
-        ("v5p-6", "6 cores make no known topology"),
-        ("v5p-4", r"'v5p-4': 2 chips are no slice of v5p.* 4 \(2x2x1\); take v5p-8"),
+        ("v5p-6", "6 cores form no known topology"),
+        ("v5p-4", r"'v5p-4': 2 chips do not form a slice of v5p.* 4 \(2x2x1\); take v5p-8"),
         ("v5e-2", "known are 1, 4, 8"),
-        ("v5e-12", "12 chips make no known topology"),
+        ("v5e-12", "12 chips form no known topology"),
         ("v5p:4x4", "3 numbers, as in v5p:4x4x4"),
     ],
 )
