@@ -96,8 +96,10 @@ def check_any(folder: Path, source: Path, listing: Listing) -> None:
 
 
 def check_videos(folder: Path, source: Path, listing: Listing) -> None:
-    """Raise DatasetError if the dataset in a folder is of other videos: it was made from another
-    listing than `source`, and shares no video with `listing`."""
+    """Raise DatasetError if a folder holds a dataset of other videos.
+
+    Such a dataset was made from another listing than `source` and shares no video with `listing`.
+    """
     folder = Path(folder)
     file = next((folder / n for n in (VIDEOS, VIDEOS_BEFORE) if (folder / n).exists()), None)
     if file is None:
@@ -110,12 +112,12 @@ def check_videos(folder: Path, source: Path, listing: Listing) -> None:
                 return
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise DatasetError(
-            f"{file}, which says what videos the dataset is of, is damaged ({error}); if they are"
+            f"{file}, which lists the videos of the dataset, is damaged ({error}); if they are"
             f" those of {source}, give --replace"
         ) from error
     raise DatasetError(
         f"--output {folder} is a dataset of the videos of {place}, and --videos {source} has none"
-        " of them; give another --output, or --replace for a dataset of these instead"
+        " of them; give another --output, or --replace to replace the dataset"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from framepack_jax.data.rejected import Rejected
 
-# Of the file beside a video, NAME.txt, in the order in which they are looked for.
+# Suffixes of the caption file beside a video, in order of search.
 SUFFIXES = (".txt", ".TXT", ".caption")
 MAX_BYTES = 1 << 20
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")

@@ -9,7 +9,7 @@ from collections.abc import Container
 import numpy as np
 from PIL import Image
 
-# Size (height, width) of the pictures that cuts and motion are measured on.
+# Size (height, width) of the pictures for measuring cuts and motion.
 SMALL = (36, 64)
 # Highest grey level of a black border line, in all frames.
 BLACK = 20

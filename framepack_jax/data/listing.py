@@ -1,7 +1,7 @@
 """List the videos of a folder or a manifest, with their captions, before anything is decoded.
 
 The list is a temporary database on disk, so that memory does not grow with the number of videos. A
-bad file, row or caption is kept beside it with its reason, and ends nothing.
+bad file, row or caption is recorded with its reason and does not stop the listing.
 """
 
 import collections
@@ -138,7 +138,7 @@ class Listing:
             for caption in self._captions(row, source)
         ]
         if not any(added):
-            raise Rejected("repeated", f"{source} is there already with the same caption")
+            raise Rejected("repeated", f"{source} is listed twice with the same caption")
 
     def _captions(self, row: Row, source: str) -> list[str]:
         """Return the captions of the row, or of the file beside the video. Raises Rejected."""
@@ -158,8 +158,8 @@ class Listing:
 
 
 def list_videos(source: Path, empty_captions: bool = False) -> Listing:
-    """List the videos of a folder or a manifest. Raises DatasetError if it names none, and if it
-    cannot be read."""
+    """List the videos of a folder or a manifest. Raises DatasetError if it names no videos or is
+    unreadable."""
     if not source.exists():
         raise DatasetError(f"--videos {source} does not exist; expected a folder or a manifest")
     folder = (source if source.is_dir() else source.parent).absolute()

@@ -1,9 +1,9 @@
 """The endless stream of training samples, by Grain.
 
-Each bucket has its own stream: its clips, shuffled anew every epoch, none dropped. Batches take
+Each bucket has its own stream: its clips, reshuffled every epoch, none dropped. Batches take
 samples from these streams by `BucketSchedule`. Sample e, and so batch e // B, is the same for any
-number of threads, processes and hosts: a stream that is interrupted resumes exactly where it was,
-also on other hosts.
+number of threads, processes and hosts. An interrupted stream resumes exactly at its position, also
+on another number of hosts.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ class Loader:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """All that determines the samples and their order."""
+        """Every setting that determines the samples and their order."""
         return {
             "format": FORMAT,
             "clips": {f"{h}x{w}": len(self.streams[h, w]) for h, w in self.buckets},
@@ -212,7 +212,7 @@ def open_loader(
 ) -> Loader:
     """Open the stream of a dataset for a packing schedule.
 
-    `batch` is the size of a global batch, of which this host reads its share (index, count). Raises
+    `batch` is the size of a global batch; this host reads its `share` (index, count). Raises
     DatasetError, ScheduleError, ValueError.
     """
     folder = Path(cfg.path)

@@ -46,13 +46,15 @@ class Row(NamedTuple):
     end: float = math.inf
 
 
-# (number of the row, its columns, or what is wrong with it)
+# (number of the row, its columns or the reason of its rejection)
 Fields = Iterator[tuple[int, Any]]
 
 
 def read_rows(source: Path) -> Iterator[tuple[int, Row | Rejected]]:
-    """Yield (number, row) of a manifest, numbered as lines, as spreadsheet rows, or from 1. Raises
-    DatasetError if the file is none, or has no column of videos."""
+    """Yield (number, row) of a manifest, numbered as lines, as spreadsheet rows, or from 1.
+
+    Raises DatasetError if the file is not a manifest, or has no column of videos.
+    """
     reader = READERS.get(source.suffix.lower())
     if reader is None:
         raise DatasetError(
@@ -301,7 +303,7 @@ def _check_columns(source: Path, names: Iterable[str]) -> None:
     if not known:
         raise DatasetError(
             f"{source} has no column of videos, only {', '.join(names)[:200] or 'nothing'};"
-            f" expected {_either(VIDEO)}, and {_either(CAPTION)} where that is not in NAME.txt"
+            f" expected {_either(VIDEO)}, and {_either(CAPTION)} unless captions are in NAME.txt"
         )
 
 

@@ -1,4 +1,4 @@
-"""Make a dataset of videos: list, decode, encode, then write what meets the thresholds.
+"""Make a dataset of videos: list, decode, encode, then write the clips that meet the thresholds.
 
 Encoded clips are kept by video in the clip cache, so that an interrupted run resumes and other
 thresholds encode nothing again. With several processes, each encodes a share of the videos, and the
@@ -69,7 +69,7 @@ def prepare(cfg: PrepareConfig) -> build.Packed:
         on_primary(shutil.rmtree, cfg.output / clip_cache.STORE)
     if not packed.clips:
         raise DatasetError(
-            f"none of {len(listing)} videos gave a clip that is accepted; see"
+            f"every clip of {len(listing)} videos was rejected; see"
             f" {cfg.output}/rejected.jsonl for the reasons: {packed.rejected}"
         )
     return packed
@@ -90,7 +90,7 @@ def _check_output(output: Path) -> None:
 
 
 def _made(cfg: PrepareConfig, manifest: bundle.Manifest) -> dict[str, Any]:
-    """Return all that determines the numbers in the records."""
+    """Return every setting that determines the records."""
     tiling = dataclasses.asdict(TILING) if cfg.mode == "latents" else None
     return {
         **made_by(manifest, cfg.mode),

@@ -3,7 +3,7 @@
     dataset.json                 the index below, written last: a folder without it is not a dataset
     empty.safetensors            the empty prompt's states, for caption dropout
     shards/480x832-00000.arrayrecord   records, "group_size:1,uncompressed"
-    dataset.new/                 the next dataset, until it is whole and takes this one's place
+    dataset.new/                 the next dataset, which replaces this one when it is complete
 
 A record is a safetensors blob, so that its arrays are views of the bytes that were read. Sections
 are cut from clips when training: one dataset serves every schedule and latent window.
@@ -44,11 +44,16 @@ class DatasetError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Where a clip comes from and what it is.
+    """Source, size, caption and scores of a clip.
 
-    `source` is the video as it was listed, or where it lies if training reads it; `start` seconds
-    into it, `frames` (1 + 4 k) at the dataset's rate, cut to `height` x `width` pixels, the bucket.
-    `scores` are what the clip was judged by. Of `caption_tokens`, the networks read the first 256.
+    Args:
+        source: name of the video in the listing, or its path if training reads it.
+        start: seconds from the start of the video.
+        frames: number of frames, 1 + 4 k, at the frame rate of the dataset.
+        height: rows of the bucket in pixels.
+        width: columns of the bucket in pixels.
+        scores: scores that `filters` compares with thresholds.
+        caption_tokens: length of the caption; the networks read the first 256 tokens.
     """
 
     id: str
@@ -63,22 +68,22 @@ class Clip:
 
     @property
     def entry(self) -> str:
-        """Name in the store of the video, or of the span of it, that the clip was cut from."""
+        """Name of the source video, or of a span of it, in the clip cache."""
         return self.id.rpartition("-")[0]
 
     @property
     def video(self) -> str:
-        """The same name without the span, wherever the video lies."""
+        """Name of the source video without the span."""
         return self.entry.partition("@")[0]
 
 
 class Record(NamedTuple):
-    """A clip as training reads it, arrays in bfloat16.
+    """A clip with the arrays that training reads, in bfloat16.
 
-    `text` (n, D), the prompt's n states; `pooled` (D,), its gist; `image` (tokens, D), those of the
-    first frame. `latents` (T, h, w, C), normalised, are the timeline of a video: position 0 is the
-    first frame encoded alone, as sampling sees it, the others are those of the clip encoded whole.
-    They are None where frames are encoded in training.
+    `text` (n, D) holds the states of the prompt, `pooled` (D,) its pooled state, `image`
+    (tokens, D) the states of the first frame. `latents` (T, h, w, C) are normalised. Position 0 is
+    the first frame encoded alone, as in sampling; the other positions are those of the whole clip.
+    `latents` is None if training encodes the frames.
     """
 
     clip: Clip
@@ -90,23 +95,28 @@ class Record(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of records of one bucket: its name in the folder of shards, the bucket in pixels, and
-    of each record the latent frames, the digest of its video's name, and the tokens of its caption
-    (none in datasets that were packed before the index had them)."""
+    """A file of records of one bucket: its name, and the bucket in pixels.
+
+    For each record it lists the latent frames, the digest of the video's name, and the tokens of
+    the caption (missing in older datasets).
+    """
 
     file: str
     height: int
     width: int
     lengths: tuple[int, ...]
     videos: tuple[str, ...]
-    # Not part of what tells datasets apart, which is made of the others' text.
+    # Excluded from the repr, which identifies a dataset.
     tokens: tuple[int, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What `dataset.json` says. `fingerprint` is all that decides the numbers in the records:
-    hashes of the VAE and the encoders, tiling, prompt template, frames a second, buckets."""
+    """The content of `dataset.json`.
+
+    `fingerprint` holds every setting that determines the records: hashes of the VAE and the
+    encoders, tiling, prompt template, frame rate, buckets.
+    """
 
     mode: Literal["latents", "pixels"]
     shards: tuple[Shard, ...]
@@ -264,7 +274,7 @@ def read_empty(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class VideoSource:
-    """The records of some shards, by number, from any thread: a source for Grain."""
+    """Grain source of the records of some shards, by number; thread-safe."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
         self.folder, self.shards = Path(folder), tuple(shards)
@@ -293,7 +303,7 @@ class VideoSource:
         return f"{SHARDS}/{self.shards[shard].file}, record {i}"
 
     def __repr__(self) -> str:
-        # Grain writes this into its state: it must not depend on the folder of the dataset.
+        # Grain stores this in its state, so it must not depend on the folder of the dataset.
         digest = hashlib.sha256(repr(self.shards).encode()).hexdigest()
         return f"Source({digest[:16]})"
 

@@ -1,8 +1,7 @@
 """Read a training sample: one section of one clip.
 
-All that is random in a sample comes from its number in the stream, the element. The section is
-chosen with the sample, before it is decided which host reads it, and so is the record that replaces
-an unreadable one.
+Every random draw of a sample is seeded by its number in the stream, the element. Its section, and
+the record that replaces an unreadable one, do not depend on the host that reads the sample.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ REPLACEMENT_SEED = 16265
 MAX_TRIES = 16
 """Records to try in place of an unreadable one, before the whole bucket counts as unreadable."""
 CHECK_SIZE = (8, 8)
-"""(height, width) of frames that are decoded only to check that they can be."""
+"""(height, width) of frames that are decoded only to check that they are readable."""
 READ_ERRORS = (ValueError, OSError, RuntimeError)
 """Exceptions that reading a record or its video raises."""
 
@@ -129,7 +128,7 @@ class Samples:
         return [other for other in shuffled if other != number][:MAX_TRIES]
 
     def read(self, element: int, number: int, schedule: packing.Schedule) -> Batch | PixelBatch:
-        """Return the sample of a record under a schedule; `element` seeds all that is random."""
+        """Return the sample of a record under a schedule; `element` seeds the random draws."""
         rng = np.random.default_rng([self.cfg.seed, element])
         record = self.source[number]
         random_length = self.cfg.sections == "random"

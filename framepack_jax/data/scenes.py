@@ -25,7 +25,7 @@ from framepack_jax.video import read_frames, resize_center_crop
 
 # A clip has 1 + 4 k frames, two latent frames at least.
 MIN_FRAMES = 5
-# Smallest side of a video over that of its bucket.
+# Minimum ratio of the sides of a video to those of its bucket.
 MIN_SCALE = 0.25
 
 
@@ -56,8 +56,8 @@ def clips(
 ) -> Generator[SceneClip, None, None]:
     """Yield the clips of a video from `start` to `end` seconds.
 
-    Raises Rejected, also after clips were yielded: then the file is damaged, and its clips are not
-    to be used.
+    Raises Rejected. If the file is damaged, the error may come after some clips, which must then be
+    discarded.
     """
     bucket = _bucket(path, settings)
     begin, stop = round(start * settings.fps), end * settings.fps

@@ -1,7 +1,7 @@
 """Random short clips of a folder of videos, to train a VAE.
 
-Clip e of the endless stream - which video, from when, which part of the picture - is the same
-whatever the number of threads and hosts.
+Video, start and crop of clip e of the endless stream do not depend on the number of threads and
+hosts.
 
 Shapes: B batch, T frames, H W rows and columns.
 """
@@ -21,13 +21,13 @@ from framepack_jax.utils.messages import shorten
 from framepack_jax.video import count_frames, read_span
 
 FPS = 30.0
-# Videos that need less than this are decoded once and kept.
+# Maximum size of all videos for decoding them once and keeping them in memory.
 KEPT_BYTES = 6 << 30
 
 
 class ListedVideo(NamedTuple):
-    """A file, its name below the folder, how many frames it has at 30 a second, and the size of its
-    picture as shown."""
+    """A video file: its path, its name below the folder, the number of its frames at 30 frames per
+    second, and its size as shown."""
 
     path: Path
     name: str
@@ -37,9 +37,11 @@ class ListedVideo(NamedTuple):
 
 
 def find_videos(folder: str | Path, frames: int, size: tuple[int, int]) -> list[ListedVideo]:
-    """The videos below a folder, by name. Raises ValueError that names them all together if there
-    are none, or some cannot be read, are shorter than `frames` or smaller than `size` (height,
-    width)."""
+    """List the videos below a folder, by name.
+
+    Raises ValueError if there are none, or if some are unreadable, shorter than `frames` or smaller
+    than `size` (height, width). The error names all such videos.
+    """
     folder = Path(folder)
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.is_dir())
     if not files:
@@ -102,8 +104,7 @@ def _whole(video: ListedVideo) -> np.ndarray:
 
 
 class Clips:
-    """Endless batches (B, T, H, W, 3) uint8, of which this host reads its `share` (index,
-    count)."""
+    """Endless batches (B, T, H, W, 3) uint8. This host reads its `share` (index, count)."""
 
     def __init__(
         self,

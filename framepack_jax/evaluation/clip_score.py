@@ -43,7 +43,7 @@ def _load(folder: Path) -> tuple[Any, Any, Any]:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
     except ImportError as error:
         raise ValueError(
-            f"--clip needs PyTorch, which is not there ({error}): pip install framepack-jax[torch]"
+            f"--clip needs PyTorch ({error}): pip install framepack-jax[torch]"
         ) from error
     try:
         made: tuple[Any, ...] = (CLIPModel, AutoTokenizer, CLIPImageProcessor)

@@ -242,7 +242,7 @@ def test_what_cannot_be_prepared_is_named(tmp_path, fake_encoder) -> None:
         (videos, tmp_path / "o", ("--buckets", "30x48"), "multiples of 16"),
         (videos, tmp_path / "o", ("--max-seconds", "0.1"), "--max-seconds 0.1"),
         (videos, tmp_path / "o", ("--workers", "0"), "--workers 0"),
-        (videos, tmp_path / "o", (), "none of 1 videos gave a clip.*too_short"),
+        (videos, tmp_path / "o", (), "every clip of 1 videos was rejected.*too_short"),
     ]
     for source, output, more, message in cases:
         with pytest.raises(SystemExit, match=rf"error: .*{message}"):
