@@ -30,9 +30,9 @@ from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.params import Params
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.models.tiling import Tiling
 
-MAX_PROMPT_TOKENS = 256
 PROMPT_TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\n"
     "Describe the video by detailing the following aspects: "

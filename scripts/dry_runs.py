@@ -21,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from framepack_jax import bundle, packing
-from framepack_jax.cli.train import read_config
+from framepack_jax.cli.config_file import read_config
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
 from framepack_jax.jobs.loading import open_pipe
@@ -106,7 +106,7 @@ def training(rows: list[str]) -> None:
     problems = []
     for row in rows:
         name, schedule, machine, batch, *remat = TRAINING[row]
-        cfg = read_config(CONFIGS / f"{name}.py")
+        cfg = read_config(CONFIGS / f"{name}.py", TrainConfig)
         cfg = dataclasses.replace(
             cfg, schedule=schedule or cfg.schedule, remat=(remat or [cfg.remat])[0]
         )

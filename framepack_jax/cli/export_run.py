@@ -5,10 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from framepack_jax import bundle
 from framepack_jax.cli.common import cli_errors
-from framepack_jax.training import checkpoints
-from framepack_jax.training.export import export
 from framepack_jax.utils.flags import parse
 
 
@@ -36,14 +33,18 @@ class ExportRun:
 
 
 def main(args: list[str] | None = None, prog: str = "framepack export-run") -> None:
-    """Parse flags and run; user errors end with a message and exit code 1."""
+    """Parse flags and export; user errors end with one line and exit code 1."""
     flags = parse(ExportRun, args, prog)
+    # JAX is imported after the flags are parsed, so that --help is quick.
+    from framepack_jax import bundle
+    from framepack_jax.training import checkpoints
+    from framepack_jax.training.export import export
+
     with cli_errors(duration=True):
-        folder, _ = checkpoints.parse_run(flags.run)
-        given = flags.bundle or checkpoints.read_record(folder)["config"]["bundle"]
+        path = bundle.resolve(flags.bundle or checkpoints.record_of(flags.run)["config"]["bundle"])
         print(
             export(
-                flags.run, flags.output, bundle.resolve(given),
+                flags.run, flags.output, path,
                 weights=flags.weights, dtype=flags.dtype, copy=flags.copy,
                 overwrite=flags.overwrite,
             )

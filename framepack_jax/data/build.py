@@ -20,12 +20,12 @@ import numpy as np
 from PIL import Image
 
 from framepack_jax import video as pictures
-from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import clip_cache, records
 from framepack_jax.data.clip_cache import CachedVideo
 from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.files import atomic_write
 
 MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"

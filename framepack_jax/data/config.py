@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from framepack_jax.conditioning import MAX_PROMPT_TOKENS
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 
 MIN_VALUES = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_records": 0}
 

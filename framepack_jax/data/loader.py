@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags
 
 from framepack_jax import packing
-from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import checks, holdout, records
 from framepack_jax.data.batch import LOST, Batch
 from framepack_jax.data.bucket_schedule import BucketSchedule
@@ -27,6 +26,7 @@ from framepack_jax.data.config import DataConfig
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.data.samples import READ_ERRORS, Samples
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 
 FORMAT = 1
 # Grain adds the epoch to the seed of a stream: seeds of buckets are further apart than that.

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from framepack_jax import packing
-from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data import holdout, pixel_batch, records
 from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, VideoSource
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.video import read_span
 

@@ -4,6 +4,8 @@ from typing import Annotated
 
 from framepack_jax.utils.fields import Range
 
+# Text tokens that the released transformers are conditioned on.
+MAX_PROMPT_TOKENS = 256
 MAX_SIZE, MAX_LAYERS = 10**9, 1000
 Size = Annotated[int, Range(above=0, at_most=MAX_SIZE)]
 Layers = Annotated[int, Range(above=0, at_most=MAX_LAYERS)]

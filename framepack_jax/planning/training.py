@@ -14,9 +14,9 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing
-from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.diffusion import sampler
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine

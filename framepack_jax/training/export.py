@@ -28,6 +28,7 @@ from framepack_jax.training import checkpoints, state
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.metrics import LOG
+from framepack_jax.utils import fields
 
 # Files of the transformers library that lie in a bundle beside the networks.
 ASSETS = ("tokenizer", "tokenizer_2", "image_processor")
@@ -179,22 +180,9 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
             part.copy(target / part.name)
 
 
-def read_config(fields: dict[str, Any]) -> TrainConfig:
-    """The configuration that a run's record holds."""
-    return _from_fields(TrainConfig, fields)
-
-
-def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
-    default = cls()
-    values = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in fields:
-            continue
-        value, there = fields[field.name], getattr(default, field.name)
-        if dataclasses.is_dataclass(there):
-            value = _from_fields(type(there), value)
-        values[field.name] = tuple(value) if isinstance(there, tuple) else value
-    return cls(**values)
+def read_config(values: dict[str, Any]) -> TrainConfig:
+    """Return the configuration in the record of a run. Fields of other versions are ignored."""
+    return fields.load(TrainConfig, values, ignore_unknown=True)
 
 
 def _leaves(

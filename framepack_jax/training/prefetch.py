@@ -1,10 +1,9 @@
-"""Batches on the devices ahead of the step that takes them."""
+"""Put batches on the devices before the step that takes them."""
 
+import contextlib
 import itertools
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +11,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax.parallel.sharding import BATCH
+from framepack_jax.training.task import Loader
+from framepack_jax.utils.prefetch import prefetch
 
 AHEAD = 2
 
 
 class Fed(NamedTuple):
-    """A batch on the devices, the loader's state after it, the seconds waited for it, and the error
-    in the place of which it stands, if it is a blank one."""
+    """A batch on the devices, the position of the loader after it, the loader's error if the batch
+    is blank, and the seconds waited for it."""
 
     batch: Any
     state: dict[str, Any]
@@ -27,12 +28,12 @@ class Fed(NamedTuple):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the leading axis of a batch is divided."""
+    """Return the sharding of a batch over its leading axis."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
-    """Raise ValueError where the parts of a batch do not divide over the mesh."""
+    """Raise ValueError if the parts of a batch do not divide over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch // parts % ways:
         raise ValueError(
@@ -43,8 +44,8 @@ def check_batch(batch: int, parts: int, mesh: Mesh) -> None:
 
 
 def local_share(mesh: Mesh, batch: int) -> tuple[int, int]:
-    """(index, count): which of how many equal shares of a batch this process feeds. Processes
-    whose devices hold the same samples feed the same share."""
+    """Return (index, count) of the equal share of a batch that this process feeds. Processes whose
+    devices hold the same samples feed the same share."""
     rows: dict[int, set[int]] = {}
     for device, (where,) in batch_sharding(mesh).devices_indices_map((batch,)).items():
         rows.setdefault(device.process_index, set()).update(range(batch)[where])
@@ -58,7 +59,7 @@ def local_share(mesh: Mesh, batch: int) -> tuple[int, int]:
 
 
 def place(batch: Any, mesh: Mesh, size: int) -> Any:
-    """The share of this process as the global batch of `size` samples on the mesh."""
+    """Make the global batch of `size` samples from the share of each process."""
     where = batch_sharding(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
@@ -69,43 +70,30 @@ def place(batch: Any, mesh: Mesh, size: int) -> Any:
 
 
 def feed(
-    loader: Any, mesh: Mesh, size: int, blank: Callable[[int], Any] | None = None
-) -> Iterator[Fed]:
-    """Yield batches of a loader, `AHEAD` of them on their way at a time; closing the iterator ends
-    the thread.
+    loader: Loader, mesh: Mesh, size: int, blank: Callable[[int], Any] | None = None
+) -> Generator[Fed, None, None]:
+    """Yield batches of a loader, the next `AHEAD` of them on their way to the devices.
 
-    Errors of the loader are raised where its batch would have come. With `blank`, which makes a
-    batch for the number of batches since the error, blank batches come from there on instead: the
-    other processes, which cannot know yet, take the same steps.
+    An error of the loader is raised in place of its batch. With `blank`, which makes a batch for
+    the number of batches since the error, blank batches come instead: the other hosts, which cannot
+    know yet, take the same steps.
     """
-    ready: queue.Queue[Any] = queue.Queue(AHEAD)
-    closed = threading.Event()
 
-    def work() -> None:
-        try:
-            for batch, error in _endless(loader, blank):
-                item = place(batch, mesh, size), loader.get_state(), error
-                if not _put(ready, item, closed):
-                    return
-        except BaseException as error:
-            _put(ready, error, closed)
+    def placed() -> Iterator[tuple[Any, dict[str, Any], Exception | None]]:
+        for batch, error in _endless(loader, blank):
+            yield place(batch, mesh, size), loader.get_state(), error
 
-    thread = threading.Thread(target=work, daemon=True, name="feed")
-    thread.start()
-    try:
+    with contextlib.closing(prefetch(placed(), AHEAD)) as batches:
         while True:
             began = time.monotonic()
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield Fed(*item, time.monotonic() - began)
-    finally:
-        closed.set()
-        thread.join(timeout=10)
+            batch, position, error = next(batches)
+            yield Fed(batch, position, error, time.monotonic() - began)
 
 
-def _endless(loader: Any, blank: Callable[[int], Any] | None) -> Iterator[tuple[Any, Any]]:
-    """(batch, None), and after an error of the loader (blank batch, the error)."""
+def _endless(
+    loader: Loader, blank: Callable[[int], Any] | None
+) -> Iterator[tuple[Any, Exception | None]]:
+    """Yield (batch, None), and after an error of the loader (blank batch, the error)."""
     try:
         for batch in loader:
             yield batch, None
@@ -113,14 +101,3 @@ def _endless(loader: Any, blank: Callable[[int], Any] | None) -> Iterator[tuple[
         if blank is None:
             raise
         yield from ((blank(number), error) for number in itertools.count())
-
-
-def _put(ready: queue.Queue[Any], item: Any, closed: threading.Event) -> bool:
-    """Whether it was taken before the iterator was closed."""
-    while not closed.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False

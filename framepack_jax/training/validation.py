@@ -17,13 +17,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from framepack_jax import packing, video
-from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.generation.pipeline import FramePack, Inputs, Network, Settings
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.parallel.multihost import fetch, on_primary
 from framepack_jax.training import state
 from framepack_jax.training.prefetch import place

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from framepack_jax import bundle
-from framepack_jax.cli import sample, train
+from framepack_jax.cli import sample, train, training
 from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
 from framepack_jax.jobs.loading import open_pipe
@@ -176,9 +176,9 @@ TRAIN = ("--bundle", "random", "--dry-run-size", "64x80", "--batch", "4", "--rem
 @pytest.fixture
 def training_reports(monkeypatch) -> list[TrainingReport]:
     made = []
-    real = train.dry_run_training
+    real = training.dry_run_training
     monkeypatch.setattr(
-        train, "dry_run_training", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+        training, "dry_run_training", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
     )
     return made
 

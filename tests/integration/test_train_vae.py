@@ -253,7 +253,7 @@ def test_bad_input_is_named(place, tmp_path, more, message) -> None:
         ({"batch": 0}, "--batch 0"),
         ({"ema": 1.0}, "--ema 1"),
         ({"kl": -1.0}, "--kl -1"),
-        ({"trainable": "encoder"}, "--trainable encoder: expected all or decoder"),
+        ({"trainable": "encoder"}, "--trainable encoder: expected one of all, decoder"),
     ],
 )
 def test_impossible_settings_are_named(fields, message) -> None:
@@ -264,7 +264,7 @@ def test_impossible_settings_are_named(fields, message) -> None:
 def test_a_folder_without_videos_is_named(place, tmp_path) -> None:
     with pytest.raises(SystemExit, match="has no videos"):
         train_vae.main(flags(place, tmp_path / "new", "--videos", str(tmp_path)))
-    with pytest.raises(SystemExit, match="give --videos, --bundle, --output"):
+    with pytest.raises(SystemExit, match=r"give --videos \(.*, --bundle \(.*, --output \("):
         train_vae.main([])
 
 

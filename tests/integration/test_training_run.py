@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from framepack_jax import FramePack, bundle, packing, video
 from framepack_jax import __main__ as cli
 from framepack_jax.cli import common, export_run, sample, train
+from framepack_jax.cli.config_file import read_config
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import holdout, loader, records
 from framepack_jax.data.config import DataConfig
@@ -32,7 +33,7 @@ from framepack_jax.models import lora
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
 from framepack_jax.parallel import sharding
-from framepack_jax.training import checkpoints, export, state
+from framepack_jax.training import checkpoints, export, flow_matching_task, state
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.export import provenance
@@ -486,7 +487,7 @@ def test_interrupted_before_the_first_step_it_says_so(place, tmp_path, monkeypat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "open_task", interrupted)
+    monkeypatch.setattr(flow_matching_task, "open_task", interrupted)
     with pytest.raises(SystemExit) as left:
         train.main(flags(place, tmp_path / "a"))
     assert left.value.code == common.INTERRUPTED
@@ -518,7 +519,7 @@ def test_the_documented_commands_divide_their_batches() -> None:
         (file,) = re.findall(r"--config (\S+)", line)
         (mesh,) = re.findall(r"--mesh ([\w=,]+)", line)
         given = re.findall(r"--batch (\d+)", line)
-        cfg = train.read_config(ROOT / file)
+        cfg = read_config(ROOT / file, TrainConfig)
         batch = int(given[0]) if given else cfg.batch
         sizes = sharding.parse_mesh(mesh)
         shape = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
@@ -662,7 +663,7 @@ def test_configs_are_what_they_say() -> None:
         text = file.read_text()
         if "training.config" not in text:
             continue
-        config = train.read_config(file, VaeTrainConfig if "training.vae" in text else TrainConfig)
+        config = read_config(file, VaeTrainConfig if "training.vae" in text else TrainConfig)
         assert f"configs/{file.name}" in file.read_text()
         assert dataclasses.asdict(config)["steps"] > 0
         found += 1

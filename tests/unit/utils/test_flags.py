@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from framepack_jax.cli.config_file import defaults
 from framepack_jax.cli.convert import Convert
 from framepack_jax.cli.evaluate import Evaluate
 from framepack_jax.cli.prepare import Prepare
 from framepack_jax.cli.resume import Resume
 from framepack_jax.cli.sample import Sample
-from framepack_jax.cli.train import Train, TrainConfig, defaults
+from framepack_jax.cli.train import Train
 from framepack_jax.cli.verify import Verify
 from framepack_jax.jobs.jobs_file import read_jobs
 from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec
+from framepack_jax.training.config import TrainConfig
 from framepack_jax.utils.flags import parse
 
 HOME = Path("/home/someone")

@@ -1,0 +1,143 @@
+"""What the training commands do once their flags are parsed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import jax
+from etils import epath
+
+from framepack_jax import bundle
+from framepack_jax.cli.common import (
+    MultihostFlags,
+    cli_errors,
+    configure_jax,
+    configure_jax_for_dry_run,
+)
+from framepack_jax.parallel import hardware, sharding
+from framepack_jax.parallel.multihost import is_primary, on_primary
+from framepack_jax.planning.training import dry_run_training
+from framepack_jax.training import flow_matching_task, vae_task
+from framepack_jax.training.checkpoints import RunError
+from framepack_jax.training.config import RunConfig, TrainConfig
+from framepack_jax.training.export import export as export_run
+from framepack_jax.training.trainer import NonFiniteLoss, Trainer
+from framepack_jax.training.vae_config import VaeTrainConfig
+from framepack_jax.training.vae_export import export as export_vae
+from framepack_jax.utils.messages import first_line
+
+FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
+
+
+def training_errors() -> AbstractContextManager[None]:
+    """Handle the errors of a training command, and print how long it took."""
+    # For signals before the first or after the last step; in between, the trainer saves and ends.
+    interrupted = "interrupted; saved steps are kept; run the same command again to resume"
+    return cli_errors(FAILURES, explain=_explained, interrupted=interrupted, duration=True)
+
+
+def train(
+    cfg: TrainConfig, mesh: str | None, hosts: MultihostFlags, *, resume: bool, export: bool
+) -> None:
+    """Train a transformer and export it. Raises ValueError, OSError, NonFiniteLoss."""
+    check_given(cfg, {
+        "--output": (cfg.output, "the run folder"),
+        "--bundle": (cfg.bundle, "the bundle to train, or tiny"),
+        "--data.path": (cfg.data.path, "a dataset made by framepack prepare"),
+    })  # fmt: skip
+    decodes = cfg.validation.every and cfg.validation.videos and cfg.data.holdout
+    roles = ["transformer"] * (cfg.init == "bundle") + ["vae"] * bool(decodes)
+    path = bundle.resolve(cfg.bundle)
+    bundle.check_present(path, roles)
+    configure_jax()
+    hosts.join()
+    sizes = sharding.parse_mesh(mesh) if mesh else {"fsdp": jax.device_count()}
+    task = flow_matching_task.open_task(cfg, path, sharding.make_mesh(**sizes))
+    step = Trainer(task, _print_on_primary()).fit(resume)
+    if not _finished(cfg, step):
+        return
+    on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the metrics")
+    if export:
+        on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
+
+
+def train_vae(cfg: VaeTrainConfig, *, resume: bool, dtype: str) -> None:
+    """Train a VAE and export it. Raises ValueError, OSError, NonFiniteLoss."""
+    check_given(cfg, {
+        "--videos": (cfg.videos, "a folder of videos"),
+        "--bundle": (cfg.bundle, "the bundle to train"),
+        "--output": (cfg.output, "the run folder"),
+    })  # fmt: skip
+    configure_jax()
+    path = bundle.resolve(cfg.bundle)
+    mesh = sharding.make_mesh(data=jax.device_count())
+    step = Trainer(vae_task.open_task(cfg, path, mesh)).fit(resume)
+    if _finished(cfg, step):
+        print(export_vae(f"{cfg.output}@{step}", path, f"{cfg.output}/bundle", dtype=dtype))
+
+
+def dry_run(cfg: TrainConfig, machine: str, mesh: str | None, size: tuple[int, int]) -> None:
+    """Compile for another machine; exit with code 1 if the step does not fit."""
+    if not cfg.bundle:
+        raise ValueError("give --bundle: that of the run, or framepack_i2v for the released model")
+    configure_jax_for_dry_run()
+    report = dry_run_training(
+        cfg, bundle.resolve(cfg.bundle), hardware.parse(machine),
+        sharding.parse_mesh(mesh) if mesh else None, size,
+    )  # fmt: skip
+    print(report)
+    if not report.fits:
+        raise SystemExit(1)
+
+
+def check_given(cfg: RunConfig, required: dict[str, tuple[str | None, str]]) -> None:
+    """Raise ValueError if a required flag, or the package of an option, is missing."""
+    if absent := [f"{flag} ({what})" for flag, (given, what) in required.items() if not given]:
+        raise ValueError(f"give {', '.join(absent)}, or a --config that does")
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f'--wandb {cfg.wandb} needs Weights & Biases: pip install "framepack-jax[wandb]"'
+        )
+
+
+def _finished(cfg: RunConfig, step: int) -> bool:
+    """Return True if the last step was taken, else say how to resume."""
+    if step >= cfg.steps:
+        return True
+    text = f"stopped after step {step} of {cfg.steps}, which is saved"
+    on_primary(print, f"{cfg.output}: {text}; run the same command again to resume")
+    return False
+
+
+def _print_on_primary() -> Callable[[str], None]:
+    """Return a function that prints in the first process, and never waits for the others."""
+    return print if is_primary() else lambda text: None
+
+
+def _export(run: str, path: epath.PathLike) -> str:
+    """Export a finished run; returns what was written. Of several processes the first starts
+    another process for this: orbax reads and writes in all processes of a run together."""
+    if jax.process_count() == 1:
+        return export_run(run, None, path, overwrite=True)
+    command = [sys.executable, "-m", "framepack_jax", "export-run", run, "--bundle", str(path)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([*command, "--overwrite"], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"the run is complete, but its export failed: {done.stderr[-500:]}")
+    return done.stdout.splitlines()[0]
+
+
+def _explained(error: Exception) -> str:
+    """Return the line that a command prints for an error."""
+    if isinstance(error, NonFiniteLoss | ValueError | OSError):
+        return str(error)
+    first = first_line(error)
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        return (
+            f"out of memory ({first}); try --grad-accum-steps 2, --remat full or more devices;"
+            " --dry-run reports what fits"
+        )
+    return first
