@@ -69,7 +69,7 @@ class Decoder:
             self.splicer.add(len(layout.plan), pipe.overlap(layout, footage))
 
     def catch_up(self, done: int) -> None:
-        """Decode those of the `done` sections of an earlier run that have no frames yet, and those
+        """Decode the `done` sections of an earlier run that have no frames yet, and the sections
         whose ends are blended into them."""
         ready = min(self.run.spans(), done)
         for number in self.splicer.waiting([*range(ready), *self.given]):

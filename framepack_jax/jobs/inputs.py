@@ -1,4 +1,4 @@
-"""What a video is made from: the images and videos that its options name, and its layout."""
+"""Read the inputs of a video, images and source videos, and make its layout."""
 
 import itertools
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def read_request(pipe: FramePack, spec: VideoSpec) -> Request:
     """Read the images and the video of a spec. Raises ValueError, OSError."""
     if spec.image is not None and spec.extend is not None:
-        raise ValueError("--image and --extend exclude each other: a video begins with one of them")
+        raise ValueError("--image and --extend exclude each other; give one of them")
     if spec.image is None and spec.extend is None and not spec.prompt.strip():
         raise ValueError("nothing to make a video from: give --image, --extend or a --prompt")
     key_frames = (
@@ -135,8 +135,8 @@ def _size_of(run: RunDir, spec: VideoSpec) -> tuple[int, int]:
         there = record["flags"][name] if name == "fps" else record[name]
         if getattr(spec, name) not in (None, there):
             raise ValueError(
-                f"{name} = {getattr(spec, name):g}, but run {run.folder} has {there:g}; leave"
-                f" --{name} as it is there, or give its video.mp4 to --extend"
+                f"{name} = {getattr(spec, name):g}, but run {run.folder} has {there:g}; omit"
+                f" --{name}, or give its video.mp4 to --extend"
             )
     return record["height"], record["width"]
 
@@ -147,15 +147,15 @@ def warn_unused_settings(spec: VideoSpec) -> None:
     without_cfg = spec.cfg_scale == default.cfg_scale
     timed = len(timed_prompts(spec.prompt)) > 1
     unused = {
-        "--negative-prompt counts only with --cfg-scale other than 1": without_cfg
+        "--negative-prompt has an effect only if --cfg-scale is not 1": without_cfg
         and bool(spec.negative_prompt),
-        "--cfg-rescale counts only with --cfg-scale other than 1": without_cfg
+        "--cfg-rescale has an effect only if --cfg-scale is not 1": without_cfg
         and spec.cfg_rescale != default.cfg_rescale,
-        "--prompt-blend counts only with prompts by time": not timed
+        "--prompt-blend has an effect only with timed prompts": not timed
         and spec.prompt_blend != default.prompt_blend,
-        "--seconds does not count beside --sections": spec.sections is not None
+        "--seconds is ignored if --sections is given": spec.sections is not None
         and spec.seconds != default.seconds,
-        "--end-image-as counts only with --end-image": spec.end_image is None
+        "--end-image-as has an effect only with --end-image": spec.end_image is None
         and spec.end_image_as != default.end_image_as,
     }
     for message in (message for message, is_unused in unused.items() if is_unused):

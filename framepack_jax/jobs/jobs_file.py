@@ -19,7 +19,7 @@ def read_jobs(
     ValueError if the file holds no lines of text.
     """
     try:
-        # Not splitlines, which also splits at characters that JSON allows inside a string.
+        # str.splitlines would also split at separators that JSON allows inside a string.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"jobs {path}: expected lines of JSON in UTF-8 ({error})") from error
@@ -46,7 +46,7 @@ def _job(
         check_text("name", name)
         folder = output / name
         if name in names:
-            raise ValueError(f"name {name!r} is that of an earlier line")
+            raise ValueError(f"name {name!r} is used by an earlier line")
         names.add(name)
         return folder, VideoSpec(**base | {k: _typed(k, v) for k, v in job.items()})
     except (ValueError, OverflowError, RecursionError) as error:

@@ -29,7 +29,7 @@ def check_kernel(kernel: str, backend: str) -> None:
     needed = KERNEL_BACKENDS.get(kernel, backend)
     if needed != backend:
         raise ValueError(
-            f"attention kernel {kernel!r} runs on {needed}, this is a {backend}; take auto or xla"
+            f"attention kernel {kernel!r} runs on {needed}, this is a {backend}; use auto or xla"
         )
 
 
@@ -45,7 +45,7 @@ def open_pipe(
     tile: int | None,
     mesh: str | None = None,
 ) -> FramePack:
-    """Open a bundle without its weights; several processes get a mesh in any case."""
+    """Open a bundle without its weights. Several processes always get a mesh."""
     sizes = {} if mesh is None else sharding.parse_mesh(mesh)
     if mesh is None and jax.process_count() > 1:
         _, cfg = bundle.role_config(bundle.read_manifest(path), "transformer")
@@ -57,7 +57,7 @@ def open_pipe(
 
 
 def check_bundle(path: str | Path, roles: Sequence[str]) -> None:
-    """Raise ValueError on all hosts if one lacks these networks, or has other weights."""
+    """Raise ValueError on all hosts if one of them lacks these networks or has other weights."""
     on_all_hosts(bundle.check_present, path, roles)
     hashes = [weights(path)[role].get("sha256") for role in roles]
     assert_same_on_hosts("the weights of the bundle", hashes)

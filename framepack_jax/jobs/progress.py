@@ -11,7 +11,7 @@ from framepack_jax.parallel.multihost import is_primary, on_primary, stop_if_ask
 from framepack_jax.utils.progress import Bar
 
 PREVIEWS_PER_SECTION = 4
-# The number of latent channels that the cheap preview knows.
+# Number of latent channels that `latent_preview` supports.
 PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
 
 

@@ -1,5 +1,5 @@
-"""Origin of a run: its options, hashes of files and weights, versions; and whether two runs are
-equal."""
+"""Provenance of a run: its options, hashes of files and weights, versions; and the comparison of
+two runs."""
 
 import dataclasses
 import functools
@@ -100,7 +100,7 @@ def check_weights(run: RunDir, roles: Sequence[str] = bundle.ROLES) -> None:
         if now.get(role, {}).get("sha256") != source.get("sha256"):
             raise ValueError(
                 f"run {run.folder} was started with another {role} than bundle"
-                f" {run.record['bundle']} holds now; make it again with --overwrite"
+                f" {run.record['bundle']} holds now; sample it again with --overwrite"
             )
 
 
@@ -111,8 +111,8 @@ def check_loras(run: RunDir) -> None:
         found = _lora_sha256(Path(file))
         if found is None or found != run.record["files_sha256"].get(file):
             raise ValueError(
-                f"run {run.folder} was started with another LoRA than {file} holds now, if it is"
-                " there; put it back, or make the video again with --overwrite"
+                f"run {run.folder} was started with another LoRA than {file} holds now, or the file"
+                " is missing; restore it, or sample the video again with --overwrite"
             )
 
 

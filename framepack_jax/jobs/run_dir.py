@@ -67,7 +67,7 @@ def _by_primary(
 
 
 class RunDir:
-    """A run folder and its record, the content of `run.json`."""
+    """A run folder, and its record from `run.json`."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder = folder
@@ -146,7 +146,7 @@ class RunDir:
         except OSError as error:
             warnings.warn(
                 f"{self.folder} cannot be locked ({error.strerror}): make sure that no other"
-                " process makes the same videos",
+                " process samples the same videos",
                 stacklevel=1,
             )
         self._lock = lock
@@ -164,8 +164,8 @@ class RunDir:
         write_record(self.folder, self.record)
 
     def note(self, status: str) -> None:
-        """Write how a run ended, without talking to other processes, which may be gone, and
-        ignoring a full disk."""
+        """Write the final status of a run. Do not communicate with other processes, which may be
+        gone, and ignore a full disk."""
         self.record["status"] = status
         if is_primary():
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Sample, resume and decode: what the commands of these names do, without their flags."""
+"""Implement the commands sample, resume and decode, without their flags."""
 
 import itertools
 import logging
@@ -53,15 +53,15 @@ def sample(
             a jobs file.
         model: The bundle and its adapters.
         compute: Devices and memory.
-        job: Batch size, and what happens to earlier results.
-        alone: There is one video, whose error is raised. Of several videos, a failure does not stop
-            the others, and a finished one is skipped.
+        job: Batch size, and the treatment of earlier results.
+        alone: True for a single video, whose error is raised. With several videos, a failure does
+            not stop the others, and finished videos are skipped.
 
     Raises ValueError, OSError, and the errors in `errors.FAILURES`.
     """
     began = time.monotonic()
     if model.merge_lora and not model.lora:
-        warnings.warn("--merge-lora counts only with --lora", stacklevel=1)
+        warnings.warn("--merge-lora has an effect only with --lora", stacklevel=1)
     path = bundle.resolve(model.bundle_name())
     pipe = on_all_hosts(
         open_pipe, path, model.dtype, model.schedule, compute.vae_tile, compute.mesh
@@ -145,7 +145,7 @@ def _is_finished(run: RunDir) -> bool:
 def _finish(
     pipe: FramePack, task: Task, compute: ComputeOptions, job: JobOptions, began: float
 ) -> None:
-    """Sample and decode what a locked run lacks."""
+    """Sample and decode the missing sections of a locked run."""
     run = task.run
     run.record["dtype"] = pipe.dtype
     logger.info("%s: %s", run.folder, describe(pipe, task))
@@ -206,7 +206,7 @@ def _run(
 
 
 def _result(run: RunDir) -> str:
-    """Say in one line what a finished run gave."""
+    """Return one line about the results of a finished run."""
     record, fps = run.record, run.record["flags"]["fps"]
     if record["status"] == "sampled":
         sections = f"{run.folder / 'latents'}: {record['sections']} sections"

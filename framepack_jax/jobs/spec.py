@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from framepack_jax.generation.pipeline import Settings
 
-# The seed that stands for a random one.
+# Placeholder for a random seed.
 RANDOM_SEED = -1
 
 
@@ -24,13 +24,13 @@ class Inputs:
     """First frame: an image file of any format, scaled and cropped to the size of the video.
     Without it the video starts from a black frame and follows the prompt alone."""
     negative_prompt: str = ""
-    """What should not happen; used only if --cfg-scale is not 1."""
+    """Negative prompt; used only if --cfg-scale is not 1."""
     end_image: Path | None = None
     """Last frame of the video."""
     end_image_as: Literal["auto", "guide", "still"] = "auto"
-    """guide: the section that is sampled first reads the image as the frame after the video, of
-    which it is no part, as in the released demo's variant with an end frame and in diffusers;
-    inverted schedules only. still: the last four frames. auto: guide for an inverted schedule, else
+    """guide: the section that is sampled first reads the image as the frame after the end of the
+    video, as in diffusers and in the released demo with an end frame; inverted schedules only.
+    still: the image becomes the last four frames. auto: guide for an inverted schedule, else
     still."""
     key_frame: tuple[str, ...] = ()
     """Images at times: 3.5s=photo.png 7s=other.png."""
@@ -68,7 +68,7 @@ class Denoising:
     cfg_scale: float = 1.0
     """Scale of classifier-free guidance, which doubles the time; 1 is off."""
     cfg_rescale: float = 0.0
-    """Share of the contrast added by --cfg-scale that is taken back, 0 to 1."""
+    """Fraction, 0 to 1, of the contrast added by --cfg-scale that is removed."""
     step_cache: Literal["none", "tea", "first-block"] = "none"
     """Skip the network's blocks at steps where the prediction changes little: faster, less
     exact."""
@@ -128,7 +128,7 @@ SPEC_FIELDS = {field.name: field for field in dataclasses.fields(VideoSpec)}
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """Weights and what changes them."""
+    """Weights and adapters."""
 
     bundle: str | None = None
     """Folder made by convert_weights.py, or a built-in bundle: tiny, for 128x128 pixels of the toy
@@ -159,18 +159,18 @@ class ComputeOptions:
     """Devices and memory. Latents differ by rounding only."""
 
     mesh: str | None = None
-    """How devices share weights and work: fsdp=4,context=2, whose product is the number of devices.
-    Axes are data (videos side by side), fsdp (weights), context (the tokens of a video) and tensor.
-    Default: one device; for --dry-run and several processes, fsdp as far as it divides the
-    attention heads, and context for the rest."""
+    """Mesh axes and their sizes: fsdp=4,context=2. The product of the sizes is the number of
+    devices. Axes are data (videos of a batch), fsdp (weights), context (tokens of a video) and
+    tensor. Default: one device; for --dry-run and several processes, the largest fsdp that divides
+    the attention heads, and context for the remaining devices."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: auto uses cuDNN on a GPU and splash on a TPU where they support the shapes;
     xla is slower and runs everywhere."""
     offload: Literal["auto", "none", "full"] | None = None
-    """Weights that leave the device. none: all networks stay. full: as few as possible stay; the
-    transformer's blocks wait in host memory, and each is copied while the block before it computes;
-    encoders stay on the disk, and the VAE decodes tiles of 256 pixels. auto, the default: as many
-    stay as fit, and a line says which."""
+    """Weights to keep off the device. none: all networks stay on the device. full: as few as
+    possible stay; the transformer's blocks are in host memory, each copied while the previous one
+    computes, encoders stay on disk, and the VAE decodes tiles of 256 pixels. auto, the default: as
+    many stay as fit, and a message lists them."""
     vae_tile: int | None = None
     """Decode in square tiles of this many pixels, a multiple of 32 (256 is usual): less memory, for
     sizes above 480p and for cards below 80 GB."""
@@ -181,7 +181,7 @@ class JobOptions:
     """Options of all videos of a command."""
 
     batch: int = 1
-    """Videos of equal size and length that are computed side by side."""
+    """Number of videos of equal size and length in a batch."""
     overwrite: bool = False
     """Replace the results of an earlier run in --output."""
     latents_only: bool = False

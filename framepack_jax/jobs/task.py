@@ -19,9 +19,9 @@ Inputs = tuple[Request, Iterator[np.ndarray] | None]
 class Task:
     """A video to sample.
 
-    `read` gives the inputs of a new run; a resumed run has its `request` in the folder. `seen` is
-    the record that the folder held: if another process has changed it since, `refresh` gives the
-    task that is left, or None if that process has finished the run.
+    `read` returns the inputs of a new run; a resumed run has its `request` in the folder. `seen` is
+    the record that the folder held. If another process has changed it since, `refresh` returns the
+    remaining task, or None if that process has finished the run.
     """
 
     run: RunDir
@@ -34,18 +34,18 @@ class Task:
 
     @property
     def group(self) -> tuple[Layout, Settings, float]:
-        """What tasks must share to be computed side by side."""
+        """Values that tasks of one batch share."""
         return self.layout, self.settings, self.run.record["flags"]["prompt_blend"]
 
     @property
     def key(self) -> Hashable:
-        """Equal for tasks that are computed side by side."""
+        """Hashable key, equal for tasks that may share a batch."""
         return self.group, self.batch_peers
 
     @property
     def batch_peers(self) -> tuple[str, ...]:
-        """Names of the runs that finished sections were computed with. Resuming is bit-exact only
-        in the same batch."""
+        """Names of the runs in the batch of the finished sections. Resuming is bit-exact only in
+        the same batch."""
         return tuple(self.run.record["batch"]) if self.run.has_sections() else ()
 
     @property

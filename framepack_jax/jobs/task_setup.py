@@ -46,7 +46,7 @@ class TaskMaker:
     alone: bool
 
     def make(self, spec: VideoSpec, folder: Path) -> Task | None:
-        """Check a video as far as that needs no weights; return None if it is already finished.
+        """Check a video without loading weights; return None if it is already finished.
 
         Raises ValueError, OSError.
         """
@@ -77,7 +77,7 @@ class TaskMaker:
         """Return a new run, its layout, and a function that reads its inputs."""
         if spec.extend is not None and spec.extend.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
-                f"--output {folder} holds what --extend names; choose another --output"
+                f"--output {folder} holds the source of --extend; choose another --output"
             )
         request = on_all_hosts(read_request, self.pipe, spec)
         layout = layout_of_spec(self.pipe, spec, request)
@@ -94,7 +94,7 @@ class TaskMaker:
             "key_frames": [seconds for seconds, _ in request.key_frames],
             "beginning": kept_frames(self.pipe, layout),
         }
-        # The images of many jobs would fill the memory: they are read again when their turn comes.
+        # The images of many jobs would fill the memory, so they are read again before sampling.
         again = request if self.alone else None
         read = functools.partial(read_inputs, self.pipe, spec, layout, again)
         return RunDir(folder, record), layout, read
@@ -109,7 +109,7 @@ class TaskMaker:
             )
         status = run.record["status"]
         if self.alone:
-            advice = "--overwrite makes it again"
+            advice = "--overwrite samples it again"
             if status != "finished":
                 advice = f"continue it with framepack resume {run.folder}, or {advice}"
             raise ValueError(
@@ -138,7 +138,7 @@ def saved_task(
     or if the bundle, which may have moved, holds other weights for these roles now."""
     record = run.record
     if record["status"] == "beginning":
-        raise ValueError(f"{run.folder} was stopped before it had anything; give its flags again")
+        raise ValueError(f"{run.folder} was stopped before its inputs were saved; start it again")
     if bundle_name is not None:
         record["bundle"] = absolute(bundle.resolve(bundle_name))
     elif record["flags"]["bundle"] in bundle.BUILTIN_BUNDLES:

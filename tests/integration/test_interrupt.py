@@ -147,7 +147,7 @@ def test_a_run_stopped_before_its_record_is_begun_again(shared, tmp_path) -> Non
     assert ended.code == -SIGKILL and record_of(tmp_path)["status"] == "beginning"
     assert list(tmp_path.rglob("*.part"))
     ended = stopped_run.run(shared, None, tmp_path, command=resume)
-    assert ended.code == 1 and "was stopped before it had anything" in ended.stderr
+    assert ended.code == 1 and "was stopped before its inputs were saved" in ended.stderr
     ended = stopped_run.run(shared, Stop(SIGINT, "run.json", 2), *flags)
     assert ended.code == 130 and "framepack resume" not in ended.stderr
     assert not list(tmp_path.rglob("*.part"))

@@ -135,7 +135,7 @@ def test_what_a_lora_is_read_from_is_hashed(files, tmp_path) -> None:
     # What could never be read is not taken for what it was.
     missing = str(tmp_path / "missing.safetensors")
     run.record |= {"flags": {"lora": [missing]}, "files_sha256": {missing: None}}
-    with pytest.raises(ValueError, match="if it is there"):
+    with pytest.raises(ValueError, match="or the file is missing"):
         provenance.check_loras(run)
 
 

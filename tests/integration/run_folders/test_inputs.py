@@ -209,7 +209,7 @@ def test_prompt_times_that_cannot_be(tmp_path) -> None:
 def test_a_run_is_not_extended_into_itself(whole, tmp_path) -> None:
     run = copy(whole[F1], tmp_path / "run")
     for source in (run.folder, run.folder / "video.mp4"):
-        with pytest.raises(SystemExit, match="holds what --extend names"):
+        with pytest.raises(SystemExit, match="holds the source of --extend"):
             command(run.folder, "--extend", source, "--overwrite", schedule=F1, image=False)
     assert_same_latents(run, whole[F1])
 

@@ -51,7 +51,7 @@ def test_a_bad_line_is_an_error_of_its_own(tmp_path, line: str, named: str) -> N
 def test_a_name_is_given_once(tmp_path) -> None:
     lines = "\n".join(json.dumps({"name": name}) for name in ("a", "b", "a"))
     _, (_, good), (_, bad) = read(tmp_path, lines)
-    assert isinstance(good, VideoSpec) and "is that of an earlier line" in str(bad)
+    assert isinstance(good, VideoSpec) and "is used by an earlier line" in str(bad)
 
 
 def test_each_prompt_has_a_video_for_each_seed() -> None:
