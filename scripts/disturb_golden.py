@@ -103,9 +103,9 @@ READERS: dict[str, tuple[str, ...]] = {
     r"^(pipeline|transformer/)": (SECTIONS,),
     r"^vae/": (PIXELS,),
     r"^hunyuan_original/(mp_rank|reference\S+ [^v])": (
-        "tests/parity/test_conversion.py::test_original_transformer_agrees",
+        "tests/parity/conversion/test_tencent.py::test_original_transformer_agrees",
     ),
-    r"^hunyuan_original/": ("tests/parity/test_conversion.py::test_original_vae_agrees",),
+    r"^hunyuan_original/": ("tests/parity/conversion/test_tencent.py::test_original_vae_agrees",),
     r"/pipeline/(text_encoder|tokenizer)": TEXT,
     r"/pipeline/(image_encoder|feature_extractor)": IMAGE,
     r"/pipeline/vae/": (START_LATENT, *FRAMES),

@@ -33,15 +33,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     "diffusion": ("unit/diffusion", "parity/test_step_cache.py"),
     "generation": ("unit/generation", "integration/test_pipeline.py"),
     "jobs": ("unit/jobs", "integration/run_folders", "integration/test_sample.py"),
-    "conversion": ("unit/conversion", "parity/test_conversion.py"),
+    "conversion": ("unit/conversion", "parity/conversion"),
     "data": ("unit/data", "integration/test_prepare.py integration/test_prepare_again.py"),
     "training": ("unit/training",),
 }
 # Tests of single files besides, by a pattern of their names.
 OF_FILES = {
-    r"conversion/(export|verify)": "parity/test_export.py integration/test_verify.py",
-    r"conversion/lora": "parity/test_lora.py",
-    r"conversion/(float8|weight_files|file_formats)": "parity/test_third_party_checkpoints.py",
+    r"conversion/(export|verify)": "parity/export integration/test_verify.py",
+    r"conversion/lora": "parity/lora",
+    r"conversion/(float8|weight_files|file_formats)": "parity/other_programs",
     r"generation/(offload|settings|weights)": "integration/test_offload.py",
     r"jobs/(errors|inputs)": "integration/cli_errors",
     r"training/vae": "integration/test_train_vae.py",
