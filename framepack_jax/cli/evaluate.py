@@ -93,7 +93,7 @@ def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> Non
 def _evaluate_file(flags: Evaluate, video: Path) -> str:
     """Measure a video file. Raises ValueError, OSError."""
     if flags.bundle:
-        raise ValueError("--video measures a file alone; leave out --bundle")
+        raise ValueError("--video and --bundle exclude each other; remove --bundle")
     if flags.caption and flags.clip is None:
         raise ValueError("--caption is compared by a pretrained model: give --clip FOLDER")
     from framepack_jax.evaluation import video_file
@@ -102,7 +102,7 @@ def _evaluate_file(flags: Evaluate, video: Path) -> str:
 
 
 def _evaluate(flags: Evaluate) -> Path:
-    """Evaluate bundles; returns the report. Raises ValueError, OSError."""
+    """Evaluate bundles; return the path of the report. Raises ValueError, OSError."""
     size = _check(flags)
     from framepack_jax.toy import evaluation
 
@@ -114,7 +114,7 @@ def _evaluate(flags: Evaluate) -> Path:
 def _check(flags: Evaluate) -> tuple[int, int]:
     """Return the size (height, width). Raises ValueError if a flag is missing or out of range."""
     if flags.clip is not None or flags.caption:
-        raise ValueError("--clip and --caption go with --video; scenes here have a known truth")
+        raise ValueError("--clip and --caption need --video; toy scenes have a known ground truth")
     if not flags.bundle:
         raise ValueError("give --bundle, one or more, or --video FILE")
     if flags.output is None:
@@ -159,7 +159,7 @@ def _check_lengths(flags: Evaluate) -> None:
 
 
 def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
-    """Raises ValueError if a setting of the sampler is out of range."""
+    """Return the settings of an evaluation. Raises ValueError if a setting is out of range."""
     from framepack_jax import packing
     from framepack_jax.generation.pipeline import Settings
     from framepack_jax.toy.evaluation import EvaluationConfig

@@ -49,7 +49,7 @@ class Prepare:
     output: Path
     """Folder of the dataset."""
     replace: bool = False
-    """Replace a dataset of other videos in --output, which is an error by default."""
+    """Replace a dataset of other videos in --output. By default, this is an error."""
     mode: Literal["latents", "pixels"] = "latents"
     """latents: encode clips now. pixels: encode captions and first frames only; training decodes
     the videos from their present place and encodes them in the step."""
@@ -64,7 +64,7 @@ class Prepare:
     """Accept videos without a caption, with the empty prompt."""
     thresholds: tyro.conf.OmitArgPrefixes[Thresholds] = THRESHOLDS
     workers: int = 2
-    """Threads that decode videos, beside the one that encodes."""
+    """Number of threads that decode videos; one more thread encodes."""
     ray: str | None = None
     """Decode on a Ray cluster instead of threads (extra [ray]): its address, auto, or local."""
     keep_clips: bool = True
@@ -109,7 +109,8 @@ def _run(flags: Prepare, began: float) -> None:
 
 
 def _config(flags: Prepare) -> "PrepareConfig":
-    """Raises BundleError, or ValueError if a flag is out of range."""
+    """Return the settings of a dataset. Raises BundleError, or ValueError if a flag is out of
+    range."""
     from framepack_jax.data.prepare import PrepareConfig
 
     if flags.workers < 1:

@@ -54,7 +54,7 @@ def _run(flags: Synthetic) -> None:
     from framepack_jax.toy import world
 
     flags.output.mkdir(parents=True, exist_ok=True)
-    # Spawned processes: one that has threads, as those of JAX, cannot be forked safely.
+    # Spawn the processes: a process with threads, such as those of JAX, cannot be forked safely.
     with ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
         made = [
             pool.submit(world.write, flags.output, i, flags.seed, flags.seconds, size, flags.split)

@@ -138,7 +138,7 @@ def attend(
 
 
 def _usable(q: jax.Array, k: jax.Array, wanted: Kernel) -> list[_Fused]:
-    """Return the fused kernels to offer to the lowering; warn of one that refuses."""
+    """Return the fused kernels that support the inputs; warn if a kernel refuses them."""
     if wanted == "xla" or (wanted == "auto" and min(q.shape[1], k.shape[1]) < MIN_LENGTH):
         return []
     usable = []
@@ -173,8 +173,8 @@ def layout(batch: int, kv_heads: int) -> Layout:
 
     The batch goes to the axes `sharding.BATCH` that divide it. Key heads go to `tensor`, then to
     the token axes with the largest product that divides them. The remaining axes divide the
-    queries, each part of which reads all keys of its heads. Only axes of more than one device are
-    named; without a mesh there are none.
+    queries; each part reads all keys of its heads. Only axes of more than one device are named;
+    without a mesh there are none.
     """
     sizes = {name: size for name, size in _mesh_sizes().items() if size > 1}
     of_batch = dividing(BATCH, batch, sizes)

@@ -24,7 +24,7 @@ def rope_table(
     theta: float,
     pool: tuple[int, int, int] = (1, 1, 1),
 ) -> Table:
-    """(cos, sin) for frames (B, F) of height x width patches, pooled by `pool` (t, h, w).
+    """Return (cos, sin) for frames (B, F) of height x width patches, pooled by `pool` (t, h, w).
 
     A frequency belongs to one axis, so pooling in 3-D is pooling of each axis' own table. Ragged
     edges are padded by replication before pooling, as the latents are.
@@ -46,7 +46,7 @@ def rope_table(
 
 
 def _axis_table(positions: jax.Array | np.ndarray, dim: int, theta: float, pool: int) -> jax.Array:
-    """(cos, sin) stacked: positions (B, P) -> (2, B, ceil(P / pool), dim / 2)."""
+    """Return stacked (cos, sin) of positions (B, P), of shape (2, B, ceil(P / pool), dim / 2)."""
     frequencies = theta ** -(np.arange(0, dim, 2) / dim)
     angles = positions[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None, :]
     table = jnp.stack([jnp.cos(angles), jnp.sin(angles)])

@@ -1,4 +1,4 @@
-"""Several processes that run one program, as on the hosts of a pod.
+"""Run one program in several processes, as on the hosts of a pod.
 
 Each process runs the same commands on the devices of all of them. The first process reads and
 writes the files and sends its results and errors to the others, so that all take the same branch.
@@ -21,7 +21,7 @@ from framepack_jax.utils.messages import first_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Seconds until the other processes notice that one is gone.
+# Seconds until the other processes detect the loss of a process.
 HEARTBEAT_TIMEOUT_S = 30
 # Bytes of the smallest message; longer ones are padded to powers of two, for few compilations.
 MESSAGE = 1 << 12

@@ -125,7 +125,7 @@ def make_mesh(
 
 
 def resolve(rules: Rules, params: Any) -> Any:
-    """Return the tree of `params` (arrays or `jax.ShapeDtypeStruct`s) with a PartitionSpec a leaf.
+    """Return the tree of `params` (arrays or `jax.ShapeDtypeStruct`s) as PartitionSpecs.
 
     A rule applies to the parameters whose whole path, as "double/img_qkv/kernel", it matches.
     Raises one ValueError that names all parameters without a rule, with several rules, or with a
@@ -145,7 +145,7 @@ def resolve(rules: Rules, params: Any) -> Any:
         specs.append(PartitionSpec(*axes))
     if problems:
         raise ValueError(
-            "every parameter needs exactly one sharding rule; mend the table SHARDINGS of its"
+            "every parameter needs exactly one sharding rule; correct the table SHARDINGS of its"
             " network:\n  " + "\n  ".join(problems)
         )
     return jax.tree.unflatten(jax.tree.structure(params), specs)
@@ -216,8 +216,8 @@ def fitting(
 ) -> PartitionSpec:
     """Return for each dimension its axes that are not taken yet.
 
-    A batch gets those that divide it, as attention needs them, other dimensions as many as leave no
-    device empty.
+    A batch gets the axes that divide it, as attention requires. Other dimensions get as many axes
+    as leave no device empty.
     """
     taken: list[str] = []
     spec: list[Axis] = []

@@ -12,8 +12,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: how often they run, the bytes that a chip receives, and how many of
-    these come from other nodes."""
+    """Collectives of one kind: number of runs, bytes that a chip receives, and the part of these
+    bytes that comes from other nodes."""
 
     runs: int = 0
     bytes: int = 0
@@ -32,8 +32,8 @@ def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
     seen: set[str] = set()
     for line, often in _instructions(text):
         kind, size = _collective(line)
-        # A collective that is spread over several steps is listed in each, with one chain id. (The
-        # channel does not tell: all hand-written collectives of a program share one.)
+        # A collective that is split into several steps is listed in each, with the same chain id.
+        # (All hand-written collectives of a program share one channel.)
         chain = re.search(r'chain_id="(\d+)"', line)
         if not kind or (chain and chain[0] in seen):
             continue
@@ -49,8 +49,8 @@ def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
 
 
 def _received(kind: str, devices: int) -> float:
-    """Return the bytes that a device receives per byte of the result, by the algorithms that send
-    least; an all-reduce is a reduce-scatter and an all-gather."""
+    """Return the bytes that a device receives per byte of the result, by bandwidth-optimal
+    algorithms; an all-reduce is a reduce-scatter and an all-gather."""
     others = devices - 1
     return {
         "all-gather": others / devices,
@@ -79,7 +79,7 @@ def _instructions(text: str) -> Iterator[tuple[str, int]]:
     bodies = dict(computations(text))
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
     times = Counter({entry[1]: 1} if entry else {})
-    # Callers follow their callees: going backwards, every count is final when it is used.
+    # Callers follow their callees, so in reverse order every count is final when it is used.
     for name in reversed(bodies):
         for line in bodies[name]:
             for callee, often in _calls(line, bodies):
@@ -154,8 +154,8 @@ def _calls(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, in
 
 
 def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
-    """Return how often a loop runs: by its known trip count, else by the limit of its counter and
-    the stride of that (2 in a loop that was unrolled once)."""
+    """Return the trip count of a loop: the known trip count, else limit / stride of its counter
+    (stride 2 if the loop was unrolled once)."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(known[1])
     condition, body = (
@@ -181,7 +181,7 @@ def _defined(lines: Iterable[str]) -> dict[str, str]:
 
 
 def _stride(body: Mapping[str, str], counter: int) -> int:
-    """Return what the body of a loop adds to its counter; 1 if it is no plain addition."""
+    """Return the increment of a loop's counter in its body; 1 if it is not a plain addition."""
     carried = re.search(r" tuple\((.*?)\)", re.sub(r"/\*.*?\*/", "", body.get("ROOT", "")))
     names = re.findall(r"%?([\w.\-]+)", carried[1]) if carried else []
     text = body.get(names[counter], "") if counter < len(names) else ""
@@ -217,7 +217,7 @@ def _item_bits(kind: str) -> int:
     bits = re.fullmatch(r"(?:s|u|f|bf|c)(\d+)(?:e\d+m\d+[a-z0-9]*)?", kind)
     if not bits and kind != "pred":
         raise ValueError(
-            f"array of type {kind!r} in a compiled program: expected pred or a type of XLA's with"
-            " its bits in its name, as bf16; teach planning/hlo.py its size"
+            f"array of type {kind!r} in a compiled program: expected pred or an XLA type with its"
+            " bits in its name, for example bf16; add its size to planning/hlo.py"
         )
     return int(bits[1]) if bits else 8

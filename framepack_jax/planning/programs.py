@@ -1,4 +1,4 @@
-"""Compile a program for a machine, and read from its compiler what it needs on each chip."""
+"""Compile a program for a machine, and read its memory per chip from the compiler."""
 
 import dataclasses
 import time
@@ -16,10 +16,10 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled program needs on each chip, in bytes.
+    """Memory of a compiled program on each chip, in bytes.
 
-    `weights` are those among its arguments, `held` is what else lies beside it, and `advice` says
-    what makes it smaller.
+    `weights` is the part of its arguments that are weights, `held` the memory of other arrays that
+    stay on the chip, and `advice` states how to reduce the memory.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Program:
     outputs: int
     collectives: dict[str, Traffic]
     kernels: dict[str, int]
-    """How often hand-written kernels run, by name."""
+    """Number of runs of hand-written kernels, by name."""
     compile_seconds: float
     held: int = 0
     runs: int = 1
-    """How often a denoising step runs it."""
+    """Number of runs in a denoising step."""
 
     def total(self, resident: int) -> int:
-        """Bytes with the weights of all networks, `resident`."""
+        """Bytes including the weights of all networks, `resident`."""
         own = self.arguments + self.temporaries + self.outputs + self.held
         return own + max(0, resident - self.weights)
 
@@ -61,7 +61,7 @@ def compile_program(
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:
         raise ValueError(f"the compiler for {devices.devices.flat[0]} reports no memory of {name}")
-    # TPUs of a slice reach each other by links, on any host.
+    # TPUs of a slice are connected by links, also between hosts.
     nodes = [0 if d.platform == "tpu" else d.process_index for d in devices.devices.flat]
     return Program(
         name=name,

@@ -1,7 +1,7 @@
-"""Reports of dry runs: what a step needs on each chip of a machine, and whether it fits.
+"""Reports of dry runs: memory, FLOPs and communication of a step on each chip of a machine.
 
-FLOPs are counted from the config, and the roofline is arithmetic on vendor figures: no time here is
-measured, except that of compiling.
+FLOPs are counted from the config. The roofline is computed from vendor figures. Only the compile
+time is measured.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from framepack_jax.parallel.hardware import Machine
 from framepack_jax.planning.hlo import Traffic
 from framepack_jax.planning.programs import GB, Program
 
-# The share of a GPU that JAX allocates by default, and one that leaves enough to the driver.
+# Fraction of a GPU that JAX allocates by default, and the largest that leaves enough to the driver.
 GPU_SHARE, LARGE_GPU_SHARE = 0.75, 0.95
 
 
 class Weights(NamedTuple):
-    """A network: its number of parameters, and the bytes of them on a chip."""
+    """Number of parameters of a network, and their bytes on a chip."""
 
     parameters: int
     bytes: int
@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What a step needs on each chip of a machine; `flops` are those of all chips together."""
+    """Needs of a step on each chip of a machine; `flops` is the sum over all chips."""
 
     machine: Machine
     mesh: dict[str, int]
@@ -48,19 +48,19 @@ class StepReport:
         return self.flops / (self.machine.chip.flops * self.machine.count)
 
     def heading(self) -> str:
-        """Name the machine, and how it is divided."""
+        """Name the machine and its mesh."""
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         divided = f", divided over {mesh}" if mesh else ""
         memory = self.machine.chip.memory / GB
         return f"{self.machine}: {self.machine.count} chips of {memory:.1f} GB{divided}"
 
     def memory(self) -> str:
-        """Compare the bytes of a step with those of a chip."""
+        """Compare the memory of a step with that of a chip."""
         capacity = self.machine.chip.memory / GB
         return f"in all           {self.total / GB:.2f} of {capacity:.1f} GB a chip"
 
     def compute(self, flops: str = "", rate: str = "") -> list[str]:
-        """Lines on the FLOPs of a step and its roofline, with a remark on each."""
+        """Return lines on the FLOPs and the roofline of a step, with a remark on each."""
         return [
             f"FLOPs a step     {self.flops:.3e}, counted from the config{flops}",
             f"roofline         {self.roofline_seconds:.3f} s a step at the vendor's"
@@ -68,7 +68,7 @@ class StepReport:
         ]
 
     def verdict(self, advice: str, remark: str = "") -> str:
-        """Say that a step fits, with a remark, or by how much it does not, with advice."""
+        """Say that a step fits, with a remark, or how much memory is missing, with advice."""
         if self.fits:
             return f"fits{_large_share(self.machine.chip, self.total)}{remark}"
         over = (self.total - self.machine.chip.memory) / GB
@@ -76,7 +76,7 @@ class StepReport:
 
 
 def _large_share(chip: hardware.Chip, needed: int) -> str:
-    """Name the setting with which JAX allocates enough of a GPU, if it is needed."""
+    """Name the environment variable that lets JAX allocate enough of a GPU, if needed."""
     share = needed / chip.memory
     if chip.platform != "cuda" or share <= GPU_SHARE:
         return ""
@@ -88,7 +88,7 @@ def _large_share(chip: hardware.Chip, needed: int) -> str:
 
 
 def exchange_lines(kernels: dict[str, int], collectives: dict[str, Traffic]) -> list[str]:
-    """Lines on the attention kernels and the collectives of a step."""
+    """Return lines on the attention kernels and the collectives of a step."""
     lines = [f"attention        {n} a step by {name}" for name, n in kernels.items()]
     for kind, traffic in collectives.items():
         far = traffic.inter_node_bytes / GB
@@ -101,11 +101,11 @@ def exchange_lines(kernels: dict[str, int], collectives: dict[str, Traffic]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Report(StepReport):
-    """What sampling needs on each chip of a machine.
+    """Needs of sampling on each chip of a machine.
 
-    `programs` begin with the denoising step, or with the programs of an offloaded step. A section
-    has `steps` of them and gives `frames`. `hosted` are the bytes of weights in host memory that a
-    chip receives in every step.
+    `programs` starts with the denoising step, or with the programs of an offloaded step. A section
+    takes `steps` denoising steps and gives `frames` frames. `hosted` is the number of bytes of
+    weights that a chip receives from host memory in every step.
     """
 
     networks: dict[str, Weights]
@@ -131,7 +131,7 @@ class Report(StepReport):
 
     @property
     def kernels(self) -> dict[str, int]:
-        """How often hand-written kernels run in a step, by name."""
+        """Number of runs of hand-written kernels in a step, by name."""
         total = Counter[str]()
         for program in self.programs:
             total.update({name: program.runs * n for name, n in program.kernels.items()})
@@ -186,7 +186,7 @@ class Report(StepReport):
         return "\n".join([*lines, *exchange, *self._modelled()])
 
     def _modelled(self) -> list[str]:
-        """Lines on the modelled time of the collectives and of denoising."""
+        """Return lines on the modelled time of the collectives and of denoising."""
         if not self.collectives:
             return []
         chip, links, step = self.machine.chip, self.communication_seconds, self.step_seconds
@@ -219,8 +219,7 @@ class Report(StepReport):
         )
 
     def _more_chips(self) -> str:
-        """Name what would divide the weights enough: chips of this machine that hold the same
-        weights as others, or a machine with more chips."""
+        """Name a mesh that divides the weights enough, or a machine with more chips."""
         chip, count = self.machine.chip, self.machine.count
         whole = self.resident * self.mesh.get("fsdp", 1) * self.mesh.get("tensor", 1)
         # Weights divide by powers of two only (`sharding.default_sizes`).

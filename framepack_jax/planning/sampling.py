@@ -1,8 +1,8 @@
 """Dry run of sampling: compile the real programs for a machine that is not present.
 
-The compiler of that machine says what memory a program needs on each chip, and which collectives it
-contains. Weights that the program does not take lie beside it: without offloading, the sampler
-keeps all networks on the devices.
+The compiler of that machine reports the memory of a program on each chip, and its collectives.
+Weights of other networks are added: without offloading, the sampler keeps all networks on the
+devices.
 """
 
 import dataclasses
@@ -55,10 +55,10 @@ def dry_run(
         layout: The video; one section is enough.
         settings: Settings of the sampler.
         machine: The machine to compile for.
-        mesh: How its chips are divided; default: `sharding.default_sizes`.
-        batch: Videos side by side.
+        mesh: Sizes of the mesh axes; default: `sharding.default_sizes`.
+        batch: Number of videos in a batch.
         decode: Compile the VAE's decoder too, which takes minutes at full size.
-        offload: No block of the transformer stays on the chips, and no encoder.
+        offload: Keep all blocks of the transformer and the encoders off the chips.
 
     Raises ValueError if the compiler is missing, if the mesh does not divide the network, or if its
     `data` does not divide the batch, so that chips would repeat work.
@@ -107,7 +107,7 @@ def _offloaded(
 ) -> tuple[dict[str, Weights], int]:
     """Return the weights that stay on a chip with offloading, and the bytes of the others."""
     hosted = placed_bytes([transformer[part] for part in stacks])
-    # Two blocks are on a chip: the one that runs, and the next.
+    # Two blocks are on a chip: the running one and the next.
     two = 2 * max(block.weights for block in programs[: len(stacks)])
     network = weights["transformer"]
     network = network._replace(bytes=network.bytes - hosted + two)
@@ -155,7 +155,7 @@ class _Work:
 
     @property
     def passes(self) -> int:
-        """How often a step runs the network."""
+        """Number of runs of the network in a step."""
         return 1 + (self.settings.cfg_scale != 1)
 
     def flops(self) -> int:
@@ -183,7 +183,7 @@ class _Work:
         step_cache = self.settings.step_cache
         kind = None if step_cache is None else step_cache.kind
         step = sampler.StepProgram(spec, cfg, pipe.dtype, kind)
-        # Zeros on this machine, outside of the mesh, whose devices hold nothing.
+        # Zeros on this machine, because the devices of the mesh cannot hold arrays.
         memory = jax.tree.map(whole, sampler.start_memory(step, weights, inputs, state.x))
 
         def lower() -> jax.stages.Lowered:
@@ -239,7 +239,7 @@ class _Work:
 def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:
     """Compile the VAE's decoder for the largest tile of a section's clip.
 
-    Held beside it are the finished tiles, and on one chip the previous clip, whose end will be
+    The finished tiles stay in memory, and on one chip also the previous clip, whose end will be
     cross-faded.
     """
     spec, cfg, _ = pipe.vae

@@ -32,9 +32,10 @@ from framepack_jax.training.train_step import RATE, jit_train_step
 
 @dataclasses.dataclass(frozen=True)
 class TrainingReport(StepReport):
-    """What a training step needs on each chip of a machine, in bytes.
+    """Memory of a training step on each chip of a machine, in bytes.
 
-    `state` is what is trained with its optimizer and moving average, `frozen` the other weights.
+    `state` includes the trained parameters, the optimizer state and the moving average; `frozen` is
+    the size of the other weights.
     """
 
     cfg: TrainConfig
@@ -78,8 +79,8 @@ def dry_run_training(
 ) -> TrainingReport:
     """Compile the training step of a configuration for a machine, at a bucket of `size` pixels.
 
-    `mesh` says how chips are divided, by default all for fsdp. Raises ValueError where the compiler
-    is missing and where the mesh does not divide.
+    `mesh` has the sizes of the mesh axes; default: all chips on fsdp. Raises ValueError if the
+    compiler is missing, or if the mesh does not divide the parameters.
     """
     manifest = bundle.read_manifest(bundle_path)
     sizes = mesh or {"fsdp": machine.count}
@@ -116,8 +117,8 @@ def dry_run_training(
 
 
 def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
-    """A global batch of latents for a bucket of `size` (height, width) pixels, with its place on
-    the mesh, from the configs of the bundle's networks alone."""
+    """Return a global batch of abstract latents for a bucket of `size` (height, width) pixels, with
+    shardings, from the configs of the bundle's networks alone."""
     configs = {name: bundle.role_config(task.manifest, name)[1] for name in bundle.ROLES}
     compression, batch = configs["vae"].space_compression, task.cfg.batch
     frame = (*(side // compression for side in size), configs["vae"].latent_channels)

@@ -1,4 +1,4 @@
-"""Decode any video file to frames as a good player shows them.
+"""Decode any video file to frames as a player shows them.
 
 Like a player, this module chooses the stream, orders frames by their times, stretches pixels that
 are not square, rotates and mirrors by the display matrix, deinterlaces, and converts colours for a
@@ -33,7 +33,7 @@ TAIL = 2
 
 
 class Info(NamedTuple):
-    """Number of frames, frames per second (the mean where it varies), size in pixels as shown."""
+    """Number of frames, frames per second (the mean if it varies), size in pixels as shown."""
 
     frames: int
     fps: float
@@ -67,10 +67,10 @@ def read_frames(
 ) -> Iterator[np.ndarray]:
     """Yield the frames (H, W, 3) uint8 RGB of a video file, one in memory at a time.
 
-    With `fps`, the video is brought to that constant rate: at each time k / fps the last frame that
-    began by then is taken, so frames are repeated or dropped, and duration and pace stay. A frame
-    that is repeated is the same array again. With `first`, which needs `fps`, reading begins at
-    that frame, and decoding at the last key frame before it.
+    With `fps`, the video is resampled to that constant rate: each time k / fps shows the last frame
+    that has started by then. Frames are repeated or dropped; duration and speed stay the same. A
+    repeated frame is the same array. With `first`, which needs `fps`, reading starts at that frame,
+    and decoding at the last key frame before it.
 
     Raises ValueError if the file is no video that can be decoded, or ends before its header says
     (when that shows), and for fps out of 0.1..1000.

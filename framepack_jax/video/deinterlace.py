@@ -9,7 +9,7 @@ from av.video.stream import VideoStream
 
 
 def deinterlaced(frames: Iterable[av.VideoFrame], stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """Interpolate frames whose rows are of two times; leave others alone."""
+    """Deinterlace interlaced frames; return others unchanged."""
     graph: Graph | None = None
     kind: tuple[int, int, str] | None = None
     for frame in frames:
@@ -40,7 +40,7 @@ def _deinterlacer(frame: av.VideoFrame, stream: VideoStream) -> Graph:
 
 
 def _pulled(graph: Graph, last: bool = False) -> Iterator[av.VideoFrame]:
-    """Yield the frames that a graph has ready; with `last`, also those that it holds back."""
+    """Yield the frames that a graph has finished; with `last`, also its buffered frames."""
     if last:
         graph.push(None)
     with contextlib.suppress(av.BlockingIOError, av.EOFError):

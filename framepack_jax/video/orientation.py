@@ -10,7 +10,7 @@ from av.video.stream import VideoStream
 
 
 class Orientation(NamedTuple):
-    """Transposing, then mirroring, that turns a stored picture as a player shows it."""
+    """Transpose and mirror operations that turn a stored picture as a player shows it."""
 
     transpose: bool = False
     mirror_rows: bool = False
@@ -42,7 +42,7 @@ def shown_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
 
 
 def square_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
-    """Return the (height, width) of a stored picture in square pixels, none of them lost."""
+    """Return the (height, width) of a stored picture in square pixels, without downscaling."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
     if aspect >= 1:
         return frame.height, round(frame.width * aspect)

@@ -133,7 +133,7 @@ class Source:
         frames."""
         if self.container.format.name.startswith("mov,"):
             return None  # a damaged mp4 shows when its frames are read
-        # ASF says how long a file lasts, not a stream.
+        # ASF states the duration of the file, not of a stream.
         if self.stream.duration and self.container.format.name != "asf":
             start = self.stream.start_time or 0
             return (start + self.stream.duration) * self._tick
@@ -144,8 +144,8 @@ class Source:
 
 
 def video_stream(container: InputContainer) -> VideoStream:
-    """Return the stream that a player shows. Raises ValueError if there is none; the cover picture
-    of a piece of music is no video."""
+    """Return the stream that a player shows. Raises ValueError if there is none; a cover picture of
+    a music file does not count."""
     best = container.streams.best("video")
     if best is None or best.disposition & Disposition.attached_pic:
         held = ["sound"] * bool(container.streams.audio) + ["a cover picture"] * (best is not None)

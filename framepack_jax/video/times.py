@@ -7,7 +7,7 @@ import av
 
 from framepack_jax.video.mp4 import UnsupportedVideo
 
-# Times in files are often rounded to milliseconds: a frame that is late by less is on time.
+# Tolerance in seconds for timestamps, which are often rounded to milliseconds.
 TIME_ROUNDING = Fraction(1, 1000)
 # Maximum seconds from one frame to the next.
 MAX_GAP = 3600
@@ -33,8 +33,8 @@ def time_after(frame: av.VideoFrame, following: av.VideoFrame) -> Fraction:
     before, time = time_of(frame), time_of(following)
     if not before <= time < before + MAX_GAP:
         raise UnsupportedVideo(
-            f"its times jump from {float(before):.2f} to {float(time):.2f} s, as if files were put"
-            " one behind the other; join them with ffmpeg -f concat, or give the parts"
+            f"its times jump from {float(before):.2f} to {float(time):.2f} s, as in files that were"
+            " simply appended; join them with ffmpeg -f concat, or give the parts"
         )
     return time
 

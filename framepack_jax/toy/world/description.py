@@ -65,7 +65,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """One sentence that says what happens."""
+        """One sentence that describes the motions."""
         parts = [f"the {sprite.name} {self._phrase(sprite)}" for sprite in self.sprites]
         view = "stands still" if self.camera == "still" else f"pans {self.camera}"
         return f"{'; '.join(parts)}; the camera {view}."

@@ -32,7 +32,7 @@ HELD_OUT = frozenset({
 THEN = 1.2
 # Width of a wall beyond that of the sprite that goes behind it.
 WALL_SPARE = 0.08
-# What the sprite that acts does, all with the same frequency.
+# Motions of the acting sprite, all with the same frequency.
 ACTS = ("move", "move then move", "orbit", "move then orbit")
 # Minimum width / height of a picture with walls or orbits.
 ROOM = 0.95

@@ -16,7 +16,7 @@ from framepack_jax.toy import baselines, results, suites
         (["--video", "nowhere.mp4"], "nowhere.mp4 does not exist"),
         (["--video", "x.mp4", "--bundle", "random"], "--video"),
         (["--video", "x.mp4", "--caption", "waves"], "give --clip"),
-        (["--bundle", "random", "--output", "out", "--clip", "x"], "go with --video"),
+        (["--bundle", "random", "--output", "out", "--clip", "x"], "need --video"),
         (["--bundle", "random"], "--output"),
         (["--bundle", "nowhere", "--output", "out"], "nowhere"),
         (["--bundle", "random", "--output", "out", "--size", "64"], "--size 64"),
