@@ -22,7 +22,7 @@ def main(video: Path, output: Path) -> None:
     height, width = next(read_frames(video, 30)).shape[:2]
     source = read_source(pipe.geometry, video, 30, height, width)
     (new,) = pipe.stream(
-        None, PROMPT, footage=source, sections=1, height=height, width=width,
+        None, PROMPT, source_video=source, sections=1, height=height, width=width,
         settings=Settings(steps=10),
     )  # fmt: skip
     # `new` starts before the end of the source, whose last frames are cross-faded with it.

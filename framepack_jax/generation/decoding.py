@@ -26,11 +26,12 @@ def make_splicer(
     return Splicer(clips)
 
 
-def overlap(geometry: Geometry, layout: Layout, footage: SourceVideo) -> jax.Array:
+def overlap(geometry: Geometry, layout: Layout, source_video: SourceVideo) -> jax.Array:
     """Return the frames (1, P, height, width, 3), in [-1, 1], of a fitted source video that clips
     are cross-faded with."""
     start = geometry.frames_of(layout.overlap_start, layout.before)[0]
-    return jnp.asarray(footage.last[None, start - footage.frames :], jnp.float32) / 127.5 - 1
+    frames = source_video.last[None, start - source_video.frames :]
+    return jnp.asarray(frames, jnp.float32) / 127.5 - 1
 
 
 def decode(

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Encoded requests of one layout: `conditions` of every section, or one for all; what is not
-    wanted, or None; latents (B, H, W, C) of the positions that are `known`."""
+    wanted, or None; latents (B, H, W, C) of the positions that are `given`."""
 
     conditions: Sequence[Any]
     negative: Any
-    known: Mapping[int, np.ndarray]
+    given: Mapping[int, np.ndarray]
 
 
 def encode(
@@ -36,9 +36,9 @@ def encode(
     layout: Layout,
     settings: Settings,
     prompt_blend: float = 0.0,
-    known: Mapping[int, np.ndarray] | None = None,
+    given: Mapping[int, np.ndarray] | None = None,
 ) -> Inputs:
-    """Encode prepared requests of one layout; `known` latents (B, H, W, C) by position, where
+    """Encode prepared requests of one layout; `given` latents (B, H, W, C) by position, where
     they are there already."""
     encoders = pipe.encoders() if callable(pipe.encoders) else pipe.encoders
     embedded = jnp.concatenate(
@@ -75,10 +75,10 @@ def encode(
     encoded = dict(zip(texts, read, strict=True))
     by_section = [at(*each) for each in shares]
     negative = conditions([encoded[text] for text in refused]) if refused else None
-    if known is None:
-        each = [known_latents(pipe, request, layout) for request in requests]
-        known = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
-    return Inputs(by_section, negative, known)
+    if given is None:
+        each = [given_latents(pipe, request, layout) for request in requests]
+        given = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
+    return Inputs(by_section, negative, given)
 
 
 def _prompts_at(
@@ -92,19 +92,19 @@ def _prompts_at(
     return tuple((text, s) for text, s in zip(texts, shares, strict=True) if s > 0)
 
 
-def known_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[int, np.ndarray]:
-    """Return the latents (H, W, C) of a prepared request by position: of the start image or the
-    footage, of key frames and end image."""
-    known = {}
-    if request.footage is None:
-        known[0] = encode_clip(pipe, start_image(request)[None])[0]
+def given_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[int, np.ndarray]:
+    """Return the latents (H, W, C) of a fitted request by position: of the start image or the
+    source video, of key frames and end image."""
+    given = {}
+    if request.source_video is None:
+        given[0] = encode_clip(pipe, start_image(request)[None])[0]
     else:
-        known |= _known_footage(pipe, request.footage, layout.before)
+        given |= _source_latents(pipe, request.source_video, layout.before)
     pictures = [image for _, image in request.key_frames]
     pictures += [] if request.end_image is None else [request.end_image]
     for position, picture in zip(layout.stills, pictures, strict=True):
-        known[position] = _still(pipe, picture, guide=position == layout.length)
-    return known
+        given[position] = _still(pipe, picture, guide=position == layout.length)
+    return given
 
 
 def start_image(request: Request) -> np.ndarray:
@@ -129,16 +129,18 @@ def encode_clip(pipe: "FramePack", frames: np.ndarray) -> np.ndarray:
     return np.asarray(encoded)[0]
 
 
-def _known_footage(pipe: "FramePack", footage: SourceVideo, before: int) -> dict[int, np.ndarray]:
-    positions = pipe.geometry.footage_positions(before)
-    if footage.latents is not None:
-        return {position: footage.latents[position] for position in positions}
-    count = min(footage.frames, pipe.geometry.footage_frames)
-    known = dict(zip(positions, encode_clip(pipe, footage.last[-count:]), strict=True))
-    if count < footage.frames:
+def _source_latents(
+    pipe: "FramePack", source_video: SourceVideo, before: int
+) -> dict[int, np.ndarray]:
+    positions = pipe.geometry.source_positions(before)
+    if source_video.latents is not None:
+        return {position: source_video.latents[position] for position in positions}
+    count = min(source_video.frames, pipe.geometry.source_frames)
+    given = dict(zip(positions, encode_clip(pipe, source_video.last[-count:]), strict=True))
+    if count < source_video.frames:
         # The first latent of this clip stands for one frame, and would for four in the video.
-        known[0] = encode_clip(pipe, footage.first[None])[0]
-    return known
+        given[0] = encode_clip(pipe, source_video.first[None])[0]
+    return given
 
 
 def _warn_of_unused(

@@ -3,7 +3,7 @@
     pipe = FramePack.load("weights/framepack_i2v_hy")
     video = pipe(image, "The girl dances", seconds=5, seed=0)
 
-What is known of a video lies on its timeline: the start image, an end image, key frames, the video
+The timeline holds what is given of a video: the start image, an end image, key frames, the video
 that is extended. For each section of the plan: read its context from the timeline, denoise, write
 the section back, decode what the section lets us decode, and cross-fade it with what is there.
 Returns arrays and writes no file. Source: arXiv 2504.12626 and the authors' sampler.
@@ -210,7 +210,7 @@ class FramePack:
         end_image: np.ndarray | None = None,
         end_image_as: str = "auto",
         key_frames: Mapping[float, np.ndarray] | None = None,
-        footage: SourceVideo | None = None,
+        source_video: SourceVideo | None = None,
         seconds: float = 5.0,
         sections: int | None = None,
         fps: float = 30.0,
@@ -227,7 +227,7 @@ class FramePack:
         `image` (height, width, 3) uint8 is the first frame, None for text alone; it is scaled and
         cropped to the bundle's bucket nearest to its shape, or to `height` x `width` pixels, any
         even numbers. `end_image` is what the video ends with, as `end_image_as` says (see
-        `Request`), `key_frames` are images by seconds, `footage` is a video to go on from, whose
+        `Request`), `key_frames` are images by seconds, `source_video` is a video to continue, whose
         frames before the first span stay as they are. The length of what is made is `sections`
         latent windows, else the number nearest to `seconds`. `prompt_blend` seconds around a change
         of prompt both count. `on_section(number, positions, latents)` has the latents of a section
@@ -237,7 +237,7 @@ class FramePack:
         """
         request = Request(
             prompt, image, negative_prompt, seed, end_image,
-            tuple(sorted((key_frames or {}).items())), footage, end_image_as,
+            tuple(sorted((key_frames or {}).items())), source_video, end_image_as,
         )  # fmt: skip
         layout = make_layout(
             self.geometry, request,
@@ -248,7 +248,8 @@ class FramePack:
         made = self.sample(layout.plan, inputs, settings, seeds=[seed], on_step=on_step)
         if on_section is not None:
             made = _announced(made, layout, on_section)
-        before = None if request.footage is None else self.overlap(layout, request.footage)
+        source = request.source_video
+        before = None if source is None else self.overlap(layout, source)
         for section, start, frames, timeline in self.decode(layout.plan, made, before):
             positions = layout.new_positions(section)
             pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
@@ -260,26 +261,26 @@ class FramePack:
         layout: Layout,
         settings: Settings,
         prompt_blend: float = 0.0,
-        known: Mapping[int, np.ndarray] | None = None,
+        given: Mapping[int, np.ndarray] | None = None,
     ) -> Inputs:
         """Encode prompts and images of fitted requests, see `encoding.encode`."""
-        return encoding.encode(self, requests, layout, settings, prompt_blend, known)
+        return encoding.encode(self, requests, layout, settings, prompt_blend, given)
 
-    def known_latents(self, request: Request, layout: Layout) -> dict[int, np.ndarray]:
+    def given_latents(self, request: Request, layout: Layout) -> dict[int, np.ndarray]:
         """Encode the images and the source video of a fitted request, by latent position."""
-        return encoding.known_latents(self, request, layout)
+        return encoding.given_latents(self, request, layout)
 
     def encode_clip(self, frames: np.ndarray) -> np.ndarray:
         """Encode a clip (P, height, width, 3) uint8 to normalised latents (F, H, W, C)."""
         return encoding.encode_clip(self, frames)
 
-    def timeline(self, plan: Sequence[Section], known: Mapping[int, np.ndarray]) -> Timeline:
-        """Return a timeline of the video, and of a guide that may follow it, with what is known:
+    def timeline(self, plan: Sequence[Section], given: Mapping[int, np.ndarray]) -> Timeline:
+        """Return a timeline of the video, and of a guide that may follow it, with what is given:
         latents (B, H, W, C) by position."""
-        batch, *frame = next(iter(known.values())).shape
-        length = max(packing.length(plan), 1 + max(known))
+        batch, *frame = next(iter(given.values())).shape
+        length = max(packing.length(plan), 1 + max(given))
         timeline = Timeline(length, tuple(frame), batch)
-        for position, latents in known.items():
+        for position, latents in given.items():
             timeline.write([position], latents[:, None])
         return timeline
 
@@ -306,7 +307,7 @@ class FramePack:
         """
         spec, cfg, params = self.transformer
         params = params if on_block is None else offload.with_on_layer(params, on_block)
-        timeline = self.timeline(plan, inputs.known) if timeline is None else timeline
+        timeline = self.timeline(plan, inputs.given) if timeline is None else timeline
         _, _, *frame = timeline.latents.shape
         sigmas = flow.sigmas(
             settings.steps, flow.shift_mu(packing.target_tokens(self.schedule, *frame[:2]))
@@ -347,9 +348,9 @@ class FramePack:
         """Return what joins the clips of a plan, see `decoding.make_splicer`."""
         return decoding.make_splicer(self.geometry, plan, before)
 
-    def overlap(self, layout: Layout, footage: SourceVideo) -> jax.Array:
+    def overlap(self, layout: Layout, source_video: SourceVideo) -> jax.Array:
         """Return the frames of a source video to cross-fade with, see `decoding.overlap`."""
-        return decoding.overlap(self.geometry, layout, footage)
+        return decoding.overlap(self.geometry, layout, source_video)
 
     def decode(
         self,

@@ -41,16 +41,16 @@ class Geometry:
     buckets: tuple[tuple[int, int], ...] = BUCKETS_480P
 
     @property
-    def footage_frames(self) -> int:
+    def source_frames(self) -> int:
         """Frames at the end of a video that are needed to extend it."""
         history = sum(segment.frames for segment in self.schedule.segments)
         reach = max(self.schedule.window, history)
         return self.time_compression * reach + 1
 
-    def footage_positions(self, before: int) -> list[int]:
+    def source_positions(self, before: int) -> list[int]:
         """Latent positions of a video of `before` latents that are needed to extend it: the first,
         and the end of it."""
-        reach = (self.footage_frames - 1) // self.time_compression
+        reach = (self.source_frames - 1) // self.time_compression
         return [0, *range(max(1, before - reach), before)]
 
     def frames_of(self, first: int, last: int) -> tuple[int, int]:
@@ -76,7 +76,7 @@ class Geometry:
 class SourceVideo:
     """A video to be extended: its number of `frames`, 1 more than a multiple of the VAE's time
     compression; its `first` one and its `last` ones, (P, height, width, 3) uint8, at least
-    `Geometry.footage_frames` or all; and its `latents` by position, each (H, W, C) normalised,
+    `Geometry.source_frames` or all; and its `latents` by position, each (H, W, C) normalised,
     where they are at hand: then only the frames that clips are cross-faded with are needed.
     """
 
@@ -91,8 +91,8 @@ class Request:
     """Content of one video. Images are (height, width, 3) uint8 of any size.
 
     `prompt` may change with time, "0s: she waves 4s: she bows". The video begins with `image`, or
-    with `footage`; with neither, from black, led by text alone. `key_frames` are (seconds, image).
-    Times count from where that begins which is made: in footage from its last frame.
+    with `source_video`; with neither, from black, led by text alone. `key_frames` are (seconds,
+    image). Times count from the start image, or from the last frame of the source video.
 
     `end_image_as` says what `end_image` is. "guide": one latent frame that follows the video, which
     the section made first reads and which is not a part of the video; only an order that reads
@@ -106,7 +106,7 @@ class Request:
     seed: int = 0
     end_image: np.ndarray | None = None
     key_frames: tuple[tuple[float, np.ndarray], ...] = ()
-    footage: SourceVideo | None = None
+    source_video: SourceVideo | None = None
     end_image_as: str = "auto"
 
 
@@ -114,7 +114,7 @@ class Request:
 class Layout:
     """Where everything of a video lies: its plan, its size in pixels and frames a second, the
     `canvas` in pixels that is sampled (the video is its middle), the number of latent frames that
-    are known `before` the first section, and the positions of the `stills`: key frames in the order
+    are given `before` the first section, and the positions of the `stills`: key frames in the order
     of the request, then the end image. As a guide, it lies at `length`, the position that follows
     the video.
     """
@@ -134,13 +134,13 @@ class Layout:
 
     @property
     def encoded(self) -> int:
-        """Latent frames of the longest clip that is encoded: of the start image or footage, or of a
-        still, which is the second latent of its clip."""
+        """Return the latent frames of the longest clip that is encoded: the start image, the source
+        video, or a still, which is the second latent of its clip."""
         return max([self.before, *(2 for still in self.stills if still < self.length)])
 
     @property
     def overlap_start(self) -> int:
-        """The first position of the clips, from which on footage is cross-faded with them."""
+        """Return the first position of the clips; a source video is cross-faded from there on."""
         return min(section.decode[0] for section in self.plan)
 
     def new_positions(self, section: Section) -> tuple[int, ...]:
@@ -167,18 +167,18 @@ def make_layout(
     """Plan the video of a request: `sections` latent windows, else the number that comes nearest
     to `seconds`. Raises ValueError, ScheduleError."""
     check_seed(request.seed)
-    compression, footage = geometry.time_compression, request.footage
-    first = footage.first if footage else request.image
+    compression, source_video = geometry.time_compression, request.source_video
+    first = source_video.first if source_video else request.image
     shape = None if first is None else _check_image("image", first)
     size, canvas = geometry.sizes(shape, height, width)
     if sections is None:
         sections = packing.sections_for(seconds, geometry.schedule.window, fps, compression)
     before = START_FRAMES
-    if footage is not None:
-        before = 1 + (footage.frames - 1) // compression
+    if source_video is not None:
+        before = 1 + (source_video.frames - 1) // compression
         if before == START_FRAMES:
             raise ValueError(
-                f"the video to extend has {footage.frames} whole frame; at least"
+                f"the video to extend has {source_video.frames} whole frame; at least"
                 f" {1 + compression} are needed: give that frame as the start image instead"
             )
     use = end_image_use(geometry.schedule, request.end_image_as)
@@ -237,20 +237,20 @@ def _stills(request: Request, layout: Layout, compression: int, end: int) -> tup
     return (*stills, *([end] if request.end_image is not None else []))
 
 
-def footage_of(
+def source_from_frames(
     geometry: Geometry,
     frames: Iterable[np.ndarray],
     height: int | None = None,
     width: int | None = None,
     latents: Mapping[int, np.ndarray] | None = None,
 ) -> SourceVideo:
-    """Return the footage of the frames (H, W, 3) uint8 of a video, scaled to the size that
+    """Return the source video of the frames (H, W, 3) uint8 of a video, scaled to the size that
     `Geometry.sizes` gives. Only the frames that are needed are kept and scaled; up to three at the
     end, which make no whole latent, are left out. For a file, `read_source` decodes less.
 
     Raises ValueError if there are no frames.
     """
-    first, count, kept = None, 0, geometry.footage_frames + geometry.time_compression
+    first, count, kept = None, 0, geometry.source_frames + geometry.time_compression
     last: collections.deque[np.ndarray] = collections.deque(maxlen=kept)
     for frame in frames:
         if first is None:
@@ -260,7 +260,7 @@ def footage_of(
     if first is None:
         raise ValueError("the video to extend has no frames")
     spare = (count - 1) % geometry.time_compression
-    needed = list(last)[: len(last) - spare][-geometry.footage_frames :]
+    needed = list(last)[: len(last) - spare][-geometry.source_frames :]
     first, *needed = (resize_center_crop(frame, *size) for frame in (first, *needed))
     return SourceVideo(count - spare, first, np.stack(needed), latents)
 
@@ -273,14 +273,14 @@ def read_source(
     width: int | None = None,
     latents: Mapping[int, np.ndarray] | None = None,
 ) -> SourceVideo:
-    """Return `footage_of` the frames of a video file brought to `fps` frames per second, decoding
-    only its first frame and its end.
+    """Return the source video of a file resampled to `fps` frames per second; decode only its first
+    frame and its end.
 
     Raises ValueError if the file is no video that can be decoded.
     """
     count = count_frames(path, fps)
     frames = count - (count - 1) % geometry.time_compression
-    needed = min(frames, geometry.footage_frames)
+    needed = min(frames, geometry.source_frames)
     first = next(read_frames(path, fps))
     size, _ = geometry.sizes(first.shape[:2], height, width)
     last = read_span(path, fps, frames - needed, needed, size)
@@ -288,8 +288,11 @@ def read_source(
 
 
 def fit_images(geometry: Geometry, request: Request, layout: Layout) -> Request:
-    """The request with its images scaled and cropped to the canvas, and with `image` the one that
-    leads every section: of footage the frame that sections are anchored at, of nothing a blank."""
+    """Return the request with its images scaled and cropped to the canvas.
+
+    `image` becomes the image that leads every section: for a source video its frame at the anchor,
+    for text alone a blank.
+    """
 
     # What the canvas has more than the video is cut off at the end: no picture is zoomed for it.
     rows, columns = layout.canvas[0] - layout.height, layout.canvas[1] - layout.width
@@ -301,12 +304,12 @@ def fit_images(geometry: Geometry, request: Request, layout: Layout) -> Request:
             return image
         return np.pad(resize_center_crop(image, layout.height, layout.width), edges, mode="edge")
 
-    footage, image = request.footage, request.image
-    if footage is not None:
-        last = np.stack([fit(frame) for frame in footage.last])
-        footage = dataclasses.replace(footage, first=fit(footage.first), last=last)
+    source_video, image = request.source_video, request.image
+    if source_video is not None:
+        last = np.stack([fit(frame) for frame in source_video.last])
+        source_video = dataclasses.replace(source_video, first=fit(source_video.first), last=last)
         anchor = packing.anchor_position(geometry.schedule, layout.before)
-        image = footage.last[-1] if anchor else footage.first
+        image = source_video.last[-1] if anchor else source_video.first
     elif image is None:
         image = np.full((*layout.canvas, 3), BLANK, np.uint8)
     end = request.end_image
@@ -315,7 +318,7 @@ def fit_images(geometry: Geometry, request: Request, layout: Layout) -> Request:
         image=fit(image),
         end_image=None if end is None else fit(end),
         key_frames=tuple((seconds, fit(key)) for seconds, key in request.key_frames),
-        footage=footage,
+        source_video=source_video,
     )
 
 

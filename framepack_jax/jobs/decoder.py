@@ -56,17 +56,17 @@ class Decoder:
         pipe: FramePack,
         run: RunDir,
         layout: Layout,
-        footage: SourceVideo | None,
+        source_video: SourceVideo | None,
         timeline: Timeline,
         sample: int,
     ) -> None:
-        """Decode one `sample` of the timeline; the video continues prepared `footage`, if any."""
+        """Decode one `sample` of the timeline; it continues a fitted `source_video`, if any."""
         self.pipe, self.run, self.layout = pipe, run, layout
         self.timeline, self.sample = timeline, slice(sample, sample + 1)
         self.splicer: Splicer = pipe.splicer(layout.plan, layout.before)
-        self.given = [] if footage is None else [len(layout.plan)]
-        if footage is not None:
-            self.splicer.add(len(layout.plan), pipe.overlap(layout, footage))
+        self.given = [] if source_video is None else [len(layout.plan)]
+        if source_video is not None:
+            self.splicer.add(len(layout.plan), pipe.overlap(layout, source_video))
 
     def catch_up(self, done: int) -> None:
         """Decode the `done` sections of an earlier run that have no frames yet, and the sections

@@ -37,7 +37,7 @@ def read_request(pipe: FramePack, spec: VideoSpec) -> Request:
         end_image=None if spec.end_image is None else video.load_image(spec.end_image),
         end_image_as=spec.end_image_as,
         key_frames=tuple(sorted(key_frames, key=lambda key: key[0])),
-        footage=None if spec.extend is None else _read_source(pipe, spec, spec.extend),
+        source_video=None if spec.extend is None else _read_source(pipe, spec, spec.extend),
     )
 
 
@@ -56,8 +56,8 @@ def _key_frame(text: str) -> tuple[float, str]:
 def layout_of_spec(pipe: FramePack, spec: VideoSpec, request: Request) -> Layout:
     """Lay out the video of a spec. Raises ValueError if its options contradict each other."""
     height, width = spec.height, spec.width
-    if request.footage is not None:
-        height, width = request.footage.first.shape[:2]
+    if request.source_video is not None:
+        height, width = request.source_video.first.shape[:2]
     return make_layout(
         pipe.geometry, request, seconds=spec.seconds, sections=spec.sections, fps=spec.fps,
         height=height, width=width,
@@ -114,7 +114,7 @@ def _read_source(pipe: FramePack, spec: VideoSpec, extend: Path) -> SourceVideo:
     source = read_source(pipe.geometry, path, spec.fps, height, width, latents)
     if latents is not None:
         before = 1 + (source.frames - 1) // pipe.geometry.time_compression
-        missing = set(pipe.geometry.footage_positions(before)) - set(latents)
+        missing = set(pipe.geometry.source_positions(before)) - set(latents)
         if missing or source.frames != run.record["frames"]:
             raise ValueError(
                 f"run {run.folder} lacks latents {sorted(missing)} or has {source.frames} of"

@@ -117,9 +117,9 @@ class RunDir:
                 file.unlink()
         for name, image in run_files.pictures(request).items():
             video.save_png(self.folder / "inputs" / f"{name}.png", image)
-        if request.footage is not None:
-            frames = request.footage.frames
-            last = request.footage.last[self.record["beginning"] - frames :]
+        if request.source_video is not None:
+            frames = request.source_video.frames
+            last = request.source_video.last[self.record["beginning"] - frames :]
             arrays = {"frames": np.asarray(frames), "last": last}
             save_arrays(self.folder / "inputs" / "footage.npz", arrays)
         self.save_known(known)
@@ -175,10 +175,10 @@ class RunDir:
     def request(self) -> Request:
         """Read the prepared request that `begin` saved. Raises ValueError if a file is missing."""
         flags, inputs = self.record["flags"], self.folder / "inputs"
-        footage = None
+        source_video = None
         if flags["extend"] is not None:
             kept = load_arrays(inputs / "footage.npz", "frames", "last")
-            footage = SourceVideo(int(kept["frames"]), kept["last"][0], kept["last"])
+            source_video = SourceVideo(int(kept["frames"]), kept["last"][0], kept["last"])
         end = inputs / "end_image.png"
         return Request(
             prompt=flags["prompt"],
@@ -191,7 +191,7 @@ class RunDir:
                 (seconds, run_files.open_picture(inputs / f"{key_frame_name(i)}.png"))
                 for i, seconds in enumerate(self.record["key_frames"])
             ),
-            footage=footage,
+            source_video=source_video,
         )
 
     # Latents

@@ -151,7 +151,7 @@ def _begin(pipe: FramePack, task: Task) -> None:
     request, beginning = on_all_hosts(task.read)
     assert_same_on_hosts("images, prompts and seeds", request)
     task.request = fit_images(pipe.geometry, request, task.layout)
-    known = pipe.known_latents(task.prepared, task.layout)
+    known = pipe.given_latents(task.prepared, task.layout)
     task.run.begin(task.request, known, beginning)
     task.read = None
 
@@ -162,10 +162,10 @@ def _mend_known(pipe: FramePack, task: Task) -> None:
     try:
         task.run.known()
     except (DamagedFile, FileNotFoundError) as error:
-        if task.prepared.footage is not None:
+        if task.prepared.source_video is not None:
             raise DamagedFile(f"{error}; make the video again with --overwrite") from error
         logger.warning("%s; it is encoded again", error)
-        task.run.save_known(pipe.known_latents(task.prepared, task.layout))
+        task.run.save_known(pipe.given_latents(task.prepared, task.layout))
 
 
 def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
@@ -215,7 +215,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
 
 
 def _decoder(pipe: FramePack, task: Task, timeline: Timeline, sample: int) -> Decoder:
-    return Decoder(pipe, task.run, task.layout, task.prepared.footage, timeline, sample)
+    return Decoder(pipe, task.run, task.layout, task.prepared.source_video, timeline, sample)
 
 
 def finish(task: Task, decode: bool) -> None:

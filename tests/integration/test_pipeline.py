@@ -173,7 +173,7 @@ def test_a_batch_equals_its_samples(networks, reference) -> None:
     first = inputs_of(pipe, reference, settings)
     short = np.arange(20)[None, :] < 7
     other = first.conditions[0].replace(text_valid=short)
-    second = Inputs([other], None, {0: first.known[0] + 0.5})
+    second = Inputs([other], None, {0: first.given[0] + 0.5})
     both = jax.tree.map(lambda *x: np.concatenate(x), vars(first), vars(second))
     noise = np.random.default_rng(0).standard_normal((sections, 2, 2, 10, 14, 16), np.float32)
 

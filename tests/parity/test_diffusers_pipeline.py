@@ -121,7 +121,7 @@ def test_image(pipe, arrays, image) -> None:
     assert relative_error(pipe.encoders.image_processor(image[None]), theirs) < 1e-6
     states = conditioning.encode_image(pipe.encoders, image[None])
     assert relative_error(states, arrays["siglip_last_hidden_state"]) < 2e-4
-    ours = inputs_of(pipe, image, "", "", Settings()).known[0][:, None]
+    ours = inputs_of(pipe, image, "", "", Settings()).given[0][:, None]
     theirs = rearrange(arrays["image_latents_mode"], "b c t h w -> b t h w c")
     assert relative_error(ours, theirs) < 2e-4
 

@@ -7,7 +7,7 @@ import pytest
 
 from framepack_jax import FramePack, conditioning, packing, video
 from framepack_jax.generation import pipeline
-from framepack_jax.generation.request import footage_of
+from framepack_jax.generation.request import source_from_frames
 from tests.fixtures.run_folders import (
     F1,
     HEIGHT,
@@ -158,8 +158,8 @@ def test_extended_videos_of_any_length(pipe, tmp_path, monkeypatch, frames: int)
     for position, z in known.items():
         np.testing.assert_array_equal(latents[position], z, err_msg=str(position))
 
-    footage = footage_of(pipe.geometry, video.read_frames(source), HEIGHT, WIDTH)
-    options = {"sections": 1, "height": HEIGHT, "width": WIDTH, "footage": footage}
+    continued = source_from_frames(pipe.geometry, video.read_frames(source), HEIGHT, WIDTH)
+    options = {"sections": 1, "height": HEIGHT, "width": WIDTH, "source_video": continued}
     (span,) = pipe.stream(None, "", **options, settings=pipeline.Settings(steps=2))
     assert span.start == kept and span.positions == (before, before + 1)
     np.testing.assert_array_equal(span.frames, encoder[kept])

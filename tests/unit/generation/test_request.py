@@ -1,4 +1,4 @@
-"""What is asked for and where it lies: sizes, times, footage."""
+"""What is asked for and where it lies: sizes, times, source videos."""
 
 import dataclasses
 
@@ -11,9 +11,9 @@ from framepack_jax.generation.request import (
     Request,
     SourceVideo,
     fit_images,
-    footage_of,
     make_layout,
     read_source,
+    source_from_frames,
 )
 
 INVERTED = Geometry(packing.parse(packing.RELEASED_INVERTED), 4, 16)
@@ -79,11 +79,11 @@ def test_end_images_that_cannot_be_used(geometry, use: str, named: str) -> None:
 
 
 def test_the_image_that_leads() -> None:
-    """Text alone is led by black, footage by the frame that sections are anchored at."""
+    """Text alone is led by black, a source video by the frame that sections are anchored at."""
     layout = make_layout(F1, Request(""), sections=1, height=32, width=32)
     assert not fit_images(F1, Request(""), layout).image.any()
     frames = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
-    request = Request("", footage=SourceVideo(5, frames[0], frames))
+    request = Request("", source_video=SourceVideo(5, frames[0], frames))
     for geometry, value in ((F1, 1), (INVERTED, 5)):
         layout = make_layout(geometry, request, sections=1, height=32, width=32)
         assert layout.before == 2 and layout.length == 11
@@ -96,16 +96,16 @@ def test_a_prompt_after_the_end_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(5, 5), (6, 5), (8, 5), (9, 9), (400, 81)])
-def test_footage_is_whole_latents_at_its_end(frames: int, kept: int) -> None:
+def test_source_video_is_whole_latents_at_its_end(frames: int, kept: int) -> None:
     pixels = np.arange(frames, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
-    footage = footage_of(F1, pixels, 32, 32)
-    assert footage.frames == (frames - 1) // 4 * 4 + 1 and len(footage.last) == kept
-    assert footage.last[-1, 0, 0, 0] == (footage.frames - 1) % 256
-    assert (footage.first == 0).all()
+    source = source_from_frames(F1, pixels, 32, 32)
+    assert source.frames == (frames - 1) // 4 * 4 + 1 and len(source.last) == kept
+    assert source.last[-1, 0, 0, 0] == (source.frames - 1) % 256
+    assert (source.first == 0).all()
 
 
 @pytest.mark.parametrize("fps", [24, 30, 60])
-def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int) -> None:
+def test_source_video_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int) -> None:
     """Of which the first and those at the end are scaled, no others."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 32, 48, 3), np.uint8)
     video.write_mp4(tmp_path / "video.mp4", pixels, fps)
@@ -117,19 +117,19 @@ def test_footage_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int
 
     monkeypatch.setattr("framepack_jax.generation.request.resize_center_crop", scale)
     frames = video.read_frames(tmp_path / "video.mp4", 30.0)
-    whole = footage_of(F1, frames, 16, 20)
+    whole = source_from_frames(F1, frames, 16, 20)
     assert len(scaled) == 82
-    footage = read_source(F1, tmp_path / "video.mp4", 30.0, 16, 20)
-    assert footage.frames == whole.frames == {24: 249, 30: 197, 60: 97}[fps]
-    np.testing.assert_array_equal(footage.first, whole.first)
-    np.testing.assert_array_equal(footage.last, whole.last)
+    source = read_source(F1, tmp_path / "video.mp4", 30.0, 16, 20)
+    assert source.frames == whole.frames == {24: 249, 30: 197, 60: 97}[fps]
+    np.testing.assert_array_equal(source.first, whole.first)
+    np.testing.assert_array_equal(source.last, whole.last)
 
 
 @pytest.mark.parametrize("frames", [0, 1, 4])
-def test_too_little_footage(frames: int) -> None:
+def test_too_short_source_video(frames: int) -> None:
     with pytest.raises(ValueError, match="video to extend has"):
-        footage = footage_of(F1, np.zeros((frames, 32, 32, 3), np.uint8), 32, 32)
-        make_layout(F1, Request("", footage=footage), sections=1, height=32, width=32)
+        source = source_from_frames(F1, np.zeros((frames, 32, 32, 3), np.uint8), 32, 32)
+        make_layout(F1, Request("", source_video=source), sections=1, height=32, width=32)
 
 
 def test_no_picture_is_zoomed_for_the_canvas() -> None:
@@ -141,8 +141,8 @@ def test_no_picture_is_zoomed_for_the_canvas() -> None:
     np.testing.assert_array_equal(prepared[0], prepared[3])
 
 
-def test_times_count_from_the_end_of_footage() -> None:
-    footage = footage_of(F1, np.zeros((41, 32, 32, 3), np.uint8), 32, 32)
-    request = Request("", footage=footage, key_frames=((0.4, IMAGE),))
+def test_times_count_from_the_end_of_the_source_video() -> None:
+    source = source_from_frames(F1, np.zeros((41, 32, 32, 3), np.uint8), 32, 32)
+    request = Request("", source_video=source, key_frames=((0.4, IMAGE),))
     layout = make_layout(F1, request, sections=1, height=32, width=32)
     assert layout.stills == (10 + 3,) and layout.encoded == 11
