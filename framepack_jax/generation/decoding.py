@@ -37,7 +37,7 @@ def overlap(geometry: Geometry, layout: Layout, source_video: SourceVideo) -> ja
 def decode(
     pipe: "FramePack",
     plan: Sequence[Section],
-    made: Iterable[tuple[Section, Timeline]],
+    sections: Iterable[tuple[Section, Timeline]],
     before: jax.Array | None = None,
 ) -> Iterator[tuple[Section, int, jax.Array, Timeline]]:
     """Decode sections as they come and cross-fade overlapping clips.
@@ -50,7 +50,7 @@ def decode(
     )
     if before is not None:
         splicer.add(len(plan), before)
-    for i, (section, timeline) in enumerate(made):
+    for i, (section, timeline) in enumerate(sections):
         start, frames = splicer.add(i, pipe.decode_clip(section, timeline))
         yield section, start, frames, timeline
 

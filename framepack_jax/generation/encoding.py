@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from framepack_jax import conditioning
-from framepack_jax.conditioning import PromptStates
+from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.generation.prompts import prompt_shares, timed_prompts
 from framepack_jax.generation.request import Layout, Request, SourceVideo
 from framepack_jax.generation.settings import Settings
@@ -20,14 +21,27 @@ if TYPE_CHECKING:
     from framepack_jax.generation.pipeline import FramePack
 
 
+# Prompts of a section and their shares, which sum to 1.
+Shares = tuple[tuple[str, float], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Encoded requests of one layout: `conditions` of every section, or one for all; what is not
-    wanted, or None; latents (B, H, W, C) of the positions that are `given`."""
+    """Encoded requests of one layout.
+
+    Args:
+        conditions: Conditions of each section, or one entry for all sections.
+        negative: Conditions of the negative prompts, or None.
+        given: Given latents (B, H, W, C) by position.
+    """
 
     conditions: Sequence[Any]
     negative: Any
     given: Mapping[int, np.ndarray]
+
+    def of(self, section: int) -> Any:
+        """Return the conditions of a section."""
+        return self.conditions[section if len(self.conditions) > 1 else 0]
 
 
 def encode(
@@ -38,53 +52,63 @@ def encode(
     prompt_blend: float = 0.0,
     given: Mapping[int, np.ndarray] | None = None,
 ) -> Inputs:
-    """Encode prepared requests of one layout; `given` latents (B, H, W, C) by position, where
-    they are there already."""
+    """Encode fitted requests of one layout.
+
+    `given` are the latents (B, H, W, C) of given frames by position, if they are encoded already.
+    """
     encoders = pipe.encoders() if callable(pipe.encoders) else pipe.encoders
-    embedded = jnp.concatenate(
-        [
-            pipe.run(conditioning.encode_image, encoders, start_image(request)[None])
-            for request in requests
-        ]
-    )
-    guidance = jnp.full(len(requests), settings.distilled_guidance, jnp.float32)
-
-    def conditions(prompts: Sequence[PromptStates]) -> Any:
-        states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
-        return pipe.transformer.spec.conditions(*states, embedded, guidance)
-
-    # Sections under the same prompts share one set of arrays.
-    @functools.cache
-    def at(*shares: tuple[tuple[str, float], ...]) -> Any:
-        return conditions(
-            [
-                conditioning.blend_prompts([(encoded[t], share) for t, share in prompts])
-                for prompts in shares
-            ]
-        )
-
-    shares = [
-        tuple(_prompts_at(pipe, r.prompt, section, layout, prompt_blend) for r in requests)
+    sections = [
+        tuple(_shares(pipe, r.prompt, section, layout, prompt_blend) for r in requests)
         for section in layout.plan
     ]
-    _warn_of_unused(requests, shares)
-    refused = [r.negative_prompt for r in requests] if settings.cfg_scale != 1 else []
-    wanted = [t for each in shares for prompts in each for t, _ in prompts]
-    texts = list(dict.fromkeys([*wanted, *refused]))
-    read = pipe.run(conditioning.encode_each, encoders, [[text] for text in texts])
-    encoded = dict(zip(texts, read, strict=True))
-    by_section = [at(*each) for each in shares]
-    negative = conditions([encoded[text] for text in refused]) if refused else None
+    _warn_of_unused(requests, sections)
+    negatives = [r.negative_prompt for r in requests] if settings.cfg_scale != 1 else []
+    images = [
+        pipe.run(conditioning.encode_image, encoders, start_image(request)[None])
+        for request in requests
+    ]
+    texts = [text for section in sections for shares in section for text, _ in shares]
+    states = _encode_texts(pipe, encoders, [*texts, *negatives])
+    make = functools.partial(
+        _conditions, pipe, jnp.concatenate(images),
+        jnp.full(len(requests), settings.distilled_guidance, jnp.float32),
+    )  # fmt: skip
+    # Sections under the same prompts share one set of arrays.
+    of = {
+        each: make([_blend(states, shares) for shares in each]) for each in dict.fromkeys(sections)
+    }
+    negative = make([states[text] for text in negatives]) if negatives else None
     if given is None:
-        each = [given_latents(pipe, request, layout) for request in requests]
-        given = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
-    return Inputs(by_section, negative, given)
+        latents = [given_latents(pipe, request, layout) for request in requests]
+        given = {p: np.stack([each[p] for each in latents]) for p in latents[0]}
+    return Inputs([of[each] for each in sections], negative, given)
 
 
-def _prompts_at(
+def _encode_texts(
+    pipe: "FramePack", encoders: Encoders | None, texts: Sequence[str]
+) -> dict[str, PromptStates]:
+    """Encode each text once."""
+    distinct = list(dict.fromkeys(texts))
+    states = pipe.run(conditioning.encode_each, encoders, [[text] for text in distinct])
+    return dict(zip(distinct, states, strict=True))
+
+
+def _blend(states: Mapping[str, PromptStates], shares: Shares) -> PromptStates:
+    return conditioning.blend_prompts([(states[text], share) for text, share in shares])
+
+
+def _conditions(
+    pipe: "FramePack", images: jax.Array, guidance: jax.Array, prompts: Sequence[PromptStates]
+) -> Any:
+    """Return the network's conditions for a batch: one prompt, image and guidance a sample."""
+    states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
+    return pipe.transformer.spec.conditions(*states, images, guidance)
+
+
+def _shares(
     pipe: "FramePack", prompt: str, section: Section, layout: Layout, span: float
-) -> tuple[tuple[str, float], ...]:
-    """The prompts that count in the middle of a section, and their shares."""
+) -> Shares:
+    """Return the prompts that count in the middle of a section, and their shares."""
     times, texts = zip(*timed_prompts(prompt), strict=True)
     compression = pipe.vae.cfg.time_compression
     middle = (section.targets[0] - 1 + section.targets[-1]) / 2 - (layout.before - 1)
@@ -95,7 +119,7 @@ def _prompts_at(
 def given_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[int, np.ndarray]:
     """Return the latents (H, W, C) of a fitted request by position: of the start image or the
     source video, of key frames and end image."""
-    given = {}
+    given: dict[int, np.ndarray] = {}
     if request.source_video is None:
         given[0] = encode_clip(pipe, start_image(request)[None])[0]
     else:
@@ -121,7 +145,7 @@ def _still(pipe: "FramePack", picture: np.ndarray, guide: bool) -> np.ndarray:
 
 
 def encode_clip(pipe: "FramePack", frames: np.ndarray) -> np.ndarray:
-    """The normalised latents (F, H, W, C) of a clip (P, height, width, 3) uint8."""
+    """Encode a clip (P, height, width, 3) uint8 to normalised latents (F, H, W, C)."""
     encoded = pipe.run(
         conditioning.clip_latents, pipe.vae.cfg, pipe.vae.params, frames[None],
         pipe.latent_mean, pipe.latent_std, tiling=pipe.tiling,
@@ -143,13 +167,13 @@ def _source_latents(
     return given
 
 
-def _warn_of_unused(
-    requests: Sequence[Request], shares: Sequence[Sequence[tuple[tuple[str, float], ...]]]
-) -> None:
-    """Name prompts by time that fall between the middles of sections, so that none is led by them.
-    `shares` are, for each section and request, the prompts that count."""
+def _warn_of_unused(requests: Sequence[Request], sections: Sequence[Sequence[Shares]]) -> None:
+    """Warn of timed prompts between the middles of sections, which no section uses.
+
+    `sections` holds the prompts of each section and request.
+    """
     for i, request in enumerate(requests):
-        used = {text for section in shares for text, _ in section[i]}
+        used = {text for section in sections for text, _ in section[i]}
         for seconds, text in timed_prompts(request.prompt):
             if text not in used:
                 warnings.warn(

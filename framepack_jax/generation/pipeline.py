@@ -32,14 +32,13 @@ from framepack_jax.generation import decoding, encoding, offload_plan, weights
 from framepack_jax.generation.crossfade import Splicer, to_uint8
 from framepack_jax.generation.encoding import Inputs
 from framepack_jax.generation.network import Network
+from framepack_jax.generation.options import VideoOptions
 from framepack_jax.generation.request import (
     START_FRAMES,
     Geometry,
     Layout,
     Request,
     SourceVideo,
-    fit_images,
-    make_layout,
 )
 from framepack_jax.generation.results import DecodedSection, NotFinite, Video
 from framepack_jax.generation.settings import DEFAULT_SETTINGS, Settings
@@ -206,51 +205,33 @@ class FramePack:
         image: np.ndarray | None,
         prompt: str,
         *,
-        negative_prompt: str = "",
-        end_image: np.ndarray | None = None,
-        end_image_as: str = "auto",
-        key_frames: Mapping[float, np.ndarray] | None = None,
-        source_video: SourceVideo | None = None,
-        seconds: float = 5.0,
-        sections: int | None = None,
-        fps: float = 30.0,
-        height: int | None = None,
-        width: int | None = None,
-        seed: int = 0,
-        prompt_blend: float = 1.0,
         settings: Settings = DEFAULT_SETTINGS,
         on_step: OnStep | None = None,
         on_section: OnSection | None = None,
+        **options: Any,
     ) -> Iterator[DecodedSection]:
-        """Yield a `DecodedSection` for every section as it is made, in the order of making.
+        """Yield a `DecodedSection` for each section of the plan, in order of generation.
 
-        `image` (height, width, 3) uint8 is the first frame, None for text alone; it is scaled and
-        cropped to the bundle's bucket nearest to its shape, or to `height` x `width` pixels, any
-        even numbers. `end_image` is what the video ends with, as `end_image_as` says (see
-        `Request`), `key_frames` are images by seconds, `source_video` is a video to continue, whose
-        frames before the first span stay as they are. The length of what is made is `sections`
-        latent windows, else the number nearest to `seconds`. `prompt_blend` seconds around a change
-        of prompt both count. `on_section(number, positions, latents)` has the latents of a section
-        before they are decoded.
+        Args:
+            image: First frame (height, width, 3) uint8, scaled and cropped to the size of the
+                video; None for text alone.
+            prompt: Text, which may change with time, see `Request`.
+            settings: Settings of the sampler.
+            on_step: Called after each step with (section, step, x0).
+            on_section: Called with (section, positions, latents) before a section is decoded.
+            options: Fields of `VideoOptions`.
 
-        Raises ValueError for impossible sizes and durations, NotFinite if latents are not finite.
+        Raises ValueError for impossible sizes and lengths, NotFinite if latents are not finite.
         """
-        request = Request(
-            prompt, image, negative_prompt, seed, end_image,
-            tuple(sorted((key_frames or {}).items())), source_video, end_image_as,
-        )  # fmt: skip
-        layout = make_layout(
-            self.geometry, request,
-            seconds=seconds, sections=sections, fps=fps, height=height, width=width,
-        )  # fmt: skip
-        request = fit_images(self.geometry, request, layout)
-        inputs = self.encode([request], layout, settings, prompt_blend)
-        made = self.sample(layout.plan, inputs, settings, seeds=[seed], on_step=on_step)
+        chosen = VideoOptions(**options)
+        request, layout = chosen.prepare(self.geometry, image, prompt)
+        inputs = self.encode([request], layout, settings, chosen.prompt_blend)
+        sections = self.sample(layout.plan, inputs, settings, seeds=[request.seed], on_step=on_step)
         if on_section is not None:
-            made = _announced(made, layout, on_section)
+            sections = _announced(sections, layout, on_section)
         source = request.source_video
         before = None if source is None else self.overlap(layout, source)
-        for section, start, frames, timeline in self.decode(layout.plan, made, before):
+        for section, start, frames, timeline in self.decode(layout.plan, sections, before):
             positions = layout.new_positions(section)
             pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
             yield DecodedSection(start, pixels, positions, timeline.read(positions)[0])
@@ -297,42 +278,53 @@ class FramePack:
         on_step: OnStep | None = None,
         on_block: OnBlock | None = None,
     ) -> Iterator[tuple[Section, Timeline]]:
-        """Denoise section after section; yields each with the timeline that now holds it.
+        """Denoise section after section; yield each with the timeline that now holds it.
 
-        The noise of section i, in the order of making, is drawn from fold_in(seed, i) for every
-        sample, or taken from `noise` (B, w, H, W, C). To go on with an earlier run, `timeline` has
-        its latents and `done` is the number of its sections. `on_step(section, step, x0)` is
-        called after each step, `on_block()` after each block inside a step, if blocks are streamed.
+        Args:
+            plan: Sections in order of generation.
+            inputs: Encoded requests, see `encode`.
+            settings: Settings of the sampler.
+            seeds: One for each sample. The noise of section i is drawn from fold_in(seed, i).
+            noise: Noise (B, w, H, W, C) of each section, in place of `seeds`.
+            timeline: Latents of an earlier run to resume.
+            done: Number of finished sections of that run.
+            on_step: Called after each step with (section, step, x0).
+            on_block: Called after each offloaded block of a step.
+
         Raises NotFinite.
         """
         spec, cfg, params = self.transformer
         params = params if on_block is None else offload.with_on_layer(params, on_block)
         timeline = self.timeline(plan, inputs.given) if timeline is None else timeline
         _, _, *frame = timeline.latents.shape
-        sigmas = flow.sigmas(
-            settings.steps, flow.shift_mu(packing.target_tokens(self.schedule, *frame[:2]))
-        )
-        how = sampler.SamplerSettings(
-            sigmas, solver_table(settings.sampler, sigmas), settings.cfg_scale,
-            settings.cfg_rescale, self.dtype, settings.step_cache,
-        )  # fmt: skip
+        how = self._sampler_settings(settings, *frame[:2])
         for i, section in enumerate(plan[done:], start=done):
+            shape = (len(section.targets), *frame)
             if noise is None:
-                shape = (len(section.targets), *frame)
                 x = np.stack([_noise(seed, i, shape) for seed in seeds])
             else:
                 x = np.asarray(noise[i], np.float32)
             context = packing.read_context(section, timeline)
-            conditions = inputs.conditions[i if len(inputs.conditions) > 1 else 0]
+            given = GivenFrames(*packing.read_target(section, timeline))
             with self.on_mesh():
                 result = sampler.denoise(
-                    spec, cfg, params, x, how, context, conditions, inputs.negative,
-                    given=GivenFrames(*packing.read_target(section, timeline)),
-                    on_step=on_step and functools.partial(on_step, i),
+                    spec, cfg, params, x, how, context, inputs.of(i), inputs.negative,
+                    given=given, on_step=on_step and functools.partial(on_step, i),
                 )  # fmt: skip
             self._check_finite(i, settings.steps, result.finite_step)
             timeline.write(section.targets, result.latents)
             yield section, timeline
+
+    def _sampler_settings(
+        self, settings: Settings, rows: int, columns: int
+    ) -> sampler.SamplerSettings:
+        """Return sigmas and coefficients for sections of latent frames (rows, columns)."""
+        tokens = packing.target_tokens(self.schedule, rows, columns)
+        sigmas = flow.sigmas(settings.steps, flow.shift_mu(tokens))
+        return sampler.SamplerSettings(
+            sigmas, solver_table(settings.sampler, sigmas), settings.cfg_scale,
+            settings.cfg_rescale, self.dtype, settings.step_cache,
+        )  # fmt: skip
 
     def _check_finite(self, number: int, steps: int, first_bad: np.ndarray) -> None:
         """`first_bad` (B,): the first step of each sample that was not finite, or -1."""
@@ -355,11 +347,11 @@ class FramePack:
     def decode(
         self,
         plan: Sequence[Section],
-        made: Iterable[tuple[Section, Timeline]],
+        sections: Iterable[tuple[Section, Timeline]],
         before: jax.Array | None = None,
     ) -> Iterator[tuple[Section, int, jax.Array, Timeline]]:
         """Decode sections as they come and cross-fade them, see `decoding.decode`."""
-        return decoding.decode(self, plan, made, before)
+        return decoding.decode(self, plan, sections, before)
 
     def decode_clip(
         self, section: Section, timeline: Timeline, samples: slice = slice(None)
@@ -381,16 +373,16 @@ def _noise(seed: int, section: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _key(seed: int) -> jax.Array:
-    """The key of a seed of up to 64 bits; one of 32 bits has jax's own."""
+    """Return the key of a seed of up to 64 bits; for one of 32 bits it is jax.random.key(seed)."""
     high, low = divmod(seed, 2**32)
     key = jax.random.key(low)
     return jax.random.fold_in(key, high) if high else key
 
 
 def _announced(
-    made: Iterable[tuple[Section, Timeline]], layout: Layout, on_section: OnSection
+    sections: Iterable[tuple[Section, Timeline]], layout: Layout, on_section: OnSection
 ) -> Iterator[tuple[Section, Timeline]]:
-    for number, (section, timeline) in enumerate(made):
+    for number, (section, timeline) in enumerate(sections):
         positions = layout.new_positions(section)
         on_section(number, positions, timeline.read(positions)[0])
         yield section, timeline
