@@ -1,8 +1,8 @@
-"""Clips that overlap in time become the frames of one video, in whatever order they are made.
+"""Join clips that overlap in time to one video, in any order of generation.
 
-Two clips that overlap are cross-faded there. A frame is final once every clip that covers it is
-there, and a clip's frames are kept only while a neighbour that overlaps them is missing: how much
-is kept does not grow with the length of the video.
+Overlapping clips are cross-faded. A frame is final once all clips that cover it were added. Frames
+of a clip are kept only while an overlapping neighbour is missing, so memory does not grow with the
+length of the video.
 
 Shapes: B batch, P frames, H W rows and columns.
 """
@@ -24,31 +24,31 @@ class Interval(NamedTuple):
 
 
 class Splicer:
-    """Takes clips in any order and gives out what becomes final with each."""
+    """Take clips in any order and return the frames that become final with each."""
 
     def __init__(self, clips: Sequence[Interval]) -> None:
-        """`clips` are the frames that each clip covers, in the order of making.
+        """Take the frames that each clip covers, in order of generation.
 
-        Raises ValueError where clips are empty, leave a gap, lie inside one another without a
-        common end, or where three cover a frame.
+        Raises ValueError if a clip is empty, if clips leave a gap, if a clip lies inside another
+        without a common end, or if three clips cover a frame.
         """
         self._clips = [Interval(*clip) for clip in clips]
-        # Indices into clips by time; of equal ones, that made first counts as the earlier.
+        # Indices into clips by time; of equal clips, the first generated counts as the earlier.
         by_time = sorted(range(len(clips)), key=self._clips.__getitem__)
         _check([self._clips[number] for number in by_time])
         self._place = {number: place for place, number in enumerate(by_time)}
         self._by_time = by_time
         self._added: set[int] = set()
-        # Joint -> frames of the one clip there; joint i lies before the i-th clip by time.
+        # Joint -> frames of its first added clip; joint i lies before the i-th clip by time.
         self._held: dict[int, jax.Array] = {}
 
     def add(self, number: int, frames: jax.Array) -> tuple[int, jax.Array]:
-        """Give clip `number`, an index into `clips`; returns what became final with it.
+        """Add clip `number`, an index into `clips`, and return the frames that became final.
 
-        `frames` (B, P, H, W, 3) are all of the clip. Returns (first frame, frames of the dtype
-        given): one interval inside the clip, maybe of 0 frames. All intervals together are the
-        video, each frame once. Raises ValueError for a number that does not exist or was given
-        before, and for another number of frames than the clip's.
+        `frames` (B, P, H, W, 3) are the whole clip. Returns (first frame, frames of the same
+        dtype): one interval inside the clip, possibly of 0 frames. All intervals together are the
+        video, each frame once. Raises ValueError if the number does not exist or was added before,
+        or if the number of frames is not that of the clip.
         """
         if number not in self._place or number in self._added:
             state = "was added before" if number in self._added else "does not exist"
@@ -68,11 +68,11 @@ class Splicer:
         return start, jnp.concatenate([head, body, tail], axis=1)
 
     def waiting(self, done: Iterable[int]) -> list[int]:
-        """Those of the clips `done` that overlap one that is not done, in the order of making.
+        """Return the clips of `done` that overlap an unfinished clip, in order of generation.
 
-        To go on in a new Splicer, add these first and drop what they give, which was final before;
-        every later clip then gives what it would have given in the first one. Raises ValueError
-        for a number that does not exist.
+        To resume with a new Splicer, add these clips first and drop the frames that they return,
+        which were final before. Later clips then return the same frames as in the first Splicer.
+        Raises ValueError if a number does not exist.
         """
         done = set(done)
         if unknown := sorted(done - self._place.keys()):
@@ -85,14 +85,14 @@ class Splicer:
         return [n for n, i in places.items() if missing(i, i - 1) or missing(i + 1, i + 1)]
 
     def _overlap(self, joint: int) -> int:
-        """Frames that two clips share at a joint; 0 at both ends of the video."""
+        """Return how many frames two clips share at a joint; 0 at the ends of the video."""
         if not 0 < joint < len(self._by_time):
             return 0
         earlier, later = (self._clips[n] for n in self._by_time[joint - 1 : joint + 1])
         return earlier.stop - later.start
 
     def _meet(self, joint: int, frames: jax.Array, earlier: bool = False) -> jax.Array:
-        """The final frames at a joint, or none of them while its other clip is missing."""
+        """Return the final frames at a joint; no frame while its other clip is missing."""
         if not frames.shape[1]:
             return frames
         if joint not in self._held:
@@ -104,10 +104,10 @@ class Splicer:
 
 
 def cross_fade(earlier: jax.Array, later: jax.Array, overlap: int, axis: int = 1) -> jax.Array:
-    """Join two clips along `axis`, the last `overlap` frames of one over the first of the other.
+    """Join two clips along `axis`; blend the last `overlap` frames of the earlier with the later.
 
-    There the earlier clip's weight falls linearly from 1 to 0, both included. Returns the dtype of
-    `earlier`. Raises ValueError where a clip is shorter than the overlap.
+    The weight of the earlier clip falls linearly from 1 to 0, both included. Returns the dtype of
+    `earlier`. Raises ValueError if a clip is shorter than the overlap.
     """
     shortest = min(earlier.shape[axis], later.shape[axis])
     if not 1 <= overlap <= shortest:
@@ -123,10 +123,10 @@ def cross_fade(earlier: jax.Array, later: jax.Array, overlap: int, axis: int = 1
 
 @functools.partial(jax.jit, static_argnames=("height", "width"))
 def to_uint8(frames: jax.Array, height: int | None = None, width: int | None = None) -> jax.Array:
-    """Pixels (..., H, W, 3) in [-1, 1] -> 0 .. 255, rounded and clipped, on the device.
+    """Convert pixels (..., H, W, 3) in [-1, 1] to 0 .. 255, rounded and clipped, on the device.
 
-    Of larger frames, the middle `height` x `width` is cut out. Raises ValueError where frames are
-    smaller than that.
+    Larger frames are cropped to their middle `height` x `width`. Raises ValueError if frames are
+    smaller.
     """
     rows, columns = frames.shape[-3:-1]
     height, width = height or rows, width or columns
@@ -138,7 +138,7 @@ def to_uint8(frames: jax.Array, height: int | None = None, width: int | None = N
 
 
 def _check(clips: Sequence[Interval]) -> None:
-    """Clips by time must tile the video, each overlapping its two neighbours at most."""
+    """Raise ValueError unless clips by time cover the video and overlap only their neighbours."""
     if not clips:
         raise ValueError("there are no clips; give at least one")
     for clip in clips:

@@ -1,10 +1,9 @@
 """Decide which weights stay on the device when the whole bundle does not fit.
 
-Other weights wait elsewhere: the blocks of the transformer in host memory, each copied while the
-one before computes (`offload.OffloadedLayers`); the encoders on
-the disk, as they read a prompt once and are let go of. What programs need beside their weights is
-estimated, by what compilers and an H100 said of the released model (docs/measurements/memory.md and
-gpu.md). A CPU's memory is that of the process: there the estimate has all of it.
+Blocks of the transformer wait in host memory; each is copied while the block before it computes
+(`offload.OffloadedLayers`). Encoders stay on the disk: they encode a prompt once and are freed. The
+memory of programs beside their weights is estimated from compilers and an H100 with the released
+model (docs/measurements/memory.md and gpu.md). On a CPU the estimate is for the whole process.
 """
 
 import dataclasses
@@ -26,27 +25,33 @@ from framepack_jax.models.tiling import Tiling
 
 MODES = ("auto", "none", "full")
 GB = 1e9
-# Of what JAX may take: buffers leave gaps.
+# Share of the bytes that JAX may use: buffers leave gaps.
 USABLE = 0.95
-# Of what the host can give: the rest is for what reads, decodes and writes.
+# Share of free host memory for blocks: the rest is for reading, decoding and writing.
 HOSTED = 0.85
-# A step needs so many times its tokens (B, L, D) beside weights: 14 on an H100, more with a cache
-# and between programs. Decoding so many times its widest frames: 5.3 by the compiler for an H200.
+# Memory beside weights. A step, in units of its tokens (B, L, D): 14 on an H100, more with a cache
+# and between programs. Decoding, in units of its widest frames: 5.3 by the compiler for an H200.
 STEP_UNITS, DECODE_UNITS = 20, 5.5
-# The same by the compiler for CPUs, which multiplies float32 alone; and what Python, libraries and
-# compiled programs take of the process.
+# Decoding by the compiler for CPUs, which multiply float32 only; and the memory that Python,
+# libraries and compiled programs take in the process.
 CPU_DECODE_UNITS, PROCESS = 13.5, 1.0 * GB
-# Sides of the VAE's tiles where whole frames are too much.
+# Tiles of the VAE if whole frames do not fit.
 TILES = Tiling(size=256, stride=192)
-# Frames that are decoded at once, and the tokens of text and image.
+# Frames decoded at once; tokens of text and image.
 DECODE_FRAMES, OTHER_TOKENS = 17, 1024
 
 
 class OffloadPlan(NamedTuple):
-    """Where weights lie. Encoders stay on the device if `encoders`; of the transformer's blocks so
-    many `layers` do, None being all of them as one, and the next `hosted` wait in host memory, None
-    being all others; what is left is read from the disk at every step. The VAE decodes by `tiling`.
-    `why` is a line for people, or empty."""
+    """Decision where weights lie.
+
+    Args:
+        encoders: True if encoders stay on the device.
+        layers: Number of transformer blocks that stay on the device; None for all, in one array.
+        tiling: Tiling of the VAE when it decodes.
+        why: Reason in one line, or empty.
+        hosted: Number of the next blocks that wait in host memory, None for all others. The rest
+            is read from the disk at every step.
+    """
 
     encoders: bool
     layers: int | None
@@ -56,8 +61,10 @@ class OffloadPlan(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is made: sampled (height, width) in pixels, videos side by side, by a schedule; and how
-    many frames of the longest clip are `encoded`."""
+    """Work to fit into memory: a `batch` of videos of `canvas` (height, width) in pixels.
+
+    `encoded` is the number of frames of the longest clip that the VAE encodes.
+    """
 
     canvas: tuple[int, int]
     batch: int
@@ -67,12 +74,21 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes on a device: of the `encoders`, and what of them is there at once while they are read
-    layer by layer (`reading`); of the `vae`; of the transformer's `blocks`, and of the rest of it
-    (`base`); and beside all weights, of a `step`, of a `pixel` of a tile that is decoded, and of
-    `encoding` pictures, which are never cut. Blocks that wait are in the memory of a host of so
-    many `devices`. On a CPU, which has one memory for all, `process` is what the rest of the
-    process takes, else 0."""
+    """Bytes that networks and their programs need on a device.
+
+    Args:
+        encoders: Weights of the encoders.
+        reading: Largest part of the encoders on the device if their layers are read one by one.
+        vae: Weights of the VAE.
+        base: Weights of the transformer without its blocks.
+        blocks: Weights of each block of the transformer.
+        step: Denoising step, beside weights.
+        pixel: Decoding, for each pixel of a tile.
+        canvas: Sampled (height, width) in pixels.
+        devices: Devices of the host whose memory holds waiting blocks.
+        process: Rest of the process on a CPU, which has one memory for all; else 0.
+        encoding: Encoding of whole frames.
+    """
 
     encoders: int
     reading: int
@@ -97,7 +113,7 @@ class Need:
         return self.process + weights + max(self.step, self.decode(tiling), self.encoding)
 
     def streamed(self, layers: int, tiling: Tiling) -> int:
-        """So many blocks stay, no encoder does; of the other blocks a step has two at a time."""
+        """Return the bytes if `layers` blocks and no encoder stay; a step has two more."""
         two = sum(sorted(self.blocks[layers:])[-2:])
         stay = self.process + self.vae + self.base + sum(self.blocks[:layers])
         return stay + max(self.step + two, self.decode(tiling), self.reading, self.encoding)
@@ -116,10 +132,10 @@ def plan(
 ) -> OffloadPlan:
     """Choose which weights stay on the device for an offload `mode`, one of MODES.
 
-    "none": all stay. "full": as few as possible. "auto": what fits into `limit` bytes, by default
-    those that JAX may take of the device; all if the device does not count them, as on a CPU.
-    Frames are decoded in tiles only if nothing else helps, as seams may be visible. Networks other
-    than the `roles` need nothing. Raises ValueError for another mode, BundleError.
+    "none": all stay. "full": as few as possible. "auto": as many as fit into `limit` bytes, by
+    default the bytes that JAX may use; all if the device does not report them, as on a CPU. Frames
+    are decoded in tiles only as a last resort, as seams may be visible. Only networks of `roles`
+    are counted. Raises ValueError for another mode, BundleError.
     """
     if mode not in MODES:
         raise ValueError(f"offload {mode!r}: expected one of {', '.join(MODES)}")
@@ -197,7 +213,7 @@ def _streamed(needed: Need, layers: int, tiling: Tiling, why: str) -> OffloadPla
 
 
 def _room(limit: float | None, others: int) -> float:
-    """Bytes of a host's memory for blocks that wait, where `others` are taken from it as well."""
+    """Return the bytes of host memory for waiting blocks if `others` are taken from it as well."""
     return math.inf if limit is None else min(HOSTED * limit, limit - others)
 
 
@@ -209,8 +225,10 @@ def need(
     mesh: Mesh | None = None,
     roles: Sequence[str] = bundle.ROLES,
 ) -> Need:
-    """What these networks of a bundle need for some work. Raises BundleError, ValueError where a
-    mesh does not divide them."""
+    """Return the bytes that networks of a bundle need for some work.
+
+    Raises BundleError, and ValueError if a mesh does not divide the weights.
+    """
     manifest = bundle.read_manifest(path)
     computed = jnp.dtype(dtype)
 
@@ -223,8 +241,7 @@ def need(
     on_cpu = jax.default_backend() == "cpu"
 
     def opened(role: str) -> int:
-        """Blocks that are divided are put together, and those of another type than is multiplied
-        are converted, as they run."""
+        """Return the bytes of the largest block as it runs: gathered and converted, if needed."""
         whole = size(role, None)
         multiplied = jnp.dtype("float32") if on_cpu else computed
         converted = whole.quantized or multiplied != computed
@@ -234,11 +251,11 @@ def need(
     names = [role for role in bundle.ROLES if role not in ("transformer", "vae")]
     encoders = [size(role) for role in names]
     bases = sum(each.base for each in encoders)
-    # What a host holds to read weights from the disk is not given back at once.
+    # A host does not free at once the memory in which it reads weights from the disk.
     beside = max(map(opened, names)) + min(loader.LOAD_CHUNK, bases) if on_cpu else 0
     devices = 1 if mesh is None else mesh.size
     units = CPU_DECODE_UNITS if on_cpu else DECODE_UNITS
-    # Of one frame, decoded or encoded.
+    # Bytes of a pixel of one frame, decoded or encoded.
     pixel = units * decoder.channels[0] * 4 / devices
     encoded = min(work.encoded, DECODE_FRAMES)
     return Need(

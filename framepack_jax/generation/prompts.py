@@ -1,4 +1,4 @@
-"""Prompts that change with time: how they are written, and what share each has at a time."""
+"""Timed prompts: parse them, and compute the share of each at a time."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ _NUMBER = r"(?:\d+(?:[.,]\d+)?|\.\d+)"
 _SECONDS = rf"{_NUMBER}\s?(?:seconds?|secs?|s|秒)\b"
 _CLOCK = r"(?:\d+:)?\d{1,2}:\d\d(?:[.,]\d+)?\b(?!:\d)"
 _TIME = rf"(?:{_CLOCK}|{_SECONDS})"
-# No part of a word, a number or a negative time.
+# Not a part of a word, a number or a negative time.
 _ALONE = r"(?<![\w-])(?<!\d[.,:])"
 _TO = r"\s?[-–—~]\s?"
 _SPAN = rf"(?P<begin>{_TIME}|{_NUMBER}(?={_TO}{_TIME}))(?:{_TO}(?P<end>{_TIME}))?"
@@ -28,7 +28,7 @@ _TIME_MARKS = [
         rf"{_ALONE}{_SPAN}\s[-–—]+>?\s(?!\s*{_TIME})",
     )
 ]
-# What someone may have meant as a time mark, where it is not taken as one.
+# Text that may be meant as a time mark but is not parsed as one.
 _TIME_IN_TEXT = re.compile(
     rf"{_ALONE}-?{_TIME}\s?(?:[:=]|[-–—]+>?\s)|{_OPEN}\s*{_SPAN}\s*{_CLOSE}|\bat\s{_SECONDS}"
     rf"|{_ALONE}{_NUMBER}\s?(?:ms|m|mins?|minutes?)\s?(?:{_SECONDS})?:"
@@ -38,12 +38,14 @@ _TIME_IN_TEXT = re.compile(
 
 
 def timed_prompts(text: str) -> list[tuple[float, str]]:
-    """Prompts and the seconds at which they begin: "0s: she waves 4.5s: she bows" is
-    [(0.0, "she waves"), (4.5, "she bows")]; a text that begins with no time is one prompt from 0.
+    """Return prompts with the seconds at which they begin.
 
-    Also reads "[0s: she waves] [4.5s: she bows]", "[0s] she waves [4.5s] she bows", "0s-4s: ...",
-    "0 sec: ..." and "0:00: ...". Warns of what looks like a time and is taken as text. Raises
-    ValueError if the times do not begin at 0 and rise, or a bracket is not closed.
+    "0s: she waves 4.5s: she bows" is [(0.0, "she waves"), (4.5, "she bows")]. A text that does not
+    begin with a time is one prompt from 0. Other styles are "[0s: she waves] [4.5s: she bows]",
+    "[0s] she waves [4.5s] she bows", "0s-4s: ...", "0 sec: ..." and "0:00: ...".
+
+    Warns of text that looks like a time mark but is not one. Raises ValueError if times do not
+    begin at 0 and rise, or if a bracket is not closed.
     """
     marks = _time_marks(_narrow(text))
     prompts, spans = [(0.0, text)], []
@@ -60,19 +62,19 @@ def timed_prompts(text: str) -> list[tuple[float, str]]:
             warnings.warn(
                 f"{part[found.start() : found.end()].strip()!r} in the prompt is taken as text, not"
                 ' as a time; write "0s: ... 4s: ..." for prompts by time',
-                stacklevel=1,  # one place, so that it is said once
+                stacklevel=1,  # one place, so that Python shows it once
             )
     return prompts
 
 
 def _narrow(text: str) -> str:
-    """The text with full-width letters, digits and colons as ASCII ones, none moved."""
+    """Return the text with full-width letters, digits and colons as ASCII; positions stay."""
     narrow = (unicodedata.normalize("NFKC", letter) for letter in text)
     return "".join(n if len(n) == 1 else letter for n, letter in zip(narrow, text, strict=True))
 
 
 def _time_marks(text: str) -> list[re.Match[str]]:
-    """The time marks of a text that begins with one, all written in the way of the first."""
+    """Return the time marks of a text that begins with one, all in the style of the first."""
     for style in _TIME_MARKS:
         marks = list(style.finditer(text))
         if marks and not text[: marks[0].start()].strip():
@@ -81,26 +83,29 @@ def _time_marks(text: str) -> list[re.Match[str]]:
 
 
 def _is_meant(style: re.Pattern[str], first: re.Match[str]) -> bool:
-    """Return False for a prompt that begins with a time of day or a duration, as "12:30: a street"
-    and "5s - a dog runs" do: of these ways to write times, only 0 begins prompts by time."""
+    """Return False for a prompt that begins with a time of day or a duration.
+
+    Examples are "12:30: a street" and "5s - a dog runs". In these styles, timed prompts must begin
+    with 0.
+    """
     ambiguous = style is _TIME_MARKS[-1] or ":" in first["begin"]
     return not ambiguous or _seconds(first["begin"]) == 0
 
 
 def _span(mark: re.Match[str]) -> tuple[float, float | None]:
-    """Seconds at which the prompt of a time mark begins and, if it says so, ends."""
+    """Return the seconds at which the prompt of a time mark begins and, if given, ends."""
     begin, end = mark["begin"], mark["end"]
     return _seconds(begin), None if end is None else _seconds(end)
 
 
 def _seconds(time: str) -> float:
-    """ "4.5s", "4,5 sec", "4" or "0:04.5" as 4.5 or 4.0."""
+    """Parse "4.5s", "4,5 sec", "4" or "0:04.5" to seconds."""
     parts = re.sub(r"[^\d.,:]", "", time).replace(",", ".").split(":")
     return sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
 
 
 def _text_of(mark: re.Match[str], text: str) -> str:
-    """The text of a time mark without the bracket that the mark opens. Raises ValueError."""
+    """Return the text of a time mark without its closing bracket. Raises ValueError."""
     opened = mark.groupdict().get("open")
     if not opened:
         return text
@@ -133,8 +138,11 @@ def _check_spans(spans: Sequence[tuple[float, float | None]]) -> None:
 
 
 def prompt_shares(times: Sequence[float], at: float, span: float) -> list[float]:
-    """The share of each prompt at a time in seconds; `span` seconds around the beginning of a
-    prompt it is blended linearly with the one before (0: none is). They sum to 1."""
+    """Return the share of each prompt at a time in seconds; shares sum to 1.
+
+    Around the beginning of a prompt, it is blended linearly with the one before for `span` seconds;
+    0 switches at once.
+    """
     shares = [1.0]
     for time in times[1:]:
         risen = float(at >= time if span <= 0 else np.clip((at - time) / span + 0.5, 0, 1))
