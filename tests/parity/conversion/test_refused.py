@@ -180,11 +180,11 @@ def damaged(tmp_path: Path, model) -> dict[str, tuple[Path, str]]:
     (tmp_path / "dcp" / "__0_0.distcp").touch()
     (tmp_path / "notes.txt").write_text("names")
     return {
-        "cut": (cut, "no complete safetensors file"),
+        "cut": (cut, "not a complete safetensors file"),
         "page": (page, "is a web page"),
         "pickled": (pickled, "plain tensors"),
         "numbers": (numbers, "no state dict"),
-        "cut.pt": (cut_pt, "no complete PyTorch checkpoint"),
+        "cut.pt": (cut_pt, "not a complete PyTorch checkpoint"),
         "lost": (lost, "download the missing shards"),
         "lying": (lying, "do not hold: ghost"),
         "several": (several, "give the path of one file"),
