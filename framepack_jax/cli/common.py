@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Exit codes of programs that SIGINT and SIGTERM ended.
+# Exit codes after SIGINT and SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143
 FAILURES: tuple[type[Exception], ...] = (ValueError, OSError)
 
@@ -59,7 +59,7 @@ class _Terminal(logging.Handler):
 
 
 def show_log() -> None:
-    """Print what the package logs."""
+    """Print the log messages of the package."""
     logger = logging.getLogger("framepack_jax")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
@@ -93,7 +93,7 @@ class MultihostFlags:
         return True
 
 
-# A flag's default: no other process.
+# Default of the flag: a single process.
 ALONE = MultihostFlags()
 
 

@@ -50,7 +50,7 @@ class Sample:
     """
 
     prompt: tuple[str, ...] = ("",)
-    """What happens in the video. May be empty, and change with time: "0s: she waves 4s: she bows".
+    """Description of the video. May be empty, and change with time: "0s: she waves 4s: she bows".
     Several prompts give several videos."""
     seed: tuple[int, ...] = (0,)
     """Seed of the noise, up to 64 bits. The same seed and flags give the same video; -1 draws a

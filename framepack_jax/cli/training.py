@@ -1,4 +1,4 @@
-"""What the training commands do once their flags are parsed."""
+"""Implement the training commands after their flags are parsed."""
 
 import importlib.util
 import os
@@ -118,8 +118,8 @@ def _print_on_primary() -> Callable[[str], None]:
 
 
 def _export(run: str, path: epath.PathLike) -> str:
-    """Export a finished run; returns what was written. Of several processes the first starts
-    another process for this: orbax reads and writes in all processes of a run together."""
+    """Export a finished run; return a line about the result. With several processes, the first one
+    starts a separate process for this, because Orbax reads and writes collectively."""
     if jax.process_count() == 1:
         return export_run(run, None, path, overwrite=True)
     command = [sys.executable, "-m", "framepack_jax", "export-run", run, "--bundle", str(path)]

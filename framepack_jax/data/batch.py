@@ -28,7 +28,7 @@ class Conditions:
 
 @struct.dataclass
 class Meta:
-    """Where samples come from, all (B,) int32.
+    """Origin of the samples, all (B,) int32.
 
     `element` is the number of a sample in the endless stream of samples, the same for any number of
     hosts. `section` is the number of the section in its plan, 0 being generated first, of

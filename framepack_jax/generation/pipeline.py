@@ -185,7 +185,7 @@ class FramePack:
 
     @property
     def geometry(self) -> Geometry:
-        """How this bundle divides time and space."""
+        """Compression of time and space by this bundle."""
         patch = packing.kernel_shape(self.transformer.spec.patch)[1]
         vae = self.vae.cfg
         return Geometry(

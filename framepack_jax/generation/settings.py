@@ -12,7 +12,7 @@ MAX_STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How sections are denoised. The defaults are those of the release.
+    """Settings for denoising a section. The defaults are those of the release.
 
     `distilled_guidance` is the scale that a guidance-distilled network takes as an input.
     `cfg_scale` is that of classifier-free guidance (1: no second pass, no negative prompt), and

@@ -93,7 +93,7 @@ class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
     """All options of one video."""
 
     prompt: str = ""
-    """What happens in the video. May be empty, and change with time: "0s: she waves 4s: she
+    """Description of the video. May be empty, and change with time: "0s: she waves 4s: she
     bows"."""
     seed: int = 0
     """Seed of the noise, up to 64 bits. The same seed and flags give the same video; -1 draws a

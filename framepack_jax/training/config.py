@@ -66,9 +66,9 @@ class NoiseSchedule:
     distribution: Literal["logit-normal", "uniform"] = "logit-normal"
     """Distribution of t; logit-normal: Esser et al., arXiv 2403.03206, section 3.1."""
     mean: float = 0.0
-    """Of the logit of t."""
+    """Mean of the logit of t."""
     std: NonNegative = 1.0
-    """Of the logit of t."""
+    """Standard deviation of the logit of t."""
     shift: float | None = None
     """mu of the shift; default: the value that the sampler uses for the section."""
 

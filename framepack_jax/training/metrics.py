@@ -37,7 +37,7 @@ COST = {"all": 3, "context": 2, "lora": 2}
 
 
 class Writer(Protocol):
-    """Where lines of figures go."""
+    """A destination of metrics."""
 
     def write(self, step: int, figures: dict[str, float]) -> None: ...
 
@@ -61,7 +61,7 @@ class Jsonl:
         self.file = file.open("a")
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        # What is not finite has no name in JSON.
+        # JSON has no NaN and no infinity.
         known = {name: x if math.isfinite(x) else None for name, x in figures.items()}
         self.file.write(json.dumps({"step": step, **known}) + "\n")
         self.file.flush()
@@ -92,7 +92,7 @@ class WandB:
     def __init__(self, folder: Path, project: str, record: dict[str, Any]) -> None:
         import wandb
 
-        # The same folder goes on with the same run; another of that name is another.
+        # A run folder always resumes the same wandb run; another folder of that name is another.
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         self.run = wandb.init(
             project=project, id=f"{folder.name}-{place}", name=folder.name, config=record,
@@ -187,7 +187,7 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile does not count as time of the steps."""
+        """Exclude the time in this context from the time of the steps."""
         paused = time.monotonic()
         yield
         self.began += time.monotonic() - paused
@@ -238,5 +238,5 @@ def sample_cost(
 
 
 def is_quiet() -> bool:
-    """Whether progress bars are left out: not the first process, or told so."""
+    """Return True if progress bars are off: by request, or in other processes than the first."""
     return not is_primary() or bool(os.environ.get("FRAMEPACK_NO_PROGRESS"))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What the values of the first and the second record are called in messages.
+# Labels of the values of the first and the second record in messages.
 THERE_HERE = ("there", "here")
 THEN_NOW = ("then", "now")
 

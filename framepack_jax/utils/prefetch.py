@@ -12,8 +12,7 @@ Item = TypeVar("Item")
 
 
 class _Buffer(Generic[Item]):
-    """What the thread and the iterator share: free slots, and items or the error that ended
-    them."""
+    """State shared by the thread and the iterator: free slots, and items or the final error."""
 
     def __init__(self, slots: int) -> None:
         self.slots = threading.Semaphore(slots)
@@ -34,7 +33,7 @@ class _Buffer(Generic[Item]):
 
 
 class Prefetched(Iterator[Item]):
-    """The same items, produced in a thread. See `prefetch`."""
+    """Iterator over items that a thread produces. See `prefetch`."""
 
     def __init__(self, items: Iterable[Item], count: int) -> None:
         # The thread holds the buffer alone, so that an abandoned iterator is collected and closed.

@@ -9,7 +9,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
 
     class Base(tqdm):
-        """What type checkers see in place of the tqdm class that `Plain` is mixed into."""
+        """Stand-in, for type checkers, of the tqdm class that `Plain` is mixed into."""
 
         disable: bool
 else:

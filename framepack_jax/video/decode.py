@@ -140,7 +140,7 @@ def _scan(path: str | os.PathLike) -> tuple[Info, list[Fraction]]:
         ticks = [getattr(p, timed) for p in packets if p.size and not p.is_discard]
         if None in ticks:
             raise UnsupportedVideo(NO_TIMES)
-        # What comes before the first frame cannot be decoded: the file begins within it.
+        # Packets before the first frame cannot be decoded: the file starts inside their group.
         every = sorted(tick * source.stream.time_base for tick in ticks)
         times = [time for time in every if time >= source.origin]
         size = shown_size(source.first, source.stream)

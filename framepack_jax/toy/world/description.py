@@ -44,7 +44,7 @@ class Sprite:
 
     @property
     def radius(self) -> float:
-        """In picture heights."""
+        """Radius in picture heights."""
         return SIZES[self.size]
 
 

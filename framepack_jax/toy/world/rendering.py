@@ -14,8 +14,8 @@ from framepack_jax.toy.world.kinematics import position
 
 
 class Truth(NamedTuple):
-    """Of P frames and S sprites: centres (x, y) in pixels, (P, S, 2), and the visible fraction of
-    their areas, (P, S)."""
+    """Ground truth of S sprites in P frames: centres (x, y) in pixels, (P, S, 2), and the visible
+    fraction of their areas, (P, S)."""
 
     centres: np.ndarray
     visible: np.ndarray
