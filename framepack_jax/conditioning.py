@@ -49,14 +49,14 @@ ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 KEPT_WORDS = 8
 
 WHOLE_FRAMES = Tiling()
-# What `encode_prompt` gives.
+# Result of `encode_prompt`.
 PromptStates = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """How the image encoder wants its images: squeezed to `size` (height, width) with the Pillow
-    filter `resample`, times `rescale`, less `mean`, over `std`."""
+    """Preprocessing of images for the image encoder: resize to `size` (height, width) with the
+    Pillow filter `resample`, then (pixels * `rescale` - `mean`) / `std`."""
 
     size: tuple[int, int]
     resample: int = Image.Resampling.BICUBIC
@@ -181,12 +181,13 @@ def tokenize_summary(
 
 
 def encode_prompt(encoders: Encoders, prompts: Sequence[str]) -> PromptStates:
-    """What prompts give: `text` (B, MAX_PROMPT_TOKENS, D), zero where `valid` (B,
-    MAX_PROMPT_TOKENS) is False, whose True entries are a prefix, and `pooled` (B, D_pooled), the
-    gist. A prompt may be empty.
+    """Encode prompts to (`text`, `valid`, `pooled`). A prompt may be empty.
 
-    Warns where a prompt is cut. Raises ValueError where the template has not exactly one `{}`, or
-    a tokenizer makes ids that its network does not know.
+    `text` (B, MAX_PROMPT_TOKENS, D) is zero if `valid` (B, MAX_PROMPT_TOKENS) is False; the True
+    entries of `valid` are a prefix. `pooled` is (B, D_pooled).
+
+    Warns if a prompt is truncated. Raises ValueError if the template has not exactly one `{}`, or
+    if a tokenizer gives ids outside the vocabulary of its network.
     """
     return encode_each(encoders, [prompts])[0]
 

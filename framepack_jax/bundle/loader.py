@@ -220,7 +220,7 @@ class _Reader:
         return unflatten_dict({path: _as(leaf, self._dtype(path)) for path, leaf in leaves.items()})
 
     def dtype_of(self, path: Sequence[str], leaf: Any) -> np.dtype:
-        """What a stored leaf becomes."""
+        """Return the type of a stored leaf after loading."""
         kept = self._dtype(path)
         return jnp.dtype(leaf.dtype if kept is None or not _is_cast(leaf) else kept)
 
@@ -228,15 +228,17 @@ class _Reader:
         return _load(self.root, self.name, self.path, {key: self.wanted[key] for key in keys})
 
     def _dtype(self, path: Sequence[str]) -> Any:
-        """What a leaf is to be, None as it is stored: scales of kernels stay in float32."""
+        """Return the requested type of a leaf; None keeps the stored type, as for scales."""
         return None if path[-1] == quantization.SCALE else self.dtype
 
 
 def _opened(
     root: epath.PathLike, manifest: Manifest, name: str
 ) -> tuple[epath.Path, dict[str, Any]]:
-    """Where the parameters of a role lie, and shape and dtype of every leaf there, which must be
-    those of its config. Raises BundleError."""
+    """Return the folder of a role's parameters, and shape and dtype of every leaf there.
+
+    Raises BundleError if the shapes differ from those of its config.
+    """
     _, cfg = role_config(manifest, name)
     path = _present(root, manifest, name)
     expected = registry.abstract_leaves(manifest.roles[name].kind, cfg)
@@ -333,7 +335,7 @@ def _layer_shardings(
     shardings: dict[tuple[str, ...], NamedSharding],
     stacks: Iterable[str],
 ) -> dict[str, NamedSharding]:
-    """The same for the leaves on disk, each of one layer: without the axis of layers."""
+    """Return the shardings of the leaves on disk, each of one layer, without the layer axis."""
     divided = {}
     for name in leaves:
         path = _stacked(name, stacks)
@@ -354,12 +356,12 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _is_cast(leaf: Any) -> bool:
-    """Whether a leaf's type may be another on the device."""
+    """Return True if a leaf may be cast on the device."""
     return jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_quantized(leaf)
 
 
 def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """What is missing, unexpected or misshapen; a quantized kernel comes with its scale."""
+    """List missing, unexpected and misshapen leaves; a quantized kernel comes with its scale."""
     expected = {path: leaf.shape for path, leaf in expected.items()}
     for path, leaf in stored.items():
         if _is_quantized(leaf) and path.endswith("/kernel") and path in expected:

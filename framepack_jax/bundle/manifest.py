@@ -45,7 +45,7 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `bundle.json` says.
+    """The content of `bundle.json`.
 
     `latent_mean` and `latent_std` hold one number a latent channel: the transformer sees
     (latent - mean) / std. `prompt_template` has one `{}` for the prompt. `schedule` is the

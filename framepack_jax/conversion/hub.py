@@ -235,7 +235,7 @@ def _check_space(what: str, needed: int) -> None:
 
 
 def _explained(repo_id: str, error: BaseException) -> ConversionError:
-    """What a person is told of an error of the hub's client."""
+    """Return the message for an error of the hub's client."""
     # The client wraps what the server said in an error of its own cache.
     while isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__

@@ -126,7 +126,7 @@ class LoadedLora:
 
 
 def is_lora(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds adapters, of the supported kind or not."""
+    """Return True if a checkpoint holds adapters, of a supported kind or not."""
     matches = map(TENSOR.fullmatch, checkpoint.names())
     return any(m and m["side"] for m in matches) or _unsupported(checkpoint) is not None
 

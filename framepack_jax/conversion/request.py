@@ -1,4 +1,4 @@
-"""What a bundle is made of: the options of `framepack convert`."""
+"""Options of `framepack convert`: the sources of a bundle's networks."""
 
 import dataclasses
 from pathlib import Path

@@ -97,7 +97,7 @@ def _diffusers_rows(cfg: TransformerConfig) -> list[Row]:
 
 
 def _framepack_rows(cfg: TransformerConfig) -> list[Row]:
-    """What FramePack adds to the base model."""
+    """Return the rows of the layers that FramePack adds to the base model."""
     return [
         *[
             row

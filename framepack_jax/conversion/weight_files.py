@@ -72,7 +72,7 @@ class Checkpoint:
         return self._entries[name].dtype
 
     def parameters(self) -> dict[str, int]:
-        """How many numbers are stored in each dtype, the commonest first."""
+        """Count the numbers stored in each dtype, the most common first."""
         counts: Counter[str] = Counter()
         for entry in self._entries.values():
             counts[entry.stored or entry.dtype] += math.prod(entry.shape)
@@ -108,7 +108,7 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     def source(self) -> dict[str, Any]:
-        """What a bundle notes about where weights came from."""
+        """Return the provenance of weights for the manifest of a bundle."""
         sizes = {file.name: file.stat().st_size for file in self.files}
         return {"name": self.path.name, "files": sizes, "format": self.format}
 

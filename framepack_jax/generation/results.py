@@ -15,7 +15,7 @@ class NotFinite(FloatingPointError):
 
 
 class DecodedSection(NamedTuple):
-    """What one section added: its latents, and the frames that became final with it.
+    """Results of one section: its latents, and the frames that became final with it.
 
     `frames` (P, height, width, 3) uint8 are the video's frames `start` .. `start + P - 1`; there
     may be none yet. `latents` (F, H, W, C) are those of the F latent `positions`, normalised: the

@@ -20,9 +20,9 @@ from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops import attention
 
-# What of a block's forward pass is kept for the backward pass: all; its input and the results of
-# linear layers and attention; its input and those of attention; its input; its input, in host
-# memory.
+# Values of a block's forward pass that are kept for the backward pass: all; its input and the
+# results of linear layers and attention; its input and the results of attention; its input; its
+# input, in host memory.
 REMAT = ("none", "dots", "attention", "full", "offload")
 INPUT = "block_input"
 

@@ -1,4 +1,4 @@
-"""What a kind of network offers to the rest of the package.
+"""Interface of a kind of network to the rest of the package.
 
 A spec is a frozen dataclass of one family's functions and tables; `registry.NETWORKS` holds one for
 each kind. Specs are compared by identity, so that they can be static arguments of `jax.jit`.

@@ -22,7 +22,7 @@ Network = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a long or large video is divided, in pixels and frames of the video.
+    """Division of a long or large video into tiles, in pixels and frames of the video.
 
     Clips have `frames` + 1 frames and start every `frame_stride`; squares have side `size` and
     start every `stride`, except that the last ends where the video does. Neighbours are

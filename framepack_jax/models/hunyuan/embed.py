@@ -25,7 +25,7 @@ from framepack_jax.packing import PackedContext, kernel_shape
 
 @struct.dataclass
 class Conditions:
-    """What a video is conditioned on.
+    """Conditions of a video: text, image and guidance.
 
     `text` (B, L, text_dim) are prompt states; `text_valid` (B, L) is True for valid tokens, a
     prefix. `pooled` (B, pooled_dim) is the prompt's one vector, `image` (B, L, image_dim) are image

@@ -61,13 +61,13 @@ def attention_flops(
     text: int,
     image: int,
 ) -> int:
-    """Those of `forward_flops` that attention has."""
+    """Return the part of `forward_flops` in attention."""
     length = _packed_tokens(schedule, rows, columns) + image + text
     layers = cfg.double_layers + cfg.single_layers
     return 4 * cfg.width * (layers * length**2 + cfg.refiner_layers * text**2)
 
 
 def _packed_tokens(schedule: packing.Schedule, rows: int, columns: int) -> int:
-    """Of context and target."""
+    """Return the number of tokens of context and target."""
     context = packing.context_tokens(schedule, rows, columns)
     return sum(tokens for _, tokens in context) + packing.target_tokens(schedule, rows, columns)
