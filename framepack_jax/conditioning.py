@@ -1,9 +1,9 @@
-"""From a prompt and an image to what conditions a video.
+"""Encode prompts and images to the conditions of a video.
 
 Source: HunyuanVideo's text conditioning (arXiv 2412.03603, section 4.3) with FramePack's image
-tokens: Llama reads the prompt inside a template and gives a state for every prompt token, CLIP
-reads the bare prompt and gives one vector, SigLIP turns the image into tokens, and the VAE makes
-the start latent. Sampling and dataset preparation both come through here.
+tokens. Llama encodes the prompt inside a template to a state for each prompt token, CLIP encodes
+the bare prompt to one vector, SigLIP encodes the image to tokens, and the VAE encodes it to the
+start latent. Sampling and dataset preparation both use this module.
 
 Shapes: B batch, L Llama tokens, H W rows and columns, C latent channels.
 """
@@ -45,18 +45,20 @@ PROMPT_TEMPLATE = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
-# Words shown of a prompt that is cut, of its beginning and of its end.
+# Words that a warning quotes from each end of a prompt that is cut.
 KEPT_WORDS = 8
 
 WHOLE_FRAMES = Tiling()
-# Result of `encode_prompt`.
 PromptStates = tuple[jax.Array, jax.Array, jax.Array]
+"""Encoded prompts: `text`, `valid` and `pooled`, see `encode_prompt`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Preprocessing of images for the image encoder: resize to `size` (height, width) with the
-    Pillow filter `resample`, then (pixels * `rescale` - `mean`) / `std`."""
+    """Resize images to `size` (height, width) and normalise them for the image encoder.
+
+    `resample` is the filter of Pillow. The result is (`rescale` * image - `mean`) / `std`.
+    """
 
     size: tuple[int, int]
     resample: int = Image.Resampling.BICUBIC
@@ -65,7 +67,7 @@ class ImageProcessor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, 3) -> float32 (B, height, width, 3)."""
+        """Convert uint8 (B, H, W, 3) to float32 (B, height, width, 3)."""
         height, width = self.size
         resized = [
             np.asarray(Image.fromarray(x).resize((width, height), self.resample)) for x in images
@@ -76,8 +78,11 @@ class ImageProcessor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoders:
-    """Everything that reads prompts and images; networks are (config, parameters) and compute in
-    the dtype of their parameters. `template` has one `{}` for the prompt."""
+    """Encoders of prompts and images, with their tokenizers.
+
+    Networks are (config, parameters) and compute in the dtype of their parameters. `template` has
+    one `{}` for the prompt.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tokenizer_2: PreTrainedTokenizerBase
@@ -93,7 +98,7 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
     folder = epath.Path(folder)
     if not (folder / "tokenizer_config.json").exists():
         raise ValueError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
-    # transformers reads local files only, the folder may be in a bucket.
+    # The folder may be in a bucket, and transformers reads local files only.
     with tempfile.TemporaryDirectory() as local:
         for file in folder.iterdir():
             if not file.is_dir():
@@ -101,14 +106,17 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
     if tokenizer.pad_token is None:
         raise ValueError(
-            f"the tokenizer in {folder} has no pad token, which prompts are filled with"
+            f"the tokenizer in {folder} has no pad token, which is needed to pad prompts"
         )
     return tokenizer
 
 
 def load_image_processor(folder: epath.PathLike) -> ImageProcessor:
-    """Read `preprocessor_config.json`. Raises ValueError if it is missing, or asks for anything but
-    a resize to a fixed size, a rescale and a normalisation."""
+    """Read `preprocessor_config.json`.
+
+    Raises ValueError if it is missing, or if its steps are not a resize to a fixed size, a rescale
+    and a normalisation.
+    """
     file = epath.Path(folder) / "preprocessor_config.json"
     if not file.exists():
         raise ValueError(f"no image processor in {folder}: {file.name} is missing")
@@ -130,14 +138,16 @@ def load_image_processor(folder: epath.PathLike) -> ImageProcessor:
 
 
 def prompt_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
-    """Count the tokens before the first token of the prompt: those that two prompts share."""
+    """Return the number of tokens before the prompt, which all prompts share."""
     first, second = tokenizer([_fill(template, prompt) for prompt in ("a", "1")]).input_ids
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
 
 def count_tokens(encoders: Encoders, prompt: str) -> int:
-    """Return the number of tokens that Llama would read of a prompt, the template's end among them;
-    those after MAX_PROMPT_TOKENS are cut."""
+    """Return the number of Llama tokens of a prompt, including the end of the template.
+
+    Tokens after MAX_PROMPT_TOKENS are cut when the prompt is encoded.
+    """
     text = _fill(encoders.template, prompt)
     ids = encoders.tokenizer(text, verbose=False).input_ids
     return len(ids) - prompt_start(encoders.tokenizer, encoders.template)
@@ -146,10 +156,10 @@ def count_tokens(encoders: Encoders, prompt: str) -> int:
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, template: str, prompts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Llama's (ids, valid, start): int32 and bool (B, L) with L = start + MAX_PROMPT_TOKENS, padded
-    on the right; the prompts' own tokens begin at `start`.
+    """Return (ids, valid, start) for Llama: int32 and bool (B, L), L = start + MAX_PROMPT_TOKENS.
 
-    A prompt that does not fit is cut, with a warning that quotes the last words read.
+    Ids are padded on the right; the tokens of the prompts begin at `start`. A prompt that does not
+    fit is cut, with a warning that quotes the last words read.
     """
     start = prompt_start(tokenizer, template)
     texts = [_fill(template, prompt) for prompt in prompts]
@@ -172,29 +182,31 @@ def tokenize_prompt(
 def tokenize_summary(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
 ) -> np.ndarray:
-    """CLIP's ids (B, length), int32, of the bare prompts.
+    """Return ids (B, length) int32 of the bare prompts for CLIP.
 
-    A longer prompt is cut without a word: CLIP gives one vector for the gist and reads no more
-    than 77 tokens by design, while every token still reaches the video by way of Llama.
+    A longer prompt is cut without a warning: CLIP gives one vector for the whole prompt and reads
+    at most 77 tokens by design. Llama still reads all tokens.
     """
     return _pad_and_cut(tokenizer, list(prompts), length)[0]
 
 
 def encode_prompt(encoders: Encoders, prompts: Sequence[str]) -> PromptStates:
-    """Encode prompts to (`text`, `valid`, `pooled`). A prompt may be empty.
+    """Encode prompts, which may be empty, to (text, valid, pooled).
 
-    `text` (B, MAX_PROMPT_TOKENS, D) is zero if `valid` (B, MAX_PROMPT_TOKENS) is False; the True
-    entries of `valid` are a prefix. `pooled` is (B, D_pooled).
+    `text` (B, MAX_PROMPT_TOKENS, D) is zero where `valid` (B, MAX_PROMPT_TOKENS) is False; the True
+    entries of `valid` are a prefix. `pooled` (B, D_pooled) is CLIP's vector.
 
-    Warns if a prompt is truncated. Raises ValueError if the template has not exactly one `{}`, or
-    if a tokenizer gives ids outside the vocabulary of its network.
+    Warns if a prompt is cut. Raises ValueError if the template does not have exactly one `{}`, or
+    if a tokenizer returns ids outside of the vocabulary of its network.
     """
     return encode_each(encoders, [prompts])[0]
 
 
 def encode_each(encoders: Encoders, batches: Sequence[Sequence[str]]) -> list[PromptStates]:
-    """`encode_prompt` for several batches, each as if it were alone; a text encoder that is not on
-    the device is read once for all. Warns and raises as that does."""
+    """Encode several batches of prompts, each as `encode_prompt` does.
+
+    A text encoder that is not on the device is read once for all batches.
+    """
     cfg, params = encoders.text_encoder
     tokens = []
     for prompts in batches:
@@ -222,7 +234,7 @@ def _summaries(encoders: Encoders, prompts: Sequence[str]) -> jax.Array:
 
 
 def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:
-    """uint8 (B, H, W, 3), already cropped to the video's size -> tokens (B, tokens, D_img)."""
+    """Encode images (B, H, W, 3) uint8, cropped to the video's size, to tokens (B, n, D_img)."""
     cfg, params = encoders.image_encoder
     pixels = jnp.asarray(encoders.image_processor(images), _dtype(params))
     return _image_states(cfg, params, pixels)
@@ -237,10 +249,10 @@ def clip_latents(
     key: jax.Array | None = None,
     tiling: Tiling = WHOLE_FRAMES,
 ) -> jax.Array:
-    """uint8 (B, P, H, W, 3) -> (B, 1 + (P - 1) / 4, H/8, W/8, C) float32, the latents of a clip as
-    the transformer sees them, (z - mean) / std with a mean and std per channel.
+    """Encode clips (B, P, H, W, 3) uint8 to normalised latents (B, 1 + (P - 1) / 4, H/8, W/8, C).
 
-    z is the mode of the VAE's posterior, or a sample of it where a key is given.
+    Latents are (z - mean) / std, float32, with a mean and std per channel, as the transformer reads
+    them. z is the mode of the VAE's posterior; with a `key`, a sample of it.
     """
     video = jnp.asarray(frames / 127.5 - 1, _dtype(params))
     z, logvar = (x.astype(jnp.float32) for x in vae.encode(cfg, params, video, tiling))
@@ -258,7 +270,7 @@ def start_latent(
     std: Sequence[float],
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """uint8 (B, H, W, 3) -> (B, 1, H/8, W/8, C), `clip_latents` of a clip of one frame."""
+    """Encode images (B, H, W, 3) uint8, as clips of one frame, to latents (B, 1, H/8, W/8, C)."""
     return clip_latents(cfg, params, images[:, None], mean, std, key)
 
 
@@ -290,7 +302,7 @@ def _fill(template: str, prompt: str) -> str:
 def _pad_and_cut(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask), int32 (B, length)."""
+    """Return (ids, mask), int32 (B, length)."""
     encoded = tokenizer(
         texts, max_length=length, padding="max_length", truncation=True, padding_side="right"
     )
@@ -316,9 +328,11 @@ def load_encoders(
     mesh: Mesh | None = None,
     streamed: bool = False,
 ) -> Encoders:
-    """Tokenizers, image processor, and the networks with parameters of `dtype`, divided over a
-    mesh if there is one; `streamed`, the layers of large ones are read from the disk as they are
-    needed. Raises BundleError, ValueError."""
+    """Load tokenizers, image processor and networks of a bundle.
+
+    Parameters have the `dtype` and are sharded over the mesh, if there is one. If `streamed`, the
+    layers of large networks are read from the disk when they run. Raises BundleError, ValueError.
+    """
     root = epath.Path(path)
     load = bundle.load_params
     if streamed:

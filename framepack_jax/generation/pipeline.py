@@ -1,12 +1,12 @@
-"""From images and prompts to videos, section by section.
+"""Generate videos from images and prompts, section by section.
 
     pipe = FramePack.load("weights/framepack_i2v_hy")
     video = pipe(image, "The girl dances", seconds=5, seed=0)
 
-The timeline holds what is given of a video: the start image, an end image, key frames, the video
-that is extended. For each section of the plan: read its context from the timeline, denoise, write
-the section back, decode what the section lets us decode, and cross-fade it with what is there.
-Returns arrays and writes no file. Source: arXiv 2504.12626 and the authors' sampler.
+The timeline holds the latents of given frames: start image, end image, key frames, source video.
+For each section of the plan: read its context from the timeline, denoise, write the section to the
+timeline, decode its clip, and cross-fade the clip with its neighbours. Returns arrays and writes no
+file. Source: arXiv 2504.12626 and the authors' sampler.
 
 Shapes: B batch, T latent frames of the video, w latent window, H W latent rows and columns,
 C latent channels, P pixel frames.
@@ -50,10 +50,11 @@ from framepack_jax.packing import Section, Timeline
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel.multihost import fetch
 
-# (section from 0, step from 0, the sample as predicted now (B, w, H, W, C))
+# Called with (section from 0, step from 0, prediction x0 (B, w, H, W, C)).
 OnStep = Callable[[int, int, jax.Array], None]
-# Called when a transformer block that is not on the device has been computed.
+# Called after each transformer block that is not on the device.
 OnBlock = Callable[[], None]
+# Called with (section from 0, positions, latents (F, H, W, C)).
 OnSection = Callable[[int, tuple[int, ...], np.ndarray], None]
 DEFAULT_TILING = Tiling()
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,9 +62,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class FramePack:
-    """A bundle and how to run it. Build it with `FramePack.load`. Encoders that do not stay on the
-    device are a function that reads them; `decode_tiling`, where given, is how the VAE takes apart
-    what it decodes, beside `tiling` for what it encodes."""
+    """Pipeline of a bundle. Build it with `FramePack.load`.
+
+    `encoders` is a function that loads them if they do not stay on the device. `tiling` is that of
+    the VAE; `decode_tiling`, if given, replaces it for decoding.
+    """
 
     transformer: Network[DenoiserSpec]
     vae: Network[VaeSpec]
@@ -90,13 +93,18 @@ class FramePack:
     ) -> "FramePack":
         """Open a bundle and put its weights onto the device.
 
-        `dtype` is what transformer and encoders are kept and computed in (None: bfloat16 on an
-        accelerator, float32 on a CPU); the VAE stays in float32. With float32, matrix products are
-        float32 too; otherwise the VAE's are what the device does by default (TF32, bfloat16).
-        `schedule` replaces that of the bundle. On a `mesh` (of `sharding.make_mesh`) weights and
-        work are divided. `offload`, one of `offload_plan.MODES`, says which weights leave the
-        device, for one video of the bundle's largest size. Raises BundleError, ScheduleError,
-        ValueError.
+        Args:
+            path: Folder of the bundle.
+            dtype: Type of weights and computation of transformer and encoders; by default bfloat16
+                on an accelerator, float32 on a CPU. The VAE stays in float32. With float32, matrix
+                products are float32 too; otherwise those of the VAE take the device's default
+                (TF32, bfloat16).
+            schedule: Replaces the schedule of the bundle.
+            tiling: Tiling of the VAE.
+            mesh: Mesh of `sharding.make_mesh` over which weights and work are sharded.
+            offload: One of `offload_plan.MODES`, for one video of the bundle's largest size.
+
+        Raises BundleError, ScheduleError, ValueError.
         """
         pipe = cls.open(path, dtype=dtype, schedule=schedule, tiling=tiling, mesh=mesh)
         return pipe.with_weights(
@@ -113,7 +121,7 @@ class FramePack:
         tiling: Tiling = DEFAULT_TILING,
         mesh: Mesh | None = None,
     ) -> "FramePack":
-        """All of `load` but the weights: reads and checks what can be checked without them."""
+        """Open a bundle without its weights; check all that does not need them."""
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -130,7 +138,7 @@ class FramePack:
         frames = packing.start_frames(schedule)
         if frames != START_FRAMES:
             raise packing.ScheduleError(
-                f"schedule {schedule} needs {frames} known frames at its start, but a video begins"
+                f"schedule {schedule} needs {frames} given frames at its start, but a video begins"
                 " with one image; use an anchor f1k1"
             )
         return cls(
@@ -164,7 +172,7 @@ class FramePack:
         roles: Sequence[str] = bundle.ROLES,
         encoded: int = 1,
     ) -> offload_plan.OffloadPlan:
-        """Decide what stays on the device, see `weights.plan_weights`."""
+        """Decide which weights stay on the device, see `weights.plan_weights`."""
         return weights.plan_weights(self, path, mode, canvas, batch, roles, encoded)
 
     def with_lora(self, lora: LoRA, *, merge: bool = False) -> "FramePack":
@@ -173,19 +181,19 @@ class FramePack:
 
     @contextlib.contextmanager
     def on_mesh(self) -> Iterator[None]:
-        """Compute on the mesh, if there is one, in the precision that the dtype means."""
+        """Compute on the mesh, if there is one, in the precision of the dtype."""
         mesh = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         with sampler.precision(self.dtype), mesh:
             yield
 
     def run(self, network: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a function that uses weights; what it gives is whole on one device."""
+        """Call a function that uses weights; return its results gathered on one device."""
         with self.on_mesh():
             return fetch(network(*args, **options))
 
     @property
     def geometry(self) -> Geometry:
-        """Compression of time and space by this bundle."""
+        """Compression, patches and buckets of the bundle."""
         patch = packing.kernel_shape(self.transformer.spec.patch)[1]
         vae = self.vae.cfg
         return Geometry(
@@ -194,7 +202,7 @@ class FramePack:
         )  # fmt: skip
 
     def __call__(self, image: np.ndarray | None, prompt: str, **options: Any) -> Video:
-        """Make a whole video; `options` are those of `stream`."""
+        """Generate a whole video; `options` are those of `stream`."""
         spans = list(self.stream(image, prompt, **options))
         frames = np.concatenate([s.frames for s in sorted(spans, key=lambda s: s.start)])
         latents = np.concatenate([s.latents for s in sorted(spans, key=lambda s: s.positions)])
@@ -256,8 +264,7 @@ class FramePack:
         return encoding.encode_clip(self, frames)
 
     def timeline(self, plan: Sequence[Section], given: Mapping[int, np.ndarray]) -> Timeline:
-        """Return a timeline of the video, and of a guide that may follow it, with what is given:
-        latents (B, H, W, C) by position."""
+        """Return a timeline with `given` latents (B, H, W, C) by position, a guide included."""
         batch, *frame = next(iter(given.values())).shape
         length = max(packing.length(plan), 1 + max(given))
         timeline = Timeline(length, tuple(frame), batch)
@@ -327,7 +334,7 @@ class FramePack:
         )  # fmt: skip
 
     def _check_finite(self, number: int, steps: int, first_bad: np.ndarray) -> None:
-        """`first_bad` (B,): the first step of each sample that was not finite, or -1."""
+        """Raise NotFinite unless `first_bad` (B,), the first bad step of each sample, is all -1."""
         if bad := [b for b, step in enumerate(first_bad) if step >= 0]:
             advice = "" if self.dtype == "float32" else "try --dtype float32, or "
             raise NotFinite(
@@ -337,7 +344,7 @@ class FramePack:
             )
 
     def splicer(self, plan: Sequence[Section], before: int = START_FRAMES) -> Splicer:
-        """Return what joins the clips of a plan, see `decoding.make_splicer`."""
+        """Return the splicer of the clips of a plan, see `decoding.make_splicer`."""
         return decoding.make_splicer(self.geometry, plan, before)
 
     def overlap(self, layout: Layout, source_video: SourceVideo) -> jax.Array:

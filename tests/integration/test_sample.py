@@ -145,7 +145,7 @@ def test_the_random_bundle_is_that_of_its_config() -> None:
         (["--schedule", "f1k1_g9+E"], "+E"),
         (["--schedule", "td_f16k4f2k2f1k1_g9_x_f1k1"], "endpoint"),
         (["--schedule", "f1k1_x_f16k8f2k2f1k1_g2"], "k8"),
-        (["--schedule", "f2k2_x_f16k4f2k2f1k1_g2"], "needs 2 known frames"),
+        (["--schedule", "f2k2_x_f16k4f2k2f1k1_g2"], "needs 2 given frames"),
         (["--vae-tile", "100"], "size 100"),
         (["--sections", "0"], "sections = 0"),
         (["--seed", "-2"], "seed = -2"),
