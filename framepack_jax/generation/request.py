@@ -1,8 +1,8 @@
 """Requests for videos, and the layout of each on its timeline.
 
-A `Request` with the `Geometry` of a bundle gives a `Layout`: the plan of sections, the size to
-sample, and the positions of key frames and end image. Requests are checked here, before any
-weights are loaded.
+`make_layout` turns a `Request` and the `Geometry` of a bundle into a `Layout`: the plan of
+sections, the size to sample, and the positions of key frames and end image. Requests are checked
+here, before any weights are loaded.
 """
 
 import collections
@@ -18,11 +18,11 @@ from framepack_jax.packing import Section
 from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
 from framepack_jax.video import count_frames, read_frames, read_span, resize_center_crop
 
-# Latent frames that an image gives.
+# Latent frames of a start image.
 START_FRAMES = 1
-# Sides of a video in pixels; H.264 wants them even.
+# Sides of a video in pixels; H.264 needs even sides.
 MIN_SIDE, MAX_SIDE = 16, 4096
-# Without an image: the shape that decides the bucket, and the colour that the video begins with.
+# Without an image: the shape that selects the bucket, and the colour of the first frame.
 TEXT_CANVAS = (480, 832)
 BLANK = 0
 # How an end image is used: see `Request`.
@@ -31,9 +31,14 @@ END_IMAGE_USES = ("auto", "guide", "still")
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How a bundle divides time and space: `time_compression` frames become one latent, `unit` is
-    the least number of pixels that patches and VAE divide, and `buckets` are the sizes, (height,
-    width) in pixels, that it works at."""
+    """Compression, patches and buckets of a bundle.
+
+    Args:
+        schedule: Packing schedule.
+        time_compression: Frames in one latent frame.
+        unit: Sides of a canvas are multiples of this number of pixels.
+        buckets: Sizes (height, width) in pixels that the network was trained at.
+    """
 
     schedule: packing.Schedule
     time_compression: int
@@ -42,28 +47,27 @@ class Geometry:
 
     @property
     def source_frames(self) -> int:
-        """Frames at the end of a video that are needed to extend it."""
+        """Number of last frames of a video that are needed to continue it."""
         history = sum(segment.frames for segment in self.schedule.segments)
         reach = max(self.schedule.window, history)
         return self.time_compression * reach + 1
 
     def source_positions(self, before: int) -> list[int]:
-        """Latent positions of a video of `before` latents that are needed to extend it: the first,
-        and the end of it."""
+        """Return the latent positions that are needed to continue a video of `before` latents."""
         reach = (self.source_frames - 1) // self.time_compression
         return [0, *range(max(1, before - reach), before)]
 
     def frames_of(self, first: int, last: int) -> tuple[int, int]:
-        """`packing.frames_of` of latent positions first .. last - 1."""
+        """Return the frames of latent positions first .. last - 1, see `packing.frames_of`."""
         return packing.frames_of(first, last, self.time_compression)
 
     def sizes(
         self, shape: tuple[int, int] | None, height: int | None = None, width: int | None = None
     ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(height, width) in pixels of a video, and of the canvas that is sampled for it.
+        """Return (height, width) in pixels of a video, and of the canvas that is sampled for it.
 
-        `shape` is that of its image, if any: without height and width it decides the bucket.
-        Raises ValueError for sizes that cannot be a video's.
+        Without height and width, the `shape` of the image, if any, selects the bucket. Raises
+        ValueError if a video cannot have that size.
         """
         if height is None and width is None:
             height, width = find_bucket(*(shape or TEXT_CANVAS), self.buckets)
@@ -74,10 +78,14 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SourceVideo:
-    """A video to be extended: its number of `frames`, 1 more than a multiple of the VAE's time
-    compression; its `first` one and its `last` ones, (P, height, width, 3) uint8, at least
-    `Geometry.source_frames` or all; and its `latents` by position, each (H, W, C) normalised,
-    where they are at hand: then only the frames that clips are cross-faded with are needed.
+    """Video to continue.
+
+    Args:
+        frames: Number of frames, 1 more than a multiple of the VAE's time compression.
+        first: First frame (height, width, 3) uint8.
+        last: Last frames (P, height, width, 3) uint8: `Geometry.source_frames`, or all if fewer.
+            With `latents`, only those that clips are cross-faded with are needed.
+        latents: Normalised latents (H, W, C) by position, if they are known.
     """
 
     frames: int
@@ -95,9 +103,9 @@ class Request:
     image). Times count from the start image, or from the last frame of the source video.
 
     `end_image_as` says what `end_image` is. "guide": one latent frame that follows the video, which
-    the section made first reads and which is not a part of the video; only an order that reads
+    the first generated section reads and which is not a part of the video; only an order that reads
     ahead can use it. "still": the last `time_compression` frames of the video. "auto": a guide
-    where the order reads ahead, else a still.
+    if the order reads ahead, else a still.
     """
 
     prompt: str
@@ -112,11 +120,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where everything of a video lies: its plan, its size in pixels and frames a second, the
-    `canvas` in pixels that is sampled (the video is its middle), the number of latent frames that
-    are given `before` the first section, and the positions of the `stills`: key frames in the order
-    of the request, then the end image. As a guide, it lies at `length`, the position that follows
-    the video.
+    """Plan and positions of a video.
+
+    Args:
+        plan: Sections in order of generation.
+        height, width: Size of the video in pixels.
+        canvas: Sampled (height, width) in pixels; the video is its middle.
+        fps: Frames per second.
+        before: Number of latent frames given before the first section.
+        stills: Positions of key frames, in order of the request, then of the end image. A guide
+            lies at `length`, the position after the video.
     """
 
     plan: tuple[Section, ...]
@@ -129,7 +142,7 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Latent frames."""
+        """Number of latent frames."""
         return packing.length(self.plan)
 
     @property
@@ -144,8 +157,10 @@ class Layout:
         return min(section.decode[0] for section in self.plan)
 
     def new_positions(self, section: Section) -> tuple[int, ...]:
-        """Positions that come with a section: its targets; before the first in time the start
-        image, after the last in time the end image."""
+        """Return the positions that a section adds: its targets, and start or end image.
+
+        The first section in time adds the start image, the last one the end image.
+        """
         first, last = section.targets[0], section.targets[-1] + 1
         if first == START_FRAMES == self.before:
             first = 0
@@ -164,8 +179,10 @@ def make_layout(
     height: int | None = None,
     width: int | None = None,
 ) -> Layout:
-    """Plan the video of a request: `sections` latent windows, else the number that comes nearest
-    to `seconds`. Raises ValueError, ScheduleError."""
+    """Plan the video of a request: `sections` latent windows, or the number nearest to `seconds`.
+
+    Raises ValueError, ScheduleError.
+    """
     check_seed(request.seed)
     compression, source_video = geometry.time_compression, request.source_video
     first = source_video.first if source_video else request.image
@@ -190,14 +207,16 @@ def make_layout(
     layout = Layout(tuple(plan), *size, canvas, fps, before, ())
     end = compression * (layout.length - layout.before) / fps
     if late := [time for time, _ in timed_prompts(request.prompt) if time >= end]:
-        raise ValueError(f"prompt at {late[0]:g} s: what is made is {end:.2f} s long")
+        raise ValueError(f"prompt at {late[0]:g} s: the generated video is {end:.2f} s long")
     end = layout.length if use == "guide" else layout.length - 1
     return dataclasses.replace(layout, stills=_stills(request, layout, compression, end))
 
 
 def end_image_use(schedule: packing.Schedule, wanted: str) -> str:
-    """Return "guide" or "still" for one of END_IMAGE_USES. Raises ValueError for another one, and
-    for a guide in an order that does not read ahead."""
+    """Return "guide" or "still" for one of END_IMAGE_USES.
+
+    Raises ValueError for another use, and for a guide if the order does not read ahead.
+    """
     if wanted not in END_IMAGE_USES:
         raise ValueError(f"end_image_as = {wanted!r}: expected one of {', '.join(END_IMAGE_USES)}")
     if wanted == "guide" and not schedule.reads_ahead:
@@ -211,7 +230,7 @@ def end_image_use(schedule: packing.Schedule, wanted: str) -> str:
 
 
 def _stills(request: Request, layout: Layout, compression: int, end: int) -> tuple[int, ...]:
-    """Return the positions of the key frames and, last, the `end` image's. Raises ValueError."""
+    """Return the positions of key frames and, last, `end` for the end image. Raises ValueError."""
     stills, last = [], layout.length - 1
     taken = {}
     if request.end_image is not None:
@@ -244,9 +263,10 @@ def source_from_frames(
     width: int | None = None,
     latents: Mapping[int, np.ndarray] | None = None,
 ) -> SourceVideo:
-    """Return the source video of the frames (H, W, 3) uint8 of a video, scaled to the size that
-    `Geometry.sizes` gives. Only the frames that are needed are kept and scaled; up to three at the
-    end, which make no whole latent, are left out. For a file, `read_source` decodes less.
+    """Return the source video of frames (H, W, 3) uint8, scaled to the size of `Geometry.sizes`.
+
+    Keeps and scales only the frames that are needed. Up to three frames at the end, which fill no
+    latent, are dropped. For a file, `read_source` decodes less.
 
     Raises ValueError if there are no frames.
     """
@@ -294,7 +314,7 @@ def fit_images(geometry: Geometry, request: Request, layout: Layout) -> Request:
     for text alone a blank.
     """
 
-    # What the canvas has more than the video is cut off at the end: no picture is zoomed for it.
+    # The canvas beyond the video is cropped at the end, so it is padded and not zoomed.
     rows, columns = layout.canvas[0] - layout.height, layout.canvas[1] - layout.width
     edges = [(rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0)]
 

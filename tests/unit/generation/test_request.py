@@ -91,7 +91,7 @@ def test_the_image_that_leads() -> None:
 
 
 def test_a_prompt_after_the_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"prompt at 9 s: what is made is 1.20 s long"):
+    with pytest.raises(ValueError, match=r"prompt at 9 s: the generated video is 1.20 s long"):
         make_layout(F1, Request("0s: a 9s: b", IMAGE), sections=1)
 
 
