@@ -30,18 +30,18 @@ from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.parallel import sharding
 from framepack_jax.utils.messages import first_line
 
-# Bytes of arrays on the host at a time: of `read_leaves`, and of loading onto a device.
+# Bytes of arrays on the host at a time, in `read_leaves` and when loading onto a device.
 READ_CHUNK, LOAD_CHUNK = 1 << 29, 1 << 30
 
 
 def stored_dtypes(root: epath.PathLike, manifest: Manifest, name: str) -> dict[str, str]:
-    """Path -> name of the dtype of every stored leaf of a role. Raises BundleError."""
+    """Return the dtype name of every stored leaf of a role, by path. Raises BundleError."""
     _, stored = _opened(root, manifest, name)
     return {path: str(leaf.dtype) for path, leaf in stored.items()}
 
 
 def stored_bytes(root: epath.PathLike, manifest: Manifest, name: str) -> int:
-    """Bytes of the parameters of a role. Raises BundleError."""
+    """Return the size of a role's parameters in bytes. Raises BundleError."""
     _, stored = _opened(root, manifest, name)
     return sum(map(_nbytes, stored.values()))
 
@@ -53,19 +53,21 @@ def _nbytes(leaf: Any) -> int:
 def read_leaves(
     root: epath.PathLike, manifest: Manifest, name: str, leaves: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of these leaves of a role, in this order, as they are stored, about
-    `READ_CHUNK` bytes at a time. Raises BundleError."""
+    """Yield path and array of these leaves of a role, in this order and in their stored types.
+
+    About `READ_CHUNK` bytes are read at a time. Raises BundleError.
+    """
     path, stored = _opened(root, manifest, name)
     for keys in _batches(([leaf] for leaf in leaves), stored, READ_CHUNK):
         loaded = _load(root, name, path, {key: stored[key] for key in keys})
-        # Each is let go of, so that what the reader is done with need not stay.
+        # Drop the reference, so that the caller can free each array.
         yield from ((key, loaded.pop(key)) for key in keys)
 
 
 def _batches(
     groups: Iterable[list[str]], stored: Mapping[str, Any], size: int
 ) -> Iterator[list[str]]:
-    """Groups of leaves joined to about `size` bytes, none of them torn apart."""
+    """Yield batches of whole groups of leaves, of about `size` bytes."""
     held: list[str] = []
     for group in groups:
         held += group
@@ -84,11 +86,20 @@ def load_params(
     dtype: Any = None,
     mesh: Mesh | None = None,
 ) -> Params:
-    """Parameters of a role on the device, layers stacked; `dtype` None keeps what is stored.
+    """Load the parameters of a role onto the device, layers stacked.
 
-    On a `mesh` they are divided by the rules of their kind, and every device holds its slices only.
-    The host holds about `LOAD_CHUNK` bytes, or a leaf with all its layers, at a time. Raises
-    BundleError, ValueError where the mesh does not divide them.
+    On a mesh, parameters are sharded by the rules of their network, and every device holds its
+    shards only. The host holds about `LOAD_CHUNK` bytes, or one leaf with all its layers, at a
+    time.
+
+    Args:
+        root: Folder of the bundle.
+        manifest: Its manifest.
+        name: The role.
+        dtype: Type of floating-point parameters; None keeps the stored types.
+        mesh: Mesh of devices; None uses the default device.
+
+    Raises BundleError, or ValueError if the mesh does not divide the parameters.
     """
     reader = _Reader.open(root, manifest, name, dtype, mesh)
     return reader.stacked(reader.stored)
@@ -104,11 +115,12 @@ def load_offloaded(
     resident: int = 0,
     hosted: int | None = None,
 ) -> Params:
-    """The same with the large stacks of the network (`offloadable` of its spec) as
-    `offload.OffloadedLayers`: their first `resident` layers on the device, the next `hosted`, by
-    default all, in host memory. Others stay on the disk, and are read whenever they are needed.
+    """Load the parameters of a role like `load_params`, with the large stacks of the network
+    (`offloadable` of its spec) as `offload.OffloadedLayers`.
 
-    The host holds one layer beside those that stay there.
+    The first `resident` layers stay on the device and the next `hosted` layers (default: all) in
+    host memory. Other layers stay on the disk, and are read at every use. The host holds at most
+    one layer more than those.
     """
     reader = _Reader.open(root, manifest, name, dtype, mesh)
     spec, cfg = role_config(manifest, name)
@@ -127,9 +139,11 @@ def load_offloaded(
 
 
 class DeviceBytes(NamedTuple):
-    """Bytes of a network on one device: of each layer that can be streamed, and of all else;
-    `largest` is the number of parameters in the largest of those layers, of all parameters if there
-    are none; `quantized` says if some are quantized."""
+    """Bytes of a network on one device: of each offloadable layer, and of all other parameters.
+
+    `largest` is the number of parameters of the largest offloadable layer, or of all parameters if
+    there is no such layer. `quantized` is True if some parameters are quantized.
+    """
 
     base: int
     layers: tuple[int, ...]
@@ -140,8 +154,11 @@ class DeviceBytes(NamedTuple):
 def device_bytes(
     root: epath.PathLike, manifest: Manifest, name: str, *, dtype: Any, mesh: Mesh | None = None
 ) -> DeviceBytes:
-    """What the parameters of a role take on a device, as `dtype`, divided over a mesh if there is
-    one. Raises BundleError, ValueError where the mesh does not divide them."""
+    """Return the bytes that the parameters of a role take on a device as `dtype`, sharded over the
+    mesh if given.
+
+    Raises BundleError, or ValueError if the mesh does not divide the parameters.
+    """
     reader = _Reader.open(root, manifest, name, dtype, mesh)
     spec, _ = role_config(manifest, name)
     base, rest, layers, counts = 0, 0, Counter[tuple[str, str]](), Counter[tuple[str, str]]()
@@ -162,8 +179,11 @@ def device_bytes(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reader:
-    """The parameters of a role on disk: `stored` has shape and dtype of each leaf, `wanted` what it
-    is to be, with a sharding where there is a mesh; `divided` are those of stacked leaves."""
+    """Reader of the parameters of a role.
+
+    `stored` has shape and dtype of each leaf. `wanted` adds its sharding if there is a mesh.
+    `divided` has the shardings of stacked leaves.
+    """
 
     root: epath.PathLike
     name: str
@@ -178,7 +198,7 @@ class _Reader:
     def open(
         cls, root: epath.PathLike, manifest: Manifest, name: str, dtype: Any, mesh: Mesh | None
     ) -> "_Reader":
-        """Raises BundleError, ValueError where the mesh does not divide them."""
+        """Open a role. Raises BundleError, or ValueError if the mesh does not divide it."""
         spec, cfg = role_config(manifest, name)
         path, stored = _opened(root, manifest, name)
         divided, wanted = None, stored
@@ -192,7 +212,7 @@ class _Reader:
         return cls(root, name, path, spec.stacks, dtype, stored, wanted, divided)
 
     def stacked(self, leaves: Iterable[str]) -> Params:
-        """These leaves on the device, layers stacked."""
+        """Load these leaves onto the device, layers stacked."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for key in leaves:
             groups.setdefault(_stacked(key, self.stacks), []).append(key)
@@ -202,7 +222,7 @@ class _Reader:
             joined = flatten_dict(stack_layers(loaded, self.stacks, list))
             loaded.clear()
             for leaf in list(joined):
-                # Let go of once its layers are stacked: not all layers are there twice.
+                # Drop each leaf once its layers are stacked, so that only one leaf is held twice.
                 array = joined.pop(leaf)
                 kept = self._dtype(leaf)
                 placed[leaf] = (
@@ -213,14 +233,14 @@ class _Reader:
         return unflatten_dict(placed)
 
     def layer(self, part: str, number: int) -> Params:
-        """One layer of a stack: arrays of numpy, or of JAX where there is a mesh."""
+        """Read one layer of a stack as numpy arrays, or as JAX arrays if there is a mesh."""
         start = f"{part}/{number:02d}/"
         loaded = self._load([key for key in self.stored if key.startswith(start)])
         leaves = {tuple(key.removeprefix(start).split("/")): leaf for key, leaf in loaded.items()}
         return unflatten_dict({path: _as(leaf, self._dtype(path)) for path, leaf in leaves.items()})
 
     def dtype_of(self, path: Sequence[str], leaf: Any) -> np.dtype:
-        """Return the type of a stored leaf after loading."""
+        """Return the dtype that a stored leaf has after loading."""
         kept = self._dtype(path)
         return jnp.dtype(leaf.dtype if kept is None or not _is_cast(leaf) else kept)
 
@@ -228,16 +248,16 @@ class _Reader:
         return _load(self.root, self.name, self.path, {key: self.wanted[key] for key in keys})
 
     def _dtype(self, path: Sequence[str]) -> Any:
-        """Return the requested type of a leaf; None keeps the stored type, as for scales."""
+        """Return the dtype to cast a leaf to, None to keep it: scales of kernels stay float32."""
         return None if path[-1] == quantization.SCALE else self.dtype
 
 
 def _opened(
     root: epath.PathLike, manifest: Manifest, name: str
 ) -> tuple[epath.Path, dict[str, Any]]:
-    """Return the folder of a role's parameters, and shape and dtype of every leaf there.
+    """Return the path of a role's parameters, and shape and dtype of every leaf there.
 
-    Raises BundleError if the shapes differ from those of its config.
+    Raises BundleError if the leaves do not fit the config.
     """
     _, cfg = role_config(manifest, name)
     path = _present(root, manifest, name)
@@ -250,7 +270,7 @@ def _opened(
 
 
 def check_present(root: epath.PathLike, roles: Iterable[str] = ROLES) -> None:
-    """Raise BundleError where a bundle lacks the parameters of a role, without reading them."""
+    """Raise BundleError if a bundle lacks the parameters of a role, without reading them."""
     manifest = read_manifest(root)
     for name in roles:
         role_config(manifest, name)
@@ -275,15 +295,17 @@ def _present(root: epath.PathLike, manifest: Manifest, name: str) -> epath.Path:
 def _load(
     root: epath.PathLike, name: str, path: epath.Path, wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The leaves that are `wanted`, by path: arrays of numpy, or where a sharding is given, of
-    JAX. Raises BundleError."""
+    """Read the `wanted` leaves by path, as numpy arrays, or as JAX arrays if they have a sharding.
+
+    Raises BundleError.
+    """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     tree = unflatten_dict({tuple(key.split("/")): leaf for key, leaf in wanted.items()})
     try:
         with context:
             loaded = flatten_dict(ocp.load(path, tree))
-    except Exception as error:  # of many kinds, by what is damaged
+    except Exception as error:  # orbax raises many types, by what is damaged
         line = first_line(error)
         raise BundleError(
             f"bundle {root}: the parameters of {name} cannot be read ({line}); convert again"
@@ -292,20 +314,20 @@ def _load(
 
 
 def _place(layers: list[np.ndarray] | np.ndarray, dtype: Any) -> jax.Array:
-    """A leaf, or its layers stacked, on the device: put together on the host, piece by piece."""
+    """Put a leaf, or its layers stacked on the host, onto the device."""
     array = np.stack(layers) if isinstance(layers, list) else layers
     return jax.device_put(_as(array, dtype))
 
 
 def _as(array: Any, dtype: Any) -> Any:
-    """An array of floating-point numbers as `dtype`, unless that is None."""
+    """Cast an array of floating-point numbers to `dtype`, unless that is None."""
     return array if dtype is None or not _is_cast(array) else array.astype(dtype, copy=False)
 
 
 def _place_divided(
     layers: list[jax.Array] | jax.Array, dtype: Any, where: NamedSharding
 ) -> jax.Array:
-    """A leaf, or its layers stacked, every device putting together what it has of them."""
+    """Cast a leaf, or stack its layers; every device does so for its shards."""
 
     def put(*layers: jax.Array) -> jax.Array:
         return _as(jnp.stack(layers) if stacked else layers[0], dtype)
@@ -317,8 +339,8 @@ def _place_divided(
 def _shardings(
     spec: NetworkSpec, cfg: Any, mesh: Mesh, stored: Iterable[str]
 ) -> dict[tuple[str, ...], NamedSharding]:
-    """Path -> where the parameters of a network lie on a mesh, layers stacked; a scale lies as the
-    outputs of its kernel do. Raises ValueError."""
+    """Return the sharding of stacked parameters by path; a scale is sharded as the outputs of its
+    kernel. Raises ValueError."""
     params = spec.abstract_params(cfg)
     rules = sharding.resolve(spec.sharding_rules, params)
     shardings = flatten_dict(sharding.shard(params, rules, mesh))
@@ -335,7 +357,7 @@ def _layer_shardings(
     shardings: dict[tuple[str, ...], NamedSharding],
     stacks: Iterable[str],
 ) -> dict[str, NamedSharding]:
-    """Return the shardings of the leaves on disk, each of one layer, without the layer axis."""
+    """Return the shardings of stored leaves, which have no axis of layers."""
     divided = {}
     for name in leaves:
         path = _stacked(name, stacks)
@@ -346,7 +368,7 @@ def _layer_shardings(
 
 
 def _stacked(leaf: str, stacks: Iterable[str]) -> tuple[str, ...]:
-    """ "double/07/mod/bias" -> its path where layers are stacked, ("double", "mod", "bias")."""
+    """Return the path with layers stacked: "double/07/mod/bias" -> ("double", "mod", "bias")."""
     path = tuple(leaf.split("/"))
     return (path[0], *path[2:]) if path[0] in stacks else path
 
@@ -356,12 +378,12 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _is_cast(leaf: Any) -> bool:
-    """Return True if a leaf may be cast on the device."""
+    """Return True if a leaf may be cast on loading."""
     return jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_quantized(leaf)
 
 
 def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """List missing, unexpected and misshapen leaves; a quantized kernel comes with its scale."""
+    """List missing, unexpected and misshapen leaves; a quantized kernel needs its scale."""
     expected = {path: leaf.shape for path, leaf in expected.items()}
     for path, leaf in stored.items():
         if _is_quantized(leaf) and path.endswith("/kernel") and path in expected:

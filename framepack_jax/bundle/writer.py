@@ -12,12 +12,12 @@ from orbax.checkpoint.experimental import v1 as ocp
 from framepack_jax.bundle.manifest import absolute
 from framepack_jax.utils.prefetch import prefetch
 
-# Bytes of one partial save: each looks through all leaves that are there already.
+# Bytes of one partial save; each save lists all leaves that are saved already.
 WRITE_CHUNK = 1 << 29
 
 
 class Written(NamedTuple):
-    """Size and hash of a network's parameters: SHA-256 over names, types, shapes and values."""
+    """Size of a network's parameters, and SHA-256 over their names, types, shapes and values."""
 
     bytes: int
     sha256: str
@@ -26,9 +26,9 @@ class Written(NamedTuple):
 def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]]) -> Written:
     """Write (leaf path, array) pairs as one checkpoint, a few at a time.
 
-    Leaves are made while the ones before are hashed and written; about twice `WRITE_CHUNK` bytes of
-    arrays, and `AHEAD` leaves, are held. The checkpoint appears at `path` when all is written, and
-    never half.
+    The next leaves are made while earlier ones are hashed and written. Memory holds about twice
+    `WRITE_CHUNK` bytes of arrays and `AHEAD` leaves. The checkpoint appears at `path` when it is
+    complete.
     """
     path = absolute(path)
     partial = path.parent / f"{path.name}.partial_save"
@@ -51,7 +51,7 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
                     writing = ocp.partial.save_async(path, unflatten_dict(held))
                     written, held, size = written + size, {}, 0
         finally:
-            # Also where making leaves failed: a later attempt must not meet this one's writing.
+            # Also if making a leaf failed: a retry must not collide with this write.
             _finish(writing)
         if held:
             ocp.partial.save(path, unflatten_dict(held))
@@ -60,8 +60,10 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
 
 
 class _Settled(np.ndarray):
-    """An array that nobody changes any more: orbax need not copy it before it writes, for which
-    numpy would take longer than the disk, bfloat16 being new to it."""
+    """An array that no longer changes, which orbax therefore need not copy before writing.
+
+    numpy copies bfloat16 more slowly than the disk writes it.
+    """
 
     def __deepcopy__(self, memo: Any) -> "_Settled":
         return self
@@ -73,7 +75,8 @@ def _finish(writing: Any) -> None:
 
 
 def _uncompressed() -> ocp.Context:
-    """Weights hardly shrink, and compression takes three times as long as writing them."""
+    """Return an orbax context without compression, which would take three times as long as writing
+    and hardly shrinks weights."""
     context = ocp.Context()
     context.array.saving.use_compression = False
     return context

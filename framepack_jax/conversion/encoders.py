@@ -1,9 +1,9 @@
 """Tables of the encoders in Hugging Face naming: Llama, CLIP's text model, SigLIP's vision model.
 
 Source: the state dicts of transformers' `LlamaModel`, `CLIPTextModel` and `SiglipVisionModel`, bare
-or inside the models that wrap them (LLaVA, whole CLIP, whole SigLIP). What `config.json` leaves out
-is filled in by transformers; a checkpoint without one must have the width of the released model, or
-of the one that it replaces.
+or inside the models that wrap them (LLaVA, whole CLIP, whole SigLIP). transformers fills in the
+fields that `config.json` lacks. A checkpoint without `config.json` must have the width of the
+released model, or of the model that it replaces.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from framepack_jax.conversion.transforms import (
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
 from framepack_jax.models.encoders import clip, llama, siglip
 
-# Llama's last layers, whose output nothing reads.
+# Number of last layers of Llama, whose output FramePack does not use.
 UNUSED_LAYERS = 2
-# transformers' names for the keys of `encoder_block.ACTIVATIONS`.
+# Activation in transformers -> key of `encoder_block.ACTIVATIONS`.
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -99,7 +99,7 @@ def _llama_ignored_keys(cfg: llama.LlamaConfig) -> tuple[str, ...]:
 
 
 def _block_rows(target: str, source: str) -> list[Row]:
-    """A layer of CLIP or SigLIP."""
+    """Return rows for a layer of CLIP or SigLIP."""
     return [
         *norm(f"{target}/norm1", f"{source}.layer_norm1"),
         *linear(f"{target}/qkv", each(f"{source}.self_attn.*_proj")),
@@ -199,13 +199,13 @@ def _block_sizes(source: Source, config: Any) -> dict[str, Any]:
 
 
 def _transformers_config(source: Source, part: str, model_type: str) -> Any | None:
-    """The config beside a checkpoint, or its `part` where it is that of a larger model."""
+    """Return the config beside a checkpoint, or its `part` if it is of a larger model."""
     folder = source.checkpoint.folder
     if source.config_json() is None:
         return None
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many kinds, by what is wrong in the file
+    except Exception as error:  # transformers raises many types, by what is wrong in the file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"{folder}/config.json is no config of a {source.table.description} ({reason})"
@@ -224,7 +224,7 @@ def _config(source: Source, config_class: type, **values: Any) -> Any:
 
 
 def _sized(source: Source, known: Any, **sizes: int) -> Any:
-    """Return a known config with the sizes that shapes tell."""
+    """Return a known config with the sizes found in shapes."""
     return make_config(source.checkpoint.path, type(known), **dataclasses.asdict(known) | sizes)
 
 

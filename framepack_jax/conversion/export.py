@@ -1,11 +1,11 @@
-"""Bundles -> PyTorch checkpoints: the rows of the tables, read backwards.
+"""Write networks of a bundle as PyTorch checkpoints, by the rows of the tables in reverse.
 
-    diffusers   a folder as `from_pretrained` takes it: config.json, safetensors in shards, index
-    single      one safetensors file, in diffusers' names, in those of the original release, which
-                ComfyUI reads too, or in those that ComfyUI renames them to
+    folder      for `from_pretrained`: config.json, safetensors shards, index
+    single      one safetensors file, with the names of diffusers, of the original release (which
+                ComfyUI also reads), or of ComfyUI
 
-Tensors are written one after another, so that memory stays flat. What is not whole has a hidden
-name that ends in `.partial`; the real name appears with the last byte.
+Tensors are written one at a time, so that memory use stays constant. An unfinished file or folder
+has a hidden name that ends in `.partial`, and is renamed when it is complete.
 """
 
 import functools
@@ -31,9 +31,9 @@ from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
 
 SHARD = 5_000_000_000
-# Names of types in the header of a safetensors file.
+# Dtype -> its name in the header of a safetensors file.
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# Naming -> role -> the table that is read backwards, and what stands before its names.
+# Naming -> role -> table, and the prefix of its names.
 TABLES: dict[str, dict[str, tuple[Table, str]]] = {
     "diffusers": {
         "transformer": (transformer.DIFFUSERS, ""),
@@ -44,12 +44,12 @@ TABLES: dict[str, dict[str, tuple[Table, str]]] = {
     "original": {"transformer": (transformer.TENCENT, ""), "vae": (vae.TABLE, "")},
     "comfyui": {"transformer": (transformer.COMFYUI, "")},
 }
-# How the libraries name the weights in a folder.
+# Names of weight files in a folder, as diffusers and transformers ("model") expect them.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
 class Tensor(NamedTuple):
-    """A tensor to be: its name, shape, and the name of its dtype as numpy has it."""
+    """A tensor to write: its name, shape, and the name of its numpy dtype."""
 
     name: str
     shape: Shape
@@ -61,10 +61,16 @@ class Tensor(NamedTuple):
 
 
 class Export:
-    """One network of a bundle, on its way out.
+    """A network of a bundle to write for PyTorch.
 
-    `naming` is a key of `TABLES`; `dtype` None keeps what is stored. Raises
-    ConversionError where the network has no place in that naming, BundleError.
+    Args:
+        root: Folder of the bundle.
+        manifest: Its manifest.
+        role: The network.
+        naming: Names of the tensors, a key of `TABLES`.
+        dtype: Type of the written tensors; None keeps the stored types.
+
+    Raises ConversionError if the network has no names in that naming or is quantized, BundleError.
     """
 
     def __init__(
@@ -80,12 +86,12 @@ class Export:
         stored = bundle.stored_dtypes(root, manifest, role)
         if kept := set(quantization.QUANTIZED).intersection(stored.values()):
             raise ConversionError(
-                f"bundle {root}: {role} is kept in {kept.pop()}, and need not have the numbers"
-                " that it was made of any more; export the bundle that it was converted from"
+                f"bundle {root}: {role} is quantized to {kept.pop()} and lacks its original"
+                " numbers; export the bundle that it was converted from"
             )
         steps = _steps(role, naming, self.cfg)
         types = [dtype or str(jnp.result_type(*map(stored.get, step.targets))) for step in steps]
-        # Wide types first: readers map tensors in place, each on a multiple of its item size.
+        # Wide types first: readers map tensors in place, at multiples of their item size.
         order = sorted(range(len(steps)), key=lambda i: -jnp.dtype(types[i]).itemsize)
         self._steps = [(steps[i], types[i]) for i in order]
         self.tensors = [
@@ -96,11 +102,11 @@ class Export:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """The values of `tensors`, in their order."""
+        """Yield the values of `tensors`, in their order."""
         paths = [path for step, _ in self._steps for path in step.targets]
         leaves = bundle.read_leaves(self.root, self.manifest, self.role, paths)
         for step, dtype in self._steps:
@@ -110,26 +116,25 @@ class Export:
                 yield arrays.contiguous(arrays.cast(name, array, dtype))
 
     def single(self, path: Path, advance: Advance = engine.silent) -> None:
-        """Write one safetensors file; `advance` is told the bytes of each tensor.
+        """Write one safetensors file; call `advance` with the bytes of each tensor.
 
-        Raises ConversionError where `path` is there already, or the disk is too small.
+        Raises ConversionError if `path` exists, or if the disk is too small.
         """
         if path.exists():
-            raise ConversionError(f"{path} is there already; choose another file, or take it away")
+            raise ConversionError(f"{path} exists already; choose another file, or remove it")
         _partial(path).unlink(missing_ok=True)
         engine.check_space(path, self.nbytes)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, self.tensors, self.arrays(), advance)
 
     def folder(self, path: Path, advance: Advance = engine.silent) -> None:
-        """Write what `from_pretrained` takes, in files of at most `SHARD` bytes (but of one tensor
-        at least); `advance` is told the bytes of each tensor.
+        """Write a folder for `from_pretrained`; call `advance` with the bytes of each tensor.
 
-        `path` must be absent or empty. Raises ConversionError, also where the disk is too small or
-        diffusers has no model of this config.
+        Files have at most `SHARD` bytes, or one tensor. Raises ConversionError if `path` exists and
+        is not empty, if the disk is too small, or if diffusers has no model of this config.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConversionError(f"{path} is there and not empty; choose another folder")
+            raise ConversionError(f"{path} exists and is not empty; choose another folder")
         config = export_configs.CONFIGS[self.role](self.cfg, self.manifest)
         partial = _partial(path)
         shutil.rmtree(partial, ignore_errors=True)
@@ -153,8 +158,10 @@ class Export:
 
 
 def default_naming(manifest: Manifest, role: str) -> str:
-    """The naming of a single file: the original one, but for FramePack models, whose context
-    embeddings and image projection have names in diffusers' naming only."""
+    """Return the default naming of a single file: "original", or "diffusers" for FramePack models.
+
+    Context embeddings and the image projection of FramePack have names in diffusers only.
+    """
     _, cfg = bundle.role_config(manifest, role)
     try:
         _steps(role, "original", cfg)
@@ -167,7 +174,7 @@ def default_naming(manifest: Manifest, role: str) -> str:
 def invert(
     transform: Transform, leaves: list[np.ndarray], sources: list[Shape]
 ) -> list[np.ndarray]:
-    """The tensors of shapes `sources` that `transform` made `leaves` of; perhaps as views."""
+    """Invert `transform`: return tensors of shapes `sources`, which may be views of `leaves`."""
     raise TypeError(f"{type(transform).__name__} has no inverse")
 
 
@@ -203,28 +210,28 @@ def _(transform: Patch, leaves: list[np.ndarray], sources: list[Shape]) -> list[
 
 
 def _steps(role: str, naming: str, cfg: Any) -> list[Step]:
-    """The steps of a network in a naming. Raises ConversionError where it has no place there."""
+    """Return the steps of a network. Raises ConversionError if the naming has no names for it."""
     if role == "text_encoder":
         raise ConversionError(
-            "text_encoder: a bundle keeps only the layers of Llama that are read, which make no"
-            " whole model; take the one that it was converted from"
+            "text_encoder: a bundle keeps only the layers of Llama that FramePack uses, which"
+            " make no whole model; use the checkpoint that it was converted from"
         )
     if role not in TABLES[naming]:
         raise ConversionError(
-            f"{role} has no {naming} naming; there is one of {', '.join(TABLES[naming])}"
+            f"{role} has no {naming} names; networks with such names: {', '.join(TABLES[naming])}"
         )
     table, prefix = TABLES[naming][role]
     try:
         return engine.steps_of(table, cfg, prefix)
     except LookupError as error:
         raise ConversionError(
-            f"{role}: not all of it has a name in a {table.description} ({error}); a FramePack"
-            " model goes out in diffusers' names"
+            f"{role}: a {table.description} has no names for some of its tensors ({error}); export"
+            " a FramePack model in diffusers' names"
         ) from error
 
 
 def shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
-    """The tensors in groups of at most `limit` bytes, or of one tensor."""
+    """Group tensors into shards of at most `limit` bytes, or of one tensor."""
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -242,7 +249,7 @@ def write_safetensors(
     arrays: Iterator[np.ndarray],
     advance: Advance = engine.silent,
 ) -> None:
-    """A safetensors file, which has its name when it is whole; see `stream_safetensors`."""
+    """Write a safetensors file, which gets its name when complete; see `stream_safetensors`."""
     partial = _partial(path)
     with partial.open("wb") as file:
         stream_safetensors(file, tensors, arrays, advance)
@@ -258,12 +265,11 @@ def stream_safetensors(
     advance: Advance = engine.silent,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file in the safetensors format: the length of the header, the header as JSON, the
-    values in its order. One array is held at a time.
+    """Write tensors to an open file in the safetensors format, one array at a time.
 
-    Unlike `safetensors.save_file` it leaves the permissions of the file to the caller. `metadata`
-    goes into the header. Raises ValueError where an array is not what `tensors` says. Source of the
-    format: the README of huggingface/safetensors.
+    The format is the length of the header, the header as JSON with `metadata`, and the values
+    (README of huggingface/safetensors). Unlike with `safetensors.save_file`, the caller decides on
+    the permissions of the file. Raises ValueError if an array contradicts `tensors`.
     """
     _write_header(file, tensors, metadata or {})
     for tensor, array in zip(tensors, arrays, strict=True):
@@ -274,7 +280,7 @@ def stream_safetensors(
 
 
 def _partial(path: Path) -> Path:
-    """Where what is to be at `path` lies until it is whole."""
+    """Return the name of a file or folder until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 

@@ -1,8 +1,9 @@
-"""One weight file as named tensors: safetensors, and PyTorch's `.pt`.
+"""Read one weight file as named tensors: safetensors, or PyTorch's `.pt`.
 
-Only names, shapes and types are read when a file is opened. Nothing in a file is run, and a damaged
-file is a ConversionError: safetensors checks its own header, and of PyTorch's zip archives the
-places and the checksums of all that is not weights are checked here, for torch does not.
+Opening a file reads only names, shapes and types, and never runs code from it. A damaged file
+raises ConversionError: safetensors checks its own header; for PyTorch's zip archives, which torch
+does not check, this module checks the offsets of all records and the checksums of all records but
+the weights.
 """
 
 import itertools
@@ -14,45 +15,45 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Importing it teaches numpy, and so safetensors, the name "bfloat16".
+# The import registers the name "bfloat16" with numpy, and so with safetensors.
 import ml_dtypes
 import numpy as np
 import safetensors
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# Bytes at the start of a file that tell what it is.
+# Bytes at the start of a file that identify its format.
 HEAD = 512
 ZIP_MAGIC, GZIP_MAGIC, GGUF_MAGIC = b"PK\x03\x04", b"\x1f\x8b", b"GGUF"
-# A pickle of protocol 2 and up: PyTorch's files before they were zip archives.
+# A pickle of protocol 2 and up: PyTorch's older files, which are no zip archives.
 PICKLE = re.compile(rb"\x80[\x02-\x05]")
 LFS_POINTER = re.compile(rb"version https://git-lfs\S+\n(.*\n)*?size (?P<size>\d+)")
 WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|\?xml)", re.IGNORECASE)
 TEXT = re.compile(r"[^\x00-\x08\x0e-\x1f\x7f]{9,}")
-# Dicts in dicts that are looked into for tensors.
+# Depth to which nested dicts are searched for tensors.
 MAX_DEPTH = 8
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 FLOAT8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
-# Types that no weight has, but a note beside weights may.
+# Types of notes stored beside weights; no weight has them.
 WHOLE = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-# A zip archive: the fixed part of a record's header, and what begins the note behind its data.
+# Zip archives: the fixed part of a record's header, and the magic number of a data descriptor.
 ZIP_HEADER = struct.Struct("<26x2H")
 ZIP_DESCRIPTOR = b"PK\x07\x08"
 DESCRIBED = 0x08
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be read or does not fit, with what to do about it."""
+    """An unreadable or unsuitable checkpoint; the message says what to do."""
 
 
 class Entry(NamedTuple):
-    """One tensor: its shape, the name of the dtype it is read in, how to read it, and the name of
-    the dtype it is stored in where that differs."""
+    """One tensor: its shape, the name of its dtype after reading, a function that reads it, and
+    the name of its stored dtype if that differs."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -61,9 +62,11 @@ class Entry(NamedTuple):
 
 
 def entries_of(file: Path) -> tuple[dict[str, Entry], str]:
-    """Return the tensors of one file by name, and a few words on the dict that they are in, "" if
-    that is the file itself. Names of tensors in several dicts begin with the keys of those. Raises
-    ConversionError."""
+    """Return the tensors of one file by name, and a note that names the dict that holds them ("" if
+    the file itself holds them).
+
+    If several dicts hold tensors, names start with the keys of their dict. Raises ConversionError.
+    """
     check_contents(file)
     if file.suffix in SAFETENSORS_SUFFIXES:
         return _safetensors_entries(file), ""
@@ -77,8 +80,8 @@ def _suffixes() -> str:
 
 
 def check_contents(file: Path) -> None:
-    """Raise ConversionError if a file's first bytes are those of something else than its name says,
-    or of what stands in place of a file."""
+    """Raise ConversionError if the first bytes of a file contradict its suffix, or if the file is a
+    placeholder such as a Git LFS pointer or a web page."""
     try:
         with file.open("rb") as opened:
             head = opened.read(HEAD)
@@ -92,7 +95,7 @@ def check_contents(file: Path) -> None:
 
 
 def _not_a_file(head: bytes) -> str | None:
-    """Return what stands in place of a file, and what to do, by its first bytes."""
+    """Say which placeholder a file is and what to do; None if its first bytes are of no such."""
     if not head:
         return "is empty; download it again"
     if pointer := LFS_POINTER.match(head):
@@ -109,7 +112,7 @@ def _not_a_file(head: bytes) -> str | None:
 
 
 def _not_its_format(file: Path, head: bytes) -> str | None:
-    """Return what a file of weights is, and what to do, if its suffix promises something else."""
+    """Say which format a weight file has and what to do, if its suffix says another."""
     if head.startswith(GGUF_MAGIC):
         return f"is a GGUF file, which is not read; take the same weights in {_suffixes()}"
     if head.startswith(GZIP_MAGIC):
@@ -148,8 +151,10 @@ def _text(head: bytes) -> str | None:
 
 
 def load_torch(file: Path) -> Any:
-    """What a PyTorch file holds, weights mapped and not read; no code in it is run. Raises
-    ConversionError."""
+    """Load a PyTorch file with its weights memory-mapped, and without running code from it.
+
+    Raises ConversionError.
+    """
     try:
         import torch
     except ImportError as error:
@@ -161,7 +166,7 @@ def load_torch(file: Path) -> Any:
         if mapped:
             _check_archive(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # of many kinds, by what is damaged or asked to run
+    except Exception as error:  # torch raises many types, by what is damaged or refused
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"{file} is not a complete PyTorch checkpoint of plain tensors ({first_line});"
@@ -170,7 +175,10 @@ def load_torch(file: Path) -> Any:
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
-    """Read as plain bytes: a mapped file would be read page by page, and copied once more."""
+    """Return the tensors of a safetensors file.
+
+    Tensors are read as plain bytes: a mapped file is read page by page and copied once more.
+    """
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -179,7 +187,7 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
         raise ConversionError(
             f"{file} is not a complete safetensors file ({error}); download it again"
         ) from error
-    # safetensors has checked that ranges lie in the file and fit the shapes.
+    # safetensors has checked that all ranges are inside the file and fit the shapes.
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
@@ -218,7 +226,7 @@ def _torch_entries(file: Path) -> tuple[dict[str, Entry], str]:
 
 
 def _leaves(stored: Any, depth: int = MAX_DEPTH) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield what dicts in dicts hold, each with the keys on the way to it."""
+    """Yield the values of nested dicts, each with the keys that lead to it."""
     if not isinstance(stored, dict) or not depth:
         return
     for key, value in stored.items():
@@ -227,8 +235,8 @@ def _leaves(stored: Any, depth: int = MAX_DEPTH) -> Iterator[tuple[tuple[str, ..
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor in numpy, which has no bfloat16 and no float8 of its own: the same bits
-    under ml_dtypes' names."""
+    """Convert a torch tensor to numpy; bfloat16 and float8 become the dtypes of ml_dtypes, with the
+    same bits."""
     import torch
 
     tensor = tensor.detach()
@@ -240,11 +248,11 @@ def to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _check_archive(file: Path) -> None:
-    """Raise BadZipFile where the parts of an archive contradict each other.
+    """Raise BadZipFile if parts of an archive contradict each other.
 
-    torch believes the place that a record's own header gives and checks no sums: one flipped bit
-    would move all numbers of a tensor. Records must follow one another without gap or overlap, and
-    all but the weights (whose sizes the pickle states) must have their sum.
+    torch trusts the offset in a record's own header and checks no checksums: one flipped bit would
+    shift all numbers of a tensor. Records must follow one another without gap or overlap, and all
+    records but the weights (whose sizes the pickle states) must match their checksums.
     """
     with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
@@ -262,7 +270,7 @@ def _check_archive(file: Path) -> None:
             raw.seek(end)
             if following - end not in gaps or raw.read(len(note)) != note:
                 raise zipfile.BadZipFile(f"{record.filename} is not where the archive says")
-            # Compares the two names of a record.
+            # Opening compares the two names of a record.
             archive.open(record).close()
             if "/data/" not in record.filename:
                 archive.read(record)

@@ -1,10 +1,9 @@
-"""Weights that ComfyUI's and Tencent's files keep in 8-bit floats, read as bfloat16.
+"""Read the 8-bit float weights of ComfyUI's and Tencent's files as bfloat16.
 
-A plain 8-bit weight is its own value, and bfloat16 holds it exactly. A scaled one is the stored
-number times a scale, which lies beside `X.weight` as `X.scale_weight` (ComfyUI, files with the
-marker `scaled_fp8`) or `X.weight_scale` (ComfyUI's later `comfy_quant`), or in Tencent's
-`..._map.pt` beside `....pt`; the product is rounded to bfloat16 once. What such files say of the
-activations is left out.
+bfloat16 holds plain 8-bit weights exactly. A scaled weight is the stored number times a scale. The
+scale of `X.weight` is stored as `X.scale_weight` (ComfyUI, files with the marker `scaled_fp8`), as
+`X.weight_scale` (ComfyUI's later `comfy_quant`), or in Tencent's `..._map.pt` beside `....pt`. The
+product is rounded to bfloat16 once. Scales of activations are ignored.
 """
 
 import functools
@@ -36,12 +35,12 @@ Entries = dict[str, Entry]
 
 
 def unpack(path: Path, files: list[Path], entries: Entries) -> tuple[Entries, str]:
-    """The tensors of a checkpoint with 8-bit weights as bfloat16 and their scales taken away, and
-    a few words on what was done ("" where there are none).
+    """Return the tensors of a checkpoint with 8-bit weights as bfloat16 and without their scales,
+    and a note on the weights that were read so ("" if there are none).
 
-    Raises ConversionError where a scale is absent or of another shape than one number, or one a
-    row, and where ComfyUI names another quantization. In a file without marker, map and notes
-    8-bit weights without a scale are plain ones.
+    If a file has no marker, map or notes, 8-bit weights without a scale are plain weights. Raises
+    ConversionError if a scale is missing, if a scale is neither one number nor one number per row,
+    or if ComfyUI's notes name another quantization.
     """
     marked = tuple(name.removesuffix(MARKER) for name in entries if _is_marker(name))
     packed = {n for n, entry in entries.items() if entry.dtype in FLOAT8 and not _is_marker(n)}
@@ -55,7 +54,7 @@ def unpack(path: Path, files: list[Path], entries: Entries) -> tuple[Entries, st
         for suffix in SCALES
         if name.endswith(suffix)
     }
-    # A file with several networks has a marker in each that is scaled.
+    # In a file with several networks, each scaled network has its own marker.
     in_marked = {name for name in packed if marked and name.startswith(marked)}
     scalable = packed if mapped else in_marked | noted
     unscaled = sorted(name for name in scalable if name.endswith(WEIGHT) and name not in scales)
@@ -77,7 +76,7 @@ def unpack(path: Path, files: list[Path], entries: Entries) -> tuple[Entries, st
 
 
 def _unpacked(entry: Entry, scale: Entry | None) -> Entry:
-    """An entry that reads value times scale. What is no 8-bit float keeps its dtype."""
+    """Return an entry that reads value times scale; only 8-bit floats change their dtype."""
     if entry.dtype in WIDE:
         return entry._replace(read=_scaled(entry, scale, np.dtype(entry.dtype)))
     if entry.dtype not in FLOAT8:
@@ -91,7 +90,7 @@ def _scaled(entry: Entry, scale: Entry | None, dtype: np.dtype) -> Callable[[], 
         stored = entry.read()
         factor = np.float32(1) if scale is None else scale.read().astype(np.float32)
         if entry.dtype in FLOAT8 and factor.size == 1:
-            # There are 256 values: looked up, which is ten times as fast as computed.
+            # A lookup of the 256 possible values is ten times as fast as the product.
             values = np.arange(256, dtype=np.uint8).view(FLOAT8[entry.dtype]).astype(np.float32)
             return (values * factor.reshape(())).astype(dtype)[stored.view(np.uint8)]
         rows = factor.reshape((-1,) + (1,) * (stored.ndim - 1)) if factor.size > 1 else factor
@@ -118,8 +117,10 @@ def _scale_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 
 
 def _noted_weights(path: Path, entries: Entries) -> set[str]:
-    """The weights at which ComfyUI notes an 8-bit float times a scale. Raises ConversionError where
-    a note names anything else."""
+    """Return the weights that ComfyUI's notes call scaled 8-bit floats.
+
+    Raises ConversionError if a note names another quantization.
+    """
     noted = set()
     for name, entry in entries.items():
         if not name.endswith(NOTES[-1]):
@@ -139,7 +140,7 @@ def _noted_weights(path: Path, entries: Entries) -> set[str]:
 
 
 def _mapped_scales(files: list[Path], packed: Iterable[str]) -> Entries:
-    """Tencent's scales, {module: number}, for the weights of a `.pt` file."""
+    """Return Tencent's scales of a `.pt` file by the name of the weight."""
     if not packed or len(files) != 1 or files[0].suffix not in TORCH_SUFFIXES:
         return {}
     beside = files[0].with_name(f"{files[0].stem}_map{files[0].suffix}")
@@ -164,7 +165,7 @@ def _mapped_scales(files: list[Path], packed: Iterable[str]) -> Entries:
 
 
 def _end_among(names: Collection[str], name: str) -> str | None:
-    """Return the longest end of a dotted name that is one of `names`."""
+    """Return the longest suffix of a dotted name that is one of `names`."""
     parts = name.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
     return next((end for end in ends if end in names), None)

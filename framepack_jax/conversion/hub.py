@@ -1,8 +1,8 @@
-"""Checkpoints from the Hugging Face hub, through huggingface_hub and its cache.
+"""Download checkpoints from the Hugging Face hub, through huggingface_hub and its cache.
 
-What lies in the cache is not fetched again, a broken connection goes on where it broke, and a run
-that was stopped keeps the files that were whole. The library's variables hold: HF_HOME (where the
-cache is), HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+Cached files are not downloaded again, a broken download resumes, and an interrupted run keeps its
+complete files. The environment variables of huggingface_hub apply: HF_HOME (location of the cache),
+HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 import re
@@ -34,8 +34,8 @@ SHARED = {
     "tokenizer_2": (HUNYUAN, "tokenizer_2"),
     "image_processor": (REDUX, "feature_extractor"),
 }
-# The released models: where the repository and folder of each part are (`demo_gradio.py` and
-# `demo_gradio_f1.py` of the release). All but the transformer is the same.
+# Repository and folder of each part of the released models (`demo_gradio.py` and
+# `demo_gradio_f1.py` of the release). The models differ only in the transformer.
 FRAMEPACK: dict[str, dict[str, tuple[str, str | None]]] = {
     "i2v": {"transformer": ("lllyasviel/FramePackI2V_HY", None), **SHARED},
     "f1": {"transformer": ("lllyasviel/FramePack_F1_I2V_HY_20250503", None), **SHARED},
@@ -46,7 +46,7 @@ WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)
 INDEX, TORCH_INDEX = ".safetensors.index.json", ".bin.index.json"
 SMALL_FILES = {"config.json", *tokenizers.TOKENIZER_FILES, *tokenizers.MARKERS.values()}
 MODEL_INDEX = "model_index.json"
-# Folders of a diffusers pipeline that a bundle has a place for.
+# Folders of a diffusers pipeline that a bundle can hold.
 PIPELINE_FOLDERS = {
     "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer",
     "tokenizer_2", "feature_extractor",
@@ -56,9 +56,12 @@ REFUSED = (401, 403)
 
 
 def split(text: str) -> tuple[str, str | None] | None:
-    """(repository, folder or file in it or None) where `text` names the hub's `owner/name` or
-    `owner/name/folder`, and None where it is a path here: one that exists, or whose first folder
-    does, or that cannot be a repository."""
+    """Split `owner/name` or `owner/name/folder` of the hub into the repository and the folder or
+    file in it (None for the whole repository).
+
+    Return None for a local path: one that exists, whose first folder exists, or that is no name of
+    a repository.
+    """
     parts = text.rstrip("/").split("/")
     if len(parts) < 2 or Path(text).exists() or Path(parts[0]).exists():
         return None
@@ -76,14 +79,21 @@ def fetch(
     progress: bool = True,
     pipeline: bool | None = False,
 ) -> Path:
-    """The folder in the hub's cache with one network, tokenizer or image processor, or with a whole
-    diffusers pipeline; `subfolder` may also be the path of a single weight file, which is given
-    back then. `pipeline` None is whether there is a model_index.json.
+    """Download a network, tokenizer, image processor or diffusers pipeline; return its folder in
+    the hub's cache.
 
-    Only what a conversion reads is fetched: configs, tokenizer files, and weights in safetensors,
-    or in PyTorch's format where there are no others. `token` None is that of HF_TOKEN or of
-    `hf auth login`. Raises ConversionError that says what to do: unknown or gated repositories, no
-    connection and nothing in the cache, files that are missing there, no space.
+    Only files that a conversion reads are downloaded: configs, tokenizer files, and weights in
+    safetensors, or in PyTorch's format if there are no safetensors.
+
+    Args:
+        repo_id: `owner/name` of the repository.
+        subfolder: Folder in the repository, or path of a single weight file, which is returned.
+        token: Access token; default: that of HF_TOKEN or `hf auth login`.
+        progress: Show a progress bar.
+        pipeline: Download all folders of a pipeline; None: if there is a model_index.json.
+
+    Raises ConversionError, which says what to do, if the repository is unknown or gated, if the hub
+    cannot be reached and the cache has nothing, if files are missing, or if the disk is too small.
     """
     try:
         listed = _listed(repo_id, subfolder, pipeline, token)
@@ -98,8 +108,8 @@ def fetch(
             repo_id,
             token=token,
             allow_patterns=[_literal(name) for name in chosen],
-            # A run that is stopped loses the file under way: one, not all. Within a file the
-            # library makes several connections where the hub offers them.
+            # An interrupted run then loses at most one file. The library may use several
+            # connections for one file.
             max_workers=1,
             tqdm_class=_Bar if progress else _NoBar,
         )
@@ -109,12 +119,11 @@ def fetch(
 
 
 class _Unreachable(Exception):
-    """The hub cannot be asked; why is the cause."""
+    """The hub cannot be reached; the cause is attached."""
 
 
 class _Listed(NamedTuple):
-    """Files that a conversion reads with their sizes, and the bytes of them that are not in the
-    cache."""
+    """Sizes of the files that a conversion reads, and the number of bytes missing in the cache."""
 
     chosen: dict[str, int]
     missing: int
@@ -123,7 +132,7 @@ class _Listed(NamedTuple):
 def _listed(
     repo_id: str, subfolder: str | None, pipeline: bool | None, token: str | None
 ) -> _Listed:
-    """Raises _Unreachable, ConversionError."""
+    """List the files that a conversion reads. Raises _Unreachable, ConversionError."""
     try:
         info = HfApi(token=token).model_info(repo_id, files_metadata=True)
     except hub_errors.HFValidationError as error:
@@ -150,11 +159,14 @@ def _listed(
 def check_space(
     parts: Mapping[str, tuple[str, str | None]], output: Path | None, ratio: float = 1.0
 ) -> None:
-    """Raise ConversionError where the disk cannot hold all `parts` of a bundle, (repository,
-    folder) by name, before the first of them is fetched: what the cache lacks, and, where `output`
-    is on the same disk, the bundle, `ratio` times the bytes of their weights.
+    """Raise ConversionError before the first download if the disk is too small for all of them.
 
-    Says nothing where the hub cannot be asked: then what is in the cache serves, or fetching tells.
+    The check does nothing if the hub cannot be reached: `fetch` then uses the cache, or raises.
+
+    Args:
+        parts: Repository and folder of each part of a bundle, by name.
+        output: Folder of the bundle, which counts if it is on the disk of the cache.
+        ratio: Bytes of the bundle divided by bytes of the downloaded weights.
     """
     missing = weights = 0
     try:
@@ -179,14 +191,14 @@ def check_space(
 
 
 def _cache_disk() -> tuple[Path, int]:
-    """A folder on the cache's disk, and the bytes that are free there."""
+    """Return a folder on the disk of the cache, and the number of free bytes there."""
     cache = Path(constants.HF_HUB_CACHE)
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return place, shutil.disk_usage(place).free
 
 
 def _chosen(names: Iterable[str], subfolder: str | None, pipeline: bool) -> list[str]:
-    """The files that a conversion reads."""
+    """Return the names of the files that a conversion reads."""
     names = sorted(names)
     if subfolder in names:
         return [subfolder]
@@ -210,14 +222,14 @@ def _folders(names: Iterable[str]) -> set[str]:
 
 
 def _literal(name: str) -> str:
-    """A name as a pattern that matches nothing else."""
+    """Return a pattern that matches this name only."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _cached(repo_id: str, subfolder: str | None) -> Path | None:
-    """What the cache has, where the hub cannot be asked. Whether it is whole shows on reading."""
+    """Return the cached folder or file without asking the hub; it may be incomplete."""
     try:
-        # No pattern: nothing is asked for, only where the snapshot is.
+        # Without patterns only the location of the snapshot is looked up.
         snapshot = snapshot_download(repo_id, local_files_only=True, allow_patterns=[])
     except (hub_errors.EntryNotFoundError, OSError):
         return None
@@ -235,8 +247,8 @@ def _check_space(what: str, needed: int) -> None:
 
 
 def _explained(repo_id: str, error: BaseException) -> ConversionError:
-    """Return the message for an error of the hub's client."""
-    # The client wraps what the server said in an error of its own cache.
+    """Translate an error of the hub's client into a message that says what to do."""
+    # The client wraps errors of the server in an error of its cache.
     while isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
     page = f"{constants.ENDPOINT}/{repo_id}"
@@ -270,11 +282,11 @@ def _explained(repo_id: str, error: BaseException) -> ConversionError:
 
 
 class _Bar(Plain, tqdm):
-    """The hub's progress bar, as lines in a log."""
+    """The hub's progress bar, written as lines of a log."""
 
 
 class _NoBar(tqdm):
-    """The hub's progress bar, unseen."""
+    """The hub's progress bar, disabled."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})

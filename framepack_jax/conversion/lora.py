@@ -1,9 +1,8 @@
-"""LoRA files in and out: kohya's and musubi-tuner's, diffusers' and PEFT's, with the transformer's
-modules named as diffusers, Tencent or ComfyUI name them.
+"""Read and write LoRA files of kohya-ss/sd-scripts, musubi-tuner, diffusers and PEFT.
 
-Sources: the key names of kohya-ss/sd-scripts (`networks/lora.py`) and kohya-ss/musubi-tuner, of
-PEFT's saved adapters, of diffusers' `save_lora_adapter`, and those that ComfyUI (`comfy/lora.py`)
-looks up.
+Modules of the transformer may have the names of diffusers, Tencent or ComfyUI. Sources: the key
+names of kohya-ss/sd-scripts (`networks/lora.py`), of kohya-ss/musubi-tuner, of PEFT's saved
+adapters, of diffusers' `save_lora_adapter`, and those that ComfyUI (`comfy/lora.py`) reads.
 """
 
 import collections
@@ -39,7 +38,7 @@ from framepack_jax.models.lora import Factors, LoRA
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import shorten
 
-# A LoRA of which more than this share has no place in the network is warned of.
+# Largest share of modules that may be missing in the network without a warning.
 LARGE_SHARE = 0.1
 TENSOR = re.compile(
     r"(?P<module>.+)\.(lora[._](?P<side>A|B|down|up)(\.[\w-]+)?\.weight|(?P<alpha>alpha))"
@@ -57,8 +56,11 @@ UNSUPPORTED = {
 
 
 class Naming(NamedTuple):
-    """How a file spells a module's factors. Without `alpha` the scale is multiplied into `up`;
-    `flat` names have underscores for dots; `one_rank` files have the same rank everywhere."""
+    """Names of a module's factors in a file.
+
+    Without `alpha`, the scale is multiplied into `up`. `flat` names have underscores instead of
+    dots. In `one_rank` files all modules have the same rank.
+    """
 
     table: Table
     down: str
@@ -81,24 +83,24 @@ class Naming(NamedTuple):
 
 
 NAMINGS = {
-    # Read by `pipe.load_lora_weights` and `load_lora_adapter`; ranks stand in the metadata too.
+    # Read by `pipe.load_lora_weights` and `load_lora_adapter`; the metadata also has the ranks.
     "diffusers": Naming.peft(transformer.DIFFUSERS, "transformer."),
-    # As diffusion-pipe writes them: every program reads these (docs/other-programs.md). Without
-    # metadata, readers take alpha from one module for all, so that all have one rank.
+    # Written by diffusion-pipe and read by every program (docs/other-programs.md). Without
+    # metadata, readers use the alpha of one module for all, so that all need the same rank.
     "original": Naming.peft(transformer.TENCENT_FRAMEPACK, "diffusion_model.", one_rank=True),
-    # As musubi-tuner writes a LoRA of FramePack,
+    # Written by musubi-tuner for FramePack,
     "kohya": Naming.kohya(transformer.DIFFUSERS, "lora_unet_", flat=True),
-    # and one of HunyuanVideo.
+    # and for HunyuanVideo.
     "kohya-tencent": Naming.kohya(transformer.TENCENT_FRAMEPACK, "lora_unet_", flat=True),
-    # ComfyUI looks its modules up in both spellings of factors; this one keeps alpha apart.
+    # ComfyUI reads both namings of factors; this one has alpha as a tensor.
     "comfyui": Naming.kohya(transformer.COMFYUI_FRAMEPACK, "diffusion_model."),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedLora:
-    """A LoRA file that was read: `lora`, how many of the file's `modules` are in it (`applied`),
-    the names of those that are not, {rank: number of modules}, and whose naming it is in."""
+    """The contents of a LoRA file: the factors, the number of its modules, how many of them apply,
+    the names of the others, {rank: number of modules}, and the naming."""
 
     lora: LoRA
     applied: int
@@ -108,13 +110,13 @@ class LoadedLora:
     naming: str
 
     def summary(self) -> str:
-        """One line for the screen."""
+        """Return a summary in one line."""
         ranks = ", ".join(map(str, sorted(self.ranks)))
         said = f"{self.applied} of {self.modules} modules apply, rank {ranks}, {self.naming} names"
         return f"{said}; no place for {shorten(self.unmatched)}" if self.unmatched else said
 
     def warning(self) -> str | None:
-        """Say that a large share of the file does not apply; None if it does."""
+        """Return a warning if a large share of the modules does not apply, else None."""
         if len(self.unmatched) <= LARGE_SHARE * self.modules:
             return None
         return (
@@ -126,23 +128,25 @@ class LoadedLora:
 
 
 def is_lora(checkpoint: Checkpoint) -> bool:
-    """Return True if a checkpoint holds adapters, of a supported kind or not."""
+    """Return True if a checkpoint holds adapters of any kind, supported or not."""
     matches = map(TENSOR.fullmatch, checkpoint.names())
     return any(m and m["side"] for m in matches) or _unsupported(checkpoint) is not None
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that `read` may open: those of weights, and of PEFT's settings. Raises
-    ConversionError where the weights cannot be opened."""
+    """Return the files that `read` opens: weights, and PEFT's settings if there are any.
+
+    Raises ConversionError if the weights cannot be opened.
+    """
     checkpoint = open_checkpoint(path)
     beside = lora_peft.config_beside(checkpoint)
     return [*checkpoint.files, *([beside] if beside else [])]
 
 
 def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
-    """The LoRA of a safetensors or PyTorch file, or of PEFT's folder, for a network of that config.
+    """Read a LoRA of a network with this config from safetensors, PyTorch or PEFT's folder.
 
-    Modules that the network does not have (a text encoder's, for one) are reported in the result.
+    The result lists modules that the network does not have, such as those of a text encoder.
     Raises ConversionError if the file is damaged, is not a LoRA, is an adapter of another kind or
     of another network, or does not fit; the error names all modules that do not fit.
     """
@@ -182,8 +186,8 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
 
 
 def about(path: Path) -> dict[str, str]:
-    """The header of a safetensors file but for what `write` says itself, and hashes of the file's
-    tensors; {} for other formats."""
+    """Return the metadata of a safetensors file without the fields that `write` sets and without
+    hashes of its tensors; {} for other formats."""
     header = lora_peft.header_of(open_checkpoint(path))
     said = re.compile(
         rf"format|{lora_peft.METADATA}|ss_network_(dim|alpha)|sshs_.*|modelspec\.hash_sha256"
@@ -198,13 +202,20 @@ def write(
     naming: str = "diffusers",
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a LoRA of a network of that config as safetensors, under one of NAMINGS, whole or not
-    at all; `about` goes into the header, with the rank and alpha of what is written.
+    """Write a LoRA of a network with this config as a safetensors file, atomically.
 
-    A naming with alpha keeps the bits of the factors, if the file that they were read from had the
-    same fused matrices. One without alpha has the scale multiplied into `lora_B`. Raises
-    ConversionError for an unknown naming, another suffix, and kernels that the network does not
-    have.
+    A naming with alpha keeps the bits of the factors if their source file had the same fused
+    matrices. A naming without alpha has the scale multiplied into `lora_B`.
+
+    Args:
+        path: The file, which ends in .safetensors.
+        lora: Factors by path of the kernel.
+        cfg: Config of the network.
+        naming: A key of `NAMINGS`.
+        about: Metadata for the header, which also gets the rank and alpha of the written factors.
+
+    Raises ConversionError for an unknown naming, another suffix, or kernels that the network does
+    not have.
     """
     path = Path(path)
     if naming not in NAMINGS:
@@ -238,9 +249,11 @@ def _alpha(pair: Pair) -> float:
 
 
 def _rank_and_alpha(pairs: Sequence[Pair]) -> dict[str, str]:
-    """Return the rank and alpha of all modules, under the keys of kohya-ss/sd-scripts; "Dynamic" if
-    modules differ, as its `resize_lora.py` writes it. Factors with a folded scale have alpha =
-    rank."""
+    """Return rank and alpha of all modules under the keys of kohya-ss/sd-scripts.
+
+    If modules differ, the value is "Dynamic", as in its `resize_lora.py`. Factors with a folded
+    scale have alpha = rank.
+    """
     ranks = {str(len(pair.down)) for pair in pairs}
     alphas = {f"{_alpha(pair):g}" for pair in pairs}
     fields = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
@@ -250,7 +263,7 @@ def _rank_and_alpha(pairs: Sequence[Pair]) -> dict[str, str]:
 def _to_pairs(
     path: Path, lora: Mapping[str, Factors], cfg: TransformerConfig, spelling: Naming
 ) -> dict[str, tuple[Step, Pair]]:
-    """{module: (its row, its factors as the file is to have them)}."""
+    """Return the row and the factors to write of each module."""
     steps = kernel_steps(spelling.table, cfg)
     known = {kernel for step in steps for kernel in step.targets}
     if absent := sorted(lora.keys() - known):
@@ -269,7 +282,7 @@ def _to_pairs(
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """{module as the file names it: {"down", "up", "alpha": tensor name}}."""
+    """Return {"down", "up", "alpha": tensor name} for each module name of the file."""
     if found := _unsupported(checkpoint):
         kind, name = found
         raise ConversionError(
@@ -296,7 +309,7 @@ def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
 
 
 def _unsupported(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """(what it is, a tensor that tells) where a file holds adapters other than plain LoRA."""
+    """Return the kind of an unsupported adapter and a tensor that shows it; None for plain LoRA."""
     for name in checkpoint.names():
         for pattern, kind in UNSUPPORTED.items():
             if re.fullmatch(pattern, name):
@@ -310,7 +323,7 @@ def _pair(
     place: lora_places.Place,
     alphas: lora_peft.Alphas,
 ) -> Pair:
-    """The factors of a module. Raises ConversionError where they do not fit it."""
+    """Read the factors of a module. Raises ConversionError if they do not fit the module."""
     if absent := {"down", "up"} - tensors.keys():
         raise ConversionError(f"it has {shorten(tensors.values())} but no {absent.pop()} factor")
     outputs, *inputs = place.step.source_shapes()[0]
@@ -337,7 +350,7 @@ def _pair(
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the ones behind a matrix's two dimensions, which 1 x 1 convolutions have."""
+    """Drop trailing dimensions of size 1 beyond two, which 1x1 convolutions have."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

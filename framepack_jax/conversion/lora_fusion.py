@@ -1,20 +1,18 @@
-"""How the low-rank factors of other implementations' modules and of kernels here hold the same
-change.
+"""Convert low-rank factors between torch modules and our kernels, exactly.
 
-Modules of the other side, matrices with factors `down` (r, in) and `up` (out, r), and kernels here
-need not go one to one. The rows of the transformer's tables say which belong together; each row
-makes one fused matrix in between:
+Torch modules have factors `down` (r, in) and `up` (out, r). Modules and kernels do not map one to
+one. The rows of the transformer's tables say which belong together; each row has one fused matrix:
 
     modules -> joined along their outputs -> one pair of factors -> cut -> kernels, and back.
 
-A cut splits one factor, copies the other, and leaves out ranks that have become zero. A join of
-parts that share a factor undoes the cut; of others it is the block-diagonal matrix, exact, whose
-rank is the sum of theirs. So q, k and v adapted apart (diffusers) become one kernel of three times
-the rank, and come out again as they were; a kernel adapted here goes out to diffusers at its own
-rank. Ranks grow where they must: in Tencent's fused `linear1`, and in the output projection of
-single blocks, of which there are two kernels here.
+A cut splits one factor, copies the other, and drops ranks that are zero. A join of parts with a
+common factor reverts a cut. A join of other parts is the exact block-diagonal matrix, with the sum
+of their ranks. Separate q, k and v (diffusers) therefore become one kernel with three times the
+rank, and can be separated again; a kernel trained here is written for diffusers at its own rank.
+Ranks also grow in Tencent's fused `linear1`, and in the output projection of single blocks, which
+is two kernels here.
 
-Shapes: r the rank; modules are torch's, (out, in), kernels (in, ...out).
+Shapes: r rank; torch modules (out, in), our kernels (in, ...out).
 """
 
 import functools
@@ -31,7 +29,7 @@ from framepack_jax.models.lora import Factors, alike
 
 
 class Pair(NamedTuple):
-    """Factors of a matrix (out, in): up (out, r) diag(scale) (r,) down (r, in)."""
+    """Factors of a matrix (out, in): up (out, r), diagonal scale (r,), down (r, in)."""
 
     down: np.ndarray
     up: np.ndarray
@@ -39,25 +37,24 @@ class Pair(NamedTuple):
 
     @property
     def transposed(self) -> "Pair":
-        """Those of the transposed matrix: what is done along outputs is so done along inputs."""
+        """Return the factors of the transposed matrix, whose outputs are the inputs of this one."""
         return Pair(self.up.T, self.down.T, self.scale)
 
 
 @functools.lru_cache(maxsize=8)
 def kernel_steps(table: Table, cfg: TransformerConfig) -> tuple[Step, ...]:
-    """The rows of a table that make kernels, layer by layer; remembered, as several files are of
-    one network."""
+    """Return the rows of a table that make kernels, layer by layer (cached)."""
     steps = steps_of(table, cfg)
     return tuple(s for s in steps if all(t.endswith("/kernel") for t in s.targets))
 
 
 def module_names(step: Step) -> list[str]:
-    """Dotted names of a step's modules."""
+    """Return the dotted names of a step's modules."""
     return [source.removesuffix(".weight") for source in step.sources]
 
 
 def pair_of(step: Step, down: np.ndarray, up: np.ndarray, scale: np.ndarray) -> Pair:
-    """Factors as a module's tensors have them: (r, in) and (out, r), or those of a convolution."""
+    """Make a pair of a module's tensors: (r, in) and (out, r), or those of a convolution."""
     up = up.reshape(up.shape[:2])
     if not isinstance(step.row.transform, Patch):
         return Pair(down.reshape(down.shape[:2]), up, scale)
@@ -67,7 +64,7 @@ def pair_of(step: Step, down: np.ndarray, up: np.ndarray, scale: np.ndarray) -> 
 
 
 def tensors_of(step: Step, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `pair_of`: `down` and `up`."""
+    """Return the tensors `down` and `up` of a module; the inverse of `pair_of`."""
     if not isinstance(step.row.transform, Patch):
         return pair.down, pair.up
     rows = pair.down.reshape(len(pair.down), *step.row.transform.kernel, -1)
@@ -75,8 +72,11 @@ def tensors_of(step: Step, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def folded(pair: Pair) -> Pair:
-    """The same change at a scale of 1: the scale goes into `up`, in its own dtype if every product
-    is exact there, as by powers of two; otherwise both factors become float32."""
+    """Multiply the scale into `up`, so that it becomes 1.
+
+    `up` keeps its dtype if all products are exact in it, as for powers of two; otherwise both
+    factors become float32.
+    """
     if (pair.scale == 1).all():
         return pair
     exact = pair.up.astype(np.float32) * pair.scale.astype(np.float32)
@@ -87,14 +87,14 @@ def folded(pair: Pair) -> Pair:
 
 
 def padded(pair: Pair, rank: int) -> Pair:
-    """The same change with `rank` ranks, zeros at the end; at a scale of 1."""
+    """Pad factors of scale 1 with zeros to a rank."""
     more = rank - len(pair.down)
     down = np.pad(pair.down, ((0, more), (0, 0)))
     return Pair(down, np.pad(pair.up, ((0, 0), (0, more))), np.ones(rank))
 
 
 def trimmed(pair: Pair) -> Pair:
-    """Without the ranks that are zero in both factors, which `padded` adds."""
+    """Drop the ranks that are zero in both factors, such as those of `padded`."""
     used = pair.down.any(axis=1) | pair.up.any(axis=0)
     if used.all() or not used.any():
         return pair
@@ -102,7 +102,7 @@ def trimmed(pair: Pair) -> Pair:
 
 
 def to_kernels(step: Step, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Factors]]:
-    """(path, factors) of the kernels that the modules of a step change."""
+    """Yield path and factors of the kernels that the modules of a step change."""
     parts = [pairs.get(name) for name in module_names(step)]
     if not any(parts):
         return
@@ -120,7 +120,7 @@ def to_kernels(step: Step, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Fac
 
 
 def to_modules(step: Step, lora: Mapping[str, Factors]) -> Iterator[tuple[str, Pair]]:
-    """(dotted name, factors) of the modules that hold the change of a step's kernels."""
+    """Yield dotted name and factors of the modules that hold the change of a step's kernels."""
     parts = [lora.get(kernel) for kernel in step.targets]
     if not any(parts):
         return
@@ -137,8 +137,8 @@ def to_modules(step: Step, lora: Mapping[str, Factors]) -> Iterator[tuple[str, P
 
 
 def _layout(step: Step) -> tuple[Callable[[Pair], Pair], list[int]]:
-    """How kernels lie in the fused matrix: a turn that makes them parts of its outputs, and the
-    length of each."""
+    """Return the layout of kernels in the fused matrix: a function that transposes it if kernels
+    are parts of its inputs, and the length of each part."""
     transform = step.row.transform
     shapes = step.targets.values()
     if isinstance(transform, Linear) and transform.split == 1:
@@ -151,12 +151,12 @@ def _swapped(pair: Pair) -> Pair:
 
 
 def _join(parts: Sequence[Pair | None], sizes: list[int]) -> Pair:
-    """Factors of matrices of `sizes` outputs as those of one matrix, one upon the other; None is a
-    matrix of zeros."""
+    """Join the factors of matrices with `sizes` outputs into those of one matrix, along outputs;
+    None is a matrix of zeros."""
     there = [part for part in parts if part is not None]
     downs, ups, scales = (alike(arrays) for arrays in zip(*there, strict=True))
     if all(map(np.array_equal, downs[1:], downs)) and all(map(np.array_equal, scales[1:], scales)):
-        # They share `down`: they are cut from one matrix.
+        # The parts share `down`: they were cut from one matrix.
         down, scale, begins = downs[0], scales[0], np.zeros(len(there), int)
     else:
         down, scale = np.concatenate(downs), np.concatenate(scales)
@@ -170,8 +170,11 @@ def _join(parts: Sequence[Pair | None], sizes: list[int]) -> Pair:
 
 
 def _cut(pair: Pair, sizes: list[int]) -> list[Pair | None]:
-    """The inverse of `_join`: each part with the ranks that change it, None where none does (all
-    ranks for all parts where `up` is zero, as before training)."""
+    """Cut factors into parts with `sizes` outputs; the inverse of `_join`.
+
+    Each part keeps the ranks that change it, and is None if there are none. If `up` is zero, as
+    before training, every part keeps all ranks.
+    """
     ups = np.split(pair.up, np.cumsum(sizes)[:-1])
     if len(ups) == 1 or not pair.up.any():
         return [pair._replace(up=up) for up in ups]

@@ -1,4 +1,4 @@
-"""Settings of PEFT adapters: alpha of each module, from the header of a file or beside it."""
+"""Read the settings of PEFT adapters, from the header of a file or from a file beside it."""
 
 import collections
 import json
@@ -13,29 +13,22 @@ import safetensors
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError, read_json
 
 METADATA = "lora_adapter_metadata"
-
-
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-# Fields of a PEFT config that make more of an adapter than scale * up @ down.
+# Values of PEFT fields with which an adapter is scale * up @ down.
 PLAIN = {"peft_type": "LORA", "use_dora": False, "lora_bias": False, "bias": "none"}
-
-
-# Initial values that PEFT takes out of the base weights, which are then not those of the release.
+# Initializations that PEFT subtracts from the base weights, which then differ from the release.
 CHANGED_BASE = ("pissa", "olora", "corda")
-
-
 Alphas = Callable[[str, int], float]
-
-
-# Trainers have alphas about as large as the rank; float32 ends at 3e38.
+# Trainers use alphas of about the rank; float32 ends at 3e38.
 MAX_ALPHA = 1e9
 
 
 def alphas_of(checkpoint: Checkpoint) -> Alphas:
-    """(module, rank) -> scale of a module that has no alpha of its own: by PEFT's config where
-    there is one, otherwise 1, as diffusers, ComfyUI and kohya's scripts take it."""
+    """Return a function from (module, rank) to the scale of a module without an alpha tensor.
+
+    The scale is that of PEFT's config. Without a config it is 1, as in diffusers, ComfyUI and
+    kohya-ss/sd-scripts.
+    """
     fields = _peft_config(checkpoint)
     patterns = _checked_alphas(checkpoint, fields)
     root = bool(fields.get("use_rslora"))
@@ -53,8 +46,11 @@ def alphas_of(checkpoint: Checkpoint) -> Alphas:
 
 
 def _checked_alphas(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[str, float]:
-    """`alpha_pattern` of PEFT's settings. Raises ConversionError where they say more than a scale,
-    or say it otherwise than by numbers and names of modules."""
+    """Return `alpha_pattern` of PEFT's settings.
+
+    Raises ConversionError if the adapter is more than a scaled product, or if alphas are not given
+    as numbers by names of modules.
+    """
     for name, plain in PLAIN.items():
         if fields.get(name, plain) != plain:
             raise ConversionError(
@@ -83,7 +79,7 @@ def _checked_alphas(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[s
 
 
 def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """PEFT's settings, from the header of the file or beside it; {} where there are none."""
+    """Return PEFT's settings, from the header of the file or beside it; {} if there are none."""
     file, header = checkpoint.files[0], header_of(checkpoint)
     if METADATA in header:
         try:
@@ -92,7 +88,7 @@ def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
             raise ConversionError(f"{file}: its {METADATA} is not valid JSON ({error})") from error
         if not isinstance(fields, dict):
             raise ConversionError(f"{file}: its {METADATA} is not a JSON object")
-        # A pipeline's file has its settings by component.
+        # Files of pipelines have settings by component.
         prefix = "transformer."
         own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
         return own or fields
@@ -101,7 +97,7 @@ def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def header_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """The metadata of a safetensors file; {} for other formats."""
+    """Return the metadata of a safetensors file; {} for other formats."""
     try:
         return safetensors.safe_open(checkpoint.files[0], "np").metadata() or {}
     except (OSError, safetensors.SafetensorError):
@@ -109,7 +105,7 @@ def header_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def config_beside(checkpoint: Checkpoint) -> Path | None:
-    """PEFT's settings in a file of their own."""
+    """Return the file with PEFT's settings beside a checkpoint, None if there is none."""
     file = checkpoint.files[0]
     beside = file.parent / ADAPTER_CONFIG
     belongs = checkpoint.path.is_dir() or file.stem == "adapter_model"
@@ -117,7 +113,7 @@ def config_beside(checkpoint: Checkpoint) -> Path | None:
 
 
 def peft_metadata(ranks: Mapping[str, int]) -> str:
-    """What diffusers makes its LoraConfig of, from {module: rank}; alpha is the rank everywhere."""
+    """Return the metadata of diffusers' LoraConfig for {module: rank}; every alpha is the rank."""
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
     # Anchored: PEFT also matches the ends of longer names.
     others = {f"^{name}": r for name, r in ranks.items() if r != rank}

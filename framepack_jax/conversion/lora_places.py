@@ -12,22 +12,20 @@ from framepack_jax.conversion.lora_fusion import kernel_steps, module_names
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models.hunyuan.config import TransformerConfig
 
-# Tencent's names and those of ComfyUI are alike in part; the first that has one takes it.
+# Some names of Tencent and ComfyUI are equal; the first table with a name wins.
 TABLES = {
     "diffusers'": transformer.DIFFUSERS,
     "Tencent's": transformer.TENCENT_FRAMEPACK,
     "ComfyUI's": transformer.COMFYUI_FRAMEPACK,
 }
-
-
-# What trainers and wrappers put before a module's name, dots written as underscores.
+# Prefixes that trainers and wrappers add to module names, with underscores instead of dots.
 PREFIX = re.compile(
     r"(lora_unet|lora_transformer|lycoris|base_model_model|model|module|transformer|diffusion_model)_"
 )
 
 
 class Place(NamedTuple):
-    """A module of the network: whose name it is, the name with dots, and the row it belongs to."""
+    """A module of the network: its naming, its dotted name, and its row of the table."""
 
     naming: str
     name: str
@@ -35,7 +33,7 @@ class Place(NamedTuple):
 
 
 def places_of(cfg: TransformerConfig) -> dict[str, Place]:
-    """Every module by its names, with underscores for dots."""
+    """Return all modules by their names, with underscores instead of dots."""
     places: dict[str, Place] = {}
     for naming, table in TABLES.items():
         for step in kernel_steps(table, cfg):
@@ -47,8 +45,8 @@ def places_of(cfg: TransformerConfig) -> dict[str, Place]:
 def match_places(
     path: Path, modules: Collection[str], places: Mapping[str, Place]
 ) -> dict[str, Place | None]:
-    """Return the place of each module: behind the known prefixes or, if no module has a place so,
-    behind one prefix of the whole file."""
+    """Return the place of each module: its name without known prefixes or, if no module matches,
+    without one prefix that is common to the file."""
     placed = {module: _place(module, places) for module in modules}
     if any(placed.values()):
         return placed
@@ -57,11 +55,11 @@ def match_places(
 
 
 def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Place]) -> str:
-    """Return the prefix that gives a place to the largest number of modules, "" if none does.
+    """Return the prefix with the largest number of matching modules, "" if none matches.
 
-    More than half of the modules behind it must have a place: a text encoder or another network
-    may have a few modules whose names end as those of the network do. Raises ConversionError if
-    two prefixes give a place to as many, such as those of plain and averaged weights.
+    More than half of the modules with the prefix must match, since a text encoder or another
+    network may have a few names with the same endings. Raises ConversionError if two prefixes match
+    equally often, such as those of plain and averaged weights.
     """
     before = (_before_place(module, places) for module in modules)
     placed = collections.Counter(prefix for prefix in before if prefix)
@@ -80,17 +78,19 @@ def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Pl
 
 
 def _before_place(module: str, places: Mapping[str, Place]) -> str | None:
-    """Return what stands before the longest end of a module's name that has a place; None if no
-    end has."""
+    """Return the part of a module's name before its longest suffix that has a place; None if no
+    suffix has a place."""
     ends = (match.end() for match in re.finditer(r"[._]", module))
     return next((module[:end] for end in ends if flat(module[end:]) in places), None)
 
 
 def _place(module: str, places: Mapping[str, Place]) -> Place | None:
-    """The place of a module as a file names it: with dots, with underscores, or with dots where
-    the network has underscores, and behind any number of prefixes."""
+    """Return the place of a module name from a file, None if there is none.
+
+    The name may have dots or underscores in any position, and any number of known prefixes.
+    """
     name = flat(module)
-    # A prefix may be the beginning of a name too: transformer_ of transformer_blocks.
+    # A prefix may also be the start of a name: transformer_ in transformer_blocks.
     while name not in places and (prefix := PREFIX.match(name)):
         name = name[prefix.end() :]
     return places.get(name)

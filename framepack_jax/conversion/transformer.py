@@ -1,10 +1,10 @@
-"""Tables of the packed transformer: diffusers' and FramePack's naming, Tencent's, ComfyUI's.
+"""Tables of the packed transformer in the naming of diffusers (and FramePack), Tencent, ComfyUI.
 
-Source: the state dicts of diffusers' `HunyuanVideoFramepackTransformer3DModel` (which are those of
-the released FramePack models), of its `HunyuanVideoTransformer3DModel`, and of Tencent's
-`mp_rank_00_model_states.pt`. Tencent fuses q, k, v (and the feed-forward of single blocks) and
-orders the final modulation (shift, scale). ComfyUI saves Tencent's tensors under the names of its
-own modules, by the substitutions that `comfy/supported_models.py` makes when it loads Tencent's.
+Source: the state dicts of diffusers' `HunyuanVideoFramepackTransformer3DModel` (the names of the
+released FramePack models), of its `HunyuanVideoTransformer3DModel`, and of Tencent's
+`mp_rank_00_model_states.pt`. Tencent fuses q, k, v (and the feed-forward of single blocks), and its
+final modulation is ordered (shift, scale). ComfyUI saves Tencent's tensors under the names of its
+own modules, by the substitutions in `comfy/supported_models.py`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from framepack_jax.packing import kernel_shape
 
 KIND = "hunyuan_packed_dit"
 CONTEXT_NAMES = {"k1": "proj", "k2": "proj_2x", "k4": "proj_4x"}
-# Tencent's name -> ComfyUI's, one substitution after another.
+# Substitutions from Tencent's names to ComfyUI's, applied in this order.
 COMFYUI_NAMES = (
     ("_embedder.mlp.0.", "_embedder.in_layer."),
     ("_embedder.mlp.2.", "_embedder.out_layer."),
@@ -47,7 +47,7 @@ COMFYUI_NAMES = (
     ("mlp.fc1.", "mlp.0."),
     ("mlp.fc2.", "mlp.2."),
 )
-# Heads of the real models are this wide; only their RoPE axes are known without a config.
+# Sizes of the released models: without a config, RoPE axes are known for this head width only.
 RELEASED = TransformerConfig()
 
 
@@ -97,7 +97,7 @@ def _diffusers_rows(cfg: TransformerConfig) -> list[Row]:
 
 
 def _framepack_rows(cfg: TransformerConfig) -> list[Row]:
-    """Return the rows of the layers that FramePack adds to the base model."""
+    """Return rows for the modules that FramePack adds to the base model."""
     return [
         *[
             row
@@ -194,7 +194,7 @@ def _embedder(
 
 
 def _single_out(source: str) -> list[Row]:
-    """One matrix over (attention, feed-forward) inputs; its bias belongs to their sum."""
+    """Return rows for one matrix with (attention, feed-forward) inputs; its bias is used once."""
     kernels = ("single/{i}/attn_out/kernel", "single/{i}/mlp_out/kernel")
     return [
         Row(kernels, (f"{source}.weight",), Linear(split=1)),
@@ -203,7 +203,7 @@ def _single_out(source: str) -> list[Row]:
 
 
 def _config(source: Source) -> TransformerConfig:
-    """From `config.json`, else from shapes."""
+    """Read the config from `config.json` or, if there is none, from shapes."""
     fields = source.config_json()
     return _config_from_shapes(source) if fields is None else _config_from_json(source, fields)
 
@@ -212,7 +212,7 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> TransformerConf
     if "num_attention_heads" not in fields:
         raise ConversionError(
             f"{source.checkpoint.folder}/config.json belongs to another model (it has no"
-            " num_attention_heads); put the transformer's there, or none"
+            " num_attention_heads); replace it by the transformer's, or remove it"
         )
     supported = {
         "patch_size": 2, "patch_size_t": 1, "qk_norm": "rms_norm", "image_condition_type": None,
@@ -277,15 +277,15 @@ def _config_from_shapes(source: Source) -> TransformerConfig:
 
 
 def _known_axes(source: Source, head_dim: int) -> tuple[int, ...]:
-    """Return the RoPE axes of the model that this one replaces if heads of this width are its and
-    not the released model's, else those of the released model."""
+    """Return the RoPE axes of the released model, or of the model that this one replaces if only
+    that has heads of this width."""
     replaces = source.like is not None and source.like.head_dim == head_dim != RELEASED.head_dim
     return (source.like if replaces else RELEASED).rope_axes
 
 
 def _with_checked_axes(source: Source, cfg: TransformerConfig) -> TransformerConfig:
     axes = cfg.rope_axes if isinstance(cfg.rope_axes, tuple) else (cfg.rope_axes,)
-    # Numbers are turned in pairs.
+    # RoPE rotates pairs of numbers.
     if any(axis <= 0 or axis % 2 for axis in axes):
         problem = "are not all even and above 0"
     elif len(axes) != 3 or sum(axes) != cfg.head_dim:
@@ -310,10 +310,10 @@ TENCENT = Table(
     description="HunyuanVideo transformer in Tencent's naming",
     detect_key="img_in.proj.weight",
     rows=_tencent_rows,
-    # The config.json that lies beside Tencent's files is another model's.
+    # The config.json beside Tencent's files belongs to another model.
     config=_config_from_shapes,
 )
-# What trainers that keep to Tencent's code make of FramePack.
+# FramePack models of trainers that use Tencent's code.
 TENCENT_FRAMEPACK = dataclasses.replace(
     TENCENT,
     description="FramePack transformer in Tencent's naming",
@@ -327,13 +327,13 @@ COMFYUI = Table(
     rows=_comfyui_rows,
     config=_config_from_shapes,
 )
-# ComfyUI has no names for what FramePack adds: those of the release.
+# ComfyUI has no names for the modules that FramePack adds, which keep those of the release.
 COMFYUI_FRAMEPACK = dataclasses.replace(
     COMFYUI,
     description="FramePack transformer in ComfyUI's naming",
     rows=_comfyui_framepack_rows,
 )
-# Saved by versions whose norms are PyTorch's.
+# Saved by versions of ComfyUI that use PyTorch's norms.
 COMFYUI_WEIGHT = dataclasses.replace(
     COMFYUI,
     detect_key="double_blocks.0.img_attn.norm.query_norm.weight",
@@ -342,23 +342,22 @@ COMFYUI_WEIGHT = dataclasses.replace(
 
 
 def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int) -> Table:
-    """The table that makes a FramePack model of a base HunyuanVideo checkpoint.
+    """Return the table that makes a FramePack model from a base HunyuanVideo checkpoint.
 
-    Context embeddings are the patch embedding, inflated. The image projection is new: its first
-    layer random, its second zero, so that at first every image token is the same zero vector and
-    training moves it from there.
+    Context embeddings are the inflated patch embedding. The image projection is new: its first
+    layer is random and its second layer zero, so that all image tokens start as zero vectors.
     """
 
     def base(cfg: TransformerConfig) -> TransformerConfig:
         return dataclasses.replace(cfg, context_kernels=(), image_dim=None)
 
     def config(source: Source) -> TransformerConfig:
-        # By its own table: shapes of rows that have no tensor tell nothing.
+        # By the table of the base model: rows without tensors have no shapes to read.
         cfg = table.config(dataclasses.replace(source, table=table))
         if cfg != base(cfg):
             raise ConversionError(
                 f"{source.checkpoint.path} has context embeddings or an image projection: it is a"
-                " FramePack model already; leave --from-base out"
+                " FramePack model already; remove --from-base"
             )
         return dataclasses.replace(cfg, context_kernels=context_kernels, image_dim=image_dim)
 

@@ -1,11 +1,11 @@
-"""How PyTorch tensors and parameters here hold the same numbers, and the rows of the tables.
+"""Layout changes between PyTorch tensors and our parameters, and the rows of the tables.
 
-A row says: these leaves (paths here) hold what those tensors (torch names) hold, in this layout.
-Most rows go one to one; fused projections go three to one, one to two. `{i}` and `{j}` in paths
-and names stand for layer numbers. Transforms move numbers and never change them, but for `Inflate`
-and `Fresh`, which begin a FramePack model from a base model.
+A row maps tensors (torch names) to leaves (our paths) by a transform. Most rows map one tensor to
+one leaf; fused projections map three tensors to one leaf, or one to two. `{i}` and `{j}` in paths
+and names stand for layer numbers. Transforms move numbers and never change them, except `Inflate`
+and `Fresh`, which start a FramePack model from a base model.
 
-Shapes: D width, C channels; torch keeps matrices as (out, in), here they are (in, ...out).
+Shapes: D width, C channels; matrices are (out, in) in torch and (in, ...out) here.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ class Transform(Protocol):
     """A layout change from tensors (`sources`) to leaves (`targets`)."""
 
     def source_shapes(self, targets: list[Shape], count: int) -> list[Shape]:
-        """Shapes that `count` tensors must have to fill leaves of shapes `targets`."""
+        """Return the shapes of `count` tensors that fill leaves of shapes `targets`."""
         ...
 
     def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
-        """The leaves."""
+        """Return the leaves made of `sources`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Leaves `targets` are made of tensors `sources` by `transform`."""
+    """Make leaves `targets` of tensors `sources` by `transform`."""
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]
@@ -42,7 +42,7 @@ class Row:
 
 
 class Copy:
-    """One to one, as it is: norms and embeddings."""
+    """Copy one tensor to one leaf: norms and embeddings."""
 
     def source_shapes(self, targets: list[Shape], count: int) -> list[Shape]:
         return targets
@@ -53,9 +53,11 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """torch matrices (out, in) or vectors (out,), equal parts of one fused tensor along its outputs
-    -> kernels (in, ...out) or biases (...out), parts of it along `split`: 0 its outputs, 1 its
-    inputs."""
+    """Turn torch matrices (out, in) or vectors (out,) into kernels (in, ...out) or biases (...out).
+
+    The sources are equal parts of one fused tensor along its outputs. The targets are parts of it
+    along `split`: 0 outputs, 1 inputs.
+    """
 
     split: int = 0
     is_bias: bool = False
@@ -73,13 +75,13 @@ class Linear:
         return [part.T.reshape(target) for part, target in zip(parts, targets, strict=True)]
 
     def _flat(self, target: Shape) -> Shape:
-        """The torch shape of a part."""
+        """Return the torch shape of a part."""
         return (math.prod(target),) if self.is_bias else (math.prod(target[1:]), target[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Swapped:
-    """The two halves of the outputs trade places: (shift, scale) <-> (scale, shift)."""
+    """Swap the two halves of the outputs: (shift, scale) <-> (scale, shift)."""
 
     inner: Linear
 
@@ -93,7 +95,7 @@ class Swapped:
 
 @dataclasses.dataclass(frozen=True)
 class Pointwise:
-    """A linear layer that torch keeps as a convolution: matrices (out, in, 1, 1, 1)."""
+    """A linear layer that torch stores as a convolution: matrices (out, in, 1, 1, 1)."""
 
     inner: Linear
 
@@ -131,9 +133,9 @@ class Patch:
 
 @dataclasses.dataclass(frozen=True)
 class Inflate:
-    """A small patch kernel repeated onto a larger grid and divided by the number of repeats.
+    """Repeat a small patch kernel on a larger grid, divided by the number of repeats.
 
-    Latents enlarged by repetition then embed to what the small latents embed to.
+    Latents that are enlarged by repetition then have the embeddings of the small latents.
     """
 
     small: Shape
@@ -153,7 +155,7 @@ class Inflate:
 
 @dataclasses.dataclass(frozen=True)
 class Fresh:
-    """Weights that no checkpoint has: LeCun-normal of `seed`, or zeros where it is None."""
+    """New weights that no checkpoint has: LeCun normal by `seed`, or zeros if it is None."""
 
     seed: str | None = None
 
@@ -169,7 +171,7 @@ class Fresh:
 
 
 def linear(targets: Names, sources: Names, *, bias: bool = True, swap: bool = False) -> list[Row]:
-    """Kernel and bias of a linear layer; several sources or targets are parts of a fused one."""
+    """Return rows for a linear layer; several sources or targets are parts of a fused layer."""
     targets, sources = _names(targets), _names(sources)
 
     def row(leaf: str, tensor: str, transform: Linear) -> Row:
@@ -184,13 +186,13 @@ def linear(targets: Names, sources: Names, *, bias: bool = True, swap: bool = Fa
 
 
 def norm(target: str, source: str, *, bias: bool = True) -> list[Row]:
-    """Scale and, where it has one, bias of a norm."""
+    """Return rows for the scale and, if `bias`, the bias of a norm."""
     rows = [Row((f"{target}/scale",), (f"{source}.weight",), Copy())]
     return [*rows, Row((f"{target}/bias",), (f"{source}.bias",), Copy())] if bias else rows
 
 
 def kernel(target: str, source: str, transform: Transform) -> list[Row]:
-    """Kernel, by `transform`, and bias of a convolution."""
+    """Return rows for the kernel, by `transform`, and the bias of a convolution."""
     return [
         Row((f"{target}/kernel",), (f"{source}.weight",), transform),
         Row((f"{target}/bias",), (f"{source}.bias",), Copy()),
@@ -198,12 +200,12 @@ def kernel(target: str, source: str, transform: Transform) -> list[Row]:
 
 
 def embedding(target: str, source: str) -> list[Row]:
-    """An embedding table."""
+    """Return the row of an embedding table."""
     return [Row((f"{target}/embedding",), (f"{source}.weight",), Copy())]
 
 
 def each(pattern: str, parts: str = "qkv") -> tuple[str, ...]:
-    """ "attn.to_*" -> attn.to_q, attn.to_k, attn.to_v."""
+    """Replace "*" by each part: "attn.to_*" -> attn.to_q, attn.to_k, attn.to_v."""
     return tuple(pattern.replace("*", part) for part in parts)
 
 

@@ -1,9 +1,9 @@
-"""Tables of the causal 3-D VAE: diffusers' naming, which is Tencent's, and ComfyUI's.
+"""Tables of the causal 3-D VAE in the naming of diffusers and Tencent, and in ComfyUI's.
 
-Source: the state dict of diffusers' `AutoencoderKLHunyuanVideo` and of Tencent's
-`pytorch_model.pt` (behind `vae.`), which differ in the names of their `config.json` alone; and of
-ComfyUI's `AutoencoderKL` (`comfy/ldm/modules/diffusionmodules/model.py` with `conv3d`), which
-numbers the blocks of the decoder from the finest, and keeps attention in 1x1x1 convolutions.
+Source: the state dicts of diffusers' `AutoencoderKLHunyuanVideo`, of Tencent's `pytorch_model.pt`
+(same names with the prefix `vae.`, other names in `config.json`), and of ComfyUI's `AutoencoderKL`
+(`comfy/ldm/modules/diffusionmodules/model.py` with `conv3d`). ComfyUI numbers the decoder's blocks
+from the finest, and stores attention as 1x1x1 convolutions.
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ def _config_from_json(source: Source, fields: dict[str, Any]) -> VaeConfig:
     if "block_out_channels" not in fields:
         raise ConversionError(
             f"{source.checkpoint.folder}/config.json belongs to another model (it has no"
-            " block_out_channels); put the VAE's there, or none"
+            " block_out_channels); replace it by the VAE's, or remove it"
         )
     source.require(fields, {"act_fn": "silu", "mid_block_add_attention": True})
     types = [fields.get(name) or () for name in ("down_block_types", "up_block_types")]
@@ -183,8 +183,10 @@ def _config_from_shapes(source: Source) -> VaeConfig:
 def latent_statistics(
     fields: dict[str, Any] | None, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of each latent channel from the scaling and shift of a VAE's `config.json`.
-    Raises ConversionError where they are no numbers."""
+    """Return mean and std of each latent channel, by shift and scaling in a VAE's `config.json`.
+
+    Raises ConversionError if these are no numbers.
+    """
     fields = fields or {}
     shift = fields.get("shift_factor") or 0.0
     scale = fields.get("scaling_factor") or SCALING_FACTOR
@@ -199,7 +201,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _ignored_keys(cfg: VaeConfig) -> tuple[str, ...]:
-    """Tencent's file may carry what its training needed."""
+    """Match the tensors of Tencent's training loss, which its file may hold."""
     return (r"^loss\.",)
 
 

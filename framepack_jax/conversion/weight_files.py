@@ -1,8 +1,8 @@
-"""Checkpoints as they come: safetensors, folders of diffusers and transformers, PyTorch's `.pt`.
+"""Open checkpoints: safetensors, folders of diffusers and transformers, PyTorch's `.pt`.
 
 A `Checkpoint` lists names, shapes and dtypes without reading weights, and reads one tensor at a
-time. Everything becomes numpy; bfloat16 is `ml_dtypes.bfloat16` with the bits that are stored, and
-8-bit floats become bfloat16 (`float8`).
+time as a numpy array. bfloat16 becomes `ml_dtypes.bfloat16` with the same bits, and 8-bit floats
+become bfloat16 (`float8`).
 """
 
 import contextlib
@@ -31,16 +31,16 @@ __all__ = [
 ]  # fmt: skip
 
 Config = TypeVar("Config", bound="DataclassInstance")
-# Of a floating dtype: an unsigned one as wide, and the bits that are all set in what is not finite.
+# Floating dtype -> unsigned dtype of the same width, and the exponent bits (all set in NaN, inf).
 EXPONENTS = {
     "bfloat16": (np.uint16, 0x7F80),
     "float16": (np.uint16, 0x7C00),
     "float32": (np.uint32, 0x7F800000),
     "float64": (np.uint64, 0x7FF0000000000000),
 }
-# Numbers looked at in one piece: small enough for the processor's cache.
+# Numbers that are checked at a time; they fit into the processor's cache.
 PIECE = 1 << 18
-# Parts of names that wrappers of modules add: torch.compile, FSDP, activation checkpointing.
+# Parts of names that module wrappers add: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\."
 )
@@ -48,7 +48,7 @@ INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 
 
 class Checkpoint:
-    """The named tensors of a file or folder. Open one with `open_checkpoint`."""
+    """Named tensors of a file or folder, opened by `open_checkpoint`."""
 
     def __init__(
         self, path: Path, files: list[Path], entries: dict[str, Entry], notes: Sequence[str] = ()
@@ -68,19 +68,19 @@ class Checkpoint:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> str:
-        """Name of the dtype that the tensor is read in, such as "bfloat16"."""
+        """Return the name of the tensor's dtype after reading, such as "bfloat16"."""
         return self._entries[name].dtype
 
     def parameters(self) -> dict[str, int]:
-        """Count the numbers stored in each dtype, the most common first."""
+        """Return the number of parameters by stored dtype, the most common dtype first."""
         counts: Counter[str] = Counter()
         for entry in self._entries.values():
             counts[entry.stored or entry.dtype] += math.prod(entry.shape)
         return dict(counts.most_common())
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as it is stored. Raises ConversionError where the file is damaged, or where
-        numbers are NaN or infinite."""
+        """Read a tensor. Raises ConversionError if the file is damaged, or if a number is NaN or
+        infinite."""
         try:
             array = self._entries[name].read()
         except ConversionError:
@@ -93,13 +93,13 @@ class Checkpoint:
         if count := count_not_finite(array):
             raise ConversionError(
                 f"{self.path}: {name} holds {count} numbers of {array.size} that are NaN or"
-                " infinite; the file is damaged, or the training that made it went astray: take"
-                " another"
+                " infinite; the file is damaged, or its training diverged: use another"
+                " checkpoint"
             )
         return array
 
     def config(self) -> dict[str, Any] | None:
-        """`config.json` of the folder, or beside the file, or None."""
+        """Return `config.json` in the folder of the checkpoint, None if there is none."""
         file = self.folder / "config.json"
         return read_json(file) if file.exists() else None
 
@@ -108,13 +108,13 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     def source(self) -> dict[str, Any]:
-        """Return the provenance of weights for the manifest of a bundle."""
+        """Return the provenance that a bundle records: name, sizes of files, format."""
         sizes = {file.name: file.stat().st_size for file in self.files}
         return {"name": self.path.name, "files": sizes, "format": self.format}
 
     @property
     def format(self) -> str:
-        """The sort and number of files, and what was done to names and 8-bit weights."""
+        """Describe the files, and the changes to names and to 8-bit weights."""
         torch = any(file.suffix in file_formats.TORCH_SUFFIXES for file in self.files)
         sort = "PyTorch" if torch else "safetensors"
         files = f", {len(self.files)} files" if len(self.files) > 1 else ""
@@ -122,9 +122,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a safetensors file, a PyTorch file, or a folder with one model in either form.
+    """Open a safetensors file, a PyTorch file, or a folder with one model in either format.
 
-    Raises ConversionError that names the file, what was expected and what to do.
+    Raises ConversionError, which names the file, what was expected, and what to do.
     """
     path = Path(path)
     if not path.exists():
@@ -136,8 +136,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         held, note = file_formats.entries_of(file)
         notes += [note] if note not in ("", *notes) else []
         for name, entry in held.items():
-            # A second tensor of one name has no place in a model: under a name of its own it is
-            # reported with all else that does not fit.
+            # A repeated tensor gets a name of its own, so that it is reported with all other
+            # tensors that do not fit.
             entries[f"{name} (again, in {file.name})" if name in entries else name] = entry
     if path.is_dir():
         _check_index(path, entries)
@@ -150,7 +150,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConversionError where the file holds anything else."""
+    """Read a JSON object. Raises ConversionError if the file holds anything else."""
     file_formats.check_contents(file)
     try:
         found = json.loads(file.read_text())
@@ -162,8 +162,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def make_config(file: Path, config_class: type[Config], **values: Any) -> Config:
-    """Return the config of a network by the sizes in `file`. Raises ConversionError if a size is
-    not of its field's type and range, or if sizes contradict each other."""
+    """Return the config of a network with the sizes that `file` gives.
+
+    Raises ConversionError if a size has the wrong type or is out of range, or if sizes contradict
+    each other.
+    """
     try:
         return fields.load(config_class, values)
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -172,21 +175,20 @@ def make_config(file: Path, config_class: type[Config], **values: Any) -> Config
 
 @contextlib.contextmanager
 def reading_shapes(path: Path) -> Iterator[None]:
-    """Around code that takes sizes off tensors' shapes: what it stumbles over is a
-    ConversionError."""
+    """Turn the errors of code that derives sizes from tensor shapes into ConversionError."""
     try:
         yield
     except ConversionError:
         raise
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ConversionError(
-            f"{path}: tensors that tell its sizes have other shapes than such a network's"
-            f" ({error}); the file is damaged, or of another model"
+            f"{path}: its sizes cannot be derived from the shapes of its tensors ({error}); the"
+            " file is damaged, or belongs to another model"
         ) from error
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The weight files of a folder: the shards of its index, else its only file."""
+    """Return the weight files of a folder: the shards of its index, or its only file."""
     if index := _index_of(folder):
         names = sorted(set(_weight_map(index).values()))
         if outside := [name for name in names if _leaves(name)]:
@@ -223,8 +225,8 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _unwrap(entries: dict[str, Entry]) -> tuple[dict[str, Entry], str]:
-    """Return the tensors without the parts of their names that wrappers add, and a few words on
-    what was taken off ("" if nothing was)."""
+    """Remove the parts of names that wrappers add; return the tensors, and a note on the removed
+    parts ("" if there are none)."""
     found = {part.group() for name in entries for part in WRAPPERS.finditer(name)}
     unwrapped: dict[str, Entry] = {}
     for name, entry in entries.items():
@@ -256,14 +258,16 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _leaves(name: str) -> bool:
-    """Whether a file named by an index lies outside the index's folder. Links may point anywhere:
-    the hub's cache is made of them."""
+    """Return True if a file named by an index is outside of the index's folder.
+
+    Links may point anywhere: the hub's cache consists of links.
+    """
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
-    """Raise where the index promises tensors that its shards do not hold."""
+    """Raise ConversionError if the index names tensors that its shards do not hold."""
     index = _index_of(folder)
     if index is None:
         return
@@ -276,8 +280,10 @@ def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
 
 
 def count_not_finite(array: np.ndarray) -> int:
-    """How many numbers of a floating array are NaN or infinite, told by their bits: at 9 GB/s this
-    costs less than reading them."""
+    """Count the numbers of a floating array that are NaN or infinite, by their exponent bits.
+
+    At 9 GB/s this takes less time than reading the file.
+    """
     if array.dtype.name not in EXPONENTS:
         return 0
     unsigned, exponent = EXPONENTS[array.dtype.name]

@@ -325,6 +325,6 @@ def test_a_lost_scale_is_missed(tmp_path) -> None:
 
 def test_eight_bits_do_not_go_out(small, tmp_path) -> None:
     _, root, dtype = small
-    with pytest.raises(SystemExit, match=f"kept in {dtype}"):
+    with pytest.raises(SystemExit, match=f"quantized to {dtype}"):
         cli.main(["export", str(tmp_path / "out"), "--bundle", root])
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def test_nothing_is_written_over(framepack_bundle, tmp_path) -> None:
     (tmp_path / "there" / "notes.txt").write_text("mine")
     (tmp_path / "there.safetensors").write_text("mine")
     for target in ("there", "there.safetensors"):
-        with pytest.raises(SystemExit, match="is there"):
+        with pytest.raises(SystemExit, match="exists"):
             cli.main(["export", str(tmp_path / target), "--bundle", framepack_bundle])
     assert (tmp_path / "there" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "there.safetensors").read_text() == "mine"

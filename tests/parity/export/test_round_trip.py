@@ -167,7 +167,7 @@ def test_names_of_a_single_file(tmp_path) -> None:
     random_bundle(tmp_path, cfg, 0)
     cli.main(["export", str(tmp_path / "a.safetensors"), "--bundle", str(tmp_path)])
     assert "clean_x_embedder.proj_4x.weight" in load_file(tmp_path / "a.safetensors")
-    with pytest.raises(SystemExit, match="goes out in diffusers' names"):
+    with pytest.raises(SystemExit, match="export a FramePack model in diffusers' names"):
         args = ["export", str(tmp_path / "b.safetensors"), "--bundle", str(tmp_path)]
         cli.main([*args, "--key-format", "original"])
     assert not (tmp_path / "b.safetensors").exists()
