@@ -18,7 +18,7 @@ Array = jax.Array | np.ndarray | np.floating
 class Velocity(Protocol):
     """Predict the velocity (B, w, H, W, C), float32, of a noisy section x (B, w, H, W, C).
 
-    `sigma` (B,) are noise levels, `context` and `conditions` what the section is made from. Blocks
+    `sigma` (B,) are noise levels; `context` and `conditions` are inputs of the section. Blocks
     compute in `dtype`; `remat` names what their gradient keeps.
     """
 
@@ -89,7 +89,7 @@ class Prediction(NamedTuple):
 class Denoiser(Protocol):
     """Predict the clean section of a noisy one, x (B, w, H, W, C), at the noise level `sigma`.
 
-    A denoiser is made of wrappers, each of which calls the one that it is given:
+    A denoiser is composed of wrappers, each of which calls the wrapper inside it:
     `given_frames.keep(guidance.guided(step_cache.cached(network)))`.
     """
 

@@ -1,4 +1,4 @@
-"""From latents to the final frames of a video: decode each section, cross-fade the clips."""
+"""Decode latents to the final frames of a video: decode each section, cross-fade the clips."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -83,5 +83,5 @@ def start_clip(
 
 
 def plan_start(plan: Sequence[Section]) -> int:
-    """The first position that a plan writes."""
+    """Return the first position that a plan writes."""
     return min(section.targets[0] for section in plan)

@@ -1,4 +1,4 @@
-"""Results of sampling, and what goes wrong with them."""
+"""Results of sampling, and the error for results that are not finite."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class NotFinite(FloatingPointError):
-    """Latents or frames with values that are not finite, for these `samples` of the batch."""
+    """Latents or frames of these `samples` of the batch have values that are not finite."""
 
     def __init__(self, message: str, samples: Sequence[int]) -> None:
         super().__init__(message)
@@ -15,11 +15,11 @@ class NotFinite(FloatingPointError):
 
 
 class DecodedSection(NamedTuple):
-    """Results of one section: its latents, and the frames that became final with it.
+    """Latents of a section, and the frames that became final with it.
 
-    `frames` (P, height, width, 3) uint8 are the video's frames `start` .. `start + P - 1`; there
-    may be none yet. `latents` (F, H, W, C) are those of the F latent `positions`, normalised: the
-    section's, and with the first or last in time the start or end image's.
+    `frames` (P, height, width, 3) uint8 are the frames `start` .. `start + P - 1` of the video; P
+    may be 0. `latents` (F, H, W, C) are the normalised latents at F `positions`: those of the
+    section, and for the first or last section in time those of the start or end image.
     """
 
     start: int
@@ -29,7 +29,7 @@ class DecodedSection(NamedTuple):
 
 
 class Video(NamedTuple):
-    """`frames` (P, height, width, 3) uint8; `latents` (T, H, W, C), normalised."""
+    """A video: `frames` (P, height, width, 3) uint8; `latents` (T, H, W, C), normalised."""
 
     frames: np.ndarray
     latents: np.ndarray

@@ -12,12 +12,17 @@ MAX_STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings for denoising a section. The defaults are those of the release.
+    """Settings of the sampler. The defaults are those of the release.
 
-    `distilled_guidance` is the scale that a guidance-distilled network takes as an input.
-    `cfg_scale` is that of classifier-free guidance (1: no second pass, no negative prompt), and
-    `cfg_rescale` in [0, 1] corrects the contrast that it adds.
-    `step_cache` leaves the transformer's blocks out at steps where they would change little.
+    Args:
+        steps: Denoising steps for each section.
+        sampler: Solver, one of `diffusion.SOLVERS`.
+        distilled_guidance: Scale that a guidance-distilled network takes as an input.
+        cfg_scale: Scale of classifier-free guidance; 1 needs no second pass and no negative prompt.
+        cfg_rescale: Correction in [0, 1] of the contrast that a high scale adds.
+        step_cache: Cache that skips transformer blocks at steps where they would change little.
+
+    Raises ValueError if a setting is out of range.
     """
 
     steps: int = 25

@@ -1,4 +1,4 @@
-"""Load the weights of a pipeline, decide where they lie, and add low-rank adapters to them."""
+"""Load the weights of a pipeline, choose their devices, and add low-rank adapters to them."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ def load_weights(
 ) -> "FramePack":
     """Return a pipeline with the weights of the bundle at `path`.
 
-    Decoding needs `roles` ("vae",) only; all of them come with the tokenizers. The `plan` says
-    where the weights lie, by default on the device.
+    Decoding needs only the `roles` ("vae",). Other roles load all networks and the tokenizers. The
+    `plan` says where the weights lie, by default on the device.
     """
     root, manifest = epath.Path(path), bundle.read_manifest(path)
 
@@ -65,11 +65,10 @@ def plan_weights(
     roles: Sequence[str] = bundle.ROLES,
     encoded: int = 1,
 ) -> offload_plan.OffloadPlan:
-    """Decide for one of `offload_plan.MODES` which networks stay on the device.
+    """Decide for one of `offload_plan.MODES` which weights stay on the device.
 
-    `batch` videos of canvas (height, width) are sampled side by side, and clips of up to `encoded`
-    latent frames are encoded for them. All processes get the same plan. Raises ValueError,
-    BundleError.
+    A batch of videos of canvas (height, width) is sampled, and clips of up to `encoded` latent
+    frames are encoded for it. All hosts get the same plan. Raises ValueError, BundleError.
     """
     _, frames = pipe.geometry.frames_of(0, encoded)
     return on_primary(
@@ -79,11 +78,11 @@ def plan_weights(
 
 
 def add_lora(pipe: "FramePack", lora: LoRA, *, merge: bool = False) -> "FramePack":
-    """Return a pipeline with low-rank adapters beside the transformer's kernels, or in them.
+    """Return a pipeline with low-rank adapters beside the transformer's kernels, or merged.
 
-    `lora` is the result of `conversion.lora.read`, or of `lora.combine` for several. If merged, it
-    costs no time in sampling, and the transformer's weights of `pipe` are used up. Raises
-    ValueError if it does not fit.
+    `lora` is the result of `conversion.lora.read`, or of `lora.combine` for several adapters. A
+    merged adapter costs no time in sampling, and the transformer's weights of `pipe` are donated.
+    Raises ValueError if it does not fit.
     """
     spec, cfg, params = pipe.transformer
     dtype = "float32" if merge else pipe.dtype
