@@ -1,4 +1,4 @@
-"""`bundle.json`: the networks of a bundle, where they lie, and what they were trained with."""
+"""`bundle.json`: networks of a bundle, their paths, and the settings of their training."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 FORMAT = 1
 MANIFEST = "bundle.json"
-# A file that is there from the first write until the bundle is whole.
+# A file that exists from the first write until the bundle is complete.
 UNFINISHED = "unfinished"
 ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 
@@ -137,7 +137,7 @@ def role_config(manifest: Manifest, name: str) -> tuple[NetworkSpec, Any]:
     cfg: Any = config_from_json(spec.config, role.config)
     try:
         registry.abstract_leaves(role.kind, cfg)
-    except Exception as error:  # of many kinds, by what does not go together
+    except Exception as error:  # many types, by which settings do not fit together
         line = first_line(error)
         raise BundleError(
             f"{name}: its config in {MANIFEST} makes no network ({line}): {role.config}; convert"
@@ -178,7 +178,7 @@ def reference(path: epath.PathLike, root: epath.PathLike) -> str:
 
 
 def check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
-    """Raise BundleError where a network of another bundle is not the one that was pointed to."""
+    """Raise BundleError if a network of another bundle changed since it was referenced."""
     if path.parent == absolute(root):
         return
     if not (path.parent / MANIFEST).exists():

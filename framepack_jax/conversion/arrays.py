@@ -34,7 +34,7 @@ def quantize(path: str, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.
     "int8": a channel's largest magnitude becomes 127, so that no number moves by more than half a
     scale, 1/254 of that. "float8_e4m3fn": scales are powers of two, as small as lets the largest
     fit, so that a kernel that had this type before stays as it was; another number moves by 1/16
-    of itself at most, or 2^-10 of its scale. Raises ConversionError where a number is not finite.
+    of itself at most, or 2^-10 of its scale. Raises ConversionError if a number is not finite.
     """
     kernel = contiguous(kernel).astype(np.float32)
     peak = np.maximum(kernel.max(axis=0), -kernel.min(axis=0))

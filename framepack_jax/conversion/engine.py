@@ -173,7 +173,7 @@ class ConversionJob:
 
         `dtype` None keeps what is stored; one of `QUANTIZED` quantizes the kernels of the
         stacks (see `quantize`), puts their scales behind them, and keeps the rest. Raises
-        ConversionError where a tensor cannot be read or quantized, and where `dtype` cannot hold a
+        ConversionError if a tensor cannot be read or quantized, or if `dtype` cannot hold a
         number.
         """
         for step, tensors in prefetch.prefetch(self._read()):
@@ -350,7 +350,7 @@ def _modules(names: Iterable[str]) -> set[str]:
 
 
 def _layer_of(pattern: str, layer: Mapping[str, int]) -> str | None:
-    """ "blocks.{i}.norm.weight" -> "blocks.7", None where there are no layers."""
+    """Return the name of a layer: "blocks.{i}.norm.weight" -> "blocks.7"; None without layers."""
     head, number, _ = pattern.partition("{i}")
     return f"{head}{layer['i']}" if number else None
 

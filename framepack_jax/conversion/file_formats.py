@@ -170,7 +170,7 @@ def load_torch(file: Path) -> Any:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"{file} is not a complete PyTorch checkpoint of plain tensors ({first_line});"
-            " download it again, or, if it is whole and holds more, save its state dict alone"
+            " download it again, or, if it is complete and holds more, save only its state dict"
         ) from error
 
 

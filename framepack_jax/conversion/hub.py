@@ -272,7 +272,7 @@ def _explained(repo_id: str, error: BaseException) -> ConversionError:
     if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return ConversionError(
             f"{repo_id} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set;"
-            " unset it, or run once where there is a network"
+            " unset it, or run once with a network connection"
         )
     first_line = (str(error) or type(error).__name__).splitlines()[0]
     return ConversionError(

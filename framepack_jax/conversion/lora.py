@@ -168,7 +168,7 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
             continue
         try:
             if place.name in pairs:
-                raise ConversionError(f"{place.name} is there twice")
+                raise ConversionError(f"{place.name} occurs twice")
             pairs[place.name] = _pair(checkpoint, modules[module], place, alphas)
         except ConversionError as error:
             problems.append(f"{module}: {error}")

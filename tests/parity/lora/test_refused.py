@@ -86,7 +86,7 @@ def test_what_is_wrong_is_named_together(peft, model, tmp_path) -> None:
     expected = [
         "to_q: it has .* but no down", r"to_k: its factors are \(4, 16\) and \(17, 4\), expected",
         "to_v.* NaN", r"alpha has shape \(2,\)", r"linear_1: alpha is 1e\+300, expected less",
-        "proj_out is there twice",
+        "proj_out occurs twice",
         r"to_out.0: .*\(0, 16\)", "expected float32, bfloat16",
     ]  # fmt: skip
     said = []
