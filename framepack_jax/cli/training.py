@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import jax
 from etils import epath
@@ -55,7 +56,9 @@ def train(
     configure_jax()
     hosts.join()
     sizes = sharding.parse_mesh(mesh) if mesh else {"fsdp": jax.device_count()}
-    task = flow_matching_task.open_task(cfg, path, sharding.make_mesh(**sizes))
+    task = flow_matching_task.open_task(
+        cfg, path, sharding.make_mesh(**sizes, devices=jax.devices())
+    )
     step = Trainer(task, _print_on_primary()).fit(resume)
     if not _finished(cfg, step):
         return
@@ -64,7 +67,7 @@ def train(
         on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
 
 
-def train_vae(cfg: VaeTrainConfig, *, resume: bool, dtype: str) -> None:
+def train_vae(cfg: VaeTrainConfig, *, resume: bool, dtype: Literal["bfloat16", "float32"]) -> None:
     """Train a VAE and export it. Raises ValueError, OSError, NonFiniteLoss."""
     check_given(cfg, {
         "--videos": (cfg.videos, "a folder of videos"),

@@ -53,7 +53,7 @@ def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, data: dict[str, Any]
+    manager: ocp.CheckpointManager, step: int, state: TrainState[jax.Array], data: dict[str, Any]
 ) -> None:
     """Begin to write a checkpoint; an error of the one before is raised here. Raises OSError."""
     if step in manager.all_steps():
@@ -90,8 +90,8 @@ def _not_written(manager: ocp.CheckpointManager, error: ValueError) -> OSError:
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, abstract: TrainState
-) -> tuple[TrainState, dict[str, Any]]:
+    manager: ocp.CheckpointManager, step: int, abstract: TrainState[jax.ShapeDtypeStruct]
+) -> tuple[TrainState[jax.Array], dict[str, Any]]:
     """State and stream position of a step, laid out as `abstract` says. Raises RunError."""
     try:
         found = manager.restore(

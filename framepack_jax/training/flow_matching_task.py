@@ -58,7 +58,7 @@ class FlowMatchingTask:
     tx: optax.GradientTransformationExtraArgs
     mesh: Mesh
     schedule: packing.Schedule
-    abstract: TrainState
+    abstract: TrainState[jax.ShapeDtypeStruct]
     frozen: Params
     encode: Encode | None = None
     loader: Any = None
@@ -153,7 +153,7 @@ class FlowMatchingTask:
         """Return a batch without data, for a host that cannot read its share."""
         return self.loader.blank(ahead)
 
-    def init_state(self) -> tuple[TrainState, Networks, str]:
+    def init_state(self) -> tuple[TrainState[jax.Array], Networks, str]:
         """See `Task.init_state`."""
         now, frozen, origin = first_state(self)
         return now, self._networks(frozen), origin

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from framepack_jax.training.flow_matching_task import FlowMatchingTask
 
 
-def first_state(task: "FlowMatchingTask") -> tuple[TrainState, Params, str]:
+def first_state(task: "FlowMatchingTask") -> tuple[TrainState[jax.Array], Params, str]:
     """Return (state before the first step, frozen parameters, where they come from)."""
     cfg, model, tx, mesh = task.cfg, task.model, task.tx, task.mesh
     if cfg.init == "scratch":

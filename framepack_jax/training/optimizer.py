@@ -106,6 +106,7 @@ def per_layer(
         return {name: each(inner.init, name, params[name]) for name in params}
 
     def update(updates: Params, state: Params, params: Params | None = None) -> Any:
+        assert params is not None
         done = {
             name: each(inner.update, name, updates[name], state[name], params[name])
             for name in updates
@@ -175,7 +176,7 @@ class Quantized(NamedTuple):
 class Adam8bitState(NamedTuple):
     """Moments of `scale_by_adam_8bit`, each leaf a `Quantized`."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count; checkpoints hold this name
     mu: Params
     nu: Params
 

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,8 @@ def local_share(mesh: Mesh, batch: int) -> tuple[int, int]:
     """Return (index, count) of the equal share of a batch that this process feeds. Processes whose
     devices hold the same samples feed the same share."""
     rows: dict[int, set[int]] = {}
-    for device, (where,) in batch_sharding(mesh).devices_indices_map((batch,)).items():
+    places: Mapping[jax.Device, Any] = batch_sharding(mesh).devices_indices_map((batch,))
+    for device, (where,) in places.items():
         rows.setdefault(device.process_index, set()).update(range(batch)[where])
     shares = sorted({tuple(sorted(each)) for each in rows.values()})
     if sum(map(len, shares)) != batch:

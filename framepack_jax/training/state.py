@@ -7,7 +7,7 @@ are not part of the state nor of checkpoints.
 import dataclasses
 import functools
 import re
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +26,33 @@ from framepack_jax.training import optimizer
 from framepack_jax.training.config import LoRAConfig, TrainConfig
 
 Params = dict[str, Any]
+Leaf = TypeVar("Leaf")
 # The embeddings that a base HunyuanVideo model does not have.
 NEW_EMBEDDINGS = r"embed/(context_\w+|image_\w+)/\w+"
 
 
-class TrainState(struct.PyTreeNode):
+class TrainState(Generic[Leaf], struct.PyTreeNode):
     """State of a run between two steps: trained `params`, their moving average `ema` or None, and
-    the number of updates that were skipped because they were not finite, in all and in a row."""
+    the number of updates that were skipped because they were not finite, in all and in a row.
 
-    step: jax.Array
+    `Leaf` is jax.Array, jax.ShapeDtypeStruct (abstract) or PartitionSpec."""
+
+    step: Leaf
     params: Params
     opt_state: Any
     ema: Params | None
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
+    skipped: Leaf
+    skipped_in_a_row: Leaf
 
 
 def apply_gradients(
-    state: TrainState,
+    state: TrainState[jax.Array],
     grads: Params,
     loss: jax.Array,
     tx: optax.GradientTransformationExtraArgs,
     ema: float,
     rate: jax.Array,
-) -> tuple[TrainState, jax.Array]:
+) -> tuple[TrainState[jax.Array], jax.Array]:
     """Return (state after an update, norm of the gradient). If the loss or the gradient is not
     finite, the update is skipped and counted. `ema` is the decay of the moving average, `rate` the
     learning rate."""
@@ -148,7 +151,7 @@ def to_lora(cfg: TrainConfig, factors: Params) -> lora.LoRA:
 
 def abstract_state(
     cfg: TrainConfig, model: Model, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> tuple[TrainState, Params]:
+) -> tuple[TrainState[jax.ShapeDtypeStruct], Params]:
     """Return (state, frozen parameters) of a run as `jax.ShapeDtypeStruct`s with shardings."""
     trained, frozen = abstract_params(cfg, model)
     rules = (*model.spec.sharding_rules, *lora.SHARDINGS)
@@ -158,7 +161,7 @@ def abstract_state(
     opt_specs = optimizer.state_specs(opt_state, trained, specs)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(number, trained, opt_state, trained if cfg.ema else None, number, number)
-    where: Any = TrainState(
+    where = TrainState(
         PartitionSpec(), specs, opt_specs, specs if cfg.ema else None,
         PartitionSpec(), PartitionSpec(),
     )  # fmt: skip
@@ -182,7 +185,7 @@ def init_state(
     tx: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     params: Params,
-) -> tuple[TrainState, Params]:
+) -> tuple[TrainState[jax.Array], Params]:
     """Return (state before the first step, frozen parameters). `params` are all parameters of the
     network, float32 if they are trained; the state takes over their memory."""
     if cfg.trainable == "lora":
@@ -201,7 +204,7 @@ def with_params(
     tx: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     trained: Params,
-) -> TrainState:
+) -> TrainState[jax.Array]:
     """Return the state before the first step with these trained parameters."""
     where = shardings(abstract_state(cfg, model, tx, mesh)[0])
     opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(trained)

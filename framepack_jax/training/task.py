@@ -72,7 +72,7 @@ class Task(Protocol):
     def tx(self) -> optax.GradientTransformationExtraArgs: ...
 
     @property
-    def abstract(self) -> TrainState: ...
+    def abstract(self) -> TrainState[jax.ShapeDtypeStruct]: ...
 
     @property
     def loader(self) -> Loader: ...
@@ -110,7 +110,7 @@ class Task(Protocol):
 
     # The parameters.
 
-    def init_state(self) -> tuple[TrainState, Frozen, str]:
+    def init_state(self) -> tuple[TrainState[jax.Array], Frozen, str]:
         """Return (state before the first step, frozen parameters, where they come from)."""
 
     def load_frozen(self) -> Frozen:

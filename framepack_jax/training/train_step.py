@@ -18,8 +18,8 @@ RATE = jax.ShapeDtypeStruct((), np.float32)
 
 
 def train_step(
-    task: Task, state: TrainState, frozen: Frozen, batch: Batch, rate: jax.Array
-) -> tuple[TrainState, StepMetrics]:
+    task: Task, state: TrainState[jax.Array], frozen: Frozen, batch: Batch, rate: jax.Array
+) -> tuple[TrainState[jax.Array], StepMetrics]:
     """Update the trained parameters once, with the learning rate `rate`. `task` is static."""
     key = task.key(state.step)
 

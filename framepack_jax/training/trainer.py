@@ -89,14 +89,14 @@ class Trainer:
         previous = multihost.on_primary(checkpoints.read_record, output)
         return steps[-1], self.task.record(previous)
 
-    def start(self) -> tuple[TrainState, Frozen]:
+    def start(self) -> tuple[TrainState[jax.Array], Frozen]:
         """Return (state before the first step, frozen parameters)."""
         state, frozen, origin = self.task.init_state()
         self.bad = BadRecords(self.task.loader, self.task.max_bad_records)
         self.say(f"{self.cfg.output}: begins from {origin}")
         return state, frozen
 
-    def resume(self, step: int) -> tuple[TrainState, Frozen]:
+    def resume(self, step: int) -> tuple[TrainState[jax.Array], Frozen]:
         """Return (state of a checkpoint, frozen parameters); moves the loader to its position."""
         state, data = checkpoints.restore(self.manager, step, self.task.abstract)
         unread = data.pop("unread", [])
@@ -106,7 +106,9 @@ class Trainer:
         self.say(f"{self.cfg.output}: resumes after step {step}")
         return state, frozen
 
-    def train(self, state: TrainState, frozen: Frozen, first: int, record: Record) -> int:
+    def train(
+        self, state: TrainState[jax.Array], frozen: Frozen, first: int, record: Record
+    ) -> int:
         """Train from a state after step `first`; returns the step reached."""
         task, cfg = self.task, self.cfg
         self.bad.check_again()
@@ -138,7 +140,7 @@ class Trainer:
 
     def steps(
         self,
-        state: TrainState,
+        state: TrainState[jax.Array],
         frozen: Frozen,
         first: int,
         programs: dict[Any, tuple[Any, Cost | None]],
@@ -176,7 +178,11 @@ class Trainer:
         return step
 
     def _next(
-        self, batches: Iterator[Fed], pending: Pending | None, state: TrainState, first: int
+        self,
+        batches: Iterator[Fed],
+        pending: Pending | None,
+        state: TrainState[jax.Array],
+        first: int,
     ) -> Fed:
         """Return the next batch. If there is none, save the state and raise DatasetError."""
         try:
@@ -201,19 +207,19 @@ class Trainer:
             yield
         self.bar.unpause()
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState[jax.Array], position: dict[str, Any]) -> None:
         """Write a checkpoint in the background."""
         unread = {"unread": sorted(self.bad.numbers)} if self.bad else {}
         checkpoints.save(self.manager, step, state, position | unread)
         self.unsaved = False
 
-    def validate(self, step: int, state: TrainState, frozen: Frozen) -> None:
+    def validate(self, step: int, state: TrainState[jax.Array], frozen: Frozen) -> None:
         """Log the figures of the held-out data, of averaged parameters if there are any."""
         assert self.validator is not None
         params = state.params if state.ema is None else state.ema
         self.log.write(step, self.validator(step, params, frozen))
 
-    def _read(self, pending: Pending, state: TrainState, first: int) -> None:
+    def _read(self, pending: Pending, state: TrainState[jax.Array], first: int) -> None:
         """Read the metrics of a step and log them; `state` is the newest state.
 
         Raises NonFiniteLoss, DatasetError."""
@@ -241,7 +247,7 @@ class Trainer:
             f" {self.manager.directory}. Lower --optimizer.learning-rate, or look at the data"
         )
 
-    def _end_before(self, step: int, state: TrainState, first: int) -> None:
+    def _end_before(self, step: int, state: TrainState[jax.Array], first: int) -> None:
         """Save the state before `step`, whose batch some host could not read, and raise
         DatasetError. No update was made since: only counts have changed."""
         if step - 1 > first:

@@ -11,6 +11,7 @@ from etils import epath
 from framepack_jax import bundle
 from framepack_jax.data.vae_clips import find_videos
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.params import Params, unstack_layers
 from framepack_jax.training import checkpoints
 from framepack_jax.training.export import provenance, write_bundle
@@ -55,7 +56,7 @@ def export(
 
 
 def _statistics(
-    record: dict[str, Any], network: vae.VaeConfig, params: Params
+    record: dict[str, Any], network: VaeConfig, params: Params
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, standard deviation) of the latents of the videos that a run was trained on."""
     cfg, trained_on = record["config"], set(record["videos"])

@@ -28,7 +28,9 @@ from framepack_jax import bundle
 from framepack_jax.data.pixel_batch import signed
 from framepack_jax.data.vae_clips import Clips, ListedVideo, find_videos, hold_out
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.tiling import Tiling
 from framepack_jax.parallel.sharding import BATCH, constrain
 from framepack_jax.training import checkpoints, optimizer, summary
 from framepack_jax.training.prefetch import batch_sharding, check_batch, local_share
@@ -46,15 +48,15 @@ FIXED = ("init", "trainable", "network", "frames", "size", "batch", "holdout", "
 
 
 def losses(
-    cfg: vae.VaeConfig, params: Params, clips: jax.Array, key: jax.Array
+    cfg: VaeConfig, params: Params, clips: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return (squared error, that of the first frames alone, KL divergence of a latent number) of
     clips (B, T, H, W, C) in [-1, 1], through a sample of their latents."""
 
     def reconstruct(clips: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = vae.encode(cfg, params, clips, vae.Tiling(frames=None))
+        mean, logvar = vae.encode(cfg, params, clips, Tiling(frames=None))
         sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        decoded = vae.decode(cfg, params, sample, vae.Tiling(frames=None))
+        decoded = vae.decode(cfg, params, sample, Tiling(frames=None))
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
         return jnp.mean(jnp.square(decoded - clips)), kl
 
@@ -73,10 +75,10 @@ class VaeTask:
     cfg: VaeTrainConfig
     manifest: bundle.Manifest
     bundle_path: epath.PathLike
-    network: vae.VaeConfig
+    network: VaeConfig
     tx: optax.GradientTransformationExtraArgs
     mesh: Mesh
-    abstract: TrainState
+    abstract: TrainState[jax.ShapeDtypeStruct]
     loader: Clips
     videos: Sequence[ListedVideo]
     held_out: Sequence[ListedVideo]
@@ -115,7 +117,7 @@ class VaeTask:
         """Leave the precision as it is."""
         return contextlib.nullcontext()
 
-    def init_state(self) -> tuple[TrainState, Params, str]:
+    def init_state(self) -> tuple[TrainState[jax.Array], Params, str]:
         """See `Task.init_state`."""
         params = first_params(self.cfg, self.network, self.manifest, self.bundle_path)
         replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -221,23 +223,23 @@ def transformation(cfg: VaeTrainConfig) -> optax.GradientTransformationExtraArgs
     return optax.partition({"trained": tx, "kept": optax.set_to_zero()}, parts)
 
 
-def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> vae.VaeConfig:
+def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> VaeConfig:
     """Return the config of a bundle's VAE, with the sizes in `cfg.network`. Raises BundleError."""
-    _, network = bundle.role_config(manifest, "vae")
+    _, network = bundle.vae_config(manifest)
     if cfg.network:
         fields = dataclasses.asdict(network) | dict(cfg.network)
-        network = bundle.config_from_json(vae.VaeConfig, fields)
+        network = bundle.config_from_json(VaeConfig, fields)
     return network
 
 
-def init(cfg: VaeTrainConfig, network: vae.VaeConfig) -> Params:
+def init(cfg: VaeTrainConfig, network: VaeConfig) -> Params:
     """Draw random parameters."""
     return vae.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
 
 
 def first_params(
     cfg: VaeTrainConfig,
-    network: vae.VaeConfig,
+    network: VaeConfig,
     manifest: bundle.Manifest,
     bundle_path: epath.PathLike,
 ) -> Params:
@@ -271,7 +273,7 @@ def inflated(params: Params) -> Params:
     return unflatten_dict({p: last(x) if p in convolutions else x for p, x in leaves.items()})
 
 
-def trained_params(network: vae.VaeConfig, run: str, step: int) -> Params:
+def trained_params(network: VaeConfig, run: str, step: int) -> Params:
     """Restore the parameters of a run, their moving average if it keeps one. Raises RunError."""
     part = checkpoints.exported_part(checkpoints.read_record(run))
     abstract = jax.eval_shape(lambda: vae.init(network, jax.random.key(0)))
@@ -280,7 +282,7 @@ def trained_params(network: vae.VaeConfig, run: str, step: int) -> Params:
 
 def new_state(
     cfg: VaeTrainConfig, tx: optax.GradientTransformationExtraArgs, params: Params
-) -> TrainState:
+) -> TrainState[jax.Array]:
     """Return the state before the first step."""
     params = cast_params(params, jnp.float32)
     ema = jax.tree.map(jnp.copy, params) if cfg.ema else None

@@ -16,7 +16,9 @@ from framepack_jax import video
 from framepack_jax.data.pixel_batch import signed
 from framepack_jax.data.vae_clips import ListedVideo, read_clip
 from framepack_jax.models.hunyuan import vae
+from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.params import Params
+from framepack_jax.models.tiling import Tiling
 
 # Videos on the contact sheet.
 SHOWN = 4
@@ -28,14 +30,14 @@ def psnr(errors: Any) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def reconstruct(cfg: vae.VaeConfig, params: Params, clips: jax.Array) -> jax.Array:
+def reconstruct(cfg: VaeConfig, params: Params, clips: jax.Array) -> jax.Array:
     """Decode the modes of the latents of clips (B, T, H, W, C) in [-1, 1]."""
-    mean, _ = vae.encode(cfg, params, clips, vae.Tiling(frames=None))
-    return jnp.clip(vae.decode(cfg, params, mean, vae.Tiling(frames=None)), -1, 1)
+    mean, _ = vae.encode(cfg, params, clips, Tiling(frames=None))
+    return jnp.clip(vae.decode(cfg, params, mean, Tiling(frames=None)), -1, 1)
 
 
 def validate(
-    network: vae.VaeConfig,
+    network: VaeConfig,
     params: Params,
     held: Sequence[ListedVideo],
     frames: int,
@@ -44,7 +46,9 @@ def validate(
 ) -> dict[str, float]:
     """Return the PSNR of the middle clips of held-out videos and of their first frames alone: mean
     over videos, and the lowest. Write a contact sheet of the first few, originals above."""
-    clip_errors, still_errors, shown = [], [], []
+    clip_errors: list[jax.Array] = []
+    still_errors: list[jax.Array] = []
+    shown: list[np.ndarray] = []
     for clip in middle_clips(held, frames):
         original = signed(jnp.asarray(clip))
         decoded = reconstruct(network, params, original)
@@ -76,16 +80,21 @@ def middle_clips(videos: Sequence[ListedVideo], frames: int) -> Iterator[np.ndar
 
 
 def latent_statistics(
-    network: vae.VaeConfig, params: Params, videos: Sequence[ListedVideo], frames: int
+    network: VaeConfig, params: Params, videos: Sequence[ListedVideo], frames: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, standard deviation) of each latent channel over the middle clips of videos."""
-    encode = jax.jit(lambda p, x: vae.encode(network, p, x, vae.Tiling(frames=None))[0])
-    total, squares, count = 0.0, 0.0, 0
+    """Return (mean, standard deviation) of each latent channel over the middle clips of videos.
+
+    Raises ValueError if there are no videos."""
+    encode = jax.jit(lambda p, x: vae.encode(network, p, x, Tiling(frames=None))[0])
+    total = squares = np.zeros(network.latent_channels)
+    count = 0
     for clip in middle_clips(videos, frames):
         mean = np.asarray(encode(params, signed(jnp.asarray(clip))))
         mean = mean.reshape(-1, mean.shape[-1]).astype(np.float64)
         total, squares = total + mean.sum(0), squares + np.square(mean).sum(0)
         count += len(mean)
+    if not count:
+        raise ValueError("there are no videos to take the statistics of latents from")
     mean = total / count
     std = np.sqrt(squares / count - np.square(mean))
     return tuple(mean.tolist()), tuple(std.tolist())

@@ -182,6 +182,7 @@ def sample_video(
     pipe: FramePack, record: Record, sections: int, settings: Settings, seed: int
 ) -> np.ndarray:
     """A video (P, H, W, 3) uint8 from the start image and the conditions of a clip."""
+    assert record.latents is not None
     plan = packing.plan(pipe.schedule, sections)
     text = np.zeros((1, MAX_PROMPT_TOKENS, record.text.shape[1]), record.text.dtype)
     text[0, : len(record.text)] = record.text
@@ -200,6 +201,7 @@ def sample_video(
 
 def decoded_clip(pipe: FramePack, record: Record, positions: int) -> np.ndarray:
     """The first latent positions of a clip as the VAE shows them, (P, H, W, 3) uint8."""
+    assert record.latents is not None
     latents = np.asarray(record.latents[None, :positions], np.float32)
     timeline = packing.Timeline(latents.shape[1], latents.shape[2:])
     timeline.write(range(latents.shape[1]), latents)
