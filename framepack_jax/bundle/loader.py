@@ -25,8 +25,8 @@ from framepack_jax.bundle.manifest import (
     role_config,
 )
 from framepack_jax.models import offload, quantization, registry
+from framepack_jax.models.network_spec import NetworkSpec
 from framepack_jax.models.params import Params, stack_layers
-from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.parallel import sharding
 from framepack_jax.utils.messages import first_line
 

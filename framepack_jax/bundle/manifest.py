@@ -9,8 +9,8 @@ from etils import epath
 
 from framepack_jax import packing
 from framepack_jax.models import lora, registry
+from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.models.sizes import Size
-from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.utils import fields
 from framepack_jax.utils.files import atomic_write_text

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from framepack_jax.conversion import lora_peft, lora_places, transformer
+from framepack_jax.conversion import lora_peft, lora_targets, transformer
 from framepack_jax.conversion.engine import DTYPES, Step, Table
 from framepack_jax.conversion.export import Tensor, stream_safetensors
 from framepack_jax.conversion.lora_fusion import (
@@ -152,8 +152,8 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
     """
     checkpoint = open_checkpoint(path)
     modules = _modules(checkpoint)
-    places = lora_places.places_of(cfg)
-    matched = lora_places.match_places(path, modules, places)
+    places = lora_targets.places_of(cfg)
+    matched = lora_targets.match_places(path, modules, places)
     unmatched = tuple(module for module, place in matched.items() if place is None)
     if len(unmatched) == len(modules):
         examples = [p.name for p in places.values() if "double/00/img_qkv/kernel" in p.step.targets]
@@ -226,7 +226,7 @@ def write(
     pairs = _to_pairs(path, lora, cfg, spelling)
     arrays: dict[str, np.ndarray] = {}
     for name, (step, pair) in pairs.items():
-        spelt = lora_places.flat(name) if spelling.flat else name
+        spelt = lora_targets.flat(name) if spelling.flat else name
         down, up = tensors_of(step, pair)
         arrays |= {spelling.down.format(spelt): down, spelling.up.format(spelt): up}
         if spelling.alpha:
@@ -320,7 +320,7 @@ def _unsupported(checkpoint: Checkpoint) -> tuple[str, str] | None:
 def _pair(
     checkpoint: Checkpoint,
     tensors: Mapping[str, str],
-    place: lora_places.Place,
+    place: lora_targets.Place,
     alphas: lora_peft.Alphas,
 ) -> Pair:
     """Read the factors of a module. Raises ConversionError if they do not fit the module."""

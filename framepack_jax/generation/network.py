@@ -2,7 +2,7 @@
 
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from framepack_jax.models.spec import NetworkSpec
+from framepack_jax.models.network_spec import NetworkSpec
 
 Spec = TypeVar("Spec", bound=NetworkSpec)
 

@@ -44,7 +44,7 @@ from framepack_jax.generation.results import DecodedSection, NotFinite, Video
 from framepack_jax.generation.settings import DEFAULT_SETTINGS, Settings
 from framepack_jax.models import offload
 from framepack_jax.models.lora import LoRA
-from framepack_jax.models.spec import DenoiserSpec, VaeSpec
+from framepack_jax.models.network_spec import DenoiserSpec, VaeSpec
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.packing.buckets import BUCKETS_480P

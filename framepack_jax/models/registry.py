@@ -10,8 +10,8 @@ import jax
 
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import spec as hunyuan
+from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.models.params import unstack_layers
-from framepack_jax.models.spec import DenoiserSpec, NetworkSpec, VaeSpec
 
 __all__ = [
     "NETWORKS",

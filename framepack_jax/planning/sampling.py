@@ -21,8 +21,8 @@ from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.diffusion.given_frames import GivenFrames
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.request import Layout
+from framepack_jax.models.network_spec import NetworkSpec
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
-from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding

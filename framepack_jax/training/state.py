@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
 from framepack_jax.models import lora, lora_layers
+from framepack_jax.models.network_spec import DenoiserSpec
 from framepack_jax.models.params import partition_params
-from framepack_jax.models.spec import DenoiserSpec
 from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
 from framepack_jax.training.config import LoRAConfig, TrainConfig

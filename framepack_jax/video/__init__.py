@@ -5,6 +5,16 @@ renamed at the end. Frames on the host are uint8 RGB.
 """
 
 from framepack_jax.video.colour import check_colours
+from framepack_jax.video.contact_sheets import (
+    PREVIEW_BIAS,
+    PREVIEW_WEIGHT,
+    contact_sheet,
+    contact_sheet_mp4,
+    labelled_sheet,
+    latent_preview,
+    preview_sheet,
+    save_gif,
+)
 from framepack_jax.video.decode import (
     Info,
     count_frames,
@@ -23,16 +33,6 @@ from framepack_jax.video.images import (
 )
 from framepack_jax.video.mp4 import DEFAULT_CRF, check_encoding, join_mp4, write_mp4
 from framepack_jax.video.orientation import shown_size
-from framepack_jax.video.sheets import (
-    PREVIEW_BIAS,
-    PREVIEW_WEIGHT,
-    contact_sheet,
-    contact_sheet_mp4,
-    labelled_sheet,
-    latent_preview,
-    preview_sheet,
-    save_gif,
-)
 from framepack_jax.video.source import video_stream
 
 __all__ = [

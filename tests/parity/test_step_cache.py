@@ -21,7 +21,7 @@ from framepack_jax.diffusion.step_cache import StepCacheConfig, first_block, run
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
-from framepack_jax.models.hunyuan.step_cache import TEACACHE
+from framepack_jax.models.hunyuan.step_cache_hooks import TEACACHE
 from framepack_jax.models.params import stack_layers
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
 

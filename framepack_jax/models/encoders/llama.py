@@ -17,9 +17,9 @@ import numpy as np
 from einops import rearrange
 
 from framepack_jax.models import scan
+from framepack_jax.models.network_spec import NetworkSpec
 from framepack_jax.models.params import Params
 from framepack_jax.models.sizes import Layers, Positive, Size
-from framepack_jax.models.spec import NetworkSpec
 from framepack_jax.ops.attention import attend
 
 STACKS = {"layers": "layers"}

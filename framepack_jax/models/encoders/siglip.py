@@ -15,10 +15,10 @@ from einops import rearrange
 
 from framepack_jax.models import scan
 from framepack_jax.models.encoders.block import EncoderBlock, layer_norm
+from framepack_jax.models.network_spec import NetworkSpec
 from framepack_jax.models.params import Params, apply_module
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.sizes import Layers, Positive, Size
-from framepack_jax.models.spec import NetworkSpec
 
 STACKS = {"layers": "layers"}
 # Megatron's pairs, with `fsdp` on the remaining dimension.

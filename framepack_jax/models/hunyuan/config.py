@@ -1,4 +1,4 @@
-"""Sizes of HunyuanVideo's networks, tables of the transformer, and checks against them."""
+"""Sizes of HunyuanVideo's networks, and checks against them."""
 
 import dataclasses
 import math
@@ -11,28 +11,6 @@ from framepack_jax.packing import Schedule, kernel_shape
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
 OFFLOADABLE = ("double", "single")
-# Megatron's pairs (columns over `tensor`, then rows), with `fsdp` on the remaining dimension. A
-# modulation is divided by rows: its result is a few vectors a sample, which every device needs
-# whole. Embeddings of patches and text have no second half to pair with; the layers of the
-# embedding's MLPs have inputs too narrow for a large `fsdp`.
-SHARDINGS = (
-    (r"(refiner|double|single)/(\w+_)?qkv/kernel", (None, "fsdp", None, "tensor", None)),
-    (r"(refiner|double|single)/(\w+_)?qkv/bias", (None, None, "tensor", None)),
-    (r"(refiner|double|single)/(\w+_)?mlp_in/kernel", (None, "fsdp", "tensor")),
-    (r"(refiner|double|single)/(\w+_)?mlp_in/bias", (None, "tensor")),
-    (r"(refiner|double|single)/(\w+_)?(out|mlp_out|mod|gate)/kernel", (None, "tensor", "fsdp")),
-    (r"(refiner|double|single)/(\w+_)?(out|mlp_out|mod|gate)/bias", ()),
-    (r"(refiner|double|single)/(\w+_)?norm\d?/(scale|bias)", ()),
-    (r"embed/(patch|text_proj|context_\w+)/kernel", (None, "fsdp")),
-    (r"embed/(patch|text_proj|context_\w+)/bias", ()),
-    (r"embed/\w+_(in|up)/kernel", (None, ("tensor", "fsdp"))),
-    (r"embed/\w+_(in|up)/bias", (("tensor", "fsdp"),)),
-    (r"embed/\w+_(out|down)/kernel", ("tensor", "fsdp")),
-    (r"embed/\w+_(out|down)/bias", ()),
-    (r"head/mod/kernel", ("tensor", "fsdp")),
-    (r"head/out/kernel", ("fsdp", None)),
-    (r"head/(mod|out)/bias", ()),
-)
 Stride = tuple[int, int, int]
 
 PATCH = "k1"

@@ -1,19 +1,26 @@
 """Specs of HunyuanVideo's networks."""
 
-from framepack_jax.models.hunyuan import config, flops, step_cache, transformer, vae
+from framepack_jax.models.hunyuan import (
+    config,
+    flops,
+    sharding_rules,
+    step_cache_hooks,
+    transformer,
+    vae,
+)
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.offload_programs import offload_programs
-from framepack_jax.models.spec import DenoiserSpec, VaeSpec
+from framepack_jax.models.network_spec import DenoiserSpec, VaeSpec
 
 TRANSFORMER = DenoiserSpec(
     kind="hunyuan_packed_dit",
     config=config.TransformerConfig,
     init=transformer.init,
-    sharding_rules=config.SHARDINGS,
+    sharding_rules=sharding_rules.TRANSFORMER,
     stacks=config.STACKS,
     offloadable=config.OFFLOADABLE,
     velocity=transformer.velocity,
-    step_cache=step_cache.HOOKS,
+    step_cache=step_cache_hooks.HOOKS,
     conditions=Conditions,
     patch=config.PATCH,
     context_kernels=config.context_kernels,
@@ -27,7 +34,7 @@ VAE = VaeSpec(
     kind="hunyuan_vae",
     config=vae.VaeConfig,
     init=vae.init,
-    sharding_rules=vae.SHARDINGS,
+    sharding_rules=sharding_rules.VAE,
     stacks=vae.STACKS,
     encode=vae.encode,
     decode=vae.decode,

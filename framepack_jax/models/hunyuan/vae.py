@@ -22,9 +22,6 @@ from framepack_jax.models.tiling import DEFAULT_TILING, Tiling, apply_tiled, enc
 from framepack_jax.parallel.sharding import BATCH, constrain
 
 STACKS: dict[str, str] = {}
-# Small weights, large activations: every device has all weights and computes some rows of the
-# picture. The compiler extends the constraint on the input to all activations.
-SHARDINGS = ((r".*", ()),)
 ROWS = ("context", "fsdp", "tensor", "data")
 LOGVAR_RANGE = (-30.0, 20.0)
 

@@ -14,7 +14,7 @@ from framepack_jax.conversion import lora as files
 from framepack_jax.models import lora, lora_layers, quantization, scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
-from framepack_jax.models.hunyuan.step_cache import block_input, first_block
+from framepack_jax.models.hunyuan.step_cache_hooks import block_input, first_block
 from framepack_jax.models.lora import Factors
 from framepack_jax.models.params import Params, stack_layers, unstack_layers
 from framepack_jax.models.quantization import cast_params
