@@ -5,13 +5,12 @@
 # make test-fast  the tests of single modules
 # make test-all   the test suite with what is marked slow
 # make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/measurements/memory.md
-# make lint       ruff and codespell
-# make types      mypy
+# make lint       ruff, mypy and codespell
 # make docs       the site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo tiny-bundle test test-fast test-all dry-runs lint types docs clean
+.PHONY: demo tiny-bundle test test-fast test-all dry-runs lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle tiny --image examples/sprites.png \
@@ -59,10 +58,8 @@ dry-runs: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m codespell_lib
-
-types: .venv/installed-test
 	$(BIN)/python -m mypy
+	$(BIN)/python -m codespell_lib
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
