@@ -5,8 +5,8 @@ Command:  python train.py --config configs/finetune_i2v.py --bundle weights/fram
               [--coordinator-address auto]
 Hardware: TPU v5p-64 (32 chips) or 8 x H100 (--mesh fsdp=8); both fit by their compilers, the GPUs
           up to --batch 40 (docs/measurements/memory.md).
-Expect:   the loss of a released model begins near its floor and moves little: watch the validation
-          videos, and context/*_other, which must stay above 0. No full run has been made so far.
+Expect:   the loss of a released model starts near its minimum and changes little. Watch the
+          validation videos, and context/*_other, which must stay above 0. Not yet run in full.
 """
 
 from framepack_jax.data.config import DataConfig
@@ -19,7 +19,7 @@ from framepack_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-    """Small steps: the weights are good already."""
+    """A low learning rate, as the weights are already trained."""
     return TrainConfig(
         bundle="framepack_i2v",
         data=DataConfig(holdout=32, caption_dropout=0.1),

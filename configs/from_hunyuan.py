@@ -1,4 +1,4 @@
-"""A FramePack model from base HunyuanVideo: what the authors did, whose recipe is not public.
+"""Train a FramePack model from base HunyuanVideo. The authors' recipe is not public.
 
 Command:  framepack convert --pipeline HunyuanVideo --from-base --image-encoder
               flux_redux_bfl/image_encoder --output weights/from_base
@@ -6,12 +6,12 @@ Command:  framepack convert --pipeline HunyuanVideo --from-base --image-encoder
               --data.path datasets/large --output runs/framepack
               --mesh fsdp=32 --coordinator-address auto
 Hardware: TPU v5p-64 (32 chips); 64 x H100 (docs/measurements/memory.md).
-Expect:   context embeddings begin as copies of the patch embedding, so that the first losses are
-          those of a video model that sees its history as more frames; the image projection begins
-          at random and makes no difference until it is trained. A first stage that trains these
-          alone is cheap: --trainable context --steps 2000 --optimizer.learning-rate 1e-4 --output
-          runs/stage1, then --init runs/stage1 is not needed: export it (framepack export-run) and
-          begin from that bundle. How many steps a good model takes is not known.
+Expect:   context embeddings start as copies of the patch embedding, so the first losses are those
+          of a video model that reads its history as more frames. The image projection starts at
+          random and has no effect until it is trained. A first stage for these alone is cheap:
+          --trainable context --steps 2000 --optimizer.learning-rate 1e-4 --output runs/stage1.
+          Export it (framepack export-run) and start the second stage from that bundle. The number
+          of steps that a good model takes is not known.
 """
 
 from framepack_jax.data.config import DataConfig
@@ -24,7 +24,7 @@ from framepack_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-    """The inverted order of the paper's best variant."""
+    """Use the inverted order of the paper's best variant."""
     return TrainConfig(
         bundle="framepack_i2v",
         schedule="f1k1_x_g9_f1k1f2k2f16k4_td",

@@ -1,14 +1,14 @@
-"""A LoRA for the released FramePack-I2V: a style, a motion, a person.
+"""Train a LoRA for the released FramePack-I2V: a style, a motion, a person.
 
 Command:  python train.py --config configs/lora_i2v.py --bundle weights/framepack_i2v_hy
               --data.path datasets/mine --output runs/lora
 Hardware: 8 x A100-80G or H100: batch 64 at windows 2 and 3; at window 9 --batch 32, or 64 with
-          --grad-accum-steps 2 (docs/measurements/memory.md). On one GPU of 80 GB take --batch 1;
-          the frozen weights are 26 GB of it.
-Expect:   RUN/bundle/lora.safetensors in diffusers' names, for sample.py --lora and for diffusers;
-          lora_original.safetensors beside it for other programs (docs/other-programs.md). LoRAs of
-          this base model usually take some hundred clips and some thousand steps. Not yet trained
-          at this size.
+          --grad-accum-steps 2 (docs/measurements/memory.md). On one GPU of 80 GB use --batch 1;
+          the frozen weights take 26 GB.
+Expect:   RUN/bundle/lora.safetensors with the key names of diffusers, for sample.py --lora and
+          diffusers, and RUN/bundle/lora_original.safetensors for other programs
+          (docs/other-programs.md). LoRAs of this base model usually take a few hundred clips and a
+          few thousand steps. Not yet trained at this size.
 """
 
 from framepack_jax.data.config import DataConfig
@@ -22,7 +22,7 @@ from framepack_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-    """All linear layers of the blocks but the modulations, rank 32."""
+    """Adapters of rank 32 on all linear layers of the blocks except the modulations."""
     return TrainConfig(
         bundle="framepack_i2v",
         data=DataConfig(holdout=8),

@@ -1,11 +1,11 @@
-"""A FramePack model of toy size, from random weights: everything that training does, in minutes.
+"""Train a toy FramePack model from random weights, in minutes.
 
 Command:  framepack synthetic --output outputs/videos --clips 256 --seconds 6 --size 64x96
           framepack prepare --videos outputs/videos --bundle random --output outputs/dataset
               --buckets 64x96
           python train.py --config configs/tiny.py
-Hardware: two CPU cores; a step takes about 1.2 s there. With --clips 16, --data.holdout 4,
-          --validation.samples 8 and --steps 20 all three are a try of two minutes.
+Hardware: two CPU cores; a step takes about 1.2 s. With --clips 16, --data.holdout 4,
+          --validation.samples 8 and --steps 20 all three commands take two minutes.
 """
 
 from framepack_jax.data.config import DataConfig
@@ -18,8 +18,8 @@ from framepack_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-    """Latents of a VAE whose weights are random: what is learned is how they move, and nothing that
-    is worth watching."""
+    """The VAE has random weights: the model learns how latents move, and its videos show nothing of
+    interest."""
     return TrainConfig(
         bundle="random",
         output="outputs/tiny",

@@ -1,6 +1,6 @@
-"""The transformers of the tiny bundles, 3.3 million parameters, on the demo world.
+"""Train the transformers of the tiny bundles (3.3 million parameters) on the demo world.
 
-Command:  make tiny-bundle, which has every step; those that this file is for are
+Command:  make tiny-bundle runs every step; those with this file are
           python train.py --config configs/tiny_framepack.py --init scratch --steps 4500
               --data.path outputs/world/sketches_dataset --output outputs/world/sketch
           python train.py --config configs/tiny_framepack.py
@@ -8,10 +8,10 @@ Command:  make tiny-bundle, which has every step; those that this file is for ar
               --output outputs/world/f1_more
           python train.py --config configs/tiny_framepack.py --init outputs/world/f1_more
               --steps 600 --schedule f1k1_x_g9_f1k1f2k2f16k4_td --output outputs/world/inverted
-Hardware: two CPU cores; a step takes 0.42 s at 64x64 and 1.6 s at 128x128, beside no other work.
-Result:   docs/training.md, "The tiny bundle": the first learns from many small first sections what
-          captions ask for, of which a step is four times cheaper there; the second, sizes, details
-          and what comes after, for which the third has time; the last, the other order.
+Hardware: two CPU cores; a step takes 0.42 s at 64x64 and 1.6 s at 128x128 on an idle machine.
+Result:   docs/training.md, "The tiny bundle": the first run learns captions from many small first
+          sections, where a step is four times cheaper. The second learns sizes, details and later
+          sections, and the third continues it. The last learns the inverted order.
 """
 
 from framepack_jax import packing
@@ -26,7 +26,7 @@ from framepack_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-    """Forward order. The guidance input has in training what sampling gives it by default."""
+    """Forward order. The guidance input has the default value of sampling."""
     return TrainConfig(
         bundle="outputs/world/vae/bundle",
         output="outputs/world/f1",

@@ -1,7 +1,7 @@
 """Dry run of training: compile the real training step for a machine that is not present.
 
-As in sampling, the compiler gives memory and collectives, FLOPs are counted from the config, and
-the roofline is arithmetic on vendor figures.
+As for sampling, memory and collectives come from the compiler, FLOPs from the config, and the
+roofline from vendor figures.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class TrainingReport(StepReport):
 
     @property
     def total(self) -> int:
-        """Bytes on a chip while a step runs."""
+        """Return the bytes on a chip while a step runs."""
         return self.program.arguments + self.program.temporaries + self.program.outputs
 
     def __str__(self) -> str:
@@ -128,7 +128,7 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
     context = packing.read_context(section, timeline)
     where = NamedSharding(task.mesh, PartitionSpec(BATCH))
 
-    # Shapes stand for arrays, whose types they do not have.
+    # Returns Any, as abstract arrays stand for arrays in `Batch`.
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=where)
 

@@ -1,7 +1,7 @@
-"""Clips that turn out to be unreadable while a run trains.
+"""Clips that could not be read during a run.
 
-The loader replaces each by another clip (`data.loader`). This module names, counts and keeps them
-in checkpoints. The metrics of a step tell all hosts the same ones.
+The loader replaces each by another clip (`data.loader`). This module names and counts them, and
+checkpoints store their numbers. The metrics of a step give all hosts the same numbers.
 """
 
 import sys
@@ -17,8 +17,8 @@ from framepack_jax.utils.progress import Bar
 
 
 class BadRecords:
-    """Numbers of records of a `data.loader.Loader` that could not be read so far; `most` of them
-    are replaced."""
+    """Numbers of the records of a `data.loader.Loader` that could not be read so far. The run ends
+    if there are more than `most`."""
 
     def __init__(self, loader: Any, most: int, numbers: Iterable[int] = ()) -> None:
         self.loader, self.most = loader, most
@@ -29,12 +29,12 @@ class BadRecords:
 
     @property
     def too_many(self) -> bool:
-        """More than --data.max-bad-records."""
+        """Return True if there are more than --data.max-bad-records."""
         return len(self.numbers) > self.most
 
     def note(self, step: int, clips: np.ndarray) -> bool:
-        """Take `Meta.clip` of a step and name the records that are new; returns True if some
-        are."""
+        """Add the unreadable records in `Meta.clip` of a step and print those that are new.
+        Returns True if there are new ones."""
         new = {-1 - clip for clip in clips.tolist() if clip < 0} - self.numbers
         for number in sorted(new):
             self.numbers.add(number)
@@ -45,8 +45,8 @@ class BadRecords:
         return bool(new)
 
     def check_again(self) -> None:
-        """If there are too many, forget those that can be read by now. Raises DatasetError if there
-        still are."""
+        """If there are too many, drop those that can be read by now. Raises DatasetError if there
+        are still too many."""
         if self.too_many:
             self.numbers -= set(
                 on_primary(lambda: [n for n in self.numbers if not self.loader.fault(n)])
@@ -65,10 +65,10 @@ class BadRecords:
 
     def __str__(self) -> str:
         numbers = sorted(self.numbers)
-        # Only faults that are listed are read.
+        # Only the listed records are read again.
         faults = [*map(self._fault, numbers[:MAX_LISTED]), *map(str, numbers[MAX_LISTED:])]
         return shorten(faults, separator="; ")
 
     def _fault(self, number: int) -> str:
-        # What is wrong names the shard or the video; what can be read by now has a name itself.
+        # A fault names the shard or the video. A record that can be read by now has none.
         return self.loader.fault(number) or f"clip {self.loader.clip_ids([number])[0]}"

@@ -1,10 +1,12 @@
-"""What is kept of a run, by orbax: written in the background, whole or not at all, and restored
-onto any mesh and any number of processes.
+"""Records and checkpoints of training runs.
 
-    RUN/run.json                 the configuration, the fingerprint of the data order, and where
-                                 the first of the runs began that led here: scratch or bundle
-    RUN/checkpoints/STEP/state   trained parameters, optimizer, moving average
-    RUN/checkpoints/STEP/data    where the stream of samples is, and which records were unreadable
+Orbax writes checkpoints in the background and atomically, and restores them onto any mesh and any
+number of processes.
+
+    RUN/run.json                 configuration, fingerprint of the data order, and the origin of
+                                 the weights (scratch or bundle), also through --init RUN
+    RUN/checkpoints/STEP/state   trained parameters, optimizer state, moving average
+    RUN/checkpoints/STEP/data    position in the stream of samples, unreadable records
 """
 
 import dataclasses
@@ -35,16 +37,16 @@ RENAMED = {
 
 
 class RunError(ValueError):
-    """A run that is not there, or cannot be gone on with."""
+    """The run does not exist or cannot be resumed."""
 
 
 def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager:
-    """The checkpoints of a run; to be closed."""
+    """Open the checkpoints of a run; the caller closes the manager."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=cfg.keep,
         keep_period=cfg.keep_every or None,
         enable_async_checkpointing=True,
-        # What a killed run left half written.
+        # Remove incomplete checkpoints of a killed run.
         cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(
@@ -55,7 +57,7 @@ def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager
 def save(
     manager: ocp.CheckpointManager, step: int, state: TrainState[jax.Array], data: dict[str, Any]
 ) -> None:
-    """Begin to write a checkpoint; an error of the one before is raised here. Raises OSError."""
+    """Start to write a checkpoint. Raises OSError, also if the one before could not be written."""
     if step in manager.all_steps():
         return
     try:
@@ -70,7 +72,7 @@ def save(
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Until all is written. Raises OSError where it could not be."""
+    """Wait until all checkpoints are written. Raises OSError if one could not be written."""
     try:
         manager.wait_until_finished()
     except ValueError as error:
@@ -78,21 +80,21 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def _not_written(manager: ocp.CheckpointManager, error: ValueError) -> OSError:
-    """Of what tensorstore says where a disk is full, or gone."""
+    """Return the error that a command shows for an error of tensorstore in writing."""
     full = "No space left" in str(error)
     kept = ocp.path.step.checkpoint_steps(manager.directory)
-    whole = f"the newest that is whole is of step {max(kept)}" if kept else "none is whole so far"
+    newest = f"the newest complete checkpoint is step {max(kept)}" if kept else "none is complete"
     return OSError(
         f"a checkpoint in {manager.directory} could not be written"
-        f" ({'the disk is full' if full else str(error)[-300:]}); {whole}, and the same command"
-        f" goes on from there once {'there is room' if full else 'that is mended'}"
+        f" ({'the disk is full' if full else str(error)[-300:]}); {newest};"
+        f" {'free space' if full else 'fix the cause'}, then run the same command again to resume"
     )
 
 
 def restore(
     manager: ocp.CheckpointManager, step: int, abstract: TrainState[jax.ShapeDtypeStruct]
 ) -> tuple[TrainState[jax.Array], dict[str, Any]]:
-    """State and stream position of a step, laid out as `abstract` says. Raises RunError."""
+    """Return (state, stream position) of a step, sharded as `abstract`. Raises RunError."""
     try:
         found = manager.restore(
             step,
@@ -100,7 +102,7 @@ def restore(
                 state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
             ),
         )
-    except Exception as error:  # of many kinds, by what is damaged or differs
+    except Exception as error:  # orbax raises many kinds
         raise RunError(
             f"checkpoint {step} in {manager.directory} cannot be restored ({_line(error)}); if it"
             f" is damaged, move it away, and run the same command again to resume from"
@@ -111,12 +113,12 @@ def restore(
 
 def _before(manager: ocp.CheckpointManager, step: int) -> str:
     older = [s for s in ocp.path.step.checkpoint_steps(manager.directory) if s < step]
-    return f"step {max(older)}" if older else "the beginning, as there is none before it"
+    return f"step {max(older)}" if older else "the start, as there is no earlier checkpoint"
 
 
 def restore_params(folder: epath.PathLike, step: int, abstract: Any, part: str) -> Any:
-    """`params` or `ema` of a checkpoint alone, laid out as `abstract` says, by all processes
-    together; as numpy arrays where that says nothing. Raises RunError."""
+    """Restore only `params` or `ema` of a checkpoint, sharded as `abstract`, or as numpy arrays if
+    `abstract` has no shardings. All processes call this together. Raises RunError."""
     path = bundle.absolute(folder) / FOLDER / str(step) / "state"
     wanted = {part: abstract}
     placed = jax.tree.leaves(abstract)[0].sharding is not None
@@ -130,15 +132,15 @@ def restore_params(folder: epath.PathLike, step: int, abstract: Any, part: str) 
                 item=wanted, restore_args=restore_args, partial_restore=True
             )
             found = reader.restore(path, args=args)[part]
-    except Exception as error:  # of many kinds, by what is damaged or differs
+    except Exception as error:  # orbax raises many kinds
         raise RunError(f"{part} of {path} cannot be restored ({_line(error)})") from error
     leaves = jax.tree_util.tree_leaves_with_path(found)
     lacking = [jax.tree_util.keystr(p, simple=True, separator="/") for p, leaf in leaves
                if isinstance(leaf, jax.ShapeDtypeStruct)]  # fmt: skip
     if lacking:
         raise RunError(
-            f"{part} of {path} lacks {len(lacking)} of {len(leaves)} arrays, as {lacking[0]}: it is"
-            " of another network, or of another trainable part"
+            f"{part} of {path} lacks {len(lacking)} of {len(leaves)} arrays, as {lacking[0]};"
+            " it has another network or another trainable part"
         )
     return found
 
@@ -158,7 +160,7 @@ def read_record(run: epath.PathLike) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise RunError(f"{file} is damaged ({error}); restore it, or begin another run") from error
+        raise RunError(f"{file} is damaged ({error}); restore it, or start another run") from error
     version = record.pop("format", 1)
     if version > FORMAT:
         raise RunError(
@@ -181,7 +183,7 @@ def exported_part(record: dict[str, Any]) -> str:
 
 
 def steps_of(run: epath.PathLike) -> list[int]:
-    """Steps that a run has checkpoints of, in order."""
+    """Return the steps with a checkpoint, in order."""
     folder = epath.Path(run) / FOLDER
     if not folder.exists():
         return []
@@ -189,24 +191,24 @@ def steps_of(run: epath.PathLike) -> list[int]:
 
 
 def parse_run(text: str) -> tuple[str, int]:
-    """RUN or RUN@STEP -> (folder, step), the newest by default. Raises RunError."""
+    """Parse RUN or RUN@STEP to (folder, step); default: the newest step. Raises RunError."""
     run, at, number = text.rpartition("@")
     if not (at and number.isdigit()):
         run, number = text, ""
-    there = steps_of(run)
-    if not there:
+    steps = steps_of(run)
+    if not steps:
         raise RunError(
             f"{run} has no checkpoint; expected the folder of a training run, or RUN@STEP"
         )
-    step = int(number) if number else there[-1]
-    if step not in there:
-        listed = ", ".join(map(str, there))
-        raise RunError(f"{run} has no checkpoint of step {step}; there are {listed}")
+    step = int(number) if number else steps[-1]
+    if step not in steps:
+        listed = ", ".join(map(str, steps))
+        raise RunError(f"{run} has no checkpoint of step {step}; it has {listed}")
     return run, step
 
 
 def as_record(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it."""
+    """Return a configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 

@@ -1,6 +1,6 @@
-"""A training run becomes a bundle, or a LoRA file, as the other commands take them.
+"""Export a training run as a bundle, or its adapters as LoRA files.
 
-Leaves are read from the checkpoint one at a time, so that a host needs memory for one of them.
+Leaves are read from the checkpoint one at a time, so a host needs memory for a single leaf.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.metrics import LOG
 from framepack_jax.utils import fields
 
-# Files of the transformers library that lie in a bundle beside the networks.
+# Folders of a bundle with files of the transformers library.
 ASSETS = ("tokenizer", "tokenizer_2", "image_processor")
-# {naming: file} of trained adapters. One for diffusers and this project, the other for all else.
+# {key format: file} of trained adapters: for diffusers and this project, and for other programs.
 LORA_FILES = {"diffusers": "lora.safetensors", "original": "lora_original.safetensors"}
 PACKAGES = ("framepack-jax", "jax", "flax", "optax")
 
@@ -47,14 +47,22 @@ def export(
     copy: bool = False,
     overwrite: bool = False,
 ) -> str:
-    """Make a bundle of a run (RUN or RUN@STEP) that was trained from the bundle at `bundle_path`;
-    of adapters, a folder with LORA_FILES. Returns what was written.
+    """Export a run (RUN or RUN@STEP) as a bundle, or its adapters as LORA_FILES in a folder.
 
-    By default it is RUN/bundle. What was trained from nothing has the sizes of its dataset.
-    `weights` are the moving "average", the "last", or "auto": the average where the run keeps one.
-    `dtype` is by default bfloat16 of a bundle, float32 of adapters. Networks that were not trained
-    stay where they are and are pointed to, unless `copy`. Raises RunError (also for a bundle that
-    is there already, without `overwrite`), BundleError, OSError.
+    Returns lines that say what was written. The bundle of a run from random weights lists the
+    buckets of its dataset.
+
+    Args:
+        run: the run folder, or RUN@STEP.
+        output: the target folder; default RUN/bundle.
+        bundle_path: the bundle that the run was trained from.
+        weights: the moving "average" of the parameters, the "last" parameters, or "auto": the
+            average if the run has one.
+        dtype: default bfloat16 for a bundle, float32 for adapters.
+        copy: copy the networks that were not trained instead of linking to them.
+        overwrite: replace an existing bundle or LoRA files.
+
+    Raises RunError (also if the target exists, without `overwrite`), BundleError, OSError.
     """
     folder, step = checkpoints.parse_run(run)
     record = checkpoints.read_record(folder)
@@ -62,24 +70,24 @@ def export(
     manifest = bundle.read_manifest(bundle_path)
     if manifest.roles["transformer"].source.get("sha256") != record["weights"]:
         raise RunError(
-            f"{folder} was trained from another transformer than {bundle_path} holds; give the"
-            " bundle that it was trained from"
+            f"{folder} was not trained from the transformer in {bundle_path}; give the bundle that"
+            " the run was trained from"
         )
     if weights == "average" and not cfg.ema:
-        raise RunError(f"{folder} keeps no moving average (--ema 0); leave --weights average out")
+        raise RunError(f"{folder} has no moving average (--ema 0); remove --weights average")
     model = state.model_of(cfg, manifest)
     target = epath.Path(output or os.path.join(folder, "bundle"))
     part = "ema" if cfg.ema and weights != "last" else "params"
     if cfg.trainable == "lora":
         if copy:
-            raise RunError(f"{folder} trained adapters, one file; there is nothing to --copy")
+            raise RunError(f"{folder} has adapters only, which are one file; remove --copy")
         about = _lora_header(cfg, model, manifest, folder, step)
         files = _lora_files(target, overwrite)
         return _export_lora(cfg, model, folder, step, part, files, dtype or "float32", about)
     if (target / bundle.MANIFEST).exists() and not overwrite:
-        raise RunError(f"{target} is a bundle already; choose another --output, or --overwrite")
+        raise RunError(f"{target} already is a bundle; choose another --output, or --overwrite")
     if target.exists() and not (target / bundle.MANIFEST).exists() and any(target.iterdir()):
-        raise RunError(f"{target} is not a bundle and not empty; choose another --output")
+        raise RunError(f"{target} is neither a bundle nor empty; choose another --output")
     trained, frozen = state.abstract_params(cfg, model)
     leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):
@@ -102,8 +110,8 @@ def export(
 
 
 def provenance(run: str, step: int) -> dict[str, Any]:
-    """How weights of a run came about, for their bundle: its configuration and data, what code it
-    is, and the last of every figure that the log has by that step."""
+    """Return the provenance of a run's weights for their bundle: configuration, data, versions of
+    the code, and the last value of each metric that was logged up to `step`."""
     record = checkpoints.read_record(run)
     names = record.pop("videos", None)
     if names is not None:
@@ -111,7 +119,7 @@ def provenance(run: str, step: int) -> dict[str, Any]:
     figures: dict[str, float] = {}
     log = epath.Path(run) / LOG
     for line in log.read_text().splitlines() if log.exists() else ():
-        # A run that was killed may have left half a line.
+        # A killed run may leave an incomplete line.
         with contextlib.suppress(json.JSONDecodeError):
             found = json.loads(line)
             if found.pop("step") <= step:
@@ -120,10 +128,10 @@ def provenance(run: str, step: int) -> dict[str, Any]:
 
 
 def code_version() -> dict[str, str]:
-    """Versions of the packages that training rests on, and the commit where this is a clone."""
+    """Return the versions of the packages in PACKAGES, and the commit if the code is a clone."""
     versions = {}
     for name in PACKAGES:
-        # A clone can train without being installed.
+        # A clone works without being installed.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     root = Path(__file__).parents[2]
@@ -145,9 +153,12 @@ def write_bundle(
     source: dict[str, Any],
     copy: bool,
 ) -> bundle.Written:
-    """A bundle like the one at `bundle_path`, but for its manifest and a trained network, (kind,
-    config) from `source`, in one role: that, then pointers to or copies of the rest, the manifest
-    last."""
+    """Write a bundle that replaces one network of the bundle at `bundle_path`.
+
+    `role` gets the weights `leaves` of `network` (kind, config) with the origin `source`. The other
+    networks are linked to, or copied with `copy`. `manifest` is written last, so that an unfinished
+    bundle has none.
+    """
     (target / bundle.MANIFEST).unlink(missing_ok=True)
     written = bundle.write_params(target / role, leaves)
     source = source | {"naming": "trained", "format": "orbax"}
@@ -161,7 +172,7 @@ def write_bundle(
             roles[name] = dataclasses.replace(other, path=name)
         else:
             roles[name] = dataclasses.replace(other, path=bundle.reference(path, target))
-    # Tokenizers and the image processor are small.
+    # Tokenizers and the image processor are small, so they are always copied.
     for part in epath.Path(bundle_path).iterdir():
         if part.name in ASSETS and part.is_dir():
             _copy(part, target / part.name)
@@ -188,7 +199,7 @@ def read_config(values: dict[str, Any]) -> TrainConfig:
 def _leaves(
     folder: str, step: int, part: str, trained: Any, model: state.Model, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of the trained parameters, layer by layer, floating ones as `dtype`."""
+    """Yield (path, array) of the trained parameters layer by layer, cast to `dtype`."""
     for path, leaf in flatten_dict(trained).items():
         found = checkpoints.restore_params(folder, step, unflatten_dict({path: leaf}), part)
         array = np.asarray(flatten_dict(found)[path])
@@ -198,23 +209,26 @@ def _leaves(
 
 
 def _lora_files(target: epath.Path, overwrite: bool) -> dict[str, Path]:
-    """{naming: file} to write adapters to; the file that `target` names, or LORA_FILES in that
-    folder. Raises RunError if one is there already, without `overwrite`."""
+    """Return {key format: file} for adapters: `target` if it is a .safetensors file, else
+    LORA_FILES in the folder `target`. Raises RunError if one exists, without `overwrite`."""
     files = {naming: Path(target) / name for naming, name in LORA_FILES.items()}
     if target.suffix == ".safetensors":
         files = {"diffusers": Path(target)}
     for file in files.values():
         if file.exists() and not overwrite:
-            raise RunError(f"{file} exists already; choose another --output, or --overwrite")
+            raise RunError(f"{file} already exists; choose another --output, or --overwrite")
     return files
 
 
 def _lora_header(
     cfg: TrainConfig, model: state.Model, manifest: bundle.Manifest, folder: str, step: int
 ) -> dict[str, str]:
-    """How adapters came about, for the header of their files, under the keys of kohya-ss/sd-scripts
-    and musubi-tuner (ss_) and of Stability AI's model metadata specification (modelspec). Rank and
-    alpha as trained have keys of our own: those of the tensors, which `write` adds, may differ."""
+    """Return the provenance of adapters for the header of their files.
+
+    Keys are those of kohya-ss/sd-scripts and musubi-tuner (ss_) and of Stability AI's model
+    metadata specification (modelspec). The trained rank and alpha have keys of our own, as `write`
+    adds those of the stored tensors, which may differ.
+    """
     base = str(manifest.roles["transformer"].source.get("name", "unknown"))
     schedule = cfg.schedule or manifest.schedule
     architecture, repository, version = "hunyuan-video", "Tencent/HunyuanVideo", "hunyuan_video"

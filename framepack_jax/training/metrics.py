@@ -1,7 +1,6 @@
-"""The log of a run: a JSONL always, TensorBoard and Weights & Biases where wanted.
+"""Metrics of a run: log.jsonl, and on request TensorBoard and Weights & Biases.
 
-Figures of a step are fetched when the next one is on its way, so that the device never waits for
-the log.
+The metrics of a step are fetched while the next step runs, so the device never waits for the log.
 """
 
 import contextlib
@@ -28,11 +27,11 @@ from framepack_jax.training.task import Cost, StepMetrics
 from framepack_jax.utils.files import atomic_write_text
 
 LOG = "log.jsonl"
-# Noise levels from low to high, and sections by the order of making.
+# Groups of the losses: ranges of the noise level from low to high, sections in sampling order.
 BINS = 5
 SECTIONS = 4
-# A gradient costs a forward pass twice: towards the weights, and towards what they take in. Frozen
-# weights spare the first of the two.
+# Cost of a step in forward passes. The backward pass costs two, for the gradients of weights and of
+# activations; frozen weights need only the second.
 COST = {"all": 3, "context": 2, "lora": 2}
 
 
@@ -45,8 +44,8 @@ class Writer(Protocol):
 
 
 class Jsonl:
-    """One JSON object a line. Lines beyond `step`, of a run that was stopped after its last
-    checkpoint, are taken out."""
+    """Write one JSON object a line. Removes lines after `step`, which an earlier process wrote
+    after its last checkpoint."""
 
     def __init__(self, folder: Path, step: int) -> None:
         file = folder / LOG
@@ -56,7 +55,7 @@ class Jsonl:
                 try:
                     kept += [line] if json.loads(line)["step"] <= step else []
                 except (ValueError, KeyError, TypeError):
-                    continue  # cut in the middle of a line
+                    continue  # an incomplete line
             atomic_write_text(file, "".join(f"{line}\n" for line in kept))
         self.file = file.open("a")
 
@@ -71,7 +70,7 @@ class Jsonl:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """Write event files to RUN/tensorboard."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
@@ -87,12 +86,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, gone on with by its name."""
+    """Log to a run of Weights & Biases; the same run folder resumes the same run."""
 
     def __init__(self, folder: Path, project: str, record: dict[str, Any]) -> None:
         import wandb
 
-        # A run folder always resumes the same wandb run; another folder of that name is another.
+        # A run folder always resumes the same wandb run; another folder gets another run.
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         self.run = wandb.init(
             project=project, id=f"{folder.name}-{place}", name=folder.name, config=record,
@@ -141,11 +140,11 @@ class Log:
         self.waited += seconds
 
     def add(self, step: int, metrics: StepMetrics, cost: Cost | None) -> None:
-        """Take the figures (numpy) of step `step`, from 1, which is over."""
+        """Add the metrics (numpy) of a finished step, counted from 1."""
         self.held.append((step, metrics, cost))
 
     def line(self, **more: float) -> None:
-        """Write what is held, and other figures."""
+        """Write a line for the collected steps, with the metrics `more`."""
         if not self.held:
             return
         steps, metrics, costs = zip(*self.held, strict=True)
@@ -168,7 +167,7 @@ class Log:
         self.begin()
 
     def _throughput(self, costs: Sequence[Cost], samples: float) -> dict[str, float]:
-        """Tokens and model FLOPs a second, and the fraction of the chips' peak if it is known."""
+        """Return tokens and model FLOPs a second, and the fraction of the chips' peak if known."""
         if not costs:
             return {}
         work = self.flops_factor * sum(cost.flops for cost in costs) * samples
@@ -193,7 +192,7 @@ class Log:
         self.began += time.monotonic() - paused
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """A line of other figures."""
+        """Write metrics that do not belong to the collected steps."""
         for writer in self.writers:
             writer.write(step, figures)
 
@@ -204,7 +203,7 @@ class Log:
 
 
 def by_group(steps: Sequence[StepMetrics]) -> dict[str, float]:
-    """Mean losses by noise level and by section, of the groups that occur."""
+    """Return mean losses by noise level and by section, of the groups that occur."""
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([np.asarray(m.figures[name]) for m in steps])
@@ -220,7 +219,7 @@ def by_group(steps: Sequence[StepMetrics]) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    """Peak memory of a chip so far, if the backend reports it."""
+    """Return the peak memory of a chip so far, if the backend reports it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" not in stats:
         return {}
@@ -230,7 +229,8 @@ def _memory() -> dict[str, float]:
 def sample_cost(
     model: Model, schedule: packing.Schedule, batch: Any, size: tuple[int, int]
 ) -> Cost:
-    """Cost of a sample of an (abstract) batch whose latents have `size` (rows, columns)."""
+    """Return the cost of a sample of a batch, which may be abstract; latents have `size` (rows,
+    columns)."""
     text, image = batch.conditions.text.shape[1], batch.conditions.image.shape[1]
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))
     tokens = packed + packing.target_tokens(schedule, *size) + image + text

@@ -1,9 +1,9 @@
-"""Optimizers, and where their state lies on a mesh.
+"""Optimizers and the sharding of their state.
 
-A chain of optax: clip by the global norm, the optimizer, decoupled weight decay on matrices, the
-learning rate. The learning rate is an argument of the update, so that the compiled step does not
-depend on it, nor on the number of steps. Statistics of one tensor are those of one layer: a stack
-of layers is several.
+Each optimizer is a chain of optax: clip by the global norm, the optimizer, decoupled weight decay
+on matrices, the learning rate. The learning rate is an argument of the update, so the compiled step
+depends neither on it nor on the number of steps. Statistics of a stack of layers are computed for
+each layer.
 """
 
 import itertools
@@ -24,17 +24,17 @@ from framepack_jax.models.lora_layers import LORA_A, LORA_B
 from framepack_jax.training.config import OptimizerConfig
 
 MATRICES = ("kernel", "embedding", LORA_A, LORA_B)
-# Where what looks like a matrix is an embedding, a modulation or an end of a network.
+# Matrices that Muon does not train: embeddings, modulations, first and last layers.
 NOT_HIDDEN = re.compile(r"^(embed|head)/|(mod|gate|conv_in|conv_out|quant|post_quant)/\w+$")
-# The root mean square of Adam's updates, as a rule (arXiv 2502.16982, section 2.2).
+# Typical root mean square of Adam's updates (arXiv 2502.16982, section 2.2).
 ADAM_RMS = 0.2
 COSINE_END = 0.1
 Params = dict[str, Any]
 
 
 def make(cfg: OptimizerConfig, stacks: Iterable[str]) -> optax.GradientTransformationExtraArgs:
-    """The transformation of gradients into updates; its `update` takes the `learning_rate`.
-    `stacks` names the top-level entries of the parameters that carry a layer axis."""
+    """Return the transformation of gradients into updates; its `update` takes `learning_rate`.
+    `stacks` names the top-level entries of the parameters that have a layer axis."""
     match cfg.name:
         case "adamw":
             scale = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
@@ -57,7 +57,7 @@ def make(cfg: OptimizerConfig, stacks: Iterable[str]) -> optax.GradientTransform
 def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
     def init(params: Params) -> optax.ScaleByScheduleState:
         del params
-        # Checkpoints have the count of updates here.
+        # Checkpoints store the number of updates here.
         return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
     def update(
@@ -71,8 +71,8 @@ def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[int], np.float32]:
-    """Return the learning rate of a step, from 0, of a run of `steps`: a linear rise, then constant
-    or half a cosine down to a tenth."""
+    """Return the function from a step (from 0) to the learning rate of a run of `steps`: linear
+    warmup, then constant or half a cosine down to a tenth."""
     warm = min(cfg.warmup_steps, steps)
 
     def rate(step: int) -> np.float32:
@@ -95,8 +95,8 @@ def _matrices(params: Params) -> Params:
 def per_layer(
     inner: optax.GradientTransformation, stacks: Iterable[str]
 ) -> optax.GradientTransformation:
-    """The same transformation for each layer of the stacks by itself, so that no statistic of a
-    tensor mixes layers. Its state is {top-level name: state}, with a layer axis in a stack."""
+    """Apply a transformation to each layer of the stacks separately, so that statistics do not mix
+    layers. The state is {top-level name: state}, with a layer axis in a stack."""
     stacks = frozenset(stacks)
 
     def each(function: Any, name: str, *args: Any) -> Any:
@@ -119,9 +119,10 @@ def per_layer(
 def scale_by_muon(
     b1: float, b2: float, eps: float, stacks: Iterable[str]
 ) -> optax.GradientTransformation:
-    """Muon (arXiv 2502.16982): momentum whose matrices are made orthogonal, their updates as large
-    as Adam's are, so that both take the same learning rates; Adam for what is no matrix between
-    hidden layers: embeddings, modulations, the head, biases and norms."""
+    """Muon (arXiv 2502.16982): orthogonalised momentum for the matrices of hidden layers.
+
+    Updates are scaled to the size of Adam's, so both take the same learning rates. All other
+    parameters use Adam: embeddings, modulations, the head, biases and norms."""
     stacks = frozenset(stacks)
 
     def axes(params: Params) -> Params:
@@ -152,22 +153,22 @@ def scale_by_muon(
 
 
 def _muon_axes(path: tuple[str, ...], leaf: Any, stacks: frozenset[str]) -> Any:
-    """Which axes of a parameter are a matrix's inputs and outputs, the others counting matrices;
-    None where it is none of a hidden layer; what optax has masked stays so."""
+    """Return the axes of a parameter that are the inputs and outputs of a matrix; other axes are
+    batch axes. Returns None if it is not a matrix of a hidden layer, and masked nodes unchanged."""
     if isinstance(leaf, optax.MaskedNode):
         return leaf
     if path[-1] not in MATRICES or NOT_HIDDEN.search("/".join(path)):
         return None
     first, last = int(path[0] in stacks), leaf.ndim - 1
     if path[-2].endswith("qkv") and path[-1] != LORA_A:
-        # (inputs, 3, heads, width): a matrix for queries, one for keys, one for values.
+        # (inputs, 3, heads, width): one matrix each for queries, keys and values.
         return MuonDimensionNumbers((first,), tuple(range(first + 2, leaf.ndim)))
-    # Of a convolution the taps are inputs too.
+    # The taps of a convolution are inputs too.
     return MuonDimensionNumbers(tuple(range(first, last)), (last,))
 
 
 class Quantized(NamedTuple):
-    """A tensor in 8 bits with the largest magnitude of each row (all but the last axis)."""
+    """A tensor in 8 bits, with the largest magnitude of each row (a row is along the last axis)."""
 
     codes: jax.Array
     peak: jax.Array
@@ -182,12 +183,11 @@ class Adam8bitState(NamedTuple):
 
 
 def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam (arXiv 1412.6980) whose moments are kept in 8 bits between steps, after the idea of
-    arXiv 2110.02861: steps of equal ratio, a scale for each row.
+    """Adam (arXiv 1412.6980) with moments stored in 8 bits, after arXiv 2110.02861.
 
-    Codes are logarithms of a number's share of the largest of its row, so that small numbers keep
-    their order of magnitude, and a second moment above zero never becomes zero. They are rounded up
-    or down in turn: a moment that shrinks by less than a step would else never shrink.
+    A code is the logarithm of a number's ratio to the largest of its row. Small numbers therefore
+    keep their order of magnitude, and a positive second moment never becomes zero. Codes round up
+    and down in turn: otherwise a moment that shrinks by less than one code would never shrink.
     """
 
     def init(params: Params) -> Adam8bitState:
@@ -221,8 +221,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
 
 class Coding(NamedTuple):
-    """Codes 1 .. `levels` for shares of a peak from 1 / `span` to 1, 0 for none, with or without a
-    sign; what is smaller than all becomes 0 with one, and the smallest without."""
+    """Codes 1 .. `levels` for ratios to the peak from 1 / `span` to 1, and code 0 for zero. Smaller
+    ratios get code 0 if the coding is signed, and code 1 otherwise."""
 
     levels: int
     span: float
@@ -232,7 +232,7 @@ class Coding(NamedTuple):
 
 FIRST = Coding(127, 1e6, True, jnp.int8)
 SECOND = Coding(255, 1e12, False, jnp.uint8)
-# Irrational strides, so that neighbours, and the steps of one number, are rounded in turn.
+# Irrational strides, so that neighbours and successive steps round up and down in turn.
 ALONG, PER_STEP = 0.7548776662466927, 0.6180339887498949
 
 
@@ -259,11 +259,11 @@ def _code(x: jax.Array, coding: Coding, count: jax.Array) -> Quantized:
 
 
 def state_specs(state: Any, params: Params, specs: Params) -> Any:
-    """The tree of an optimizer's state with a PartitionSpec for each leaf.
+    """Return the PartitionSpec of each leaf of an optimizer's state.
 
-    `state` and `params` are abstract (of `jax.eval_shape`), `specs` are the parameters'. A leaf of
-    the state lies as its parameter does, less the axes that a statistic leaves out; numbers that
-    belong to no parameter are everywhere. Raises ValueError that names a leaf of another shape.
+    `state` and `params` are abstract (from `jax.eval_shape`); `specs` are the parameters'. A
+    leaf is sharded as its parameter, without the axes that the statistic reduces. Scalars without a
+    parameter are replicated. Raises ValueError if a leaf has another shape.
     """
     owners = {
         path: (leaf.shape, tuple(specs_leaf) + (None,) * (leaf.ndim - len(specs_leaf)))
@@ -285,7 +285,8 @@ def _spec_of(
     found = [owner for owner in owners if _is_within(owner, path)]
     if leaf.ndim == 0 or not found:
         if leaf.ndim > 1:
-            raise ValueError(f"optimizer state {'/'.join(path)} {leaf.shape} is of no parameter")
+            name = "/".join(path)
+            raise ValueError(f"optimizer state {name} {leaf.shape} belongs to no parameter")
         return PartitionSpec()
     shape, spec = owners[max(found, key=len)]
     if leaf.shape == shape:
@@ -293,16 +294,16 @@ def _spec_of(
     for axes in itertools.combinations(range(len(shape)), leaf.ndim):
         if tuple(shape[axis] for axis in axes) == leaf.shape:
             return PartitionSpec(*(spec[axis] for axis in axes))
-    # What optax puts where a tensor is not factored: one number, of each layer in a stack.
+    # optax's placeholder for a tensor that is not factored: one number for each layer of a stack.
     if leaf.size in (1, shape[0]):
         return PartitionSpec()
     raise ValueError(
-        f"optimizer state {'/'.join(path)} is {leaf.shape}, which is no part of the parameter's"
-        f" {shape}; its sharding must be given"
+        f"optimizer state {'/'.join(path)} is {leaf.shape}, which is not a subset of the axes of"
+        f" its parameter {shape}; its sharding is not known"
     )
 
 
 def _is_within(owner: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    """Whether the names of a parameter stand in a path, in their order."""
+    """Return True if a path contains the names of a parameter in their order."""
     rest = iter(path)
     return all(name in rest for name in owner)

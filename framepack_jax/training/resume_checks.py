@@ -1,4 +1,4 @@
-"""Check that a run can continue what another run, or an earlier process, began."""
+"""Check that a run can resume, or start from another run."""
 
 from framepack_jax.data.fingerprint import check_fingerprint
 from framepack_jax.training.checkpoints import RunError
@@ -23,8 +23,8 @@ def check_init(cfg: TrainConfig, record: Record, other: Record) -> None:
         differing.append("the transformer of the bundle")
     if differing:
         raise RunError(
-            f"--init {cfg.init} cannot be begun from ({'; '.join(differing)}); give the same, or"
-            " make a bundle of that run (framepack export-run) and begin from it: --bundle"
+            f"--init {cfg.init} differs from this run ({'; '.join(differing)}); give the same, or"
+            " export that run (framepack export-run) and start from its bundle: --bundle"
         )
 
 
@@ -46,6 +46,6 @@ def raise_if_changed(cfg: RunConfig, differing: list[str]) -> None:
     """Raise RunError that lists what differs from the run in --output."""
     if differing:
         raise RunError(
-            f"{cfg.output} was begun otherwise ({'; '.join(differing)}); go on with what it was"
-            f" begun with, or begin another run from it: --output NEW --init {cfg.output}"
+            f"{cfg.output} was started with other settings ({'; '.join(differing)}); resume with"
+            f" those, or start another run from it: --output NEW --init {cfg.output}"
         )

@@ -83,8 +83,8 @@ class Trainer:
             return None, self.task.record(None)
         if not resume:
             raise RunError(
-                f"{output} holds a run up to step {steps[-1]}; choose another --output, or go on"
-                " with it: --resume auto"
+                f"{output} holds a run up to step {steps[-1]}; choose another --output, or resume"
+                " it: --resume auto"
             )
         previous = multihost.on_primary(checkpoints.read_record, output)
         return steps[-1], self.task.record(previous)
@@ -93,7 +93,7 @@ class Trainer:
         """Return (state before the first step, frozen parameters)."""
         state, frozen, origin = self.task.init_state()
         self.bad = BadRecords(self.task.loader, self.task.max_bad_records)
-        self.say(f"{self.cfg.output}: begins from {origin}")
+        self.say(f"{self.cfg.output}: starts from {origin}")
         return state, frozen
 
     def resume(self, step: int) -> tuple[TrainState[jax.Array], Frozen]:
@@ -135,7 +135,7 @@ class Trainer:
         if step < cfg.steps:
             self.bad.check(f"step {step} is saved; ")
         if self.bad:
-            self.say(f"clips that could not be read, and were replaced: {self.bad}")
+            self.say(f"clips that could not be read and were replaced: {self.bad}")
         return step
 
     def steps(
@@ -214,7 +214,7 @@ class Trainer:
         self.unsaved = False
 
     def validate(self, step: int, state: TrainState[jax.Array], frozen: Frozen) -> None:
-        """Log the figures of the held-out data, of averaged parameters if there are any."""
+        """Log the metrics on held-out data, of the moving average if the run has one."""
         assert self.validator is not None
         params = state.params if state.ema is None else state.ema
         self.log.write(step, self.validator(step, params, frozen))
@@ -241,15 +241,16 @@ class Trainer:
         kept = self.manager.latest_step()
         names = ", ".join(self.task.clip_ids(clips)[:MAX_CLIPS])
         return (
-            f"step {step}: loss or gradient have not been finite for {count} steps"
-            f"{'; the last batch has clips ' * bool(names)}{names}. Those updates were left out;"
-            f" the last checkpoint is {'not written yet' if kept is None else f'of step {kept}'} in"
-            f" {self.manager.directory}. Lower --optimizer.learning-rate, or look at the data"
+            f"step {step}: the loss or gradient was not finite for {count} steps in a row"
+            f"{'; the last batch has clips ' * bool(names)}{names}. These updates were skipped;"
+            f" the last checkpoint in {self.manager.directory} is"
+            f" {'not written yet' if kept is None else f'step {kept}'}. Lower"
+            " --optimizer.learning-rate, or check the data"
         )
 
     def _end_before(self, step: int, state: TrainState[jax.Array], first: int) -> None:
         """Save the state before `step`, whose batch some host could not read, and raise
-        DatasetError. No update was made since: only counts have changed."""
+        DatasetError. Steps since then made no update; only their counts are undone."""
         if step - 1 > first:
             over = int(state.step) - (step - 1)
             before = state.replace(
@@ -294,5 +295,5 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a batch, which tell the compiled programs apart."""
+    """Return the shapes of a batch, the key of its compiled program."""
     return tuple(x.shape for x in jax.tree.leaves(batch))

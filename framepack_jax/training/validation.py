@@ -32,8 +32,8 @@ from framepack_jax.training.state import Model, Params
 if TYPE_CHECKING:
     from framepack_jax.training.flow_matching_task import FlowMatchingTask, Networks
 
-# (batch on the devices, one of other clips, sigma, context groups that are blank, groups of the
-# other clips) -> losses (B,)
+# (batch on the devices, batch of other clips, sigma, context groups to blank, context groups to
+# take from the other clips) -> losses (B,)
 LossesAt = Callable[[Any, Any, np.float32, np.ndarray, np.ndarray], jax.Array]
 
 
@@ -89,15 +89,15 @@ def save_video(output: epath.PathLike, step: int, number: int, frames: np.ndarra
 
 
 class Losses(NamedTuple):
-    """Of held-out samples: `values` (noise levels, samples), and of each sample the number of its
-    clip (samples,)."""
+    """Losses of held-out samples (noise levels, samples), and the clip number of each sample
+    (samples,)."""
 
     values: np.ndarray
     clips: np.ndarray
 
 
 class Difference(NamedTuple):
-    """A mean difference of paired losses and its standard error, None of one clip."""
+    """Mean difference of paired losses and its standard error, None for a single clip."""
 
     mean: float
     error: float | None
@@ -109,10 +109,11 @@ def losses(
     sigmas: Sequence[float],
     context: bool,
 ) -> dict[str, float]:
-    """Mean loss of batches, each with one of other clips or None, at each noise level and over all.
-    With `context`, also how much higher it is with each kernel's groups blanked or taken from the
-    other clips: positive figures, beyond their standard errors, say that the history is used. Every
-    clip counts alike."""
+    """Return the mean loss at each noise level and over all levels; every clip has equal weight.
+
+    `batches` are pairs of a batch and one of other clips, or None. With `context`, also return the
+    increase of the loss when the context groups of a kernel are blanked, or taken from the other
+    clips. An increase beyond its standard error shows that the model uses its history."""
     seen = paired(losses_at, batches, sigmas, context)
     whole = seen.pop(())
     levels = by_clip(whole.values, whole.clips).mean(axis=1)
@@ -133,8 +134,8 @@ def paired(
     sigmas: Sequence[float],
     context: bool,
 ) -> dict[tuple[str, ...], Losses]:
-    """Losses under () of the batches as they are, under (kernel, "blank") and (kernel, "other")
-    with that kernel's context changed; a sample that fills up a batch counts once."""
+    """Return the losses of the unchanged batches under (), and with the context of a kernel changed
+    under (kernel, "blank") and (kernel, "other"). Samples repeated to fill a batch count once."""
     found: dict[tuple[str, ...], list[Losses]] = {}
     for batch, others in batches:
         groups = np.asarray(kernels_of(batch))
@@ -160,18 +161,18 @@ def paired(
 
 
 def kernels_of(batch: Any) -> tuple[str, ...]:
-    """Kernels of a batch's context groups, of latents or of frames."""
+    """Return the kernels of the context groups of a batch of latents or of frames."""
     return batch.kernels if isinstance(batch, PixelBatch) else batch.context.kernels
 
 
 def by_clip(values: np.ndarray, clips: np.ndarray) -> np.ndarray:
-    """Mean of the samples (..., samples) of each clip, (..., clips)."""
+    """Average samples (..., samples) over each clip to (..., clips)."""
     return np.stack([values[..., clips == clip].mean(axis=-1) for clip in np.unique(clips)], -1)
 
 
 def difference(changed: Losses, whole: Losses) -> Difference:
-    """The mean over noise levels and clips, taken sample by sample. Only samples of clips that
-    `changed` has as well are compared."""
+    """Return the mean difference over noise levels and clips, paired by sample. Only clips in both
+    are compared."""
     both = np.isin(whole.clips, changed.clips)
     each = by_clip((changed.values - whole.values[:, both]).mean(axis=0), changed.clips)
     spread = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
@@ -181,7 +182,7 @@ def difference(changed: Losses, whole: Losses) -> Difference:
 def sample_video(
     pipe: FramePack, record: Record, sections: int, settings: Settings, seed: int
 ) -> np.ndarray:
-    """A video (P, H, W, 3) uint8 from the start image and the conditions of a clip."""
+    """Sample a video (P, H, W, 3) uint8 from the start image and the conditions of a clip."""
     assert record.latents is not None
     plan = packing.plan(pipe.schedule, sections)
     text = np.zeros((1, MAX_PROMPT_TOKENS, record.text.shape[1]), record.text.dtype)
@@ -200,7 +201,7 @@ def sample_video(
 
 
 def decoded_clip(pipe: FramePack, record: Record, positions: int) -> np.ndarray:
-    """The first latent positions of a clip as the VAE shows them, (P, H, W, 3) uint8."""
+    """Decode the first latent positions of a clip to (P, H, W, 3) uint8."""
     assert record.latents is not None
     latents = np.asarray(record.latents[None, :positions], np.float32)
     timeline = packing.Timeline(latents.shape[1], latents.shape[2:])
@@ -212,7 +213,7 @@ def decoded_clip(pipe: FramePack, record: Record, positions: int) -> np.ndarray:
 
 
 def side_by_side(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Frames of two videos, one above the other, as long as the shorter."""
+    """Stack two videos, one above the other, cut to the length of the shorter."""
     count = min(len(made), len(truth))
     return np.concatenate([made[:count], truth[:count]], axis=1)
 
@@ -220,11 +221,11 @@ def side_by_side(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def open_pipe(
     path: epath.PathLike, schedule: packing.Schedule, dtype: str, mesh: Mesh
 ) -> FramePack:
-    """The pipeline of a bundle with its VAE, and no transformer yet. Raises BundleError."""
+    """Open the pipeline of a bundle with its VAE, without a transformer. Raises BundleError."""
     pipe = FramePack.open(path, dtype=dtype, schedule=schedule, mesh=mesh)
     return pipe.with_weights(path, roles=("vae",))
 
 
 def with_network(pipe: FramePack, model: Model, params: Any) -> FramePack:
-    """The same with the network that is trained."""
+    """Return the pipeline with the trained network."""
     return dataclasses.replace(pipe, transformer=Network(model.spec, model.cfg, params))

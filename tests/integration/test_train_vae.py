@@ -111,9 +111,11 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, place, tmp_path) -> None:
     assert all(jax.tree.leaves(same))
     changed = jax.tree.map(np.array_equal, params_of(whole, 8), params_of(whole, 4))
     assert not any(leaf for leaf in jax.tree.leaves(changed))
-    with pytest.raises(SystemExit, match=r"begun otherwise \(the optimizer\)"):
+    with pytest.raises(SystemExit, match=r"started with other settings \(the optimizer\)"):
         train_vae.main(flags(place, tmp_path / "run", "--optimizer.name", "adafactor"))
-    with pytest.raises(SystemExit, match=r"begun otherwise \(kl = 1e-05 then, 0\.1 now\)"):
+    with pytest.raises(
+        SystemExit, match=r"started with other settings \(kl = 1e-05 then, 0\.1 now\)"
+    ):
         train_vae.main(flags(place, tmp_path / "run", "--kl", "0.1"))
     name = checkpoints.read_record(whole)["videos"][0]
     shutil.copytree(place / "videos", tmp_path / "fewer", ignore=shutil.ignore_patterns(name))

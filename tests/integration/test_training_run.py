@@ -151,7 +151,7 @@ def test_a_disk_that_fills_leaves_what_is_whole(place, whole) -> None:
         assert process.returncode == 1
         # Threads of orbax write at the same time, so that it need not begin a line.
         (said,) = re.findall("error: a checkpoint in .*", err)
-        assert "the newest that is whole is of step 5" in said
+        assert "the newest complete checkpoint is step 5" in said
         assert checkpoints.steps_of(output) == [3, 5]
     finish(start(place, output))
     same(output, whole)
@@ -190,7 +190,7 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_named(place, damaged) -> Non
     """One more than may be ends the run with a checkpoint; it goes on as if it never had ended."""
     folder, whole, number, out = damaged
     name = f"{folder}/shards/32x48-00000.arrayrecord, record {number}, cannot be read"
-    assert f"clips that could not be read, and were replaced: {name}" in out
+    assert f"clips that could not be read and were replaced: {name}" in out
     seen = [step for step, line in log_of(whole).items() if line.get("unread_clips") == 1]
     assert seen == list(range(seen[0], STEPS + 1))
     output = place / "damaged_stopped"
@@ -268,7 +268,7 @@ def test_killed_three_times_it_is_the_run_that_never_was(place, whole) -> None:
         process.communicate()
     # A checkpoint is on disk some time after its step, or was about to be.
     kept = checkpoints.steps_of(output)
-    expected = f"resumes after step {kept[-1]}" if kept else "begins from random weights"
+    expected = f"resumes after step {kept[-1]}" if kept else "starts from random weights"
     assert expected in finish(start(place, output))
     same(output, whole)
 
@@ -408,7 +408,7 @@ def test_what_cannot_be_gone_on_with_is_refused(place, whole, capsys) -> None:
             train.main(flags(place, whole, *more))
         assert re.search(message, str(error.value), re.DOTALL), (more, str(error.value))
     assert checkpoints.steps_of(whole)[-1] == STEPS
-    with pytest.raises(RunError, match="there are"):
+    with pytest.raises(RunError, match="has no checkpoint of step 5; it has"):
         checkpoints.parse_run(f"{whole}@5")
 
 
@@ -443,7 +443,7 @@ def test_a_run_begins_from_another(place, whole, capsys) -> None:
         flags(place, output, "--init", f"{whole}@9", "--steps", "1", "--data.seed", "4",
               "--no-export", "--optimizer.learning-rate", "0")
     )  # fmt: skip
-    assert f"begins from {whole} at step 9" in capsys.readouterr().out
+    assert f"starts from {whole} at step 9" in capsys.readouterr().out
     shape = jax.ShapeDtypeStruct((1, 32, 4 * 32), np.float32)
     leaf = {"single": {"mlp_in": {"kernel": shape}}}
     old = checkpoints.restore_params(whole, 9, leaf, "ema")["single"]["mlp_in"]["kernel"]
@@ -500,7 +500,7 @@ def test_a_bundle_is_replaced_when_told_to(place, whole, tmp_path) -> None:
     export_run.main([str(whole), "--output", str(target)])
     named = bundle.read_manifest(target).roles["transformer"].source["name"]
     assert named.endswith(f"at step {STEPS}, moving average")
-    with pytest.raises(SystemExit, match="is a bundle already; choose another --output, or"):
+    with pytest.raises(SystemExit, match="already is a bundle; choose another --output, or"):
         export_run.main([str(whole), "--output", str(target)])
     more = ["--weights", "last", "--overwrite"]
     export_run.main([f"{whole}@9", "--output", str(target), *more])
@@ -630,7 +630,7 @@ def test_losses_that_stay_not_finite_end_a_run(place, tmp_path) -> None:
                   "--optimizer.clip-norm", "0")
         )  # fmt: skip
     message = str(error.value)
-    assert "have not been finite for 2 steps" in message and "video_" in message
+    assert "was not finite for 2 steps" in message and "video_" in message
     assert "last checkpoint" in message
 
 
