@@ -35,7 +35,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "jobs": ("unit/jobs", "integration/run_folders", "integration/test_sample.py"),
     "conversion": ("unit/conversion", "parity/conversion"),
     "data": ("unit/data", "integration/test_prepare.py integration/test_prepare_again.py"),
-    "training": ("unit/training",),
+    "training": (
+        "unit/training",
+        "integration/training/test_steps.py integration/training/test_trainable.py"
+        " integration/training/test_optimizers.py",
+    ),
 }
 # Tests of single files besides, by a pattern of their names.
 OF_FILES = {

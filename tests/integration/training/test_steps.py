@@ -1,0 +1,118 @@
+"""Steps of training: loss, gradient, moving average, and batches that are not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from framepack_jax.models import scan
+from framepack_jax.models.hunyuan import transformer
+from framepack_jax.models.hunyuan.embed import Conditions
+from framepack_jax.training import flow_matching
+from framepack_jax.training.config import TrainConfig
+from framepack_jax.training.flow_matching_task import Networks
+from tests.fixtures.compiling import QUICK
+from tests.fixtures.training_steps import (
+    BASE,
+    RATE,
+    begin,
+    changed,
+    largest_difference,
+    on,
+    train_of,
+)
+
+
+def gradient(cfg: TrainConfig, batch, params=None):
+    """Loss and gradient of the trained parameters."""
+    setup, begun, frozen = begin(cfg)
+    keys = flow_matching.sample_keys(jax.random.key(cfg.seed), batch.meta.element)
+    sigmas = flow_matching.draw_sigmas(cfg.noise_schedule, keys, 0.7)
+
+    def loss(params):
+        losses = setup.losses(setup.merge(params, Networks(frozen, {})), batch, keys, sigmas)
+        return jnp.mean(losses)
+
+    compute = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+    return compute(begun.params if params is None else params)
+
+
+@pytest.mark.parametrize("remat", [name for name in scan.REMAT if name != "none"])
+def test_what_is_kept_does_not_change_the_gradient(batches, remat) -> None:
+    expected = gradient(BASE, batches[0])
+    found = gradient(changed(remat=remat), batches[0])
+    assert largest_difference(found, expected) < 1e-5
+
+
+def test_parts_of_a_batch_make_the_same_step(batches) -> None:
+    results = []
+    for parts in (1, 2, 4):
+        setup, begun, frozen = begin(changed(grad_accum_steps=parts))
+        new, metrics = train_of(setup.cfg)(begun, Networks(frozen, {}), on(setup, batches[0]), RATE)
+        results.append((new.params, metrics.figures["losses"], metrics.figures["sigmas"]))
+    for other in results[1:]:
+        np.testing.assert_allclose(other[1], results[0][1], rtol=2e-5)
+        np.testing.assert_allclose(other[2], results[0][2], rtol=1e-6)
+        # The first step of Adam is the sign of the gradient where that is large.
+        assert largest_difference(other[0], results[0][0]) < 1e-3
+
+
+def test_the_loss_is_that_of_the_velocity(batches) -> None:
+    """Against the formula, with the network that sampling calls."""
+    setup, begun, frozen = begin(BASE)
+    batch = batches[0]
+    keys = flow_matching.sample_keys(jax.random.key(BASE.seed), batch.meta.element)
+    sigmas = jnp.asarray([0.1, 0.4, 0.7, 1.0])
+    compute = jax.jit(setup.losses, compiler_options=QUICK)
+    found = compute(setup.merge(begun.params, Networks(frozen, {})), batch, keys, sigmas)
+    noise = np.stack(
+        [
+            jax.random.normal(jax.random.fold_in(key, 0), batch.target.shape[1:]) for key in keys
+        ]
+    )  # fmt: skip
+    x = np.asarray(batch.target, np.float32)
+    sigma = np.asarray(sigmas)[:, None, None, None, None]
+    given = batch.conditions
+    conditions = Conditions(given.text, given.text_valid, given.pooled, given.image, jnp.ones(4))
+    denoise = functools.partial(transformer.velocity, setup.model.cfg)
+    velocity = jax.jit(denoise, compiler_options=QUICK)(
+        begun.params, (1 - sigma) * x + sigma * noise, sigmas,
+        jax.tree.map(jnp.asarray, batch.context), conditions,
+    )  # fmt: skip
+    expected = np.mean((np.asarray(velocity) - (noise - x)) ** 2, axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_moving_average_follows_by_hand(batches) -> None:
+    setup, now, frozen = begin(changed(ema=0.75))
+    train = train_of(setup.cfg)
+    average = jax.tree.map(np.asarray, now.params)
+    for batch in batches:
+        now, _ = train(now, Networks(frozen, {}), on(setup, batch), RATE)
+        average = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), average, now.params)
+    assert largest_difference(now.ema, average) < 1e-6
+    assert largest_difference(now.ema, now.params) > 1e-3
+
+
+def test_a_step_that_is_not_finite_is_left_out(batches) -> None:
+    setup, now, frozen = begin(changed(ema=0.9))
+    train = train_of(setup.cfg)
+    bad = batches[0].replace(target=np.full_like(batches[0].target, np.nan))
+    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[0]), RATE)
+    assert not metrics.skipped
+    before = jax.device_get(now)
+    for count in (1, 2):
+        now, metrics = train(now, Networks(frozen, {}), on(setup, bad), RATE)
+        assert metrics.skipped and int(now.skipped_in_a_row) == count
+    after = jax.device_get(now)
+    for name in ("params", "opt_state", "ema"):
+        pairs = zip(
+            jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)),
+            strict=True,
+        )  # fmt: skip
+        assert all(np.array_equal(a, b) for a, b in pairs)
+    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[1]), RATE)
+    assert not metrics.skipped and int(now.skipped) == 2 and int(now.skipped_in_a_row) == 0
+    assert int(now.step) == 4

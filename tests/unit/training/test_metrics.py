@@ -1,0 +1,51 @@
+"""Figures of steps, and where they are written."""
+
+import json
+
+import numpy as np
+import pytest
+
+from framepack_jax.training import metrics
+from framepack_jax.training.task import Cost, StepMetrics
+from tests.fixtures.training_steps import BASE
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_rates_do_not_depend_on_how_often_they_are_logged(monkeypatch, every) -> None:
+    """Steps of one second, of which a quarter waits for data, beside checkpoints of seven."""
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    lines = []
+    writer = type("Writer", (), {"write": lambda _, step, figures: lines.append(figures)})
+    log = metrics.Log(BASE, lambda step: 0.1, [writer()], metrics.by_group, metrics.COST["all"])
+    one = np.float32(0.5)
+    log.begin()
+    halves, zeros = np.full(4, 0.5), np.zeros(4, int)
+    figures = StepMetrics(
+        one, one, False, 0, {"losses": halves, "sigmas": halves, "sections": zeros, "clips": zeros}
+    )
+    for number in range(1, 13):
+        now += 0.25
+        log.wait(0.25)
+        now += 0.75
+        log.add(number, figures, Cost(100, 10))
+        if number % every == 0:
+            log.line()
+        if number % 5 == 0:
+            with log.paused():
+                now += 7
+    assert len(lines) == 12 // every
+    for line in lines:
+        assert (line["seconds_per_step"], line["data_wait_fraction"]) == (1.0, 0.25)
+        assert (line["samples_per_second"], line["tokens_per_second"]) == (4.0, 40.0)
+        assert line["model_flops_per_second"] == 3 * 4 * 100
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path) -> None:
+    log = metrics.Jsonl(tmp_path, 0)
+    log.write(1, {"loss": float("nan"), "grad_norm": 1.0})
+    log.close()
+    (line,) = (tmp_path / metrics.LOG).read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1, "loss": None, "grad_norm": 1.0,
+    }  # fmt: skip

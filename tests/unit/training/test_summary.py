@@ -1,0 +1,27 @@
+"""What a run says before its first step."""
+
+import collections
+
+from framepack_jax.training import summary
+from framepack_jax.training.config import LoRAConfig
+from tests.fixtures.training_steps import changed
+
+
+def test_alpha_far_from_the_rank_is_warned_of() -> None:
+    for alpha in (1.0, 4.0, 16.0):
+        lora = LoRAConfig(rank=4, alpha=alpha)
+        assert summary.lora_warning(changed(trainable="lora", lora=lora)) is None
+    warned = summary.lora_warning(changed(trainable="lora", lora=LoRAConfig(rank=4)))
+    assert "--lora.rank 4 with --lora.alpha 32" in warned
+    assert "by 8; --lora.alpha 4 makes it 1" in warned
+    assert summary.lora_warning(changed(lora=LoRAConfig(rank=4))) is None
+
+
+def test_a_batch_is_said_to_lie_on_devices() -> None:
+    mesh = collections.namedtuple("Mesh", "shape size")
+    said = [summary.batch_line(8, parts, mesh({"data": 1, "fsdp": 4}, size))
+            for parts, size in ((1, 4), (2, 8))]  # fmt: skip
+    assert said == [
+        "batch        8 samples in all, 2 on each of 4 devices",
+        "batch        8 samples in all, 2 on each of 4 groups of 2 devices, in 2 parts",
+    ]
