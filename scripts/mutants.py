@@ -34,7 +34,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "generation": ("unit/generation", "integration/test_pipeline.py"),
     "jobs": ("unit/jobs", "integration/run_folders", "integration/test_sample.py"),
     "conversion": ("unit/conversion", "parity/conversion"),
-    "data": ("unit/data", "integration/test_prepare.py integration/test_prepare_again.py"),
+    "data": (
+        "unit/data integration/test_loader.py",
+        "integration/test_prepare.py integration/test_prepare_again.py",
+    ),
     "training": (
         "unit/training",
         "integration/training/test_steps.py integration/training/test_trainable.py"

@@ -17,34 +17,10 @@ from framepack_jax.data.config import DataConfig
 from framepack_jax.data.loader import open_loader
 from framepack_jax.data.records import DatasetError, Index
 from framepack_jax.packing import Timeline
+from tests.fixtures.loading import F1, INVERTED, VANILLA, bits, take
 from tests.fixtures.training_data import SIZES, damage, random_record, write_dataset
 
-# Window 2, so that short clips have several sections.
-INVERTED, F1, VANILLA = (
-    "f1k1_x_g2_f1k1f2k2f16k4_td",
-    "f1k1_x_f16k4f2k2f1k1_g2",
-    "td_f16k4f2k2f1k1_g2",
-)
 SCHEDULES = (INVERTED, F1, VANILLA)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    return folder, write_dataset(folder)
-
-
-def take(folder, count, *, batch=4, share=(0, 1), state=None, schedule=INVERTED, **options):
-    """The loader and its next batches."""
-    cfg = DataConfig(path=str(folder), **options)
-    opened = open_loader(cfg, packing.parse(schedule), batch, share)
-    if state is not None:
-        opened.set_state(json.loads(json.dumps(state)))
-    return opened, list(itertools.islice(opened, count))
-
-
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -136,31 +112,6 @@ def test_captions_of_a_dataset_without_their_lengths_are_read(tmp_path) -> None:
         checks.check_captions(tmp_path, index, 8, empty=9)
 
 
-def test_windows_are_drawn_for_each_batch(dataset) -> None:
-    """Evenly, the same however the stream is read; a sample is that of its window's schedule."""
-    folder, clips = dataset
-    opened, batches = take(folder, 60, windows=(2, 1))
-    windows = [batch.target.shape[1] for batch in batches]
-    assert set(windows) == {1, 2} and 18 <= windows.count(1) <= 42
-    _, plain = take(folder, 60, schedule=INVERTED.replace("_g2_", "_g1_"))
-    for batch, alone, window in zip(batches, plain, windows, strict=True):
-        if window == 1:
-            assert bits(batch) == bits(alone)
-        assert batch.meta.sections.tolist() == [
-            (len(clips[c].latents) - 1) // window for c in batch.meta.clip
-        ]
-    _, later = take(
-        folder, 5, windows=(2, 1), state=take(folder, 55, windows=(2, 1))[0].get_state()
-    )
-    assert [bits(b) for b in later] == [bits(b) for b in batches[55:]]
-    held = take(folder, 0, windows=(1,), holdout=2)[0].held_out(2, 4)
-    assert {batch.target.shape[1] for batch, *_ in held} == {2}
-    with pytest.raises(DatasetError, match="a section of 6"):
-        take(folder, 0, windows=(1, 6))
-    with pytest.raises(DatasetError, match="windows = "):
-        fingerprint.check_fingerprint(opened.fingerprint, take(folder, 0)[0].fingerprint)
-
-
 def test_every_clip_of_every_epoch_and_one_bucket_a_batch(dataset) -> None:
     folder, clips = dataset
     opened, batches = take(folder, 2 * len(clips))
@@ -202,13 +153,6 @@ def test_hosts_share_the_same_batches(dataset) -> None:
         joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         order = np.argsort(joined.meta.element)
         assert bits(jax.tree.map(lambda x, o=order: x[o], joined)) == bits(batch)
-
-
-def test_worker_processes_read_the_same(dataset) -> None:
-    folder, _ = dataset
-    _, here = take(folder, 3)
-    _, there = take(folder, 3, workers=1)
-    assert [bits(b) for b in here] == [bits(b) for b in there]
 
 
 def test_captions_are_dropped_for_the_empty_prompt(dataset) -> None:

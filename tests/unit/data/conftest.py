@@ -1,0 +1,3 @@
+"""The dataset that the tests of loaders read."""
+
+from tests.fixtures.loading import dataset as dataset
