@@ -52,7 +52,10 @@ OF_FILES = {
     r"generation/(offload|settings|weights)": "integration/test_offload.py",
     r"jobs/(errors|inputs)": "integration/cli_errors",
     r"training/vae": "integration/test_train_vae.py",
-    r"training/(trainer|resume|stop|export|initial)": "integration/test_training_run.py",
+    r"training/(trainer|resume|stop|initial)": "integration/training/test_stopped.py"
+    " integration/training/test_refusals.py",
+    r"training/export": "integration/training/test_export.py",
+    r"training/bad_records": "integration/training/test_damaged_data.py",
 }
 COPIED = ("framepack_jax", "tests", "configs", "examples", "benchmarks", "scripts")
 PRELOADED = ("jax", "flax.linen", "optax", "torch", "transformers", "diffusers", "hypothesis",

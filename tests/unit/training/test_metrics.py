@@ -1,11 +1,14 @@
 """Figures of steps, and where they are written."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from framepack_jax.training import metrics
+from framepack_jax.training.metrics import Jsonl, WandB
 from framepack_jax.training.task import Cost, StepMetrics
 from tests.fixtures.training_steps import BASE
 
@@ -49,3 +52,25 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path) -> None:
     assert json.loads(line, parse_constant=pytest.fail) == {
         "step": 1, "loss": None, "grad_norm": 1.0,
     }  # fmt: skip
+
+
+def test_a_log_cut_in_a_line_is_mended(tmp_path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = Jsonl(tmp_path, 2)
+    log.write(3, {"loss": 1.0})
+    log.close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_keeps_its_place_on_weights_and_biases(tmp_path, monkeypatch) -> None:
+    """With a stand-in that notes how it is called."""
+    begun = []
+    stand_in = SimpleNamespace(init=lambda **options: begun.append(options))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for folder in (tmp_path / "a" / "mine", tmp_path / "a" / "mine", tmp_path / "b" / "mine"):
+        WandB(folder, "project", {"seed": 0})
+    first, again, other = begun
+    assert first == again
+    assert first["name"] == other["name"] == "mine" and first["id"] != other["id"]
+    assert first["resume"] == "allow"
