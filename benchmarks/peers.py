@@ -178,7 +178,7 @@ def measure_error(bench: Bench) -> None:
             model = _model(cfg)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
-        plan = engine.plan(
+        plan = engine.make_job(
             tables.recognise(weight_files.open_checkpoint(Path(folder)), "transformer")
         )
         params = cast_params(stack_layers(dict(plan.leaves()), TRANSFORMER.stacks), BF16)

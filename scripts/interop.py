@@ -436,7 +436,7 @@ def _vae_of_comfyui(folder: Path) -> Row:
     file.with_name("config.json").write_text(json.dumps(config))
     save_file({name: x.contiguous() for name, x in theirs.state_dict().items()}, file)
     try:
-        plan = engine.plan(tables.recognise(weight_files.open_checkpoint(file), "vae"))
+        plan = engine.make_job(tables.recognise(weight_files.open_checkpoint(file), "vae"))
     except weight_files.ConversionError as error:
         return Row("framepack-jax", what, f"{type(error).__name__}: not read", "-")
     params = stack_layers(dict(plan.leaves()), VAE.stacks, np.stack)

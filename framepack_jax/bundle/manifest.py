@@ -171,7 +171,8 @@ def config_from_json(config_class: type[Config], values: dict[str, Any]) -> Conf
 
 
 def reference(path: epath.PathLike, root: epath.PathLike) -> str:
-    """How a bundle at `root` points to parameters at `path`: relative, but for object stores."""
+    """Return the reference of a bundle at `root` to parameters at `path`: a relative path, or a URL
+    of an object store."""
     if "://" in f"{path}{root}":
         return str(path)
     return os.path.relpath(os.path.realpath(path), os.path.realpath(root))

@@ -62,6 +62,8 @@ def show_log() -> None:
     """Print the log messages of the package."""
     logger = logging.getLogger("framepack_jax")
     logger.setLevel(logging.INFO)
+    # A handler that a library gives to the root logger would print every line again.
+    logger.propagate = False
     if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
         logger.addHandler(_Terminal())
 

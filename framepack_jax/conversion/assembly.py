@@ -11,7 +11,7 @@ from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import tables, transformer, vae, weight_files
-from framepack_jax.conversion.engine import ConversionJob, Source, plan
+from framepack_jax.conversion.engine import ConversionJob, Source, make_job
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
 from framepack_jax.models.hunyuan.config import context_kernels
@@ -44,7 +44,7 @@ def fit_networks(
             source = dataclasses.replace(source, like=bundle.role_config(shared, role)[1])
         if role == "transformer":
             source = _transformer_source(request, source, schedule, jobs, shared)
-        jobs[role] = plan(source)
+        jobs[role] = make_job(source)
     tables.check_prefix(request.prefix, [job.source for job in jobs.values()])
     return {role: jobs[role] for role in paths}
 

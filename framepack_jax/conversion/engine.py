@@ -1,6 +1,6 @@
 """Match a table of rows with a checkpoint and a model.
 
-`plan` pairs every leaf of the model with its source tensors. It reports all problems together
+`make_job` pairs every leaf of the model with its source tensors. It reports all problems together
 (absent layers, missing tensors, wrong shapes, unknown tensors) before a byte is written.
 `ConversionJob.leaves` then makes one leaf after another.
 """
@@ -238,7 +238,7 @@ class ConversionJob:
         return Counter(map(dtype, names)).most_common(1)[0][0]
 
 
-def plan(source: Source) -> ConversionJob:
+def make_job(source: Source) -> ConversionJob:
     """Match a checkpoint with its table. Raises one ConversionError with all problems, also if its
     sizes make no network."""
     cfg = source.table.config(source)

@@ -59,8 +59,8 @@ def split(text: str) -> tuple[str, str | None] | None:
     """Split `owner/name` or `owner/name/folder` of the hub into the repository and the folder or
     file in it (None for the whole repository).
 
-    Return None for a local path: one that exists, whose first folder exists, or that is no name of
-    a repository.
+    Return None for a local path: it exists, its first folder exists, or it is not the name of a
+    repository.
     """
     parts = text.rstrip("/").split("/")
     if len(parts) < 2 or Path(text).exists() or Path(parts[0]).exists():

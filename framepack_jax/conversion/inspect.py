@@ -134,7 +134,7 @@ def _fit(role: str, source: Source, *, choice: bool) -> list[tuple[str, str]]:
     if choice:
         flags += f" --prefix {source.prefix or repr('')}"
     try:
-        rows += _sizes(engine.plan(source).cfg)
+        rows += _sizes(engine.make_job(source).cfg)
         rows.append(("fits", f"all; convert with {flags}"))
     except ConversionError as error:
         rows.append(("fits", f"not as it is: {error}"))

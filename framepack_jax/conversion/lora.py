@@ -2,7 +2,7 @@
 
 Modules of the transformer may have the names of diffusers, Tencent or ComfyUI. Sources: the key
 names of kohya-ss/sd-scripts (`networks/lora.py`), of kohya-ss/musubi-tuner, of PEFT's saved
-adapters, of diffusers' `save_lora_adapter`, and those that ComfyUI (`comfy/lora.py`) reads.
+adapters, of diffusers' `save_lora_adapter`, and of ComfyUI (`comfy/lora.py`).
 """
 
 import collections

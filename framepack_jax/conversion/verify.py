@@ -39,7 +39,8 @@ def compare(source: Path, root: epath.PathLike, prefix: str | None = None) -> li
     if remote := hub.split(str(source)):
         source = hub.fetch(*remote, pipeline=None)
     jobs = {
-        role: plan(path, manifest, role, prefix) for role, path in sources(source, manifest).items()
+        role: make_job(path, manifest, role, prefix)
+        for role, path in sources(source, manifest).items()
     }
     tables.check_prefix(prefix, [job.source for job in jobs.values()])
     results = []
@@ -67,7 +68,7 @@ def sources(path: Path, manifest: Manifest) -> dict[str, Path]:
     return found
 
 
-def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -> ConversionJob:
+def make_job(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -> ConversionJob:
     """Return the conversion of a checkpoint to a role of the bundle.
 
     `prefix` is that of `tables.recognise`. Raises ConversionError, also if the checkpoint has
@@ -82,7 +83,7 @@ def plan(path: Path, manifest: Manifest, role: str, prefix: str | None = None) -
         if cfg.context_kernels and not found.context_kernels and cfg.image_dim is not None:
             table = transformer.from_base(source.table, cfg.context_kernels, cfg.image_dim)
             source = dataclasses.replace(source, table=table)
-    made = engine.plan(source)
+    made = engine.make_job(source)
     if made.cfg != cfg:
         fields = ", ".join(
             f"{field.name} {getattr(made.cfg, field.name)} there, {getattr(cfg, field.name)} here"

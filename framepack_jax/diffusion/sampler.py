@@ -47,7 +47,7 @@ class StepProgram:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplerSettings:
-    """How to denoise a section.
+    """Settings of a section's denoising.
 
     Args:
         sigmas: noise levels (steps + 1,), falling to 0.

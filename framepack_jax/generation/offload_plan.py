@@ -119,7 +119,7 @@ class Need:
         return stay + max(self.step + two, self.decode(tiling), self.reading, self.encoding)
 
 
-def plan(
+def choose(
     path: epath.PathLike,
     mode: str,
     work: Work,

@@ -84,7 +84,7 @@ class SourceVideo:
         frames: Number of frames, 1 more than a multiple of the VAE's time compression.
         first: First frame (height, width, 3) uint8.
         last: Last frames (P, height, width, 3) uint8: `Geometry.source_frames`, or all if fewer.
-            With `latents`, only those that clips are cross-faded with are needed.
+            With `latents`, only the frames of cross-fades are needed.
         latents: Normalised latents (H, W, C) by position, if they are known.
     """
 

@@ -72,7 +72,7 @@ def plan_weights(
     """
     _, frames = pipe.geometry.frames_of(0, encoded)
     return on_primary(
-        offload_plan.plan, path, mode, offload_plan.Work(canvas, batch, pipe.schedule, frames),
+        offload_plan.choose, path, mode, offload_plan.Work(canvas, batch, pipe.schedule, frames),
         dtype=pipe.dtype, tiling=pipe.tiling, mesh=pipe.mesh, roles=roles,
     )  # fmt: skip
 

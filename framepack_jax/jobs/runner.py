@@ -100,7 +100,7 @@ def _take(task: Task) -> bool:
 def _make_group(
     pipe: FramePack, tasks: Sequence[Task], decode: bool
 ) -> Iterator[tuple[Task, Exception | None]]:
-    """Sample tasks side by side; continue without those that fail."""
+    """Sample tasks side by side; failed tasks do not stop the others."""
     begun: list[Task] = []
     names = [task.run.folder.name for task in tasks]
     try:

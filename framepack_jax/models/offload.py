@@ -22,7 +22,7 @@ from framepack_jax.models.quantization import cast_params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyLayers(Sequence[Params]):
-    """Layers of which the first are in memory; `read` returns each other one when it is needed."""
+    """Layers whose first are in memory; `read` returns each other layer when it is needed."""
 
     loaded: Sequence[Params]
     read: Callable[[int], Params]

@@ -67,7 +67,7 @@ def plan(
 ) -> list[Section]:
     """Return the sections of a video in the order of generation.
 
-    `before` frames are given at the start (default: those that the schedule needs, a start image;
+    `before` frames are given at the start (default: as many as the schedule needs, a start image;
     more if a video is extended), `after` frames at the end (an end image). With `guide`, the frame
     after the last one is given too: the first section to be generated reads it, and it is not part
     of the video. Only an order that reads ahead can use `after` and `guide`. Raises ScheduleError

@@ -58,7 +58,7 @@ class PackedContext:
 
 
 def read_target(section: Section, timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
-    """Return the known frames of those that a section writes: latents (B, w, H, W, C), zero where
+    """Return the known frames among the targets of a section: latents (B, w, H, W, C), zero where
     none is known, and their mask (w,)."""
     known = timeline.known[list(section.targets)]
     positions = np.where(known, section.targets, MISSING)

@@ -33,7 +33,7 @@ class BadRecords:
         return len(self.numbers) > self.most
 
     def note(self, step: int, clips: np.ndarray) -> bool:
-        """Add the unreadable records in `Meta.clip` of a step and print those that are new.
+        """Add the unreadable records in `Meta.clip` of a step and print the new ones.
         Returns True if there are new ones."""
         new = {-1 - clip for clip in clips.tolist() if clip < 0} - self.numbers
         for number in sorted(new):
@@ -45,8 +45,9 @@ class BadRecords:
         return bool(new)
 
     def check_again(self) -> None:
-        """If there are too many, drop those that can be read by now. Raises DatasetError if there
-        are still too many."""
+        """If there are too many, drop the records that can be read by now.
+
+        Raises DatasetError if too many remain."""
         if self.too_many:
             self.numbers -= set(
                 on_primary(lambda: [n for n in self.numbers if not self.loader.fault(n)])

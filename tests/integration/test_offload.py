@@ -32,19 +32,17 @@ from tests.fixtures.random_networks import random_lora
 RANDOM = bundle.BUILTIN_BUNDLES["random"]
 WHOLE = Tiling()
 LOW = OffloadPlan(encoders=False, layers=0, tiling=WHOLE, why="")
+SCHEDULE = packing.parse("f1k1_x_f16k4f2k2f1k1_g2")
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
 FLAGS = (
     "--bundle", "random", "--image", str(ROOT / "examples/sprites.png"),
-    "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--sections", "2", "--steps", "2",
+    "--schedule", str(SCHEDULE), "--sections", "2", "--steps", "2",
     "--height", "64", "--width", "64",
 )  # fmt: skip
 
 
 def load(plan: OffloadPlan | None, path: Path = RANDOM) -> FramePack:
-    schedule = "f1k1_x_f16k4f2k2f1k1_g2"
-    return FramePack.open(path, dtype="float32", schedule=packing.parse(schedule)).with_weights(
-        path, plan=plan
-    )
+    return FramePack.open(path, dtype="float32", schedule=SCHEDULE).with_weights(path, plan=plan)
 
 
 def video(pipe: FramePack, sections: int) -> Video:
@@ -158,7 +156,7 @@ def test_what_the_host_has_room_for(monkeypatch) -> None:
 
     def plan(limit: float | None) -> offload_plan.OffloadPlan:
         monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
-        return offload_plan.plan("", "full", work, dtype="bfloat16", tiling=WHOLE)
+        return offload_plan.choose("", "full", work, dtype="bfloat16", tiling=WHOLE)
 
     assert plan(None).hosted is None and "60 wait in" in plan(None).why
     doubles = sum(RELEASED.blocks[:20])
@@ -176,7 +174,7 @@ def test_a_cpu_has_one_memory_for_all(monkeypatch) -> None:
 
     def plan(limit: float | None) -> offload_plan.OffloadPlan:
         monkeypatch.setattr(offload_plan, "limit_of_host", lambda: limit)
-        return offload_plan.plan("", "full", work, dtype="float32", tiling=WHOLE)
+        return offload_plan.choose("", "full", work, dtype="float32", tiling=WHOLE)
 
     said = f"{(blocks + rest) / GB:.3g} GB are needed in all, with those blocks"
     assert plan(None).why.endswith(said)
@@ -204,7 +202,7 @@ def test_a_cpu_converts_what_is_not_float32(dtype: str) -> None:
     assert (
         sizes["image_encoder"].largest == sizes["image_encoder"].base // jnp.dtype(dtype).itemsize
     )
-    needed = offload_plan.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype=dtype)
+    needed = offload_plan.need(RANDOM, Work((64, 64), 1, SCHEDULE), dtype=dtype)
     converted = 4 * most if dtype == "bfloat16" else 0
     # And once more what has just been read, which is little here.
     assert needed.reading == base + sum(sorted(layers)[-2:]) + converted + base
@@ -216,7 +214,7 @@ def test_clips_that_are_encoded_count() -> None:
 
     def encoding(frames: int) -> int:
         return offload_plan.need(
-            RANDOM, Work((64, 64), 1, FLAGS[5], frames), dtype="float32"
+            RANDOM, Work((64, 64), 1, SCHEDULE, frames), dtype="float32"
         ).encoding
 
     assert encoding(17) == encoding(81) and encoding(17) == pytest.approx(
@@ -332,7 +330,7 @@ def test_eight_bits_stay_so_in_host_memory(dtype, tmp_path) -> None:
     assert layer["qkv"]["kernel"].dtype == jnp.dtype(dtype)
     assert layer["qkv"]["kernel_scale"].dtype == jnp.float32
     # A block is multiplied out as it runs.
-    work = Work((64, 64), 1, FLAGS[5])
+    work = Work((64, 64), 1, SCHEDULE)
     steps = [offload_plan.need(where, work, dtype="float32").step for where in (path, RANDOM)]
     sizes = bundle.device_bytes(path, bundle.read_manifest(path), "transformer", dtype=jnp.float32)
     assert steps[0] - steps[1] == 4 * sizes.largest > 0
@@ -439,7 +437,7 @@ def test_tiles_are_for_decoding_alone(high) -> None:
 def test_what_stays_is_what_fits(monkeypatch, limit, encoders, whole, tiled, least, most) -> None:
     monkeypatch.setattr(offload_plan, "need", lambda *args, **options: RELEASED)
     work = Work((608, 640), 1, "g9")
-    made = offload_plan.plan("", "auto", work, dtype="bfloat16", tiling=WHOLE, limit=limit * GB)
+    made = offload_plan.choose("", "auto", work, dtype="bfloat16", tiling=WHOLE, limit=limit * GB)
     assert made.encoders == encoders
     assert (made.layers is None) == whole
     assert (made.tiling.size is not None) == tiled
@@ -451,17 +449,17 @@ def test_what_stays_is_what_fits(monkeypatch, limit, encoders, whole, tiled, lea
 
 
 def test_levels(monkeypatch) -> None:
-    work = Work((64, 64), 1, "f1k1_x_f16k4f2k2f1k1_g2")
+    work = Work((64, 64), 1, SCHEDULE)
     options = {"dtype": "float32", "tiling": WHOLE}
-    assert offload_plan.plan(RANDOM, "none", work, **options)[:3] == (True, None, WHOLE)
+    assert offload_plan.choose(RANDOM, "none", work, **options)[:3] == (True, None, WHOLE)
     # A CPU does not count its memory, and everything is there.
-    assert offload_plan.plan(RANDOM, "auto", work, **options)[:3] == (True, None, WHOLE)
-    made = offload_plan.plan(RANDOM, "full", work, **options)
+    assert offload_plan.choose(RANDOM, "auto", work, **options)[:3] == (True, None, WHOLE)
+    made = offload_plan.choose(RANDOM, "full", work, **options)
     assert made.layers == 0 and not made.encoders and made.tiling == offload_plan.TILES
     own = Tiling(size=128, stride=96)
-    assert offload_plan.plan(RANDOM, "full", work, dtype="float32", tiling=own).tiling == own
+    assert offload_plan.choose(RANDOM, "full", work, dtype="float32", tiling=own).tiling == own
     with pytest.raises(ValueError, match="offload 'medium': expected one of auto, none, full"):
-        offload_plan.plan(RANDOM, "medium", work, **options)
+        offload_plan.choose(RANDOM, "medium", work, **options)
 
 
 def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
@@ -491,7 +489,7 @@ def test_decoding_needs_the_vae_alone(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
-    needed = offload_plan.need(RANDOM, Work((64, 64), 1, FLAGS[5]), dtype="float32")
+    needed = offload_plan.need(RANDOM, Work((64, 64), 1, SCHEDULE), dtype="float32")
     for limit, said in ((3e9, "all networks stay"), (needed.streamed(1, WHOLE) / 0.95, "1 of 4 b")):
         monkeypatch.setattr(offload_plan, "limit_of_device", lambda limit=limit: limit)
         sample.main([*FLAGS, "--output", str(tmp_path / said[0]), "--latents-only"])
@@ -502,7 +500,7 @@ def test_auto_takes_what_there_is(tmp_path, monkeypatch, capsys) -> None:
 def test_in_python() -> None:
     pipe = FramePack.load(RANDOM, offload="full")
     assert offload.is_offloaded(pipe.transformer.params) and callable(pipe.encoders)
-    with pytest.raises(ValueError, match="memory 'medium'"):
+    with pytest.raises(ValueError, match="offload 'medium'"):
         FramePack.load(RANDOM, offload="medium")
 
 

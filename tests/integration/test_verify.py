@@ -190,7 +190,7 @@ def small(tmp_path_factory, request) -> tuple[Path, str, str]:
 def test_numbers_move_by_half_a_step_at_most(small) -> None:
     source, root, dtype = small
     manifest = bundle.read_manifest(root)
-    exact = dict(verify.plan(source, manifest, "transformer").leaves("float32"))
+    exact = dict(verify.make_job(source, manifest, "transformer").leaves("float32"))
     types = bundle.stored_dtypes(root, manifest, "transformer")
     stored = dict(bundle.read_leaves(root, manifest, "transformer", types))
     kernels = {path for path, kept in types.items() if kept == dtype}
@@ -213,7 +213,7 @@ def test_numbers_move_by_half_a_step_at_most(small) -> None:
     for path in exact.keys() - kernels:
         assert types[path] == "bfloat16"
     assert manifest.roles["transformer"].source["bytes"] == sum(x.nbytes for x in stored.values())
-    plan = verify.plan(source, manifest, "transformer")
+    plan = verify.make_job(source, manifest, "transformer")
     assert plan.nbytes(dtype) == sum(x.nbytes for x in stored.values())
     assert list(plan.paths(dtype)) == [path for path, _ in plan.leaves(dtype)]
 

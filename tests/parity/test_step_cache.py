@@ -108,7 +108,7 @@ def alone(arrays, sample: int):
 @pytest.mark.golden
 def test_teacache_equals_the_release(golden) -> None:
     checkpoint = weight_files.open_checkpoint(golden / "transformer")
-    plan = engine.plan(tables.recognise(checkpoint, "transformer"))
+    plan = engine.make_job(tables.recognise(checkpoint, "transformer"))
     network = plan.cfg, stack_layers(dict(plan.leaves()), TRANSFORMER.stacks)
     reference = {
         name: rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x

@@ -1,4 +1,4 @@
-"""What a step cache calls of the transformer besides its forward pass."""
+"""Parts of the transformer that a step cache calls besides the forward pass."""
 
 import functools
 

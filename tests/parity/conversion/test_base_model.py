@@ -28,7 +28,7 @@ def test_from_base_embeds_enlarged_latents_alike(kernel: str, base, tmp_path) ->
         weight_files.open_checkpoint(write_folder(base, tmp_path / "m")), "transformer"
     )
     table = transformer.from_base(source.table, (kernel,), 10)
-    plan = engine.plan(dataclasses.replace(source, table=table))
+    plan = engine.make_job(dataclasses.replace(source, table=table))
     leaves = dict(plan.leaves())
     assert plan.cfg == dataclasses.replace(CFG, context_kernels=(kernel,))
     shape = kernel_shape(kernel)

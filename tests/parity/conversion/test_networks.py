@@ -190,7 +190,7 @@ def test_released_encoders_are_known_by_width(role: str, tmp_path) -> None:
     model, sizes = RELEASED[role]
     with torch.device("meta"):
         state = model(model.config_class(**sizes, intermediate_size=6)).state_dict()
-    cfg = engine.plan(tables.recognise(abstract_checkpoint(state, tmp_path), role)).cfg
+    cfg = engine.make_job(tables.recognise(abstract_checkpoint(state, tmp_path), role)).cfg
     thin = {"layers": 1, "mlp_width": 6}
     if "vocab_size" in sizes:
         thin["vocab_size"] = 7
@@ -198,7 +198,7 @@ def test_released_encoders_are_known_by_width(role: str, tmp_path) -> None:
     narrow = {k: v[tuple(slice(n // 2) for n in v.shape)] for k, v in state.items()}
     checkpoint = abstract_checkpoint(narrow, tmp_path)
     with pytest.raises(ConversionError, match=r"needs its config\.json"):
-        engine.plan(tables.recognise(checkpoint, role))
+        engine.make_job(tables.recognise(checkpoint, role))
 
 
 def test_full_size_models_fit(tmp_path) -> None:
@@ -213,6 +213,6 @@ def test_full_size_models_fit(tmp_path) -> None:
     counts = {"transformer": 12_874_314_816, "vae": 246_478_803}
     for role, model in models.items():
         checkpoint = abstract_checkpoint(model.state_dict(), tmp_path)
-        plan = engine.plan(tables.recognise(checkpoint, role))
+        plan = engine.make_job(tables.recognise(checkpoint, role))
         assert plan.cfg == type(plan.cfg)()
         assert plan.nbytes() == 2 * counts[role]

@@ -64,7 +64,7 @@ def test_sizes_that_make_no_network(field: str, autoencoder, framepack, tmp_path
         source, table=dataclasses.replace(source.table, config=lambda _: cfg)
     )
     with pytest.raises(ConversionError, match=rf"{role}: its sizes make no .*{field}=0"):
-        engine.plan(source)
+        engine.make_job(source)
 
 
 def test_everything_wrong_is_told_at_once(framepack, tmp_path) -> None:

@@ -84,7 +84,7 @@ def test_in_and_out_again_no_bit_is_lost(form, framepack, data, seed, tmp_path_f
     with mock.patch.object(export, "SHARD", 20_000):
         (network.folder if form == "folder" else network.single)(target)
     source = tables.recognise(weight_files.open_checkpoint(target), "transformer")
-    plan = engine.plan(dataclasses.replace(source, overrides={"rope_axes": (4, 6, 6)}))
+    plan = engine.make_job(dataclasses.replace(source, overrides={"rope_axes": (4, 6, 6)}))
     assert plan.cfg == cfg if form == "folder" else plan.cfg.width == cfg.width
     again = dict(plan.leaves())
     assert again.keys() == leaves.keys()
@@ -149,7 +149,7 @@ def test_other_networks_lose_no_bit_either(role, data, seed, tmp_path_factory) -
         (root / name / file).write_text("{}")
     naming = export.default_naming(bundle.read_manifest(root), role)
     export.Export(root, bundle.read_manifest(root), role, naming).folder(root / "out")
-    plan = engine.plan(tables.recognise(weight_files.open_checkpoint(root / "out"), role))
+    plan = engine.make_job(tables.recognise(weight_files.open_checkpoint(root / "out"), role))
     assert plan.cfg == cfg
     again = dict(plan.leaves())
     assert again.keys() == leaves.keys()

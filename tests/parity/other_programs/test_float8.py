@@ -132,7 +132,7 @@ def test_tencents_8_bit_file_needs_its_scales(tencent, tmp_path) -> None:
 def test_repackaged_encoders_fit_without_a_config(role: str, tmp_path) -> None:
     path = tmp_path / "encoder.safetensors"
     entries, _ = float8.unpack(path, [], repackaged(role))
-    plan = engine.plan(tables.recognise(weight_files.Checkpoint(path, [], entries), role))
+    plan = engine.make_job(tables.recognise(weight_files.Checkpoint(path, [], entries), role))
     assert plan.cfg.layers == 1 and plan.cfg.width == RELEASED[role][1]["hidden_size"]
 
 

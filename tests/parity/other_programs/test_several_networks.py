@@ -63,7 +63,7 @@ def test_plain_weights_beside_averaged_ones(framepack, tmp_path) -> None:
         plan_of(file)
     assert inspect.describe(file).count("transformer in diffusers' naming") == 2
     source = tables.recognise(weight_files.open_checkpoint(file), "transformer", "")
-    leaves = dict(engine.plan(dataclasses.replace(source, overrides=AXES)).leaves())
+    leaves = dict(engine.make_job(dataclasses.replace(source, overrides=AXES)).leaves())
     assert_same(leaves, leaves_of(write(framepack, tmp_path / "plain.safetensors"), **AXES))
 
 
@@ -164,7 +164,7 @@ def test_a_whole_checkpoint_of_released_sizes_fits_without_a_config(framepack, t
     assert list(found) == list(ENCODERS)
     for role in ENCODERS[1:]:
         (source,) = found[role]
-        engine.plan(source)
+        engine.make_job(source)
     (source,) = found["transformer"]
-    plan = engine.plan(dataclasses.replace(source, overrides=AXES))
+    plan = engine.make_job(dataclasses.replace(source, overrides=AXES))
     assert plan.cfg.context_kernels == ("k1", "k2", "k4")
