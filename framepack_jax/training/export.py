@@ -84,10 +84,7 @@ def export(
         about = _lora_header(cfg, model, manifest, folder, step)
         files = _lora_files(target, overwrite)
         return _export_lora(cfg, model, folder, step, part, files, dtype or "float32", about)
-    if (target / bundle.MANIFEST).exists() and not overwrite:
-        raise RunError(f"{target} already is a bundle; choose another --output, or --overwrite")
-    if target.exists() and not (target / bundle.MANIFEST).exists() and any(target.iterdir()):
-        raise RunError(f"{target} is neither a bundle nor empty; choose another --output")
+    _check_target(target, overwrite)
     trained, frozen = state.abstract_params(cfg, model)
     leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):
@@ -95,18 +92,36 @@ def export(
         kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
         leaves = itertools.chain(kept, leaves)
     origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
-    if cfg.schedule:
-        manifest = dataclasses.replace(manifest, schedule=packing.parse(cfg.schedule))
-    if record.get("began") == "scratch":
-        sizes = (name.split("x") for name in record["fingerprint"]["clips"])
-        buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))
-        manifest = dataclasses.replace(manifest, buckets=buckets)
+    manifest = _manifest_of(manifest, cfg, record)
     network = model.spec.kind, dataclasses.asdict(model.cfg)
     source = {"name": origin, "training": provenance(folder, step)}
     written = write_bundle(
         manifest, bundle_path, target, "transformer", network, leaves, source, copy
     )
     return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+
+
+def _check_target(target: epath.Path, overwrite: bool) -> None:
+    """Raise RunError if a bundle must not be written to `target`."""
+    is_bundle = (target / bundle.MANIFEST).exists()
+    if is_bundle and not overwrite:
+        raise RunError(f"{target} already is a bundle; choose another --output, or --overwrite")
+    if target.exists() and not is_bundle and any(target.iterdir()):
+        raise RunError(f"{target} is neither a bundle nor empty; choose another --output")
+
+
+def _manifest_of(
+    manifest: bundle.Manifest, cfg: TrainConfig, record: dict[str, Any]
+) -> bundle.Manifest:
+    """Return the manifest with the schedule of a run, and with the buckets that it trained from
+    random weights."""
+    if cfg.schedule:
+        manifest = dataclasses.replace(manifest, schedule=packing.parse(cfg.schedule))
+    if record.get("began") == "scratch":
+        sizes = (name.split("x") for name in record["fingerprint"]["clips"])
+        buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))
+        manifest = dataclasses.replace(manifest, buckets=buckets)
+    return manifest
 
 
 def provenance(run: str, step: int) -> dict[str, Any]:
