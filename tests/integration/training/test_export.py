@@ -30,7 +30,7 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
     """It points to the bundle that it was trained from; its weights are those of the average."""
     root = whole / "bundle"
     manifest = bundle.read_manifest(root)
-    assert manifest.roles["vae"].path != "vae" and manifest.schedule.startswith("f1k1_x_g2")
+    assert manifest.roles["vae"].path != "vae" and str(manifest.schedule).startswith("f1k1_x_g2")
     # It was trained from nothing at this size alone, which is what it samples by default.
     assert manifest.buckets == ((32, 48),)
     _, cfg = bundle.role_config(manifest, "transformer")
