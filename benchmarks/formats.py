@@ -57,7 +57,7 @@ def scene(time: float, number: int) -> np.ndarray:
 
 
 class Reading(NamedTuple):
-    """What a frame shows: colours (12, 3), the bar's left edge as a share of the width, the number
+    """Reading of a frame: colours (12, 3), the bar's left edge as a share of the width, the number
     of the clock."""
 
     colours: np.ndarray

@@ -94,7 +94,7 @@ def measure_step(bench: Bench) -> None:
 
 
 def quantized(params: Params, dtype: str) -> Params:
-    """The same network with the kernels of its blocks in 8 bits, each layer as
+    """Quantize the kernels of a network's blocks to 8 bits, each layer as
     `conversion.arrays.quantize` makes it. The kernels in `params` are deleted, each when its own
     is made, so that a device never has them all twice."""
     integer = jnp.issubdtype(dtype, jnp.integer)

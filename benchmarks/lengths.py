@@ -73,7 +73,7 @@ def measure(config: LengthBenchmark, seconds: float) -> dict[str, Any]:
 
 
 def figures(timings: dict[str, Any]) -> dict[str, Any]:
-    """What the timings of a run say: medians of settled sections, in seconds; those of the last
+    """Summarize the timings of a run: medians of settled sections, in seconds; those of the last
     third over those of the first; bytes of memory. Raises ValueError for too few sections."""
     sections = timings["section_seconds"]
     settled = sections[SETTLED:-1]

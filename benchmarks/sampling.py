@@ -197,7 +197,7 @@ def _memory(folder: Path) -> dict[str, dict[str, int]]:
 
 @dataclasses.dataclass
 class Log:
-    """What was seen of a run: (begin, end) of its calls by name, in seconds since it began; the
+    """Record of a run: (begin, end) of its calls by name, in seconds since it began; the
     section and time at which the first frames were there; the section and name of all programs
     that were compiled; when the latents of each section are saved, bytes of all arrays on devices
     and the processor time of all threads. Sections count from 1."""

@@ -163,7 +163,7 @@ Tensors = dict[str, np.ndarray]
 
 
 class Thing(NamedTuple):
-    """What is disturbed at once: names in a file, and what writes the file with them disturbed.
+    """Names in a file that are disturbed together, and the function that writes the file so.
 
     It is one name, but for names that `SILENT` has one reason for, which go together.
     """

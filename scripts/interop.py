@@ -125,7 +125,7 @@ def kohya(made: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
 
 
 def change(up: torch.Tensor, down: torch.Tensor, alpha: float = ALPHA):
-    """What factors add to a module's outputs."""
+    """Return what factors add to the outputs of a module."""
     return lambda x: up.float() @ (down.float() @ x) * (alpha / len(down))
 
 

@@ -140,7 +140,7 @@ def write(config: TinyBundle, output: Path) -> None:
 
 
 def look_back(cfg: llama.LlamaConfig, params: Any) -> Any:
-    """The same text encoder with heads 1, 2, ... that read from the words 1, 2, ... before.
+    """Return the text encoder with heads 1, 2, ... that read from the words 1, 2, ... before.
 
     Heads with random queries and keys read from everywhere alike, template and all: "left" then has
     nearly the same state whoever moves left. Here word embeddings have variance 1 and a first

@@ -16,6 +16,7 @@ from pathlib import Path
 # Exit codes after SIGINT and SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143
 FAILURES: tuple[type[Exception], ...] = (ValueError, OSError)
+RESUME = "interrupted; run the same command again to resume"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ from typing import Any
 
 from tyro.conf import OmitArgPrefixes
 
-from framepack_jax import bundle
 from framepack_jax.cli.common import cli_errors
 from framepack_jax.conversion.request import (
     BundleRequest,
@@ -42,6 +41,8 @@ class Convert:
 
     def request(self) -> BundleRequest:
         """Return all options in one object, names of types and bundles resolved."""
+        from framepack_jax import bundle
+
         groups = (self.networks, self.tokenizers, self.settings)
         options: dict[str, Any] = {k: v for group in groups for k, v in vars(group).items()}
         if prefix := options["prefix"]:

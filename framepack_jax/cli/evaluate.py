@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from framepack_jax.cli.common import configure_jax, parse_size
+from framepack_jax.cli.common import FAILURES, RESUME, cli_errors, configure_jax, parse_size
 from framepack_jax.utils import extras
 from framepack_jax.utils.flags import parse
 
@@ -78,16 +78,12 @@ def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> Non
     """Parse flags and run; user errors end with a message and exit code 1."""
     flags = parse(Evaluate, args, prog)
     began = time.monotonic()
-    try:
+    with cli_errors((*FAILURES, FloatingPointError), interrupted=RESUME):
         extras.require("eval", extras.EVAL, prog)
         if flags.video is not None:
             print(_evaluate_file(flags, flags.video))
         else:
             print(f"{_evaluate(flags)}: {time.monotonic() - began:.1f} s in all")
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run the same command again to resume") from None
 
 
 def _evaluate_file(flags: Evaluate, video: Path) -> str:

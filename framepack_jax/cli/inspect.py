@@ -6,7 +6,6 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from framepack_jax import bundle
 from framepack_jax.cli.common import cli_errors
 from framepack_jax.utils.flags import parse
 
@@ -22,6 +21,7 @@ class Inspect:
 def main(args: list[str] | None = None, prog: str = "framepack inspect") -> None:
     """Parse flags and print the description; user errors end with one line and exit code 1."""
     flags = parse(Inspect, args, prog)
+    from framepack_jax import bundle
     from framepack_jax.conversion.inspect import describe
     from framepack_jax.parallel import hardware
 

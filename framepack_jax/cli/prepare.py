@@ -11,6 +11,7 @@ import tyro
 from framepack_jax.cli.common import (
     ALONE,
     FAILURES,
+    RESUME,
     MultihostFlags,
     cli_errors,
     configure_jax,
@@ -78,11 +79,8 @@ def main(args: list[str] | None = None, prog: str = "framepack prepare") -> None
     """Parse flags and run; user errors end with a message and exit code 1."""
     flags = parse(Prepare, args, prog)
     began = time.monotonic()
-    with cli_errors((*FAILURES, sqlite3.Error), explain=_explain):
-        try:
-            _run(flags, began)
-        except KeyboardInterrupt:
-            raise SystemExit("interrupted; run the same command again to resume") from None
+    with cli_errors((*FAILURES, sqlite3.Error), explain=_explain, interrupted=RESUME):
+        _run(flags, began)
 
 
 def _explain(error: Exception) -> str:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from framepack_jax import bundle
 from framepack_jax.cli.common import cli_errors
 from framepack_jax.utils.flags import parse
 
@@ -30,6 +29,7 @@ class Verify:
 def main(args: list[str] | None = None, prog: str = "framepack verify") -> None:
     """Parse flags and compare; differences and user errors end with exit code 1."""
     flags = parse(Verify, args, prog)
+    from framepack_jax import bundle
     from framepack_jax.conversion import verify
     from framepack_jax.parallel import hardware
 

@@ -14,8 +14,8 @@
     tokenizers          tokenizer and image-processor files
     inspect             describe a file
     verify              compare a bundle with a checkpoint
-    export              write checkpoints: the same rows, inverted (export_configs)
-    lora                read and write adapters (lora_fusion, lora_places, lora_peft)
+    export              write checkpoints: the same rows, inverted (export_configs, export_files)
+    lora                read and write adapters (lora_fusion, lora_targets, lora_peft)
 
 Only this package and one metric of evaluation import torch, inside functions.
 """

@@ -35,7 +35,7 @@ THRESHOLDS = {"tea": 0.15, "first-block": 0.05}
 
 @dataclasses.dataclass(frozen=True)
 class StepCacheConfig:
-    """Which cache, and how much change it lets pass; `threshold` None takes the kind's own.
+    """Kind of step cache, and the change that it lets pass; `threshold` None takes the kind's own.
 
     A higher threshold skips more steps. Raises ValueError for an unknown kind, and for a threshold
     that is not finite and positive.

@@ -4,6 +4,7 @@ FLOPs are counted from the config. The roofline is computed from vendor figures.
 time is measured.
 """
 
+import abc
 import dataclasses
 import math
 from collections import Counter
@@ -26,7 +27,7 @@ class Weights(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepReport:
+class StepReport(abc.ABC):
     """Needs of a step on each chip of a machine; `flops` is the sum over all chips."""
 
     machine: Machine
@@ -34,9 +35,9 @@ class StepReport:
     flops: int
 
     @property
+    @abc.abstractmethod
     def total(self) -> int:
         """Bytes on a chip while a step runs."""
-        raise NotImplementedError
 
     @property
     def fits(self) -> bool:

@@ -98,7 +98,7 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and how long they are kept."""
+    """Times of checkpoints, and how long they are kept."""
 
     every: Positive = 500
     """Steps from one checkpoint to the next; the last step always has one."""

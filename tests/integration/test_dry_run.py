@@ -27,7 +27,7 @@ def this_cpu(monkeypatch):
 
 @pytest.fixture
 def reports(monkeypatch) -> list[Report]:
-    """What dry runs of `sample` report, in order."""
+    """Reports of dry runs of `sample`, in order."""
     made = []
     real = sampling.dry_run
     monkeypatch.setattr(sampling, "dry_run", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
@@ -88,7 +88,7 @@ def test_chips_that_would_repeat_work_are_refused(monkeypatch, batch: int, more:
 
 
 def test_decoding_is_compiled_for_the_largest_tile() -> None:
-    """Of a clip of 10 latents the decoder takes 5 at once, and squares where tiles are given."""
+    """The decoder takes 5 of 10 latents at once, and squares if tiles are given."""
     path = bundle.resolve("random")
     temporaries = []
     for tile in (None, 32):

@@ -86,7 +86,7 @@ def test_the_command_as_typed(tmp_path, capsys) -> None:
 
 
 def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
-    """Where it begins like it; what else is made has its own videos for each length."""
+    """If it begins alike; all other videos are made for each length."""
     calls = []
 
     def make(name, pipe, asked, settings):

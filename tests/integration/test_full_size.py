@@ -39,7 +39,7 @@ def check_room(folder: Path) -> None:
 
 
 def sampled(bundle: Path, output: Path) -> tuple[str, int]:
-    """What `sample.py` prints, and the bytes of memory that its process had at most."""
+    """Return what `sample.py` prints, and the peak memory of its process in bytes."""
     command = [
         sys.executable, str(ROOT / "sample.py"), "--bundle", str(bundle), "--output", str(output),
         "--image", str(ROOT / "examples" / "astronaut.jpg"), "--prompt", "the man smiles",
@@ -60,7 +60,7 @@ def sampled(bundle: Path, output: Path) -> tuple[str, int]:
 
 @pytest.mark.slow
 def test_one_section_of_the_released_sizes(folder) -> None:
-    """Which ends, has numbers, and needs the memory that was said."""
+    """It ends, is finite, and needs the memory that was announced."""
     check_room(folder)
     capped.make_bundle(folder / "bundle", "full", "int8")
     printed, used = sampled(folder / "bundle", folder / "run")

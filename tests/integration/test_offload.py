@@ -51,7 +51,7 @@ def video(pipe: FramePack, sections: int) -> Video:
 
 
 def latents(pipe: FramePack, **options) -> np.ndarray:
-    """Those of a video of two sections, which is not decoded."""
+    """Return the latents of a video of two sections, which is not decoded."""
     settings = Settings(steps=3, **options)
     request = Request("she waves", IMAGE)
     layout = make_layout(pipe.geometry, request, sections=2, height=64, width=64)
@@ -268,7 +268,7 @@ def test_the_next_copy_begins_when_the_layer_before_is_done(low, monkeypatch) ->
 
 
 def double_inputs(pipe: FramePack) -> tuple:
-    """What a double block reads: streams of 8 and 4 tokens, modulation, RoPE, valid tokens."""
+    """Inputs of a double block: streams of 8 and 4 tokens, modulation, RoPE, valid tokens."""
     cfg = pipe.transformer.cfg
     tables = jnp.ones((1, 8, cfg.head_dim // 2)), jnp.zeros((1, 8, cfg.head_dim // 2))
     streams = jnp.ones((1, 8, cfg.width)), jnp.ones((1, 4, cfg.width))

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from framepack_jax import packing
+from framepack_jax.__main__ import COMMANDS
 from framepack_jax.cli.evaluate import Evaluate
 from framepack_jax.cli.explain import Explain
 from framepack_jax.cli.prepare import Prepare
@@ -62,7 +63,7 @@ def test_flags_written_out_for_a_quick_help_are_the_defaults_of_the_library() ->
     assert Prepare.scene_threshold == SceneSettings.cut
 
 
-@pytest.mark.parametrize("command", ["prepare", "evaluate", "synthetic", "explain"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_does_not_import_jax(command) -> None:
     program = f"""
 import sys

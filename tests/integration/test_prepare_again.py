@@ -50,7 +50,7 @@ def test_a_dataset_from_before_says_its_videos_in_one_object(three, fake_encoder
 
 
 def test_other_settings_that_were_stopped_leave_nothing_that_looks_done(
-    tmp_path, fake_encoder
+    tmp_path, fake_encoder, capsys
 ) -> None:
     """Nor do those from before, whose clips were replaced."""
     (tmp_path / "videos").mkdir()
@@ -58,8 +58,10 @@ def test_other_settings_that_were_stopped_leave_nothing_that_looks_done(
     run(tmp_path / "videos", tmp_path / "out")
     before = hashes(tmp_path / "out")
     fake_encoder.stop_at = fake_encoder.calls + 1
-    with pytest.raises(SystemExit, match="interrupted"):
+    with pytest.raises(SystemExit) as ended:
         run(tmp_path / "videos", tmp_path / "out", "--max-seconds", "1.2")
+    assert ended.value.code == 130
+    assert "interrupted; run the same command again to resume" in capsys.readouterr().err
     fake_encoder.stop_at = None
     run(tmp_path / "videos", tmp_path / "out")
     assert hashes(tmp_path / "out") == before
@@ -91,7 +93,7 @@ def test_a_dataset_stays_until_the_next_is_whole(three, fake_encoder, monkeypatc
         else:
             patched.setattr(clip_cache, "is_done", lambda *_: True)
             next((three / "out" / clip_cache.STORE).glob("*/*.rec")).unlink()
-        with pytest.raises(SystemExit, match=r"No space|No such file|interrupted"):
+        with pytest.raises(SystemExit, match=r"No space|No such file|^130$"):
             run(three / "videos", three / "out", "--min-seconds", "0.5")
     assert hashes(three / "out") == before
     source = VideoSource(three / "out", records.read_index(three / "out").shards)

@@ -105,7 +105,7 @@ def test_a_lora_that_applies_in_part_is_warned_of(files, tmp_path, capsys) -> No
 
 
 def test_what_a_lora_is_read_from_is_hashed(files, tmp_path) -> None:
-    """Of PEFT's folder its weights and its settings, and the settings beside a lone file too."""
+    """Weights and settings of PEFT's folder, and the settings beside a lone file."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"

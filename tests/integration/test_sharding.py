@@ -324,7 +324,7 @@ def _tuple(axis) -> tuple[str, ...]:
 
 
 def constrained(sizes: dict[str, int], lengths: tuple[int, ...], *axes) -> PartitionSpec:
-    """What a constraint asks for on a mesh."""
+    """Return the sharding that a constraint asks for on a mesh."""
 
     def f(x):
         return sharding.constrain(x, *axes)
@@ -384,7 +384,7 @@ def test_a_misspelt_constraint_is_refused_without_a_mesh():
 
 
 def measure(meshes: tuple[str, ...]) -> dict[str, dict]:
-    """What `main` prints."""
+    """Return what `main` prints."""
     environment = {
         **os.environ,
         "XLA_FLAGS": quick_flags(8),

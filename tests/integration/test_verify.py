@@ -260,7 +260,7 @@ def inputs() -> tuple:
 
 
 def test_kernels_compute_as_their_products_with_the_scales(small) -> None:
-    """What the network gives is what it gives with each kernel multiplied out beforehand."""
+    """The output equals that of the network with each kernel multiplied out beforehand."""
     _, root, dtype = small
     manifest = bundle.read_manifest(root)
     params = bundle.load_params(root, manifest, "transformer", dtype=jnp.bfloat16)

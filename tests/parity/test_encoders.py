@@ -176,7 +176,7 @@ def test_bfloat16(kind):
 
 @pytest.mark.parametrize("kind", CASES)
 def test_parameter_paths(kind):
-    """What init makes has the paths and shapes that the parity tests feed in."""
+    """`init` makes the paths and shapes that the parity tests feed in."""
     cfg, _, params, _ = CASES[kind]
     fed = unstack_layers(params(), registry.NETWORKS[kind].stacks)
     made = registry.abstract_leaves(kind, cfg)

@@ -105,7 +105,7 @@ def test_decoder_matches_diffusers(small, frames):
 
 
 def test_tiles_in_time_and_space_match_diffusers(small):
-    """Where no square is narrower there: their sides add up to the picture's."""
+    """At sizes where diffusers has no narrower square: sides add up to the picture's."""
     tiling = Tiling(frames=8, frame_stride=8, size=16, stride=16)
     with diffusers_tiles(small[2], tiling):
         assert_encodes_alike(small, sample((1, 3, 17, 16, 32)), tiling)

@@ -114,7 +114,7 @@ def test_weights_in_8_bits_are_those_of_a_converted_bundle(dtype: str) -> None:
 
 
 def test_rows_say_what_memory_they_took(monkeypatch) -> None:
-    """Where the peak of the process rose; those that know their own keep it."""
+    """Rows have the peak of the process if it rose; rows with a peak of their own keep it."""
     rows: list[bench.Row] = []
     made = bench.Bench(bench.TOY, rows, lambda: None)
     for name, peak, more in (("a", 5, {}), ("b", 5, {}), ("c", 6, {"peak_bytes": 9}), ("d", 7, {})):
@@ -171,7 +171,7 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, capfd) -> None:
 
 
 def test_figures_are_of_one_device_and_have_a_place(tmp_path, monkeypatch, briefly) -> None:
-    """Those of parts that are not measured again stay; what cannot be kept is told at once."""
+    """Figures of parts that are not measured again stay; an error names one that cannot stay."""
     file, document = tmp_path / "figures.json", tmp_path / "document.md"
 
     def run(part: str, **files: Path) -> dict[str, Any]:

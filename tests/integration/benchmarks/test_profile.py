@@ -15,7 +15,7 @@ UNNAMED = step_profile.UNNAMED
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory) -> step_profile.Profile:
-    """Of two products in a loop, under a name, and of their gradient."""
+    """Profile of two products in a loop, under a name, and of their gradient."""
 
     def loss(x: jax.Array, w: jax.Array) -> jax.Array:
         def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:

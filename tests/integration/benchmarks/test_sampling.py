@@ -142,7 +142,7 @@ def _matmul_flops(jaxpr: Any) -> int:
 
 
 def test_what_captions_decide_is_measured(tmp_path) -> None:
-    """Of two videos that begin alike and go on otherwise, and their captions."""
+    """Two videos begin alike, then differ, as their captions do."""
     file = tmp_path / "figures.json"
     figures = captions.main([
         "--bundle", "random", "--size", "32x32", "--pairs", "1", "--sigmas", "0.5",
@@ -191,7 +191,7 @@ def test_sections_at_the_ends_of_a_video_are_left_out() -> None:
 
 @pytest.mark.parametrize("dtype", quantization.QUANTIZED)
 def test_a_bundle_for_videos_under_caps(tmp_path, monkeypatch, capsys, dtype: str) -> None:
-    """Which takes no other's place; and the order of the runs, which are stood in for."""
+    """It replaces no other bundle; the order of the runs, whose work is faked, is as documented."""
     row = {"cap": None, "host_bytes": 1, "error": "none"}
     monkeypatch.setattr(capped, "measure", lambda config, cap, total: row | {"cap": cap})
     monkeypatch.setattr(capped, "device_bytes", lambda: 0)

@@ -38,7 +38,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(whole, tmp_path) -> Path:
-    """The same run as if it had been stopped just before its end."""
+    """Return the run as if it had been stopped just before its end."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     change_record(folder, status="interrupted")

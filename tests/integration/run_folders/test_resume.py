@@ -153,7 +153,7 @@ def test_decoding_a_part_gives_what_is_final(whole, tmp_path) -> None:
 
 
 def test_frames_are_those_of_stream(whole, pipe, tmp_path, monkeypatch) -> None:
-    """What the encoder is given, against the same video in Python, without a run folder."""
+    """Frames given to the encoder are those of the same video in Python, without a run folder."""
     image, settings = video.load_image(PHOTO), pipeline.Settings(steps=2)
     options = {"sections": 3, "height": HEIGHT, "width": WIDTH, "settings": settings}
     spans = list(pipe.stream(image, "", **options))
@@ -290,7 +290,7 @@ def test_other_weights_are_noticed(whole, tmp_path) -> None:
 
 @pytest.mark.parametrize(("command", "flag"), [(resume, "--seed"), (decode, "--dtype")])
 def test_options_of_the_video_come_from_the_run(whole, capsys, command, flag) -> None:
-    """What the video was started with is not a flag of the commands that continue it."""
+    """Commands that continue a video have no flags for the options that it was started with."""
     with pytest.raises(SystemExit) as ended:
         command.main([str(whole[F1].folder), flag, "5"])
     assert ended.value.code == 2

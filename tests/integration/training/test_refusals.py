@@ -1,4 +1,4 @@
-"""What the training command refuses, and how runs begin from others."""
+"""Refusals of the training command, and runs that start from other runs."""
 
 import re
 

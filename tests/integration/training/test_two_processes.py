@@ -52,7 +52,7 @@ def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
 
 
 def test_one_process_begins_and_two_go_on_fsdp_and_tensor(place, whole) -> None:
-    """Of four devices each; to the end, so that one of them makes the bundle."""
+    """Four devices each; to the end, so that one of them makes the bundle."""
     output = place / "one"
     finish(start(place, output, "--steps", "3", "--no-export"))
     started = two(place, output, "--mesh", "fsdp=4,tensor=2", devices=4)

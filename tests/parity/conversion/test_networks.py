@@ -94,7 +94,7 @@ def llava() -> tuple[torch.nn.Module, transformers.PretrainedConfig]:
 
 
 def llamas() -> dict[str, tuple[dict[str, torch.Tensor], transformers.PretrainedConfig]]:
-    """The same text model under every name that it goes by: (state dict, config)."""
+    """Return one text model under every naming: (state dict, config)."""
     config = transformers.LlamaConfig(**LLAMA)
     bare = randomize(transformers.LlamaModel(config), 4)
     causal = randomize(transformers.LlamaForCausalLM(config), 5)

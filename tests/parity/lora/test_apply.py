@@ -132,7 +132,7 @@ def test_factors_take_the_dtype_of_their_block() -> None:
 
 @pytest.mark.parametrize("dtype", quantization.QUANTIZED)
 def test_beside_kernels_of_eight_bits(dtype) -> None:
-    """What is added does not pass through the eight bits."""
+    """Adapters are not rounded to eight bits."""
     random = np.random.default_rng(1)
     kernel = random.integers(-127, 128, (2, 6, 6)).astype(dtype)
     scale = random.random((2, 6), np.float32)

@@ -190,7 +190,7 @@ def test_diffusers_and_peft_agree_with_us(module, model, arguments, inputs, tmp_
 
 
 def test_the_header_says_where_a_lora_comes_from(model, tmp_path) -> None:
-    """What is given, and what the file that was converted has; hashes of its tensors do not hold
+    """The given header, and that of the converted file; hashes of its tensors do not hold
     any more."""
     cfg, _ = model
     about = {"ss_steps": "7", "modelspec.title": "dance", "sshs_model_hash": "1"}

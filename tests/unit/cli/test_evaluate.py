@@ -44,7 +44,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch, flags, named) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> None:
+def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys) -> None:
     flags = [
         "--bundle", "random", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2", "--size", "32x32",
         "--steps", "1", "--videos", "2", "--seconds", "0.6", "--occlusion-videos", "2",
@@ -62,8 +62,10 @@ def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> No
         save(*args)
 
     monkeypatch.setattr(results, "save", stop_in_time)
-    with pytest.raises(SystemExit, match="interrupted"):
+    with pytest.raises(SystemExit) as ended:
         evaluate.main(flags)
+    assert ended.value.code == 130
+    assert "interrupted; run the same command again to resume" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
     monkeypatch.setattr(results, "save", lambda *args: (stopped.append(args[1]), save(*args)))
     evaluate.main(flags)

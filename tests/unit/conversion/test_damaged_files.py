@@ -69,7 +69,7 @@ def edited(data: bytes, random: np.random.Generator) -> Mutation:
 
 
 def meant(data: bytes) -> dict[str, np.ndarray]:
-    """What a safetensors file says, by the format's description and without its library."""
+    """Read a safetensors file by the format's description, without its library."""
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
@@ -161,7 +161,7 @@ def test_damaged_8_bit_files_are_refused_or_read(tmp_path) -> None:
 
 
 def places(file: Path) -> Iterator[tuple[int, int]]:
-    """Where the data of each tensor begins and ends in a PyTorch file, in the order of saving."""
+    """Return the span of each tensor's data in a PyTorch file, in the order of saving."""
     data = file.read_bytes()
     with zipfile.ZipFile(file) as archive:
         for number in range(len(small_state())):

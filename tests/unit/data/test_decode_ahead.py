@@ -14,7 +14,7 @@ from tests.fixtures.preparing import SETTINGS
 
 
 def test_memory_does_not_grow_with_the_videos_that_wait(monkeypatch) -> None:
-    """Of a million videos, those are asked for that are decoded now."""
+    """Only the videos that are decoded now are asked for, of a million."""
     asked = []
 
     def videos():

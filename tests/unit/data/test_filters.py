@@ -30,7 +30,7 @@ def test_scores_say_what_they_mean() -> None:
 
 @pytest.mark.parametrize("fps", [8, 10, 12, 15])
 def test_frames_that_are_repeated_for_the_rate_are_not_still(tmp_path, fps) -> None:
-    """Of an animation every frame differs from the one before; at 30 a second most do not."""
+    """Every frame of an animation differs from the one before; at 30 a second most do not."""
     frames = [np.roll(scene_frames(0, 0.1)[0], 3 * k, axis=1) for k in range(3 * fps)]
     (cut,) = scenes.clips(write_video(tmp_path / "a.mp4", frames, fps), SETTINGS)
     assert len(cut.frames) == 89 and cut.scores["still"] == 0

@@ -264,7 +264,7 @@ def test_several_captions_and_spans_of_a_video(folder) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "json", "csv"])
 def test_memory_does_not_grow_with_the_number_of_videos(tmp_path, kind: str) -> None:
-    """Of 1000 more videos with captions of 1000 characters, less than 200 bytes each are held."""
+    """1000 more videos with captions of 1000 characters take less than 200 bytes each."""
     caption = "x" * 1000
     peaks = []
     for count in (300, 1300, 1301):

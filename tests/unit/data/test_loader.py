@@ -25,7 +25,7 @@ SCHEDULES = (INVERTED, F1, VANILLA)
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
-    """Of the same section: context from a timeline that sampling fills, section by section."""
+    """Context from a timeline that sampling fills, section by section, is that of the sample."""
     folder, clips = dataset
     _, batches = take(folder, 12, schedule=schedule)
     seen = set()
@@ -54,7 +54,7 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
 @pytest.mark.golden
 @pytest.mark.parametrize("kind", ["inverted", "f1"])
 def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
-    """Of every section of a clip as long as the release would make it."""
+    """For every section of a clip as long as the release would make it."""
     rows = json.loads((golden / "sections.json").read_text())
     row = next(r for r in rows if r["latent_window_size"] == 9 and 4 < r["sections"] <= 12)
     count = row["sections"]
@@ -329,7 +329,7 @@ def test_a_bucket_that_cannot_be_read_ends_the_stream_with_its_name(tmp_path) ->
 
 
 def test_another_clip_takes_the_place_of_one_that_cannot_be_read(dataset, tmp_path) -> None:
-    """The same one in any thread, on any host, after a stop; all other samples stay."""
+    """It is the same clip in any thread, on any host, after a stop; all other samples stay."""
     folder, clips = dataset
     write_dataset(tmp_path)
     damage(tmp_path, clips[1])

@@ -1,4 +1,4 @@
-"""What is asked for and where it lies: sizes, times, source videos."""
+"""Requests: sizes, times, source videos."""
 
 import dataclasses
 
@@ -106,7 +106,7 @@ def test_source_video_is_whole_latents_at_its_end(frames: int, kept: int) -> Non
 
 @pytest.mark.parametrize("fps", [24, 30, 60])
 def test_source_video_of_a_file_is_that_of_its_frames(tmp_path, monkeypatch, fps: int) -> None:
-    """Of which the first and those at the end are scaled, no others."""
+    """Only the first frame and the frames at the end are scaled."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 32, 48, 3), np.uint8)
     video.write_mp4(tmp_path / "video.mp4", pixels, fps)
     scaled = []

@@ -1,4 +1,4 @@
-"""What a training configuration refuses, and what it says."""
+"""Refusals of a training configuration, and their messages."""
 
 import dataclasses
 import re
@@ -56,7 +56,7 @@ def test_impossible_configurations_are_named(fields, message) -> None:
 
 
 def test_the_documented_commands_divide_their_batches() -> None:
-    """What docs and configurations tell people to type, on as many devices as they say."""
+    """Commands of docs and configurations, on as many devices as they say."""
     told = []
     for text in (ROOT / "docs" / "many-devices.md", *(ROOT / "configs").glob("*.py")):
         lines = re.sub(r"\s*\\?\n\s+", " ", text.read_text()).splitlines()

@@ -9,7 +9,7 @@ from framepack_jax.training import validation
 
 
 def losses_of(changed: dict[str, float]):
-    """Of a stand-in network: the number of a clip, more where a kernel's context is changed."""
+    """Losses of a stand-in network: the number of a clip, more if a kernel's context is changed."""
 
     def losses_at(batch, others, sigma, blank, other):
         assert not (other.any() and batch is others)

@@ -73,7 +73,7 @@ def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
 
 
 def jobs(tmp_path, line: str) -> VideoSpec | ValueError:
-    """What a jobs file of one line gives."""
+    """Return the jobs of a file of one line."""
     (tmp_path / "jobs.jsonl").write_text(line)
     base = {name: getattr(VideoSpec(), name) for name in SPEC_FIELDS}
     ((_, shot),) = read_jobs(tmp_path / "jobs.jsonl", base, tmp_path)

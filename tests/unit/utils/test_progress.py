@@ -31,7 +31,7 @@ def test_bars_in_a_log_are_lines(monkeypatch, terminal: bool) -> None:
 
 
 def test_lines_in_a_log_are_apart(monkeypatch) -> None:
-    """Of a bar that is quick only the last."""
+    """A quick bar has only the last line."""
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     assert list(progress.Bar(range(1000), desc="clips", mininterval=0)) == list(range(1000))

@@ -7,6 +7,7 @@ import time
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -312,8 +313,7 @@ def test_a_png_of_hdr_is_tone_mapped(tmp_path):
 
 
 def test_heic_is_read_by_its_profile(tmp_path):
-    heif = pytest.importorskip("pillow_heif")
-    heif.register_heif_opener()
+    pillow_heif.register_heif_opener()
     picture = swatches(as_written(P3, 2.2)).resize((160, 40), Image.Resampling.NEAREST)
     loaded = saved(tmp_path, picture, "a.heic", icc_profile=rgb_profile(P3, 2.2), quality=95)
     assert loaded.shape == (40, 160, 3)
