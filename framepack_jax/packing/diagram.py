@@ -43,7 +43,7 @@ def _table(schedule: Schedule, rows: int, columns: int) -> str:
         if isinstance(item, Context):
             segments = [(str(s), s.frames, s.kernel, "context") for s in item.segments]
         elif isinstance(item, Generate):
-            segments = [(str(item), item.frames, "k1", "made")]
+            segments = [(str(item), item.frames, "k1", "target")]
         else:
             lines.append(f"{item!s:>8}  {'left out' if isinstance(item, Skip) else 'older'}")
             continue
@@ -57,7 +57,7 @@ def _table(schedule: Schedule, rows: int, columns: int) -> str:
             )
     lines.append(f"{'total':>8}  {total} tokens, whatever the length of the video")
     lines.append(
-        f"{'':8}  = {total / frame:.2f} whole frames, {made} of them made; the paper's bound for"
+        f"{'':8}  = {total / frame:.2f} whole frames, {made} of them targets; the paper's bound for"
         f" endless history\n{'':8}  (halving with age, anchors not counted) is"
         f" {frame_bound(made):g}"
     )

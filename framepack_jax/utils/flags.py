@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -17,11 +18,15 @@ IN_HOME = re.compile(r"(?P<time>[^=/~]*=)?(?P<path>~.*)", re.DOTALL)
 
 def parse(kind: type[T], args: list[str] | None, prog: str, default: T | None = None) -> T:
     """Read the flags of a command, over `default` if given; exit with one line and code 1 if a
-    flag is no UTF-8 text."""
-    if default is None:
-        flags = tyro.cli(kind, prog=prog, args=args)
-    else:
-        flags = tyro.cli(kind, prog=prog, args=args, default=default)
+    flag is not UTF-8 text."""
+    try:
+        if default is None:
+            flags = tyro.cli(kind, prog=prog, args=args)
+        else:
+            flags = tyro.cli(kind, prog=prog, args=args, default=default)
+    except BrokenPipeError:  # the reader of --help has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     try:
         return tidied("", flags)
     except ValueError as error:
