@@ -51,10 +51,13 @@ def test_parts_of_a_batch_make_the_same_step(batches) -> None:
     for parts in (1, 2, 4):
         setup, begun, frozen = begin(changed(grad_accum_steps=parts))
         new, metrics = train_of(setup.cfg)(begun, Networks(frozen, {}), on(setup, batches[0]), RATE)
-        results.append((new.params, metrics.figures["losses"], metrics.figures["sigmas"]))
+        seen = metrics.figures["losses"], metrics.figures["sigmas"], metrics.grad_norm
+        results.append((new.params, *seen))
     for other in results[1:]:
         np.testing.assert_allclose(other[1], results[0][1], rtol=2e-5)
         np.testing.assert_allclose(other[2], results[0][2], rtol=1e-6)
+        # Adam does not see the size of the gradient; clipping does.
+        np.testing.assert_allclose(other[3], results[0][3], rtol=1e-4)
         # The first step of Adam is the sign of the gradient where that is large.
         assert largest_difference(other[0], results[0][0]) < 1e-3
 

@@ -188,3 +188,9 @@ def test_roles_that_do_not_fit(root) -> None:
     strange = Manifest({"vae": Role(**{**other, "kind": "gan"})}, (), (), "", packing.parse("g9"))
     with pytest.raises(BundleError, match="kind 'gan'"):
         bundle.role_config(strange, "vae")
+
+
+def test_names_of_bundles_in_the_package() -> None:
+    for name in bundle.BUILTIN_BUNDLES:
+        assert bundle.read_manifest(bundle.resolve(name)).roles
+    assert bundle.resolve("weights/mine") == "weights/mine"

@@ -1,11 +1,12 @@
 """Errors, sizes and the flag groups that the commands share."""
 
+import logging
 import subprocess
 import sys
 
 import pytest
 
-from framepack_jax.cli.common import MultihostFlags, cli_errors, parse_size
+from framepack_jax.cli.common import MultihostFlags, cli_errors, parse_size, show_log
 from framepack_jax.parallel.multihost import Terminated
 from tests.fixtures.paths import ROOT
 
@@ -64,3 +65,24 @@ def test_flags_are_read_without_jax() -> None:
     )
     program += "; assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_log_line_is_printed_once_if_a_library_logs_too(capsys) -> None:
+    library = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(library)
+    try:
+        show_log()
+        logging.getLogger("framepack_jax.jobs").info("3 sections are kept")
+    finally:
+        logging.getLogger().removeHandler(library)
+    assert capsys.readouterr() == ("3 sections are kept\n", "")
+
+
+def test_help_may_be_read_in_part() -> None:
+    """As by `| head -1`, which closes the pipe."""
+    command = [sys.executable, "-m", "framepack_jax", "sample", "--help"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, b"")
