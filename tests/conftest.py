@@ -52,13 +52,13 @@ def _use_cache(used: bool) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Drop what a file has compiled at its end, and note the most memory that the file took."""
+    """Drop what files have compiled once it is much, and note the most memory that each took."""
     memory.reset_peak()
     # Dry runs turn it off.
     _use_cache(True)
     yield
     request.config.stash[suite.PEAKS][suite.name_of(request.path)] = memory.peak()
-    memory.release()
+    memory.release_if_grown()
 
 
 @pytest.hookimpl(wrapper=True)

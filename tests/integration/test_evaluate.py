@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
 
 from framepack_jax.__main__ import main as framepack
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.toy import results, scenes
+from framepack_jax.toy import baselines, results, scenes, suites
 from framepack_jax.toy.evaluation import make_all
 from framepack_jax.toy.suites import Row, Suite
 
@@ -23,6 +24,7 @@ def mean(figures: list[scenes.Figures], name: str) -> float:
 def test_the_truth_is_itself_and_does_what_it_says() -> None:
     made = scenes.drift_cases(0, 8, 120, SIZE, "drift")
     truth = [scenes.drift_figures(case, case.truth()) for case in made]
+    # Of a sprite behind the wall nothing is said that could be looked for.
     assert mean(truth, "identity") > 0.97 and mean(truth, "caption") > 0.95
     frozen = [scenes.drift_figures(c, np.repeat(c.image[None], c.frames, 0)) for c in made]
     assert mean(frozen, "caption") < 0.6 and mean(frozen, "dynamics") < 1e-3
@@ -55,34 +57,93 @@ def test_of_two_motions_the_one_that_was_asked_for_is_found() -> None:
     assert mean(swapped, "match") == 0 and mean(swapped, "psnr") == 99
 
 
-def test_the_command_as_typed(tmp_path, capsys) -> None:
-    """Every part, every row, at toy size; the second time nothing is made again."""
-    flags = ["evaluate", "--bundle", "random", "--output", str(tmp_path / "out"), "--videos", "1",
-             "--seconds", "1.2", "--occlusion-videos", "0", "--prompt-pairs", "1",
-             "--pair-seconds", "1.2", "--size", "32x32", "--steps", "1"]  # fmt: skip
+def test_counterfactual_truth_matches_its_own_caption() -> None:
+    made = scenes.counterfactual_cases(0, 3, 73, SIZE, "prompts")
+    assert len(made) == 6 and {case.name for case in made} >= {"000a", "000b", "002b"}
+    for case, twin in zip(made[::2], made[1::2], strict=True):
+        assert case.scene.caption != twin.scene.caption and case.seed == twin.seed
+        np.testing.assert_array_equal(case.image, twin.image)
+        assert {case.shuffled, twin.shuffled}.isdisjoint((case.scene.caption, twin.scene.caption))
+        mine, others = case.truth(), twin.truth()
+        found = scenes.prompt_figures(case, mine)
+        assert found["match"] == 1 and found["psnr"] == 99 and found["dynamics"] > 0
+        assert scenes.prompt_figures(case, others)["match"] == 0
+        assert scenes.prompt_figures(twin, others)["match"] == 1
+
+
+def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys) -> None:
+    """As typed: every part and every row, at toy size."""
+    flags = [
+        "evaluate", "--bundle", "random", "--schedule", "f1k1_x_f16k4f2k2f1k1_g2",
+        "--size", "32x32", "--steps", "1", "--videos", "2", "--seconds", "0.6",
+        "--occlusion-videos", "2",
+        "--occlusion-seconds", "0.5", "--prompt-pairs", "1", "--pair-seconds", "0.3",
+        "--output", str(tmp_path),
+    ]  # fmt: skip
+    # Few shapes to compile: clips of 9 frames, 2 videos side by side.
+    monkeypatch.setattr(baselines, "CLIP_LATENTS", 2)
+    stopped, save = [], results.save
+
+    def stop_in_time(*args) -> None:
+        if len(stopped) == 12:
+            raise KeyboardInterrupt
+        stopped.append(args[1])
+        save(*args)
+
+    monkeypatch.setattr(results, "save", stop_in_time)
+    with pytest.raises(SystemExit) as ended:
+        framepack(flags)
+    assert ended.value.code == 130
+    assert "interrupted; run the same command again to resume" in capsys.readouterr().err
+    assert not (tmp_path / "report.md").exists()
+    monkeypatch.setattr(results, "save", lambda *args: (stopped.append(args[1]), save(*args)))
     framepack(flags)
-    report = (tmp_path / "out" / "report.md").read_text()
-    for row in (
-        "ground truth",
-        "VAE reconstruction",
-        "frozen first frame",
-        "repeated short",
-        "random",
-    ):
-        assert f"{row}" in report
-    assert json.loads((tmp_path / "out" / "report.json").read_text())
-    assert list((tmp_path / "out" / "plots").glob("*.png"))
-    assert list((tmp_path / "out" / "sheets").glob("*.png"))
-    videos = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npz")}
-    assert len(videos) > 8
+    # Drift: 4 references and the model, twice; forgetting: also without k2, k4, both; prompts: also
+    # the control.
+    assert len(stopped) == 2 * 5 + 2 * 8 + 2 * 6
+    found = json.loads((tmp_path / "report.json").read_text())
+    name = "random f1k1_x_f16k4f2k2f1k1_g2"
+    titles = [table["title"] for table in found["tables"]]
+    assert [title.split()[0] for title in titles] == [
+        "Over",
+        "Drift",
+        "Forgetting:",
+        "Counterfactual",
+    ]
+    for table in found["tables"]:
+        assert {*suites.REFERENCES, name} <= set(table["rows"])
+        assert all(set(cells) == set(table["columns"]) for cells in table["rows"].values())
+    assert f"{name}, without k2 and k4" in found["tables"][2]["rows"]
+    frozen = found["tables"][0]["rows"][suites.FROZEN]
+    assert frozen["dynamics"] == {"mean": 0.0, "error": 0.0, "videos": 2}
+    text = (tmp_path / "report.md").read_text()
+    for picture in re.findall(r"\]\((.+?\.png)\)", text):
+        assert (tmp_path / picture).exists()
+    assert f"Against {name}, the frozen first frame is better in" in text
+
+    for row in ("ground truth", "VAE reconstruction", "frozen first frame", "repeated short"):
+        assert row in text
+    assert list((tmp_path / "sheets").glob("*.png"))
+    figures = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npz")}
+    assert len(figures) > 30
+
+    def refuse(*args):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(results, "save", refuse)
     framepack(flags)
-    again = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npz")}
-    assert again == videos and (tmp_path / "out" / "report.md").read_text() == report
+    again = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npz")}
+    assert again == figures and (tmp_path / "report.md").read_text() == text
+    monkeypatch.setattr(results, "save", save)
     # Videos of another length are others.
-    framepack([*flags, "--videos", "0", "--pair-seconds", "2.4"])
-    assert list((tmp_path / "out" / "videos" / "prompts_2.4s").rglob("*.npz"))
-    with pytest.raises(SystemExit, match="steps"):
-        framepack([*flags[:-1], "2"])
+    only_pairs = ["--videos", "0", "--occlusion-videos", "0", "--pair-seconds", "0.6"]
+    framepack([*flags, *only_pairs])
+    assert list((tmp_path / "videos" / "prompts_0.6s").rglob("*.npz"))
+    with pytest.raises(SystemExit, match="steps = 1 there, 2 here"):
+        framepack([*flags, "--steps", "2"])
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(SystemExit, match="not empty"):
+        framepack(flags)
 
 
 def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:

@@ -101,9 +101,9 @@ def test_muon_of_matrices_is_that_of_optax() -> None:
         {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
         for _ in range(3)
     ]
-    state_ = tx.init(unflatten_dict(draws[0]))
+    state_, update = tx.init(unflatten_dict(draws[0])), jax.jit(tx.update)
     for grads in draws:
-        updates, state_ = tx.update(unflatten_dict(grads), state_)
+        updates, state_ = update(unflatten_dict(grads), state_)
     found = flatten_dict(updates)
 
     def alone(matrices: list[np.ndarray], expected: optax.GradientTransformation) -> np.ndarray:
@@ -112,8 +112,13 @@ def test_muon_of_matrices_is_that_of_optax() -> None:
             updates, state_ = expected.update({"kernel": matrix}, state_, {"kernel": matrix})
         return -np.asarray(updates["kernel"])
 
-    muon = optax.contrib.muon(1.0, beta=0.9, consistent_rms=0.2)
-    adam = optax.adam(1.0, 0.9, 0.99, 1e-8)
+    muon, adam = (
+        optax.GradientTransformation(tx.init, jax.jit(tx.update))
+        for tx in (
+            optax.contrib.muon(1.0, beta=0.9, consistent_rms=0.2),
+            optax.adam(1.0, 0.9, 0.99, 1e-8),
+        )
+    )
 
     def check(path: tuple[str, ...], at: Any, matrix: tuple[int, int] | None) -> None:
         taken = [grads[path][at] for grads in draws]
