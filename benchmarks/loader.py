@@ -85,8 +85,8 @@ def write(folder: Path, flags: LoaderBenchmark) -> int:
 
     made = ((packed(number), length) for number in range(flags.clips))
     shards = records.write_shards(folder, (height, width), made)
-    records.write_empty(folder, arrays[0][:3], arrays[1])
-    records.write_index(folder, Index("latents", tuple(shards), {}, 30.0, 4, 8, 16))
+    empty = records.write_empty(folder, arrays[0][:3], arrays[1])
+    records.write_index(folder, Index("latents", tuple(shards), {}, 30.0, 4, 8, 16, empty))
     return len(packed(0))
 
 

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
+from framepack_jax.bundle import contexts
 from framepack_jax.bundle.manifest import (
     ROLES,
     BundleError,
@@ -262,7 +263,8 @@ def _opened(
     _, cfg = role_config(manifest, name)
     path = _present(root, manifest, name)
     expected = registry.abstract_leaves(manifest.roles[name].kind, cfg)
-    tree = ocp.metadata(path).metadata
+    with contexts.reading():
+        tree = ocp.metadata(path).metadata
     stored = {"/".join(key): leaf for key, leaf in flatten_dict(tree).items()}
     if problems := _differences(expected, stored):
         raise BundleError(f"bundle {root}: {name} does not fit its config: {problems}")
@@ -299,11 +301,9 @@ def _load(
 
     Raises BundleError.
     """
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
     tree = unflatten_dict({tuple(key.split("/")): leaf for key, leaf in wanted.items()})
     try:
-        with context:
+        with contexts.reading():
             loaded = flatten_dict(ocp.load(path, tree))
     except Exception as error:  # orbax raises many types, by what is damaged
         line = first_line(error)

@@ -1,7 +1,9 @@
 """Write the parameters of a network into a bundle, a few leaves at a time."""
 
 import hashlib
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +11,9 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.experimental import v1 as ocp
 
+from framepack_jax.bundle import contexts
 from framepack_jax.bundle.manifest import absolute
+from framepack_jax.utils import storage
 from framepack_jax.utils.prefetch import prefetch
 
 # Bytes of one partial save; each save lists all leaves that are saved already.
@@ -28,16 +32,30 @@ def write_params(path: epath.PathLike, leaves: Iterable[tuple[str, np.ndarray]])
 
     The next leaves are made while earlier ones are hashed and written. Memory holds about twice
     `WRITE_CHUNK` bytes of arrays and `AHEAD` leaves. The checkpoint appears at `path` when it is
-    complete.
+    complete. In an object store and on its mount, where a folder cannot be renamed, it is copied
+    there from a temporary folder.
     """
     path = absolute(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if storage.renames_folders(path.parent):
+        return _write(path, leaves)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / path.name
+        written = _write(epath.Path(local), leaves)
+        if path.exists():
+            path.rmtree()
+        storage.copy_tree(local, path)
+    return written
+
+
+def _write(path: epath.Path, leaves: Iterable[tuple[str, np.ndarray]]) -> Written:
+    """Write a checkpoint where folders can be renamed."""
     partial = path.parent / f"{path.name}.partial_save"
     for leftover in (path, partial):
         if leftover.exists():
             leftover.rmtree()
-    path.parent.mkdir(parents=True, exist_ok=True)
     written, held, size, digest = 0, {}, 0, hashlib.sha256()
-    with _uncompressed():
+    with contexts.writing():
         writing = None
         try:
             for name, array in prefetch(leaves):
@@ -72,11 +90,3 @@ class _Settled(np.ndarray):
 def _finish(writing: Any) -> None:
     if writing is not None:
         writing.result()
-
-
-def _uncompressed() -> ocp.Context:
-    """Return an orbax context without compression, which would take three times as long as writing
-    and hardly shrinks weights."""
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    return context

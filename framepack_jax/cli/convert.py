@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes
 
@@ -16,6 +16,7 @@ from framepack_jax.conversion.request import (
     long_dtype,
 )
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Convert:
     bundle of this package by its name (tiny, random).
     """
 
-    output: str
+    output: Annotated[str, IN_STORES]
     """Folder of the new bundle."""
     dtype: Dtype | None = None
     """Stored type of all weights; default: the type in the checkpoint. int8 and float8_e4m3fn (fp8)

@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from framepack_jax.cli.common import ALONE, MultihostFlags
 from framepack_jax.jobs.spec import ComputeOptions
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Decode:
 
     folder: Annotated[Path, Positional]
     """Run folder."""
-    bundle: str | None = None
+    bundle: Annotated[str | None, IN_STORES] = None
     """The run's bundle, if it has moved."""
     compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
     """Devices and memory; by default those of the run."""

@@ -3,13 +3,14 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from framepack_jax.cli.common import FAILURES, RESUME, cli_errors, configure_jax, parse_size
 from framepack_jax.utils import extras
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 if TYPE_CHECKING:
     from framepack_jax.toy.evaluation import EvaluationConfig
@@ -28,7 +29,7 @@ class Evaluate:
     videos/. Run the same command again to resume an interrupted evaluation. Needs the extra [eval].
     """
 
-    bundle: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    bundle: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], IN_STORES] = ()
     """Bundle to evaluate; tiny is part of this package. Give it several times for several bundles.
     The references use the VAE of the first bundle, and its model for the chained short clips."""
     schedule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

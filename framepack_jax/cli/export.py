@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from framepack_jax.cli.common import cli_errors
 from framepack_jax.conversion.request import Dtype, long_dtype
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Export:
 
     target: Annotated[Path, Positional]
     """A .safetensors file; or a folder for from_pretrained of diffusers and transformers."""
-    bundle: str | None = None
+    bundle: Annotated[str | None, IN_STORES] = None
     """The bundle: a folder, or a bundle of this package by its name."""
     role: Literal["transformer", "vae", "text_encoder_2", "image_encoder"] = "transformer"
     """The network to write."""

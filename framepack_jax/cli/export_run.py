@@ -7,6 +7,7 @@ import tyro
 
 from framepack_jax.cli.common import cli_errors
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +16,11 @@ class ExportRun:
 
     run: Annotated[str, tyro.conf.Positional]
     """RUN or RUN@STEP; default: the newest checkpoint."""
-    output: str | None = None
+    output: Annotated[str | None, IN_STORES] = None
     """Folder of the bundle, or of the LoRA files: lora.safetensors with the tensor names of
     diffusers, and lora_original.safetensors with those of other programs. A .safetensors file gets
     the names of diffusers. Default: RUN/bundle."""
-    bundle: str | None = None
+    bundle: Annotated[str | None, IN_STORES] = None
     """The bundle that the run was trained from, if it has moved."""
     weights: Literal["auto", "average", "last"] = "auto"
     """Export the moving average of the parameters, or the parameters of the step; auto: the average

@@ -4,7 +4,7 @@ import dataclasses
 import sqlite3
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,6 +19,7 @@ from framepack_jax.cli.common import (
 )
 from framepack_jax.data.filters import Thresholds
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 if TYPE_CHECKING:
     from framepack_jax.data.prepare import PrepareConfig
@@ -45,7 +46,7 @@ class Prepare:
     to the manifest; "caption", one or a list, optional if NAME.txt exists; "start" and "end" in
     seconds, optional. Column names of other trainers work too (video_path, file_name, path; text,
     prompt). A video with several captions gives one record for each."""
-    bundle: str
+    bundle: Annotated[str, IN_STORES]
     """Bundle to be trained, whose encoders are used; tiny is part of this package."""
     output: Path
     """Folder of the dataset."""

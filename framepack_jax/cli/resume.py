@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from framepack_jax.cli.common import ALONE, MultihostFlags
 from framepack_jax.jobs.spec import ComputeOptions
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Resume:
 
     folder: Annotated[Path, Positional]
     """Run folder."""
-    bundle: str | None = None
+    bundle: Annotated[str | None, IN_STORES] = None
     """The run's bundle, if it has moved."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and computation; default: that of the run."""

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from framepack_jax.cli.common import cli_errors
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import IN_STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Verify:
 
     source: Annotated[Path, Positional]
     """A checkpoint, a diffusers pipeline folder, or a repository of the Hugging Face hub."""
-    bundle: Annotated[str, Positional]
+    bundle: Annotated[str, IN_STORES, Positional]
     """A bundle: a folder, or a bundle of this package by its name."""
     prefix: str | None = None
     """Prefix of the tensors to compare if the checkpoint holds several sets of weights of one

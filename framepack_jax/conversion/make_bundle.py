@@ -14,6 +14,7 @@ from framepack_jax.conversion.engine import ConversionJob
 from framepack_jax.conversion.memory import keep_freed_memory
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
+from framepack_jax.utils.paths import is_remote
 from framepack_jax.utils.progress import byte_bar
 
 
@@ -33,13 +34,15 @@ def make_bundle(request: BundleRequest) -> Manifest:
     if shared and request.encoders_from:
         kept = [role for role in shared.roles if role not in paths]
         bundle.check_present(request.encoders_from, kept)
-        read += [Path(request.encoders_from) / role.path for role in shared.roles.values()]
+        output_folder.check_reference(request.output, request.encoders_from)
+        if not is_remote(request.encoders_from):
+            read += [Path(request.encoders_from) / role.path for role in shared.roles.values()]
     output_folder.check_outside(request.output, read)
     schedule = sources.schedule_of(request, origins.get("transformer"), paths, shared)
     jobs = assembly.fit_networks(request, paths, schedule, shared)
     folders = sources.tokenizer_folders(request, paths, jobs)
     manifest = assembly.assemble_manifest(request, schedule, jobs, shared, origins)
-    output_folder.check_space(request.output, sum(j.nbytes(request.dtype) for j in jobs.values()))
+    output_folder.check_space(request.output, [j.nbytes(request.dtype) for j in jobs.values()])
     return _write(request, output, manifest, jobs, folders)
 
 

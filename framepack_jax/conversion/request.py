@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from framepack_jax.utils.paths import IN_STORES
 
 Dtype = Literal[
     "float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"
@@ -35,7 +37,7 @@ class Networks:
     """CLIP-L text model, file or folder."""
     image_encoder: Path | None = None
     """SigLIP vision model, file or folder."""
-    encoders_from: str | None = None
+    encoders_from: Annotated[str | None, IN_STORES] = None
     """A bundle that provides all networks that are not given. The new bundle refers to them and
     does not copy them."""
     prefix: str | None = None

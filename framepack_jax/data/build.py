@@ -1,6 +1,7 @@
 """Write a dataset from cached clips: apply thresholds, write shards by bucket and tables.
 
-The new dataset is written beside the existing one and replaces it when it is complete. Accepted and
+The new dataset is written beside the existing one, which it replaces when it is complete. Only
+files are renamed, the index last, so that a dataset is readable at every moment. Accepted and
 rejected clips are kept in a temporary database on disk, so that memory does not grow with their
 number.
 """
@@ -34,11 +35,8 @@ MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"
 VIDEOS, VIDEOS_BEFORE = "videos.jsonl", "videos.json"
 SHEETS = ("accepted.png", "rejected.png")
 SHEET_CLIPS = 24
-# In the order of writing; the index is last and marks the dataset as complete.
-PARTS = (
-    records.SHARDS, records.EMPTY, VIDEOS_BEFORE, VIDEOS, MANIFEST, REJECTED, *SHEETS,
-    records.INDEX,
-)  # fmt: skip
+# Beside the shards, in the order of writing; the index comes last.
+PARTS = (VIDEOS_BEFORE, VIDEOS, MANIFEST, REJECTED, *SHEETS, records.INDEX)
 TABLES = """
 PRAGMA journal_mode = OFF;
 CREATE TABLE clips (
@@ -153,8 +151,7 @@ def pack(
     """
     folder = Path(folder)
     new = folder / records.NEW
-    if new.exists():
-        shutil.rmtree(new)
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
         with contextlib.closing(Judged(folder, index)) as judged:
@@ -163,28 +160,27 @@ def pack(
             _write_videos(new, source, listing)
             shards = []
             for bucket in judged.buckets():
-                shards += records.write_shards(new, bucket, _stored(judged, bucket))
-            records.write_empty(new, *empty)
+                shards += records.write_shards(folder, bucket, _stored(judged, bucket))
+            name = records.write_empty(folder, *empty)
             _write_sheets(new, judged)
-            records.write_index(new, dataclasses.replace(index, shards=tuple(shards)))
-            _swap(folder, new)
+            records.write_index(new, dataclasses.replace(index, shards=tuple(shards), empty=name))
+            _move(new, folder)
             return judged.packed(listing)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        # Of the old dataset once the new one is complete, else of the new one. A damaged index
+        # names no files: none is removed.
+        with contextlib.suppress(OSError, DatasetError):
+            records.remove_unlisted(folder)
 
 
-def _swap(folder: Path, new: Path) -> None:
-    """Move the parts of a dataset from `new` to `folder`, replacing those there. The old index is
-    removed first and the new one comes last: an interrupted move leaves no dataset, until the
-    command runs again."""
-    old = new / "old"
-    old.mkdir()
-    for name in reversed(PARTS):
-        if (folder / name).exists():
-            (folder / name).rename(old / name)
+def _move(new: Path, folder: Path) -> None:
+    """Move the tables and the index of a dataset to its folder; remove tables that it lacks."""
     for name in PARTS:
         if (new / name).exists():
-            (new / name).rename(folder / name)
+            (new / name).replace(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 class Judged:

@@ -220,7 +220,7 @@ def open_loader(
     checks.check_lengths(folder, index, max(schedule.window, *cfg.windows, 1))
     holdout.check_holdout(folder, index, cfg.holdout)
     if cfg.text_tokens < MAX_PROMPT_TOKENS:
-        empty = len(records.read_empty(folder)[0]) if cfg.caption_dropout else 0
+        empty = len(records.read_empty(folder, index)[0]) if cfg.caption_dropout else 0
         checks.check_captions(folder, index, cfg.text_tokens, empty)
     checks.check_sources(folder, index)
     packing.plan(schedule, 1)

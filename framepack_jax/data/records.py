@@ -1,9 +1,12 @@
 """Prepared clips on disk: one record a clip, in ArrayRecord shards by bucket.
 
     dataset.json                 the index below, written last: a folder without it is not a dataset
-    empty.safetensors            the empty prompt's states, for caption dropout
-    shards/480x832-00000.arrayrecord   records, "group_size:1,uncompressed"
-    dataset.new/                 the next dataset, which replaces this one when it is complete
+    shards/480x832-00000-DIGEST.arrayrecord   records, "group_size:1,uncompressed"
+    shards/empty-DIGEST.safetensors           the empty prompt's states, for caption dropout
+    dataset.new/                 tables of the next dataset
+
+Names of files contain a digest of their content, so that the files of the next dataset lie beside
+those of this one until its index replaces this index. Older datasets have names without a digest.
 
 A record is a safetensors blob, so that its arrays are views of the bytes that were read. Sections
 are cut from clips when training: one dataset serves every schedule and latent window.
@@ -26,7 +29,7 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from framepack_jax.utils.files import atomic_write
+from framepack_jax.utils.files import atomic_write, partial_file, publish
 from framepack_jax.utils.messages import first_line
 
 FORMAT = 2
@@ -95,10 +98,10 @@ class Record(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of records of one bucket: its name, and the bucket in pixels.
+    """A file of records of one bucket: its name without the digest, and the bucket in pixels.
 
     For each record it lists the latent frames, the digest of the video's name, and the tokens of
-    the caption (missing in older datasets).
+    the caption (missing in older datasets). `digest` is that of the records, "" in older datasets.
     """
 
     file: str
@@ -108,6 +111,12 @@ class Shard:
     videos: tuple[str, ...]
     # Excluded from the repr, which identifies a dataset.
     tokens: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    digest: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def path(self) -> str:
+        """Place of the file in the dataset."""
+        return f"{SHARDS}/{_with_digest(self.file, self.digest)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +124,7 @@ class Index:
     """The content of `dataset.json`.
 
     `fingerprint` holds every setting that determines the records: hashes of the VAE and the
-    encoders, tiling, prompt template, frame rate, buckets.
+    encoders, tiling, prompt template, frame rate, buckets. `empty` is the file of the empty prompt.
     """
 
     mode: Literal["latents", "pixels"]
@@ -125,6 +134,7 @@ class Index:
     time_compression: int
     space_compression: int
     channels: int
+    empty: str = EMPTY
 
     @property
     def clips(self) -> int:
@@ -179,36 +189,55 @@ def write_shards(
     records = iter(records)
     while (first := next(records, None)) is not None:
         file = f"{bucket[0]}x{bucket[1]}-{len(shards):05d}.arrayrecord"
-        lengths, videos, tokens = _write_shard(Path(folder) / SHARDS / file, first, records)
-        shards.append(Shard(file, *bucket, lengths, videos, tokens))
+        shards.append(_write_shard(Path(folder), file, bucket, itertools.chain([first], records)))
     return shards
 
 
 def _write_shard(
-    path: Path, first: tuple[bytes, int], rest: Iterator[tuple[bytes, int]]
-) -> tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]:
-    """Write records until the shard is full. Return their lengths, the digests of their videos and
-    the tokens of their captions."""
+    folder: Path, file: str, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
+) -> Shard:
+    """Write records until the shard is full."""
+    path = folder / SHARDS / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    lengths, videos, tokens, size = [], [], [], 0
+    lengths, videos, tokens, size, digest = [], [], [], 0, hashlib.sha256()
     try:
-        with (
-            atomic_write(path) as partial,
-            contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer,
-        ):
-            for data, length in itertools.chain([first], rest):
-                writer.write(data)
-                lengths.append(length)
-                record = unpack(data)
-                videos.append(hashlib.sha256(record.clip.video.encode()).hexdigest()[:16])
-                tokens.append(len(record.text))
-                size += len(data)
-                if size >= SHARD_BYTES:
-                    break
+        with partial_file(path) as partial:
+            with contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer:
+                for data, length in records:
+                    writer.write(data)
+                    digest.update(data)
+                    lengths.append(length)
+                    record = unpack(data)
+                    videos.append(hashlib.sha256(record.clip.video.encode()).hexdigest()[:16])
+                    tokens.append(len(record.text))
+                    size += len(data)
+                    if size >= SHARD_BYTES:
+                        break
+            name = digest.hexdigest()[:16]
+            publish(partial, path.with_name(_with_digest(file, name)))
     except RuntimeError as error:
         line = first_line(error)
         raise OSError(f"{path} cannot be written ({line}); is the disk full?") from error
-    return tuple(lengths), tuple(videos), tuple(tokens)
+    return Shard(file, *bucket, tuple(lengths), tuple(videos), tuple(tokens), name)
+
+
+def _with_digest(file: str, digest: str) -> str:
+    stem, _, suffix = file.rpartition(".")
+    return f"{stem}-{digest}.{suffix}" if digest else file
+
+
+def remove_unlisted(folder: Path) -> None:
+    """Remove the files of earlier or unfinished datasets, which the index does not name."""
+    folder = Path(folder)
+    kept: set[str] = set()
+    if (folder / INDEX).exists():
+        index = read_index(folder)
+        kept = {index.empty, *(shard.path for shard in index.shards)}
+    if EMPTY not in kept:
+        (folder / EMPTY).unlink(missing_ok=True)
+    for file in (folder / SHARDS).iterdir() if (folder / SHARDS).exists() else ():
+        if f"{SHARDS}/{file.name}" not in kept:
+            file.unlink()
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -241,10 +270,10 @@ def read_index(folder: Path) -> Index:
         index = Index(shards=tuple(shards), **fields)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is damaged ({error}); prepare the dataset again") from error
-    if missing := [s.file for s in index.shards if not (folder / SHARDS / s.file).exists()]:
+    if missing := [s.path for s in index.shards if not (folder / s.path).exists()]:
         raise DatasetError(
-            f"dataset {folder} lacks {len(missing)} of its shards, as {SHARDS}/{missing[0]}; copy"
-            " them, or prepare it again"
+            f"dataset {folder} lacks {len(missing)} of its shards, as {missing[0]}; copy them, or"
+            " prepare it again"
         )
     return index
 
@@ -254,18 +283,24 @@ def _shard(fields: Mapping[str, Any]) -> Shard:
     return Shard(**values)
 
 
-def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> None:
-    """Write the states (n, D) and (D,) of the empty prompt."""
-    stored = {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
-    with atomic_write(Path(folder) / EMPTY) as partial:
-        partial.write_bytes(safetensors.numpy.save(stored))
+def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> str:
+    """Write the states (n, D) and (D,) of the empty prompt; return the name of the file."""
+    data = safetensors.numpy.save(
+        {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
+    )
+    name = f"{SHARDS}/{_with_digest(EMPTY, hashlib.sha256(data).hexdigest()[:16])}"
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_bytes(data)
+    return name
 
 
-def read_empty(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_empty(folder: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
     """Read the states (n, D) and (D,) of the empty prompt. Raises DatasetError."""
-    file = Path(folder) / EMPTY
+    file = Path(folder) / index.empty
     if not file.exists():
-        raise DatasetError(f"dataset {folder} lacks {EMPTY}; prepare it again")
+        raise DatasetError(f"dataset {folder} lacks {index.empty}; prepare it again")
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -286,7 +321,7 @@ class VideoSource:
     def __getitem__(self, number: int) -> Record:
         """Read a record. Raises DatasetError that names a damaged shard."""
         shard, i = self._places[number]
-        path = self.folder / SHARDS / self.shards[shard].file
+        path = self.folder / self.shards[shard].path
         with _named(path, i):
             reader = _reader(str(path))
             if reader.num_records() != len(self.shards[shard].lengths):
@@ -300,7 +335,7 @@ class VideoSource:
     def place(self, number: int) -> str:
         """Return the shard and place of a record."""
         shard, i = self._places[number]
-        return f"{SHARDS}/{self.shards[shard].file}, record {i}"
+        return f"{self.shards[shard].path}, record {i}"
 
     def __repr__(self) -> str:
         # Grain stores this in its state, so it must not depend on the folder of the dataset.

@@ -77,7 +77,7 @@ class Samples:
 
     @functools.cached_property
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
-        return records.read_empty(self.folder)
+        return records.read_empty(self.folder, self.index)
 
     def __getstate__(self) -> dict[str, Any]:
         # Leave out the cached properties: open files cannot be sent to other processes.

@@ -7,7 +7,9 @@ run hold all fields of a `VideoSpec` side by side.
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from framepack_jax.utils.paths import IN_STORES
 
 if TYPE_CHECKING:
     from framepack_jax.generation.pipeline import Settings
@@ -130,7 +132,7 @@ SPEC_FIELDS = {field.name: field for field in dataclasses.fields(VideoSpec)}
 class ModelOptions:
     """Weights and adapters."""
 
-    bundle: str | None = None
+    bundle: Annotated[str | None, IN_STORES] = None
     """Folder made by convert_weights.py, or a built-in bundle: tiny, for 128x128 pixels of the toy
     world, or random, which is untrained."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -10,6 +10,7 @@ import tyro
 from framepack_jax.data.config import DataConfig
 from framepack_jax.utils import fields
 from framepack_jax.utils.fields import Range
+from framepack_jax.utils.paths import IN_STORES
 
 MAX_STEPS, MAX_SEED = 10**9, 2**32 - 1
 Positive = Annotated[int, Range(at_least=1, at_most=MAX_STEPS)]
@@ -112,7 +113,7 @@ class CheckpointConfig:
 class RunConfig:
     """Settings of a training run, of any task."""
 
-    bundle: str = ""
+    bundle: Annotated[str, IN_STORES] = ""
     """The bundle to start from."""
     output: str = ""
     """Folder of the run: checkpoints, logs, validation results."""
@@ -146,7 +147,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """Settings of training a transformer on packed sections."""
 
-    bundle: str = ""
+    bundle: Annotated[str, IN_STORES] = ""
     """The bundle whose transformer is trained. Its other networks made the dataset, and decode
     validation videos."""
     init: str = "bundle"

@@ -29,6 +29,7 @@ from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.metrics import LOG
 from framepack_jax.utils import fields
+from framepack_jax.utils.paths import is_remote
 
 # Folders of a bundle with files of the transformers library.
 ASSETS = ("tokenizer", "tokenizer_2", "image_processor")
@@ -171,7 +172,8 @@ def write_bundle(
     """Write a bundle that replaces one network of the bundle at `bundle_path`.
 
     `role` gets the weights `leaves` of `network` (kind, config) with the origin `source`. The other
-    networks are linked to, or copied with `copy`. `manifest` is written last, so that an unfinished
+    networks are linked to, or copied with `copy`; a bundle in an object store has copies of those
+    on a disk. `manifest` is written last, so that an unfinished
     bundle has none.
     """
     (target / bundle.MANIFEST).unlink(missing_ok=True)
@@ -182,7 +184,7 @@ def write_bundle(
         path = epath.Path(bundle_path) / other.path
         if name == role:
             roles[name] = bundle.Role(*network, name, source | written._asdict())
-        elif copy:
+        elif copy or (is_remote(target) and not is_remote(path)):
             _copy(path, target / name)
             roles[name] = dataclasses.replace(other, path=name)
         else:

@@ -1,7 +1,7 @@
 """Settings of training a VAE; filled in and overridden as in `config`."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from framepack_jax.training.config import (
     CheckpointConfig,
@@ -13,6 +13,7 @@ from framepack_jax.training.config import (
     RunConfig,
 )
 from framepack_jax.utils import fields
+from framepack_jax.utils.paths import IN_STORES
 
 Trainable = Literal["all", "decoder"]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="cosine", weight_decay=0.0)
@@ -23,7 +24,7 @@ CHECKPOINTS = CheckpointConfig(every=250)
 class VaeTrainConfig(RunConfig):
     """Settings of training a VAE on a folder of videos."""
 
-    bundle: str = ""
+    bundle: Annotated[str, IN_STORES] = ""
     """The bundle whose VAE is trained. The new bundle has its other networks."""
     videos: str = ""
     """Folder of videos."""

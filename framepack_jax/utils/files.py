@@ -2,34 +2,53 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 
+from framepack_jax.utils.paths import is_remote
+
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path to write to; it becomes `path` at the end, and is removed on an error."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.part")
+def atomic_write(path: epath.PathLike) -> Iterator[Path]:
+    """Yield a local path to write to; it becomes `path` at the end, and is removed on an error."""
+    with partial_file(path) as partial:
+        yield partial
+        publish(partial, path)
+
+
+@contextlib.contextmanager
+def partial_file(path: epath.PathLike) -> Iterator[Path]:
+    """Yield a local path to write to, which `publish` can move to `path` or a file beside it; it is
+    removed at the end."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / epath.Path(path).name
+        return
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.part")
     try:
         yield partial
-        # Data before the name: after a power cut, the file is the whole new one or the old one.
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def publish(partial: Path, path: epath.PathLike) -> None:
+    """Make a written file `path`. An object of an object store appears whole."""
+    if is_remote(path):
+        with open(partial, "rb") as source, epath.Path(path).open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 24)
+        return
+    # Data before the name: after a power cut, the file is the whole new one or the old one.
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 def atomic_write_text(path: epath.PathLike, text: str) -> None:
     """Write a text file atomically, on a disk or in an object store."""
-    if "://" not in str(path):
-        with atomic_write(path) as partial:
-            partial.write_text(text)
-        return
-    target = epath.Path(path)
-    partial_object = target.parent / f"{target.name}.part"
-    partial_object.write_text(text)
-    partial_object.replace(target)
+    with atomic_write(path) as partial:
+        partial.write_text(text)

@@ -43,7 +43,8 @@ def test_a_run_says_what_it_will_do(damaged) -> None:
 def test_a_clip_that_cannot_be_read_is_replaced_and_named(place, damaged) -> None:
     """One more than may be ends the run with a checkpoint; it goes on as if it never had ended."""
     folder, whole, number, out = damaged
-    name = f"{folder}/shards/32x48-00000.arrayrecord, record {number}, cannot be read"
+    path = read_index(folder).shards[0].path
+    name = f"{folder}/{path}, record {number}, cannot be read"
     assert f"clips that could not be read and were replaced: {name}" in out
     seen = [step for step, line in log_of(whole).items() if line.get("unread_clips") == 1]
     assert seen == list(range(seen[0], STEPS + 1))
