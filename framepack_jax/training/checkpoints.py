@@ -19,8 +19,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from framepack_jax import bundle
+from framepack_jax.parallel import multihost
 from framepack_jax.training.config import CheckpointConfig
 from framepack_jax.training.state import TrainState
+from framepack_jax.utils import storage
 from framepack_jax.utils.files import atomic_write_text
 from framepack_jax.utils.messages import first_line
 
@@ -41,17 +43,26 @@ class RunError(ValueError):
 
 
 def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager:
-    """Open the checkpoints of a run; the caller closes the manager."""
+    """Open the checkpoints of a run; the caller closes the manager. All processes call this."""
+    folder = bundle.absolute(run) / FOLDER
+    marked = multihost.on_primary(_is_marked, folder)
+    mode = ocp.options.AtomicityMode.COMMIT_FILE if marked else ocp.options.AtomicityMode.AUTO
     options = ocp.CheckpointManagerOptions(
+        atomicity_options=ocp.options.AtomicityOptions(mode=mode),
         max_to_keep=cfg.keep,
         keep_period=cfg.keep_every or None,
         enable_async_checkpointing=True,
         # Remove incomplete checkpoints of a killed run.
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(
-        bundle.absolute(run) / FOLDER, options=options, item_names=("state", "data")
-    )
+    return ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
+
+
+def _is_marked(folder: epath.Path) -> bool:
+    """Return whether complete checkpoints in a folder are marked by a file. Elsewhere their folder
+    is renamed, which mounts of object stores refuse."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return not storage.renames_folders(folder)
 
 
 def save(
@@ -187,7 +198,16 @@ def steps_of(run: epath.PathLike) -> list[int]:
     folder = epath.Path(run) / FOLDER
     if not folder.exists():
         return []
-    return sorted(ocp.path.step.checkpoint_steps(folder))
+    return sorted(
+        step for step in ocp.path.step.checkpoint_steps(folder) if _committed(folder, step)
+    )
+
+
+def _committed(folder: epath.Path, step: int) -> bool:
+    """Return whether a checkpoint is complete, however it is marked."""
+    metadata = folder / str(step) / "_CHECKPOINT_METADATA"
+    # Early versions of orbax wrote none, and renamed the folder of a complete checkpoint.
+    return not metadata.exists() or bool(json.loads(metadata.read_text())["commit_timestamp_nsecs"])
 
 
 def parse_run(text: str) -> tuple[str, int]:

@@ -1,12 +1,17 @@
 """Records of training runs, of every format version."""
 
+import contextlib
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 
 from framepack_jax.training import checkpoints, export
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import NoiseSchedule, TrainConfig
+from framepack_jax.training.config import CheckpointConfig, NoiseSchedule, TrainConfig
 
 
 def test_a_record_of_format_1_opens(tmp_path) -> None:
@@ -36,3 +41,29 @@ def test_a_record_of_a_later_version_is_named(tmp_path) -> None:
     checkpoints.write_record(tmp_path, {"format": checkpoints.FORMAT + 1, "config": {}})
     with pytest.raises(RunError, match=rf"run.json has format {checkpoints.FORMAT + 1}"):
         checkpoints.read_record(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["mount", "bucket"])
+def test_checkpoints_where_folders_cannot_be_renamed(place, request) -> None:
+    """They are marked as complete by a file; those of a killed run have none."""
+    run = epath.Path(request.getfixturevalue(place)) / "run"
+    state = {"x": jnp.arange(6.0), "y": {"z": jnp.ones((2, 3))}}
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    with contextlib.closing(checkpoints.manager(run, CheckpointConfig(keep=2))) as manager:
+        for step in (1, 2, 3):
+            checkpoints.save(manager, step, state, {"at": step})
+        checkpoints.wait(manager)
+    assert checkpoints.steps_of(run) == [2, 3]
+    killed, metadata = run / checkpoints.FOLDER / "4", "_CHECKPOINT_METADATA"
+    killed.mkdir()
+    (killed / metadata).write_text('{"init_timestamp_nsecs": 1, "commit_timestamp_nsecs": null}')
+    assert checkpoints.steps_of(run) == [2, 3]
+    with contextlib.closing(checkpoints.manager(run, CheckpointConfig())) as manager:
+        assert not killed.exists()
+        found, data = checkpoints.restore(manager, 3, abstract)
+    assert data == {"at": 3}
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    params = checkpoints.restore_params(run, 2, {"z": abstract["y"]["z"]}, "y")
+    np.testing.assert_array_equal(params["z"], state["y"]["z"])
