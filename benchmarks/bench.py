@@ -22,7 +22,7 @@ from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.flops import attention_flops, forward_flops
-from framepack_jax.parallel.hardware import chip_of
+from framepack_jax.parallel.chips import chip_of
 
 ROUNDS, MIN_SECONDS = 3, 0.25
 IMAGE_TOKENS = 729

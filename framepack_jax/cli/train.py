@@ -29,13 +29,15 @@ class Train(TrainConfig):
     error."""
     mesh: str | None = None
     """Mesh axes and their sizes: fsdp=8 or data=4,fsdp=16,tensor=2. The product of the sizes is the
-    number of devices. Default: all devices on fsdp."""
+    number of devices. Default: fsdp within a node or TPU slice if parameters and optimizer state
+    take at most half of a device, else over several; data across. auto: compile the step for
+    several meshes, minutes each, and take the fastest by the model of the dry run."""
     export: bool = True
     """Export the last step as a bundle, or adapters as a LoRA file."""
     dry_run: str | None = None
-    """Machine: v5p-64, h100:8, a100-80g:8. Compile the training step for it and report whether it
-    fits, without training; exit code 0 if it fits, else 1. Needs neither a dataset nor weights: the
-    bundles framepack_i2v and framepack_f1 are the released models without weights."""
+    """Machine: v5p-64, 2*v5e-256, h100:8, a100-80g:8. Compile the training step for it and report
+    whether it fits, without training; exit code 0 if it fits, else 1. Needs neither a dataset nor
+    weights: the bundles framepack_i2v and framepack_f1 are the released models without weights."""
     dry_run_size: str = "608x640"
     """Height and width in pixels of the bucket that --dry-run compiles."""
     multihost: tyro.conf.OmitArgPrefixes[MultihostFlags] = ALONE

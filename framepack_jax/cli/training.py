@@ -4,7 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -20,16 +20,20 @@ from framepack_jax.cli.common import (
 )
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import is_primary, on_primary
+from framepack_jax.planning import mesh_choice
 from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training import flow_matching_task, vae_task
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import RunConfig, TrainConfig
+from framepack_jax.training.default_mesh import default_mesh
 from framepack_jax.training.export import export as export_run
 from framepack_jax.training.trainer import NonFiniteLoss, Trainer
 from framepack_jax.training.vae_config import VaeTrainConfig
 from framepack_jax.training.vae_export import export as export_vae
 from framepack_jax.utils.messages import first_line
 
+# Value of --mesh that compiles several meshes, for a bucket of this height and width.
+AUTO, BUCKET = "auto", (608, 640)
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
 
 
@@ -55,16 +59,29 @@ def train(
     bundle.check_present(path, roles)
     configure_jax()
     hosts.join()
-    sizes = sharding.parse_mesh(mesh) if mesh else {"fsdp": jax.device_count()}
-    task = flow_matching_task.open_task(
-        cfg, path, sharding.make_mesh(**sizes, devices=jax.devices())
-    )
+    devices = jax.devices()
+    sizes = _mesh_sizes(cfg, path, mesh, devices)
+    task = flow_matching_task.open_task(cfg, path, sharding.make_mesh(**sizes, devices=devices))
     step = Trainer(task, _print_on_primary()).fit(resume)
     if not _finished(cfg, step):
         return
     on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the metrics")
     if export:
         on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
+
+
+def _mesh_sizes(
+    cfg: TrainConfig, path: epath.PathLike, mesh: str | None, devices: Sequence[jax.Device]
+) -> dict[str, int]:
+    """Return the sizes of --mesh, of the best of several meshes, or by default."""
+    if mesh == AUTO:
+        machine = hardware.machine_of(devices)
+        best = mesh_choice.choose(cfg, path, machine, BUCKET, devices)[0]
+        on_primary(print, f"--mesh {mesh_choice.summary(best)}")
+        return best.mesh
+    if mesh:
+        return sharding.parse_mesh(mesh)
+    return default_mesh(cfg, bundle.read_manifest(path), devices)
 
 
 def train_vae(cfg: VaeTrainConfig, *, resume: bool, dtype: Literal["bfloat16", "float32"]) -> None:
@@ -87,10 +104,12 @@ def dry_run(cfg: TrainConfig, machine: str, mesh: str | None, size: tuple[int, i
     if not cfg.bundle:
         raise ValueError("give --bundle: that of the run, or framepack_i2v for the released model")
     configure_jax_for_dry_run()
-    report = dry_run_training(
-        cfg, bundle.resolve(cfg.bundle), hardware.parse(machine),
-        sharding.parse_mesh(mesh) if mesh else None, size,
-    )  # fmt: skip
+    path, parsed = bundle.resolve(cfg.bundle), hardware.parse(machine)
+    if mesh == AUTO:
+        report = mesh_choice.choose(cfg, path, parsed, size)[0]
+    else:
+        sizes = sharding.parse_mesh(mesh) if mesh else None
+        report = dry_run_training(cfg, path, parsed, sizes, size)
     print(report)
     if not report.fits:
         raise SystemExit(1)

@@ -20,16 +20,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from framepack_jax.parallel import device_grid
 
 AXES = ("data", "fsdp", "context", "tensor")
 # Axes that divide a batch, and the tokens of a sample: if the batch is too small for `fsdp`, `fsdp`
 # divides the tokens too.
 BATCH = ("data", "fsdp")
 TOKENS = ("context", "fsdp")
-# Gathering weights moves more bytes than an all-to-all of tokens: `fsdp` stays within a node.
-NEAREST_LAST = ("data", "context", "fsdp", "tensor")
 REST = -1
 
 # Axes of one dimension: none, one, or several, the first dividing coarsest.
@@ -94,8 +93,9 @@ def make_mesh(
 ) -> Mesh:
     """Return a mesh of `devices` (default: all of `jax.devices()`) with all four axes.
 
-    One size may be -1: all devices that the others leave. Raises ValueError if the sizes do not
-    multiply to the number of devices.
+    One size may be -1: all devices that the others leave. `data` is divided over TPU slices or
+    nodes first, then `context`; `fsdp` and `tensor` stay within one if they fit. Raises ValueError
+    if the sizes do not multiply to the number of devices, or if the slices have other sizes.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
@@ -115,11 +115,7 @@ def make_mesh(
             f"mesh {wanted}: the sizes multiply to {product}, but there are {len(devices)}"
             " devices; change the sizes, or pass the devices to use"
         )
-    # Some machines fit a shape only if one physical axis serves two axes of the mesh.
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes[name] for name in NEAREST_LAST), devices, allow_split_physical_axes=True
-    )
-    grid = grid.transpose([NEAREST_LAST.index(name) for name in AXES])
+    grid = device_grid.arrange(sizes, devices)
     # Auto: the compiler chooses shardings without a constraint (the default type is Explicit).
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

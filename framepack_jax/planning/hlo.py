@@ -3,49 +3,145 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+# Names of computations of the TPU's compiler: an all-reduce of which each device keeps a part, and
+# parts of a collective together with other operations.
+SCATTERED, FUSED = "all-reduce-scatter", "async_collective_fusion"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: number of runs, bytes that a chip receives, and the part of these
-    bytes that comes from other nodes."""
+    """Collectives of one kind.
+
+    `runs` is their number, `bytes` what a chip receives, and `inter_node_bytes` the part of it that
+    comes from other nodes or TPU slices. `overlapped` of the runs are asynchronous, that is, the
+    chip may compute while they run; `overlapped_bytes` and `overlapped_inter_node_bytes` are their
+    part of the bytes.
+    """
 
     runs: int = 0
     bytes: int = 0
     inter_node_bytes: int = 0
+    overlapped: int = 0
+    overlapped_bytes: int = 0
+    overlapped_inter_node_bytes: int = 0
+
+    @property
+    def exposed(self) -> "Traffic":
+        """Return the collectives that are not asynchronous."""
+        return Traffic(
+            self.runs - self.overlapped,
+            self.bytes - self.overlapped_bytes,
+            self.inter_node_bytes - self.overlapped_inter_node_bytes,
+        )
 
 
-def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
-    """Count the collectives of a compiled program by kind.
+class Collective(NamedTuple):
+    """A collective of a program, with the type of its elements."""
+
+    kind: str
+    element: str
+    traffic: Traffic
+
+
+def find_collectives(text: str, nodes: Sequence[int] = ()) -> Iterator[Collective]:
+    """Yield the collectives of a compiled program.
 
     Collectives in the body of a loop count as often as the loop runs. `nodes` has the node of every
     device, in the order of the program's mesh; default: one node.
     """
     partitions = re.search(r"num_partitions=(\d+)", text)
     devices = int(partitions[1]) if partitions else 1
-    found: dict[str, Traffic] = {}
+    chains = _fused_chains(text)
     seen: set[str] = set()
-    for line, often in _instructions(text):
-        kind, size = _collective(line)
+    for computation, line, often in _instructions(text):
+        kind, element, size = _collective(line)
         # A collective that is split into several steps is listed in each, with the same chain id.
         # (All hand-written collectives of a program share one channel.)
-        chain = re.search(r'chain_id="(\d+)"', line)
-        if not kind or (chain and chain[0] in seen):
+        chain = _chain(line)
+        if not kind or (chain and chain in seen):
             continue
-        seen |= {chain[0]} if chain else set()
+        seen |= {chain} if chain else set()
         groups = _groups(line, devices)
-        size = round(often * size * _received(kind, len(groups[0])))
+        if kind == "all-reduce" and computation.startswith(SCATTERED):
+            kind, size = "reduce-scatter", size // len(groups[0])
+        moved = round(often * size * _received(kind, len(groups[0])))
         far = max(_far(group, nodes) for group in groups) if nodes else 0.0
-        before = found.get(kind, Traffic())
-        found[kind] = Traffic(
-            before.runs + often, before.bytes + size, before.inter_node_bytes + round(size * far)
-        )
+        hidden = chain in chains or _starts(line)
+        yield Collective(kind, element, _traffic(often, moved, round(moved * far), hidden))
+    yield from _between_slices(text)
+
+
+def _between_slices(text: str) -> Iterator[Collective]:
+    """Yield the collectives over TPU slices, which are transfers by way of the hosts.
+
+    A program is compiled for one slice, and its other collectives know no other slices.
+    """
+    for _, line, often in _instructions(text):
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+        result = re.search(r"= \((\w+)\[([\d,]*)\].* recv\(", line)
+        slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', line)
+        if not (found and result and slices):
+            continue
+        kind = found[1].lower().replace("_", "-")
+        kind = kind if kind in COLLECTIVES else "collective-permute"
+        size = _array_bytes(result[1], result[2])
+        moved = round(often * size * _received(kind, len(_numbers(slices[1]))))
+        yield Collective(kind, result[1], _traffic(often, moved, moved, True))
+
+
+def _traffic(runs: int, size: int, far: int, hidden: bool) -> Traffic:
+    return Traffic(runs, size, far, runs * hidden, size * hidden, far * hidden)
+
+
+def _fused_chains(text: str) -> set[str]:
+    """Return the chains of collectives of which a part is fused with a computation: on TPUs, these
+    run at the same time."""
+    found = set()
+    for name, lines in computations(text):
+        if name.startswith(FUSED):
+            found |= {chain for line in lines if (chain := _chain(line))}
     return found
+
+
+def _chain(line: str) -> str | None:
+    match = re.search(r'chain_id="(\d+)"', line)
+    return match[1] if match else None
+
+
+def _starts(line: str) -> bool:
+    """Return True for the first half of an asynchronous collective."""
+    return bool(re.search(rf" ({'|'.join(COLLECTIVES)})-start\(", line)) and (
+        '"is_sync":true' not in line
+    )
+
+
+def collectives(text: str, nodes: Sequence[int] = ()) -> dict[str, Traffic]:
+    """Count the collectives of a compiled program by kind."""
+    return total_by(find_collectives(text, nodes), lambda found: found.kind)
+
+
+def reductions(found: Iterable[Collective]) -> dict[str, int]:
+    """Count the bytes that all-reduce and reduce-scatter move, by type of element."""
+    reduced = (each for each in found if each.kind in ("all-reduce", "reduce-scatter"))
+    totals = total_by(reduced, lambda each: each.element)
+    return {element: traffic.bytes for element, traffic in totals.items() if traffic.bytes}
+
+
+def total_by(found: Iterable[Collective], key: Callable[[Collective], str]) -> dict[str, Traffic]:
+    """Add up the traffic of collectives with the same key."""
+    totals: dict[str, Traffic] = {}
+    for each in found:
+        totals[key(each)] = add(totals.get(key(each), Traffic()), each.traffic)
+    return totals
+
+
+def add(a: Traffic, b: Traffic) -> Traffic:
+    return Traffic(*map(sum, zip(a, b, strict=True)))
 
 
 def _received(kind: str, devices: int) -> float:
@@ -65,7 +161,7 @@ def kernels(text: str) -> dict[str, int]:
     """Count the runs of hand-written kernels by name: splash_mha... on TPUs, __cudnn$fmha... on
     GPUs, and other Pallas kernels."""
     counts: Counter[str] = Counter()
-    for line, often in _instructions(text):
+    for _, line, often in _instructions(text):
         call = re.search(r'%?([\w\-]+)[\w.\-]* = .*custom_call_target="(\w*(?:\$fmha)?\w*)"', line)
         if call and call[2] == "tpu_custom_call":
             counts[call[1]] += often
@@ -74,8 +170,8 @@ def kernels(text: str) -> dict[str, int]:
     return dict(counts)
 
 
-def _instructions(text: str) -> Iterator[tuple[str, int]]:
-    """Yield (line, number of runs) of all instructions that run."""
+def _instructions(text: str) -> Iterator[tuple[str, str, int]]:
+    """Yield (computation, line, number of runs) of all instructions that run."""
     bodies = dict(computations(text))
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
     times = Counter({entry[1]: 1} if entry else {})
@@ -85,7 +181,7 @@ def _instructions(text: str) -> Iterator[tuple[str, int]]:
             for callee, often in _calls(line, bodies):
                 times[callee] += times[name] * often
             if times[name]:
-                yield line, times[name]
+                yield name, line, times[name]
 
 
 def _far(group: Sequence[int], nodes: Sequence[int]) -> float:
@@ -196,19 +292,24 @@ def _stride(body: Mapping[str, str], counter: int) -> int:
     return max(steps, default=1)
 
 
-def _collective(line: str) -> tuple[str | None, int]:
-    """Return (kind, bytes of the result) of a collective; (None, 0) of other instructions."""
+def _collective(line: str) -> tuple[str | None, str, int]:
+    """Return (kind, type of element, bytes of the result) of a collective; (None, "", 0) of other
+    instructions."""
     match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
     if not match:
-        return None, 0
-    arrays = [
-        -(-_item_bits(kind) * math.prod(_numbers(dims)) // 8)
-        for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", match[1])
-    ]
+        return None, "", 0
+    arrays = re.findall(r"(\w+)\[([\d,]+)\]", match[1])
     # The result of an asynchronous start lists the operands, the results and some scalars; that of
     # an all-reduce, whose operands have the same shapes, the results only.
-    halved = match[2] != "all-reduce" and f" {match[2]}-start(" in line
-    return match[2], sum(arrays[len(arrays) // 2 :] if halved else arrays)
+    if match[2] != "all-reduce" and f" {match[2]}-start(" in line:
+        arrays = arrays[len(arrays) // 2 :]
+    sizes = [_array_bytes(element, dims) for element, dims in arrays]
+    element = arrays[sizes.index(max(sizes))][0] if arrays else ""
+    return match[2], element, sum(sizes)
+
+
+def _array_bytes(element: str, dims: str) -> int:
+    return -(-_item_bits(element) * math.prod(_numbers(dims) if dims else []) // 8)
 
 
 def _item_bits(kind: str) -> int:

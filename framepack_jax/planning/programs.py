@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from framepack_jax.parallel import sharding
-from framepack_jax.planning.hlo import Traffic, collectives, kernels
+from framepack_jax.parallel import device_grid, sharding
+from framepack_jax.planning import hlo
+from framepack_jax.planning.hlo import Traffic
 
 GB = 1e9
 
@@ -35,6 +36,8 @@ class Program:
     held: int = 0
     runs: int = 1
     """Number of runs in a denoising step."""
+    reduced: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes that all-reduce and reduce-scatter move, by type of element."""
 
     def total(self, resident: int) -> int:
         """Bytes including the weights of all networks, `resident`."""
@@ -61,8 +64,8 @@ def compile_program(
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:
         raise ValueError(f"the compiler for {devices.devices.flat[0]} reports no memory of {name}")
-    # TPUs of a slice are connected by links, also between hosts.
-    nodes = [0 if d.platform == "tpu" else d.process_index for d in devices.devices.flat]
+    nodes = [device_grid.domain_of(device) for device in devices.devices.flat]
+    found = list(hlo.find_collectives(text, nodes))
     return Program(
         name=name,
         advice=advice,
@@ -70,9 +73,10 @@ def compile_program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        collectives=collectives(text, nodes),
-        kernels=kernels(text),
+        collectives=hlo.total_by(found, lambda each: each.kind),
+        kernels=hlo.kernels(text),
         compile_seconds=seconds,
+        reduced=hlo.reductions(found),
     )
 
 

@@ -8,10 +8,12 @@ import abc
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from framepack_jax.parallel import hardware
 from framepack_jax.parallel.hardware import Machine
+from framepack_jax.planning import hlo
 from framepack_jax.planning.hlo import Traffic
 from framepack_jax.planning.programs import GB, Program
 
@@ -40,6 +42,16 @@ class StepReport(abc.ABC):
         """Bytes on a chip while a step runs."""
 
     @property
+    @abc.abstractmethod
+    def collectives(self) -> dict[str, Traffic]:
+        """Collectives of a step, by kind."""
+
+    @property
+    @abc.abstractmethod
+    def kernels(self) -> dict[str, int]:
+        """Number of runs of hand-written kernels in a step, by name."""
+
+    @property
     def fits(self) -> bool:
         return self.total <= self.machine.chip.memory
 
@@ -48,12 +60,41 @@ class StepReport(abc.ABC):
         """Time of a step at the vendor's peak, on all chips."""
         return self.flops / (self.machine.chip.flops * self.machine.count)
 
+    @property
+    def communication_seconds(self) -> float | None:
+        """Model the time of a step's collectives: their bytes over the links of a chip, and bytes
+        from other nodes or slices over its share of the network. None if a figure is missing."""
+        return self._seconds(self.collectives.values())
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Model the time of a step: asynchronous collectives run beside the computation of the
+        roofline, others after it."""
+        links = self.communication_seconds
+        exposed = self._seconds(traffic.exposed for traffic in self.collectives.values())
+        if links is None or exposed is None:
+            return None
+        return max(self.roofline_seconds, links - exposed) + exposed
+
+    def _seconds(self, collectives: Iterable[Traffic]) -> float | None:
+        near, far = 0, 0
+        for traffic in collectives:
+            far += traffic.inter_node_bytes
+            near += traffic.bytes - traffic.inter_node_bytes
+        seconds = near / self.machine.links if near else 0.0
+        if not far:
+            return seconds
+        network = self.machine.chip.network
+        return None if network is None else seconds + far / network
+
     def heading(self) -> str:
         """Name the machine and its mesh."""
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         divided = f", divided over {mesh}" if mesh else ""
         memory = self.machine.chip.memory / GB
-        return f"{self.machine}: {self.machine.count} chips of {memory:.1f} GB{divided}"
+        parts = self.machine.chip.devices
+        unit = "chips" if parts == 1 else f"devices ({parts} a chip)"
+        return f"{self.machine}: {self.machine.count} {unit} of {memory:.1f} GB{divided}"
 
     def memory(self) -> str:
         """Compare the memory of a step with that of a chip."""
@@ -67,6 +108,42 @@ class StepReport(abc.ABC):
             f"roofline         {self.roofline_seconds:.3f} s a step at the vendor's"
             f" {self.machine.chip.flops / 1e12:.0f} TFLOP/s a chip{rate}",
         ]
+
+    def exchange(self) -> list[str]:
+        """Return lines on the attention kernels, the collectives, and their modelled time."""
+        lines = [f"attention        {n} a step by {name}" for name, n in self.kernels.items()]
+        for kind, traffic in self.collectives.items():
+            far = traffic.inter_node_bytes / GB
+            between = f", {far:.3f} of it {self._network_name()}" if far else ""
+            lines.append(
+                f"{kind:<16} {traffic.runs} a step, {traffic.overlapped} of them asynchronous,"
+                f" {traffic.bytes / GB:.3f} GB a chip{between}"
+            )
+        return [*lines, *self._links()] if self.collectives else lines
+
+    def _network_name(self) -> str:
+        if self.machine.chip.platform == "tpu":
+            return "from other slices, over the data centre network"
+        return "from other nodes"
+
+    def _links(self) -> list[str]:
+        """Return a line on the modelled time of the collectives."""
+        chip, links = self.machine.chip, self.communication_seconds
+        if links is None:
+            return [f"links            not modelled: no vendor joins nodes of {chip.name}"]
+        network = ""
+        if chip.network and any(t.inter_node_bytes for t in self.collectives.values()):
+            where = "slices" if chip.platform == "tpu" else "nodes"
+            network = f", {chip.network / GB:g} GB/s between {where}"
+        return [
+            f"links            {links:.3f} s a step, modelled: those bytes at"
+            f" {self.machine.links / GB:.0f} GB/s{network}; {self._exposed():.3f} s of it not"
+            " beside computing"
+        ]
+
+    def _exposed(self) -> float:
+        links, step = self.communication_seconds, self.step_seconds
+        return 0.0 if links is None or step is None else step - self.roofline_seconds
 
     def verdict(self, advice: str, remark: str = "") -> str:
         """Say that a step fits, with a remark, or how much memory is missing, with advice."""
@@ -86,18 +163,6 @@ def _large_share(chip: hardware.Chip, needed: int) -> str:
         f" with XLA_PYTHON_CLIENT_MEM_FRACTION={setting} set, for JAX takes {GPU_SHARE:.0%} of a"
         " GPU by default"
     )
-
-
-def exchange_lines(kernels: dict[str, int], collectives: dict[str, Traffic]) -> list[str]:
-    """Return lines on the attention kernels and the collectives of a step."""
-    lines = [f"attention        {n} a step by {name}" for name, n in kernels.items()]
-    for kind, traffic in collectives.items():
-        far = traffic.inter_node_bytes / GB
-        between = f", {far:.3f} of it from other nodes" if far else ""
-        lines.append(
-            f"{kind:<16} {traffic.runs} a step, {traffic.bytes / GB:.3f} GB a chip{between}"
-        )
-    return lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +191,8 @@ class Report(StepReport):
         total: dict[str, Traffic] = {}
         for program in self.programs:
             for kind, traffic in program.collectives.items():
-                more = (program.runs * n for n in traffic)
-                total[kind] = Traffic(*map(sum, zip(total.get(kind, Traffic()), more, strict=True)))
+                more = Traffic(*(program.runs * n for n in traffic))
+                total[kind] = hlo.add(total.get(kind, Traffic()), more)
         return {kind: traffic for kind, traffic in total.items() if traffic.runs}
 
     @property
@@ -151,25 +216,6 @@ class Report(StepReport):
     def total(self) -> int:
         return self.largest.total(self.resident)
 
-    @property
-    def communication_seconds(self) -> float | None:
-        """Model the time of a step's collectives: their bytes over the links of a chip, and bytes
-        from other nodes over its share of the network, without overlap. None if a figure is
-        missing."""
-        chip = self.machine.chip
-        far = sum(traffic.inter_node_bytes for traffic in self.collectives.values())
-        near = sum(traffic.bytes for traffic in self.collectives.values()) - far
-        seconds = near / self.machine.links if near else 0.0
-        if not far:
-            return seconds
-        return None if chip.network is None else seconds + far / chip.network
-
-    @property
-    def step_seconds(self) -> float | None:
-        """Model the time of a step: the roofline, then the collectives."""
-        links = self.communication_seconds
-        return None if links is None else self.roofline_seconds + links
-
     def __str__(self) -> str:
         networks = ", ".join(f"{n} {w.bytes / GB:.2f}" for n, w in self.networks.items())
         lines = [
@@ -183,22 +229,14 @@ class Report(StepReport):
         ]
         if self.hosted:
             lines.append(f"host memory      {self.hosted / GB:.2f} GB of blocks a chip and step")
-        exchange = exchange_lines(self.kernels, self.collectives)
-        return "\n".join([*lines, *exchange, *self._modelled()])
+        return "\n".join([*lines, *self.exchange(), *self._denoising()])
 
-    def _modelled(self) -> list[str]:
-        """Return lines on the modelled time of the collectives and of denoising."""
-        if not self.collectives:
+    def _denoising(self) -> list[str]:
+        """Return a line on the modelled time of denoising."""
+        step = self.step_seconds
+        if not self.collectives or step is None:
             return []
-        chip, links, step = self.machine.chip, self.communication_seconds, self.step_seconds
-        if links is None or step is None:
-            return [f"links            not modelled: no vendor joins nodes of {chip.name}"]
-        network = ""
-        if chip.network and any(t.inter_node_bytes for t in self.collectives.values()):
-            network = f", {chip.network / GB:.0f} GB/s between nodes"
         return [
-            f"links            {links:.3f} s a step, modelled: those bytes at"
-            f" {self.machine.links / GB:.0f} GB/s{network}, none behind computing",
             f"denoising        {step:.3f} s a step, {step * self.steps:.1f} s a section of"
             f" {self.steps} steps, {step * self.steps / self.frames:.3f} s a frame, modelled:"
             " roofline and links",

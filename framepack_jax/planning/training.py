@@ -6,6 +6,7 @@ roofline from vendor figures.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,11 +22,18 @@ from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
 from framepack_jax.parallel.sharding import BATCH
+from framepack_jax.planning.hlo import Traffic
 from framepack_jax.planning.programs import GB, Program, compile_program, placed_bytes
-from framepack_jax.planning.report import StepReport, exchange_lines
+from framepack_jax.planning.report import StepReport
 from framepack_jax.planning.sampling import image_tokens
 from framepack_jax.training.config import TrainConfig
-from framepack_jax.training.flow_matching_task import FlowMatchingTask, Networks, set_up
+from framepack_jax.training.default_mesh import default_mesh
+from framepack_jax.training.flow_matching_task import (
+    FlowMatchingTask,
+    Networks,
+    schedule_of,
+    set_up,
+)
 from framepack_jax.training.metrics import COST, sample_cost
 from framepack_jax.training.train_step import RATE, jit_train_step
 
@@ -51,6 +59,14 @@ class TrainingReport(StepReport):
         """Return the bytes on a chip while a step runs."""
         return self.program.arguments + self.program.temporaries + self.program.outputs
 
+    @property
+    def collectives(self) -> dict[str, Traffic]:
+        return self.program.collectives
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        return self.program.kernels
+
     def __str__(self) -> str:
         cfg, program = self.cfg, self.program
         parts = f" in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else ""
@@ -67,7 +83,17 @@ class TrainingReport(StepReport):
             f"{self.memory()}: {self.verdict(program.advice)}",
             *self.compute(", without what remat computes again", rate),
         ]
-        return "\n".join([*lines, *exchange_lines(program.kernels, program.collectives)])
+        lines += self.exchange()
+        if program.reduced:
+            sizes = sorted(program.reduced.items(), key=lambda item: -item[1])
+            shown = ", ".join(f"{size / GB:.3f} GB in {element}" for element, size in sizes)
+            lines.append(f"reduced          {shown}, by all-reduce and reduce-scatter")
+        if self.step_seconds is not None and self.collectives:
+            lines.append(
+                f"step             {self.step_seconds:.3f} s,"
+                f" {cfg.batch / self.step_seconds:.2f} samples/s, modelled: roofline and links"
+            )
+        return "\n".join(lines)
 
 
 def dry_run_training(
@@ -76,15 +102,18 @@ def dry_run_training(
     machine: Machine,
     mesh: dict[str, int] | None = None,
     size: tuple[int, int] = (608, 640),
+    chips: Sequence[jax.Device] | None = None,
 ) -> TrainingReport:
     """Compile the training step of a configuration for a machine, at a bucket of `size` pixels.
 
-    `mesh` has the sizes of the mesh axes; default: all chips on fsdp. Raises ValueError if the
+    `mesh` has the sizes of the mesh axes; default: `default_mesh`. `chips` are the
+    devices of the machine; default: those of its compiler. Raises ValueError if the
     compiler is missing, or if the mesh does not divide the parameters.
     """
     manifest = bundle.read_manifest(bundle_path)
-    sizes = mesh or {"fsdp": machine.count}
-    devices = sharding.make_mesh(**sizes, devices=hardware.compile_devices(machine))
+    chips = hardware.compile_devices(machine) if chips is None else chips
+    sizes = mesh or default_mesh(cfg, manifest, chips)
+    devices = sharding.make_mesh(**sizes, devices=chips)
     task = set_up(cfg, manifest, devices)
     batch = abstract_samples(task, size)
 
@@ -114,6 +143,16 @@ def dry_run_training(
         flops=flops * cfg.batch * COST[cfg.trainable],
         tokens=tokens,
     )
+
+
+def sample_tokens(cfg: TrainConfig, manifest: bundle.Manifest, size: tuple[int, int]) -> int:
+    """Count the tokens of a sample of a bucket of `size` (height, width) pixels."""
+    configs = {name: bundle.role_config(manifest, name)[1] for name in bundle.ROLES}
+    rows, columns = (side // configs["vae"].space_compression for side in size)
+    schedule = schedule_of(cfg, manifest)
+    packed = sum(tokens for _, tokens in packing.context_tokens(schedule, rows, columns))
+    text_and_image = MAX_PROMPT_TOKENS + image_tokens(configs["image_encoder"])
+    return packed + packing.target_tokens(schedule, rows, columns) + text_and_image
 
 
 def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:

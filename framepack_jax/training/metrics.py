@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from framepack_jax import packing
-from framepack_jax.parallel.hardware import chip_of
+from framepack_jax.parallel.chips import chip_of
 from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.training.config import RunConfig
 from framepack_jax.training.state import Model

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
 from framepack_jax.models import lora, lora_layers
@@ -150,7 +150,10 @@ def to_lora(cfg: TrainConfig, factors: Params) -> lora.LoRA:
 
 
 def abstract_state(
-    cfg: TrainConfig, model: Model, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
+    cfg: TrainConfig,
+    model: Model,
+    tx: optax.GradientTransformationExtraArgs,
+    mesh: Mesh | AbstractMesh,
 ) -> tuple[TrainState[jax.ShapeDtypeStruct], Params]:
     """Return (state, frozen parameters) of a run as `jax.ShapeDtypeStruct`s with shardings."""
     trained, frozen = abstract_params(cfg, model)

@@ -196,6 +196,7 @@ def test_the_tpu_compiler_takes_a_tiny_training_step(training_reports, capsys) -
     assert made.fits
     printed = capsys.readouterr().out
     assert "331,168 trained by adamw" in printed and ": fits" in printed
+    assert " of them asynchronous, " in printed and "by all-reduce and reduce-scatter" in printed
 
 
 def test_training_that_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> None:

@@ -20,7 +20,7 @@ from benchmarks import (
 )
 from framepack_jax.conversion import arrays
 from framepack_jax.models import quantization
-from framepack_jax.parallel import hardware
+from framepack_jax.parallel import chips
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def briefly(monkeypatch) -> Iterator[None]:
     rates as shares of an H100's."""
     monkeypatch.setattr(bench, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(peers, "ROUNDS", 1)
-    monkeypatch.setattr(bench, "chip_of", lambda device: hardware.CHIPS["h100"])
+    monkeypatch.setattr(bench, "chip_of", lambda device: chips.CHIPS["h100"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

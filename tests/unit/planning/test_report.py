@@ -109,3 +109,22 @@ def test_bytes_from_other_nodes_go_at_the_rate_of_the_network() -> None:
     assert "100.000 of it from other nodes" in str(report(programs=programs))
     cards = report("rtx4090:16", programs=programs)
     assert cards.step_seconds is None and "not modelled" in str(cards)
+
+
+def test_asynchronous_collectives_take_time_beyond_that_of_computing_only() -> None:
+    # 4 s of gathers, of which 3 s, then 1 s, run beside 2 s of computing.
+    for hidden, seconds in ((1350, 3 + 1), (450, 2 + 3)):
+        moved = hlo.Traffic(3, 1800 * 10**9, 0, 1, hidden * 10**9)
+        made = dataclasses.replace(PROGRAM_OF_STEP, collectives={"all-gather": moved})
+        assert report(programs=(made,)).step_seconds == seconds
+    assert "3 a step, 1 of them asynchronous, 1800.000 GB" in str(report(programs=(made,)))
+    assert "3.000 s of it not beside computing" in str(report(programs=(made,)))
+
+
+def test_slices_are_joined_by_the_data_centre_network() -> None:
+    moved = hlo.Traffic(1, 25 * 10**9, 25 * 10**9, 1, 25 * 10**9, 25 * 10**9)
+    made = dataclasses.replace(PROGRAM_OF_STEP, collectives={"all-reduce": moved})
+    slices = report("2*v6e-16", programs=(made,))
+    assert slices.communication_seconds == 2
+    assert "25.000 of it from other slices, over the data centre network" in str(slices)
+    assert "12.5 GB/s between slices" in str(slices)
