@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
+from framepack_jax.models import master_weights
 from framepack_jax.models.params import Params, apply_module
 from framepack_jax.models.quantization import QUANTIZED
 
@@ -24,38 +25,62 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 LINEAR = "linear_result"
 
 
-def lora_interceptor() -> contextlib.AbstractContextManager[None]:
+def lora_interceptor(weights: Any = None) -> contextlib.AbstractContextManager[None]:
     """Return a context in which Dense and DenseGeneral add (x a) b to their result.
 
     A layer without factors computes the same operations as outside of the context. The product
     a b, as large as the kernel, is never formed, so that no gradient of that size is computed.
-    The sum is named, so that a gradient keeps one array of a layer's two products.
+    The sum is named, so that a gradient keeps one array of a layer's two products. `weights` is the
+    dtype that float32 weights are rounded to, with gradients in float32 (`master_weights`).
     """
-    return nn.intercept_methods(_linear)
+    return nn.intercept_methods(functools.partial(_linear, weights))
 
 
-def apply(module: nn.Module, params: Params, *args: Any) -> Any:
-    """Compute a module whose linear layers may have factors among `params`."""
-    with lora_interceptor():
+def apply(module: nn.Module, params: Params, *args: Any, weights: Any = None) -> Any:
+    """Compute a module whose linear layers may have factors among `params`. `weights` is the dtype
+    that float32 weights of linear layers are rounded to."""
+    with lora_interceptor(weights):
         return apply_module(module, params, *args)
 
 
 def _linear(
+    weights: Any,
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    y = call(*args, **kwargs)
     module = context.module
     if not isinstance(module, nn.Dense | nn.DenseGeneral) or context.method_name != "__call__":
-        return y
+        return call(*args, **kwargs)
+    kernel: Any = module.get_variable("params", "kernel")
+    if master_weights.rounds(kernel, weights):
+        y = _rounded(module, args[0], weights)
+    else:
+        y = call(*args, **kwargs)
     if module.has_variable("params", LORA_A):
-        factors = (module.get_variable("params", name) for name in (LORA_A, LORA_B))
-        x, a, b = nn.dtypes.promote_dtype(args[0], *factors, dtype=module.dtype)
-        product = functools.partial(jnp.tensordot, axes=1, precision=module.precision)
-        y += product(product(x, a), b).astype(y.dtype)
+        x = args[0]
+        for name in (LORA_A, LORA_B):
+            x = _product(module, x, module.get_variable("params", name), weights)
+        y += x.astype(y.dtype)
     return checkpoint_name(y, LINEAR)
+
+
+def _rounded(module: nn.Dense | nn.DenseGeneral, x: jax.Array, weights: Any) -> jax.Array:
+    """Compute a layer, without its factors, whose weights are rounded."""
+    y = _product(module, x, module.get_variable("params", "kernel"), weights)
+    if not module.use_bias:
+        return y
+    return master_weights.add_bias(y, module.get_variable("params", "bias"), weights)
+
+
+def _product(
+    module: nn.Dense | nn.DenseGeneral, x: jax.Array, kernel: jax.Array, weights: Any
+) -> jax.Array:
+    if master_weights.rounds(kernel, weights):
+        return master_weights.project(x, kernel, weights, module.precision)
+    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=module.dtype)
+    return jnp.tensordot(x, kernel, axes=1, precision=module.precision)
 
 
 def merge_kernel(params: Params) -> Params:

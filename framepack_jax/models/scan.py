@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from framepack_jax.models import lora_layers
+from framepack_jax.models.master_weights import cast_others
 from framepack_jax.models.offload import OffloadedLayers, layer_on_device, run_offloaded
 from framepack_jax.models.params import Params
-from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops import attention
 
 # Values of a block's forward pass that are kept for the backward pass: all; its input and the
@@ -44,8 +44,8 @@ def run(
 
     `layers` selects some of the layers. Parameters are cast to the dtype of x one layer at a time,
     so that float32 masters can serve a bfloat16 computation without a second copy of the whole
-    network. `remat`, one of REMAT, says what a gradient keeps; an `OffloadedLayers` has no
-    gradient.
+    network; their gradient leaves each linear layer in float32 (`master_weights`). `remat`, one of
+    REMAT, says what a gradient keeps; an `OffloadedLayers` has no gradient.
     """
     if isinstance(params, OffloadedLayers):
         return run_offloaded(block, params, [(x, *args)], layers)[0]
@@ -54,7 +54,8 @@ def run(
     @functools.partial(_rematerialized, remat=remat)
     def layer(x: Any, params: Params) -> tuple[Any, None]:
         x = checkpoint_name(x, INPUT)
-        return lora_layers.apply(block, cast_params(params, dtype), x, *args), None
+        params = cast_others(params, dtype)
+        return lora_layers.apply(block, params, x, *args, weights=dtype), None
 
     if layers == slice(None):
         return jax.lax.scan(layer, x, params)[0]

@@ -171,6 +171,9 @@ class TrainConfig(RunConfig):
     """Add noise to context latents up to this level, drawn for each sample (0: none)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype that blocks compute in. Trained parameters are float32, frozen ones of this dtype."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which devices add up the gradients of blocks; bfloat16 halves the bytes they
+    exchange for it, and rounds the gradient of each device."""
     remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
     """Activations kept for the backward pass: all; results of matrix products and attention;
     results of attention and inputs of blocks; inputs of blocks; or inputs of blocks in host memory.
@@ -195,6 +198,11 @@ def _check(cfg: TrainConfig) -> None:
         raise ValueError(
             f"--grad-accum-steps {cfg.grad_accum_steps} does not divide --batch {cfg.batch}: a"
             " batch is divided into equal parts"
+        )
+    if cfg.reduce_dtype == "bfloat16" != cfg.dtype:
+        raise ValueError(
+            f"--reduce-dtype bfloat16 with --dtype {cfg.dtype}: gradients have the dtype of the"
+            " computation; give --dtype bfloat16, or leave --reduce-dtype out"
         )
     if not cfg.validation.sigmas:
         raise ValueError(f"--validation.sigmas {cfg.validation.sigmas}: expected one or more")

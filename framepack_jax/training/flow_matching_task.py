@@ -22,6 +22,7 @@ from framepack_jax.data.pixel_batch import PixelBatch, to_batch
 from framepack_jax.diffusion import sampler
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
+from framepack_jax.models.quantization import cast_params
 from framepack_jax.parallel import multihost
 from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.training import checkpoints, flow_matching, metrics, optimizer, state, summary
@@ -72,6 +73,10 @@ class FlowMatchingTask:
     def merge(self, trained: Params, frozen: Networks) -> Networks:
         """Return all parameters of the transformer, and those of the VAE."""
         scaled = scale_factors(trained, state.factor_scale(self.cfg))
+        if self.cfg.reduce_dtype == "bfloat16":
+            # Blocks then have no float32 weights, whose gradient would leave them in float32.
+            stacks = [name for name in self.model.spec.stacks if name in scaled]
+            scaled = scaled | {name: cast_params(scaled[name], jnp.bfloat16) for name in stacks}
         return Networks(merge_params(scaled, frozen.transformer), frozen.vae)
 
     def loss(

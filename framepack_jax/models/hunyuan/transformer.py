@@ -33,6 +33,7 @@ from framepack_jax.models.hunyuan.embed import (
     EmbedVideo,
     rope_tables,
 )
+from framepack_jax.models.master_weights import cast_others
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops.rope import Table, rope_table
@@ -100,12 +101,14 @@ def jit_embed(
     inputs = cast_params({"x": x, "context": context, "conditions": conditions}, dtype)
     # The embedding of context is no Dense layer, so its low-rank factors are merged.
     embedders = {
-        name: lora_layers.merge_kernel(leaves) if name.startswith("context_") else leaves
+        name: cast_params(lora_layers.merge_kernel(leaves), dtype)
+        if name.startswith("context_")
+        else cast_others(leaves, dtype)
         for name, leaves in params["embed"].items()
     }
-    embedders = cast_params(embedders, dtype)
-    img = lora_layers.apply(EmbedVideo(cfg), embedders, inputs["x"], inputs["context"])
-    embedded: EmbeddedConditions = lora_layers.apply(
+    embed = functools.partial(lora_layers.apply, weights=dtype)
+    img = embed(EmbedVideo(cfg), embedders, inputs["x"], inputs["context"])
+    embedded: EmbeddedConditions = embed(
         EmbedConditions(cfg), embedders, sigma, inputs["conditions"], conditions.guidance
     )
     text = refine_text(cfg, params, embedded, conditions.text_valid)

@@ -41,6 +41,7 @@ def test_what_a_configuration_cannot_say_is_named(named, fields) -> None:
         ({"output": "gs://bucket/run"}, "--output gs://bucket/run: expected a folder on a disk"),
         ({"grad_accum_steps": 3}, "--grad-accum-steps 3 does not divide --batch 4"),
         ({"ema": 1.0}, "--ema 1.0"),
+        ({"reduce_dtype": "bfloat16"}, "--reduce-dtype bfloat16 with --dtype float32"),
         ({"optimizer": OptimizerConfig(learning_rate=float("nan"))}, "learning-rate nan"),
         ({"init": "bundle"}, "--init bundle takes a network as it is"),
         ({"init": "scratch", "trainable": "lora"}, "lora would leave random ones frozen"),

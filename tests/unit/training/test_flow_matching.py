@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from framepack_jax import packing
 from framepack_jax.diffusion import flow
 from framepack_jax.training import flow_matching
 from framepack_jax.training.config import NoiseSchedule
-from tests.fixtures.training_steps import SCHEDULE
+from framepack_jax.training.flow_matching_task import Networks
+from tests.fixtures.training_steps import SCHEDULE, changed, set_up
 
 
 def test_noise_levels_are_shifted_as_in_sampling() -> None:
@@ -42,3 +44,14 @@ def test_history_noise_leaves_what_is_missing(batches) -> None:
         assert (there == changed_frames).all() and new.dtype == old.dtype
         missing += (~there).sum()
     assert missing > 0
+
+
+def test_gradients_of_blocks_are_reduced_in_the_dtype_of_their_weights() -> None:
+    """A network reads float32 weights, or those that were rounded before."""
+    for name in ("float32", "bfloat16"):
+        cfg = changed(dtype="bfloat16", reduce_dtype=name)
+        task = set_up(cfg)
+        merged = jax.eval_shape(task.merge, task.abstract.params, Networks(task.frozen, {}))
+        read = {path: leaf.dtype.name for path, leaf in flatten_dict(merged.transformer).items()}
+        assert read["double", "img_qkv", "kernel"] == read["single", "q_norm", "scale"] == name
+        assert read["head", "out", "kernel"] == "float32"
