@@ -80,6 +80,10 @@ class MultihostFlags:
     """Number of processes."""
     process_id: int | None = None
     """Index of this process, from 0."""
+    heartbeat_seconds: int = 100
+    """Seconds after which the others end if a process is lost."""
+    startup_seconds: int = 300
+    """Seconds that a process waits for the others to start."""
 
     def join(self) -> bool:
         """Join the other processes; return False if the flags name none. Raises ValueError."""
@@ -90,9 +94,18 @@ class MultihostFlags:
                     " process 0"
                 )
             return False
-        from framepack_jax.parallel.multihost import join
+        for name in ("heartbeat_seconds", "startup_seconds"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)}: expected 1 or more")
+        from framepack_jax.parallel import multihost
 
-        join(self.coordinator_address, self.num_processes, self.process_id)
+        multihost.join(
+            self.coordinator_address, self.num_processes, self.process_id,
+            heartbeat=self.heartbeat_seconds, startup=self.startup_seconds,
+        )  # fmt: skip
+        if multihost.is_primary():
+            print(multihost.summary())
         return True
 
 

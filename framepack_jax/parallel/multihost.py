@@ -17,12 +17,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from framepack_jax.parallel.scheduler import DeviceShare, device_share
 from framepack_jax.utils.messages import first_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Seconds until the other processes detect the loss of a process.
-HEARTBEAT_TIMEOUT_S = 30
+# Seconds until the other processes detect the loss of a process, and until a process that waits
+# for the others to start gives up: the defaults of JAX.
+HEARTBEAT_SECONDS, STARTUP_SECONDS = 100, 300
 # Bytes of the smallest message; longer ones are padded to powers of two, for few compilations.
 MESSAGE = 1 << 12
 # True while work runs that must not communicate with other processes.
@@ -30,15 +32,24 @@ _inside = False
 _asked = itertools.count()
 
 
-def join(coordinator: str, count: int | None = None, index: int | None = None) -> None:
+def join(
+    coordinator: str,
+    count: int | None = None,
+    index: int | None = None,
+    *,
+    heartbeat: int = HEARTBEAT_SECONDS,
+    startup: int = STARTUP_SECONDS,
+) -> None:
     """Become one of `count` processes, number `index` from 0; call it before any computation.
 
     `coordinator` is HOST:PORT of the first process, or "auto" if the environment (SLURM, Open MPI,
-    Kubernetes, TPU pods) defines all three. Raises ValueError if it does not, if the numbers are
-    inconsistent, or if the other processes do not connect.
+    Kubernetes, TPU pods) defines all three. `heartbeat` and `startup` are seconds.
+
+    Raises ValueError if it does not, if the numbers are inconsistent, if the other processes do not
+    connect, or if this process has fewer devices than the scheduler gave it.
     """
     if coordinator == "auto":
-        address = None
+        address, share = None, device_share()
     elif ":" not in coordinator:
         raise ValueError(f"coordinator {coordinator!r}: expected HOST:PORT of process 0, or auto")
     elif count is None or index is None or not 0 <= index < count:
@@ -47,14 +58,17 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
             " and that of this one, from 0"
         )
     else:
-        address = coordinator
+        address, share = coordinator, None
+    indices = None if share is None or share.indices is None else list(share.indices)
     try:
         jax.distributed.initialize(
             address,
             count,
             index,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
-            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            local_device_ids=indices,
+            initialization_timeout=startup,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=heartbeat,
         )
     except (ValueError, RuntimeError) as error:
         line = first_line(error)
@@ -62,6 +76,33 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
             f"processes did not find each other by {coordinator} ({line}); give HOST:PORT of"
             " process 0, the number of processes, and that of this one"
         ) from error
+    if share is not None:
+        _take(share)
+
+
+def _take(share: DeviceShare) -> None:
+    """Use the GPUs of a share. Raises ValueError if JAX sees fewer."""
+    if share.indices is None:
+        # `initialize` has hidden all but one.
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, "all")
+    if share.count is None or (jax.config.values["jax_platforms"] or "").startswith("cpu"):
+        return
+    found = jax.local_device_count() if jax.default_backend() == "gpu" else 0
+    if found < share.count:
+        raise ValueError(
+            f"process {jax.process_index()} sees {found} of the {share.count} GPUs that the"
+            " scheduler gave it; check CUDA_VISIBLE_DEVICES and that jax[cuda13] is installed"
+        )
+
+
+def summary() -> str:
+    """Describe the processes and devices that have joined: "8 processes, 64 devices (H100)"."""
+    count, devices = jax.process_count(), jax.devices()
+    return (
+        f"{count} process{'es' * (count > 1)}, {len(devices)} device{'s' * (len(devices) > 1)}"
+        f" ({devices[0].device_kind})"
+    )
 
 
 def is_primary() -> bool:
