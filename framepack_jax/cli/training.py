@@ -19,7 +19,7 @@ from framepack_jax.cli.common import (
     configure_jax_for_dry_run,
 )
 from framepack_jax.parallel import hardware, sharding
-from framepack_jax.parallel.multihost import is_primary, on_primary
+from framepack_jax.parallel.multihost import assert_same_facts, is_primary, on_primary
 from framepack_jax.planning import mesh_choice
 from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training import flow_matching_task, vae_task
@@ -27,6 +27,7 @@ from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import RunConfig, TrainConfig
 from framepack_jax.training.default_mesh import default_mesh
 from framepack_jax.training.export import export as export_run
+from framepack_jax.training.host_facts import command_facts
 from framepack_jax.training.trainer import NonFiniteLoss, Trainer
 from framepack_jax.training.vae_config import VaeTrainConfig
 from framepack_jax.training.vae_export import export as export_vae
@@ -59,6 +60,7 @@ def train(
     bundle.check_present(path, roles)
     configure_jax()
     hosts.join()
+    assert_same_facts(command_facts(cfg, mesh=mesh, resume=resume, export=export))
     devices = jax.devices()
     sizes = _mesh_sizes(cfg, path, mesh, devices)
     task = flow_matching_task.open_task(cfg, path, sharding.make_mesh(**sizes, devices=devices))

@@ -2,9 +2,7 @@
 two runs."""
 
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from framepack_jax.jobs.spec import ComputeOptions, ModelOptions, VideoSpec, sou
 from framepack_jax.models.lora import parse_weight
 from framepack_jax.utils import compare
 from framepack_jax.utils.messages import shorten
+from framepack_jax.utils.versions import version
 
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Values of flags that the oldest records lack.
@@ -58,7 +57,7 @@ def new_record(
         "batch": [],
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
         "timings": {},
     }
 
@@ -153,11 +152,3 @@ def _lora_sha256(path: Path) -> str | None:
     if files == [path]:
         return hashes[path.name]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-
-@functools.cache
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

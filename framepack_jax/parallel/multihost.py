@@ -9,7 +9,8 @@ import functools
 import hashlib
 import itertools
 import pickle
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -18,7 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from framepack_jax.parallel.scheduler import DeviceShare, device_share
-from framepack_jax.utils.messages import first_line
+from framepack_jax.utils.compare import differences
+from framepack_jax.utils.messages import first_line, shorten
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -145,6 +147,28 @@ def assert_same_on_hosts(what: str, *values: Any) -> None:
         )
 
 
+def assert_same_facts(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError in all processes if some of their facts differ; it names each, with the
+    processes, their hosts and values. Facts are pickled."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(pickle.dumps(sorted(facts.items()))).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    others = [i for i, d in enumerate(digests) if (d != digests[0]).any()]
+    if not others:
+        return
+    # What one of the others shows is enough to act on.
+    (there, first), (here, second) = (
+        _broadcast((socket.gethostname(), dict(facts)), source) for source in (0, others[0])
+    )
+    words = f"in process 0 on {there}", f"in process {others[0]} on {here}"
+    more = f", and {len(others) - 1} more processes differ" if len(others) > 1 else ""
+    raise ValueError(
+        f"processes differ: {shorten(differences(first, second, words=words), separator='; ')}"
+        f"{more}; give all processes the same"
+    )
+
+
 def is_collective_error(error: Exception) -> bool:
     """Return True if all processes raise this error: it was sent to them, or is a ValueError."""
     return jax.process_count() == 1 or isinstance(error, ValueError) or hasattr(error, "told")
@@ -234,7 +258,7 @@ def _broadcast(value: Any, source: int) -> Any:
     return pickle.loads(told(padded)[:length].tobytes())
 
 
-def _pickled(value: tuple[bool, Any]) -> bytes:
+def _pickled(value: tuple[Any, Any]) -> bytes:
     """Pickle an outcome; replace an error that cannot be unpickled by its text."""
     data = pickle.dumps(value)
     try:

@@ -5,11 +5,9 @@ Leaves are read from the checkpoint one at a time, so a host needs memory for a 
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.metrics import LOG
 from framepack_jax.utils import fields
 from framepack_jax.utils.paths import is_remote
+from framepack_jax.utils.versions import code_version
 
 # Folders of a bundle with files of the transformers library.
 ASSETS = ("tokenizer", "tokenizer_2", "image_processor")
@@ -140,23 +139,7 @@ def provenance(run: str, step: int) -> dict[str, Any]:
             found = json.loads(line)
             if found.pop("step") <= step:
                 figures |= found
-    return {"step": step, **record, "code": code_version(), "metrics": figures}
-
-
-def code_version() -> dict[str, str]:
-    """Return the versions of the packages in PACKAGES, and the commit if the code is a clone."""
-    versions = {}
-    for name in PACKAGES:
-        # A clone works without being installed.
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    root = Path(__file__).parents[2]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            found = subprocess.run(command, capture_output=True, text=True, check=True)
-            versions["commit"] = found.stdout.strip()
-    return versions
+    return {"step": step, **record, "code": code_version(PACKAGES), "metrics": figures}
 
 
 def write_bundle(

@@ -27,6 +27,7 @@ from framepack_jax.parallel import multihost
 from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.training import checkpoints, flow_matching, metrics, optimizer, state, summary
 from framepack_jax.training.config import TrainConfig
+from framepack_jax.training.host_facts import data_facts
 from framepack_jax.training.initial_weights import first_state, load_frozen
 from framepack_jax.training.prefetch import check_batch, local_share
 from framepack_jax.training.resume_checks import check_init, check_same_run
@@ -258,6 +259,7 @@ def open_task(cfg: TrainConfig, bundle_path: epath.PathLike, mesh: Mesh) -> Flow
     share = local_share(mesh, cfg.batch)
     schedule = schedule_of(cfg, manifest)
     loader = multihost.on_all_hosts(loading.open_loader, cfg.data, schedule, cfg.batch, share)
+    multihost.assert_same_facts(data_facts(cfg, bundle_path, loader.fingerprint))
     check_bundle(loader.index, manifest)
     task = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
     return dataclasses.replace(task, loader=loader, bundle_path=bundle_path)

@@ -7,7 +7,6 @@ therefore gives bit-identical results.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +19,10 @@ from framepack_jax.training import checkpoints, metrics, optimizer
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.prefetch import Fed, feed
+from framepack_jax.training.programs import Programs, compile_steps, shapes_of
 from framepack_jax.training.state import TrainState
 from framepack_jax.training.stop_signal import stop_signal
 from framepack_jax.training.task import Cost, Frozen, Record, StepMetrics, Task, Validator
-from framepack_jax.training.train_step import RATE, jit_train_step
 from framepack_jax.utils.progress import Bar
 
 NO_CLIPS = np.zeros(0, np.int32)
@@ -121,7 +120,7 @@ class Trainer:
             self.validator = multihost.on_all_hosts(task.validator, frozen)
             for line in task.describe(first):
                 self.say(line)
-            programs = self.compile(frozen)
+            programs = compile_steps(task, frozen, self.say)
             self.position = task.loader.get_state()
             batches = feed(task.loader, task.mesh, cfg.batch, task.blank)
             exits.enter_context(contextlib.closing(batches))
@@ -143,7 +142,7 @@ class Trainer:
         state: TrainState[jax.Array],
         frozen: Frozen,
         first: int,
-        programs: dict[Any, tuple[Any, Cost | None]],
+        programs: Programs,
         batches: Iterator[Fed],
         stopping: Callable[[], bool],
     ) -> int:
@@ -154,7 +153,7 @@ class Trainer:
             self.log.wait(fed.waited)
             if step == first + 1:
                 self._start_clocks()
-            compiled, cost = programs[_shapes(fed.batch)]
+            compiled, cost = programs[shapes_of(fed.batch)]
             state, found = compiled(state, frozen, fed.batch, self.log.rate(step - 1))
             if pending is not None:
                 self._read(pending, state, first)
@@ -264,36 +263,3 @@ class Trainer:
             f"step {step} has no data: {cause}. Once the data can be read, run the same command"
             f" again to resume after step {step - 1}"
         ) from self.error
-
-    def compile(self, frozen: Frozen) -> dict[Any, tuple[Any, Cost | None]]:
-        """Compile the step for every shape of batch, several at a time; returns
-        {shapes of a batch: (compiled step, cost of a sample)}."""
-        task = self.task
-        step, abstract_frozen = jit_train_step(task), jax.tree.map(_abstract, frozen)
-
-        def compiled(kind: tuple[Any, Cost | None]) -> tuple[Any, tuple[Any, Cost | None]]:
-            batch, cost = kind
-            with jax.set_mesh(task.mesh), task.precision():
-                lowered = step.lower(task.abstract, abstract_frozen, batch, RATE)
-                return _shapes(batch), (lowered.compile(), cost)
-
-        kinds = task.batches()
-        self.say(
-            f"compiling    {len(kinds)} program{'s' * (len(kinds) > 1)} of the step, one for each"
-            " bucket and window, before the first step"
-        )
-        with ThreadPoolExecutor(min(len(kinds), 4)) as pool:
-            done = Bar(
-                pool.map(compiled, kinds), total=len(kinds), desc="compiling", unit="program",
-                disable=metrics.is_quiet() or len(kinds) == 1,
-            )  # fmt: skip
-            return dict(done)
-
-
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of a batch, the key of its compiled program."""
-    return tuple(x.shape for x in jax.tree.leaves(batch))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from socket import gethostname
 
 import numpy as np
 import pytest
@@ -47,6 +48,8 @@ print(told(multihost.on_all_hosts, lambda: me and fails(ValueError(f"missing in 
 print(multihost.on_all_hosts(lambda: multihost.on_primary(lambda: 10 + me)))
 print(told(multihost.assert_same_on_hosts, "the seeds", 1, np.arange(3)))
 print(told(multihost.assert_same_on_hosts, "the seeds", me, np.arange(3)))
+print(told(multihost.assert_same_facts, {"rate": 1e-3, "seed": 0}))
+print(told(multihost.assert_same_facts, {"rate": 1e-3 * (1 + me), "seed": 7 * me, "steps": 3}))
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 with jax.set_mesh(mesh):
     whole = multihost.place(np.arange(4.0))
@@ -163,6 +166,10 @@ def test_results_and_errors_are_told(tmp_path) -> None:
         "None",
         "ValueError: the seeds of process 1 differ from those of process 0; give all processes the"
         " same",
+        "None",
+        f"ValueError: processes differ: rate = 0.001 in process 0 on {(host := gethostname())},"
+        f" 0.002 in process 1 on {host}; seed = 0 in process 0 on {host}, 7 in process 1 on {host};"
+        " give all processes the same",
     ]
     assert _lines(first) == [
         *shared[:3],

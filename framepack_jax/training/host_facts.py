@@ -1,0 +1,65 @@
+"""Facts that must be the same on all hosts of a training run.
+
+Hosts that disagree would train on without an error: with two learning rates, half of the parameters
+get each; with two datasets, a batch has samples of both.
+"""
+
+import dataclasses
+import hashlib
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from framepack_jax import bundle
+from framepack_jax.data import records
+from framepack_jax.training.config import TrainConfig
+from framepack_jax.utils.versions import code_hash, version
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Variables that change what is compiled.
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+def command_facts(cfg: Any, **flags: Any) -> dict[str, Any]:
+    """Return the configuration by dotted names, other flags, and the code that runs."""
+    return {
+        **dict(_dotted("", cfg)),
+        **flags,
+        "code of framepack_jax": code_hash(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        **{name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def data_facts(
+    cfg: TrainConfig, bundle_path: epath.PathLike, fingerprint: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the fingerprint of the samples, and what tells copies of a dataset and a bundle apart:
+    hashes of their tables and the sizes of the dataset's files."""
+    folder = epath.Path(cfg.data.path)
+    shards = sorted((folder / records.SHARDS).iterdir())
+    return {
+        **{f"samples: {name}": value for name, value in fingerprint.items()},
+        f"{folder}/{records.INDEX}": _digest(folder / records.INDEX),
+        f"{folder}/{records.EMPTY}": _digest(folder / records.EMPTY),
+        f"sizes in {folder}/{records.SHARDS}": [(x.name, x.stat().length) for x in shards],
+        f"{bundle_path}/{bundle.MANIFEST}": _digest(epath.Path(bundle_path) / bundle.MANIFEST),
+    }
+
+
+def _digest(file: epath.Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else None
+
+
+def _dotted(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of the fields of a dataclass."""
+    for field in dataclasses.fields(value):
+        name, found = f"{prefix}{field.name}", getattr(value, field.name)
+        if dataclasses.is_dataclass(found):
+            yield from _dotted(f"{name}.", found)
+        else:
+            yield name, found

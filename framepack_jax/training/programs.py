@@ -1,0 +1,68 @@
+"""Compile the training step for every shape of batch before the first step."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from framepack_jax.parallel import multihost
+from framepack_jax.training import metrics
+from framepack_jax.training.task import Cost, Frozen, Task
+from framepack_jax.training.train_step import RATE, jit_train_step
+from framepack_jax.utils.progress import Bar
+
+# Shapes of a batch.
+Shapes = tuple[tuple[int, ...], ...]
+Programs = dict[Shapes, tuple[Any, Cost | None]]
+MAX_AT_ONCE = 4
+
+
+def compile_steps(task: Task, frozen: Frozen, say: Callable[[str], None]) -> Programs:
+    """Compile the step for every shape of batch, several at a time; returns
+    {shapes of a batch: (compiled step, cost of a sample)}.
+
+    Raises ValueError in all processes if they would not compile the same programs.
+    """
+    step, abstract_frozen = jit_train_step(task), jax.tree.map(_abstract, frozen)
+    kinds = task.batches()
+    say(
+        f"compiling    {len(kinds)} program{'s' * (len(kinds) > 1)} of the step, one for each"
+        " bucket and window, before the first step"
+    )
+    with jax.set_mesh(task.mesh), task.precision():
+        lowered = [step.lower(task.abstract, abstract_frozen, b, RATE) for b, _ in kinds]
+    _assert_same_programs({shapes_of(b): low for (b, _), low in zip(kinds, lowered, strict=True)})
+
+    def compiled(program: Any) -> Any:
+        with jax.set_mesh(task.mesh), task.precision():
+            return program.compile()
+
+    with ThreadPoolExecutor(min(len(kinds), MAX_AT_ONCE)) as pool:
+        done = Bar(
+            pool.map(compiled, lowered), total=len(kinds), desc="compiling", unit="program",
+            disable=metrics.is_quiet() or len(kinds) == 1,
+        )  # fmt: skip
+        return {
+            shapes_of(batch): (program, cost)
+            for (batch, cost), program in zip(kinds, done, strict=True)
+        }
+
+
+def shapes_of(batch: Any) -> Shapes:
+    """Return the shapes of a batch, the key of its compiled program."""
+    return tuple(x.shape for x in jax.tree.leaves(batch))
+
+
+def _assert_same_programs(lowered: dict[Shapes, Any]) -> None:
+    if jax.process_count() > 1:
+        texts = {shapes: program.as_text() for shapes, program in lowered.items()}
+        multihost.assert_same_facts({
+            f"program of a batch of {shapes}": hashlib.sha256(text.encode()).hexdigest()[:16]
+            for shapes, text in texts.items()
+        })  # fmt: skip
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
