@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "videos + captions -> dataset",
     "train-vae": "videos -> VAE in a bundle",
     "train": "dataset + bundle -> trained model",
+    "launch": "run a training command until it finishes",
     "evaluate": "drift and forgetting of bundles, or of a video file",
     "export-run": "training run -> bundle or LoRA file",
 }

@@ -5,6 +5,7 @@ This module imports no JAX at the top, so that `--help` is quick.
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import re
@@ -12,11 +13,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO, cast
 
-# Exit codes after SIGINT and SIGTERM.
+# Exit codes: an error that may pass, one that comes again with the same flags, and the end by
+# SIGINT or SIGTERM.
+FAILED, HOPELESS = 1, 2
 INTERRUPTED, TERMINATED = 130, 143
 FAILURES: tuple[type[Exception], ...] = (ValueError, OSError)
 RESUME = "interrupted; run the same command again to resume"
+
+
+class CommandError(SystemExit):
+    """The end of a command with one line, which is its text, and an exit code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = text if code == FAILED else code
+        if code != FAILED:
+            print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -24,23 +38,27 @@ def cli_errors(
     failures: tuple[type[Exception], ...] = FAILURES,
     *,
     explain: Callable[[Exception], object] = str,
+    code: Callable[[Exception], int] = lambda _: FAILED,
     interrupted: str | None = None,
     duration: bool = False,
 ) -> Iterator[None]:
-    """Run a command: end with one line and exit code 1 on an error of the user or the machine.
+    """Run a command: end with one line on an error of the user or the machine. Output goes on
+    without a reader if the terminal is closed.
 
     Args:
         failures: Errors that are reported as one line; others are bugs and keep their traceback.
         explain: Gives the line for an error.
+        code: Gives the exit code for an error.
         interrupted: The line for Ctrl-C and SIGTERM, which end with exit code 130 and 143.
         duration: Print how long the command took.
     """
     began = time.monotonic()
     show_log()
     try:
-        yield
+        with _lasting_output():
+            yield
     except failures as error:
-        raise SystemExit(f"error: {explain(error)}") from error
+        raise CommandError(f"error: {explain(error)}", code(error)) from error
     except KeyboardInterrupt as interrupt:
         from framepack_jax.parallel.multihost import Terminated
 
@@ -49,6 +67,44 @@ def cli_errors(
         raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
     if duration:
         print(f"{time.monotonic() - began:.1f} s in all")
+
+
+class _Lasting:
+    """A stream whose text is dropped once nobody can read it: the terminal is closed, or the
+    program behind a pipe has ended."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropped():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropped():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # Libraries in C++ write to the same file.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+    """Let a command outlive the readers of stdout and stderr."""
+    out, err = (cast(TextIO, _Lasting(stream)) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 class _Terminal(logging.Handler):

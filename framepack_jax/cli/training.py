@@ -13,21 +13,25 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.cli.common import (
+    FAILED,
+    HOPELESS,
     MultihostFlags,
     cli_errors,
     configure_jax,
     configure_jax_for_dry_run,
 )
+from framepack_jax.data.records import DatasetError
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.multihost import assert_same_facts, is_primary, on_primary
 from framepack_jax.planning import mesh_choice
 from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training import flow_matching_task, vae_task
-from framepack_jax.training.checkpoints import RunError
+from framepack_jax.training.checkpoints import CheckpointError, RunError
 from framepack_jax.training.config import RunConfig, TrainConfig
 from framepack_jax.training.default_mesh import default_mesh
 from framepack_jax.training.export import export as export_run
 from framepack_jax.training.host_facts import command_facts
+from framepack_jax.training.stop_signal import INTERRUPTED, StopSignal
 from framepack_jax.training.trainer import NonFiniteLoss, Trainer
 from framepack_jax.training.vae_config import VaeTrainConfig
 from framepack_jax.training.vae_export import export as export_vae
@@ -41,8 +45,9 @@ FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.Jax
 def training_errors() -> AbstractContextManager[None]:
     """Handle the errors of a training command, and print how long it took."""
     # For signals before the first or after the last step; in between, the trainer saves and ends.
-    interrupted = "interrupted; saved steps are kept; run the same command again to resume"
-    return cli_errors(FAILURES, explain=_explained, interrupted=interrupted, duration=True)
+    return cli_errors(
+        FAILURES, explain=_explained, code=_exit_code, interrupted=INTERRUPTED, duration=True
+    )
 
 
 def train(
@@ -61,15 +66,15 @@ def train(
     configure_jax()
     hosts.join()
     assert_same_facts(command_facts(cfg, mesh=mesh, resume=resume, export=export))
-    devices = jax.devices()
-    sizes = _mesh_sizes(cfg, path, mesh, devices)
-    task = flow_matching_task.open_task(cfg, path, sharding.make_mesh(**sizes, devices=devices))
-    step = Trainer(task, _print_on_primary()).fit(resume)
-    if not _finished(cfg, step):
-        return
-    on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the metrics")
-    if export:
-        on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
+    with StopSignal(cfg.stop_seconds) as stop:
+        devices = jax.devices()
+        sizes = _mesh_sizes(cfg, path, mesh, devices)
+        task = flow_matching_task.open_task(cfg, path, sharding.make_mesh(**sizes, devices=devices))
+        step = Trainer(task, _print_on_primary(), stop).fit(resume)
+        _end_if_stopped(cfg, step, stop)
+        on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the metrics")
+        if export:
+            on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
 
 
 def _mesh_sizes(
@@ -96,8 +101,9 @@ def train_vae(cfg: VaeTrainConfig, *, resume: bool, dtype: Literal["bfloat16", "
     configure_jax()
     path = bundle.resolve(cfg.bundle)
     mesh = sharding.make_mesh(data=jax.device_count())
-    step = Trainer(vae_task.open_task(cfg, path, mesh)).fit(resume)
-    if _finished(cfg, step):
+    with StopSignal(cfg.stop_seconds) as stop:
+        step = Trainer(vae_task.open_task(cfg, path, mesh), stop=stop).fit(resume)
+        _end_if_stopped(cfg, step, stop)
         print(export_vae(f"{cfg.output}@{step}", path, f"{cfg.output}/bundle", dtype=dtype))
 
 
@@ -127,13 +133,13 @@ def check_given(cfg: RunConfig, required: dict[str, tuple[str | None, str]]) -> 
         )
 
 
-def _finished(cfg: RunConfig, step: int) -> bool:
-    """Return True if the last step was taken, else say how to resume."""
-    if step >= cfg.steps:
-        return True
-    text = f"stopped after step {step} of {cfg.steps}, which is saved"
-    on_primary(print, f"{cfg.output}: {text}; run the same command again to resume")
-    return False
+def _end_if_stopped(cfg: RunConfig, step: int, stop: StopSignal) -> None:
+    """If a signal has stopped the run before its last step, say so and end with the exit code of
+    the signal."""
+    if step < cfg.steps:
+        text = f"stopped after step {step} of {cfg.steps}, which is saved"
+        on_primary(print, f"{cfg.output}: {text}; run the same command again to resume")
+        raise SystemExit(stop.exit_code)
 
 
 def _print_on_primary() -> Callable[[str], None]:
@@ -152,6 +158,14 @@ def _export(run: str, path: epath.PathLike) -> str:
     if done.returncode:
         raise RunError(f"the run is complete, but its export failed: {done.stderr[-500:]}")
     return done.stdout.splitlines()[0]
+
+
+def _exit_code(error: Exception) -> int:
+    """Tell what the same command would end with again from what may pass: a disk that is full or
+    away, a lost process."""
+    passing = isinstance(error, DatasetError | CheckpointError)
+    lasting = isinstance(error, ValueError) and not passing
+    return HOPELESS if lasting else FAILED
 
 
 def _explained(error: Exception) -> str:

@@ -47,8 +47,8 @@ def join(
     `coordinator` is HOST:PORT of the first process, or "auto" if the environment (SLURM, Open MPI,
     Kubernetes, TPU pods) defines all three. `heartbeat` and `startup` are seconds.
 
-    Raises ValueError if it does not, if the numbers are inconsistent, if the other processes do not
-    connect, or if this process has fewer devices than the scheduler gave it.
+    Raises ValueError if it does not, if the numbers are inconsistent, or if this process has fewer
+    devices than the scheduler gave it; ConnectionError if the other processes do not connect.
     """
     if coordinator == "auto":
         address, share = None, device_share()
@@ -74,7 +74,7 @@ def join(
         )
     except (ValueError, RuntimeError) as error:
         line = first_line(error)
-        raise ValueError(
+        raise ConnectionError(
             f"processes did not find each other by {coordinator} ({line}); give HOST:PORT of"
             " process 0, the number of processes, and that of this one"
         ) from error

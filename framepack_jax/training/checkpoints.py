@@ -6,7 +6,8 @@ number of processes.
     RUN/run.json                 configuration, fingerprint of the data order, and the origin of
                                  the weights (scratch or bundle), also through --init RUN
     RUN/checkpoints/STEP/state   trained parameters, optimizer state, moving average
-    RUN/checkpoints/STEP/data    position in the stream of samples, unreadable records
+    RUN/checkpoints/STEP/data    position in the stream of samples, unreadable records, checksums
+    RUN/damaged/STEP             checkpoints that could not be restored
 """
 
 import dataclasses
@@ -20,13 +21,15 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.parallel import multihost
+from framepack_jax.training import checksums
 from framepack_jax.training.config import CheckpointConfig
 from framepack_jax.training.state import TrainState
 from framepack_jax.utils import storage
 from framepack_jax.utils.files import atomic_write_text
 from framepack_jax.utils.messages import first_line
 
-FOLDER, RECORD = "checkpoints", "run.json"
+FOLDER, RECORD, DAMAGED = "checkpoints", "run.json", "damaged"
+CHECKSUMS = "checksums"
 # Version of the record. Records of version 1 have no "format", and other names of fields.
 FORMAT = 2
 RENAMED = {
@@ -40,6 +43,10 @@ RENAMED = {
 
 class RunError(ValueError):
     """The run does not exist or cannot be resumed."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be restored: it is damaged, or the storage fails."""
 
 
 def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager:
@@ -71,6 +78,7 @@ def save(
     """Start to write a checkpoint. Raises OSError, also if the one before could not be written."""
     if step in manager.all_steps():
         return
+    data = data | {CHECKSUMS: checksums.checksums(state)}
     try:
         manager.save(
             step,
@@ -102,29 +110,76 @@ def _not_written(manager: ocp.CheckpointManager, error: ValueError) -> OSError:
     )
 
 
+def restore_newest(
+    manager: ocp.CheckpointManager, abstract: TrainState[jax.ShapeDtypeStruct]
+) -> tuple[int, TrainState[jax.Array], dict[str, Any], list[str]]:
+    """Restore the newest checkpoint that is whole: return (its step, state, stream position, what
+    is to be said of newer ones).
+
+    If older checkpoints can be restored, newer ones that cannot are damaged, and are moved to
+    RUN/damaged. If none can, nothing is moved. All processes call this together. Raises
+    CheckpointError.
+    """
+    failed: dict[int, CheckpointError] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            state, data = restore(manager, step, abstract)
+        except CheckpointError as error:
+            failed[step] = error
+            continue
+        said = [
+            f"{error}; it is moved to {multihost.on_primary(_set_aside, manager, bad)}"
+            for bad, error in failed.items()
+        ]
+        if failed:
+            manager.reload()
+        return step, state, data, said
+    first = next(iter(failed.values()))
+    raise CheckpointError(
+        f"{first}, and no older one can; nothing was changed. If the storage was away, run the same"
+        " command again"
+    ) from first
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> epath.Path:
+    """Move a damaged checkpoint out of the folder of checkpoints; return its new place."""
+    folder = epath.Path(manager.directory)
+    target = folder.parent / DAMAGED / str(step)
+    while target.exists():
+        target = target.parent / f"{target.name}_again"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / str(step)).rename(target)
+    return target
+
+
 def restore(
     manager: ocp.CheckpointManager, step: int, abstract: TrainState[jax.ShapeDtypeStruct]
 ) -> tuple[TrainState[jax.Array], dict[str, Any]]:
-    """Return (state, stream position) of a step, sharded as `abstract`. Raises RunError."""
+    """Return (state, stream position) of a step, sharded as `abstract`. All processes call this
+    together. Raises CheckpointError, also if an array differs from its checksum."""
+    found = multihost.on_all_hosts(_read, manager, step, abstract)
+    data = found["data"]
+    # Checkpoints of earlier versions have no checksums.
+    if wrong := checksums.differing(found["state"], data.pop(CHECKSUMS, {})):
+        raise CheckpointError(
+            f"checkpoint {step} in {manager.directory} is damaged: {len(wrong)} arrays, as"
+            f" {wrong[0]}, differ from their checksums"
+        )
+    return found["state"], data
+
+
+def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Any:
     try:
-        found = manager.restore(
+        return manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
             ),
         )
     except Exception as error:  # orbax raises many kinds
-        raise RunError(
-            f"checkpoint {step} in {manager.directory} cannot be restored ({_line(error)}); if it"
-            f" is damaged, move it away, and run the same command again to resume from"
-            f" {_before(manager, step)}"
+        raise CheckpointError(
+            f"checkpoint {step} in {manager.directory} cannot be restored ({_line(error)})"
         ) from error
-    return found["state"], found["data"]
-
-
-def _before(manager: ocp.CheckpointManager, step: int) -> str:
-    older = [s for s in ocp.path.step.checkpoint_steps(manager.directory) if s < step]
-    return f"step {max(older)}" if older else "the start, as there is no earlier checkpoint"
 
 
 def restore_params(folder: epath.PathLike, step: int, abstract: Any, part: str) -> Any:

@@ -103,6 +103,8 @@ class CheckpointConfig:
 
     every: Positive = 500
     """Steps from one checkpoint to the next; the last step always has one."""
+    minutes: NonNegative = 30.0
+    """Minutes after which a checkpoint is written in any case; 0: by steps only."""
     keep: Positive = 3
     """Number of newest checkpoints to keep."""
     keep_every: Count = 0
@@ -135,6 +137,13 @@ class RunConfig:
     """Stop the run after this many steps in a row whose loss or gradient is not finite. Their
     updates are skipped."""
     checkpoints: CheckpointConfig = CheckpointConfig()
+    stop_seconds: NonNegative = 0.0
+    """Seconds from SIGTERM to the end of the process, whether or not the checkpoint is written; 0:
+    no limit."""
+    watchdog_seconds: NonNegative = 300.0
+    """Seconds that a step may take, or ten times the median step if that is longer, before the
+    process prints the stacks of its threads and ends with code 1; 0: no limit. Loading, compiling,
+    saving and validating may take twelve times as long."""
     log_every: Positive = 10
     """Steps from one line of the log to the next."""
     tensorboard: bool = True

@@ -18,8 +18,9 @@ Frozen = Any
 Networks = Any
 Figures = Mapping[str, jax.Array]
 Record = dict[str, Any]
-# (step, trained parameters, frozen parameters) -> figures for the log; also writes videos.
-Validator = Callable[[int, Params, Frozen], dict[str, float]]
+# (step, trained parameters, frozen parameters, check) -> figures for the log; also writes videos.
+# It calls `check`, which raises once the run is told to stop, as often on every host.
+Validator = Callable[[int, Params, Frozen, Callable[[], None]], dict[str, float]]
 
 
 class StepMetrics(NamedTuple):

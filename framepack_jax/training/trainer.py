@@ -6,6 +6,7 @@ therefore gives bit-identical results.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.prefetch import Fed, feed
 from framepack_jax.training.programs import Programs, compile_steps, shapes_of
 from framepack_jax.training.state import TrainState
-from framepack_jax.training.stop_signal import stop_signal
+from framepack_jax.training.stop_signal import Stopped, StopSignal
 from framepack_jax.training.task import Cost, Frozen, Record, StepMetrics, Task, Validator
+from framepack_jax.training.watchdog import Watchdog
+from framepack_jax.utils.heartbeat import Heartbeat
 from framepack_jax.utils.progress import Bar
 
 NO_CLIPS = np.zeros(0, np.int32)
@@ -51,11 +54,16 @@ class Trainer:
     bar: Bar
     bad: BadRecords
     validator: Validator | None
+    watchdog: Watchdog
 
-    def __init__(self, task: Task, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, task: Task, say: Callable[[str], None] = print, stop: StopSignal | None = None
+    ) -> None:
         self.task, self.cfg, self.say = task, task.cfg, say
+        self.stop = StopSignal(task.cfg.stop_seconds) if stop is None else stop
         self.error: Exception | None = None
         self.unsaved = False
+        self.saved_at = time.monotonic()
 
     def fit(self, resume: bool = True) -> int:
         """Train to the last step, or until a signal stops the run; returns the step reached.
@@ -66,10 +74,11 @@ class Trainer:
         newest, record = self._record(resume)
         with (
             task.precision(),
+            contextlib.closing(Watchdog(cfg.watchdog_seconds)) as self.watchdog,
             contextlib.closing(checkpoints.manager(cfg.output, cfg.checkpoints)) as self.manager,
         ):
             with jax.set_mesh(task.mesh):
-                state, frozen = self.start() if newest is None else self.resume(newest)
+                state, frozen = self.start() if newest is None else self.resume()
             multihost.on_primary(checkpoints.write_record, cfg.output, record)
             first = int(state.step)
             return first if first >= cfg.steps else self.train(state, frozen, first, record)
@@ -95,9 +104,12 @@ class Trainer:
         self.say(f"{self.cfg.output}: starts from {origin}")
         return state, frozen
 
-    def resume(self, step: int) -> tuple[TrainState[jax.Array], Frozen]:
-        """Return (state of a checkpoint, frozen parameters); moves the loader to its position."""
-        state, data = checkpoints.restore(self.manager, step, self.task.abstract)
+    def resume(self) -> tuple[TrainState[jax.Array], Frozen]:
+        """Return (state of the newest whole checkpoint, frozen parameters); moves the loader to its
+        position."""
+        step, state, data, said = checkpoints.restore_newest(self.manager, self.task.abstract)
+        for line in said:
+            self.say(f"warning: {line}")
         unread = data.pop("unread", [])
         self.task.loader.set_state(data)
         frozen = self.task.load_frozen()
@@ -124,13 +136,13 @@ class Trainer:
             self.position = task.loader.get_state()
             batches = feed(task.loader, task.mesh, cfg.batch, task.blank)
             exits.enter_context(contextlib.closing(batches))
-            stopping = exits.enter_context(stop_signal())
             self.bar = exits.enter_context(Bar(
                 total=cfg.steps, initial=first, desc="training", unit="step",
                 disable=metrics.is_quiet(), smoothing=0.1,
             ))  # fmt: skip
-            step = self.steps(state, frozen, first, programs, batches, stopping)
-            checkpoints.wait(self.manager)
+            with self.stop.unsaved():
+                step = self.steps(state, frozen, first, programs, batches)
+                checkpoints.wait(self.manager)
         if step < cfg.steps:
             self.bad.check(f"step {step} is saved; ")
         if self.bad:
@@ -144,10 +156,11 @@ class Trainer:
         first: int,
         programs: Programs,
         batches: Iterator[Fed],
-        stopping: Callable[[], bool],
     ) -> int:
         """Take the steps after `first`. The metrics of a step are read while the next one runs."""
         cfg, pending = self.cfg, None
+        heartbeat = Heartbeat(cfg.output if multihost.is_primary() else None)
+        self.watchdog.begin_step(first + 1)
         for step in range(first + 1, cfg.steps + 1):
             fed = self._next(batches, pending, state, first)
             self.log.wait(fed.waited)
@@ -159,22 +172,38 @@ class Trainer:
                 self._read(pending, state, first)
             pending = Pending(step, found, cost, fed.state)
             self.bar.update()
-            stop = stopping() or step == cfg.steps or self.bad.too_many
-            saves = stop or step % cfg.checkpoints.every == 0 or self.unsaved
+            self.watchdog.beat(step)
+            heartbeat.beat(step)
+            told = self.stop.called()
+            stop = told or step == cfg.steps or self.bad.too_many
+            saves = stop or self.unsaved or self._is_due(step)
             validates = self.validator is not None and self.task.validates_after(step)
             if saves or validates:
                 self._read(pending, state, first)
                 pending = None
             # Reading the metrics may have shown that a clip is unreadable.
             if saves or self.unsaved:
-                with self._paused():
+                with self._paused("saving", step):
                     self.save(step, state, fed.state)
-            if validates:
-                with self._paused():
-                    self.validate(step, state, frozen)
+            if validates and not told:
+                with self._paused("validating", step):
+                    stop |= self.validate(step, state, frozen)
+                if stop and not saves:
+                    self.save(step, state, fed.state)
             if stop or self.bad.too_many:
                 break
         return step
+
+    def _is_due(self, step: int) -> bool:
+        """Return True if a checkpoint is due after this step, by the number of steps or by time.
+
+        The first process reads the clock, when a line of the log is due."""
+        every, minutes = self.cfg.checkpoints.every, self.cfg.checkpoints.minutes
+        if step % every == 0:
+            return True
+        if not minutes or step % self.cfg.log_every:
+            return False
+        return multihost.on_primary(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
 
     def _next(
         self,
@@ -200,9 +229,10 @@ class Trainer:
         self.bar.unpause()
 
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Exclude the time spent inside from the log's rates and from the bar's estimate."""
-        with self.log.paused():
+    def _paused(self, what: str, step: int) -> Iterator[None]:
+        """Exclude the time spent inside, after a step, from the log's rates and from the bar's
+        estimate."""
+        with self.log.paused(), self.watchdog.during(f"{what} after step {step}", step):
             yield
         self.bar.unpause()
 
@@ -210,13 +240,18 @@ class Trainer:
         """Write a checkpoint in the background."""
         unread = {"unread": sorted(self.bad.numbers)} if self.bad else {}
         checkpoints.save(self.manager, step, state, position | unread)
-        self.unsaved = False
+        self.unsaved, self.saved_at = False, time.monotonic()
 
-    def validate(self, step: int, state: TrainState[jax.Array], frozen: Frozen) -> None:
-        """Log the metrics on held-out data, of the moving average if the run has one."""
+    def validate(self, step: int, state: TrainState[jax.Array], frozen: Frozen) -> bool:
+        """Log the metrics on held-out data, of the moving average if the run has one. Returns True
+        if a signal has ended the validation."""
         assert self.validator is not None
         params = state.params if state.ema is None else state.ema
-        self.log.write(step, self.validator(step, params, frozen))
+        try:
+            self.log.write(step, self.validator(step, params, frozen, self.stop.check))
+        except Stopped:
+            return True
+        return False
 
     def _read(self, pending: Pending, state: TrainState[jax.Array], first: int) -> None:
         """Read the metrics of a step and log them; `state` is the newest state.

@@ -12,7 +12,7 @@ Shapes: B batch, T frames, H W rows and columns, C channels.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +178,15 @@ class VaeTask:
         del frozen
         return self._validate if self.held_out else None
 
-    def _validate(self, step: int, params: Params, frozen: Params) -> dict[str, float]:
+    def _validate(
+        self, step: int, params: Params, frozen: Params, check: Callable[[], None]
+    ) -> dict[str, float]:
         del frozen
         folder = Path(self.cfg.output)
         with jax.set_mesh(self.mesh):
             figures = validate(
-                self.network, params, self.held_out, self.cfg.frames, folder, step
-            )  # fmt: skip
+                self.network, params, self.held_out, self.cfg.frames, folder, step, check
+            )
         said = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
         Bar.write(f"step {step}: {said}")
         return figures

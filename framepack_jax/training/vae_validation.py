@@ -4,7 +4,7 @@ Shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,16 @@ def validate(
     frames: int,
     folder: Path,
     step: int,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return the PSNR of the middle clips of held-out videos and of their first frames alone: mean
-    over videos, and the lowest. Write a contact sheet of the first few, originals above."""
+    over videos, and the lowest. Write a contact sheet of the first few, originals above. Calls
+    `check`, which may raise, before each clip."""
     clip_errors: list[jax.Array] = []
     still_errors: list[jax.Array] = []
     shown: list[np.ndarray] = []
     for clip in middle_clips(held, frames):
+        check()
         original = signed(jnp.asarray(clip))
         decoded = reconstruct(network, params, original)
         clip_errors.append(jnp.mean(jnp.square(decoded - original)))

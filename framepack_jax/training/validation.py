@@ -4,7 +4,6 @@ Shapes: B batch, P frames, H W rows and columns.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from framepack_jax import packing, video
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.generation.crossfade import to_uint8
-from framepack_jax.generation.pipeline import FramePack, Inputs, Network, Settings
+from framepack_jax.generation.pipeline import FramePack, Inputs, Network, OnStep, Settings
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
@@ -52,17 +51,26 @@ class Validator:
         self.records = task.loader.held_out_records(cfg.validation.videos)
         self.pipe: FramePack | None = None
 
-    def __call__(self, step: int, params: Params, frozen: "Networks") -> dict[str, float]:
-        """Return the losses of held-out clips, and write sampled videos."""
+    def __call__(
+        self, step: int, params: Params, frozen: "Networks", check: Callable[[], None]
+    ) -> dict[str, float]:
+        """Return the losses of held-out clips, and write sampled videos. Calls `check`, which may
+        raise, before each batch and after each step of sampling."""
         cfg = self.task.cfg
+
+        def at(*args: Any) -> jax.Array:
+            check()
+            return self.losses_at(params, frozen, *args)
+
         with jax.set_mesh(self.task.mesh):
-            at = functools.partial(self.losses_at, params, frozen)
             figures = losses(at, self.batches, cfg.validation.sigmas, cfg.validation.context)
-        for number, frames in enumerate(self.videos(params, frozen.transformer)):
+        for number, frames in enumerate(self.videos(params, frozen.transformer, check)):
             on_primary(save_video, cfg.output, step, number, frames)
         return figures
 
-    def videos(self, params: Params, frozen: Params) -> Iterator[np.ndarray]:
+    def videos(
+        self, params: Params, frozen: Params, check: Callable[[], None]
+    ) -> Iterator[np.ndarray]:
         """Yield sampled videos above the decoded clips, (P, H, W, 3) uint8."""
         task, cfg = self.task, self.task.cfg.validation
         if not cfg.videos or task.encode is not None:
@@ -75,7 +83,7 @@ class Validator:
         for number, record in enumerate(self.records):
             sections = min(cfg.sections, (len(record.latents) - 1) // window)
             settings = Settings(steps=cfg.steps, distilled_guidance=cfg.guidance)
-            made = sample_video(pipe, record, sections, settings, seed=number)
+            made = sample_video(pipe, record, sections, settings, number, lambda *_: check())
             truth = decoded_clip(pipe, record, 1 + sections * window)
             yield side_by_side(made, truth)
 
@@ -180,9 +188,15 @@ def difference(changed: Losses, whole: Losses) -> Difference:
 
 
 def sample_video(
-    pipe: FramePack, record: Record, sections: int, settings: Settings, seed: int
+    pipe: FramePack,
+    record: Record,
+    sections: int,
+    settings: Settings,
+    seed: int,
+    on_step: OnStep | None = None,
 ) -> np.ndarray:
-    """Sample a video (P, H, W, 3) uint8 from the start image and the conditions of a clip."""
+    """Sample a video (P, H, W, 3) uint8 from the start image and the conditions of a clip; calls
+    `on_step` after each step."""
     assert record.latents is not None
     plan = packing.plan(pipe.schedule, sections)
     text = np.zeros((1, MAX_PROMPT_TOKENS, record.text.shape[1]), record.text.dtype)
@@ -194,7 +208,9 @@ def sample_video(
         jnp.full(1, settings.distilled_guidance, jnp.float32),
     )  # fmt: skip
     known = {0: np.asarray(record.latents[:1], np.float32)}
-    made = pipe.sample(plan, Inputs([conditions], None, known), settings, seeds=[seed])
+    made = pipe.sample(
+        plan, Inputs([conditions], None, known), settings, seeds=[seed], on_step=on_step
+    )
     clips = {start: frames for _, start, frames, _ in pipe.decode(plan, made)}
     frames = np.concatenate([np.asarray(clips[start]) for start in sorted(clips)], axis=1)
     return np.asarray(to_uint8(jnp.asarray(frames), record.clip.height, record.clip.width))[0]

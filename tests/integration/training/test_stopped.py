@@ -73,12 +73,15 @@ def test_killed_three_times_it_is_the_run_that_never_was(place, whole) -> None:
     same(output, whole)
 
 
-def test_sigterm_saves_the_step_and_ends_well(place, whole) -> None:
-    output = place / "terminated"
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+)
+def test_a_signal_saves_the_step_and_has_its_exit_code(place, whole, number, code) -> None:
+    output = place / f"ended_by_{number}"
     process = start(place, output, "--checkpoints.every", "100")
     wait_for(process, output, 4)
-    process.send_signal(signal.SIGTERM)
-    out = finish(process)
+    process.send_signal(number)
+    out = finish(process, code)
     assert "stopped after step" in out and "run the same command again to resume" in out
     (step,) = checkpoints.steps_of(output)
     assert 4 <= step < STEPS
@@ -93,20 +96,40 @@ def test_a_finished_run_has_nothing_to_do(place, whole) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(before, state_of(whole), strict=True))
 
 
-def test_a_damaged_checkpoint_is_gone_on_without(place, whole, tmp_path) -> None:
+@pytest.mark.parametrize("how", ["emptied", "flipped"])
+def test_a_damaged_checkpoint_is_set_aside(place, whole, tmp_path, how) -> None:
+    """Files without content, as after a power cut; eight flipped bits in the largest file."""
     output = tmp_path / "damaged"
     shutil.copytree(whole, output)
     newest = output / "checkpoints" / str(STEPS)
-    for file in newest.rglob("*"):
+    files = [file for file in newest.rglob("*") if file.is_file() and file.stat().st_size > 1000]
+    if how == "emptied":
+        for file in files:
+            file.write_bytes(b"")
+    else:
+        largest = max(files, key=lambda file: file.stat().st_size)
+        data = bytearray(largest.read_bytes())
+        for place_ in np.random.default_rng(0).integers(len(data) // 2, len(data) - 999, 8):
+            data[place_] ^= 16
+        largest.write_bytes(data)
+    out = finish(start(place, output))
+    assert f"warning: checkpoint {STEPS} in" in out
+    assert f"it is moved to {output}/damaged/{STEPS}" in out and "resumes after step 9" in out
+    assert (output / "damaged" / str(STEPS)).is_dir()
+    same(output, whole)
+
+
+def test_if_no_checkpoint_can_be_restored_nothing_is_moved(place, whole, tmp_path) -> None:
+    output = tmp_path / "lost"
+    shutil.copytree(whole, output)
+    for file in (output / "checkpoints").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(b"")
     process = start(place, output, "--steps", str(STEPS + 1))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in err, err[-3000:]
-    assert "move it away, and run the same command again to resume from step 9" in err
-    shutil.rmtree(newest)
-    finish(start(place, output))
-    same(output, whole)
+    assert f"error: checkpoint {STEPS} in" in err and "no older one can; nothing was changed" in err
+    assert checkpoints.steps_of(output) == [9, STEPS]
 
 
 def test_interrupted_before_the_first_step_it_says_so(place, tmp_path, monkeypatch, capsys) -> None:
