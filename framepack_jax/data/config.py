@@ -33,7 +33,8 @@ class DataConfig:
     threads: int = 4
     """Reader threads; more than 4 gain nothing for latents."""
     buffer: int = 16
-    """Samples to read ahead. (The default of Grain, 500, takes 23 GB of latents.)"""
+    """Samples that a host reads ahead, whatever the batch. (The default of Grain, 500, takes 23 GB
+    of latents.)"""
     workers: int = 0
     """Reader processes; they help only with raw videos, which are decoded in training."""
     max_bad_records: int = 10

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from absl import flags
 
 from framepack_jax import packing
 from framepack_jax.data import checks, holdout, records
@@ -26,6 +25,7 @@ from framepack_jax.data.config import DataConfig
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.data.samples import READ_ERRORS, Samples
+from framepack_jax.data.stream import POSITION, BatchStream
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 
 FORMAT = 1
@@ -57,7 +57,7 @@ class Loader:
         self._abstract: dict[Any, Batch | PixelBatch] = {}
         self._iterator = self._open()
 
-    def _open(self) -> grain.experimental.ElasticIterator:
+    def _open(self) -> BatchStream:
         streams = [
             grain.MapDataset.source(self.streams[bucket])
             .seed(self.cfg.seed + SEED_STEP * (1 + number))
@@ -67,18 +67,10 @@ class Loader:
         ]
         stream = grain.MapDataset.select_from_datasets(streams, self.schedule)
         stream = stream.map_with_index(self.samples.training)
-        workers = None
-        if self.cfg.workers:
-            # Grain reads its own flags, which only an absl app parses.
-            flags.FLAGS.mark_as_parsed()
-            workers = grain.MultiprocessingOptions(self.cfg.workers, per_worker_buffer_size=1)
-        index, count = self.share
-        read = grain.ReadOptions(self.cfg.threads, self.cfg.buffer)
-        return iter(
-            grain.experimental.ElasticIterator(
-                stream, self.batch, grain.sharding.ShardOptions(index, count, drop_remainder=True),
-                read_options=read, multiprocessing_options=workers,
-            )
+        cfg = self.cfg
+        return BatchStream(
+            stream, self.batch, self.share,
+            threads=cfg.threads, ahead=cfg.buffer, workers=cfg.workers,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch | PixelBatch]:
@@ -115,10 +107,14 @@ class Loader:
         """Move the stream to a position."""
         self._iterator.set_state(state)
 
+    def close(self) -> None:
+        """End the threads or processes that read ahead."""
+        self._iterator.close()
+
     @property
     def step(self) -> int:
         """Number of the next batch, from 0."""
-        return self.get_state()["global_next_index"] // self.batch
+        return self.get_state()[POSITION] // self.batch
 
     def bucket_at(self, step: int) -> tuple[int, int]:
         """Return the bucket of a batch without reading it."""

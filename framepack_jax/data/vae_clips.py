@@ -17,6 +17,7 @@ import numpy as np
 
 from framepack_jax.data.probe import probe
 from framepack_jax.data.rejected import SUFFIXES
+from framepack_jax.data.stream import BatchStream
 from framepack_jax.utils.messages import shorten
 from framepack_jax.video import count_frames, read_span
 
@@ -118,14 +119,8 @@ class Clips:
         self.frames, self.size = frames, size
         self.kept = sum(3 * v.frames * v.height * v.width for v in videos) <= KEPT_BYTES
         stream = grain.MapDataset.source(list(videos)).seed(seed).shuffle().repeat()
-        index, count = share
-        self._iterator = iter(
-            grain.experimental.ElasticIterator(
-                stream.random_map(self._cut), batch,
-                grain.sharding.ShardOptions(index, count, drop_remainder=True),
-                read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch),
-            )
-        )  # fmt: skip
+        clips = stream.random_map(self._cut)
+        self._iterator = BatchStream(clips, batch, share, threads=2, ahead=2 * batch)
 
     def _cut(self, video: ListedVideo, rng: np.random.Generator) -> np.ndarray:
         height, width = self.size

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 
 import jax
 import numpy as np
@@ -141,6 +142,28 @@ def test_the_stream_goes_on_exactly_with_other_threads(dataset) -> None:
     opened, _ = take(folder, 4, threads=1, buffer=2)
     _, rest = take(folder, 5, state=opened.get_state(), threads=8, buffer=3)
     assert [bits(b) for b in whole[4:]] == [bits(b) for b in rest]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 24])
+def test_as_many_samples_are_read_ahead_as_was_asked_for(dataset, monkeypatch, batch) -> None:
+    """Whatever the batch: read-ahead must not grow with it."""
+    folder, _ = dataset
+    reads, read = [], records.VideoSource.__getitem__
+
+    def counted(source: records.VideoSource, number: int) -> records.Record:
+        reads.append(number)
+        return read(source, number)
+
+    monkeypatch.setattr(records.VideoSource, "__getitem__", counted)
+    cfg = DataConfig(path=str(folder), buffer=6, threads=3)
+    loader = open_loader(cfg, packing.parse(INVERTED), batch)
+    next(loader)
+    before = -1
+    while before != len(reads):
+        before = len(reads)
+        time.sleep(0.2)
+    loader.close()
+    assert batch + 1 <= len(reads) <= batch + 6 + 3
 
 
 def test_hosts_share_the_same_batches(dataset) -> None:
