@@ -57,7 +57,7 @@ OF_FILES = {
     r"training/export": "integration/training/test_export.py",
     r"training/bad_records": "integration/training/test_damaged_data.py",
 }
-COPIED = ("framepack_jax", "tests", "configs", "examples", "benchmarks", "scripts")
+COPIED = ("framepack_jax", "tests", "configs", "docs", "examples", "benchmarks", "scripts")
 PRELOADED = ("jax", "flax.linen", "optax", "torch", "transformers", "diffusers", "hypothesis",
              "orbax.checkpoint", "grain", "cv2", "av", "safetensors", "tyro", "pytest")  # fmt: skip
 MAX_SECONDS = 600
