@@ -27,7 +27,7 @@ MADE = re.compile(r"(outputs|weights|runs|datasets|clips|site)(/|$)|[A-Z]{3,}|\$
 SCRIPTS = {"sample.py": "sample", "train.py": "train", "convert_weights.py": "convert"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
 # Flags of SLURM, and of every program.
-FOREIGN = {"--help", "--requeue", "--signal"}
+FOREIGN = {"--help", "--requeue", "--signal", "--map-by"}
 
 
 def page_id(path: Path) -> str:
@@ -108,7 +108,9 @@ def other_flags() -> frozenset[str]:
 def test_commands_and_their_flags_exist(page: Path) -> None:
     prose, lines = split_fences(page.read_text())
     inline = re.findall(r"`([^`]+)`", prose)
-    for text in [*lines, *inline]:
+    # framepack launch -- train.py ...
+    parts = (part for text in [*lines, *inline] for part in text.split(" -- "))
+    for text in (re.sub(r"^(?=train\.py )", "python ", part) for part in parts):
         for words in re.findall(r"(?<![\w-])framepack ([a-z][a-z-]*)", text):
             assert words in COMMANDS, f"{page_id(page)} names framepack {words}"
         scripts = "|".join(map(re.escape, SCRIPTS))
