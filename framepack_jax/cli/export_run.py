@@ -14,7 +14,7 @@ from framepack_jax.utils.paths import IN_STORES
 class ExportRun:
     """Export a training run as a bundle, or its adapters as LoRA files."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, IN_STORES, tyro.conf.Positional]
     """RUN or RUN@STEP; default: the newest checkpoint."""
     output: Annotated[str | None, IN_STORES] = None
     """Folder of the bundle, or of the LoRA files: lora.safetensors with the tensor names of

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from etils import epath
 
 from framepack_jax.cli.common import (
     ALONE,
@@ -48,7 +49,7 @@ class Prepare:
     prompt). A video with several captions gives one record for each."""
     bundle: Annotated[str, IN_STORES]
     """Bundle to be trained, whose encoders are used; tiny is part of this package."""
-    output: Path
+    output: Annotated[epath.Path, IN_STORES]
     """Folder of the dataset."""
     replace: bool = False
     """Replace a dataset of other videos in --output. By default, this is an error."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from framepack_jax.conversion import lora_peft, lora_targets, transformer
 from framepack_jax.conversion.engine import DTYPES, Step, Table
@@ -196,7 +197,7 @@ def about(path: Path) -> dict[str, str]:
 
 
 def write(
-    path: Path,
+    path: epath.PathLike,
     lora: Mapping[str, Factors],
     cfg: TransformerConfig,
     naming: str = "diffusers",
@@ -217,7 +218,7 @@ def write(
     Raises ConversionError for an unknown naming, another suffix, or kernels that the network does
     not have.
     """
-    path = Path(path)
+    path = epath.Path(path)
     if naming not in NAMINGS:
         raise ConversionError(f"LoRA naming {naming!r} is unknown; expected {', '.join(NAMINGS)}")
     if path.suffix != ".safetensors":

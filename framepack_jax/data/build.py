@@ -11,13 +11,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import shutil
 import sqlite3
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from framepack_jax import video as pictures
@@ -28,6 +28,7 @@ from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.files import atomic_write
+from framepack_jax.utils.prefetch import map_ahead
 
 MANIFEST, REJECTED = "manifest.jsonl", "rejected.jsonl"
 # The videos of the dataset: one line with the place of the listing, then one line per video with
@@ -75,7 +76,7 @@ class Packed:
         return "\n".join(lines)
 
 
-def check_any(folder: Path, source: Path, listing: Listing) -> None:
+def check_any(folder: epath.PathLike, source: Path, listing: Listing) -> None:
     """Raise DatasetError if every video of the listing was rejected; write rejected.jsonl into a
     folder without a dataset."""
     if len(listing):
@@ -93,12 +94,12 @@ def check_any(folder: Path, source: Path, listing: Listing) -> None:
     )
 
 
-def check_videos(folder: Path, source: Path, listing: Listing) -> None:
+def check_videos(folder: epath.PathLike, source: Path, listing: Listing) -> None:
     """Raise DatasetError if a folder holds a dataset of other videos.
 
     Such a dataset was made from another listing than `source` and shares no video with `listing`.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     file = next((folder / n for n in (VIDEOS, VIDEOS_BEFORE) if (folder / n).exists()), None)
     if file is None:
         return
@@ -119,9 +120,9 @@ def check_videos(folder: Path, source: Path, listing: Listing) -> None:
     )
 
 
-def _read_videos(file: Path) -> Generator[Any, None, None]:
+def _read_videos(file: epath.Path) -> Generator[Any, None, None]:
     """Yield the place of the listing, then (name, stamp) of each video."""
-    with open(file) as lines:
+    with file.open() as lines:
         head = json.loads(lines.readline())
         yield head["listing"]
         if file.name == VIDEOS_BEFORE:
@@ -133,7 +134,7 @@ def _read_videos(file: Path) -> Generator[Any, None, None]:
 
 
 def pack(
-    folder: Path,
+    folder: epath.PathLike,
     source: Path,
     listing: Listing,
     thresholds: Thresholds,
@@ -149,9 +150,9 @@ def pack(
 
     Raises OSError, DatasetError.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     new = folder / records.NEW
-    shutil.rmtree(new, ignore_errors=True)
+    new.rmtree(missing_ok=True)
     new.mkdir()
     try:
         with contextlib.closing(Judged(folder, index)) as judged:
@@ -167,14 +168,15 @@ def pack(
             _move(new, folder)
             return judged.packed(listing)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            new.rmtree(missing_ok=True)
         # Of the old dataset once the new one is complete, else of the new one. A damaged index
         # names no files: none is removed.
         with contextlib.suppress(OSError, DatasetError):
             records.remove_unlisted(folder)
 
 
-def _move(new: Path, folder: Path) -> None:
+def _move(new: epath.Path, folder: epath.Path) -> None:
     """Move the tables and the index of a dataset to its folder; remove tables that it lacks."""
     for name in PARTS:
         if (new / name).exists():
@@ -187,7 +189,7 @@ class Judged:
     """The clips of all videos in order, each with the reason of its rejection, None if it is
     accepted; and the lines of rejected.jsonl."""
 
-    def __init__(self, folder: Path, index: Index) -> None:
+    def __init__(self, folder: epath.PathLike, index: Index) -> None:
         self.folder, self.index = folder, index
         self._base = sqlite3.connect("", isolation_level=None)
         self._base.executescript(TABLES)
@@ -290,21 +292,24 @@ def _stored(judged: Judged, bucket: tuple[int, int]) -> Iterator[tuple[bytes, in
     """Yield (record, latent frames) of the accepted clips of a bucket."""
     height, width = bucket
     mine = f"reason IS NULL AND height = {height} AND width = {width}"
-    for clip, _ in judged.clips(mine):
-        data = clip_cache.record_file(judged.folder, clip).read_bytes()
+
+    def read(clip: Clip) -> bytes:
+        return clip_cache.record_file(judged.folder, clip).read_bytes()
+
+    for clip, data in map_ahead(read, (clip for clip, _ in judged.clips(mine))):
         if judged.index.mode == "pixels":
             data = records.pack(records.unpack(data)._replace(clip=clip))
         yield data, 1 + (clip.frames - 1) // judged.index.time_compression
 
 
-def _write_videos(new: Path, source: Path, listing: Listing) -> None:
+def _write_videos(new: epath.Path, source: Path, listing: Listing) -> None:
     videos = itertools.groupby(listing, key=lambda video: video.source)
     rows = ({"video": name, "stamp": next(spans).stamp} for name, spans in videos)
     head = {"listing": str(Path(source).resolve())}
     _write_lines(new / VIDEOS, map(json.dumps, itertools.chain([head], rows)))
 
 
-def _write_tables(new: Path, judged: Judged) -> None:
+def _write_tables(new: epath.Path, judged: Judged) -> None:
     rows = (
         dataclasses.asdict(clip) | {"accepted": reason is None, "reason": reason}
         for clip, reason in judged.clips()
@@ -313,12 +318,12 @@ def _write_tables(new: Path, judged: Judged) -> None:
     _write_lines(new / REJECTED, judged.rejected())
 
 
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
+def _write_lines(path: epath.Path, lines: Iterable[str]) -> None:
     with atomic_write(path) as partial, open(partial, "w") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
-def _write_sheets(new: Path, judged: Judged) -> None:
+def _write_sheets(new: epath.Path, judged: Judged) -> None:
     """Write contact sheets of evenly spaced clips; none if there are no clips."""
     for name, where in zip(SHEETS, ("reason IS NULL", "reason IS NOT NULL"), strict=True):
         shown = judged.picks(where)
@@ -331,6 +336,7 @@ def _write_sheets(new: Path, judged: Judged) -> None:
             pictures.save_png(new / name, pictures.labelled_sheet(cells, labels))
 
 
-def _picture(folder: Path, clip: Clip) -> np.ndarray:
-    with Image.open(clip_cache.record_file(folder, clip).with_suffix(".png")) as image:
+def _picture(folder: epath.PathLike, clip: Clip) -> np.ndarray:
+    file = clip_cache.record_file(folder, clip).with_suffix(".png")
+    with file.open("rb") as data, Image.open(data) as image:
         return np.asarray(image.convert("RGB"))

@@ -4,10 +4,13 @@ Each error names the fault, the number of clips with it, and a value or a comman
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from framepack_jax.data import build, clip_cache
 from framepack_jax.data.records import DatasetError, Index, VideoSource
@@ -19,7 +22,7 @@ THREADS = 16
 VIDEOS = ("videos.jsonl", "videos.json")
 
 
-def check_lengths(folder: Path, index: Index, window: int) -> None:
+def check_lengths(folder: epath.Path, index: Index, window: int) -> None:
     """Raise DatasetError if the dataset is empty, or has clips shorter than a section of `window`
     latent frames."""
     if not index.clips:
@@ -36,7 +39,7 @@ def check_lengths(folder: Path, index: Index, window: int) -> None:
         )
 
 
-def check_captions(folder: Path, index: Index, limit: int, empty: int = 0) -> None:
+def check_captions(folder: epath.Path, index: Index, limit: int, empty: int = 0) -> None:
     """Raise DatasetError if captions, or the empty prompt of `empty` tokens, are longer than
     `limit` tokens."""
     tokens = list(_caption_tokens(folder, index))
@@ -50,7 +53,7 @@ def check_captions(folder: Path, index: Index, limit: int, empty: int = 0) -> No
         )
 
 
-def _caption_tokens(folder: Path, index: Index) -> Iterable[int]:
+def _caption_tokens(folder: epath.Path, index: Index) -> Iterable[int]:
     """Return the tokens of each caption. Records are read if the index has no token counts."""
     if all(len(shard.tokens) == len(shard.lengths) for shard in index.shards):
         return [count for shard in index.shards for count in shard.tokens]
@@ -58,7 +61,7 @@ def _caption_tokens(folder: Path, index: Index) -> Iterable[int]:
     return _mapped(lambda n: len(source[n].text), range(len(source)), "reading captions")
 
 
-def check_sources(folder: Path, index: Index) -> None:
+def check_sources(folder: epath.Path, index: Index) -> None:
     """Raise DatasetError if videos of a dataset of mode pixels are missing, or are not as long in
     bytes as when they were prepared."""
     if index.mode != "pixels":
@@ -87,29 +90,29 @@ def _fault(path: Path, size: int | None) -> str | None:
     return None if size in (None, now) else f"{path} ({now} bytes, {size} when it was prepared)"
 
 
-def _sources(folder: Path, index: Index) -> list[tuple[Path, str]]:
+def _sources(folder: epath.Path, index: Index) -> list[tuple[Path, str]]:
     """Return (path, name in the cache) of each video, from the manifest beside the records."""
     videos = {}
     for place, name in _clips(folder, index):
         videos[place] = name.rpartition("-")[0].partition("@")[0]
     # An absolute path stays itself.
-    return [(folder / place, name) for place, name in sorted(videos.items())]
+    return [(Path(os.path.join(folder, place)), name) for place, name in sorted(videos.items())]
 
 
-def _clips(folder: Path, index: Index) -> Iterator[tuple[str, str]]:
+def _clips(folder: epath.Path, index: Index) -> Iterator[tuple[str, str]]:
     """Yield (video, name) of each clip."""
     manifest = folder / build.MANIFEST
     if not manifest.exists():
         source = VideoSource(folder, index.shards)
         yield from ((clip.source, clip.id) for clip in (source[n].clip for n in range(len(source))))
         return
-    with open(manifest) as rows:
+    with manifest.open() as rows:
         for row in map(json.loads, rows):
             if row["accepted"]:
                 yield row["source"], row["id"]
 
 
-def _prepared_sizes(folder: Path) -> dict[str, int]:
+def _prepared_sizes(folder: epath.Path) -> dict[str, int]:
     """Return the recorded size in bytes of each video by its name in the cache."""
     file = next((folder / name for name in VIDEOS if (folder / name).exists()), None)
     if file is None:

@@ -9,12 +9,12 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from framepack_jax.data import records, scenes
@@ -56,17 +56,19 @@ def video_id(source: str, start: float = 0.0, end: float = math.inf) -> str:
     return f"{name}@{1000 * start:.0f}-{'end' if end == math.inf else f'{1000 * end:.0f}'}"
 
 
-def is_done(folder: Path, video: CachedVideo, made: Mapping[str, Any]) -> bool:
+def is_done(folder: epath.PathLike, video: CachedVideo, made: Mapping[str, Any]) -> bool:
     """Return True if a video is completely cached in its present state and with these settings."""
     marker = _read_marker(folder, video.id)
     if marker is None or marker["key"] != _key(video, made):
         return False
     files = [record_file(folder, Clip(**clip)) for clip in marker["clips"]]
-    return all(file.exists() and file.with_suffix(".png").exists() for file in files)
+    root = epath.Path(folder) / STORE / video.id
+    there = {file.name for file in root.iterdir()} if files and root.exists() else set()
+    return all({file.name, file.with_suffix(".png").name} <= there for file in files)
 
 
 def add(
-    folder: Path,
+    folder: epath.PathLike,
     video: CachedVideo,
     cuts: Iterator[SceneClip],
     encode: Callable[[Sequence[Clip], np.ndarray], Iterable[Record]],
@@ -76,11 +78,10 @@ def add(
 ) -> None:
     """Encode the clips of a video into the cache, or record why the video is rejected. Raises
     OSError if the cache cannot be written."""
-    root = Path(folder) / STORE / video.id
+    root = epath.Path(folder) / STORE / video.id
     # The marker of complete clips goes first: with other settings these are other clips.
     _marker_file(folder, video.id).unlink(missing_ok=True)
-    if root.exists():
-        shutil.rmtree(root)
+    root.rmtree(missing_ok=True)
     root.mkdir(parents=True)
     clips: list[dict[str, Any]] = []
     rejected: dict[str, str] | None = None
@@ -120,7 +121,9 @@ def _describe(
     ]  # fmt: skip
 
 
-def clips_of(folder: Path, video: CachedVideo) -> tuple[list[Clip], dict[str, str] | None]:
+def clips_of(
+    folder: epath.PathLike, video: CachedVideo
+) -> tuple[list[Clip], dict[str, str] | None]:
     """Return (clips, rejection) of a cached video. Raises DatasetError if it is not cached."""
     marker = _read_marker(folder, video.id)
     if marker is None:
@@ -128,10 +131,10 @@ def clips_of(folder: Path, video: CachedVideo) -> tuple[list[Clip], dict[str, st
     return [Clip(**clip) for clip in marker["clips"]], marker["rejected"]
 
 
-def record_file(folder: Path, clip: Clip) -> Path:
+def record_file(folder: epath.PathLike, clip: Clip) -> epath.Path:
     """Return the file of the record of a clip; its thumbnail has the suffix .png."""
     number = clip.id.rpartition("-")[2]
-    return Path(folder) / STORE / clip.entry / f"{number}.rec"
+    return epath.Path(folder) / STORE / clip.entry / f"{number}.rec"
 
 
 def _key(video: CachedVideo, made: Mapping[str, Any]) -> str:
@@ -142,18 +145,18 @@ def _key(video: CachedVideo, made: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _marker_file(folder: Path, name: str) -> Path:
-    return Path(folder) / STORE / f"{name}.json"
+def _marker_file(folder: epath.PathLike, name: str) -> epath.Path:
+    return epath.Path(folder) / STORE / f"{name}.json"
 
 
-def _read_marker(folder: Path, name: str) -> dict[str, Any] | None:
+def _read_marker(folder: epath.PathLike, name: str) -> dict[str, Any] | None:
     try:
         return json.loads(_marker_file(folder, name).read_text())
     except (OSError, ValueError):
         return None
 
 
-def _thumbnail(path: Path, frame: np.ndarray) -> None:
+def _thumbnail(path: epath.Path, frame: np.ndarray) -> None:
     picture = Image.fromarray(frame)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     with atomic_write(path) as partial:

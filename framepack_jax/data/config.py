@@ -1,9 +1,10 @@
 """Settings of the training data."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
+from framepack_jax.utils.paths import IN_STORES
 
 MIN_VALUES = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_records": 0}
 
@@ -12,7 +13,7 @@ MIN_VALUES = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_re
 class DataConfig:
     """The data of a training run."""
 
-    path: str = ""
+    path: Annotated[str, IN_STORES] = ""
     """Folder of the dataset, written by framepack prepare."""
     seed: int = 0
     """Seed of the order of clips and of the choice of sections."""

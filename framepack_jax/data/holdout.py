@@ -4,7 +4,8 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+
+from etils import epath
 
 from framepack_jax.data.records import DatasetError, Index
 
@@ -29,7 +30,7 @@ def split(index: Index, holdout: int) -> tuple[list[int], list[int]]:
     return sorted(itertools.chain(*videos.values())), [number for *_, number in sorted(held)]
 
 
-def check_holdout(folder: Path, index: Index, holdout: int) -> None:
+def check_holdout(folder: epath.PathLike, index: Index, holdout: int) -> None:
     """Raise DatasetError if no clip is left to train on."""
     if split(index, holdout)[0]:
         return

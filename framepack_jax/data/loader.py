@@ -10,12 +10,12 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from etils import epath
 
 from framepack_jax import packing
 from framepack_jax.data import checks, holdout, records
@@ -211,7 +211,7 @@ def open_loader(
     `batch` is the size of a global batch; this host reads its `share` (index, count). Raises
     DatasetError, ScheduleError, ValueError.
     """
-    folder = Path(cfg.path)
+    folder = epath.Path(cfg.path)
     index = records.read_index(folder)
     checks.check_lengths(folder, index, max(schedule.window, *cfg.windows, 1))
     holdout.check_holdout(folder, index, cfg.holdout)

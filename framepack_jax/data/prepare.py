@@ -7,12 +7,12 @@ first writes the dataset.
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.data import build, clip_cache, decode_ahead, ray_backend
@@ -38,7 +38,7 @@ class PrepareConfig:
 
     videos: Path
     bundle: str
-    output: Path
+    output: epath.Path
     mode: Literal["latents", "pixels"]
     scenes: SceneSettings
     thresholds: Thresholds
@@ -66,7 +66,7 @@ def prepare(cfg: PrepareConfig) -> build.Packed:
         encoder.prompt(""),
     )  # fmt: skip
     if not cfg.keep_clips:
-        on_primary(shutil.rmtree, cfg.output / clip_cache.STORE)
+        on_primary((cfg.output / clip_cache.STORE).rmtree)
     if not packed.clips:
         raise DatasetError(
             f"every clip of {len(listing)} videos was rejected; see"
@@ -75,7 +75,7 @@ def prepare(cfg: PrepareConfig) -> build.Packed:
     return packed
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: epath.Path) -> None:
     """Make the output folder. Raises DatasetError if it holds other files, or if its name is not
     UTF-8, which ArrayRecord cannot write."""
     if NOT_TEXT.search(str(output)):

@@ -20,21 +20,30 @@ import functools
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 
+from framepack_jax.data.array_records import (
+    FIRST,
+    OPTIONS,
+    Place,
+    ends_of_chunks,
+    read_from_disk,
+    read_from_store,
+)
 from framepack_jax.utils.files import atomic_write, partial_file, publish
 from framepack_jax.utils.messages import first_line
+from framepack_jax.utils.paths import is_remote
 
 FORMAT = 2
 INDEX, EMPTY, SHARDS, NEW = "dataset.json", "empty.safetensors", "shards", "dataset.new"
-OPTIONS = "group_size:1,uncompressed"
 SHARD_BYTES = 1 << 30
 # safetensors keeps them under a type of its own; numpy knows them as two bytes.
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -100,8 +109,9 @@ class Record(NamedTuple):
 class Shard:
     """A file of records of one bucket: its name without the digest, and the bucket in pixels.
 
-    For each record it lists the latent frames, the digest of the video's name, and the tokens of
-    the caption (missing in older datasets). `digest` is that of the records, "" in older datasets.
+    For each record it lists the latent frames, the digest of the video's name, the tokens of the
+    caption, the end of its bytes in the file, and their CRC-32. `digest` is that of all records.
+    Older datasets lack the last four.
     """
 
     file: str
@@ -112,11 +122,24 @@ class Shard:
     # Excluded from the repr, which identifies a dataset.
     tokens: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     digest: str = dataclasses.field(default="", repr=False)
+    ends: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    crcs: tuple[int, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def path(self) -> str:
         """Place of the file in the dataset."""
         return f"{SHARDS}/{_with_digest(self.file, self.digest)}"
+
+    def place(self, number: int) -> Place:
+        """Return where a record lies in the file. Raises DatasetError for an older dataset."""
+        if not self.ends:
+            raise DatasetError(
+                "the dataset was written by an earlier version, and its records cannot be read from"
+                " an object store; prepare it again, which encodes nothing again, or copy it to a"
+                " disk"
+            )
+        begin = self.ends[number - 1] if number else FIRST
+        return Place(begin, self.ends[number], self.crcs[number])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +204,7 @@ def _view(body: memoryview, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def write_shards(
-    folder: Path, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
+    folder: epath.PathLike, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
 ) -> list[Shard]:
     """Write records (bytes, latent frames) of one bucket to files of about `SHARD_BYTES`, each
     atomically. Equal records give equal files. Raises OSError if the disk is full."""
@@ -189,23 +212,25 @@ def write_shards(
     records = iter(records)
     while (first := next(records, None)) is not None:
         file = f"{bucket[0]}x{bucket[1]}-{len(shards):05d}.arrayrecord"
-        shards.append(_write_shard(Path(folder), file, bucket, itertools.chain([first], records)))
+        whole = itertools.chain([first], records)
+        shards.append(_write_shard(epath.Path(folder), file, bucket, whole))
     return shards
 
 
 def _write_shard(
-    folder: Path, file: str, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
+    folder: epath.PathLike, file: str, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
 ) -> Shard:
     """Write records until the shard is full."""
     path = folder / SHARDS / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    lengths, videos, tokens, size, digest = [], [], [], 0, hashlib.sha256()
+    lengths, videos, tokens, crcs, size, digest = [], [], [], [], 0, hashlib.sha256()
     try:
         with partial_file(path) as partial:
             with contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer:
                 for data, length in records:
                     writer.write(data)
                     digest.update(data)
+                    crcs.append(zlib.crc32(data))
                     lengths.append(length)
                     record = unpack(data)
                     videos.append(hashlib.sha256(record.clip.video.encode()).hexdigest()[:16])
@@ -213,12 +238,15 @@ def _write_shard(
                     size += len(data)
                     if size >= SHARD_BYTES:
                         break
+            ends = ends_of_chunks(partial, len(lengths))
             name = digest.hexdigest()[:16]
             publish(partial, path.with_name(_with_digest(file, name)))
     except RuntimeError as error:
         line = first_line(error)
         raise OSError(f"{path} cannot be written ({line}); is the disk full?") from error
-    return Shard(file, *bucket, tuple(lengths), tuple(videos), tuple(tokens), name)
+    return Shard(
+        file, *bucket, tuple(lengths), tuple(videos), tuple(tokens), name, tuple(ends), tuple(crcs)
+    )
 
 
 def _with_digest(file: str, digest: str) -> str:
@@ -226,9 +254,9 @@ def _with_digest(file: str, digest: str) -> str:
     return f"{stem}-{digest}.{suffix}" if digest else file
 
 
-def remove_unlisted(folder: Path) -> None:
+def remove_unlisted(folder: epath.PathLike) -> None:
     """Remove the files of earlier or unfinished datasets, which the index does not name."""
-    folder = Path(folder)
+    folder = epath.Path(folder)
     kept: set[str] = set()
     if (folder / INDEX).exists():
         index = read_index(folder)
@@ -240,16 +268,16 @@ def remove_unlisted(folder: Path) -> None:
             file.unlink()
 
 
-def write_index(folder: Path, index: Index) -> None:
+def write_index(folder: epath.PathLike, index: Index) -> None:
     """Write the index atomically, which completes a dataset."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(index)}, indent=1)
-    with atomic_write(Path(folder) / INDEX) as partial:
+    with atomic_write(epath.Path(folder) / INDEX) as partial:
         partial.write_text(text + "\n")
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: epath.PathLike) -> Index:
     """Read `dataset.json` and check that its shards exist. Raises DatasetError."""
-    folder = Path(folder)
+    folder = epath.Path(folder)
     file = folder / INDEX
     if not file.exists():
         begun = any((folder / name).exists() for name in (SHARDS, NEW))
@@ -270,7 +298,10 @@ def read_index(folder: Path) -> Index:
         index = Index(shards=tuple(shards), **fields)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is damaged ({error}); prepare the dataset again") from error
-    if missing := [s.path for s in index.shards if not (folder / s.path).exists()]:
+    # One listing, as an object store answers each question in 0.1 s.
+    files = [f.name for f in (folder / SHARDS).iterdir()] if index.shards else []
+    there = {f"{SHARDS}/{name}" for name in files}
+    if missing := [s.path for s in index.shards if s.path not in there]:
         raise DatasetError(
             f"dataset {folder} lacks {len(missing)} of its shards, as {missing[0]}; copy them, or"
             " prepare it again"
@@ -283,22 +314,22 @@ def _shard(fields: Mapping[str, Any]) -> Shard:
     return Shard(**values)
 
 
-def write_empty(folder: Path, text: np.ndarray, pooled: np.ndarray) -> str:
+def write_empty(folder: epath.PathLike, text: np.ndarray, pooled: np.ndarray) -> str:
     """Write the states (n, D) and (D,) of the empty prompt; return the name of the file."""
     data = safetensors.numpy.save(
         {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
     )
     name = f"{SHARDS}/{_with_digest(EMPTY, hashlib.sha256(data).hexdigest()[:16])}"
-    path = Path(folder) / name
+    path = epath.Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_bytes(data)
     return name
 
 
-def read_empty(folder: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
+def read_empty(folder: epath.PathLike, index: Index) -> tuple[np.ndarray, np.ndarray]:
     """Read the states (n, D) and (D,) of the empty prompt. Raises DatasetError."""
-    file = Path(folder) / index.empty
+    file = epath.Path(folder) / index.empty
     if not file.exists():
         raise DatasetError(f"dataset {folder} lacks {index.empty}; prepare it again")
     data = file.read_bytes()
@@ -311,8 +342,8 @@ def read_empty(folder: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
 class VideoSource:
     """Grain source of the records of some shards, by number; thread-safe."""
 
-    def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
-        self.folder, self.shards = Path(folder), tuple(shards)
+    def __init__(self, folder: epath.PathLike, shards: Iterable[Shard]) -> None:
+        self.folder, self.shards = epath.Path(folder), tuple(shards)
         self._places = [(n, i) for n, s in enumerate(self.shards) for i in range(len(s.lengths))]
 
     def __len__(self) -> int:
@@ -321,16 +352,12 @@ class VideoSource:
     def __getitem__(self, number: int) -> Record:
         """Read a record. Raises DatasetError that names a damaged shard."""
         shard, i = self._places[number]
-        path = self.folder / self.shards[shard].path
+        found = self.shards[shard]
+        path = self.folder / found.path
         with _named(path, i):
-            reader = _reader(str(path))
-            if reader.num_records() != len(self.shards[shard].lengths):
-                raise DatasetError(
-                    f"it holds {reader.num_records()} records, the index says"
-                    f" {len(self.shards[shard].lengths)}"
-                )
-            (data,) = reader.read([i])
-            return unpack(data)
+            if is_remote(path):
+                return unpack(read_from_store(path, found.place(i)))
+            return unpack(read_from_disk(path, i, len(found.lengths)))
 
     def place(self, number: int) -> str:
         """Return the shard and place of a record."""
@@ -343,13 +370,8 @@ class VideoSource:
         return f"Source({digest[:16]})"
 
 
-@functools.lru_cache(maxsize=256)
-def _reader(path: str) -> Any:
-    return ArrayRecordReader(path, "readahead_buffer_size:0")
-
-
 @contextlib.contextmanager
-def _named(path: Path, record: int) -> Iterator[None]:
+def _named(path: epath.Path, record: int) -> Iterator[None]:
     try:
         yield
     except (DatasetError, RuntimeError, ValueError, IndexError, OSError) as error:

@@ -7,18 +7,20 @@ the record that replaces an unreadable one, do not depend on the host that reads
 import contextlib
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from framepack_jax import packing
 from framepack_jax.data import holdout, pixel_batch, records
 from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.pixel_batch import PixelBatch
-from framepack_jax.data.records import BFLOAT16, DatasetError, Index, Record, VideoSource
+from framepack_jax.data.records import BFLOAT16, Clip, DatasetError, Index, Record, VideoSource
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.video import read_span
@@ -54,7 +56,7 @@ def _plan(schedule: packing.Schedule, sections: int) -> list[Section]:
 class Samples:
     """Read samples of a dataset by the number of their record, from any thread or process."""
 
-    folder: Path
+    folder: epath.Path
     index: Index
     schedule: packing.Schedule
     batch: int
@@ -149,7 +151,11 @@ class Samples:
         if self.index.mode == "pixels":
             clip = self.source[number].clip
             first = round(clip.start * self.index.fps)
-            read_span(self.folder / clip.source, self.index.fps, first, clip.frames, CHECK_SIZE)
+            read_span(self._source(clip), self.index.fps, first, clip.frames, CHECK_SIZE)
+
+    def _source(self, clip: Clip) -> Path:
+        """Return the video of a clip; an absolute path stays itself."""
+        return Path(os.path.join(self.folder, clip.source))
 
     def length(self, record: Record) -> int:
         """Return the latent frames of a clip."""
@@ -175,7 +181,7 @@ class Samples:
     def _frames(self, record: Record, window: pixel_batch.Window) -> tuple[np.ndarray, np.ndarray]:
         """Decode the first frame (1, H, W, 3) of a clip and the frames of a window of it."""
         clip, fps = record.clip, self.index.fps
-        path = self.folder / clip.source  # an absolute path stays itself
+        path = self._source(clip)
         size, offset = (clip.height, clip.width), round(clip.start * fps)
         first, count = window.frames(self.index.time_compression)
         # A clip shorter than the window: its last frame is repeated.

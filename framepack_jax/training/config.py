@@ -117,9 +117,9 @@ class RunConfig:
 
     bundle: Annotated[str, IN_STORES] = ""
     """The bundle to start from."""
-    output: str = ""
+    output: Annotated[str, IN_STORES] = ""
     """Folder of the run: checkpoints, logs, validation results."""
-    init: str = "bundle"
+    init: Annotated[str, IN_STORES] = "bundle"
     """Initial weights: bundle (those of the bundle), scratch (random), or RUN or RUN@STEP, the
     parameters of another run."""
     network: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -159,7 +159,7 @@ class TrainConfig(RunConfig):
     bundle: Annotated[str, IN_STORES] = ""
     """The bundle whose transformer is trained. Its other networks made the dataset, and decode
     validation videos."""
-    init: str = "bundle"
+    init: Annotated[str, IN_STORES] = "bundle"
     """Initial weights: bundle (those of the bundle), scratch (random), or RUN or RUN@STEP, the
     parameters of another run under a new data order."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -195,14 +195,7 @@ class TrainConfig(RunConfig):
 
 
 def _check(cfg: TrainConfig) -> None:
-    """Raise ValueError if two settings contradict each other, or a folder is none."""
-    for name, path in (("output", cfg.output), ("data.path", str(cfg.data.path or ""))):
-        if "://" in path:
-            raise ValueError(
-                f"--{name} {path}: expected a folder on a disk; mount an object store, for example"
-                " with Cloud Storage FUSE (the log of a run is appended to, and records are read"
-                " from the middle of files)"
-            )
+    """Raise ValueError if two settings contradict each other."""
     if cfg.batch % cfg.grad_accum_steps:
         raise ValueError(
             f"--grad-accum-steps {cfg.grad_accum_steps} does not divide --batch {cfg.batch}: a"

@@ -3,7 +3,6 @@
 Leaves are read from the checkpoint one at a time, so a host needs memory for a single leaf.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -25,8 +24,8 @@ from framepack_jax.models.params import unstack_layers
 from framepack_jax.training import checkpoints, state
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
-from framepack_jax.training.metrics import LOG
-from framepack_jax.utils import fields
+from framepack_jax.training.log_file import read_lines
+from framepack_jax.utils import fields, storage
 from framepack_jax.utils.paths import is_remote
 from framepack_jax.utils.versions import code_version
 
@@ -132,13 +131,9 @@ def provenance(run: str, step: int) -> dict[str, Any]:
     if names is not None:
         record["videos"] = len(names)
     figures: dict[str, float] = {}
-    log = epath.Path(run) / LOG
-    for line in log.read_text().splitlines() if log.exists() else ():
-        # A killed run may leave an incomplete line.
-        with contextlib.suppress(json.JSONDecodeError):
-            found = json.loads(line)
-            if found.pop("step") <= step:
-                figures |= found
+    for found in map(json.loads, read_lines(run)):
+        if found.pop("step") <= step:
+            figures |= found
     return {"step": step, **record, "code": code_version(PACKAGES), "metrics": figures}
 
 
@@ -183,6 +178,9 @@ def write_bundle(
 def _copy(source: epath.Path, target: epath.Path) -> None:
     if target.exists():
         target.rmtree()
+    if not is_remote(source):
+        storage.copy_tree(Path(source), target)
+        return
     target.mkdir(parents=True)
     for part in source.iterdir():
         if part.is_dir():
@@ -208,12 +206,12 @@ def _leaves(
             yield name, np.asarray(layer).astype(jnp.dtype(dtype))
 
 
-def _lora_files(target: epath.Path, overwrite: bool) -> dict[str, Path]:
+def _lora_files(target: epath.Path, overwrite: bool) -> dict[str, epath.Path]:
     """Return {key format: file} for adapters: `target` if it is a .safetensors file, else
     LORA_FILES in the folder `target`. Raises RunError if one exists, without `overwrite`."""
-    files = {naming: Path(target) / name for naming, name in LORA_FILES.items()}
+    files = {naming: target / name for naming, name in LORA_FILES.items()}
     if target.suffix == ".safetensors":
-        files = {"diffusers": Path(target)}
+        files = {"diffusers": target}
     for file in files.values():
         if file.exists() and not overwrite:
             raise RunError(f"{file} already exists; choose another --output, or --overwrite")
@@ -257,7 +255,7 @@ def _export_lora(
     folder: str,
     step: int,
     part: str,
-    files: dict[str, Path],
+    files: dict[str, epath.Path],
     dtype: str,
     about: dict[str, str],
 ) -> str:

@@ -6,7 +6,6 @@ The metrics of a step are fetched while the next step runs, so the device never 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import time
@@ -17,16 +16,20 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils import epath
 
 from framepack_jax import packing
 from framepack_jax.parallel.chips import chip_of
 from framepack_jax.parallel.multihost import is_primary
+from framepack_jax.training import log_file
 from framepack_jax.training.config import RunConfig
+from framepack_jax.training.log_file import LogFile, LogParts
 from framepack_jax.training.state import Model
 from framepack_jax.training.task import Cost, StepMetrics
-from framepack_jax.utils.files import atomic_write_text
+from framepack_jax.utils import storage
+from framepack_jax.utils.paths import is_remote
+from framepack_jax.utils.uploads import Uploads
 
-LOG = "log.jsonl"
 # Groups of the losses: ranges of the noise level from low to high, sections in sampling order.
 BINS = 5
 SECTIONS = 4
@@ -44,26 +47,14 @@ class Writer(Protocol):
 
 
 class Jsonl:
-    """Write one JSON object a line. Removes lines after `step`, which an earlier process wrote
-    after its last checkpoint."""
+    """Write one JSON object a line to the log."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        file = folder / LOG
-        kept = []
-        if file.exists():
-            for line in file.read_text().splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= step else []
-                except (ValueError, KeyError, TypeError):
-                    continue  # an incomplete line
-            atomic_write_text(file, "".join(f"{line}\n" for line in kept))
-        self.file = file.open("a")
+    def __init__(self, file: LogFile | LogParts) -> None:
+        self.file = file
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.
-        known = {name: x if math.isfinite(x) else None for name, x in figures.items()}
-        self.file.write(json.dumps({"step": step, **known}) + "\n")
-        self.file.flush()
+        self.file.write(step, {n: x if math.isfinite(x) else None for n, x in figures.items()})
 
     def close(self) -> None:
         self.file.close()
@@ -85,18 +76,32 @@ class TensorBoard:
         self.writer.close()
 
 
+class Uploaded:
+    """Copy the files of other writers to the run, every few seconds and at the end."""
+
+    def __init__(self, run: epath.Path, uploads: Uploads) -> None:
+        self.run, self.uploads = run, uploads
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Do nothing: the files are copied in the background."""
+
+    def close(self) -> None:
+        if self.uploads.close():
+            log_file.join(self.run)
+
+
 class WandB:
     """Log to a run of Weights & Biases; the same run folder resumes the same run."""
 
-    def __init__(self, folder: Path, project: str, record: dict[str, Any]) -> None:
+    def __init__(self, run: epath.Path, project: str, record: dict[str, Any]) -> None:
         import wandb
 
         # A run folder always resumes the same wandb run; another folder gets another run.
-        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        path = str(run) if is_remote(run) else os.path.realpath(run)
+        place, name = hashlib.sha256(path.encode()).hexdigest()[:8], os.path.basename(path)
         self.run = wandb.init(
-            project=project, id=f"{folder.name}-{place}", name=folder.name, config=record,
-            resume="allow",
-        )  # fmt: skip
+            project=project, id=f"{name}-{place}", name=name, config=record, resume="allow"
+        )
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self.run.log(figures, step=step)
@@ -110,11 +115,18 @@ def writers(cfg: RunConfig, step: int, record: dict[str, Any]) -> list[Writer]:
     ValueError."""
     if not is_primary():
         return []
-    folder = Path(cfg.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    found: list[Writer] = [Jsonl(folder, step)]
-    found += [TensorBoard(folder, step)] if cfg.tensorboard else []
-    return found + ([WandB(folder, cfg.wandb, record)] if cfg.wandb else [])
+    run = epath.Path(cfg.output)
+    run.mkdir(parents=True, exist_ok=True)
+    # Where folders cannot be renamed, files cannot be appended to either.
+    if storage.renames_folders(run):
+        found: list[Writer] = [Jsonl(LogFile(Path(run), step))]
+        found += [TensorBoard(Path(run), step)] if cfg.tensorboard else []
+    else:
+        uploads = Uploads(run)
+        found = [Jsonl(LogParts(run, uploads, step))]
+        found += [TensorBoard(uploads.folder, step)] if cfg.tensorboard else []
+        found += [Uploaded(run, uploads)]
+    return found + ([WandB(run, cfg.wandb, record)] if cfg.wandb else [])
 
 
 @dataclasses.dataclass

@@ -182,7 +182,7 @@ class VaeTask:
         self, step: int, params: Params, frozen: Params, check: Callable[[], None]
     ) -> dict[str, float]:
         del frozen
-        folder = Path(self.cfg.output)
+        folder = epath.Path(self.cfg.output)
         with jax.set_mesh(self.mesh):
             figures = validate(
                 self.network, params, self.held_out, self.cfg.frames, folder, step, check

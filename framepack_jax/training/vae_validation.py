@@ -5,12 +5,12 @@ Shapes: B batch, T frames, H W rows and columns, C channels.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from framepack_jax import video
 from framepack_jax.data.pixel_batch import signed
@@ -41,7 +41,7 @@ def validate(
     params: Params,
     held: Sequence[ListedVideo],
     frames: int,
-    folder: Path,
+    folder: epath.Path,
     step: int,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:

@@ -6,7 +6,6 @@ Shapes: B batch, P frames, H W rows and columns.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -90,7 +89,7 @@ class Validator:
 
 def save_video(output: epath.PathLike, step: int, number: int, frames: np.ndarray) -> None:
     """Write a validation video and its contact sheet to RUN/validation."""
-    folder = Path(output) / "validation" / f"step_{step:07d}"
+    folder = epath.Path(output) / "validation" / f"step_{step:07d}"
     folder.mkdir(parents=True, exist_ok=True)
     video.write_mp4(folder / f"{number}.mp4", frames, 30)
     video.save_png(folder / f"{number}.png", video.contact_sheet(frames, 30))

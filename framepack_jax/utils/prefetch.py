@@ -1,14 +1,18 @@
 """Produce items in a thread before they are used."""
 
+import collections
+import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 # Items that are produced while others are used.
 AHEAD = 4
 JOIN_SECONDS = 5
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class _Buffer(Generic[Item]):
@@ -69,3 +73,19 @@ def prefetch(items: Iterable[Item], count: int = AHEAD) -> Prefetched[Item]:
     An error of the items is raised in their place. `close` ends the thread early.
     """
     return Prefetched(items, count)
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], count: int = 8
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, result) in order; `count` threads work on the next items. The items are taken in
+    this thread."""
+    items = iter(items)
+    with ThreadPoolExecutor(count) as pool:
+        waiting = collections.deque(
+            (item, pool.submit(function, item)) for item in itertools.islice(items, count)
+        )
+        while waiting:
+            item, future = waiting.popleft()
+            yield item, future.result()
+            waiting.extend((n, pool.submit(function, n)) for n in itertools.islice(items, 1))

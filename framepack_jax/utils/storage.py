@@ -6,9 +6,11 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
+from framepack_jax.utils.messages import first_line
 from framepack_jax.utils.paths import is_remote
 
 FUSE_SUPER_MAGIC = 0x65735546
@@ -50,7 +52,23 @@ def copy_tree(source: Path, target: epath.PathLike) -> None:
     if not is_remote(target):
         shutil.copytree(source, target, dirs_exist_ok=True)
         return
+    store, path = _open_store(target)
+    store.put(f"{source}/", f"{path}/", recursive=True)
+
+
+def read_range(path: epath.PathLike, begin: int, end: int) -> bytes:
+    """Read some bytes of an object. Raises OSError."""
+    store, name = _open_store(path)
+    try:
+        return store.cat_file(name, begin, end)
+    except OSError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise OSError(first_line(error)) from error
+
+
+def _open_store(path: epath.PathLike) -> tuple[Any, str]:
+    """Return the client of an object store, and the name of a path there."""
     import fsspec
 
-    store, path = fsspec.core.url_to_fs(os.fspath(target))
-    store.put(f"{source}/", f"{path}/", recursive=True)
+    return fsspec.core.url_to_fs(os.fspath(path))

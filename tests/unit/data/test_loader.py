@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from framepack_jax import bundle, packing, video
-from framepack_jax.data import checks, fingerprint, holdout, pixel_batch, records
+from framepack_jax.data import array_records, checks, fingerprint, holdout, pixel_batch, records
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.loader import open_loader
@@ -340,7 +340,7 @@ def test_a_bucket_that_cannot_be_read_ends_the_stream_with_its_name(tmp_path) ->
         opened.abstract(bucket, packing.parse(INVERTED))
     file = next((tmp_path / records.SHARDS).glob("48x32*"))
     file.write_bytes(file.read_bytes()[:3000])
-    records._reader.cache_clear()
+    array_records._reader.cache_clear()
     with pytest.raises(DatasetError, match=r"48x32-00000-\w+\.arrayrecord.* nor can 2 others"):
         list(itertools.islice(opened, 20))
     assert opened.bucket_at(opened.step) == (48, 32)

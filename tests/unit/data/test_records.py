@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from framepack_jax.data import records
+from framepack_jax.data import array_records, records
 from framepack_jax.data.records import DatasetError, VideoSource
 from tests.fixtures.training_data import random_record, write_dataset
 
@@ -70,7 +70,7 @@ def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
     if damage == "bit":
         data[1000] ^= 1
     file.write_bytes({"cut": data[:3000], "bit": data, "empty": b""}[damage])
-    records._reader.cache_clear()
+    array_records._reader.cache_clear()
     source = VideoSource(tmp_path, index.shards)
     with pytest.raises(DatasetError, match=r"32x48-00000-\w+\.arrayrecord, record \d"):
         [source[i] for i in range(5)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from framepack_jax.training import metrics
+from framepack_jax.training.log_file import LOG, LogFile
 from framepack_jax.training.metrics import Jsonl, WandB
 from framepack_jax.training.task import Cost, StepMetrics
 from tests.fixtures.training_steps import BASE
@@ -45,10 +46,10 @@ def test_rates_do_not_depend_on_how_often_they_are_logged(monkeypatch, every) ->
 
 
 def test_what_is_not_finite_is_null_in_the_log(tmp_path) -> None:
-    log = metrics.Jsonl(tmp_path, 0)
+    log = metrics.Jsonl(LogFile(tmp_path, 0))
     log.write(1, {"loss": float("nan"), "grad_norm": 1.0})
     log.close()
-    (line,) = (tmp_path / metrics.LOG).read_text().splitlines()
+    (line,) = (tmp_path / LOG).read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail) == {
         "step": 1, "loss": None, "grad_norm": 1.0,
     }  # fmt: skip
@@ -56,7 +57,7 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path) -> None:
 
 def test_a_log_cut_in_a_line_is_mended(tmp_path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    log = Jsonl(tmp_path, 2)
+    log = Jsonl(LogFile(tmp_path, 2))
     log.write(3, {"loss": 1.0})
     log.close()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()

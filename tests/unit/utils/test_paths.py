@@ -59,11 +59,11 @@ MARKED = {
     "convert": {"output", "networks.encoders_from"},
     "export": {"bundle"},
     "verify": {"bundle"},
-    "prepare": {"bundle"},
-    "train-vae": {"bundle"},
-    "train": {"bundle"},
+    "prepare": {"bundle", "output"},
+    "train-vae": {"bundle", "output", "init"},
+    "train": {"bundle", "output", "init", "data.path"},
     "evaluate": {"bundle"},
-    "export-run": {"output", "bundle"},
+    "export-run": {"run", "output", "bundle"},
 }
 
 

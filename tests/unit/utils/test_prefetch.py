@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from framepack_jax.utils.prefetch import prefetch
+from framepack_jax.utils.prefetch import map_ahead, prefetch
 
 
 def waits_for(condition: Callable[[], bool]) -> bool:
@@ -58,3 +58,24 @@ def test_the_thread_ends_with_the_iterator(closed) -> None:
     del items
     gc.collect()
     assert waits_for(lambda: threading.active_count() == before)
+
+
+def test_a_function_is_mapped_ahead_and_in_order() -> None:
+    """Eight items at a time are not yet used."""
+    taken = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    results = map_ahead(lambda n: n * n, items(), 8)
+    assert next(results) == (0, 0) and len(taken) == 8
+    assert list(results) == [(n, n * n) for n in range(1, 20)]
+
+
+def test_an_error_of_a_mapped_function_is_raised_in_its_place() -> None:
+    results = map_ahead(lambda n: 1 / n, (2, 0, 1))
+    assert next(results) == (2, 0.5)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
