@@ -2,6 +2,7 @@
 line overrides by dotted names (`--optimizer.learning-rate 1e-5`)."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -146,10 +147,21 @@ class RunConfig:
     saving and validating may take twelve times as long."""
     log_every: Positive = 10
     """Steps from one line of the log to the next."""
+    profile: str | None = None
+    """Trace steps START:STOP, as 100:105, with JAX's profiler into RUN/profile."""
     tensorboard: bool = True
     """Write TensorBoard event files beside log.jsonl."""
     wandb: str | None = None
     """Log to this Weights & Biases project (needs the extra wandb)."""
+
+
+def profile_steps(text: str) -> tuple[int, int]:
+    """Parse START:STOP to (first, last) step, both included. Raises ValueError."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= steps[0] <= steps[1]:
+        raise ValueError(f"--profile {text}: expected START:STOP, steps from 1, as 100:105")
+    return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +208,8 @@ class TrainConfig(RunConfig):
 
 def _check(cfg: TrainConfig) -> None:
     """Raise ValueError if two settings contradict each other."""
+    if cfg.profile is not None:
+        profile_steps(cfg.profile)
     if cfg.batch % cfg.grad_accum_steps:
         raise ValueError(
             f"--grad-accum-steps {cfg.grad_accum_steps} does not divide --batch {cfg.batch}: a"

@@ -16,10 +16,13 @@ import numpy as np
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.records import DatasetError
 from framepack_jax.parallel import multihost
-from framepack_jax.training import checkpoints, metrics, optimizer
+from framepack_jax.training import checkpoints, goodput, metrics, optimizer
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.checkpoints import RunError
+from framepack_jax.training.goodput import Life
+from framepack_jax.training.host_times import HostTimes
 from framepack_jax.training.prefetch import Fed, feed
+from framepack_jax.training.profiling import Profile
 from framepack_jax.training.programs import Programs, compile_steps, shapes_of
 from framepack_jax.training.state import TrainState
 from framepack_jax.training.stop_signal import Stopped, StopSignal
@@ -55,6 +58,8 @@ class Trainer:
     bad: BadRecords
     validator: Validator | None
     watchdog: Watchdog
+    life: Life
+    profile: Profile
 
     def __init__(
         self, task: Task, say: Callable[[str], None] = print, stop: StopSignal | None = None
@@ -64,6 +69,7 @@ class Trainer:
         self.error: Exception | None = None
         self.unsaved = False
         self.saved_at = time.monotonic()
+        self.hosts = HostTimes()
 
     def fit(self, resume: bool = True) -> int:
         """Train to the last step, or until a signal stops the run; returns the step reached.
@@ -72,6 +78,7 @@ class Trainer:
         a checkpoint cannot be written, NonFiniteLoss."""
         task, cfg = self.task, self.cfg
         newest, record = self._record(resume)
+        self.life = Life(cfg.output if multihost.is_primary() else None)
         with (
             task.precision(),
             contextlib.closing(Watchdog(cfg.watchdog_seconds)) as self.watchdog,
@@ -132,7 +139,10 @@ class Trainer:
             self.validator = multihost.on_all_hosts(task.validator, frozen)
             for line in task.describe(first):
                 self.say(line)
+            self.life.switch("compile")
             programs = compile_steps(task, frozen, self.say)
+            if self.life.earlier:
+                self.say(goodput.line(self.life.summary(), len(self.life.earlier) + 1))
             self.position = task.loader.get_state()
             batches = feed(task.loader, task.mesh, cfg.batch, task.blank)
             exits.enter_context(contextlib.closing(batches))
@@ -140,9 +150,13 @@ class Trainer:
                 total=cfg.steps, initial=first, desc="training", unit="step",
                 disable=metrics.is_quiet(), smoothing=0.1,
             ))  # fmt: skip
+            self.profile = exits.enter_context(contextlib.closing(Profile(cfg.output, cfg.profile)))
             with self.stop.unsaved():
                 step = self.steps(state, frozen, first, programs, batches)
+                self.life.switch("save")
                 checkpoints.wait(self.manager)
+            self.life.write(step, now=True)
+        self.say(goodput.line(self.life.summary(), len(self.life.earlier) + 1))
         if step < cfg.steps:
             self.bad.check(f"step {step} is saved; ")
         if self.bad:
@@ -161,15 +175,20 @@ class Trainer:
         cfg, pending = self.cfg, None
         heartbeat = Heartbeat(cfg.output if multihost.is_primary() else None)
         self.watchdog.begin_step(first + 1)
+        self.life.begin(first)
         for step in range(first + 1, cfg.steps + 1):
             fed = self._next(batches, pending, state, first)
             self.log.wait(fed.waited)
+            self.life.waited(fed.waited)
+            self.hosts.waited += fed.waited
             if step == first + 1:
                 self._start_clocks()
             compiled, cost = programs[shapes_of(fed.batch)]
+            self.profile.before(step)
             state, found = compiled(state, frozen, fed.batch, self.log.rate(step - 1))
             if pending is not None:
                 self._read(pending, state, first)
+            self.profile.after(step, found)
             pending = Pending(step, found, cost, fed.state)
             self.bar.update()
             self.watchdog.beat(step)
@@ -183,10 +202,10 @@ class Trainer:
                 pending = None
             # Reading the metrics may have shown that a clip is unreadable.
             if saves or self.unsaved:
-                with self._paused("saving", step):
+                with self._paused("save", step):
                     self.save(step, state, fed.state)
             if validates and not told:
-                with self._paused("validating", step):
+                with self._paused("validate", step):
                     stop |= self.validate(step, state, frozen)
                 if stop and not saves:
                     self.save(step, state, fed.state)
@@ -226,14 +245,18 @@ class Trainer:
     def _start_clocks(self) -> None:
         """Count neither compiling nor the wait for the first batch."""
         self.log.begin()
+        self.hosts.begin()
         self.bar.unpause()
 
     @contextlib.contextmanager
     def _paused(self, what: str, step: int) -> Iterator[None]:
         """Exclude the time spent inside, after a step, from the log's rates and from the bar's
         estimate."""
+        before, began = self.life.switch(what), time.monotonic()
         with self.log.paused(), self.watchdog.during(f"{what} after step {step}", step):
             yield
+        self.life.switch(before)
+        self.hosts.blocked += time.monotonic() - began
         self.bar.unpause()
 
     def save(self, step: int, state: TrainState[jax.Array], position: dict[str, Any]) -> None:
@@ -258,7 +281,9 @@ class Trainer:
 
         Raises NonFiniteLoss, DatasetError."""
         step, cfg = pending.step, self.cfg
+        began = time.monotonic()
         found = jax.device_get(multihost.fetch(pending.metrics))
+        self.hosts.blocked += time.monotonic() - began
         clips = found.figures.get("clips", NO_CLIPS)
         if (clips == LOST).any():
             self._end_before(step, state, first)
@@ -269,7 +294,12 @@ class Trainer:
         if found.skipped_in_a_row >= cfg.max_nonfinite_steps:
             raise NonFiniteLoss(self._explain_non_finite(step, int(found.skipped_in_a_row), clips))
         if step % cfg.log_every == 0 or step == cfg.steps:
-            self.log.line(**({"unread_clips": len(self.bad.numbers)} if self.bad else {}))
+            self.life.write(step)
+            self.log.line(
+                goodput_fraction=goodput.goodput(self.life.summary()),
+                **self.hosts.figures(len(self.log.held)),
+                **({"unread_clips": len(self.bad.numbers)} if self.bad else {}),
+            )
 
     def _explain_non_finite(self, step: int, count: int, clips: np.ndarray) -> str:
         kept = self.manager.latest_step()

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from framepack_jax.training import checkpoints
+from framepack_jax.training import checkpoints, goodput
 from tests.fixtures.paths import ROOT
 from tests.fixtures.training_runs import STEPS, flags, start, state_of, wait_for
 
@@ -81,7 +81,7 @@ def test_without_a_terminal_it_saves_by_the_clock(place, whole) -> None:
     """Both streams lose their reader after the first line."""
     output = place / "closed"
     clock = "--checkpoints.every", "100", "--checkpoints.minutes", "1e-9", "--checkpoints.keep", "9"
-    process = start(place, output, *clock, "--log-every", "4")
+    process = start(place, output, *clock, "--log-every", "4", "--profile", "3:4")
     assert process.stdout.readline()
     process.stdout.close()
     process.stderr.close()
@@ -89,6 +89,9 @@ def test_without_a_terminal_it_saves_by_the_clock(place, whole) -> None:
     for ours, theirs in zip(state_of(output), state_of(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert checkpoints.steps_of(output) == [4, 8, STEPS]
+    assert list((output / "profile").rglob("*.xplane.pb"))
+    (life,) = goodput.read_lives(output)
+    assert (life["first"], life["last"]) == (0, STEPS) and life["seconds"]["step"] > 0
     beat = json.loads((output / "heartbeat.json").read_text())
     assert 1 <= beat["step"] <= STEPS and time.time() - beat["time"] < 600
 
