@@ -18,10 +18,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from framepack_jax import bundle
 from framepack_jax.parallel import multihost
 from framepack_jax.training import checksums
+from framepack_jax.training.best import Best, read_best
 from framepack_jax.training.config import CheckpointConfig
 from framepack_jax.training.state import TrainState
 from framepack_jax.utils import storage
@@ -30,6 +32,8 @@ from framepack_jax.utils.messages import first_line
 
 FOLDER, RECORD, DAMAGED = "checkpoints", "run.json", "damaged"
 CHECKSUMS = "checksums"
+# RUN@best is the step with the lowest validation loss.
+BEST = "best"
 # Version of the record. Records of version 1 have no "format", and other names of fields.
 FORMAT = 2
 RENAMED = {
@@ -49,15 +53,21 @@ class CheckpointError(RunError):
     """A checkpoint cannot be restored: it is damaged, or the storage fails."""
 
 
-def manager(run: epath.PathLike, cfg: CheckpointConfig) -> ocp.CheckpointManager:
-    """Open the checkpoints of a run; the caller closes the manager. All processes call this."""
+def manager(
+    run: epath.PathLike, cfg: CheckpointConfig, best: Best | None = None
+) -> ocp.CheckpointManager:
+    """Open the checkpoints of a run; the caller closes the manager. All processes call this.
+
+    The checkpoint of the best step is kept beside those that `cfg` keeps."""
     folder = bundle.absolute(run) / FOLDER
     marked = multihost.on_primary(_is_marked, folder)
     mode = ocp.options.AtomicityMode.COMMIT_FILE if marked else ocp.options.AtomicityMode.AUTO
+    kept: list[managers.PreservationPolicy] = [managers.LatestN(cfg.keep)]
+    kept += [managers.EveryNSteps(cfg.keep_every)] if cfg.keep_every else []
+    kept += [best] if best is not None else []
     options = ocp.CheckpointManagerOptions(
         atomicity_options=ocp.options.AtomicityOptions(mode=mode),
-        max_to_keep=cfg.keep,
-        keep_period=cfg.keep_every or None,
+        preservation_policy=managers.AnyPreservationPolicy(kept),
         enable_async_checkpointing=True,
         # Remove incomplete checkpoints of a killed run.
         cleanup_tmp_directories=True,
@@ -266,15 +276,19 @@ def _committed(folder: epath.Path, step: int) -> bool:
 
 
 def parse_run(text: str) -> tuple[str, int]:
-    """Parse RUN or RUN@STEP to (folder, step); default: the newest step. Raises RunError."""
+    """Return (folder, step) of RUN (its newest step), RUN@STEP or RUN@best. Raises RunError."""
     run, at, number = text.rpartition("@")
-    if not (at and number.isdigit()):
+    if not (at and (number.isdigit() or number == BEST)):
         run, number = text, ""
     steps = steps_of(run)
     if not steps:
         raise RunError(
             f"{run} has no checkpoint; expected the folder of a training run, or RUN@STEP"
         )
+    if number == BEST:
+        if (best := read_best(run, steps).step) is None:
+            raise RunError(f"{run} keeps no best checkpoint; train with --checkpoints.keep-best")
+        return run, best
     step = int(number) if number else steps[-1]
     if step not in steps:
         listed = ", ".join(map(str, steps))

@@ -110,6 +110,8 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_every: Count = 0
     """Keep checkpoints of steps that are multiples of this for good; 0: none."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss; RUN@best names it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from framepack_jax.data.records import DatasetError
 from framepack_jax.parallel import multihost
 from framepack_jax.training import checkpoints, goodput, metrics, optimizer
 from framepack_jax.training.bad_records import BadRecords
+from framepack_jax.training.best import Best, read_best, write_best
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.goodput import Life
 from framepack_jax.training.host_times import HostTimes
@@ -70,6 +71,7 @@ class Trainer:
         self.unsaved = False
         self.saved_at = time.monotonic()
         self.hosts = HostTimes()
+        self.best: Best | None = None
 
     def fit(self, resume: bool = True) -> int:
         """Train to the last step, or until a signal stops the run; returns the step reached.
@@ -82,13 +84,20 @@ class Trainer:
         with (
             task.precision(),
             contextlib.closing(Watchdog(cfg.watchdog_seconds)) as self.watchdog,
-            contextlib.closing(checkpoints.manager(cfg.output, cfg.checkpoints)) as self.manager,
+            contextlib.closing(self._open_checkpoints()) as self.manager,
         ):
             with jax.set_mesh(task.mesh):
                 state, frozen = self.start() if newest is None else self.resume()
             multihost.on_primary(checkpoints.write_record, cfg.output, record)
             first = int(state.step)
             return first if first >= cfg.steps else self.train(state, frozen, first, record)
+
+    def _open_checkpoints(self) -> Any:
+        output, cfg = self.cfg.output, self.cfg.checkpoints
+        if cfg.keep_best:
+            steps = multihost.on_primary(checkpoints.steps_of, output)
+            self.best = multihost.on_primary(read_best, output, steps)
+        return checkpoints.manager(output, cfg, self.best)
 
     def _record(self, resume: bool) -> tuple[int | None, Record]:
         """Return (newest checkpoint of the run or None, the record of the run)."""
@@ -206,8 +215,10 @@ class Trainer:
                     self.save(step, state, fed.state)
             if validates and not told:
                 with self._paused("validate", step):
-                    stop |= self.validate(step, state, frozen)
-                if stop and not saves:
+                    figures = self.validate(step, state, frozen)
+                stop |= figures is None
+                improved = self._note_best(step, figures)
+                if (stop or improved) and not saves:
                     self.save(step, state, fed.state)
             if stop or self.bad.too_many:
                 break
@@ -265,16 +276,26 @@ class Trainer:
         checkpoints.save(self.manager, step, state, position | unread)
         self.unsaved, self.saved_at = False, time.monotonic()
 
-    def validate(self, step: int, state: TrainState[jax.Array], frozen: Frozen) -> bool:
-        """Log the metrics on held-out data, of the moving average if the run has one. Returns True
+    def validate(
+        self, step: int, state: TrainState[jax.Array], frozen: Frozen
+    ) -> dict[str, float] | None:
+        """Log the metrics on held-out data, of the moving average if the run has one. Returns None
         if a signal has ended the validation."""
         assert self.validator is not None
         params = state.params if state.ema is None else state.ema
         try:
-            self.log.write(step, self.validator(step, params, frozen, self.stop.check))
+            figures = self.validator(step, params, frozen, self.stop.check)
         except Stopped:
-            return True
-        return False
+            return None
+        self.log.write(step, figures)
+        return figures
+
+    def _note_best(self, step: int, figures: dict[str, float] | None) -> bool:
+        """Return True if the checkpoint of this step is to be kept as the best so far."""
+        if self.best is None or figures is None or not self.best.note(step, figures):
+            return False
+        multihost.on_primary(write_best, self.cfg.output, self.best)
+        return True
 
     def _read(self, pending: Pending, state: TrainState[jax.Array], first: int) -> None:
         """Read the metrics of a step and log them; `state` is the newest state.

@@ -56,5 +56,10 @@ class VaeTrainConfig(RunConfig):
         fields.check(self)
         if self.frames < 1 or self.frames % 4 != 1:
             raise ValueError(f"--frames {self.frames}: expected 1 + 4 k, as 17")
+        if self.checkpoints.keep_best:
+            raise ValueError(
+                "--checkpoints.keep-best needs a validation loss, which VAE runs do not have; use"
+                " --checkpoints.keep-every"
+            )
         if min(self.size) < 8 or any(side % 8 for side in self.size):
             raise ValueError(f"--size {self.size}: expected multiples of 8 pixels")

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from framepack_jax.training import checkpoints, export
+from framepack_jax.training.best import read_best, write_best
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import CheckpointConfig, NoiseSchedule, TrainConfig
 
@@ -67,3 +68,24 @@ def test_checkpoints_where_folders_cannot_be_renamed(place, request) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, state)
     params = checkpoints.restore_params(run, 2, {"z": abstract["y"]["z"]}, "y")
     np.testing.assert_array_equal(params["z"], state["y"]["z"])
+
+
+def test_the_best_checkpoint_is_kept_and_has_a_name(tmp_path) -> None:
+    """Beside the newest, also after the run was opened again."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 1.5, 6: 0.5, 7: 0.7, 8: 0.9}
+    for steps in ((1, 2, 3, 4), (5, 6, 7, 8)):
+        best = read_best(tmp_path, checkpoints.steps_of(tmp_path))
+        with contextlib.closing(
+            checkpoints.manager(tmp_path, CheckpointConfig(keep=1), best)
+        ) as manager:
+            for step in steps:
+                checkpoints.save(manager, step, {"x": jnp.ones(3)}, {})
+                if best.note(step, {"validation/loss": losses[step]}):
+                    write_best(tmp_path, best)
+                checkpoints.wait(manager)
+        kept = 2 if steps[-1] == 4 else 6
+        assert checkpoints.steps_of(tmp_path) == [kept, steps[-1]]
+        assert checkpoints.parse_run(f"{tmp_path}@best") == (str(tmp_path), kept)
+    (tmp_path / "best.json").unlink()
+    with pytest.raises(RunError, match="keeps no best checkpoint; train with"):
+        checkpoints.parse_run(f"{tmp_path}@best")
