@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from framepack_jax import packing
 from framepack_jax.parallel.chips import chip_of
@@ -39,9 +40,11 @@ COST = {"all": 3, "context": 2, "lora": 2}
 
 
 class Writer(Protocol):
-    """A destination of metrics."""
+    """A destination of metrics, and of the contact sheets and videos of validations."""
 
     def write(self, step: int, figures: dict[str, float]) -> None: ...
+
+    def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None: ...
 
     def close(self) -> None: ...
 
@@ -55,6 +58,9 @@ class Jsonl:
     def write(self, step: int, figures: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.
         self.file.write(step, {n: x if math.isfinite(x) else None for n, x in figures.items()})
+
+    def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None:
+        """Do nothing: the run has the files."""
 
     def close(self) -> None:
         self.file.close()
@@ -72,6 +78,9 @@ class TensorBoard:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
 
+    def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None:
+        self.writer.add_image(f"validation/{name}", sheet, step, dataformats="HWC")
+
     def close(self) -> None:
         self.writer.close()
 
@@ -84,6 +93,9 @@ class Uploaded:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Do nothing: the files are copied in the background."""
+
+    def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None:
+        """Do nothing: the run has the files."""
 
     def close(self) -> None:
         if self.uploads.close():
@@ -106,8 +118,21 @@ class WandB:
     def write(self, step: int, figures: dict[str, float]) -> None:
         self.run.log(figures, step=step)
 
+    def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None:
+        import wandb
+
+        shown = {f"validation/{name}_sheet": wandb.Image(sheet)}
+        if not is_remote(video) and video.exists():
+            shown[f"validation/{name}"] = wandb.Video(os.fspath(video), format="mp4")
+        self.run.log(shown, step=step)
+
     def close(self) -> None:
         self.run.finish()
+
+
+def validation_folder(run: epath.PathLike, step: int) -> epath.Path:
+    """Return the folder with the videos of the validation after a step."""
+    return epath.Path(run) / "validation" / f"step_{step:07d}"
 
 
 def writers(cfg: RunConfig, step: int, record: dict[str, Any]) -> list[Writer]:
@@ -207,6 +232,20 @@ class Log:
         """Write metrics that do not belong to the collected steps."""
         for writer in self.writers:
             writer.write(step, figures)
+
+    def show(self, step: int) -> None:
+        """Show the pictures and videos that the validation after a step has written."""
+        if not self.writers:
+            return
+        folder = validation_folder(self.cfg.output, step)
+        sheets = {"sheet": folder.parent / f"{folder.name}.png"}
+        sheets |= {file.stem: file for file in folder.glob("*.png")} if folder.exists() else {}
+        for name, sheet in sheets.items():
+            if sheet.exists():
+                with sheet.open("rb") as file, Image.open(file) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                for writer in self.writers:
+                    writer.show(step, name, pixels, sheet.with_suffix(".mp4"))
 
     def close(self) -> None:
         self.line()

@@ -288,6 +288,7 @@ class Trainer:
         except Stopped:
             return None
         self.log.write(step, figures)
+        self.log.show(step)
         return figures
 
     def _note_best(self, step: int, figures: dict[str, float] | None) -> bool:

@@ -19,6 +19,7 @@ from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.params import Params
 from framepack_jax.models.tiling import Tiling
+from framepack_jax.training.metrics import validation_folder
 
 # Videos on the contact sheet.
 SHOWN = 4
@@ -61,11 +62,11 @@ def validate(
         if len(shown) < SHOWN:
             last = np.asarray(jnp.round((decoded[0, -1] + 1) * 127.5)).astype(np.uint8)
             shown.append(np.concatenate([clip[0, -1], last], axis=0))
-    target = folder / "validation"
-    target.mkdir(parents=True, exist_ok=True)
+    target = validation_folder(folder, step)
+    target.parent.mkdir(parents=True, exist_ok=True)
     labels = [each.name for each in held[:SHOWN]]
     sheet = video.labelled_sheet(shown, labels, columns=SHOWN)
-    video.save_png(target / f"step_{step:07d}.png", sheet)
+    video.save_png(target.parent / f"{target.name}.png", sheet)
     clips, stills = psnr(clip_errors), psnr(still_errors)
     return {
         "held_out/psnr": float(clips.mean()), "held_out/least_psnr": float(clips.min()),

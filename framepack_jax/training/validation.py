@@ -24,6 +24,7 @@ from framepack_jax.models.params import merge_params
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.parallel.multihost import fetch, on_primary
 from framepack_jax.training import state
+from framepack_jax.training.metrics import validation_folder
 from framepack_jax.training.prefetch import place
 from framepack_jax.training.state import Model, Params
 
@@ -89,7 +90,7 @@ class Validator:
 
 def save_video(output: epath.PathLike, step: int, number: int, frames: np.ndarray) -> None:
     """Write a validation video and its contact sheet to RUN/validation."""
-    folder = epath.Path(output) / "validation" / f"step_{step:07d}"
+    folder = validation_folder(output, step)
     folder.mkdir(parents=True, exist_ok=True)
     video.write_mp4(folder / f"{number}.mp4", frames, 30)
     video.save_png(folder / f"{number}.png", video.contact_sheet(frames, 30))

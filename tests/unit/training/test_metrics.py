@@ -1,16 +1,22 @@
 """Figures of steps, and where they are written."""
 
+import dataclasses
+import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from framepack_jax.training import metrics
 from framepack_jax.training.log_file import LOG, LogFile
 from framepack_jax.training.metrics import Jsonl, WandB
 from framepack_jax.training.task import Cost, StepMetrics
+from framepack_jax.video import save_png
 from tests.fixtures.training_steps import BASE
 
 
@@ -75,3 +81,45 @@ def test_a_run_keeps_its_place_on_weights_and_biases(tmp_path, monkeypatch) -> N
     assert first == again
     assert first["name"] == other["name"] == "mine" and first["id"] != other["id"]
     assert first["resume"] == "allow"
+
+
+def test_validation_videos_are_shown_by_every_writer(tmp_path, monkeypatch) -> None:
+    """TensorBoard's event file has the contact sheet; Weights & Biases also gets the video."""
+    cfg = dataclasses.replace(BASE, output=str(tmp_path))
+    sheet = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    folder = Path(metrics.validation_folder(tmp_path, 7))
+    folder.mkdir(parents=True)
+    save_png(folder / "0.png", sheet)
+    (folder / "0.mp4").write_bytes(b"video")
+    logged = []
+    run = SimpleNamespace(log=lambda shown, step: logged.append((step, shown)))
+    stand_in = SimpleNamespace(
+        init=lambda **_: run, Image=lambda pixels: ("image", pixels.shape),
+        Video=lambda file, format: ("video", file, format),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    board = metrics.TensorBoard(tmp_path, 0)
+    log = metrics.Log(cfg, lambda _: 0.0, [board, WandB(tmp_path, "project", {})], lambda _: {})
+    log.show(6)
+    log.show(7)
+    board.close()
+    shown = {
+        "validation/0_sheet": ("image", (8, 12, 3)),
+        "validation/0": ("video", str(folder / "0.mp4"), "mp4"),
+    }
+    assert logged == [(7, shown)]
+    (value,) = (v for event in events(tmp_path) for v in event.summary.value)
+    assert value.tag.startswith("validation/0")
+    with Image.open(io.BytesIO(value.image.encoded_image_string)) as image:
+        np.testing.assert_array_equal(np.asarray(image), sheet)
+
+
+def events(folder: Path) -> list[Event]:
+    """Read an event file: records of a length, its checksum, an event, and its checksum."""
+    (file,) = (folder / "tensorboard").iterdir()
+    data, found = file.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[12 + length + 4 :]
+    return found
