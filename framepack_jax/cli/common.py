@@ -179,12 +179,13 @@ def parse_size(flag: str, text: str, multiple: int = 1) -> tuple[int, int]:
     return size
 
 
-def configure_jax() -> None:
-    """Set up JAX for a command that computes: compilation cache, no warnings of libtpu."""
+def configure_jax(compiled: str | None = None) -> None:
+    """Set up JAX for a command that computes: compilation cache in the folder `compiled`, no
+    warnings of libtpu."""
     from framepack_jax.parallel import hardware
 
     hardware.quiet_libtpu()
-    enable_compilation_cache()
+    enable_compilation_cache(compiled)
 
 
 def configure_jax_for_dry_run() -> None:
@@ -196,8 +197,9 @@ def configure_jax_for_dry_run() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder; warn if that folder cannot be written.
+def enable_compilation_cache(compiled: str | None = None) -> None:
+    """Keep compiled programs in a folder or bucket, by default in the user's cache folder; warn if
+    it cannot be written.
 
     JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, and
     JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
@@ -207,8 +209,8 @@ def enable_compilation_cache() -> None:
     settings = jax.config.values
     if settings["jax_enable_compilation_cache"] and settings["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-        folder = root / "framepack-jax" / "compiled"
-        if _can_write(folder):
+        folder = compiled or root / "framepack-jax" / "compiled"
+        if "://" in str(folder) or _can_write(Path(folder)):
             jax.config.update("jax_compilation_cache_dir", str(folder))
         else:
             print(

@@ -21,12 +21,12 @@ from framepack_jax.cli.common import (
     configure_jax_for_dry_run,
 )
 from framepack_jax.data.records import DatasetError
-from framepack_jax.parallel import hardware, sharding
+from framepack_jax.parallel import hardware, multihost, sharding
 from framepack_jax.parallel.multihost import assert_same_facts, is_primary, on_primary
 from framepack_jax.planning import mesh_choice
 from framepack_jax.planning.training import dry_run_training
 from framepack_jax.training import flow_matching_task, vae_task
-from framepack_jax.training.checkpoints import CheckpointError, RunError
+from framepack_jax.training.checkpoints import CheckpointError
 from framepack_jax.training.config import RunConfig, TrainConfig
 from framepack_jax.training.default_mesh import default_mesh
 from framepack_jax.training.export import export as export_run
@@ -39,6 +39,8 @@ from framepack_jax.utils.messages import first_line
 
 # Value of --mesh that compiles several meshes, for a bucket of this height and width.
 AUTO, BUCKET = "auto", (608, 640)
+# Folder of a run on several hosts with compiled programs.
+COMPILED = "compiled"
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
 
 
@@ -63,7 +65,9 @@ def train(
     roles = ["transformer"] * (cfg.init == "bundle") + ["vae"] * bool(decodes)
     path = bundle.resolve(cfg.bundle)
     bundle.check_present(path, roles)
-    configure_jax()
+    # The first process writes compiled programs, and all hosts read them.
+    shared = f"{bundle.absolute(cfg.output)}/{COMPILED}" if hosts.coordinator_address else None
+    configure_jax(shared)
     hosts.join()
     assert_same_facts(command_facts(cfg, mesh=mesh, resume=resume, export=export))
     with StopSignal(cfg.stop_seconds) as stop:
@@ -74,7 +78,7 @@ def train(
         _end_if_stopped(cfg, step, stop)
         on_primary(print, f"{cfg.output}: {step} steps; {cfg.output}/log.jsonl has the metrics")
         if export:
-            on_primary(print, on_primary(_export, f"{cfg.output}@{step}", path))
+            _export_alone(f"{cfg.output}@{step}", path)
 
 
 def _mesh_sizes(
@@ -147,16 +151,25 @@ def _print_on_primary() -> Callable[[str], None]:
     return print if is_primary() else lambda text: None
 
 
-def _export(run: str, path: epath.PathLike) -> str:
-    """Export a finished run; return a line about the result. With several processes, the first one
-    starts a separate process for this, because Orbax reads and writes collectively."""
+def _export_alone(run: str, path: epath.PathLike) -> None:
+    """Export a finished run in the first process, and let the others end before."""
     if jax.process_count() == 1:
-        return export_run(run, None, path, overwrite=True)
+        print(export_run(run, None, path, overwrite=True))
+        return
+    first = is_primary()
+    multihost.leave()
+    if first:
+        print(_exported(run, path))
+
+
+def _exported(run: str, path: epath.PathLike) -> str:
+    """Export a run in a process of its own, because Orbax reads and writes collectively; return a
+    line about the result. Raises OSError."""
     command = [sys.executable, "-m", "framepack_jax", "export-run", run, "--bundle", str(path)]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([*command, "--overwrite"], env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"the run is complete, but its export failed: {done.stderr[-500:]}")
+        raise OSError(f"the run is complete, but its export failed: {done.stderr[-500:]}")
     return done.stdout.splitlines()[0]
 
 

@@ -98,6 +98,11 @@ def _take(share: DeviceShare) -> None:
         )
 
 
+def leave() -> None:
+    """Part from the other processes, once all do; no more communication is possible."""
+    jax.distributed.shutdown()
+
+
 def summary() -> str:
     """Describe the processes and devices that have joined: "8 processes, 64 devices (H100)"."""
     count, devices = jax.process_count(), jax.devices()
