@@ -1,7 +1,7 @@
 """Full fine-tuning of the released FramePack-F1 (forward, anchored, window 9).
 
 Command:  python train.py --config configs/finetune_f1.py --bundle weights/framepack_f1_i2v_hy
-              --data.path datasets/mine --output runs/f1 [--mesh fsdp=32]
+              --data.path datasets/mine --output runs/f1 [--mesh data=2,fsdp=16]
               [--coordinator-address auto]
 Hardware: TPU v5p-64 (32 chips) or 8 x H100 (--mesh fsdp=8); both fit by their compilers, the GPUs
           up to --batch 40 (docs/measurements/memory.md).

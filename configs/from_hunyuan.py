@@ -4,7 +4,7 @@ Command:  framepack convert --pipeline HunyuanVideo --from-base --image-encoder
               flux_redux_bfl/image_encoder --output weights/from_base
           python train.py --config configs/from_hunyuan.py --bundle weights/from_base
               --data.path datasets/large --output runs/framepack
-              --mesh fsdp=32 --coordinator-address auto
+              --mesh data=2,fsdp=16 --coordinator-address auto
 Hardware: TPU v5p-64 (32 chips); 64 x H100 (docs/measurements/memory.md).
 Expect:   context embeddings start as copies of the patch embedding, so the first losses are those
           of a video model that reads its history as more frames. The image projection starts at

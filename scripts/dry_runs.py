@@ -65,9 +65,6 @@ TRAINING = {
     "finetune v6e:16x16": ("finetune_i2v", None, "v6e:16x16", 512),
     "from_hunyuan v5p-64": ("from_hunyuan", None, "v5p-64", 160),
 }
-# By default the TPU compiler takes gathers of weights apart and runs each with a part of a product:
-# 22,374 exchanges a step on v5p-64, and 12 minutes of compiling instead of 5.
-WHOLE_GATHERS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "measurements" / "memory.md"
 CONFIGS = Path(__file__).parent.parent / "configs"
 GB = 1e9
@@ -102,7 +99,6 @@ def main(flags: list[str]) -> None:
 
 def training(rows: list[str]) -> None:
     """Compile training steps, and write their rows."""
-    os.environ.setdefault("LIBTPU_INIT_ARGS", WHOLE_GATHERS)
     problems = []
     for row in rows:
         name, schedule, machine, batch, *remat = TRAINING[row]

@@ -179,12 +179,13 @@ def parse_size(flag: str, text: str, multiple: int = 1) -> tuple[int, int]:
     return size
 
 
-def configure_jax(compiled: str | None = None) -> None:
-    """Set up JAX for a command that computes: compilation cache in the folder `compiled`, no
-    warnings of libtpu."""
-    from framepack_jax.parallel import hardware
+def configure_jax(compiled: str | None = None, training: bool = False) -> None:
+    """Set up JAX for a command that computes: compilation cache in the folder `compiled`, flags of
+    the compiler, no warnings of libtpu."""
+    from framepack_jax.parallel import hardware, xla_flags
 
     hardware.quiet_libtpu()
+    xla_flags.apply(training)
     enable_compilation_cache(compiled)
 
 

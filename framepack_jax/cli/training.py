@@ -67,7 +67,7 @@ def train(
     bundle.check_present(path, roles)
     # The first process writes compiled programs, and all hosts read them.
     shared = f"{bundle.absolute(cfg.output)}/{COMPILED}" if hosts.coordinator_address else None
-    configure_jax(shared)
+    configure_jax(shared, training=True)
     hosts.join()
     assert_same_facts(command_facts(cfg, mesh=mesh, resume=resume, export=export))
     with StopSignal(cfg.stop_seconds) as stop:

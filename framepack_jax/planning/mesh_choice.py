@@ -103,6 +103,7 @@ class _Work:
     """What a step moves: `trained` of all `parameters`, and the samples of a batch."""
 
     machine: Machine
+    device: jax.Device
     domains: int
     parameters: int
     trained: int
@@ -116,8 +117,10 @@ class _Work:
         data, fsdp, context, tensor = (sizes[axis] for axis in sharding.AXES)
         held = self.parameters / tensor
         local = self.batch / (data * fsdp) * self.tokens * self.width * COMPUTE_BYTES
+        scattered = 2 if self.whole(fsdp) else 1
         moved = {
-            "fsdp": PASSES * COMPUTE_BYTES * held + MASTER_BYTES * self.trained / tensor,
+            "fsdp": PASSES * COMPUTE_BYTES * held
+            + scattered * MASTER_BYTES * self.trained / tensor,
             # An all-reduce is a reduce-scatter and an all-gather.
             "data": 2 * MASTER_BYTES * self.trained / (tensor * fsdp),
             # Queries, keys, values and the result.
@@ -126,12 +129,22 @@ class _Work:
         }
         return sum(self._time(axis, sizes, size) for axis, size in moved.items())
 
+    def whole(self, fsdp: int) -> bool:
+        return default_mesh.whole_slice(self.device, self.machine.count // self.domains, fsdp)
+
     def _time(self, axis: str, sizes: Mapping[str, int], size: float) -> float:
-        """Return the time in which a device receives its part of `size` bytes over an axis."""
+        """Return the time in which a device receives its part of `size` bytes over an axis.
+
+        Over TPU slices the compiler exchanges parts that are divided within each slice. Over nodes
+        every device is counted as the receiver of all other devices' parts, as `hlo` does.
+        """
         count = sizes[axis]
         over = device_grid.domains_along(sizes, self.domains)[axis]
-        far = size * (count - count // over) / count
-        near = size * (count // over - 1) / count
+        within = count // over
+        near = size * (within - 1) / (within if self.device.platform == "tpu" else count)
+        far = size * (over - 1) / over
+        if self.device.platform == "tpu":
+            far /= within
         chip = self.machine.chip
         links = self.machine.links or math.inf
         network = chip.network or chip.links
@@ -152,6 +165,7 @@ def _work(
     )
     return _Work(
         machine=machine,
+        device=devices[0],
         domains=len(device_grid.domains(devices)),
         parameters=trained + frozen,
         trained=trained,

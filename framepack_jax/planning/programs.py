@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from framepack_jax.parallel import device_grid, sharding
+from framepack_jax.parallel import device_grid, sharding, xla_flags
 from framepack_jax.planning import hlo
 from framepack_jax.planning.hlo import Traffic
 
@@ -38,6 +38,8 @@ class Program:
     """Number of runs in a denoising step."""
     reduced: dict[str, int] = dataclasses.field(default_factory=dict)
     """Bytes that all-reduce and reduce-scatter move, by type of element."""
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Flags of the compiler, beside those of the environment."""
 
     def total(self, resident: int) -> int:
         """Bytes including the weights of all networks, `resident`."""
@@ -54,12 +56,18 @@ class Program:
 
 
 def compile_program(
-    name: str, advice: str, weights: Any, lower: Callable[[], jax.stages.Lowered], devices: Mesh
+    name: str,
+    advice: str,
+    weights: Any,
+    lower: Callable[[], jax.stages.Lowered],
+    devices: Mesh,
+    training: bool = False,
 ) -> Program:
-    """Trace and compile a program that takes these weights."""
+    """Trace and compile a program that takes these weights, with the flags that commands set."""
     began = time.monotonic()
+    options: dict[str, Any] = {**xla_flags.compiler_options(devices.devices.flat[0], training)}
     with jax.set_mesh(devices):
-        compiled = lower().compile()
+        compiled = lower().compile(compiler_options=options)
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:
@@ -77,6 +85,7 @@ def compile_program(
         kernels=hlo.kernels(text),
         compile_seconds=seconds,
         reduced=hlo.reductions(found),
+        flags=options,
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from framepack_jax.parallel import hardware
 from framepack_jax.parallel.hardware import Machine
@@ -153,6 +153,12 @@ class StepReport(abc.ABC):
         return f"does not fit, {over:.1f} GB too much; {advice}"
 
 
+def flag_lines(flags: dict[str, Any]) -> list[str]:
+    """Return a line with the flags of a compiler, as the environment takes them."""
+    shown = " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items())
+    return [f"flags            {shown}"] if flags else []
+
+
 def _large_share(chip: hardware.Chip, needed: int) -> str:
     """Name the environment variable that lets JAX allocate enough of a GPU, if needed."""
     share = needed / chip.memory
@@ -229,7 +235,8 @@ class Report(StepReport):
         ]
         if self.hosted:
             lines.append(f"host memory      {self.hosted / GB:.2f} GB of blocks a chip and step")
-        return "\n".join([*lines, *self.exchange(), *self._denoising()])
+        lines += [*self.exchange(), *self._denoising(), *flag_lines(self.step.flags)]
+        return "\n".join(lines)
 
     def _denoising(self) -> list[str]:
         """Return a line on the modelled time of denoising."""

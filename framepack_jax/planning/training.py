@@ -24,7 +24,7 @@ from framepack_jax.parallel.hardware import Machine
 from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.planning.hlo import Traffic
 from framepack_jax.planning.programs import GB, Program, compile_program, placed_bytes
-from framepack_jax.planning.report import StepReport
+from framepack_jax.planning.report import StepReport, flag_lines
 from framepack_jax.planning.sampling import image_tokens
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.default_mesh import default_mesh
@@ -93,7 +93,7 @@ class TrainingReport(StepReport):
                 f"step             {self.step_seconds:.3f} s,"
                 f" {cfg.batch / self.step_seconds:.2f} samples/s, modelled: roofline and links"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *flag_lines(program.flags)])
 
 
 def dry_run_training(
@@ -126,7 +126,7 @@ def dry_run_training(
         "a smaller --batch, --grad-accum-steps, --remat full or more chips help, and"
         " --optimizer.name adam8bit or adafactor"
     )
-    program = compile_program("step", advice, task.frozen, lower, devices)
+    program = compile_program("step", advice, task.frozen, lower, devices, training=True)
     flops, tokens = sample_cost(task.model, task.schedule, batch, batch.target.shape[2:4])
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(task.abstract.params))
     frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(task.frozen))

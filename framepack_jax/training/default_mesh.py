@@ -15,6 +15,8 @@ from framepack_jax.training.config import TrainConfig
 # Part of a device's memory that parameters and optimizer state may take. Gradients and activations
 # need the rest.
 STATE_SHARE = 0.5
+# Devices of a TPU slice from which on no reduce-scatter spans the slice.
+LARGE_SLICE = 16
 
 
 def default_mesh(
@@ -24,14 +26,17 @@ def default_mesh(
     across.
 
     Gathering weights over the network between nodes moves several times the bytes of reducing
-    gradients over it. If the state takes more than half of a device, `fsdp` spans several slices or
-    nodes. Raises ValueError if no size divides the parameters.
+    gradients over it. On TPUs `fsdp` is half of a slice of 16 chips or more (`whole_slice`). If the
+    state takes more than half of a device, `fsdp` spans all of a slice or node, then several.
+    Raises ValueError if no size divides the parameters.
     """
     chip = chip_of(devices[0])
     room = STATE_SHARE * chip.memory if chip else math.inf
     needs: dict[int, int] = {}
     problems: list[ValueError] = []
-    for fsdp in _fsdp_sizes(device_grid.domains(devices)):
+    parts = device_grid.domains(devices)
+    halves = [len(parts[0]) // 2] if whole_slice(devices[0], len(parts[0]), len(parts[0])) else []
+    for fsdp in [*halves, *_fsdp_sizes(parts)]:
         try:
             needs[fsdp] = state_bytes(cfg, manifest, fsdp)
         except ValueError as error:
@@ -43,6 +48,15 @@ def default_mesh(
         raise problems[0]
     fsdp = min(needs, key=needs.__getitem__)
     return {"data": len(devices) // fsdp, "fsdp": fsdp}
+
+
+def whole_slice(device: jax.Device, near: int, fsdp: int) -> bool:
+    """Return True if `fsdp` takes all `near` devices of a large TPU slice, or more.
+
+    There libtpu (0.0.42) replaces every reduce-scatter of gradients by an all-reduce, which moves
+    twice the bytes. If `data` divides the slice too, it does not.
+    """
+    return device.platform == "tpu" and near >= LARGE_SLICE and fsdp >= near
 
 
 def state_bytes(cfg: TrainConfig, manifest: bundle.Manifest, fsdp: int, tensor: int = 1) -> int:

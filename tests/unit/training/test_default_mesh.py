@@ -37,9 +37,12 @@ def tpus(name: str) -> list:
         (ALL, ("H100", 4, 4), 2, 8),
         (LORA, ("H100", 4, 4), 4, 4),
         (ALL, ("GB200", 2, 72), 6, 24),
-        (ALL, "2*v5e-256", 2, 256),
+        (ALL, "2*v5e-256", 4, 128),
         (ALL, "2*v5e-16", 1, 32),
-        (LORA, "2*v5e-16", 2, 16),
+        # The weights in eight parts take 3.4 GB; a slice of 16 is halved.
+        (LORA, "2*v5e-16", 4, 8),
+        (ALL, "v5p-64", 2, 16),
+        (ALL, "v5p-16", 1, 8),
         # Too much for all of them: divided as far as possible.
         (ALL, "v5e:2x2", 1, 4),
     ],
