@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.paths import IN_STORES
 
-MIN_VALUES = {"holdout": 0, "threads": 1, "buffer": 1, "workers": 0, "max_bad_records": 0}
+MIN_VALUES = {
+    "holdout": 0,
+    "min_clips": 1,
+    "threads": 1,
+    "buffer": 1,
+    "workers": 0,
+    "max_bad_records": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,9 @@ class DataConfig:
     text_tokens: int = MAX_PROMPT_TOKENS
     """Length in tokens to which captions are padded. A smaller value saves work if all captions are
     short, and changes nothing else."""
+    min_clips: int = 1
+    """Leave out buckets with fewer clips to train on: each has a compiled program of its own, and
+    its clips come again and again."""
     threads: int = 4
     """Reader threads; more than 4 gain nothing for latents."""
     buffer: int = 16

@@ -49,8 +49,10 @@ class Loader:
     def __init__(self, samples: Samples, batch: int, share: tuple[int, int]) -> None:
         self.samples, self.batch, self.share = samples, batch, share
         self.index, self.cfg = samples.index, samples.cfg
-        self.held = holdout.split(self.index, self.cfg.holdout)[1]
         self.streams = samples.streams
+        held = holdout.split(self.index, self.cfg.holdout)[1]
+        left_out = samples.by_bucket.keys() - self.streams.keys()
+        self.held = [n for n in held if self.index.record_buckets[n] not in left_out]
         self.buckets = list(self.streams)
         counts = [len(self.streams[bucket]) for bucket in self.buckets]
         self.schedule = BucketSchedule(counts, batch, self.cfg.seed)

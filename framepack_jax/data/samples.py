@@ -86,12 +86,26 @@ class Samples:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
-    def streams(self) -> dict[tuple[int, int], list[int]]:
-        """Numbers of the records to train on, by bucket."""
+    def by_bucket(self) -> dict[tuple[int, int], list[int]]:
+        """Numbers of the records that are not held out, by bucket."""
         found: dict[tuple[int, int], list[int]] = {}
         for number in holdout.split(self.index, self.cfg.holdout)[0]:
             found.setdefault(self.index.record_buckets[number], []).append(number)
         return dict(sorted(found.items()))
+
+    @functools.cached_property
+    def streams(self) -> dict[tuple[int, int], list[int]]:
+        """Numbers of the records to train on, by bucket. Raises DatasetError if every bucket has
+        fewer than `cfg.min_clips`."""
+        least = self.cfg.min_clips
+        kept = {b: numbers for b, numbers in self.by_bucket.items() if len(numbers) >= least}
+        if not kept:
+            most = max(map(len, self.by_bucket.values()))
+            raise DatasetError(
+                f"no bucket of {self.folder} has {least} clips to train on (--data.min-clips"
+                f" {least}); the largest has {most}"
+            )
+        return kept
 
     def training(self, element: int, number: int) -> Batch | PixelBatch:
         """Return sample `element` of the stream, from record `number`, without batch axis."""

@@ -1,6 +1,7 @@
 """Lines that describe a run before its first step: data, parameters, batch, steps."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,6 +27,18 @@ def clips_text(counts: dict[tuple[int, int], int]) -> str:
     each = ", ".join(f"{height}x{width}: {count:,}" for (height, width), count in counts.items())
     buckets = f"{len(counts)} bucket{'s' * (len(counts) > 1)}"
     return f"{sum(counts.values()):,} clips in {buckets} ({each})"
+
+
+def left_out_line(
+    all_of_them: Mapping[tuple[int, int], Sequence[int]],
+    kept: Mapping[tuple[int, int], int],
+    least: int,
+) -> str | None:
+    """Clips in buckets that are too small to train on."""
+    counts = {bucket: len(n) for bucket, n in all_of_them.items() if bucket not in kept}
+    if not counts:
+        return None
+    return f"left out     {clips_text(counts)} with fewer than {least} (--data.min-clips)"
 
 
 def trained_line(trained: int, count: int) -> str:
@@ -95,6 +108,7 @@ def run_lines(task: "FlowMatchingTask", first: int) -> list[str]:
             cfg.validation.every if task.validates else 0,
             "--validation.every 0" if cfg.data.holdout else "--data.holdout 0",
         ),
+        left_out_line(loader.samples.by_bucket, counts, cfg.data.min_clips),
         lora_warning(cfg),
     ]
     return [line for line in lines if line]

@@ -18,6 +18,7 @@ from framepack_jax.data.config import DataConfig
 from framepack_jax.data.loader import open_loader
 from framepack_jax.data.records import DatasetError, Index
 from framepack_jax.packing import Timeline
+from framepack_jax.training import summary
 from tests.fixtures.loading import F1, INVERTED, VANILLA, bits, take
 from tests.fixtures.training_data import SIZES, damage, random_record, write_dataset
 
@@ -142,6 +143,21 @@ def test_the_stream_goes_on_exactly_with_other_threads(dataset) -> None:
     opened, _ = take(folder, 4, threads=1, buffer=2)
     _, rest = take(folder, 5, state=opened.get_state(), threads=8, buffer=3)
     assert [bits(b) for b in whole[4:]] == [bits(b) for b in rest]
+
+
+def test_buckets_with_too_few_clips_are_left_out(dataset) -> None:
+    folder, _ = dataset
+    sizes = {bucket: len(lengths) for bucket, lengths in SIZES.items()}
+    least = max(sizes.values())
+    assert min(sizes.values()) < least
+    opened, _ = take(folder, 12, min_clips=least)
+    kept = {bucket for bucket, count in sizes.items() if count == least}
+    assert set(opened.buckets) == kept == {opened.bucket_at(step) for step in range(12)}
+    line = summary.left_out_line(opened.samples.by_bucket, dict.fromkeys(kept, least), least)
+    for (height, width), count in sizes.items():
+        assert (f"{height}x{width}: {count}" in line) == (count < least)
+    with pytest.raises(DatasetError, match=rf"has {least + 1} clips .*; the largest has {least}"):
+        take(folder, 0, min_clips=least + 1)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 24])
