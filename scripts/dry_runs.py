@@ -2,6 +2,7 @@
 
 python scripts/dry_runs.py [--no-decoding] [MACHINE ...]     # sampling
 python scripts/dry_runs.py --training [ROW ...]              # training
+python scripts/dry_runs.py --meshes [ROW ...]                # training on default meshes
 
 Compile the released model's programs for each machine, print each report, and replace the rows of
 these machines between the markers of the document. Rows of other machines stay. `make dry-runs`
@@ -10,6 +11,7 @@ exit code is 1.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -26,6 +28,7 @@ from framepack_jax.generation.pipeline import Settings
 from framepack_jax.generation.request import Request, make_layout
 from framepack_jax.jobs.loading import open_pipe
 from framepack_jax.parallel import hardware
+from framepack_jax.planning import hlo
 from framepack_jax.planning.programs import Program
 from framepack_jax.planning.report import Report
 from framepack_jax.planning.sampling import dry_run
@@ -65,6 +68,14 @@ TRAINING = {
     "finetune v6e:16x16": ("finetune_i2v", None, "v6e:16x16", 512),
     "from_hunyuan v5p-64": ("from_hunyuan", None, "v5p-64", 160),
 }
+# Configuration, machine and batch of training steps on the default mesh.
+MESHES = {
+    f"{name.partition('_')[0]} {machine}": (name, machine, batch)
+    for machine, batch in (
+        ("v5p-64", 32), ("h100:64", 64), ("v5p-256", 128), ("2*v5e-256", 512), ("v6e-256", 256)
+    )
+    for name in ("finetune_i2v", "lora_i2v")
+}  # fmt: skip
 DOCUMENT = Path(__file__).parent.parent / "docs" / "measurements" / "memory.md"
 CONFIGS = Path(__file__).parent.parent / "configs"
 GB = 1e9
@@ -74,6 +85,8 @@ def main(flags: list[str]) -> None:
     """Compile for the machines named on the command line, or for all."""
     if "--training" in flags:
         return training([flag for flag in flags if flag != "--training"] or list(TRAINING))
+    if "--meshes" in flags:
+        return meshes([flag for flag in flags if flag != "--meshes"] or list(MESHES))
     decode = DECODE if "--no-decoding" not in flags else ()
     names = [flag for flag in flags if flag != "--no-decoding"]
     names = names or list(dict.fromkeys([*FITS, *CURVE]))
@@ -117,6 +130,40 @@ def training(rows: list[str]) -> None:
         write_row("training", row, tuple(TRAINING), training_cells(report))
     if problems:
         raise SystemExit("\n".join(["error: not compiled:", *problems]))
+
+
+def meshes(rows: list[str]) -> None:
+    """Compile training steps on default meshes, and write their rows."""
+    problems = []
+    for row in rows:
+        name, machine, batch = MESHES[row]
+        cfg = read_config(CONFIGS / f"{name}.py", TrainConfig)
+        try:
+            report = training_report(cfg, machine, batch)
+        except ValueError as error:
+            problems.append(f"{row}: {error}")
+            continue
+        print(f"{row}\n{report}\n", flush=True)
+        write_row("meshes", row, tuple(MESHES), mesh_cells(report))
+    if problems:
+        raise SystemExit("\n".join(["error: not compiled:", *problems]))
+
+
+def mesh_cells(report: TrainingReport) -> list[str]:
+    moved = functools.reduce(hlo.add, report.collectives.values())
+    reduced = sorted(report.program.reduced.items(), key=lambda item: -item[1])
+    return [
+        divided(report),
+        f"{report.cfg.batch}",
+        f"{report.total / GB:.1f} of {report.machine.chip.memory / GB:.0f} GB",
+        f"{moved.overlapped} of {moved.runs}",
+        gigabytes(moved.bytes),
+        gigabytes(moved.inter_node_bytes),
+        f"{gigabytes(reduced[0][1])} {reduced[0][0]}" if reduced else "none",
+        f"{report.roofline_seconds:.2f} s",
+        f"{report.step_seconds:.2f} s",
+        compiled(report, report.program.compile_seconds),
+    ]
 
 
 def training_report(cfg: TrainConfig, machine: str, batch: int) -> TrainingReport:

@@ -5,32 +5,48 @@ centre network, or InfiniBand, joins slices and nodes.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from framepack_jax.parallel.chips import chip_of
+
 # Gathering weights moves more bytes than an all-to-all of tokens: `fsdp` stays within a domain.
 # `data`, which only reduces gradients, crosses the network first.
 NEAREST_LAST = ("data", "context", "fsdp", "tensor")
 
 
-def domain_of(device: jax.Device) -> int:
-    """Return the number of the TPU slice, or of the NVLink domain or node, of a device."""
-    slice_index = getattr(device, "slice_index", None)
-    if slice_index is None:
-        slice_index = getattr(device, "partition_index", None)
-    if slice_index is not None:
-        return slice_index
-    return device.process_index if device.platform in ("gpu", "cuda") else 0
+def domain_numbers(devices: Sequence[jax.Device]) -> list[int]:
+    """Return for each device the number of its TPU slice, or of its node or NVLink domain.
+
+    Of GPUs JAX may know no more than the process. A process is a node, unless it has one GPU of
+    several, or NVLink joins several nodes; then as many GPUs as the chip's table says make one.
+    """
+    slices = [_slice_index(device) for device in devices]
+    if devices[0].platform not in ("gpu", "cuda") or len(set(slices)) > 1:
+        return slices
+    processes = Counter(device.process_index for device in devices)
+    chip = chip_of(devices[0])
+    if chip is None or (max(processes.values()) > 1 and chip.domain == chip.host):
+        return [device.process_index for device in devices]
+    order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    numbers = {device.id: place // chip.domain for place, device in enumerate(order)}
+    return [numbers[device.id] for device in devices]
+
+
+def _slice_index(device: jax.Device) -> int:
+    names = ("slice_index", "partition_index")
+    return next((found for name in names if (found := getattr(device, name, None)) is not None), 0)
 
 
 def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """Divide devices into those that links join. Raises ValueError if their numbers differ."""
     found: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        found.setdefault(domain_of(device), []).append(device)
+    for device, number in zip(devices, domain_numbers(devices), strict=True):
+        found.setdefault(number, []).append(device)
     parts = [found[number] for number in sorted(found)]
     if len({len(part) for part in parts}) > 1:
         sizes = ", ".join(str(len(part)) for part in parts)

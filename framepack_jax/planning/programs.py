@@ -72,7 +72,7 @@ def compile_program(
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:
         raise ValueError(f"the compiler for {devices.devices.flat[0]} reports no memory of {name}")
-    nodes = [device_grid.domain_of(device) for device in devices.devices.flat]
+    nodes = device_grid.domain_numbers(list(devices.devices.flat))
     found = list(hlo.find_collectives(text, nodes))
     return Program(
         name=name,

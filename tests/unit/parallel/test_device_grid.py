@@ -27,7 +27,7 @@ def tpus(name: str) -> list:
 
 def domains_along(grid: np.ndarray, axis: int) -> set[int]:
     """Numbers of the domains that devices along an axis are in, each counted from the first's."""
-    domain = np.vectorize(device_grid.domain_of)(grid)
+    domain = np.reshape(device_grid.domain_numbers(list(grid.flat)), grid.shape)
     return set(map(len, map(set, np.moveaxis(domain, axis, -1).reshape(-1, grid.shape[axis]))))
 
 
@@ -58,6 +58,30 @@ def test_the_order_of_devices_does_not_matter() -> None:
     mixed = gpus([n % 2 for n in range(8)])
     grid = device_grid.arrange({"data": 2, "fsdp": 4, "context": 1, "tensor": 1}, mixed)
     assert [[d.id for d in row.flat] for row in grid] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "process", "domains"),
+    [
+        # A process for each node of eight; one for each GPU; nodes of four, which NVLink joins.
+        ("NVIDIA H100", 64, 8, 8),
+        ("NVIDIA H100", 64, 1, 8),
+        ("NVIDIA H100", 8, 4, 2),
+        ("NVIDIA GB200", 144, 4, 2),
+        ("NVIDIA GB200", 144, 1, 2),
+        ("NVIDIA T4", 8, 4, 2),
+    ],
+)
+def test_nodes_of_gpus_of_which_jax_knows_no_slices(kind, count, process, domains) -> None:
+    devices = [
+        SimpleNamespace(
+            id=i, platform="gpu", device_kind=kind, slice_index=0, process_index=i // process
+        )
+        for i in range(count)
+    ]
+    parts = device_grid.domains(devices)
+    assert len(parts) == domains
+    assert [device.id for device in parts[-1]] == list(range(count - count // domains, count))
 
 
 def test_a_mesh_over_slices_is_made() -> None:

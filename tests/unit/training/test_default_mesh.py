@@ -17,7 +17,11 @@ LORA = dataclasses.replace(ALL, trainable="lora")
 def gpus(kind: str, nodes: int, each: int) -> list:
     return [
         SimpleNamespace(
-            platform="gpu", device_kind=f"NVIDIA {kind}", slice_index=i // each, process_index=0
+            id=i,
+            platform="gpu",
+            device_kind=f"NVIDIA {kind}",
+            slice_index=i // each,
+            process_index=0,
         )
         for i in range(nodes * each)
     ]
@@ -55,7 +59,9 @@ def test_weights_stay_within_a_node_or_slice_if_they_fit(cfg, machine, data, fsd
 
 
 def test_a_machine_that_is_not_known_divides_weights_over_all_devices() -> None:
-    cpus = [SimpleNamespace(platform="cpu", device_kind="cpu", process_index=i) for i in range(8)]
+    cpus = [
+        SimpleNamespace(id=i, platform="cpu", device_kind="cpu", process_index=i) for i in range(8)
+    ]
     manifest = bundle.read_manifest(bundle.resolve("random"))
     cfg = dataclasses.replace(ALL, bundle="random")
     assert default_mesh.default_mesh(cfg, manifest, cpus) == {"data": 1, "fsdp": 8}
