@@ -194,8 +194,9 @@ def test_the_tpu_compiler_takes_a_tiny_training_step(training_reports, capsys) -
     # 9 frames of 4 x 5 patches, 2 under k1, 2 under k2 (2 x 3 patches), 16 under k4 (1 x 2 x 4).
     assert made.tokens == 11 * 20 + 6 + 8 + 9 + 256
     assert made.fits
-    # Gradients of blocks are added up in float32; those of the embedding of context are not.
-    assert made.program.reduced["f32"] > 10 * made.program.reduced.get("bf16", 0)
+    # Gradients of blocks are added up in float32. Those of the embedding of context, a third of
+    # this small network, are not.
+    assert made.program.reduced["f32"] > 2 * made.program.reduced["bf16"]
     printed = capsys.readouterr().out
     assert "331,168 trained by adamw" in printed and ": fits" in printed
     assert " of them asynchronous, " in printed and "by all-reduce and reduce-scatter" in printed
