@@ -4,13 +4,14 @@
 # make test       the test suite
 # make test-fast  the tests of single modules
 # make test-all   the test suite with what is marked slow
+# make test-storage  what runs in object stores and on their mounts, with an emulator
 # make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/measurements/memory.md
 # make lint       ruff, mypy and codespell
 # make docs       the site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo tiny-bundle test test-fast test-all dry-runs lint docs clean
+.PHONY: demo tiny-bundle test test-fast test-all test-storage dry-runs lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle tiny --image examples/sprites.png \
@@ -52,6 +53,9 @@ test-fast: .venv/installed-test
 test-all: .venv/installed-test
 	$(PYTEST) -m ""
 
+test-storage: .venv/installed-test-storage
+	$(PYTEST) -m storage
+
 dry-runs: .venv/installed-test
 	$(BIN)/python scripts/dry_runs.py
 
@@ -74,6 +78,10 @@ docs: .venv/installed-docs
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+.venv/installed-test-storage: .venv/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test-storage]"
 	touch $@
 
 .venv/installed-docs: .venv/installed

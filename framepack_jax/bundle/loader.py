@@ -23,6 +23,7 @@ from framepack_jax.bundle.manifest import (
     absolute,
     check_reference,
     read_manifest,
+    referenced,
     role_config,
 )
 from framepack_jax.models import offload, quantization, registry
@@ -280,7 +281,7 @@ def check_present(root: epath.PathLike, roles: Iterable[str] = ROLES) -> None:
 
 
 def _present(root: epath.PathLike, manifest: Manifest, name: str) -> epath.Path:
-    path = absolute(epath.Path(root) / manifest.roles[name].path)
+    path = referenced(root, manifest.roles[name].path)
     if not path.exists():
         elsewhere = (
             "; they stay in another bundle: move both together, or convert again with"

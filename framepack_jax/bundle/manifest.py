@@ -15,6 +15,7 @@ from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.utils import fields
 from framepack_jax.utils.files import atomic_write_text
 from framepack_jax.utils.messages import first_line
+from framepack_jax.utils.paths import is_remote
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -173,9 +174,14 @@ def config_from_json(config_class: type[Config], values: dict[str, Any]) -> Conf
 def reference(path: epath.PathLike, root: epath.PathLike) -> str:
     """Return the reference of a bundle at `root` to parameters at `path`: a relative path, or a URL
     of an object store."""
-    if "://" in f"{path}{root}":
+    if is_remote(path) or is_remote(root):
         return str(path)
     return os.path.relpath(os.path.realpath(path), os.path.realpath(root))
+
+
+def referenced(root: epath.PathLike, path: str) -> epath.Path:
+    """Return the place of parameters that a bundle at `root` refers to by `path`."""
+    return absolute(path if is_remote(path) else epath.Path(root) / path)
 
 
 def check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
@@ -197,4 +203,4 @@ def check_reference(root: epath.PathLike, path: epath.Path, role: Role) -> None:
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """A path as orbax takes it; those of object stores are absolute already."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+    return epath.Path(path if is_remote(path) else os.path.abspath(path))

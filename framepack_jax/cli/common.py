@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from framepack_jax.utils.paths import explain_store_error, is_store_error
+
 # Exit codes: an error that may pass, one that comes again with the same flags, and the end by
 # SIGINT or SIGTERM.
 FAILED, HOPELESS = 1, 2
@@ -59,6 +61,10 @@ def cli_errors(
             yield
     except failures as error:
         raise CommandError(f"error: {explain(error)}", code(error)) from error
+    except Exception as error:
+        if not is_store_error(error):
+            raise
+        raise CommandError(f"error: {explain_store_error(error)}", FAILED) from error
     except KeyboardInterrupt as interrupt:
         from framepack_jax.parallel.multihost import Terminated
 

@@ -2,15 +2,15 @@
 
 import dataclasses
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated
 
+from etils import epath
 from tyro.conf import OmitArgPrefixes, Positional
 
 from framepack_jax.cli.common import ALONE, MultihostFlags
 from framepack_jax.jobs.spec import ComputeOptions
 from framepack_jax.utils.flags import parse
-from framepack_jax.utils.paths import IN_STORES
+from framepack_jax.utils.paths import FILES_IN_STORES, IN_STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Decode:
     All options of the video come from the run.
     """
 
-    folder: Annotated[Path, Positional]
+    folder: Annotated[epath.Path, FILES_IN_STORES, Positional]
     """Run folder."""
     bundle: Annotated[str | None, IN_STORES] = None
     """The run's bundle, if it has moved."""

@@ -20,7 +20,7 @@ from framepack_jax.cli.common import (
 )
 from framepack_jax.data.filters import Thresholds
 from framepack_jax.utils.flags import parse
-from framepack_jax.utils.paths import IN_STORES
+from framepack_jax.utils.paths import FILES_IN_STORES, IN_STORES
 
 if TYPE_CHECKING:
     from framepack_jax.data.prepare import PrepareConfig
@@ -49,7 +49,7 @@ class Prepare:
     prompt). A video with several captions gives one record for each."""
     bundle: Annotated[str, IN_STORES]
     """Bundle to be trained, whose encoders are used; tiny is part of this package."""
-    output: Annotated[epath.Path, IN_STORES]
+    output: Annotated[epath.Path, FILES_IN_STORES]
     """Folder of the dataset."""
     replace: bool = False
     """Replace a dataset of other videos in --output. By default, this is an error."""

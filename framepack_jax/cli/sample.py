@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from etils import epath
 from tyro.conf import OmitArgPrefixes
 
 from framepack_jax.cli.common import ALONE, MultihostFlags, configure_jax_for_dry_run
 from framepack_jax.jobs import spec
 from framepack_jax.jobs.spec import ComputeOptions, JobOptions, ModelOptions
 from framepack_jax.utils.flags import parse
+from framepack_jax.utils.paths import FILES_IN_STORES
 
 if TYPE_CHECKING:
     from framepack_jax.jobs.sampling import Video
@@ -55,7 +57,7 @@ class Sample:
     seed: tuple[int, ...] = (0,)
     """Seed of the noise, up to 64 bits. The same seed and flags give the same video; -1 draws a
     random seed. Several seeds give several videos of every prompt."""
-    output: Path | None = None
+    output: Annotated[epath.Path | None, FILES_IN_STORES] = None
     """Folder of the results, with a folder for each of several videos; default: a new folder under
     outputs/."""
     jobs: Path | None = None
@@ -104,12 +106,12 @@ def run(flags: Sample) -> None:
     source = flags.jobs or flags.input.image or flags.input.extend
     given = None if flags.output is None else contextlib.nullcontext(flags.output)
     with given or new_output_folder(source) as output:
-        videos = _videos(flags, output)
+        videos = _videos(flags, epath.Path(output))
         alone = flags.jobs is None and len(videos) == 1
         sampling.sample(videos, flags.model, flags.compute, flags.job, alone=alone)
 
 
-def _videos(flags: Sample, output: Path) -> "list[Video]":
+def _videos(flags: Sample, output: epath.Path) -> "list[Video]":
     """Return the run folder and the options of every video, or the error of its line."""
     from framepack_jax.jobs.jobs_file import read_jobs
     from framepack_jax.jobs.sampling import videos_of

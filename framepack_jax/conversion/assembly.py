@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
@@ -92,7 +90,8 @@ def assemble_manifest(
     roles = {name: _role(name, jobs, origins.get(name)) for name in jobs}
     if shared and request.encoders_from:
         for name, role in shared.roles.items():
-            path = bundle.reference(epath.Path(request.encoders_from) / role.path, request.output)
+            there = bundle.referenced(request.encoders_from, role.path)
+            path = bundle.reference(there, request.output)
             roles.setdefault(name, dataclasses.replace(role, path=path))
     roles = {name: roles[name] for name in bundle.ROLES if name in roles}
     mean, std = (shared.latent_mean, shared.latent_std) if shared else _statistics(None, roles)

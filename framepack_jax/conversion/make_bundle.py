@@ -36,7 +36,8 @@ def make_bundle(request: BundleRequest) -> Manifest:
         bundle.check_present(request.encoders_from, kept)
         output_folder.check_reference(request.output, request.encoders_from)
         if not is_remote(request.encoders_from):
-            read += [Path(request.encoders_from) / role.path for role in shared.roles.values()]
+            roles = shared.roles.values()
+            read += [Path(bundle.referenced(request.encoders_from, role.path)) for role in roles]
     output_folder.check_outside(request.output, read)
     schedule = sources.schedule_of(request, origins.get("transformer"), paths, shared)
     jobs = assembly.fit_networks(request, paths, schedule, shared)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
-from framepack_jax.utils.paths import IN_STORES
+from framepack_jax.utils.paths import FILES_IN_STORES
 
 MIN_VALUES = {
     "holdout": 0,
@@ -20,7 +20,7 @@ MIN_VALUES = {
 class DataConfig:
     """The data of a training run."""
 
-    path: Annotated[str, IN_STORES] = ""
+    path: Annotated[str, FILES_IN_STORES] = ""
     """Folder of the dataset, written by framepack prepare."""
     seed: int = 0
     """Seed of the order of clips and of the choice of sections."""

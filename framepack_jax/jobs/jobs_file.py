@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec
 from framepack_jax.utils import fields
 from framepack_jax.utils.flags import check_text, tidied
 
 
 def read_jobs(
-    path: Path, base: dict[str, Any], output: Path
-) -> Iterator[tuple[Path, VideoSpec | ValueError]]:
+    path: Path, base: dict[str, Any], output: epath.Path
+) -> Iterator[tuple[epath.Path, VideoSpec | ValueError]]:
     """Yield the folder and the options of each line, which replace those in `base`.
 
     A line that cannot be read yields its error, so that the other videos are still sampled. Raises
@@ -32,8 +34,8 @@ def read_jobs(
 
 
 def _job(
-    where: str, line: str, base: dict[str, Any], output: Path, default: str, names: set[str]
-) -> tuple[Path, VideoSpec | ValueError]:
+    where: str, line: str, base: dict[str, Any], output: epath.Path, default: str, names: set[str]
+) -> tuple[epath.Path, VideoSpec | ValueError]:
     """Parse a line; `names` are those of earlier lines, to which this one's is added."""
     folder = output / default
     try:

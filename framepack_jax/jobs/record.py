@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from framepack_jax.jobs.run_files import write_whole
 from framepack_jax.parallel.multihost import on_primary
@@ -30,7 +31,7 @@ REQUIRED = (
 )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: epath.Path) -> dict[str, Any]:
     """Read the record of a run, with the names of the current format. Raises ValueError if it is
     missing or damaged."""
     try:
@@ -62,13 +63,13 @@ def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"format": FORMAT, "flags": flags}
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: epath.Path, record: dict[str, Any]) -> None:
     """Write the record of a run. Raises OSError."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     write_whole(folder / RECORD, text.encode())
 
 
-def record_text(folder: Path) -> str | None:
+def record_text(folder: epath.Path) -> str | None:
     """Return the record as it is written, None if there is none; the text changes if another
     process changes the run."""
 

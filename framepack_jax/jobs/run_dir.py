@@ -23,10 +23,10 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
+from etils import epath
 
 from framepack_jax import video
 from framepack_jax.generation.request import Request, SourceVideo
@@ -35,6 +35,8 @@ from framepack_jax.jobs.record import RECORD, read_record, write_record
 from framepack_jax.jobs.run_files import DamagedFile, key_frame_name, load_arrays, save_arrays
 from framepack_jax.packing import Section
 from framepack_jax.parallel.multihost import is_primary, on_primary
+from framepack_jax.utils.files import local_copy
+from framepack_jax.utils.paths import is_remote
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,19 +71,19 @@ def _by_primary(
 class RunDir:
     """A run folder, and its record from `run.json`."""
 
-    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+    def __init__(self, folder: epath.Path, record: dict[str, Any]) -> None:
         self.folder = folder
         self.record = record
         self._lock: int | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "RunDir":
+    def open(cls, folder: epath.Path) -> "RunDir":
         """Read the record. Raises ValueError if it is missing or damaged."""
         return cls(folder, on_primary(read_record, folder))
 
     @classmethod
     @contextlib.contextmanager
-    def locked(cls, folder: Path) -> Iterator["RunDir"]:
+    def locked(cls, folder: epath.Path) -> Iterator["RunDir"]:
         """Open and lock a run, and read its record again. Raises Busy, ValueError."""
         run = cls.open(folder)
         run.lock()
@@ -133,6 +135,9 @@ class RunDir:
         has locked it. Warns if the file system has no locks."""
         if self._lock is not None:
             return
+        if is_remote(self.folder):
+            _warn_without_lock(self.folder, "an object store has no locks")
+            return
         try:
             # NFS locks only files that are open for writing.
             lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -144,11 +149,7 @@ class RunDir:
             os.close(lock)
             raise Busy(f"{self.folder} is in use by another process") from None
         except OSError as error:
-            warnings.warn(
-                f"{self.folder} cannot be locked ({error.strerror}): make sure that no other"
-                " process samples the same videos",
-                stacklevel=1,
-            )
+            _warn_without_lock(self.folder, error.strerror)
         self._lock = lock
 
     def unlock(self) -> None:
@@ -252,7 +253,7 @@ class RunDir:
             latents |= dict(zip(arrays["positions"].tolist(), arrays["latents"], strict=True))
         return latents
 
-    def _section_file(self, number: int) -> Path:
+    def _section_file(self, number: int) -> epath.Path:
         return self.folder / "latents" / f"section_{number:03d}.npz"
 
     # Frames
@@ -264,9 +265,10 @@ class RunDir:
             if stop == start:
                 continue
             try:
-                if video.mp4_info(self._segment(start)).frames != stop - start:
-                    return number
-            except ValueError:  # missing, or damaged
+                with local_copy(self._segment(start)) as segment:
+                    if video.mp4_info(segment).frames != stop - start:
+                        return number
+            except (ValueError, FileNotFoundError):  # missing, or damaged
                 return number
         return len(self.record["spans"])
 
@@ -292,10 +294,13 @@ class RunDir:
                 break
             touching.append((start, stop))
         if touching:
-            segments = [self._segment(start) for start, _ in touching]
-            video.join_mp4(self.folder / "video.mp4", segments)
+            with contextlib.ExitStack() as copies:
+                segments = [
+                    copies.enter_context(local_copy(self._segment(start))) for start, _ in touching
+                ]
+                video.join_mp4(self.folder / "video.mp4", segments)
 
-    def _segment(self, start: int) -> Path:
+    def _segment(self, start: int) -> epath.Path:
         return self.folder / "segments" / f"frames_{start:08d}.mp4"
 
     def _write_segment(self, start: int, frames: Iterable[np.ndarray]) -> None:
@@ -303,28 +308,37 @@ class RunDir:
         video.write_mp4(self._segment(start), frames, fps=flags["fps"], crf=flags["crf"])
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: epath.Path) -> None:
     """Raise Busy if another process works on the run in a folder."""
     run = RunDir(folder, {})
     run.lock()
     run.unlock()
 
 
+def _warn_without_lock(folder: epath.Path, reason: str | None) -> None:
+    warnings.warn(
+        f"{folder} cannot be locked ({reason}): make sure that no other process samples the same"
+        " videos",
+        stacklevel=1,
+    )
+
+
 class Busy(OSError):
     """Another process works on this run."""
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: epath.Path) -> None:
     """Make a folder for a run. Raises ValueError if it holds other files under the names that a run
     needs, OSError if it cannot be written."""
     on_primary(_check_folder, folder)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: epath.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if not is_remote(folder):
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except OSError as error:
         raise OSError(f"output folder {folder} cannot be written ({error})") from error
     names = (*FILES, "video.mp4", "video.gif", "preview.png")
@@ -337,6 +351,6 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _holds(path: Path) -> bool:
+def _holds(path: epath.Path) -> bool:
     """Return whether a path is a file, or a folder that is not empty."""
     return any(path.iterdir()) if path.is_dir() else path.exists()

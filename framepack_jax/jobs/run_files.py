@@ -2,10 +2,10 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from framepack_jax.generation.request import Request
@@ -18,16 +18,16 @@ class DamagedFile(ValueError):
     done: Sequence[np.ndarray] = ()
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: epath.Path, data: bytes) -> None:
     """Write a file atomically. Raises OSError that names it."""
     try:
         with atomic_write(path) as partial:
             partial.write_bytes(data)
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file. Raises OSError."""
     buffer = io.BytesIO()
     named: dict[str, Any] = dict(arrays)
@@ -35,10 +35,10 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+def load_arrays(path: epath.Path, *names: str) -> dict[str, np.ndarray]:
     """Read arrays of an .npz file. Raises DamagedFile, FileNotFoundError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as data, np.load(data, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except FileNotFoundError:
         raise
@@ -59,10 +59,10 @@ def key_frame_name(number: int) -> str:
     return f"key_frame_{number:02d}"
 
 
-def open_picture(path: Path) -> np.ndarray:
+def open_picture(path: epath.Path) -> np.ndarray:
     """Read a picture (H, W, 3) of a run. Raises ValueError if it is damaged."""
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as data, Image.open(data) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(

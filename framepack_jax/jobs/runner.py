@@ -5,11 +5,11 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from framepack_jax import video
 from framepack_jax.generation.pipeline import FramePack, NotFinite
@@ -31,6 +31,7 @@ from framepack_jax.parallel.multihost import (
     on_primary,
     stop_if_asked,
 )
+from framepack_jax.utils.files import local_copy
 from framepack_jax.utils.progress import Bar
 
 logger = logging.getLogger(__name__)
@@ -231,10 +232,11 @@ def finish(task: Task, decode: bool) -> None:
     run.write_record(status="finished" if decode else "sampled")
 
 
-def _save_pictures(folder: Path, gif: bool) -> None:
-    video.save_png(folder / "preview.png", video.contact_sheet_mp4(folder / "video.mp4"))
-    if gif:
-        video.save_gif(folder / "video.gif", folder / "video.mp4")
+def _save_pictures(folder: epath.Path, gif: bool) -> None:
+    with local_copy(folder / "video.mp4") as made:
+        video.save_png(folder / "preview.png", video.contact_sheet_mp4(made))
+        if gif:
+            video.save_gif(folder / "video.gif", made)
 
 
 def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int, np.ndarray], int]:

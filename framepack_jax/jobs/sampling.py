@@ -5,8 +5,9 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.generation.pipeline import FramePack
@@ -32,7 +33,7 @@ from framepack_jax.jobs.task_setup import TaskMaker, describe, saved_task
 from framepack_jax.parallel.multihost import assert_same_on_hosts, on_all_hosts, on_primary
 
 logger = logging.getLogger(__name__)
-Video = tuple[Path, VideoSpec | ValueError]
+Video = tuple[epath.Path, VideoSpec | ValueError]
 
 
 DEFAULT_JOB = JobOptions()
@@ -80,10 +81,12 @@ def sample(
     _raise_failures(failures, len(videos))
 
 
-def _tasks(maker: TaskMaker, videos: Sequence[Video]) -> tuple[list[Task], dict[Path, Exception]]:
+def _tasks(
+    maker: TaskMaker, videos: Sequence[Video]
+) -> tuple[list[Task], dict[epath.Path, Exception]]:
     """Return the tasks of the videos that are not finished, and the errors of others."""
     tasks: list[Task] = []
-    failures: dict[Path, Exception] = {}
+    failures: dict[epath.Path, Exception] = {}
     for folder, spec in videos:
         try:
             if isinstance(spec, ValueError):
@@ -103,7 +106,7 @@ def _tasks(maker: TaskMaker, videos: Sequence[Video]) -> tuple[list[Task], dict[
     return tasks, failures
 
 
-def _raise_failures(failures: dict[Path, Exception], count: int) -> None:
+def _raise_failures(failures: dict[epath.Path, Exception], count: int) -> None:
     """Raise one ValueError for all failures, except for videos that other processes sample."""
     if busy := [folder for folder, error in failures.items() if isinstance(error, Busy)]:
         logger.info("left to other processes, which sample them: %s", ", ".join(map(str, busy)))
@@ -116,7 +119,7 @@ def _raise_failures(failures: dict[Path, Exception], count: int) -> None:
 
 
 def resume(
-    folder: Path,
+    folder: epath.Path,
     compute: ComputeOptions,
     *,
     bundle_name: str | None = None,
@@ -158,7 +161,7 @@ def _finish(
         raise failures[run.folder]
 
 
-def decode(folder: Path, compute: ComputeOptions, *, bundle_name: str | None = None) -> None:
+def decode(folder: epath.Path, compute: ComputeOptions, *, bundle_name: str | None = None) -> None:
     """Decode the saved latents of a run again, however many sections it has.
 
     Raises ValueError, OSError, and the errors in `errors.FAILURES`.
@@ -176,7 +179,7 @@ def decode(folder: Path, compute: ComputeOptions, *, bundle_name: str | None = N
 
 def _run(
     pipe: FramePack, tasks: Sequence[Task], job: JobOptions, began: float
-) -> dict[Path, Exception]:
+) -> dict[epath.Path, Exception]:
     """Sample the tasks; return the errors by folder."""
     load_seconds = round(time.monotonic() - began, 3)
     for task in tasks:
@@ -218,7 +221,7 @@ def _result(run: RunDir) -> str:
 
 
 def videos_of(
-    prompts: Sequence[str], seeds: Sequence[int], base: Mapping[str, Any], output: Path
+    prompts: Sequence[str], seeds: Sequence[int], base: Mapping[str, Any], output: epath.Path
 ) -> list[Video]:
     """Return a video for each pair of a prompt and a seed; several get a folder each in `output`.
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import os
 import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from framepack_jax import bundle, video
 from framepack_jax.generation.pipeline import FramePack
@@ -45,7 +47,7 @@ class TaskMaker:
     job: JobOptions
     alone: bool
 
-    def make(self, spec: VideoSpec, folder: Path) -> Task | None:
+    def make(self, spec: VideoSpec, folder: epath.Path) -> Task | None:
         """Check a video without loading weights; return None if it is already finished.
 
         Raises ValueError, OSError.
@@ -72,10 +74,12 @@ class TaskMaker:
         return Task(run, layout, settings, read, seen=seen, refresh=refresh)
 
     def _new(
-        self, spec: VideoSpec, folder: Path, record: dict[str, Any]
+        self, spec: VideoSpec, folder: epath.Path, record: dict[str, Any]
     ) -> tuple[RunDir, Layout, Callable[[], Inputs]]:
         """Return a new run, its layout, and a function that reads its inputs."""
-        if spec.extend is not None and spec.extend.resolve().is_relative_to(folder.resolve()):
+        if spec.extend is not None and spec.extend.resolve().is_relative_to(
+            os.path.realpath(folder)
+        ):
             raise ValueError(
                 f"--output {folder} holds the source of --extend; choose another --output"
             )
@@ -118,7 +122,7 @@ class TaskMaker:
         return status in ("finished", "sampled" if self.job.latents_only else "finished")
 
 
-def _with_seed(spec: VideoSpec, folder: Path, overwrite: bool) -> VideoSpec:
+def _with_seed(spec: VideoSpec, folder: epath.Path, overwrite: bool) -> VideoSpec:
     """Replace a random seed by that of the run in the folder, or by a new one."""
     if spec.seed != RANDOM_SEED:
         return spec

@@ -157,8 +157,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> epath.Path:
     target = folder.parent / DAMAGED / str(step)
     while target.exists():
         target = target.parent / f"{target.name}_again"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    (folder / str(step)).rename(target)
+    storage.move_folder(folder / str(step), target)
     return target
 
 

@@ -159,7 +159,7 @@ def write_bundle(
     source = source | {"naming": "trained", "format": "orbax"}
     roles = {}
     for name, other in manifest.roles.items():
-        path = epath.Path(bundle_path) / other.path
+        path = bundle.referenced(bundle_path, other.path)
         if name == role:
             roles[name] = bundle.Role(*network, name, source | written._asdict())
         elif copy or (is_remote(target) and not is_remote(path)):

@@ -46,6 +46,9 @@ class Writer(Protocol):
 
     def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None: ...
 
+    def flush(self) -> None:
+        """Keep what was written, whatever happens to this process."""
+
     def close(self) -> None: ...
 
 
@@ -61,6 +64,9 @@ class Jsonl:
 
     def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None:
         """Do nothing: the run has the files."""
+
+    def flush(self) -> None:
+        """Do nothing: each line is flushed."""
 
     def close(self) -> None:
         self.file.close()
@@ -81,6 +87,9 @@ class TensorBoard:
     def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None:
         self.writer.add_image(f"validation/{name}", sheet, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -96,6 +105,9 @@ class Uploaded:
 
     def show(self, step: int, name: str, sheet: np.ndarray, video: epath.Path) -> None:
         """Do nothing: the run has the files."""
+
+    def flush(self) -> None:
+        self.uploads.copy()
 
     def close(self) -> None:
         if self.uploads.close():
@@ -125,6 +137,9 @@ class WandB:
         if not is_remote(video) and video.exists():
             shown[f"validation/{name}"] = wandb.Video(os.fspath(video), format="mp4")
         self.run.log(shown, step=step)
+
+    def flush(self) -> None:
+        """Do nothing: a process of its own sends the metrics."""
 
     def close(self) -> None:
         self.run.finish()
@@ -246,6 +261,11 @@ class Log:
                     pixels = np.asarray(image.convert("RGB"))
                 for writer in self.writers:
                     writer.show(step, name, pixels, sheet.with_suffix(".mp4"))
+
+    def flush(self) -> None:
+        """Keep the lines written so far, whatever happens to this process."""
+        for writer in self.writers:
+            writer.flush()
 
     def close(self) -> None:
         self.line()

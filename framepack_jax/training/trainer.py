@@ -273,6 +273,8 @@ class Trainer:
     def save(self, step: int, state: TrainState[jax.Array], position: dict[str, Any]) -> None:
         """Write a checkpoint in the background."""
         unread = {"unread": sorted(self.bad.numbers)} if self.bad else {}
+        # A checkpoint has the log of its steps.
+        self.log.flush()
         checkpoints.save(self.manager, step, state, position | unread)
         self.unsaved, self.saved_at = False, time.monotonic()
 

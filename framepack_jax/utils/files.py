@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
-from framepack_jax.utils.paths import is_remote
+from framepack_jax.utils.paths import is_remote, store_errors
 
 
 @contextlib.contextmanager
@@ -37,15 +37,35 @@ def partial_file(path: epath.PathLike) -> Iterator[Path]:
 
 
 def publish(partial: Path, path: epath.PathLike) -> None:
-    """Make a written file `path`. An object of an object store appears whole."""
+    """Make a written file `path`. An object of an object store appears whole. Raises OSError."""
     if is_remote(path):
-        with open(partial, "rb") as source, epath.Path(path).open("wb") as target:
+        with (
+            store_errors(path),
+            open(partial, "rb") as source,
+            epath.Path(path).open("wb") as target,
+        ):
             shutil.copyfileobj(source, target, 1 << 24)
         return
     # Data before the name: after a power cut, the file is the whole new one or the old one.
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def local_copy(path: epath.PathLike) -> Iterator[Path]:
+    """Yield a file on a disk with the content of `path`: the file itself, or a temporary copy of an
+    object, for libraries that know no object stores. Raises FileNotFoundError for a missing object.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    source = epath.Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / source.name
+        with source.open("rb") as data, open(target, "wb") as copy:
+            shutil.copyfileobj(data, copy, 1 << 24)
+        yield target
 
 
 def atomic_write_text(path: epath.PathLike, text: str) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from framepack_jax.utils.messages import first_line
-from framepack_jax.utils.paths import is_remote
+from framepack_jax.utils.paths import is_remote, store_errors
 
 FUSE_SUPER_MAGIC = 0x65735546
 
@@ -56,15 +55,27 @@ def copy_tree(source: Path, target: epath.PathLike) -> None:
     store.put(f"{source}/", f"{path}/", recursive=True)
 
 
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Move a folder to a place in the same store; where folders cannot be renamed, copy its files
+    first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(source):
+        store, path = _open_store(source)
+        store.copy(f"{path}/", f"{_open_store(target)[1]}/", recursive=True)
+        source.rmtree()
+        return
+    try:
+        source.rename(target)
+    except OSError:
+        shutil.copytree(source, target)
+        source.rmtree()
+
+
 def read_range(path: epath.PathLike, begin: int, end: int) -> bytes:
     """Read some bytes of an object. Raises OSError."""
     store, name = _open_store(path)
-    try:
-        return store.cat_file(name, begin, end)
-    except OSError:
-        raise
-    except Exception as error:  # each store has errors of its own
-        raise OSError(first_line(error)) from error
+    with store_errors(path):
+        return store.cat_file(name, start=begin, end=end)
 
 
 def _open_store(path: epath.PathLike) -> tuple[Any, str]:

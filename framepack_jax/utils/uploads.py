@@ -26,16 +26,20 @@ class Uploads:
         self.target, self.seconds = epath.Path(target), seconds
         self.folder = Path(tempfile.mkdtemp(prefix="framepack-"))
         self._done: dict[Path, tuple[int, int]] = {}
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._repeat, name="uploads", daemon=True)
         self._thread.start()
 
     def _repeat(self) -> None:
         while not self._stop.wait(self.seconds):
-            self._copy()
+            self.copy()
+
+    def copy(self) -> bool:
+        """Copy the files that have changed; return whether all could be copied."""
+        with self._lock:
+            return self._copy()
 
     def _copy(self) -> bool:
-        """Copy the files that have changed; return whether all could be copied."""
         whole = True
         for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             try:
@@ -62,7 +66,7 @@ class Uploads:
         copied. If not, the folder stays and is named in the log."""
         self._stop.set()
         self._thread.join()
-        whole = self._copy()
+        whole = self.copy()
         if whole:
             with contextlib.suppress(OSError):
                 shutil.rmtree(self.folder)

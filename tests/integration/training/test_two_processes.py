@@ -1,33 +1,13 @@
 """Training by two processes, which one process goes on with or has begun."""
 
 import signal
-import subprocess
-from pathlib import Path
 
 from framepack_jax import bundle, video
 from framepack_jax.cli.common import TERMINATED
 from framepack_jax.training import checkpoints
-from tests.fixtures.hosts import ended, launch
-from tests.fixtures.paths import ROOT
+from tests.fixtures.hosts import ended
 from tests.fixtures.torch_reference import relative_error
-from tests.fixtures.training_runs import STEPS, finish, flags, log_of, start, wait_for
-
-
-def two(place, output: Path, *more: str, devices: int = 1) -> list[subprocess.Popen]:
-    """The command in two processes of so many devices."""
-    for i in range(2):
-        (place / f"host{i}").mkdir(exist_ok=True)
-    return launch(
-        [place / "host0", place / "host1"], str(ROOT / "train.py"), *flags(place, output, *more),
-        "--coordinator-address", "localhost:{port}", "--num-processes", "2", devices=devices,
-    )  # fmt: skip
-
-
-def close(found: Path, expected: Path, steps=range(1, STEPS + 1)) -> None:
-    for step in steps:
-        ours, theirs = log_of(found)[step], log_of(expected)[step]
-        assert abs(ours["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"], step
-        assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * theirs["grad_norm"], step
+from tests.fixtures.training_runs import STEPS, close, finish, log_of, start, two, wait_for
 
 
 def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:

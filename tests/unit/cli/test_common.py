@@ -25,6 +25,14 @@ def test_a_bug_keeps_its_traceback() -> None:
         raise TypeError
 
 
+def test_an_error_of_an_object_store_is_one_line() -> None:
+    """The class is one of gcsfs, for example without credentials."""
+    failure = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+    said = r"^error: the object store .*401\).*credentials: gcloud"
+    with pytest.raises(SystemExit, match=said), cli_errors():
+        raise failure("Anonymous caller, 401\nmore")
+
+
 @pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_signals_have_their_exit_codes(capsys, interrupt, code: int) -> None:
     with pytest.raises(SystemExit) as ended, cli_errors(interrupted="interrupted; run it again"):

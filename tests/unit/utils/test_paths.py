@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
+from etils import epath
 
 from framepack_jax.__main__ import COMMANDS
 from framepack_jax.utils import paths
 from framepack_jax.utils.flags import ADDRESSES, TEXTS, parse, tidied
-from framepack_jax.utils.paths import IN_STORES, Stores, check_place
+from framepack_jax.utils.paths import FILES_IN_STORES, IN_STORES, Stores, check_place
 
 
 @pytest.fixture
@@ -29,11 +30,27 @@ def test_what_cannot_be_used_is_named(no_packages) -> None:
     assert "a path on a disk" in refused("--image", "gs://b/x.png")
     assert "or gs://" in refused("--output", "s3://b/x", IN_STORES)
     assert "or gs://" in refused("--output", "hdfs://b/x", IN_STORES)
+    assert refused("--output", "s3://b/x", FILES_IN_STORES).endswith(
+        'needs s3fs: pip install "framepack-jax[s3]"'
+    )
     assert refused("--output", "gs://b/x", IN_STORES).endswith(
         'needs gcsfs: pip install "framepack-jax[gcs]"'
     )
     for place in ("/a/b", "a:b/c", "tiny", "C:", "run@3", "v5e:4x4", "", "a b://c"):
         check_place("--output", place)
+
+
+def test_what_other_hosts_write_is_seen(bucket) -> None:
+    """Also in a folder that was listed before."""
+    gcsfs = pytest.importorskip("gcsfs")
+    folder = epath.Path(bucket) / "run"
+    (folder / "a.txt").write_text("a")
+    assert [file.name for file in folder.iterdir()] == ["a.txt"]
+    other = gcsfs.GCSFileSystem(skip_instance_cache=True)
+    other.pipe(f"{folder}/b.txt", b"b")
+    assert (folder / "b.txt").exists()
+    other.rm(f"{folder}/a.txt")
+    assert not (folder / "a.txt").exists()
 
 
 def test_a_bucket_needs_a_name(monkeypatch) -> None:
@@ -52,18 +69,25 @@ def test_flags_of_a_disk_refuse_every_scheme(capsys) -> None:
 
 
 # What a command reads or writes in object stores; every other flag of a path is of a disk.
-MARKED = {
+GS = {
     "sample": {"model.bundle"},
     "resume": {"bundle"},
     "decode": {"bundle"},
     "convert": {"output", "networks.encoders_from"},
     "export": {"bundle"},
     "verify": {"bundle"},
-    "prepare": {"bundle", "output"},
+    "prepare": {"bundle"},
     "train-vae": {"bundle", "output", "init"},
-    "train": {"bundle", "output", "init", "data.path"},
+    "train": {"bundle", "output", "init"},
     "evaluate": {"bundle"},
     "export-run": {"run", "output", "bundle"},
+}
+GS_AND_S3 = {
+    "sample": {"output"},
+    "resume": {"folder"},
+    "decode": {"folder"},
+    "prepare": {"output"},
+    "train": {"data.path"},
 }
 
 
@@ -71,14 +95,16 @@ MARKED = {
 def test_flags_that_take_a_bucket(command, no_packages) -> None:
     """An address in any other flag is refused before the command starts, texts excepted."""
     module = importlib.import_module(f"framepack_jax.cli.{command.replace('-', '_')}")
-    kind, marked = getattr(module, command.title().replace("-", "")), set()
+    kind = getattr(module, command.title().replace("-", ""))
+    marked: dict[Any, set[str]] = {IN_STORES: set(), FILES_IN_STORES: set(), None: set()}
     for name, hint in flags_of(kind):
         stores = next((m for m in get_args(hint)[1:] if isinstance(m, Stores)), None)
-        marked |= {name} if stores else set()
+        marked[stores].add(name)
         if name.rpartition(".")[2] not in (*TEXTS, *ADDRESSES):
             with pytest.raises(ValueError, match="gs://b/x"):
                 tidied(name, "gs://b/x", stores)
-    assert marked == MARKED.get(command, set())
+    assert marked[IN_STORES] == GS.get(command, set())
+    assert marked[FILES_IN_STORES] == GS_AND_S3.get(command, set())
 
 
 def flags_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
