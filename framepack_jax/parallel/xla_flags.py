@@ -33,8 +33,9 @@ class Flag(NamedTuple):
         return f"--{self.name}={self.value}"
 
 
-# Flags of public recipes for v5p and v6e (MaxText, maxdiffusion) and for GPUs (JAX's page of GPU
-# performance), each seen to change the compiled training step (docs/measurements/memory.md).
+# Flags of public recipes for v5p, v6e and TPU7x (MaxText, maxdiffusion) and of JAX's and NVIDIA's
+# pages for GPUs. Their effect was seen in compiled programs (docs/measurements/memory.md), not yet
+# measured on these machines.
 FLAGS = (
     Flag("tpu", "xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000",
          "Gather weights whole: otherwise each gather becomes a ring of steps with pieces of a"
