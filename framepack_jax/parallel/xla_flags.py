@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import mmap
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -117,16 +118,20 @@ def known(flags: Iterable[Flag], library: Path) -> list[Flag]:
 
 
 def _platforms() -> list[str]:
-    """Return the kinds of accelerators that JAX will use on this machine."""
+    """Return the kinds of accelerators that JAX will use on this machine. A single GPU has nothing
+    to exchange, and needs no flags."""
     allowed = (jax.config.values["jax_platforms"] or "tpu,cuda,gpu").split(",")
     found = []
     # JAX sets the variable, on import, if it sees no TPU.
     if "tpu" in allowed and _libtpu().exists() and os.environ.get("TPU_SKIP_MDS_QUERY") != "1":
         found.append("tpu")
-    drivers = ("/dev/nvidiactl", "/dev/dxg")
-    if {"cuda", "gpu"} & {*allowed} and any(os.path.exists(driver) for driver in drivers):
+    if {"cuda", "gpu"} & {*allowed} and _count_gpus() > 1:
         found.append("cuda")
     return found
+
+
+def _count_gpus() -> int:
+    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").iterdir())
 
 
 def _libtpu() -> Path:

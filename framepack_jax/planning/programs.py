@@ -65,7 +65,10 @@ def compile_program(
 ) -> Program:
     """Trace and compile a program that takes these weights, with the flags that commands set."""
     began = time.monotonic()
-    options: dict[str, Any] = {**xla_flags.compiler_options(devices.devices.flat[0], training)}
+    # The flags concern exchanges between devices.
+    options: dict[str, Any] = {}
+    if devices.size > 1:
+        options |= xla_flags.compiler_options(devices.devices.flat[0], training)
     with jax.set_mesh(devices):
         compiled = lower().compile(compiler_options=options)
     seconds = time.monotonic() - began

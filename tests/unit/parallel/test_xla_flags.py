@@ -67,6 +67,15 @@ def test_a_machine_without_accelerator_sets_none() -> None:
     assert environment == {"TPU_SKIP_MDS_QUERY": "1"}
 
 
+@pytest.mark.parametrize(("gpus", "found"), [(0, []), (1, []), (8, ["cuda"])])
+def test_one_gpu_has_nothing_to_exchange(monkeypatch, gpus: int, found: list[str]) -> None:
+    xla_flags.os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    values = {**xla_flags.jax.config.values, "jax_platforms": None}
+    monkeypatch.setattr(xla_flags.jax, "config", SimpleNamespace(values=values))
+    monkeypatch.setattr(xla_flags, "_count_gpus", lambda: gpus)
+    assert xla_flags._platforms() == found
+
+
 def test_the_installed_libtpu_knows_the_flags_of_the_table() -> None:
     flags = xla_flags.missing("tpu", training=True)
     assert xla_flags.known(flags, xla_flags._libtpu()) == flags
