@@ -48,12 +48,15 @@ TESTS: dict[str, tuple[str, ...]] = {
 OF_FILES = {
     r"conversion/(export|verify)": "parity/export integration/test_verify.py",
     r"conversion/lora": "parity/lora",
-    r"conversion/(float8|weight_files|file_formats)": "parity/other_programs",
+    r"conversion/(float8|weight_files|file_formats|inspect)": "parity/other_programs",
     r"generation/(offload|settings|weights)": "integration/test_offload.py",
+    r"generation/(encoding|request|layout)": "integration/run_folders/test_inputs.py",
     r"jobs/(errors|inputs)": "integration/cli_errors",
     r"training/vae": "integration/test_train_vae.py",
-    r"training/(trainer|resume|stop|initial)": "integration/training/test_stopped.py"
-    " integration/training/test_refusals.py",
+    r"training/(trainer|resume|stop|initial|checkpoints|programs|watchdog)": (
+        "integration/training/test_stopped.py integration/training/test_refusals.py"
+        " integration/training/test_unattended.py"
+    ),
     r"training/export": "integration/training/test_export.py",
     r"training/bad_records": "integration/training/test_damaged_data.py",
 }

@@ -18,8 +18,10 @@ def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
     started = two(place, output, "--mesh", "fsdp=2", "--checkpoints.every", "100", *looking)
     wait_for(started[0], output, 4)
     started[1].send_signal(signal.SIGTERM)
-    for code, _, err in ended(started):
+    results = ended(started)
+    for code, _, err in results:
         assert code == TERMINATED, err[-3000:]
+    assert "after step 12, validation after step 2\n" in results[0][1]
     (step,) = checkpoints.steps_of(output)
     assert 4 <= step < STEPS
     close(output, whole, range(1, step + 1))
@@ -28,7 +30,7 @@ def test_two_processes_train_as_one_and_one_goes_on(place, whole) -> None:
     frames, _ = video.read_mp4(output / "validation" / "step_0000002" / "0.mp4")
     # A start image and one section of two latent frames, above the truth.
     assert frames.shape[0] == 9 and frames.shape[1] == 2 * (32 + 16 * (frames.shape[2] == 32))
-    finish(start(place, output))
+    assert "no validation (--validation.every 0)" in finish(start(place, output))
     close(output, whole)
 
 

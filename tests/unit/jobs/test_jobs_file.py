@@ -25,6 +25,11 @@ def test_lines_replace_the_flags_of_the_command(tmp_path) -> None:
     assert two == VideoSpec(seed=7, key_frame=("1s=k.png",))
 
 
+def test_the_same_flags_give_the_same_video() -> None:
+    """Without a seed too."""
+    assert VideoSpec() == VideoSpec(seed=0)
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [

@@ -25,3 +25,15 @@ def test_a_batch_is_said_to_lie_on_devices() -> None:
         "batch        8 samples in all, 2 on each of 4 devices",
         "batch        8 samples in all, 2 on each of 4 groups of 2 devices, in 2 parts",
     ]
+
+
+def test_the_first_checkpoint_and_validation_are_announced() -> None:
+    """Of a run that resumes after a step; they come after the last step at the latest."""
+    assert summary.steps_line(0, 1000, 500, 300, "--data.holdout 0") == (
+        "steps        1 to 1,000; the first checkpoint comes after step 500, validation after step"
+        " 300"
+    )
+    assert summary.steps_line(500, 700, 500, 0, "--data.holdout 0") == (
+        "steps        501 to 700; the first checkpoint comes after step 700, no validation"
+        " (--data.holdout 0)"
+    )
