@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(
     def begin_on_full_disk(self: run_dir.RunDir, *given: object) -> None:
         begin(self, *given)
         # All that is written to this file meets a full disk; once it is removed, there is space.
-        (self.folder / f"{name}.part").symlink_to("/dev/full")
+        os.symlink("/dev/full", self.folder / f"{name}.part")
 
     monkeypatch.setattr(run_dir.RunDir, "begin", begin_on_full_disk)
     message = refused(tmp_path)
