@@ -78,7 +78,10 @@ def test_killed_three_times_it_is_the_run_that_never_was(place, whole) -> None:
 )
 def test_a_signal_saves_the_step_and_has_its_exit_code(place, whole, number, code) -> None:
     output = place / f"ended_by_{number}"
+    # A run ignores SIGHUP if it is ignored where it starts, as under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = start(place, output, "--checkpoints.every", "100")
+    signal.signal(signal.SIGHUP, before)
     wait_for(process, output, 4)
     process.send_signal(number)
     out = finish(process, code)
