@@ -15,8 +15,10 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA writes of programs that do not fit; so do the rows.
@@ -92,61 +94,54 @@ def main(flags: list[str]) -> None:
     names = names or list(dict.fromkeys([*FITS, *CURVE]))
     if unknown := set(names) - {*FITS, *CURVE}:
         raise SystemExit(f"error: no rows for {sorted(unknown)}; there are {FITS + CURVE}")
-    problems = []
-    for name in names:
-        try:
-            report = report_of(name, name in decode)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        print(f"{report}\n", flush=True)
+    for name, report in reports(names, lambda name: report_of(name, name in decode)):
         if name in FITS:
             write_row("fits", name, FITS, fits_cells(report))
         if name in CURVE:
             write_row("curve", name, CURVE, curve_cells(report))
         if name in decode:
             write_row("decoding", name, DECODE, memory_cells(report, report.programs[1]))
+
+
+def reports(rows: Iterable[str], report_of: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (row, report) of each row that can be compiled; exit at the end, naming the others."""
+    problems = []
+    for row in rows:
+        try:
+            report = report_of(row)
+        except ValueError as error:
+            problems.append(f"{row}: {error}")
+            continue
+        print(f"{row}\n{report}\n", flush=True)
+        yield row, report
     if problems:
         raise SystemExit("\n".join(["error: not compiled:", *problems]))
 
 
 def training(rows: list[str]) -> None:
     """Compile training steps, and write their rows."""
-    problems = []
-    for row in rows:
+
+    def report_of(row: str) -> TrainingReport:
         name, schedule, machine, batch, *remat = TRAINING[row]
         cfg = read_config(CONFIGS / f"{name}.py", TrainConfig)
         cfg = dataclasses.replace(
             cfg, schedule=schedule or cfg.schedule, remat=(remat or [cfg.remat])[0]
         )
-        try:
-            report = (
-                largest(cfg, machine) if batch is None else training_report(cfg, machine, batch)
-            )
-        except ValueError as error:
-            problems.append(f"{row}: {error}")
-            continue
-        print(f"{row}\n{report}\n", flush=True)
+        return largest(cfg, machine) if batch is None else training_report(cfg, machine, batch)
+
+    for row, report in reports(rows, report_of):
         write_row("training", row, tuple(TRAINING), training_cells(report))
-    if problems:
-        raise SystemExit("\n".join(["error: not compiled:", *problems]))
 
 
 def meshes(rows: list[str]) -> None:
     """Compile training steps on default meshes, and write their rows."""
-    problems = []
-    for row in rows:
+
+    def report_of(row: str) -> TrainingReport:
         name, machine, batch = MESHES[row]
-        cfg = read_config(CONFIGS / f"{name}.py", TrainConfig)
-        try:
-            report = training_report(cfg, machine, batch)
-        except ValueError as error:
-            problems.append(f"{row}: {error}")
-            continue
-        print(f"{row}\n{report}\n", flush=True)
+        return training_report(read_config(CONFIGS / f"{name}.py", TrainConfig), machine, batch)
+
+    for row, report in reports(rows, report_of):
         write_row("meshes", row, tuple(MESHES), mesh_cells(report))
-    if problems:
-        raise SystemExit("\n".join(["error: not compiled:", *problems]))
 
 
 def mesh_cells(report: TrainingReport) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from framepack_jax.utils.paths import explain_store_error, is_store_error
+from framepack_jax.utils.paths import explain_store_error, is_remote, is_store_error
 
 # Exit codes: an error that may pass, one that comes again with the same flags, and the end by
 # SIGINT or SIGTERM.
@@ -30,9 +30,8 @@ class CommandError(SystemExit):
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
+        # Python prints a code that is a text, and ends with exit code 1.
         self.code = text if code == FAILED else code
-        if code != FAILED:
-            print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -60,7 +59,10 @@ def cli_errors(
         with _lasting_output():
             yield
     except failures as error:
-        raise CommandError(f"error: {explain(error)}", code(error)) from error
+        ended = CommandError(f"error: {explain(error)}", code(error))
+        if ended.code == code(error):
+            print(ended, file=sys.stderr)
+        raise ended from error
     except Exception as error:
         if not is_store_error(error):
             raise
@@ -217,7 +219,7 @@ def enable_compilation_cache(compiled: str | None = None) -> None:
     if settings["jax_enable_compilation_cache"] and settings["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         folder = compiled or root / "framepack-jax" / "compiled"
-        if "://" in str(folder) or _can_write(Path(folder)):
+        if is_remote(folder) or _can_write(Path(folder)):
             jax.config.update("jax_compilation_cache_dir", str(folder))
         else:
             print(

@@ -69,7 +69,7 @@ def train(
     shared = f"{bundle.absolute(cfg.output)}/{COMPILED}" if hosts.coordinator_address else None
     configure_jax(shared, training=True)
     hosts.join()
-    assert_same_facts(command_facts(cfg, mesh=mesh, resume=resume, export=export))
+    assert_same_facts(command_facts, cfg, mesh=mesh, resume=resume, export=export)
     with StopSignal(cfg.stop_seconds) as stop:
         devices = jax.devices()
         sizes = _mesh_sizes(cfg, path, mesh, devices)
@@ -138,9 +138,8 @@ def check_given(cfg: RunConfig, required: dict[str, tuple[str | None, str]]) -> 
 
 
 def _end_if_stopped(cfg: RunConfig, step: int, stop: StopSignal) -> None:
-    """If a signal has stopped the run before its last step, say so and end with the exit code of
-    the signal."""
-    if step < cfg.steps:
+    """If a signal has come before the export, say so and end with the exit code of the signal."""
+    if step < cfg.steps or stop.called():
         text = f"stopped after step {step} of {cfg.steps}, which is saved"
         on_primary(print, f"{cfg.output}: {text}; run the same command again to resume")
         raise SystemExit(stop.exit_code)

@@ -152,11 +152,14 @@ def assert_same_on_hosts(what: str, *values: Any) -> None:
         )
 
 
-def assert_same_facts(facts: Mapping[str, Any]) -> None:
-    """Raise ValueError in all processes if some of their facts differ; it names each, with the
-    processes, their hosts and values. Facts are pickled."""
+def assert_same_facts(
+    collect: Callable[P, Mapping[str, Any]], *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Raise ValueError in all processes if the facts that they collect differ; it names each, with
+    the processes, their hosts and values. Facts are pickled. One process collects none."""
     if jax.process_count() == 1:
         return
+    facts = collect(*args, **kwargs)
     digest = hashlib.sha256(pickle.dumps(sorted(facts.items()))).digest()
     digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     others = [i for i, d in enumerate(digests) if (d != digests[0]).any()]

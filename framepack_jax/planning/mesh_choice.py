@@ -100,7 +100,7 @@ def rank(
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What a step moves: `trained` of all `parameters`, and the samples of a batch."""
+    """The bytes that a step moves: `trained` of all `parameters`, and the samples of a batch."""
 
     machine: Machine
     device: jax.Device

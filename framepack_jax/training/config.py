@@ -166,6 +166,12 @@ def profile_steps(text: str) -> tuple[int, int]:
     return steps
 
 
+def check_run(cfg: RunConfig) -> None:
+    """Raise ValueError for a setting of any task that its type does not exclude."""
+    if cfg.profile is not None:
+        profile_steps(cfg.profile)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """Settings of training a transformer on packed sections."""
@@ -210,8 +216,7 @@ class TrainConfig(RunConfig):
 
 def _check(cfg: TrainConfig) -> None:
     """Raise ValueError if two settings contradict each other."""
-    if cfg.profile is not None:
-        profile_steps(cfg.profile)
+    check_run(cfg)
     if cfg.batch % cfg.grad_accum_steps:
         raise ValueError(
             f"--grad-accum-steps {cfg.grad_accum_steps} does not divide --batch {cfg.batch}: a"

@@ -259,7 +259,7 @@ def open_task(cfg: TrainConfig, bundle_path: epath.PathLike, mesh: Mesh) -> Flow
     share = local_share(mesh, cfg.batch)
     schedule = schedule_of(cfg, manifest)
     loader = multihost.on_all_hosts(loading.open_loader, cfg.data, schedule, cfg.batch, share)
-    multihost.assert_same_facts(data_facts(cfg, bundle_path, loader.fingerprint))
+    multihost.assert_same_facts(data_facts, cfg, bundle_path, loader.fingerprint)
     check_bundle(loader.index, manifest)
     task = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
     return dataclasses.replace(task, loader=loader, bundle_path=bundle_path)

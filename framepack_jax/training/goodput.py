@@ -1,4 +1,4 @@
-"""Where the time of a run goes, over all its lives: from each start to the next failure or stop.
+"""Count where the time of a run goes, over all its lives: from each start to a failure or stop.
 
     RUN/lives/0000.json    first and last step, and seconds by kind of work, of the first life
 

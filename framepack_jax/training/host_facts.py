@@ -16,6 +16,7 @@ from etils import epath
 from framepack_jax import bundle
 from framepack_jax.data import records
 from framepack_jax.training.config import TrainConfig
+from framepack_jax.utils.paths import is_remote
 from framepack_jax.utils.versions import code_hash, version
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -39,16 +40,18 @@ def data_facts(
     cfg: TrainConfig, bundle_path: epath.PathLike, fingerprint: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the fingerprint of the samples, and what tells copies of a dataset and a bundle apart:
-    hashes of their tables and the sizes of the dataset's files."""
+    hashes of their tables, which have the digests of the files, and the sizes of files on a disk.
+    """
     folder = epath.Path(cfg.data.path)
-    shards = sorted((folder / records.SHARDS).iterdir())
-    return {
+    facts = {
         **{f"samples: {name}": value for name, value in fingerprint.items()},
         f"{folder}/{records.INDEX}": _digest(folder / records.INDEX),
-        f"{folder}/{records.EMPTY}": _digest(folder / records.EMPTY),
-        f"sizes in {folder}/{records.SHARDS}": [(x.name, x.stat().length) for x in shards],
         f"{bundle_path}/{bundle.MANIFEST}": _digest(epath.Path(bundle_path) / bundle.MANIFEST),
     }
+    if not is_remote(folder):
+        shards = sorted((folder / records.SHARDS).iterdir())
+        facts[f"sizes in {folder}/{records.SHARDS}"] = [(x.name, x.stat().length) for x in shards]
+    return facts
 
 
 def _digest(file: epath.Path) -> str | None:

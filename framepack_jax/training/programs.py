@@ -33,7 +33,8 @@ def compile_steps(task: Task, frozen: Frozen, say: Callable[[str], None]) -> Pro
     )
     with jax.set_mesh(task.mesh), task.precision():
         lowered = [step.lower(task.abstract, abstract_frozen, b, RATE) for b, _ in kinds]
-    _assert_same_programs({shapes_of(b): low for (b, _), low in zip(kinds, lowered, strict=True)})
+    by_shapes = {shapes_of(b): low for (b, _), low in zip(kinds, lowered, strict=True)}
+    multihost.assert_same_facts(_program_facts, by_shapes)
 
     def compiled(program: Any) -> Any:
         with jax.set_mesh(task.mesh), task.precision():
@@ -55,13 +56,13 @@ def shapes_of(batch: Any) -> Shapes:
     return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
-def _assert_same_programs(lowered: dict[Shapes, Any]) -> None:
-    if jax.process_count() > 1:
-        texts = {shapes: program.as_text() for shapes, program in lowered.items()}
-        multihost.assert_same_facts({
-            f"program of a batch of {shapes}": hashlib.sha256(text.encode()).hexdigest()[:16]
-            for shapes, text in texts.items()
-        })  # fmt: skip
+def _program_facts(lowered: dict[Shapes, Any]) -> dict[str, str]:
+    """Return a hash of each program."""
+    texts = {shapes: program.as_text() for shapes, program in lowered.items()}
+    return {
+        f"program of a batch of {shapes}": hashlib.sha256(text.encode()).hexdigest()[:16]
+        for shapes, text in texts.items()
+    }
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -67,6 +67,8 @@ class Trainer:
     ) -> None:
         self.task, self.cfg, self.say = task, task.cfg, say
         self.stop = StopSignal(task.cfg.stop_seconds) if stop is None else stop
+        # The caller has entered the context of a signal that it gives.
+        self.signals = self.stop if stop is None else contextlib.nullcontext()
         self.error: Exception | None = None
         self.unsaved = False
         self.saved_at = time.monotonic()
@@ -82,6 +84,7 @@ class Trainer:
         newest, record = self._record(resume)
         self.life = Life(cfg.output if multihost.is_primary() else None)
         with (
+            self.signals,
             task.precision(),
             contextlib.closing(Watchdog(cfg.watchdog_seconds)) as self.watchdog,
             contextlib.closing(self._open_checkpoints()) as self.manager,
@@ -149,6 +152,7 @@ class Trainer:
             for line in task.describe(first):
                 self.say(line)
             self.life.switch("compile")
+            self.watchdog.allow("compiling")
             programs = compile_steps(task, frozen, self.say)
             if self.life.earlier:
                 self.say(goodput.line(self.life.summary(), len(self.life.earlier) + 1))
@@ -163,6 +167,7 @@ class Trainer:
             with self.stop.unsaved():
                 step = self.steps(state, frozen, first, programs, batches)
                 self.life.switch("save")
+                self.watchdog.allow(f"saving step {step}")
                 checkpoints.wait(self.manager)
             self.life.write(step, now=True)
         self.say(goodput.line(self.life.summary(), len(self.life.earlier) + 1))
@@ -217,9 +222,9 @@ class Trainer:
                 with self._paused("validate", step):
                     figures = self.validate(step, state, frozen)
                 stop |= figures is None
-                improved = self._note_best(step, figures)
-                if (stop or improved) and not saves:
-                    self.save(step, state, fed.state)
+                if (self._note_best(step, figures) or stop) and not saves:
+                    with self._paused("save", step):
+                        self.save(step, state, fed.state)
             if stop or self.bad.too_many:
                 break
         return step
@@ -345,6 +350,7 @@ class Trainer:
                 step=state.step - over, skipped=state.skipped - over,
                 skipped_in_a_row=state.skipped_in_a_row - over,
             )  # fmt: skip
+            self.watchdog.allow(f"saving step {step - 1}")
             self.save(step - 1, before, self.position)
             checkpoints.wait(self.manager)
         cause = self.error or "another process cannot read its part of the batch"

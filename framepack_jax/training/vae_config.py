@@ -11,6 +11,7 @@ from framepack_jax.training.config import (
     OptimizerConfig,
     Positive,
     RunConfig,
+    check_run,
 )
 from framepack_jax.utils import fields
 from framepack_jax.utils.paths import IN_STORES
@@ -54,6 +55,7 @@ class VaeTrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         fields.check(self)
+        check_run(self)
         if self.frames < 1 or self.frames % 4 != 1:
             raise ValueError(f"--frames {self.frames}: expected 1 + 4 k, as 17")
         if self.checkpoints.keep_best:

@@ -28,8 +28,7 @@ class Watchdog:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.durations: deque[float] = deque(maxlen=STEPS)
-        self.what, self.last = "loading the run", time.monotonic()
-        self.limit = TIMES_OTHER * seconds
+        self.allow("loading the run")
         self.ended = threading.Event()
         if seconds:
             threading.Thread(target=self._run, daemon=True).start()
@@ -41,10 +40,14 @@ class Watchdog:
             self.durations.append(now - self.last)
         self.begin_step(step + 1)
 
+    def allow(self, what: str) -> None:
+        """Begin something that may take twelve times as long as a step."""
+        self.what, self.last, self.limit = what, time.monotonic(), TIMES_OTHER * self.seconds
+
     @contextlib.contextmanager
     def during(self, what: str, step: int) -> Iterator[None]:
         """Allow more time for what is done after a step."""
-        self.what, self.last, self.limit = what, time.monotonic(), TIMES_OTHER * self.seconds
+        self.allow(what)
         yield
         self.begin_step(step + 1)
 

@@ -8,6 +8,7 @@ import time
 from etils import epath
 
 from framepack_jax.utils.files import atomic_write_text
+from framepack_jax.utils.paths import is_remote
 
 # The file named by this variable also gets heartbeats, those of every process.
 VARIABLE = "FRAMEPACK_HEARTBEAT"
@@ -37,7 +38,7 @@ class Heartbeat:
 
 
 def _pause(run: epath.PathLike) -> float:
-    return BETWEEN_REMOTE_BEATS if "://" in str(run) else BETWEEN_BEATS
+    return BETWEEN_REMOTE_BEATS if is_remote(run) else BETWEEN_BEATS
 
 
 def read_heartbeat(file: epath.PathLike) -> int | None:

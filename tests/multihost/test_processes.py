@@ -48,8 +48,9 @@ print(told(multihost.on_all_hosts, lambda: me and fails(ValueError(f"missing in 
 print(multihost.on_all_hosts(lambda: multihost.on_primary(lambda: 10 + me)))
 print(told(multihost.assert_same_on_hosts, "the seeds", 1, np.arange(3)))
 print(told(multihost.assert_same_on_hosts, "the seeds", me, np.arange(3)))
-print(told(multihost.assert_same_facts, {"rate": 1e-3, "seed": 0}))
-print(told(multihost.assert_same_facts, {"rate": 1e-3 * (1 + me), "seed": 7 * me, "steps": 3}))
+print(told(multihost.assert_same_facts, dict, {"rate": 1e-3, "seed": 0}))
+facts = {"rate": 1e-3 * (1 + me), "seed": 7 * me, "steps": 3}
+print(told(multihost.assert_same_facts, dict, facts))
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 with jax.set_mesh(mesh):
     whole = multihost.place(np.arange(4.0))

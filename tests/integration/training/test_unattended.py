@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from framepack_jax.training import checkpoints, goodput
 from tests.fixtures.paths import ROOT
@@ -41,8 +42,20 @@ def slow(*args):
     time.sleep(1000)
 trainer.compile_steps = slow
 """
+SLOW_EXPORT = """
+from framepack_jax.cli import training
+def slow(*args, **options):
+    print("exports", flush=True)
+    time.sleep(1000)
+training.export_run = slow
+"""
 SLOW_VALIDATION = """
-from framepack_jax.training import validation
+from framepack_jax.training import validation, watchdog
+allow = watchdog.Watchdog.allow
+def told(dog, what):
+    print("allows", what, flush=True)
+    allow(dog, what)
+watchdog.Watchdog.allow = told
 called = validation.paired
 def slow(losses_at, *args):
     def at(*each):
@@ -96,9 +109,10 @@ def test_without_a_terminal_it_saves_by_the_clock(place, whole) -> None:
     assert 1 <= beat["step"] <= STEPS and time.time() - beat["time"] < 600
 
 
-def test_a_signal_while_it_compiles_ends_it_within_seconds(place, tmp_path) -> None:
-    process = start_with(SLOW_COMPILING, place, tmp_path / "run")
-    _until(process, "compiles")
+@pytest.mark.parametrize(("how", "line"), [(SLOW_COMPILING, "compiles"), (SLOW_EXPORT, "exports")])
+def test_a_signal_ends_what_has_nothing_to_save_within_seconds(place, tmp_path, how, line) -> None:
+    process = start_with(how, place, tmp_path / "run")
+    _until(process, line)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=15)
     assert process.returncode == 143 and "run the same command again to resume" in err
@@ -113,6 +127,8 @@ def test_a_signal_ends_a_validation_and_the_step_is_saved(place, tmp_path) -> No
     out, err = process.communicate(timeout=30)
     assert process.returncode == 143, err[-3000:]
     assert "stopped after step 6 of 12, which is saved" in out
+    # The last checkpoint may take longer than a step.
+    assert "allows saving step 6\n" in out
     assert checkpoints.steps_of(output) == [6]
 
 

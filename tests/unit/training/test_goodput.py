@@ -1,4 +1,4 @@
-"""Where the time of a run goes, over lives that end at any step."""
+"""The time of a run by kind of work, over lives that end at any step."""
 
 import time
 

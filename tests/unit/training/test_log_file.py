@@ -28,7 +28,7 @@ def life(run, name: str, first: int, last: int, end: bool) -> None:
 
 @pytest.mark.parametrize("place", ["tmp_path", "bucket"])
 def test_lives_are_joined(place, request, monkeypatch) -> None:
-    """What a killed life wrote after its last checkpoint does not count."""
+    """Lines that a killed life wrote after its last checkpoint do not count."""
     monkeypatch.setattr(log_file, "PART_BYTES", 100)
     run = epath.Path(request.getfixturevalue(place)) / "run"
     life(run, "a", 0, 9, end=False)
