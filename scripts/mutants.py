@@ -59,6 +59,7 @@ OF_FILES = {
     ),
     r"training/export": "integration/training/test_export.py",
     r"training/bad_records": "integration/training/test_damaged_data.py",
+    r"training/skips": "integration/training/test_spikes.py",
 }
 COPIED = ("framepack_jax", "tests", "configs", "docs", "examples", "benchmarks", "scripts")
 PRELOADED = ("jax", "flax.linen", "optax", "torch", "transformers", "diffusers", "hypothesis",

@@ -31,8 +31,9 @@ from framepack_jax.training.config import RunConfig, TrainConfig
 from framepack_jax.training.default_mesh import default_mesh
 from framepack_jax.training.export import export as export_run
 from framepack_jax.training.host_facts import command_facts
+from framepack_jax.training.skips import TooManySkips
 from framepack_jax.training.stop_signal import INTERRUPTED, StopSignal
-from framepack_jax.training.trainer import NonFiniteLoss, Trainer
+from framepack_jax.training.trainer import Trainer
 from framepack_jax.training.vae_config import VaeTrainConfig
 from framepack_jax.training.vae_export import export as export_vae
 from framepack_jax.utils.messages import first_line
@@ -55,7 +56,7 @@ def training_errors() -> AbstractContextManager[None]:
 def train(
     cfg: TrainConfig, mesh: str | None, hosts: MultihostFlags, *, resume: bool, export: bool
 ) -> None:
-    """Train a transformer and export it. Raises ValueError, OSError, NonFiniteLoss."""
+    """Train a transformer and export it. Raises ValueError, OSError, TooManySkips."""
     check_given(cfg, {
         "--output": (cfg.output, "the run folder"),
         "--bundle": (cfg.bundle, "the bundle to train, or tiny"),
@@ -96,7 +97,7 @@ def _mesh_sizes(
 
 
 def train_vae(cfg: VaeTrainConfig, *, resume: bool, dtype: Literal["bfloat16", "float32"]) -> None:
-    """Train a VAE and export it. Raises ValueError, OSError, NonFiniteLoss."""
+    """Train a VAE and export it. Raises ValueError, OSError, TooManySkips."""
     check_given(cfg, {
         "--videos": (cfg.videos, "a folder of videos"),
         "--bundle": (cfg.bundle, "the bundle to train"),
@@ -176,13 +177,13 @@ def _exit_code(error: Exception) -> int:
     """Tell what the same command would end with again from what may pass: a disk that is full or
     away, a lost process."""
     passing = isinstance(error, DatasetError | CheckpointError)
-    lasting = isinstance(error, ValueError) and not passing
+    lasting = isinstance(error, ValueError | TooManySkips) and not passing
     return HOPELESS if lasting else FAILED
 
 
 def _explained(error: Exception) -> str:
     """Return the line that a command prints for an error."""
-    if isinstance(error, NonFiniteLoss | ValueError | OSError):
+    if isinstance(error, TooManySkips | ValueError | OSError):
         return str(error)
     first = first_line(error)
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):

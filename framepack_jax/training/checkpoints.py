@@ -6,7 +6,8 @@ number of processes.
     RUN/run.json                 configuration, fingerprint of the data order, and the origin of
                                  the weights (scratch or bundle), also through --init RUN
     RUN/checkpoints/STEP/state   trained parameters, optimizer state, moving average
-    RUN/checkpoints/STEP/data    position in the stream of samples, unreadable records, checksums
+    RUN/checkpoints/STEP/data    position in the stream of samples, unreadable records, norms of
+                                 gradients (`skips`), checksums
     RUN/damaged/STEP             checkpoints that could not be restored
 """
 
@@ -35,13 +36,14 @@ CHECKSUMS = "checksums"
 # RUN@best is the step with the lowest validation loss.
 BEST = "best"
 # Version of the record. Records of version 1 have no "format", and other names of fields.
-FORMAT = 2
+FORMAT = 3
 RENAMED = {
     1: {
         "accumulate": "grad_accum_steps",
         "max_bad_steps": "max_nonfinite_steps",
         "times": "noise_schedule",
     },
+    2: {"max_nonfinite_steps": "max_skipped_steps"},
 }
 
 

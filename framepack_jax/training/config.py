@@ -115,6 +115,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpikeConfig:
+    """Steps that are skipped because their gradient is far larger than before."""
+
+    factor: NonNegative = 0.0
+    """Skip the update of a step if the norm of its gradient exceeds this many times the median of
+    recent steps, as 10; 0: never."""
+    window: Positive = 128
+    """Number of steps of the median; no step is skipped before there are so many."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Settings of a training run, of any task."""
 
@@ -136,9 +147,10 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: Decay = 0.0
     """Decay of the moving average of the parameters; 0: none."""
-    max_nonfinite_steps: Positive = 10
-    """Stop the run after this many steps in a row whose loss or gradient is not finite. Their
-    updates are skipped."""
+    skip_spikes: SpikeConfig = SpikeConfig()
+    max_skipped_steps: Positive = 10
+    """Stop the run after this many steps in a row whose update was skipped: the loss or gradient
+    was not finite, or --skip-spikes.factor was exceeded."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     stop_seconds: NonNegative = 0.0
     """Seconds from SIGTERM to the end of the process, whether or not the checkpoint is written; 0:
@@ -170,6 +182,11 @@ def check_run(cfg: RunConfig) -> None:
     """Raise ValueError for a setting of any task that its type does not exclude."""
     if cfg.profile is not None:
         profile_steps(cfg.profile)
+    if 0 < cfg.skip_spikes.factor <= 1:
+        raise ValueError(
+            f"--skip-spikes.factor {cfg.skip_spikes.factor:g} would skip every second step:"
+            " expected more than 1, as 10, or 0 to skip none"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 from framepack_jax.parallel import multihost
 from framepack_jax.training import metrics
 from framepack_jax.training.task import Cost, Frozen, Task
-from framepack_jax.training.train_step import RATE, jit_train_step
+from framepack_jax.training.train_step import LIMIT, RATE, jit_train_step
 from framepack_jax.utils.progress import Bar
 
 # Shapes of a batch.
@@ -26,13 +26,13 @@ def compile_steps(task: Task, frozen: Frozen, say: Callable[[str], None]) -> Pro
     Raises ValueError in all processes if they would not compile the same programs.
     """
     step, abstract_frozen = jit_train_step(task), jax.tree.map(_abstract, frozen)
-    kinds = task.batches()
+    kinds, limit = task.batches(), LIMIT if task.cfg.skip_spikes.factor else None
     say(
         f"compiling    {len(kinds)} program{'s' * (len(kinds) > 1)} of the step, one for each"
         " bucket and window, before the first step"
     )
     with jax.set_mesh(task.mesh), task.precision():
-        lowered = [step.lower(task.abstract, abstract_frozen, b, RATE) for b, _ in kinds]
+        lowered = [step.lower(task.abstract, abstract_frozen, b, RATE, limit) for b, _ in kinds]
     by_shapes = {shapes_of(b): low for (b, _), low in zip(kinds, lowered, strict=True)}
     multihost.assert_same_facts(_program_facts, by_shapes)
 

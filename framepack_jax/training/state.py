@@ -33,7 +33,7 @@ NEW_EMBEDDINGS = r"embed/(context_\w+|image_\w+)/\w+"
 
 class TrainState(Generic[Leaf], struct.PyTreeNode):
     """State of a run between two steps: trained `params`, their moving average `ema` or None, and
-    the number of updates that were skipped because they were not finite, in all and in a row.
+    the number of updates that were skipped, in all and in a row.
 
     `Leaf` is jax.Array, jax.ShapeDtypeStruct (abstract) or PartitionSpec."""
 
@@ -52,23 +52,26 @@ def apply_gradients(
     tx: optax.GradientTransformationExtraArgs,
     ema: float,
     rate: jax.Array,
+    limit: jax.Array | None = None,
 ) -> tuple[TrainState[jax.Array], jax.Array]:
     """Return (state after an update, norm of the gradient). If the loss or the gradient is not
-    finite, the update is skipped and counted. `ema` is the decay of the moving average, `rate` the
-    learning rate."""
+    finite, or the norm exceeds `limit`, the update is skipped and counted. `ema` is the decay of
+    the moving average, `rate` the learning rate."""
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    usable = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if limit is not None:
+        usable &= norm <= limit
     updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=rate)
     params = optax.apply_updates(state.params, updates)
     average = state.ema and jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.ema, params)
-    kept = functools.partial(jnp.where, finite)
+    kept = functools.partial(jnp.where, usable)
     new = TrainState(
         step=state.step + 1,
         params=jax.tree.map(kept, params, state.params),
         opt_state=jax.tree.map(kept, opt_state, state.opt_state),
         ema=jax.tree.map(kept, average, state.ema),
-        skipped=state.skipped + ~finite,
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        skipped=state.skipped + ~usable,
+        skipped_in_a_row=jnp.where(usable, 0, state.skipped_in_a_row + 1),
     )
     return new, norm
 

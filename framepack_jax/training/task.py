@@ -27,8 +27,8 @@ class StepMetrics(NamedTuple):
     """Metrics of one step.
 
     `loss` is the mean loss, `grad_norm` the norm of the gradient before clipping, `skipped` whether
-    the update was left out because it was not finite, `skipped_in_a_row` the number of such steps
-    up to this one, `figures` what the loss of the task returns beside it.
+    the update was skipped, `skipped_in_a_row` the number of such steps up to this one, `figures`
+    what the loss of the task returns beside it.
     """
 
     loss: jax.Array

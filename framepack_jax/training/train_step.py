@@ -13,14 +13,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from framepack_jax.training.state import Params, TrainState, apply_gradients, shardings
 from framepack_jax.training.task import Batch, Frozen, StepMetrics, Task
 
-# The learning rate as the compiled step takes it.
-RATE = jax.ShapeDtypeStruct((), np.float32)
+# The learning rate, and the limit of the gradient's norm, as the compiled step takes them.
+RATE = LIMIT = jax.ShapeDtypeStruct((), np.float32)
 
 
 def train_step(
-    task: Task, state: TrainState[jax.Array], frozen: Frozen, batch: Batch, rate: jax.Array
+    task: Task,
+    state: TrainState[jax.Array],
+    frozen: Frozen,
+    batch: Batch,
+    rate: jax.Array,
+    limit: jax.Array | None = None,
 ) -> tuple[TrainState[jax.Array], StepMetrics]:
-    """Update the trained parameters once, with the learning rate `rate`. `task` is static."""
+    """Update the trained parameters once, with the learning rate `rate`, unless the norm of the
+    gradient exceeds `limit`. `task` is static."""
     key = task.key(state.step)
 
     def loss(trained: Params, part: Batch) -> tuple[jax.Array, Any]:
@@ -33,7 +39,7 @@ def train_step(
 
     grads, (losses, figures) = accumulate(gradient, batch, task.grad_accum_steps)
     mean = jnp.mean(losses)
-    new, norm = apply_gradients(state, grads, mean, task.tx, task.cfg.ema, rate)
+    new, norm = apply_gradients(state, grads, mean, task.tx, task.cfg.ema, rate, limit)
     skipped = new.skipped != state.skipped
     return new, StepMetrics(mean, norm, skipped, new.skipped_in_a_row, figures)
 
@@ -60,7 +66,8 @@ def accumulate(
 
 
 def jit_train_step(task: Task) -> Any:
-    """Return the jitted step of (state, frozen, batch, learning rate); it donates the state."""
+    """Return the jitted step of (state, frozen, batch, learning rate, limit of the gradient's norm
+    or None); it donates the state."""
     replicated = NamedSharding(task.mesh, PartitionSpec())
     return jax.jit(
         functools.partial(train_step, task),

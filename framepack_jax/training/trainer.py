@@ -25,6 +25,7 @@ from framepack_jax.training.host_times import HostTimes
 from framepack_jax.training.prefetch import Fed, feed
 from framepack_jax.training.profiling import Profile
 from framepack_jax.training.programs import Programs, compile_steps, shapes_of
+from framepack_jax.training.skips import Skips, TooManySkips
 from framepack_jax.training.state import TrainState
 from framepack_jax.training.stop_signal import Stopped, StopSignal
 from framepack_jax.training.task import Cost, Frozen, Record, StepMetrics, Task, Validator
@@ -33,11 +34,6 @@ from framepack_jax.utils.heartbeat import Heartbeat
 from framepack_jax.utils.progress import Bar
 
 NO_CLIPS = np.zeros(0, np.int32)
-MAX_CLIPS = 8
-
-
-class NonFiniteLoss(FloatingPointError):
-    """The loss or the gradient is not finite in too many steps in a row."""
 
 
 class Pending(NamedTuple):
@@ -57,6 +53,7 @@ class Trainer:
     log: metrics.Log
     bar: Bar
     bad: BadRecords
+    skips: Skips
     validator: Validator | None
     watchdog: Watchdog
     life: Life
@@ -79,7 +76,7 @@ class Trainer:
         """Train to the last step, or until a signal stops the run; returns the step reached.
 
         Raises ValueError (RunError, BundleError, DatasetError) if the run is impossible, OSError if
-        a checkpoint cannot be written, NonFiniteLoss."""
+        a checkpoint cannot be written, TooManySkips."""
         task, cfg = self.task, self.cfg
         newest, record = self._record(resume)
         self.life = Life(cfg.output if multihost.is_primary() else None)
@@ -120,6 +117,7 @@ class Trainer:
         """Return (state before the first step, frozen parameters)."""
         state, frozen, origin = self.task.init_state()
         self.bad = BadRecords(self.task.loader, self.task.max_bad_records)
+        self.skips = Skips(self.cfg)
         self.say(f"{self.cfg.output}: starts from {origin}")
         return state, frozen
 
@@ -129,10 +127,11 @@ class Trainer:
         step, state, data, said = checkpoints.restore_newest(self.manager, self.task.abstract)
         for line in said:
             self.say(f"warning: {line}")
-        unread = data.pop("unread", [])
+        unread, norms = data.pop("unread", []), data.pop("norms", [])
         self.task.loader.set_state(data)
         frozen = self.task.load_frozen()
         self.bad = BadRecords(self.task.loader, self.task.max_bad_records, unread)
+        self.skips = Skips(self.cfg, step, int(state.skipped), norms)
         self.say(f"{self.cfg.output}: resumes after step {step}")
         return state, frozen
 
@@ -173,6 +172,8 @@ class Trainer:
         self.say(goodput.line(self.life.summary(), len(self.life.earlier) + 1))
         if step < cfg.steps:
             self.bad.check(f"step {step} is saved; ")
+        if self.skips.count:
+            self.say(f"steps whose update was skipped: {self.skips.count} of {step}")
         if self.bad:
             self.say(f"clips that could not be read and were replaced: {self.bad}")
         return step
@@ -199,7 +200,8 @@ class Trainer:
                 self._start_clocks()
             compiled, cost = programs[shapes_of(fed.batch)]
             self.profile.before(step)
-            state, found = compiled(state, frozen, fed.batch, self.log.rate(step - 1))
+            rate, limit = self.log.rate(step - 1), self.skips.limit(step)
+            state, found = compiled(state, frozen, fed.batch, rate, limit)
             if pending is not None:
                 self._read(pending, state, first)
             self.profile.after(step, found)
@@ -278,9 +280,10 @@ class Trainer:
     def save(self, step: int, state: TrainState[jax.Array], position: dict[str, Any]) -> None:
         """Write a checkpoint in the background."""
         unread = {"unread": sorted(self.bad.numbers)} if self.bad else {}
+        norms = {"norms": [*self.skips.norms]} if self.skips.norms else {}
         # A checkpoint has the log of its steps.
         self.log.flush()
-        checkpoints.save(self.manager, step, state, position | unread)
+        checkpoints.save(self.manager, step, state, position | unread | norms)
         self.unsaved, self.saved_at = False, time.monotonic()
 
     def validate(
@@ -308,7 +311,7 @@ class Trainer:
     def _read(self, pending: Pending, state: TrainState[jax.Array], first: int) -> None:
         """Read the metrics of a step and log them; `state` is the newest state.
 
-        Raises NonFiniteLoss, DatasetError."""
+        Raises TooManySkips, DatasetError."""
         step, cfg = pending.step, self.cfg
         began = time.monotonic()
         found = jax.device_get(multihost.fetch(pending.metrics))
@@ -320,26 +323,27 @@ class Trainer:
         self.log.add(step, found, pending.cost)
         self.bar.set_postfix(loss=f"{found.loss:.4f}", refresh=False)
         self.unsaved |= self.bad.note(step, clips)
-        if found.skipped_in_a_row >= cfg.max_nonfinite_steps:
-            raise NonFiniteLoss(self._explain_non_finite(step, int(found.skipped_in_a_row), clips))
+        self._note_skips(step, found, clips)
         if step % cfg.log_every == 0 or step == cfg.steps:
             self.life.write(step)
             self.log.line(
                 goodput_fraction=goodput.goodput(self.life.summary()),
                 **self.hosts.figures(len(self.log.held)),
                 **({"unread_clips": len(self.bad.numbers)} if self.bad else {}),
+                **self.skips.figures,
             )
 
-    def _explain_non_finite(self, step: int, count: int, clips: np.ndarray) -> str:
-        kept = self.manager.latest_step()
-        names = ", ".join(self.task.clip_ids(clips)[:MAX_CLIPS])
-        return (
-            f"step {step}: the loss or gradient was not finite for {count} steps in a row"
-            f"{'; the last batch has clips ' * bool(names)}{names}. These updates were skipped;"
-            f" the last checkpoint in {self.manager.directory} is"
-            f" {'not written yet' if kept is None else f'step {kept}'}. Lower"
-            " --optimizer.learning-rate, or check the data"
-        )
+    def _note_skips(self, step: int, found: StepMetrics, clips: np.ndarray) -> None:
+        """Note whether a step was skipped. Raises TooManySkips."""
+        try:
+            self.skips.note(step, found, self.task.clip_ids(clips) if found.skipped else ())
+        except TooManySkips as error:
+            kept = self.manager.latest_step()
+            raise TooManySkips(
+                f"{error}; the last checkpoint in {self.manager.directory} is"
+                f" {'not written yet' if kept is None else f'step {kept}'}. Lower"
+                " --optimizer.learning-rate, or check the data"
+            ) from error
 
     def _end_before(self, step: int, state: TrainState[jax.Array], first: int) -> None:
         """Save the state before `step`, whose batch some host could not read, and raise

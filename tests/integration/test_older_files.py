@@ -150,7 +150,7 @@ def test_training(older) -> None:
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, schedule="cosine"),
         noise_schedule=NoiseSchedule(distribution="uniform", shift=1.0),
         guidance=3.0, history_noise=0.1, ema=0.9, dtype="float32", remat="none",
-        max_nonfinite_steps=5,
+        max_skipped_steps=5,
         validation=ValidationConfig(every=0), checkpoints=CheckpointConfig(every=3, keep=1),
         log_every=1, tensorboard=False,
     )  # fmt: skip
@@ -178,7 +178,7 @@ def test_training_of_vae(older) -> None:
         videos="videos", bundle="bundle", output="vae", init="scratch",
         network={"channels": (4, 8), "layers_per_block": 1, "norm_groups": 2,
                  "space_compression": 4, "time_compression": 2},
-        frames=5, size=(16, 24), holdout=1, batch=2, steps=6, ema=0.5, max_nonfinite_steps=5,
+        frames=5, size=(16, 24), holdout=1, batch=2, steps=6, ema=0.5, max_skipped_steps=5,
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=2, weight_decay=0.0),
         validate_every=6, checkpoints=CheckpointConfig(every=3, keep=1), log_every=1,
     )  # fmt: skip

@@ -42,7 +42,7 @@ def get_config():
     )
 """
 
-
+SPIKES = "--skip-spikes.factor", "1.0001", "--skip-spikes.window", "1"
 # Of two resolutions, which compile in half the time of four.
 SMALL = model.VaeConfig(
     channels=(4, 8), layers_per_block=1, norm_groups=2, space_compression=4, time_compression=2
@@ -148,7 +148,8 @@ def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeyp
     monkeypatch.setattr(vae_clips, "read_clip", gone_after_two_steps)
     monkeypatch.setattr(vae_clips, "KEPT_BYTES", 0)
     with pytest.raises(SystemExit) as left:
-        train_vae.main([*flags(place, tmp_path / "run"), "--steps", "60"])
+        # The limit of the gradient makes it the program of the test of spikes.
+        train_vae.main(flags(place, tmp_path / "run", "--steps", "60", *SPIKES))
     step = max(checkpoints.steps_of(tmp_path / "run"))
     assert str(left.value) == (
         f"error: step {step + 1} has no data: the disk is gone. Once the data can be read, run the"
@@ -156,6 +157,18 @@ def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeyp
     )
     position = tmp_path / "run" / "checkpoints" / str(step) / "data" / "metadata"
     assert json.loads(position.read_text())["global_next_index"] == 2 * step
+
+
+def test_spikes_are_skipped(place, tmp_path) -> None:
+    """Steps whose gradient is larger than two steps before."""
+    more = "--max-skipped-steps", "99", "--optimizer.learning-rate", "0.3", "--holdout", "0"
+    train_vae.main(flags(place, tmp_path / "run", *SPIKES, *more))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in log if "grad_norm" in line]
+    norms = [line["grad_norm"] for line in lines]
+    skipped = [bool(line["skipped"]) for line in lines]
+    larger = [b > 1.0001 * a for a, b in zip(norms, norms[2:], strict=False)]
+    assert skipped == [False, False, *larger] and 0 < sum(skipped) < 6
 
 
 def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from framepack_jax.cli import train
+from framepack_jax.cli import common, train
 from framepack_jax.training import checkpoints
 from framepack_jax.training.checkpoints import RunError
 from tests.fixtures.training_runs import STEPS, flags
@@ -94,9 +94,12 @@ def test_losses_that_stay_not_finite_end_a_run(place, tmp_path) -> None:
     with pytest.raises(SystemExit) as error:
         train.main(
             flags(place, tmp_path / "run", "--optimizer.learning-rate", "1e38",
-                  "--max-nonfinite-steps", "2", "--optimizer.warmup-steps", "0",
+                  "--max-skipped-steps", "2", "--optimizer.warmup-steps", "0",
                   "--optimizer.clip-norm", "0")
         )  # fmt: skip
     message = str(error.value)
-    assert "was not finite for 2 steps" in message and "video_" in message
+    assert "was not finite" in message and "video_" in message
+    assert "The updates of 2 steps in a row were skipped" in message
     assert "last checkpoint" in message
+    # Another start would take the same steps.
+    assert error.value.code == common.HOPELESS

@@ -99,15 +99,23 @@ def test_a_moving_average_follows_by_hand(batches) -> None:
     assert largest_difference(now.ema, now.params) > 1e-3
 
 
-def test_a_step_that_is_not_finite_is_left_out(batches) -> None:
+@pytest.mark.parametrize("kind", ["not finite", "spike"])
+def test_a_step_that_is_not_finite_or_a_spike_is_left_out(batches, kind) -> None:
+    """A limit that is not exceeded changes no bit of an update."""
     setup, now, frozen = begin(changed(ema=0.9))
     train = train_of(setup.cfg)
     bad = batches[0].replace(target=np.full_like(batches[0].target, np.nan))
-    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[0]), RATE)
+    expected = train(now, Networks(frozen, {}), on(setup, batches[0]), RATE)
+    limits = () if kind == "not finite" else (expected[1].grad_norm,)
+    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[0]), RATE, *limits)
     assert not metrics.skipped
+    jax.tree.map(np.testing.assert_array_equal, (now, metrics), expected)
+    if kind == "spike":
+        bad = batches[0].replace(target=batches[0].target * 100)
     before = jax.device_get(now)
     for count in (1, 2):
-        now, metrics = train(now, Networks(frozen, {}), on(setup, bad), RATE)
+        now, metrics = train(now, Networks(frozen, {}), on(setup, bad), RATE, *limits)
+        assert np.isfinite(metrics.grad_norm) == (kind == "spike")
         assert metrics.skipped and int(now.skipped_in_a_row) == count
     after = jax.device_get(now)
     for name in ("params", "opt_state", "ema"):
@@ -116,6 +124,7 @@ def test_a_step_that_is_not_finite_is_left_out(batches) -> None:
             strict=True,
         )  # fmt: skip
         assert all(np.array_equal(a, b) for a, b in pairs)
-    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[1]), RATE)
+    limits = limits and (jnp.float32(np.inf),)
+    now, metrics = train(now, Networks(frozen, {}), on(setup, batches[1]), RATE, *limits)
     assert not metrics.skipped and int(now.skipped) == 2 and int(now.skipped_in_a_row) == 0
     assert int(now.step) == 4

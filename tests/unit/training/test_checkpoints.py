@@ -27,7 +27,7 @@ def test_a_record_of_format_1_opens(tmp_path) -> None:
     assert record.keys() == old.keys()
     found = export.read_config(record["config"])
     assert found == TrainConfig(
-        bundle="random", batch=4, grad_accum_steps=2, max_nonfinite_steps=3,
+        bundle="random", batch=4, grad_accum_steps=2, max_skipped_steps=3,
         noise_schedule=NoiseSchedule("uniform", shift=0.5),
     )  # fmt: skip
 
