@@ -173,6 +173,7 @@ def test_as_many_samples_are_read_ahead_as_was_asked_for(dataset, monkeypatch, b
     monkeypatch.setattr(records.VideoSource, "__getitem__", counted)
     cfg = DataConfig(path=str(folder), buffer=6, threads=3)
     loader = open_loader(cfg, packing.parse(INVERTED), batch)
+    reads.clear()
     next(loader)
     before = -1
     while before != len(reads):
