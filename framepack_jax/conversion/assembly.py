@@ -12,7 +12,7 @@ from framepack_jax.conversion import tables, transformer, vae, weight_files
 from framepack_jax.conversion.engine import ConversionJob, Source, make_job
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
-from framepack_jax.models.hunyuan.config import context_kernels
+from framepack_jax.models.packed_video import context_kernels
 from framepack_jax.utils.messages import shorten
 
 DEFAULT_IMAGE_DIM = 1152

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from framepack_jax.conversion import encoders, transformer, vae
+from framepack_jax.conversion import encoders, transformer, vae, wan_transformer
 from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
 
@@ -14,6 +14,8 @@ TABLES: dict[str, tuple[Table, ...]] = {
         transformer.COMFYUI,
         transformer.TENCENT_FRAMEPACK,
         transformer.TENCENT,
+        wan_transformer.DIFFUSERS,
+        wan_transformer.ORIGINAL,
     ),
     "vae": (vae.TABLE, vae.COMFYUI),
     "text_encoder": (encoders.LLAMA,),

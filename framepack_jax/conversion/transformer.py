@@ -23,7 +23,8 @@ from framepack_jax.conversion.transforms import (
     norm,
 )
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
-from framepack_jax.models.hunyuan.config import PATCH, TransformerConfig
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.packed_video import PATCH
 from framepack_jax.packing import kernel_shape
 
 KIND = "hunyuan_packed_dit"

@@ -51,6 +51,16 @@ class Copy:
         return sources
 
 
+class Unbatched:
+    """A table that torch stores with an axis for the batch: (1, ...) -> (...)."""
+
+    def source_shapes(self, targets: list[Shape], count: int) -> list[Shape]:
+        return [(1, *targets[0])]
+
+    def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
+        return [sources[0][0]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear:
     """Turn torch matrices (out, in) or vectors (out,) into kernels (in, ...out) or biases (...out).

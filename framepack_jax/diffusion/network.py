@@ -48,20 +48,20 @@ class EmbeddedTokens(Protocol):
 class StepCacheHooks:
     """Parts of a forward pass that a step cache calls one by one.
 
-    `embed` takes the arguments of `Velocity` and returns `EmbeddedTokens`. `block_input(cfg,
-    params, tokens)` is the modulated input of the first block, from which TeaCache estimates with
-    `teacache`, polynomial coefficients with the highest power first. `first_block(cfg, params,
-    tokens)` returns the tokens after that block. `run_blocks(cfg, params, tokens, first)` returns
-    image tokens (B, L, D) after the blocks from number `first` on, and `head(cfg, params, img,
-    vec, shape)` the velocity of `shape`.
+    `embed` takes the arguments of `Velocity` and returns `EmbeddedTokens`. `first_block(cfg,
+    params, tokens)` returns the tokens after that block. `run_blocks(cfg, params, tokens, first)`
+    returns image tokens (B, L, D) after the blocks from number `first` on, and `head(cfg, params,
+    img, vec, shape)` the velocity of `shape`. `block_input(cfg, params, tokens)` is the modulated
+    input of the first block, from which TeaCache estimates with `teacache`, polynomial coefficients
+    with the highest power first; both are None if no polynomial is fitted to the network.
     """
 
     embed: Callable[..., Any]
-    block_input: Callable[..., jax.Array]
     first_block: Callable[..., Any]
     run_blocks: Callable[..., jax.Array]
     head: Callable[..., jax.Array]
-    teacache: tuple[float, ...]
+    block_input: Callable[..., jax.Array] | None = None
+    teacache: tuple[float, ...] | None = None
 
 
 class Network(Protocol):

@@ -163,12 +163,14 @@ def cached(
     control: Control,
 ) -> Pass:
     """Run the blocks of the network only for samples that need them; the memory is a `State`."""
+    check_fit(network, kind)
     hooks = network.step_cache
 
     def run(x: jax.Array, sigma: Array, conditions: Any, memory: State) -> Prediction:
         sigmas = jnp.full(x.shape[0], sigma)
         tokens = hooks.embed(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
         if kind == "tea":
+            assert hooks.block_input and hooks.teacache  # `check_fit`
             first, signal = 0, hooks.block_input(cfg, params, tokens)
             need, memory = tea(memory, signal, *control, hooks.teacache)
         else:
@@ -183,6 +185,14 @@ def cached(
         return Prediction(hooks.head(cfg, params, img, tokens.vec, x.shape), memory, need)
 
     return run
+
+
+def check_fit(network: Network, kind: str) -> None:
+    """Raise ValueError if the network cannot run with this kind of cache."""
+    if kind == "tea" and network.step_cache.teacache is None:
+        raise ValueError(
+            "step cache tea: no polynomial is fitted to this network; use first-block, or no cache"
+        )
 
 
 def start_for(

@@ -12,6 +12,7 @@ from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import spec as hunyuan
 from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, VaeSpec
 from framepack_jax.models.params import unstack_layers
+from framepack_jax.models.wan import spec as wan
 
 __all__ = [
     "NETWORKS",
@@ -22,7 +23,7 @@ __all__ = [
     "parameter_count",
 ]
 
-_SPECS = (hunyuan.TRANSFORMER, hunyuan.VAE, llama.SPEC, clip.SPEC, siglip.SPEC)
+_SPECS = (hunyuan.TRANSFORMER, hunyuan.VAE, wan.TRANSFORMER, llama.SPEC, clip.SPEC, siglip.SPEC)
 NETWORKS: dict[str, NetworkSpec] = {spec.kind: spec for spec in _SPECS}
 
 

@@ -25,11 +25,13 @@ from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from framepack_jax.models.hunyuan.spec import TRANSFORMER, VAE
+from framepack_jax.models.wan.config import WanConfig
+from framepack_jax.models.wan.spec import TRANSFORMER as WAN
 from framepack_jax.ops import attention
 from framepack_jax.parallel import sharding
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import ROOT
-from tests.fixtures.random_networks import difference, example, on_devices
+from tests.fixtures.random_networks import difference, example, on_devices, wan_example
 
 DOCUMENT = ROOT / "docs" / "measurements" / "sharding.md"
 # Where the part of the document starts that is compared.
@@ -45,6 +47,7 @@ MORE_MESHES = ("data=2,fsdp=4", "fsdp=4,tensor=2", "data=2,context=4")
 # context, as with 24 heads on fsdp=8,context=2.
 ONE_SAMPLE = "fsdp=4,context=2"
 SAMPLER = "data=2,context=2,tensor=2"
+WAN_MESH = "fsdp=2,context=2,tensor=2"
 # Of the network's input in `example`: 6 of context and 12 of the target, 3 of an image, 5 of text.
 TOKENS = 26
 # Names of operations that no gradient made.
@@ -444,6 +447,15 @@ def test_one_sample_is_divided_by_tokens(measured):
     assert found["scores"] == 3 * (TOKENS // 2) * TOKENS
 
 
+def test_a_network_whose_norms_span_all_heads_is_divided_too(measured):
+    """Wan's q and k are normalised over all heads, which `tensor` divides."""
+    found = measured["wan"]
+    assert found["velocity"] < 5e-6
+    assert found["gradient"] < 3e-5
+    assert found["gradients_lie_like_parameters"]
+    assert {"all-gather", "all-reduce", "all-to-all"} <= set(found["collectives"])
+
+
 def test_the_sampler_on_a_mesh_makes_what_one_device_makes(measured):
     assert measured["sampler"] < 1e-5
 
@@ -473,20 +485,39 @@ def main(meshes: list[str]) -> None:
     first = jax.tree.map(lambda x: x[:1], (arrays, target))
     expected = jax.device_get(jax.jit(gradient)(params, *first))
     found[ONE_SAMPLE] = on_mesh(ONE_SAMPLE, gradient, params, first, expected)
+    found["wan"] = of_wan()
     found["sampler"] = of_sampler(cfg, params, arrays)
     found["vae"] = of_vae()
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps(found))
 
 
-def on_mesh(name: str, gradient, params, batch, expected) -> dict:
+def of_wan() -> dict:
+    """A network of Wan with context, for two samples, with tokens and heads divided."""
+    cfg = WanConfig(
+        in_channels=4, out_channels=4, heads=4, head_dim=6, layers=2, mlp_dim=16, text_dim=8,
+        time_dim=8, rope_axes=(2, 2, 2), context_kernels=("k1",), clean_context=True,
+        prompt_to_target=True,
+    )  # fmt: skip
+    params, arrays, target = wan_example(cfg)
+
+    def loss(params, arrays, target):
+        velocity = WAN.velocity(cfg, params, *arrays)
+        return jnp.mean((velocity - target) ** 2), velocity
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    expected = jax.device_get(jax.jit(gradient)(params, arrays, target))
+    return on_mesh(WAN_MESH, gradient, params, (arrays, target), expected, WAN)
+
+
+def on_mesh(name: str, gradient, params, batch, expected, spec=TRANSFORMER) -> dict:
     """`gradient` of a batch on the mesh of that name, against what one device computes."""
     mesh = sharding.make_mesh(**sharding.parse_mesh(name))
-    placed = on_devices(params, mesh)
+    placed = on_devices(params, mesh, spec)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
     several = jax.tree.leaves(batch)[0].shape[0] > 1
-    spec = PartitionSpec(sharding.BATCH) if several else PartitionSpec()
-    batch = jax.device_put(batch, NamedSharding(mesh, spec))
+    of_batch = PartitionSpec(sharding.BATCH) if several else PartitionSpec()
+    batch = jax.device_put(batch, NamedSharding(mesh, of_batch))
     with jax.set_mesh(mesh):
         step = jax.jit(gradient, out_shardings=(None, shardings))
         compiled = step.lower(placed, *batch).compile()
@@ -556,7 +587,7 @@ def largest_product(compiled, length: int) -> int:
     """Size, on a device, of the largest result of a matrix product with a dimension of `length`."""
     found = re.findall(r" = \w+\[([\d,]+)\]\S* dot\(", compiled.as_text())
     shapes = [[int(n) for n in lengths.split(",")] for lengths in found]
-    return max(math.prod(shape) for shape in shapes if length in shape)
+    return max((math.prod(shape) for shape in shapes if length in shape), default=0)
 
 
 def collectives(compiled, where: str = '[^"]*') -> list[str]:

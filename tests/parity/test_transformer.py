@@ -13,9 +13,10 @@ from einops import rearrange
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.blocks import DoubleBlock, SingleBlock
-from framepack_jax.models.hunyuan.config import POOLED_KERNELS, TransformerConfig
+from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
+from framepack_jax.models.packed_video import POOLED_KERNELS
 from framepack_jax.models.params import stack_layers, unstack_layers
 from framepack_jax.packing import PackedContext, group_tokens
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error

@@ -8,10 +8,10 @@ Shapes: B batch, L tokens, N heads, D width = N heads x head width.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from framepack_jax.models.hunyuan.config import TransformerConfig
-from framepack_jax.ops.attention import attend, to_heads, to_tokens
+from framepack_jax.models.transformer_parts import divide_columns, gated, merge_heads, modulate
+from framepack_jax.ops.attention import attend, to_heads
 from framepack_jax.ops.rope import Table, apply_rope
 from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain
 
@@ -30,11 +30,11 @@ class RefinerBlock(nn.Module):
         gate_attention, gate_mlp = _modulation(cfg, vec, 2, "gate")
         normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm1")(x)
         q, k, v = _qkv(cfg, normed, "qkv")
-        attention = _merge_heads(attend(q, k, v, valid))
-        x = _gated(x, gate_attention, nn.Dense(cfg.width, name="out")(attention))
+        attention = merge_heads(attend(q, k, v, valid))
+        x = gated(x, gate_attention, nn.Dense(cfg.width, name="out")(attention))
         normed = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm2")(x)
         hidden = nn.silu(nn.Dense(4 * cfg.width, name="mlp_in")(normed))
-        return _gated(x, gate_mlp, nn.Dense(cfg.width, name="mlp_out")(_columns(hidden)))
+        return gated(x, gate_mlp, nn.Dense(cfg.width, name="mlp_out")(divide_columns(hidden)))
 
 
 class DoubleBlock(nn.Module):
@@ -50,15 +50,15 @@ class DoubleBlock(nn.Module):
 
         def project(name: str, x: jax.Array) -> list[jax.Array]:
             shift, scale = parts[name][:2]
-            q, k, v = _qkv(cfg, _modulate(x, shift, scale), f"{name}_qkv")
+            q, k, v = _qkv(cfg, modulate(x, shift, scale), f"{name}_qkv")
             return [_head_norm(q, f"{name}_q_norm"), _head_norm(k, f"{name}_k_norm"), v]
 
         def finish(name: str, x: jax.Array, attention: jax.Array) -> jax.Array:
             _, _, gate_attention, shift, scale, gate_mlp = parts[name]
-            attention = _merge_heads(attention)
-            x = _gated(x, gate_attention, nn.Dense(cfg.width, name=f"{name}_out")(attention))
-            hidden = _mlp_in(cfg, _modulate(x, shift, scale), f"{name}_mlp_in")
-            return _gated(x, gate_mlp, nn.Dense(cfg.width, name=f"{name}_mlp_out")(hidden))
+            attention = merge_heads(attention)
+            x = gated(x, gate_attention, nn.Dense(cfg.width, name=f"{name}_out")(attention))
+            hidden = _mlp_in(cfg, modulate(x, shift, scale), f"{name}_mlp_in")
+            return gated(x, gate_mlp, nn.Dense(cfg.width, name=f"{name}_mlp_out")(hidden))
 
         both = zip(project("img", img), project("txt", txt), strict=True)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in both)
@@ -75,7 +75,7 @@ class BlockInput(nn.Module):
     @nn.compact
     def __call__(self, img: jax.Array, vec: jax.Array) -> jax.Array:
         shift, scale = _modulation(self.cfg, vec, 6, "img_mod")[:2]
-        return _modulate(img, shift, scale)
+        return modulate(img, shift, scale)
 
 
 class SingleBlock(nn.Module):
@@ -87,13 +87,13 @@ class SingleBlock(nn.Module):
     def __call__(self, x: jax.Array, vec: jax.Array, rope: Table, valid: jax.Array) -> jax.Array:
         cfg = self.cfg
         shift, scale, gate = _modulation(cfg, vec, 3, "mod")
-        normed = _modulate(x, shift, scale)
+        normed = modulate(x, shift, scale)
         q, k, v = _qkv(cfg, normed, "qkv")
         q, k = _head_norm(q, "q_norm"), _head_norm(k, "k_norm")
-        attention = _merge_heads(attend(apply_rope(q, rope), apply_rope(k, rope), v, valid))
+        attention = merge_heads(attend(apply_rope(q, rope), apply_rope(k, rope), v, valid))
         hidden = _mlp_in(cfg, normed, "mlp_in")
         out = nn.Dense(cfg.width, use_bias=False, name="attn_out")(attention)
-        return _gated(x, gate, out + nn.Dense(cfg.width, name="mlp_out")(hidden))
+        return gated(x, gate, out + nn.Dense(cfg.width, name="mlp_out")(hidden))
 
 
 class Head(nn.Module):
@@ -107,7 +107,7 @@ class Head(nn.Module):
         vec = nn.silu(vec.astype(jnp.float32))
         mod = nn.Dense(2 * self.cfg.width, precision=highest, name="mod")(vec)
         scale, shift = jnp.split(constrain(mod, BATCH, None)[:, None, :], 2, axis=-1)
-        x = _modulate(x.astype(jnp.float32), shift, scale)
+        x = modulate(x.astype(jnp.float32), shift, scale)
         return nn.Dense(4 * self.cfg.out_channels, precision=highest, name="out")(x)
 
 
@@ -120,26 +120,9 @@ def _qkv(cfg: TransformerConfig, x: jax.Array, name: str) -> list[jax.Array]:
     return [fused[:, :, i] for i in range(3)]
 
 
-def _merge_heads(attention: jax.Array) -> jax.Array:
-    """(B, L, N, head_dim) -> (B, L, D); inverts the all-to-all of `_qkv`."""
-    attention = to_tokens(attention)
-    return _columns(rearrange(attention, "b l n d -> b l (n d)"))
-
-
 def _mlp_in(cfg: TransformerConfig, x: jax.Array, name: str) -> jax.Array:
     hidden = nn.Dense(int(cfg.mlp_ratio * cfg.width), name=name)(x)
-    return _columns(nn.gelu(hidden, approximate=True))
-
-
-def divide_stream(x: jax.Array) -> jax.Array:
-    """Divide the batch and tokens of a stream (B, L, D) over the mesh."""
-    return constrain(x, BATCH, TOKENS, None)
-
-
-def _columns(x: jax.Array) -> jax.Array:
-    """Divide the activations (B, L, columns) between two paired projections over the mesh, like a
-    stream and by columns."""
-    return constrain(x, BATCH, TOKENS, "tensor")
+    return divide_columns(nn.gelu(hidden, approximate=True))
 
 
 def _head_norm(x: jax.Array, name: str) -> jax.Array:
@@ -152,17 +135,3 @@ def _modulation(cfg: TransformerConfig, vec: jax.Array, parts: int, name: str) -
     # Gathered before it is split: the parts do not end at the boundaries of the shards.
     out = constrain(nn.Dense(parts * cfg.width, name=name)(nn.silu(vec)), BATCH, None)
     return jnp.split(out.astype(jnp.float32)[:, None, :], parts, axis=-1)
-
-
-def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """norm(x) (1 + scale) + shift, in float32, as x's dtype."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + 1e-6) * (1 + scale) + shift).astype(x.dtype)
-
-
-def _gated(x: jax.Array, gate: jax.Array, branch: jax.Array) -> jax.Array:
-    """x + gate * branch, in float32, as x's dtype."""
-    total = x.astype(jnp.float32) + gate * branch.astype(jnp.float32)
-    return divide_stream(total.astype(x.dtype))

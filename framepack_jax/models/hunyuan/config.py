@@ -1,21 +1,12 @@
-"""Sizes of HunyuanVideo's networks, and checks against them."""
+"""Sizes of HunyuanVideo's networks."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
-
-from jax.sharding import AbstractMesh, Mesh
 
 from framepack_jax.models.sizes import Layers, Positive, Size
-from framepack_jax.packing import Schedule, kernel_shape
 
 STACKS = {"refiner": "refiner_layers", "double": "double_layers", "single": "single_layers"}
 OFFLOADABLE = ("double", "single")
 Stride = tuple[int, int, int]
-
-PATCH = "k1"
-# k16 has no weights of its own: its latents are pooled to half size and embedded by k8.
-POOLED_KERNELS = {"k16": "k8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,44 +74,3 @@ class VaeConfig:
         return tuple(
             (1 + (last - in_time <= i < last), *(1 + (i < in_space),) * 2) for i in range(last + 1)
         )
-
-
-def embedding_kernel(kernel: str) -> str:
-    """Return the kernel whose patch embedding serves a context kernel."""
-    return POOLED_KERNELS.get(kernel, kernel)
-
-
-def context_kernels(schedule: Schedule) -> tuple[str, ...]:
-    """Return the kernels of a schedule that need patch embeddings of their own, smallest first."""
-    kernels = {embedding_kernel(segment.kernel) for segment in schedule.segments}
-    return tuple(sorted(kernels, key=lambda kernel: math.prod(kernel_shape(kernel))))
-
-
-def check_kernels(cfg: TransformerConfig, kernels: Iterable[str]) -> None:
-    """Raise ValueError if the network has no embedding for a context kernel."""
-    for kernel in kernels:
-        if embedding_kernel(kernel) not in cfg.context_kernels:
-            there = ", ".join(cfg.context_kernels) or "no kernel"
-            raise ValueError(
-                f"the schedule uses patch kernel {kernel}, but the network embeds context with"
-                f" {there}; choose another schedule or convert a base model with --from-base"
-            )
-
-
-def check_mesh(cfg: TransformerConfig, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> None:
-    """Raise ValueError if a mesh, or sizes of its axes, does not divide the attention heads.
-
-    `tensor` must divide the heads, and `context` the heads of one `tensor` shard.
-    """
-    sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
-    wanted = {name: sizes.get(name, 1) for name in ("tensor", "context")}
-    heads = cfg.heads
-    for name, size in wanted.items():
-        if heads % size:
-            fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ValueError(
-                f"a mesh with tensor={wanted['tensor']} and context={wanted['context']} does not"
-                f" divide the {cfg.heads} attention heads; {name} must be one of {fits}: put the"
-                " other devices on fsdp or data"
-            )
-        heads //= size

@@ -6,7 +6,8 @@ A compiler's own count takes the body of a loop once, however often it runs.
 import math
 
 from framepack_jax import packing
-from framepack_jax.models.hunyuan.config import PATCH, TransformerConfig, embedding_kernel
+from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.packed_video import PATCH, embedding_kernel
 
 
 def forward_flops(

@@ -1,29 +1,23 @@
 """The programs that a step with offloaded blocks runs, for planning: nothing is computed."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from framepack_jax.models import offload
 from framepack_jax.models.hunyuan.blocks import DoubleBlock, SingleBlock
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.transformer import jit_embed, jit_head, jit_join
+from framepack_jax.models.offload_programs import (
+    OffloadProgram,
+    divided,
+    layer_shapes,
+    replicated,
+)
 from framepack_jax.models.params import Params
 from framepack_jax.packing import PackedContext
-from framepack_jax.parallel.sharding import BATCH, TOKENS, dividing, fitting
-
-
-class OffloadProgram(NamedTuple):
-    """A program of a step: how often it runs, with which weights, and how to lower it."""
-
-    name: str
-    runs: int
-    weights: Params
-    lower: Callable[[], jax.stages.Lowered]
 
 
 def offload_programs(
@@ -44,9 +38,9 @@ def offload_programs(
     embedded = small, x, sigma, context, conditions
     img, txt, *inputs = jax.eval_shape(functools.partial(jit_embed, cfg, dtype), *embedded)
     joined = jax.eval_shape(jit_join, img, txt)
-    img, txt, joined = map(_divided, (img, txt, joined))
-    inputs = jax.tree.map(_replicated, inputs)
-    double, single = _layer(params["double"]), _layer(params["single"])
+    img, txt, joined = map(divided, (img, txt, joined))
+    inputs = jax.tree.map(replicated, inputs)
+    double, single = layer_shapes(params["double"]), layer_shapes(params["single"])
     return [
         OffloadProgram(
             "double block", cfg.double_layers, double,
@@ -64,29 +58,3 @@ def offload_programs(
             functools.partial(jit_head.lower, cfg, x.shape, params["head"], img, inputs[0]),
         ),
     ]  # fmt: skip
-
-
-def _layer(stack: Params) -> Params:
-    """Return the shapes of one layer of a stack, with their shardings."""
-
-    def first(p: Any) -> jax.ShapeDtypeStruct:
-        where = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(*p.sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=where)
-
-    return jax.tree.map(first, stack)
-
-
-def _divided(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Place a stream, the result of a program, which is divided only where it goes evenly."""
-    mesh = jax.sharding.get_mesh()
-    return _placed(x, BATCH, dividing(TOKENS, x.shape[1], mesh.shape), None)
-
-
-def _replicated(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return _placed(x, *(None,) * len(x.shape))
-
-
-def _placed(x: jax.ShapeDtypeStruct, *axes: Any) -> jax.ShapeDtypeStruct:
-    mesh = jax.sharding.get_mesh()
-    where = NamedSharding(mesh, fitting(axes, x.shape, mesh))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -1,5 +1,6 @@
 """Specs of HunyuanVideo's networks."""
 
+from framepack_jax.models import packed_video
 from framepack_jax.models.hunyuan import (
     config,
     flops,
@@ -22,10 +23,10 @@ TRANSFORMER = DenoiserSpec(
     velocity=transformer.velocity,
     step_cache=step_cache_hooks.HOOKS,
     conditions=Conditions,
-    patch=config.PATCH,
-    context_kernels=config.context_kernels,
-    check_kernels=config.check_kernels,
-    check_mesh=config.check_mesh,
+    patch=packed_video.PATCH,
+    context_kernels=packed_video.context_kernels,
+    check_kernels=packed_video.check_kernels,
+    check_mesh=packed_video.check_mesh,
     forward_flops=flops.forward_flops,
     offload_programs=offload_programs,
 )

@@ -18,24 +18,20 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from framepack_jax.models import lora_layers, scan
-from framepack_jax.models.hunyuan.blocks import (
-    DoubleBlock,
-    Head,
-    RefinerBlock,
-    SingleBlock,
-    divide_stream,
-)
-from framepack_jax.models.hunyuan.config import STACKS, TransformerConfig, check_kernels
-from framepack_jax.models.hunyuan.embed import (
-    Conditions,
-    EmbedConditions,
-    EmbeddedConditions,
+from framepack_jax.models.hunyuan.blocks import DoubleBlock, Head, RefinerBlock, SingleBlock
+from framepack_jax.models.hunyuan.config import STACKS, TransformerConfig
+from framepack_jax.models.hunyuan.embed import Conditions, EmbedConditions, EmbeddedConditions
+from framepack_jax.models.packed_video import (
     EmbedVideo,
+    cast_embedders,
+    check_kernels,
+    check_size,
     rope_tables,
+    target_length,
 )
-from framepack_jax.models.master_weights import cast_others
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.transformer_parts import divide_stream
 from framepack_jax.ops.rope import Table, rope_table
 from framepack_jax.packing import PackedContext
 
@@ -99,13 +95,7 @@ def jit_embed(
 ) -> Tokens:
     """Compute `embed` from the parameters "embed" and "refiner" as one program."""
     inputs = cast_params({"x": x, "context": context, "conditions": conditions}, dtype)
-    # The embedding of context is no Dense layer, so its low-rank factors are merged.
-    embedders = {
-        name: cast_params(lora_layers.merge_kernel(leaves), dtype)
-        if name.startswith("context_")
-        else cast_others(leaves, dtype)
-        for name, leaves in params["embed"].items()
-    }
+    embedders = cast_embedders(params["embed"], dtype)
     embed = functools.partial(lora_layers.apply, weights=dtype)
     img = embed(EmbedVideo(cfg), embedders, inputs["x"], inputs["context"])
     embedded: EmbeddedConditions = embed(
@@ -169,7 +159,7 @@ def jit_head(
 ) -> jax.Array:
     """Compute `head` from the parameters "head" as one program."""
     _, t, h, w, _ = shape
-    out = lora_layers.apply(Head(cfg), params, img[:, -t * (h // 2) * (w // 2) :], vec)
+    out = lora_layers.apply(Head(cfg), params, img[:, -target_length(shape) :], vec)
     return rearrange(
         out, "b (t h w) (c ph pw) -> b t (h ph) (w pw) c", t=t, h=h // 2, w=w // 2, ph=2, pw=2
     )
@@ -182,8 +172,7 @@ def check_inputs(
     for name, needed in (("guidance", cfg.guidance), ("image", cfg.image_dim is not None)):
         if needed and getattr(conditions, name) is None:
             raise ValueError(f"conditions have no {name}, which this network was made to read")
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} cells: both must be even")
+    check_size(x.shape)
     check_kernels(cfg, context.kernels)
 
 

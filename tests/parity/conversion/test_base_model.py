@@ -13,7 +13,7 @@ from framepack_jax.conversion import engine, tables, transformer, weight_files
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models.hunyuan.embed import ContextEmbed
+from framepack_jax.models.packed_video import ContextEmbed
 from framepack_jax.packing import kernel_shape
 from tests.fixtures.checkpoints import CFG, plan_of, write_folder
 from tests.fixtures.torch_reference import relative_error

@@ -1,0 +1,30 @@
+"""Specs of Wan's networks."""
+
+from framepack_jax.diffusion.network import StepCacheHooks
+from framepack_jax.models import packed_video
+from framepack_jax.models.network_spec import DenoiserSpec
+from framepack_jax.models.wan import config, flops, sharding_rules, transformer
+from framepack_jax.models.wan.offload_programs import offload_programs
+
+TRANSFORMER = DenoiserSpec(
+    kind="wan_packed_dit",
+    config=config.WanConfig,
+    init=transformer.init,
+    sharding_rules=sharding_rules.TRANSFORMER,
+    stacks=config.STACKS,
+    offloadable=config.OFFLOADABLE,
+    velocity=transformer.velocity,
+    step_cache=StepCacheHooks(
+        embed=transformer.embed,
+        first_block=transformer.first_block,
+        run_blocks=transformer.run_blocks,
+        head=transformer.head,
+    ),
+    conditions=transformer.Conditions,
+    patch=packed_video.PATCH,
+    context_kernels=packed_video.context_kernels,
+    check_kernels=packed_video.check_kernels,
+    check_mesh=packed_video.check_mesh,
+    forward_flops=flops.forward_flops,
+    offload_programs=offload_programs,
+)
