@@ -60,7 +60,7 @@ def train(
     check_given(cfg, {
         "--output": (cfg.output, "the run folder"),
         "--bundle": (cfg.bundle, "the bundle to train, or tiny"),
-        "--data.path": (cfg.data.path, "a dataset made by framepack prepare"),
+        "--data.path": (" ".join(cfg.data.paths), "a dataset made by framepack prepare"),
     })  # fmt: skip
     decodes = cfg.validation.every and cfg.validation.videos and cfg.data.holdout
     roles = ["transformer"] * (cfg.init == "bundle") + ["vae"] * bool(decodes)

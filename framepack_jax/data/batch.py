@@ -32,8 +32,8 @@ class Meta:
 
     `element` is the number of a sample in the endless stream of samples, the same for any number of
     hosts. `section` is the number of the section in its plan, 0 being generated first, of
-    `sections`. `clip` is the number of the record in the dataset; -1 - n for a sample that replaces
-    the unreadable record n; LOST if no record can be read.
+    `sections`. `clip` is the number of the record among those of all datasets; -1 - n for a sample
+    that replaces the unreadable record n; LOST if no record can be read.
     """
 
     element: Array

@@ -1,6 +1,7 @@
 """Settings of the training data."""
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
@@ -20,13 +21,16 @@ MIN_VALUES = {
 class DataConfig:
     """The data of a training run."""
 
-    path: Annotated[str, FILES_IN_STORES] = ""
-    """Folder of the dataset, written by framepack prepare."""
+    path: Annotated[str | tuple[str, ...], FILES_IN_STORES] = ""
+    """Folders of one or several datasets, written by framepack prepare."""
+    weights: tuple[float, ...] = ()
+    """Weight of each dataset: its part of the batches. Each batch has one dataset. Default: the
+    numbers of clips."""
     seed: int = 0
     """Seed of the order of clips and of the choice of sections."""
     holdout: int = 0
-    """Minimum number of clips to keep for validation. Whole videos are held out, chosen by their
-    names."""
+    """Minimum number of clips of each dataset to keep for validation. Whole videos are held out,
+    chosen by their names."""
     caption_dropout: float = 0.0
     """Fraction of samples whose caption is replaced by the empty prompt."""
     sections: Literal["whole", "random"] = "whole"
@@ -39,8 +43,8 @@ class DataConfig:
     """Length in tokens to which captions are padded. A smaller value saves work if all captions are
     short, and changes nothing else."""
     min_clips: int = 1
-    """Leave out buckets with fewer clips to train on: each has a compiled program of its own, and
-    its clips come again and again."""
+    """Leave out buckets of a dataset with fewer clips to train on: each has a compiled program of
+    its own, and its clips come again and again."""
     threads: int = 4
     """Reader threads; more than 4 gain nothing for latents."""
     buffer: int = 16
@@ -52,7 +56,15 @@ class DataConfig:
     """Unreadable clips to tolerate: each is logged and replaced by another clip of its bucket. One
     more ends the run with a checkpoint."""
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Folders of the datasets."""
+        if isinstance(self.path, str):
+            return (self.path,) if self.path else ()
+        return tuple(self.path)
+
     def __post_init__(self) -> None:
+        self._check_datasets()
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
                 f"--data.caption-dropout {self.caption_dropout}: expected a fraction from 0 to 1"
@@ -69,3 +81,18 @@ class DataConfig:
             if getattr(self, name) < minimum:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--data.{flag} {getattr(self, name)}: expected {minimum} or more")
+
+    def _check_datasets(self) -> None:
+        """Raise ValueError if folders are named twice, or weights do not fit them."""
+        if twice := [path for path in self.paths if self.paths.count(path) > 1]:
+            raise ValueError(f"--data.path names {twice[0]} twice; give it a larger weight instead")
+        if not all(self.paths):
+            raise ValueError(f"--data.path {self.paths}: expected folders, one is an empty text")
+        given = " ".join(f"{weight:g}" for weight in self.weights)
+        if self.weights and len(self.weights) != len(self.paths):
+            raise ValueError(
+                f"--data.weights {given}: expected as many numbers as there are datasets,"
+                f" {len(self.paths)} (--data.path {' '.join(self.paths)})"
+            )
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"--data.weights {given}: expected numbers above 0")

@@ -1,11 +1,20 @@
 """Fingerprints: which networks made a dataset, and which samples a training run takes from it."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from etils import epath
 
 from framepack_jax.bundle import BundleError, Manifest
 from framepack_jax.data.records import DatasetError, Index
 from framepack_jax.utils.compare import differences, differing_fields
 from framepack_jax.utils.messages import shorten
+
+# Fields of the index that tell what arrays and frames a dataset has.
+ARRAYS = ("mode", "fps", "time_compression", "space_compression", "channels")
+# Settings of `framepack prepare` that choose clips.
+MAY_DIFFER = ("format", "max_frames", "cut", "buckets")
+MAX_SHOWN = 60
 
 
 def made_by(manifest: Manifest, mode: str) -> dict[str, Any]:
@@ -35,6 +44,31 @@ def check_bundle(index: Index, manifest: Manifest) -> None:
             f"the dataset was made by another bundle: {', '.join(differing)} differ; train with the"
             " bundle that it was prepared with, or prepare it again with this one"
         )
+
+
+def check_agreement(datasets: Sequence[tuple[epath.Path, Index]]) -> None:
+    """Raise DatasetError if datasets (folder, index) cannot be mixed, as networks, frame rates or
+    formats differ. How videos were cut, and buckets, may differ."""
+    (first, index), *others = datasets
+    for folder, other in others:
+        facts, found = _facts(index), _facts(other)
+        common = [name for name in facts if name in found]
+        if differing := differing_fields(facts, found, common):
+            values = (
+                f"{name} = {facts[name]!s:.{MAX_SHOWN}} in {first}, {found[name]!s:.{MAX_SHOWN}} in"
+                f" {folder}"
+                for name in differing
+            )
+            raise DatasetError(
+                f"datasets {first} and {folder} cannot be mixed: {shorten(values, separator='; ')};"
+                " prepare both with the same bundle and the same --mode"
+            )
+
+
+def _facts(index: Index) -> dict[str, Any]:
+    """Return what datasets that are mixed must have in common."""
+    made_by = {name: v for name, v in index.fingerprint.items() if name not in MAY_DIFFER}
+    return made_by | {name: getattr(index, name) for name in ARRAYS}
 
 
 def check_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -1,32 +1,31 @@
 """The endless stream of training samples, by Grain.
 
-Each bucket has its own stream: its clips, reshuffled every epoch, none dropped. Batches take
-samples from these streams by `BucketSchedule`. Sample e, and so batch e // B, is the same for any
-number of threads, processes and hosts. An interrupted stream resumes exactly at its position, also
-on another number of hosts.
+Each bucket of each dataset has its own stream: its clips, reshuffled every epoch, none dropped.
+Batches take samples from these streams by `BucketSchedule`. Sample e, and so batch e // B, is the
+same for any number of threads, processes and hosts. An interrupted stream resumes exactly at its
+position, also on another number of hosts.
 """
 
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
-from etils import epath
 
 from framepack_jax import packing
-from framepack_jax.data import checks, holdout, records
+from framepack_jax.data import holdout
 from framepack_jax.data.batch import LOST, Batch
-from framepack_jax.data.bucket_schedule import BucketSchedule
+from framepack_jax.data.bucket_schedule import BucketSchedule, whole_weights
 from framepack_jax.data.config import DataConfig
+from framepack_jax.data.datasets import open_datasets
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
 from framepack_jax.data.samples import READ_ERRORS, Samples
 from framepack_jax.data.stream import POSITION, BatchStream
-from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 
 FORMAT = 1
 # Grain adds the epoch to the seed of a stream: seeds of buckets are further apart than that.
@@ -48,24 +47,31 @@ class Loader:
 
     def __init__(self, samples: Samples, batch: int, share: tuple[int, int]) -> None:
         self.samples, self.batch, self.share = samples, batch, share
-        self.index, self.cfg = samples.index, samples.cfg
-        self.streams = samples.streams
-        held = holdout.split(self.index, self.cfg.holdout)[1]
-        left_out = samples.by_bucket.keys() - self.streams.keys()
-        self.held = [n for n in held if self.index.record_buckets[n] not in left_out]
+        self.datasets, self.cfg = samples.datasets, samples.cfg
+        self.streams = _joined([dataset.streams for dataset in self.datasets])
         self.buckets = list(self.streams)
-        counts = [len(self.streams[bucket]) for bucket in self.buckets]
-        self.schedule = BucketSchedule(counts, batch, self.cfg.seed)
+        # Clips of the datasets in turn, so that the first of them are of all.
+        turns = itertools.zip_longest(*(dataset.held for dataset in self.datasets))
+        self.held = [number for turn in turns for number in turn if number is not None]
+        # Without weights, all clips are drawn equally often.
+        weights = self.cfg.weights or [dataset.clips for dataset in self.datasets]
+        counts = [list(map(len, dataset.streams.values())) for dataset in self.datasets]
+        self.schedule = BucketSchedule(counts, whole_weights(weights), batch, self.cfg.seed)
         self._abstract: dict[Any, Batch | PixelBatch] = {}
         self._iterator = self._open()
 
+    @property
+    def _streams(self) -> list[tuple[tuple[int, int], list[int]]]:
+        """Bucket and numbers of the records of each stream, dataset by dataset."""
+        return [stream for dataset in self.datasets for stream in dataset.streams.items()]
+
     def _open(self) -> BatchStream:
         streams = [
-            grain.MapDataset.source(self.streams[bucket])
+            grain.MapDataset.source(numbers)
             .seed(self.cfg.seed + SEED_STEP * (1 + number))
             .shuffle()
             .repeat()
-            for number, bucket in enumerate(self.buckets)
+            for number, (_, numbers) in enumerate(self._streams)
         ]
         stream = grain.MapDataset.select_from_datasets(streams, self.schedule)
         stream = stream.map_with_index(self.samples.training)
@@ -120,14 +126,14 @@ class Loader:
 
     def bucket_at(self, step: int) -> tuple[int, int]:
         """Return the bucket of a batch without reading it."""
-        return self.buckets[self.schedule.of_step(step)[0]]
+        return self._streams[self.schedule.of_step(step)[0]][0]
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Every setting that determines the samples and their order."""
-        return {
+        facts = {
             "format": FORMAT,
-            "clips": {f"{h}x{w}": len(self.streams[h, w]) for h, w in self.buckets},
+            "clips": {f"{h}x{w}": len(numbers) for (h, w), numbers in self.streams.items()},
             "batch": self.batch,
             "schedule": str(self.samples.schedule),
             "windows": list(self.cfg.windows),
@@ -136,15 +142,25 @@ class Loader:
             "holdout": self.cfg.holdout,
             "sections": self.cfg.sections,
             "caption_dropout": self.cfg.caption_dropout,
-            "mode": self.index.mode,
-            "records": repr(self.samples.source),
-            **{f"made by {name}": value for name, value in self.index.fingerprint.items()},
+            "mode": self.mode,
         }
+        if len(self.datasets) == 1:
+            return facts | dict(self.datasets[0].facts())
+        facts["weights"] = list(self.schedule.weights)
+        for place, dataset in enumerate(self.datasets, 1):
+            facts |= {f"dataset {place}: {name}": value for name, value in dataset.facts()}
+        return facts
+
+    @property
+    def mode(self) -> str:
+        """latents or pixels, as all datasets."""
+        return self.datasets[0].index.mode
 
     def latent_size(self, bucket: tuple[int, int]) -> tuple[int, int]:
         """Return the rows and columns of the latents of a bucket."""
         height, width = bucket
-        return height // self.index.space_compression, width // self.index.space_compression
+        compression = self.datasets[0].index.space_compression
+        return height // compression, width // compression
 
     def abstract(self, bucket: tuple[int, int], schedule: packing.Schedule) -> Batch | PixelBatch:
         """Return a global batch of a bucket and a schedule as `jax.ShapeDtypeStruct`s."""
@@ -166,9 +182,10 @@ class Loader:
         return [self._name(int(number)) for number in numbers]
 
     def _name(self, number: int) -> str:
+        dataset = self.samples.dataset_of(number)
         with contextlib.suppress(*READ_ERRORS):
-            return self.samples.source[number].clip.id
-        return self.samples.source.place(number)
+            return dataset.record(number).clip.id
+        return dataset.place(number)
 
     def fault(self, number: int) -> str | None:
         """Return why a record, or any frame of its clip, is unreadable; None if all is readable."""
@@ -181,9 +198,8 @@ class Loader:
 
     def held_out(self, count: int, max_size: int, ways: int = 1) -> list[HeldOut]:
         """Return the validation batches of `holdout.batches`, the same at every call."""
-        plan = holdout.batches(
-            self.held, self.index.record_buckets, self.streams, count, max_size, ways
-        )
+        buckets = [bucket for dataset in self.datasets for bucket in dataset.index.record_buckets]
+        plan = holdout.batches(self.held, buckets, self.streams, count, max_size, ways)
         return [
             HeldOut(
                 self._stacked(batch.samples),
@@ -202,26 +218,27 @@ class Loader:
 
     def held_out_records(self, count: int) -> list[Record]:
         """Return held-out clips, the same on every host, from as many videos as there are."""
-        return [self.samples.source[number] for number in self.held[:count]]
+        return [self.samples.dataset_of(n).record(n) for n in self.held[:count]]
+
+
+def _joined(
+    streams: Sequence[Mapping[tuple[int, int], list[int]]],
+) -> dict[tuple[int, int], list[int]]:
+    """Return the numbers of the records of all datasets by bucket."""
+    buckets = sorted({bucket for each in streams for bucket in each})
+    return {b: [number for each in streams for number in each.get(b, [])] for b in buckets}
 
 
 def open_loader(
     cfg: DataConfig, schedule: packing.Schedule, batch: int, share: tuple[int, int] = (0, 1)
 ) -> Loader:
-    """Open the stream of a dataset for a packing schedule.
+    """Open the stream of the datasets of a run for a packing schedule.
 
     `batch` is the size of a global batch; this host reads its `share` (index, count). Raises
     DatasetError, ScheduleError, ValueError.
     """
-    folder = epath.Path(cfg.path)
-    index = records.read_index(folder)
-    checks.check_lengths(folder, index, max(schedule.window, *cfg.windows, 1))
-    holdout.check_holdout(folder, index, cfg.holdout)
-    if cfg.text_tokens < MAX_PROMPT_TOKENS:
-        empty = len(records.read_empty(folder, index)[0]) if cfg.caption_dropout else 0
-        checks.check_captions(folder, index, cfg.text_tokens, empty)
-    checks.check_sources(folder, index)
+    datasets = open_datasets(cfg, max(schedule.window, *cfg.windows, 1))
     packing.plan(schedule, 1)
     if batch % share[1]:
         raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")
-    return Loader(Samples(folder, index, schedule, batch, cfg), batch, share)
+    return Loader(Samples(datasets, schedule, batch, cfg), batch, share)

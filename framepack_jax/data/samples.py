@@ -4,23 +4,21 @@ Every random draw of a sample is seeded by its number in the stream, the element
 the record that replaces an unreadable one, do not depend on the host that reads the sample.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
-import os
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from framepack_jax import packing
-from framepack_jax.data import holdout, pixel_batch, records
+from framepack_jax.data import pixel_batch
 from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.data.config import DataConfig
+from framepack_jax.data.datasets import Dataset
 from framepack_jax.data.pixel_batch import PixelBatch
-from framepack_jax.data.records import BFLOAT16, Clip, DatasetError, Index, Record, VideoSource
+from framepack_jax.data.records import BFLOAT16, Clip, DatasetError, Record
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.packing import Section, Timeline
 from framepack_jax.video import read_span
@@ -54,10 +52,9 @@ def _plan(schedule: packing.Schedule, sections: int) -> list[Section]:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Read samples of a dataset by the number of their record, from any thread or process."""
+    """Read samples of datasets by the number of their record, from any thread or process."""
 
-    folder: epath.Path
-    index: Index
+    datasets: tuple[Dataset, ...]
     schedule: packing.Schedule
     batch: int
     cfg: DataConfig
@@ -73,39 +70,9 @@ class Samples:
         draw = np.random.default_rng([self.cfg.seed, WINDOW_SEED, step])
         return self.schedules[draw.integers(len(self.schedules))]
 
-    @functools.cached_property
-    def source(self) -> VideoSource:
-        return VideoSource(self.folder, self.index.shards)
-
-    @functools.cached_property
-    def empty(self) -> tuple[np.ndarray, np.ndarray]:
-        return records.read_empty(self.folder, self.index)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Leave out the cached properties: open files cannot be sent to other processes.
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    @functools.cached_property
-    def by_bucket(self) -> dict[tuple[int, int], list[int]]:
-        """Numbers of the records that are not held out, by bucket."""
-        found: dict[tuple[int, int], list[int]] = {}
-        for number in holdout.split(self.index, self.cfg.holdout)[0]:
-            found.setdefault(self.index.record_buckets[number], []).append(number)
-        return dict(sorted(found.items()))
-
-    @functools.cached_property
-    def streams(self) -> dict[tuple[int, int], list[int]]:
-        """Numbers of the records to train on, by bucket. Raises DatasetError if every bucket has
-        fewer than `cfg.min_clips`."""
-        least = self.cfg.min_clips
-        kept = {b: numbers for b, numbers in self.by_bucket.items() if len(numbers) >= least}
-        if not kept:
-            most = max(map(len, self.by_bucket.values()))
-            raise DatasetError(
-                f"no bucket of {self.folder} has {least} clips to train on (--data.min-clips"
-                f" {least}); the largest has {most}"
-            )
-        return kept
+    def dataset_of(self, number: int) -> Dataset:
+        """Return the dataset of a record."""
+        return self.datasets[bisect.bisect(self.datasets, number, key=lambda d: d.first) - 1]
 
     def training(self, element: int, number: int) -> Batch | PixelBatch:
         """Return sample `element` of the stream, from record `number`, without batch axis."""
@@ -130,7 +97,7 @@ class Samples:
                 clip = np.asarray(-1 - number, np.int32)
                 meta = dataclasses.replace(sample.meta, clip=clip)
                 return dataclasses.replace(sample, meta=meta)
-        height, width = self.index.record_buckets[number]
+        height, width = self.dataset_of(number).bucket(number)
         tried = f"nor can {len(others)} others" if others else "it is the only clip"
         raise DatasetError(
             f"{first}; {tried} of bucket {height}x{width}, which has nothing to train on. Repair a"
@@ -139,71 +106,35 @@ class Samples:
 
     def _replacements(self, element: int, number: int) -> list[int]:
         rng = np.random.default_rng([self.cfg.seed, REPLACEMENT_SEED, element])
-        bucket = self.index.record_buckets[number]
-        shuffled = rng.permutation(self.streams[bucket]).tolist()
+        dataset = self.dataset_of(number)
+        shuffled = rng.permutation(dataset.streams[dataset.bucket(number)]).tolist()
         return [other for other in shuffled if other != number][:MAX_TRIES]
 
     def read(self, element: int, number: int, schedule: packing.Schedule) -> Batch | PixelBatch:
         """Return the sample of a record under a schedule; `element` seeds the random draws."""
         rng = np.random.default_rng([self.cfg.seed, element])
-        record = self.source[number]
+        dataset = self.dataset_of(number)
+        record = dataset.record(number)
         random_length = self.cfg.sections == "random"
-        section, made, sections = choose_section(rng, schedule, self.length(record), random_length)
+        length = dataset.length(record.clip)
+        section, made, sections = choose_section(rng, schedule, length, random_length)
         if rng.random() < self.cfg.caption_dropout:
-            text, pooled = self.empty
+            text, pooled = dataset.empty
             record = record._replace(text=text, pooled=pooled)
         conditions = conditions_of(record, self.cfg.text_tokens)
         meta = make_meta(element, made, sections, number)
-        if self.index.mode == "latents":
+        if dataset.index.mode == "latents":
             return latent_sample(record, section, conditions, meta)
         span = packing.span(schedule)
-        return self._pixel_sample(record, section, span, conditions, meta)
+        return pixel_sample(dataset, record.clip, section, span, conditions, meta)
 
     def read_video(self, number: int) -> None:
         """Decode all frames of a clip of a dataset of mode pixels, as small pictures. Raises one of
         READ_ERRORS."""
-        if self.index.mode == "pixels":
-            clip = self.source[number].clip
-            first = round(clip.start * self.index.fps)
-            read_span(self._source(clip), self.index.fps, first, clip.frames, CHECK_SIZE)
-
-    def _source(self, clip: Clip) -> Path:
-        """Return the video of a clip; an absolute path stays itself."""
-        return Path(os.path.join(self.folder, clip.source))
-
-    def length(self, record: Record) -> int:
-        """Return the latent frames of a clip."""
-        return 1 + (record.clip.frames - 1) // self.index.time_compression
-
-    def _pixel_sample(
-        self, record: Record, section: Section, span: int, conditions: Conditions, meta: Meta
-    ) -> PixelBatch:
-        window = pixel_batch.window_of(section, self.length(record), span)
-        start_frame, frames = self._frames(record, window)
-        return PixelBatch(
-            start_frame=start_frame,
-            frames=frames,
-            target_at=pixel_batch.rows(section.targets, window),
-            reads_at=tuple(pixel_batch.rows(group.reads, window) for group in section.groups),
-            indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
-            target_indices=np.asarray(section.indices, np.int32),
-            kernels=tuple(group.kernel for group in section.groups),
-            conditions=conditions,
-            meta=meta,
-        )
-
-    def _frames(self, record: Record, window: pixel_batch.Window) -> tuple[np.ndarray, np.ndarray]:
-        """Decode the first frame (1, H, W, 3) of a clip and the frames of a window of it."""
-        clip, fps = record.clip, self.index.fps
-        path = self._source(clip)
-        size, offset = (clip.height, clip.width), round(clip.start * fps)
-        first, count = window.frames(self.index.time_compression)
-        # A clip shorter than the window: its last frame is repeated.
-        available = min(count, clip.frames - first)
-        frames = read_span(path, fps, offset + first, available, size)
-        frames = np.concatenate([frames, np.repeat(frames[-1:], count - available, axis=0)])
-        start = frames[:1] if first == 0 else read_span(path, fps, offset, 1, size)
-        return start, frames
+        dataset = self.dataset_of(number)
+        if dataset.index.mode == "pixels":
+            clip, fps = dataset.record(number).clip, dataset.index.fps
+            read_span(dataset.video(clip), fps, round(clip.start * fps), clip.frames, CHECK_SIZE)
 
 
 def latent_sample(record: Record, section: Section, conditions: Conditions, meta: Meta) -> Batch:
@@ -214,6 +145,41 @@ def latent_sample(record: Record, section: Section, conditions: Conditions, meta
     target, context = timeline.read(section.targets), packing.read_context(section, timeline)
     target, context = jax.tree.map(lambda x: x[0], (target, context))
     return Batch(target, context, conditions, meta)
+
+
+def pixel_sample(
+    dataset: Dataset, clip: Clip, section: Section, span: int, conditions: Conditions, meta: Meta
+) -> PixelBatch:
+    """Decode the frames that a section reads, in a window of `span` latent frames, without batch
+    axis."""
+    window = pixel_batch.window_of(section, dataset.length(clip), span)
+    start_frame, frames = _frames(dataset, clip, window)
+    return PixelBatch(
+        start_frame=start_frame,
+        frames=frames,
+        target_at=pixel_batch.rows(section.targets, window),
+        reads_at=tuple(pixel_batch.rows(group.reads, window) for group in section.groups),
+        indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
+        target_indices=np.asarray(section.indices, np.int32),
+        kernels=tuple(group.kernel for group in section.groups),
+        conditions=conditions,
+        meta=meta,
+    )
+
+
+def _frames(
+    dataset: Dataset, clip: Clip, window: pixel_batch.Window
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode the first frame (1, H, W, 3) of a clip and the frames of a window of it."""
+    path, fps = dataset.video(clip), dataset.index.fps
+    size, offset = (clip.height, clip.width), round(clip.start * fps)
+    first, count = window.frames(dataset.index.time_compression)
+    # A clip shorter than the window: its last frame is repeated.
+    available = min(count, clip.frames - first)
+    frames = read_span(path, fps, offset + first, available, size)
+    frames = np.concatenate([frames, np.repeat(frames[-1:], count - available, axis=0)])
+    start = frames[:1] if first == 0 else read_span(path, fps, offset, 1, size)
+    return start, frames
 
 
 def make_meta(element: int, section: int, sections: int, clip: int) -> Meta:

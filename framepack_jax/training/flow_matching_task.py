@@ -254,14 +254,15 @@ def set_up(
 
 
 def open_task(cfg: TrainConfig, bundle_path: epath.PathLike, mesh: Mesh) -> FlowMatchingTask:
-    """Open the bundle and the dataset of a run. Raises ValueError, BundleError, DatasetError."""
+    """Open the bundle and the datasets of a run. Raises ValueError, BundleError, DatasetError."""
     manifest = bundle.read_manifest(bundle_path)
     share = local_share(mesh, cfg.batch)
     schedule = schedule_of(cfg, manifest)
     loader = multihost.on_all_hosts(loading.open_loader, cfg.data, schedule, cfg.batch, share)
     multihost.assert_same_facts(data_facts, cfg, bundle_path, loader.fingerprint)
-    check_bundle(loader.index, manifest)
-    task = set_up(cfg, manifest, mesh, pixels=loader.index.mode == "pixels")
+    for dataset in loader.datasets:
+        check_bundle(dataset.index, manifest)
+    task = set_up(cfg, manifest, mesh, pixels=loader.mode == "pixels")
     return dataclasses.replace(task, loader=loader, bundle_path=bundle_path)
 
 

@@ -39,18 +39,19 @@ def command_facts(cfg: Any, **flags: Any) -> dict[str, Any]:
 def data_facts(
     cfg: TrainConfig, bundle_path: epath.PathLike, fingerprint: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the fingerprint of the samples, and what tells copies of a dataset and a bundle apart:
+    """Return the fingerprint of the samples, and what tells copies of datasets and a bundle apart:
     hashes of their tables, which have the digests of the files, and the sizes of files on a disk.
     """
-    folder = epath.Path(cfg.data.path)
     facts = {
         **{f"samples: {name}": value for name, value in fingerprint.items()},
-        f"{folder}/{records.INDEX}": _digest(folder / records.INDEX),
         f"{bundle_path}/{bundle.MANIFEST}": _digest(epath.Path(bundle_path) / bundle.MANIFEST),
     }
-    if not is_remote(folder):
-        shards = sorted((folder / records.SHARDS).iterdir())
-        facts[f"sizes in {folder}/{records.SHARDS}"] = [(x.name, x.stat().length) for x in shards]
+    for folder in map(epath.Path, cfg.data.paths):
+        facts[f"{folder}/{records.INDEX}"] = _digest(folder / records.INDEX)
+        if not is_remote(folder):
+            shards = sorted((folder / records.SHARDS).iterdir())
+            sizes = [(file.name, file.stat().length) for file in shards]
+            facts[f"sizes in {folder}/{records.SHARDS}"] = sizes
     return facts
 
 

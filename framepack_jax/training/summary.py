@@ -1,12 +1,12 @@
 """Lines that describe a run before its first step: data, parameters, batch, steps."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
 
+from framepack_jax.data.loader import Loader
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.state import Params, factor_scale
 
@@ -29,16 +29,23 @@ def clips_text(counts: dict[tuple[int, int], int]) -> str:
     return f"{sum(counts.values()):,} clips in {buckets} ({each})"
 
 
-def left_out_line(
-    all_of_them: Mapping[tuple[int, int], Sequence[int]],
-    kept: Mapping[tuple[int, int], int],
-    least: int,
-) -> str | None:
-    """Clips in buckets that are too small to train on."""
-    counts = {bucket: len(n) for bucket, n in all_of_them.items() if bucket not in kept}
-    if not counts:
-        return None
-    return f"left out     {clips_text(counts)} with fewer than {least} (--data.min-clips)"
+def data_lines(loader: Loader, steps: int) -> list[str]:
+    """Clips, share and epochs of each dataset, and its clips in buckets that are too small to train
+    on."""
+    lines, least = [], loader.cfg.min_clips
+    weights = loader.schedule.weights
+    for dataset, weight in zip(loader.datasets, weights, strict=True):
+        share = weight / sum(weights)
+        which = f"{dataset.folder}: " if len(weights) > 1 else ""
+        part = f"; {share:.3g} of the batches" if len(weights) > 1 else ""
+        counts = {bucket: len(numbers) for bucket, numbers in dataset.streams.items()}
+        epochs = steps * loader.batch * share / dataset.clips
+        lines.append(data_line(f"{which}{clips_text(counts)}{part}", len(dataset.held), epochs))
+        small = {b: len(n) for b, n in dataset.by_bucket.items() if b not in counts}
+        if small:
+            text = f"{clips_text(small)} with fewer than {least} (--data.min-clips)"
+            lines.append(f"left out     {which}{text}")
+    return lines
 
 
 def trained_line(trained: int, count: int) -> str:
@@ -94,11 +101,9 @@ def _trained(cfg: TrainConfig, trained: Params, frozen: Params) -> str:
 
 def run_lines(task: "FlowMatchingTask", first: int) -> list[str]:
     """Describe a run that trains a transformer, from the step after `first`."""
-    cfg, loader = task.cfg, task.loader
-    counts = {bucket: len(numbers) for bucket, numbers in loader.streams.items()}
-    epochs = cfg.steps * cfg.batch / sum(counts.values())
+    cfg = task.cfg
     lines = [
-        data_line(clips_text(counts), len(loader.held), epochs),
+        *data_lines(task.loader, cfg.steps),
         _trained(cfg, task.abstract.params, task.frozen),
         batch_line(cfg.batch, cfg.grad_accum_steps, task.mesh),
         steps_line(
@@ -108,7 +113,6 @@ def run_lines(task: "FlowMatchingTask", first: int) -> list[str]:
             cfg.validation.every if task.validates else 0,
             "--validation.every 0" if cfg.data.holdout else "--data.holdout 0",
         ),
-        left_out_line(loader.samples.by_bucket, counts, cfg.data.min_clips),
         lora_warning(cfg),
     ]
     return [line for line in lines if line]

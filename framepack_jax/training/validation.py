@@ -48,6 +48,10 @@ class Validator:
             for batch, others, size in held
         ]
         self.losses_at = jax.jit(task.losses_at)
+        samples = task.loader.samples
+        self.dataset_of = (
+            None if len(samples.datasets) == 1 else lambda n: samples.dataset_of(n).name
+        )
         self.records = task.loader.held_out_records(cfg.validation.videos)
         self.pipe: FramePack | None = None
 
@@ -63,7 +67,9 @@ class Validator:
             return self.losses_at(params, frozen, *args)
 
         with jax.set_mesh(self.task.mesh):
-            figures = losses(at, self.batches, cfg.validation.sigmas, cfg.validation.context)
+            figures = losses(
+                at, self.batches, cfg.validation.sigmas, cfg.validation.context, self.dataset_of
+            )
         for number, frames in enumerate(self.videos(params, frozen.transformer, check)):
             on_primary(save_video, cfg.output, step, number, frames)
         return figures
@@ -116,8 +122,11 @@ def losses(
     batches: Iterable[tuple[Any, Any]],
     sigmas: Sequence[float],
     context: bool,
+    dataset_of: Callable[[int], str] | None = None,
 ) -> dict[str, float]:
     """Return the mean loss at each noise level and over all levels; every clip has equal weight.
+
+    If `dataset_of` gives the names of the datasets of clips, also return the mean loss of each.
 
     `batches` are pairs of a batch and one of other clips, or None. With `context`, also return the
     increase of the loss when the context groups of a kernel are blanked, or taken from the other
@@ -128,6 +137,12 @@ def losses(
     figures = {"validation/loss": float(levels.mean())}
     for sigma, value in zip(sigmas, levels, strict=True):
         figures[f"validation/loss_sigma_{sigma:g}"] = float(value)
+    if dataset_of is not None:
+        names = np.asarray([dataset_of(clip) for clip in whole.clips.tolist()])
+        for name in dict.fromkeys(names.tolist()):
+            mine = names == name
+            each = by_clip(whole.values[:, mine], whole.clips[mine])
+            figures[f"validation/loss_of_{name}"] = float(each.mean())
     for name, changed in seen.items():
         found = difference(changed, whole)
         figures[f"context/{'_'.join(name)}"] = found.mean

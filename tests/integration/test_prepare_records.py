@@ -132,7 +132,7 @@ def test_pixels_are_read_in_training_and_encoded_in_the_step(real, tmp_path) -> 
     opened = loader.open_loader(DataConfig(path=str(output)), packing.parse(schedule), 4)
     batch = next(opened)
     assert isinstance(batch, pixel_batch.PixelBatch) and batch.frames.shape[1] == 1 + 4 * 21
-    source = VideoSource(output, opened.index.shards)
+    source = VideoSource(output, opened.datasets[0].index.shards)
     encoder = precompute.Encoder.load(
         bundle.resolve("random"), bundle.read_manifest(bundle.resolve("random")), pixels=False
     )

@@ -153,7 +153,8 @@ def test_buckets_with_too_few_clips_are_left_out(dataset) -> None:
     opened, _ = take(folder, 12, min_clips=least)
     kept = {bucket for bucket, count in sizes.items() if count == least}
     assert set(opened.buckets) == kept == {opened.bucket_at(step) for step in range(12)}
-    line = summary.left_out_line(opened.samples.by_bucket, dict.fromkeys(kept, least), least)
+    _, line = summary.data_lines(opened, 1)
+    assert line.startswith("left out     ") and f"fewer than {least} (--data.min-clips)" in line
     for (height, width), count in sizes.items():
         assert (f"{height}x{width}: {count}" in line) == (count < least)
     with pytest.raises(DatasetError, match=rf"has {least + 1} clips .*; the largest has {least}"):
@@ -391,7 +392,7 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(dataset, tmp_pa
             assert bits(sample.target) in [bits(other.target) for other in others]
     assert replaced >= 3
     assert opened.fault(0) is None and "record 1, cannot be read" in opened.fault(1)
-    path = opened.index.shards[0].path
+    path = opened.datasets[0].index.shards[0].path
     assert opened.clip_ids([0, 1]) == [clips[0].clip.id, f"{path}, record 1"]
     assert [bits(b) for b in take(tmp_path, 9, threads=1, buffer=1)[1]] == [
         bits(b) for b in batches

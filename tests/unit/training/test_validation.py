@@ -13,7 +13,7 @@ def losses_of(changed: dict[str, float]):
 
     def losses_at(batch, others, sigma, blank, other):
         assert not (other.any() and batch is others)
-        more = changed["blank"] * blank[0] + changed["other"] * other[0]
+        more = changed.get("blank", 0) * blank[0] + changed.get("other", 0) * other[0]
         return jnp.asarray(batch.meta.clip * (1.0 + more * batch.meta.element), jnp.float32)
 
     return losses_at
@@ -50,3 +50,14 @@ def test_of_one_clip_there_is_no_error() -> None:
     )
     assert "context/k1_blank" in found and not any("error" in name for name in found)
     assert not any("other" in name for name in found)
+
+
+def test_the_loss_of_each_dataset_is_the_mean_over_its_clips() -> None:
+    batches = [(held_out([0, 1, 1, 2], [1, 1, 1, 4]), None), (held_out([3, 3], [7, 7]), None)]
+
+    def found(dataset_of):
+        return validation.losses(losses_of({}), batches, (0.5, 0.9), False, dataset_of)
+
+    named = found(lambda clip: "a" if clip < 5 else "b")
+    assert named["validation/loss_of_a"] == 2.5 and named["validation/loss_of_b"] == 7
+    assert not any("loss_of" in name for name in found(None))

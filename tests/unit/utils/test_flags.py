@@ -59,6 +59,9 @@ def test_home_in_flags_of_other_commands(tmp_path, monkeypatch) -> None:
     assert (train.data.path, train.output, train.init) == (
         f"{tmp_path}/d", f"{tmp_path}/o", f"{tmp_path}/run@3",
     )  # fmt: skip
+    args = ["--config=~/c.py", "--data.path", "~/d", "e", "--data.weights", "1", "0.5"]
+    train = parse(Train, args, "train.py", defaults(Train, TrainConfig, args))
+    assert (train.data.paths, train.data.weights) == ((f"{tmp_path}/d", "e"), (1.0, 0.5))
     args = ["--videos=~/v", "--bundle=~/b", "--output=~/o"]
     prepare = parse(Prepare, args, "framepack prepare")
     assert (prepare.videos, prepare.bundle) == (tmp_path / "v", f"{tmp_path}/b")
@@ -94,6 +97,7 @@ def test_home_in_jobs(tmp_path) -> None:
         (Sample, ["--negative-prompt", "caf\udce9"], "--negative-prompt"),
         (Sample, ["--image", "caf\udce9.png"], "--image"),
         (Train, ["--data.path", "caf\udce9"], "--data.path"),
+        (Train, ["--data.path", "a", "caf\udce9"], "--data.path"),
     ],
 )
 def test_what_is_no_text_is_refused_by_its_flag(kind, args, flag) -> None:
