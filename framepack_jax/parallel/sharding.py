@@ -178,6 +178,11 @@ def device_bytes(params: Any, shardings: Any) -> int:
     )
 
 
+def placed_bytes(params: Any) -> int:
+    """Return the bytes on one device of arrays, or of `jax.ShapeDtypeStruct`s, with shardings."""
+    return device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+
+
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     """Ask the compiler to divide x over these mesh axes, one entry for each of its dimensions.
 
