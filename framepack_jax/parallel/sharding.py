@@ -35,6 +35,7 @@ REST = -1
 Axis = str | tuple[str, ...] | None
 # (regular expression, one entry for each dimension); () replicates an array of any rank.
 Rules = Sequence[tuple[str, tuple[Axis, ...]]]
+REPLICATED: Rules = ((r".*", ()),)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
