@@ -67,7 +67,7 @@ class Prepare:
     """Accept videos without a caption, with the empty prompt."""
     thresholds: tyro.conf.OmitArgPrefixes[Thresholds] = THRESHOLDS
     workers: int = 2
-    """Number of threads that decode videos; one more thread encodes."""
+    """Number of threads that decode videos, for each device of this host. All devices encode."""
     ray: str | None = None
     """Decode on a Ray cluster instead of threads (extra [ray]): its address, auto, or local."""
     keep_clips: bool = True

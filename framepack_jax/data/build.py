@@ -52,7 +52,7 @@ CREATE TABLE hashes (hash REAL PRIMARY KEY) WITHOUT ROWID;
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """Summary of a dataset: accepted clips, their seconds and buckets, rejections by reason, number
-    of truncated captions, and files left out by suffix."""
+    of truncated captions, files left out by suffix, and clips that each device encoded now."""
 
     clips: int
     seconds: float
@@ -60,9 +60,16 @@ class Packed:
     rejected: dict[str, int]
     cut_captions: int = 0
     left_out: Mapping[str, int] = dataclasses.field(default_factory=collections.Counter)
+    encoded: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"accepted  {self.clips} clips, {self.seconds / 60:.1f} minutes"]
+        lines = []
+        if len(self.encoded) > 1 and any(self.encoded):
+            each = ", ".join(map(str, self.encoded))
+            lines.append(
+                f"encoded   {sum(self.encoded)} clips on {len(self.encoded)} devices: {each}"
+            )
+        lines += [f"accepted  {self.clips} clips, {self.seconds / 60:.1f} minutes"]
         lines += [f"  {h:>5} x {w:<5} {count:>7}" for (h, w), count in self.buckets.items()]
         lines.append(f"rejected  {sum(self.rejected.values())}")
         lines += [f"  {reason:<14}{count:>7}" for reason, count in self.rejected.items()]

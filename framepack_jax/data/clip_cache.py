@@ -9,9 +9,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,7 +20,6 @@ from PIL import Image
 from framepack_jax.data import records, scenes
 from framepack_jax.data.records import Clip, DatasetError, Record
 from framepack_jax.data.rejected import Rejected
-from framepack_jax.data.scenes import SceneClip, SceneSettings
 from framepack_jax.utils.files import atomic_write
 
 STORE = "clips"
@@ -44,6 +43,13 @@ class CachedVideo:
     stamp: tuple[int, int] = (0, 0)
     start: float = 0.0
     end: float = math.inf
+
+
+class EncodedClip(NamedTuple):
+    """The records of a clip, one for each caption, and one of its frames (H, W, 3) uint8."""
+
+    records: list[Record]
+    picture: np.ndarray
 
 
 def video_id(source: str, start: float = 0.0, end: float = math.inf) -> str:
@@ -70,13 +76,11 @@ def is_done(folder: epath.PathLike, video: CachedVideo, made: Mapping[str, Any])
 def add(
     folder: epath.PathLike,
     video: CachedVideo,
-    cuts: Iterator[SceneClip],
-    encode: Callable[[Sequence[Clip], np.ndarray], Iterable[Record]],
-    settings: SceneSettings,
+    encoded: Iterator[EncodedClip],
     made: Mapping[str, Any],
     advance: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Encode the clips of a video into the cache, or record why the video is rejected. Raises
+    """Write the clips of a video into the cache, or record why the video is rejected. Raises
     OSError if the cache cannot be written."""
     root = epath.Path(folder) / STORE / video.id
     # The marker of complete clips goes first: with other settings these are other clips.
@@ -86,13 +90,12 @@ def add(
     clips: list[dict[str, Any]] = []
     rejected: dict[str, str] | None = None
     try:
-        for cut in cuts:
-            described = _describe(video, cut, len(clips), settings)
-            for record in encode(described, cut.frames):
+        for found, picture in encoded:
+            for record in found:
                 file = record_file(folder, record.clip)
                 with atomic_write(file) as partial:
                     partial.write_bytes(records.pack(record))
-                _thumbnail(file.with_suffix(".png"), cut.frames[len(cut.frames) // 2])
+                _thumbnail(file.with_suffix(".png"), picture)
                 clips.append(dataclasses.asdict(record.clip))
             advance()
         if not clips:
@@ -105,20 +108,6 @@ def add(
     text = json.dumps(marker | {"rejected": rejected}, indent=1, sort_keys=True)
     with atomic_write(_marker_file(folder, video.id)) as partial:
         partial.write_text(text)
-
-
-def _describe(
-    video: CachedVideo, cut: SceneClip, number: int, settings: SceneSettings
-) -> list[Clip]:
-    """Return the clips of a scene, one per caption, numbered from `number` on."""
-    count, height, width, _ = cut.frames.shape
-    return [
-        Clip(
-            f"{video.id}-{n:03d}", video.source, cut.first / settings.fps, count, height, width,
-            caption, cut.scores,
-        )
-        for n, caption in enumerate(video.captions, number)
-    ]  # fmt: skip
 
 
 def clips_of(

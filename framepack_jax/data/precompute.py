@@ -1,9 +1,10 @@
 """Encode clips and captions to records with the encoders of a bundle, as sampling does."""
 
+import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ class Encoder:
     vae: tuple[Any, Any] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    device: jax.Device | None = None
 
     @classmethod
     def load(cls, path: epath.PathLike, manifest: bundle.Manifest, pixels: bool) -> "Encoder":
@@ -40,6 +42,22 @@ class Encoder:
         encoders = load_encoders(path, manifest, dtype)
         return cls(encoders, vae, manifest.latent_mean, manifest.latent_std)
 
+    def on(self, device: jax.Device) -> "Encoder":
+        """Return a copy on a device, which one thread may use beside those of other devices."""
+        networks: dict[str, Any] = {
+            name: (cfg, jax.device_put(params, device))
+            for name in conditioning.ENCODERS
+            for cfg, params in [getattr(self.encoders, name)]
+        }
+        # Threads cannot share a tokenizer.
+        tokenizers: dict[str, Any] = {
+            name: copy.deepcopy(getattr(self.encoders, name))
+            for name in ("tokenizer", "tokenizer_2")
+        }
+        encoders = dataclasses.replace(self.encoders, **networks, **tokenizers)
+        vae = self.vae and (self.vae[0], jax.device_put(self.vae[1], device))
+        return dataclasses.replace(self, encoders=encoders, vae=vae, device=device)
+
     @functools.lru_cache(maxsize=64)  # noqa: B019 - one is made a run
     def prompt(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the states (n, D) of the tokens of a prompt, and its pooled state (D,)."""
@@ -50,15 +68,18 @@ class Encoder:
         count = int(np.asarray(valid).sum())
         return np.asarray(text[0, :count]), np.asarray(pooled[0])
 
-    def records(self, clips: Sequence[Clip], frames: np.ndarray) -> Iterator[Record]:
-        """Yield the records of clips that differ in their captions alone and have these frames (P,
+    def records(self, clips: Sequence[Clip], frames: np.ndarray) -> list[Record]:
+        """Return the records of clips that differ in their captions alone and have these frames (P,
         H, W, 3) uint8."""
-        image = np.asarray(conditioning.encode_image(self.encoders, frames[:1])[0])
-        latents = None if self.vae is None else self.latents(frames)
-        for clip in clips:
-            tokens = conditioning.count_tokens(self.encoders, clip.caption)
-            clip = dataclasses.replace(clip, caption_tokens=tokens)
-            yield Record(clip, *self.prompt(clip.caption), image, latents)
+        with jax.default_device(self.device):
+            image = np.asarray(conditioning.encode_image(self.encoders, frames[:1])[0])
+            latents = None if self.vae is None else self.latents(frames)
+            return [self._record(clip, image, latents) for clip in clips]
+
+    def _record(self, clip: Clip, image: np.ndarray, latents: np.ndarray | None) -> Record:
+        tokens = conditioning.count_tokens(self.encoders, clip.caption)
+        clip = dataclasses.replace(clip, caption_tokens=tokens)
+        return Record(clip, *self.prompt(clip.caption), image, latents)
 
     def latents(self, frames: np.ndarray) -> np.ndarray:
         """Encode frames (P, H, W, 3) uint8 to latents (T, h, w, C): the first frame alone, the

@@ -5,9 +5,10 @@ thresholds encode nothing again. With several processes, each encodes a share of
 first writes the dataset.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from framepack_jax import bundle
 from framepack_jax.data import build, clip_cache, decode_ahead, ray_backend
 from framepack_jax.data.captions import NOT_TEXT, escaped
 from framepack_jax.data.clip_cache import CachedVideo
+from framepack_jax.data.encode_ahead import EncoderPool, encode_videos
 from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.fingerprint import made_by
 from framepack_jax.data.listing import Listing, list_videos
@@ -60,7 +62,8 @@ def prepare(cfg: PrepareConfig) -> build.Packed:
     on_primary(build.check_any, cfg.output, cfg.videos, listing)
     made = _made(cfg, manifest)
     encoder = Encoder.load(path, manifest, cfg.mode == "pixels")
-    on_all_hosts(_encode, cfg, listing, encoder, made)
+    encoders = [encoder.on(device) for device in jax.local_devices()]
+    encoded = on_all_hosts(_encode, cfg, listing, encoders, made)
     packed = on_primary(
         build.pack, cfg.output, cfg.videos, listing, cfg.thresholds, _index(cfg, manifest, made),
         encoder.prompt(""),
@@ -72,7 +75,7 @@ def prepare(cfg: PrepareConfig) -> build.Packed:
             f"every clip of {len(listing)} videos was rejected; see"
             f" {cfg.output}/rejected.jsonl for the reasons: {packed.rejected}"
         )
-    return packed
+    return dataclasses.replace(packed, encoded=tuple(encoded))
 
 
 def _check_output(output: epath.Path) -> None:
@@ -110,8 +113,11 @@ def _index(cfg: PrepareConfig, manifest: bundle.Manifest, made: dict[str, Any]) 
     )  # fmt: skip
 
 
-def _encode(cfg: PrepareConfig, listing: Listing, encoder: Encoder, made: dict[str, Any]) -> None:
-    """Encode the videos of this process into the clip cache, with a progress bar."""
+def _encode(
+    cfg: PrepareConfig, listing: Listing, encoders: Sequence[Encoder], made: dict[str, Any]
+) -> list[int]:
+    """Encode the videos of this process into the clip cache, with a progress bar. Return the number
+    of clips that each encoder made."""
     index, count = jax.process_index(), jax.process_count()
     total = len(range(index, len(listing), count))
     with Bar(total=total, desc="videos", unit="video", disable=not is_primary()) as bar:
@@ -130,11 +136,13 @@ def _encode(cfg: PrepareConfig, listing: Listing, encoder: Encoder, made: dict[s
                     yield video
 
         if cfg.ray is None:
-            decoded = decode_ahead.decode_videos(missing(), cfg.scenes, cfg.workers)
+            workers = cfg.workers * len(encoders)
+            decoded = decode_ahead.decode_videos(missing(), cfg.scenes, workers)
         else:
             decoded = ray_backend.decode_videos(missing(), cfg.scenes, cfg.ray)
-        for video, scene_clips in decoded:
-            clip_cache.add(
-                cfg.output, video, scene_clips, encoder.records, cfg.scenes, made, advance
-            )
-            bar.update()
+        pool = EncoderPool(encoders)
+        with contextlib.closing(encode_videos(decoded, pool, cfg.scenes)) as encoded:
+            for video, encoded_clips in encoded:
+                clip_cache.add(cfg.output, video, encoded_clips, made, advance)
+                bar.update()
+    return pool.encoded

@@ -4,7 +4,7 @@ import collections
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -76,16 +76,22 @@ def prefetch(items: Iterable[Item], count: int = AHEAD) -> Prefetched[Item]:
 
 
 def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], count: int = 8
-) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, result) in order; `count` threads work on the next items. The items are taken in
-    this thread."""
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    count: int = 8,
+    ahead: int | None = None,
+) -> Generator[tuple[Item, Result], None, None]:
+    """Yield (item, result) in order; `count` threads work on the next `ahead` items (default:
+    `count`). The items are taken in this thread."""
     items = iter(items)
-    with ThreadPoolExecutor(count) as pool:
+    pool = ThreadPoolExecutor(count)
+    try:
         waiting = collections.deque(
-            (item, pool.submit(function, item)) for item in itertools.islice(items, count)
+            (item, pool.submit(function, item)) for item in itertools.islice(items, ahead or count)
         )
         while waiting:
             item, future = waiting.popleft()
             yield item, future.result()
             waiting.extend((n, pool.submit(function, n)) for n in itertools.islice(items, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)

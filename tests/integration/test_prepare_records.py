@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from framepack_jax.data.config import DataConfig
 from framepack_jax.data.records import DatasetError, VideoSource
 from framepack_jax.data.rejected import Rejected
 from framepack_jax.toy import world
+from tests.fixtures.compiling import quick_flags
 from tests.fixtures.hosts import ended, launch
 from tests.fixtures.paths import ROOT
 from tests.fixtures.preparing import SETTINGS, hashes, run, scene_frames, write_video
@@ -91,6 +93,29 @@ def test_two_processes_make_the_same(real, tmp_path) -> None:
     for code, _, err in ended(started):
         assert code == 0, err[-2000:]
     assert hashes(real / "two") == hashes(real / "whole")
+
+
+def test_all_devices_of_a_host_make_what_one_makes(real) -> None:
+    """Each of four encodes clips. (As there are more threads for four devices of a CPU, which round
+    differently, the one is of the same process.)"""
+    script = (
+        "import sys, jax\n"
+        "from framepack_jax.cli.prepare import main\n"
+        "devices = jax.local_devices()\n"
+        "for count in (1, 4):\n"
+        "    jax.local_devices = lambda: devices[:count]\n"
+        "    main([*sys.argv[1:-1], f'{sys.argv[-1]}_{count}'])\n"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(4)}
+    _, _, *flags = command(real, "devices")[1:]
+    given = [*flags, "--output", str(real / "devices")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *given], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (counts,) = re.findall(r"encoded   5 clips on 4 devices: (.*)", done.stdout)
+    assert sorted(map(int, counts.split(", "))) == [1, 1, 1, 2]
+    assert hashes(real / "devices_4") == hashes(real / "devices_1")
 
 
 def test_records_are_what_sampling_encodes(real) -> None:

@@ -40,5 +40,4 @@ VAE = VaeSpec(
     encode=vae.encode,
     decode=vae.decode,
     check_tiling=vae.check_tiling,
-    latent_statistics=vae.latent_statistics,
 )
