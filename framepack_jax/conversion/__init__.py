@@ -9,7 +9,8 @@
     transforms          how a torch tensor and a leaf here hold the same numbers; rows that say so
     engine              match rows with a model and a checkpoint: all problems, then leaves
     arrays, memory      cast, quantize and reorder arrays; memory of the process
-    transformer, vae, encoders   the tables, one for each naming
+    transformer, vae, wan_vae, encoders   the tables, one for each naming
+    latent_statistics   mean and spread of a VAE's latents
     tables              choose the table of a checkpoint
     tokenizers          tokenizer and image-processor files
     inspect             describe a file

@@ -3,15 +3,18 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.conversion import tables, transformer, vae, weight_files
+from framepack_jax.conversion import latent_statistics, tables, transformer, weight_files
 from framepack_jax.conversion.engine import ConversionJob, Source, make_job
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
+from framepack_jax.models import registry
+from framepack_jax.models.hunyuan import vae as hunyuan_vae
+from framepack_jax.models.hunyuan.config import VaeConfig
+from framepack_jax.models.network_spec import LatentStatistics
 from framepack_jax.models.packed_video import context_kernels
 from framepack_jax.utils.messages import shorten
 
@@ -94,9 +97,9 @@ def assemble_manifest(
             path = bundle.reference(there, request.output)
             roles.setdefault(name, dataclasses.replace(role, path=path))
     roles = {name: roles[name] for name in bundle.ROLES if name in roles}
-    mean, std = (shared.latent_mean, shared.latent_std) if shared else _statistics(None, roles)
+    mean, std = (shared.latent_mean, shared.latent_std) if shared else _default_statistics(roles)
     if "vae" in jobs:
-        mean, std = _statistics(jobs["vae"].source.config_json(), roles)
+        mean, std = _statistics(jobs["vae"])
     template = request.prompt_template or (shared.prompt_template if shared else PROMPT_TEMPLATE)
     if template.count("{}") != 1:
         raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
@@ -128,16 +131,18 @@ def _not_taken(checkpoint: Checkpoint, jobs: Mapping[str, ConversionJob]) -> lis
     return [role for role in tables.networks(checkpoint) if role not in taken]
 
 
-def _statistics(
-    fields: dict[str, Any] | None, roles: Mapping[str, Role]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each latent channel."""
-    channels = [
-        roles[name].config[field]
-        for name, field in (("vae", "latent_channels"), ("transformer", "in_channels"))
-        if name in roles
-    ]
-    return vae.latent_statistics(fields, channels[0] if channels else 0)
+def _statistics(job: ConversionJob) -> LatentStatistics:
+    """Return mean and standard deviation of each latent channel of a VAE."""
+    spec = registry.NETWORKS[job.source.table.kind]
+    assert isinstance(spec, registry.VaeSpec)
+    return latent_statistics.read(job.source.config_json(), spec, job.cfg)
+
+
+def _default_statistics(roles: Mapping[str, Role]) -> LatentStatistics:
+    """Return the statistics of a bundle without a VAE: those of HunyuanVideo's."""
+    transformer = roles.get("transformer")
+    channels = transformer.config["in_channels"] if transformer else 0
+    return hunyuan_vae.latent_statistics(VaeConfig(latent_channels=channels))
 
 
 def _check_widths(manifest: Manifest) -> None:

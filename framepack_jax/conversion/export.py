@@ -24,25 +24,45 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import arrays, encoders, engine, export_configs, transformer, vae
+from framepack_jax.conversion import (
+    arrays,
+    encoders,
+    engine,
+    export_configs,
+    transformer,
+    vae,
+    wan_vae,
+)
 from framepack_jax.conversion.engine import Advance, Step, Table
-from framepack_jax.conversion.transforms import Conv, Copy, Linear, Patch, Shape, Swapped, Transform
+from framepack_jax.conversion.transforms import (
+    Conv,
+    Conv2d,
+    Copy,
+    Linear,
+    Patch,
+    Pointwise,
+    Shape,
+    Swapped,
+    Transform,
+    Vector,
+)
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
 
 SHARD = 5_000_000_000
 # Dtype -> its name in the header of a safetensors file.
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# Naming -> role -> table, and the prefix of its names.
-TABLES: dict[str, dict[str, tuple[Table, str]]] = {
-    "diffusers": {
-        "transformer": (transformer.DIFFUSERS, ""),
-        "vae": (vae.TABLE, ""),
-        "text_encoder_2": (encoders.CLIP, "text_model."),
-        "image_encoder": (encoders.SIGLIP, "vision_model."),
-    },
-    "original": {"transformer": (transformer.TENCENT, ""), "vae": (vae.TABLE, "")},
-    "comfyui": {"transformer": (transformer.COMFYUI, "")},
+# Naming -> tables, and the prefix of their names.
+TABLES: dict[str, tuple[tuple[Table, str], ...]] = {
+    "diffusers": (
+        (transformer.DIFFUSERS, ""),
+        (vae.TABLE, ""),
+        (wan_vae.DIFFUSERS, ""),
+        (encoders.CLIP, "text_model."),
+        (encoders.SIGLIP, "vision_model."),
+    ),
+    "original": ((transformer.TENCENT, ""), (vae.TABLE, ""), (wan_vae.ORIGINAL, "")),
+    "comfyui": ((transformer.COMFYUI, ""), (wan_vae.ORIGINAL, "")),
 }
 # Names of weight files in a folder, as diffusers and transformers ("model") expect them.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -89,7 +109,7 @@ class Export:
                 f"bundle {root}: {role} is quantized to {kept.pop()} and lacks its original"
                 " numbers; export the bundle that it was converted from"
             )
-        steps = _steps(role, naming, self.cfg)
+        steps = _steps(manifest, role, naming)
         types = [dtype or str(jnp.result_type(*map(stored.get, step.targets))) for step in steps]
         # Wide types first: readers map tensors in place, at multiples of their item size.
         order = sorted(range(len(steps)), key=lambda i: -jnp.dtype(types[i]).itemsize)
@@ -135,7 +155,8 @@ class Export:
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConversionError(f"{path} exists and is not empty; choose another folder")
-        config = export_configs.CONFIGS[self.role](self.cfg, self.manifest)
+        kind = self.manifest.roles[self.role].kind
+        config = export_configs.CONFIGS[kind](self.cfg, self.manifest)
         partial = _partial(path)
         shutil.rmtree(partial, ignore_errors=True)
         engine.check_space(path, self.nbytes)
@@ -162,9 +183,8 @@ def default_naming(manifest: Manifest, role: str) -> str:
 
     Context embeddings and the image projection of FramePack have names in diffusers only.
     """
-    _, cfg = bundle.role_config(manifest, role)
     try:
-        _steps(role, "original", cfg)
+        _steps(manifest, role, "original")
     except ConversionError:
         return "diffusers"
     return "original"
@@ -204,23 +224,42 @@ def _(transform: Conv, leaves: list[np.ndarray], sources: list[Shape]) -> list[n
 
 
 @invert.register
+def _(transform: Conv2d, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    return [np.moveaxis(leaves[0][0], (-2, -1), (1, 0))]
+
+
+@invert.register
+def _(transform: Pointwise, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    matrices = invert(transform.inner, leaves, sources)
+    return [matrix.reshape(shape) for matrix, shape in zip(matrices, sources, strict=True)]
+
+
+@invert.register
+def _(transform: Vector, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    return [leaves[0].reshape(sources[0])]
+
+
+@invert.register
 def _(transform: Patch, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
     width = leaves[0].shape[-1]
     return invert(Conv(), [leaves[0].reshape(*transform.kernel, -1, width)], sources)
 
 
-def _steps(role: str, naming: str, cfg: Any) -> list[Step]:
+def _steps(manifest: Manifest, role: str, naming: str) -> list[Step]:
     """Return the steps of a network. Raises ConversionError if the naming has no names for it."""
     if role == "text_encoder":
         raise ConversionError(
             "text_encoder: a bundle keeps only the layers of Llama that FramePack uses, which"
             " make no whole model; use the checkpoint that it was converted from"
         )
-    if role not in TABLES[naming]:
+    spec, cfg = bundle.role_config(manifest, role)
+    found = [pair for pair in TABLES[naming] if pair[0].kind == spec.kind]
+    if not found:
+        known = ", ".join(sorted(table.description for table, _ in TABLES[naming]))
         raise ConversionError(
-            f"{role} has no {naming} names; networks with such names: {', '.join(TABLES[naming])}"
+            f"{role} of kind {spec.kind} has no {naming} names; networks with such names: {known}"
         )
-    table, prefix = TABLES[naming][role]
+    ((table, prefix),) = found
     try:
         return engine.steps_of(table, cfg, prefix)
     except LookupError as error:

@@ -8,6 +8,7 @@ from framepack_jax.conversion import encoders, transformer
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models.encoders import clip, siglip
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+from framepack_jax.models.wan.vae_config import WanVaeConfig
 
 # The kernels that diffusers' FramePack model embeds context with.
 DIFFUSERS_KERNELS = tuple(transformer.CONTEXT_NAMES)
@@ -74,6 +75,28 @@ def _vae_config(cfg: VaeConfig, manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _wan_vae_config(cfg: WanVaeConfig, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "z_dim": cfg.latent_channels,
+        "base_dim": cfg.width,
+        "decoder_base_dim": None,
+        "dim_mult": list(cfg.multipliers),
+        "num_res_blocks": cfg.layers_per_block,
+        "temperal_downsample": list(cfg.halves_time),
+        "attn_scales": [],
+        "dropout": 0.0,
+        "is_residual": False,
+        "patch_size": None,
+        "latents_mean": list(manifest.latent_mean),
+        "latents_std": list(manifest.latent_std),
+        "scale_factor_spatial": cfg.space_compression,
+        "scale_factor_temporal": cfg.time_compression,
+    }
+
+
 def _block_config(cfg: clip.ClipConfig | siglip.SiglipConfig) -> dict[str, Any]:
     theirs = {ours: theirs for theirs, ours in encoders.ACTIVATIONS.items()}
     return {
@@ -108,9 +131,11 @@ def _siglip_config(cfg: siglip.SiglipConfig, manifest: Manifest) -> dict[str, An
     }
 
 
+# By kind of network.
 CONFIGS: dict[str, Callable[[Any, Manifest], dict[str, Any]]] = {
-    "transformer": _transformer_config,
-    "vae": _vae_config,
-    "text_encoder_2": _clip_config,
-    "image_encoder": _siglip_config,
+    "hunyuan_packed_dit": _transformer_config,
+    "hunyuan_vae": _vae_config,
+    "wan_vae": _wan_vae_config,
+    "clip_text": _clip_config,
+    "siglip_vision": _siglip_config,
 }

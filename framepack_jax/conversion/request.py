@@ -30,7 +30,8 @@ class Networks:
     """FramePack or HunyuanVideo transformer: a file (.safetensors, .pt) or a folder with one, whole
     or sharded; in diffusers', Tencent's or ComfyUI's naming; also fp8 weights."""
     vae: Path | None = None
-    """HunyuanVideo VAE, file or folder; in diffusers', Tencent's or ComfyUI's naming."""
+    """HunyuanVideo or Wan 2.1 VAE, file or folder; in diffusers', the original or ComfyUI's
+    naming."""
     text_encoder: Path | None = None
     """Llama, alone or inside LLaVA, file or folder."""
     text_encoder_2: Path | None = None

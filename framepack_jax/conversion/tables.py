@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from framepack_jax.conversion import encoders, transformer, vae, wan_transformer
+from framepack_jax.conversion import encoders, transformer, vae, wan_transformer, wan_vae
 from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
 
@@ -17,7 +17,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
         wan_transformer.DIFFUSERS,
         wan_transformer.ORIGINAL,
     ),
-    "vae": (vae.TABLE, vae.COMFYUI),
+    "vae": (vae.TABLE, vae.COMFYUI, wan_vae.DIFFUSERS, wan_vae.ORIGINAL),
     "text_encoder": (encoders.LLAMA,),
     "text_encoder_2": (encoders.CLIP,),
     "image_encoder": (encoders.SIGLIP,),

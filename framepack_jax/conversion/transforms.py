@@ -105,15 +105,32 @@ class Swapped:
 
 @dataclasses.dataclass(frozen=True)
 class Pointwise:
-    """A linear layer that torch stores as a convolution: matrices (out, in, 1, 1, 1)."""
+    """A linear layer that torch stores as a convolution: matrices (out, in, 1, 1, 1), with as many
+    `ones` as the convolution has dimensions."""
 
     inner: Linear
+    ones: int = 3
 
     def source_shapes(self, targets: list[Shape], count: int) -> list[Shape]:
-        return [(*shape, 1, 1, 1) for shape in self.inner.source_shapes(targets, count)]
+        ones = (1,) * self.ones
+        return [(*shape, *ones) for shape in self.inner.source_shapes(targets, count)]
 
     def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
-        return self.inner([source[..., 0, 0, 0] for source in sources], targets)
+        matrices = [source.reshape(source.shape[: -self.ones]) for source in sources]
+        return self.inner(matrices, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vector:
+    """A vector (C,) that torch stores with dimensions for broadcasting: (C, 1, 1, 1)."""
+
+    ones: int
+
+    def source_shapes(self, targets: list[Shape], count: int) -> list[Shape]:
+        return [(*targets[0], *(1,) * self.ones)]
+
+    def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
+        return [sources[0].reshape(targets[0])]
 
 
 class Conv:
@@ -125,6 +142,17 @@ class Conv:
 
     def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
         return [np.moveaxis(sources[0], (1, 0), (-2, -1))]
+
+
+class Conv2d:
+    """A convolution of single frames: torch (out, in, kh, kw) -> (1, kh, kw, in, out)."""
+
+    def source_shapes(self, targets: list[Shape], count: int) -> list[Shape]:
+        _, *kernel, channels, width = targets[0]
+        return [(width, channels, *kernel)]
+
+    def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
+        return [np.moveaxis(sources[0], (1, 0), (-2, -1))[None]]
 
 
 @dataclasses.dataclass(frozen=True)

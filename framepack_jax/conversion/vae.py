@@ -7,7 +7,6 @@ from the finest, and stores attention as 1x1x1 convolutions.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
@@ -24,7 +23,6 @@ from framepack_jax.conversion.transforms import (
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
 from framepack_jax.models.hunyuan.config import VaeConfig
 
-SCALING_FACTOR = 0.476986
 BLOCK_TYPES = {
     "HunyuanVideoDownBlock3D", "DownEncoderBlockCausal3D",
     "HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D",
@@ -178,22 +176,6 @@ def _config_from_shapes(source: Source) -> VaeConfig:
                 "layers_per_block": source.count(resnet.replace("{j}", "{i}")),
             },
         )
-
-
-def latent_statistics(
-    fields: dict[str, Any] | None, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of each latent channel, by shift and scaling in a VAE's `config.json`.
-
-    Raises ConversionError if these are no numbers.
-    """
-    fields = fields or {}
-    shift = fields.get("shift_factor") or 0.0
-    scale = fields.get("scaling_factor") or SCALING_FACTOR
-    for name, value in (("shift_factor", shift), ("scaling_factor", scale)):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ConversionError(f"config.json of the VAE: {name} = {value!r}; expected a number")
-    return (float(shift),) * channels, (1 / scale,) * channels
 
 
 def _is_list(value: Any) -> bool:

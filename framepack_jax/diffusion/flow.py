@@ -20,10 +20,15 @@ MAX_TOKENS, MAX_TOKENS_MU = 4096, 1.15
 MAX_MU = math.log(7.0)
 
 
+def linear_mu(tokens: int) -> float:
+    """Return the shift for a section of `tokens` tokens, linear in them."""
+    slope = (MAX_TOKENS_MU - MIN_TOKENS_MU) / (MAX_TOKENS - MIN_TOKENS)
+    return MIN_TOKENS_MU + slope * (tokens - MIN_TOKENS)
+
+
 def shift_mu(tokens: int) -> float:
     """Return the shift for a section of `tokens` tokens: linear in them, at most ln 7."""
-    slope = (MAX_TOKENS_MU - MIN_TOKENS_MU) / (MAX_TOKENS - MIN_TOKENS)
-    return min(MIN_TOKENS_MU + slope * (tokens - MIN_TOKENS), MAX_MU)
+    return min(linear_mu(tokens), MAX_MU)
 
 
 def sigmas(steps: int, mu: float) -> np.ndarray:

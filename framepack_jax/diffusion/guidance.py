@@ -31,19 +31,35 @@ def guide(
     return guided * (1.0 + rescale * (ratio - 1.0))
 
 
+def project(positive: jax.Array, negative: jax.Array) -> jax.Array:
+    """Return the part of `positive` along `negative`, float32, over all axes but the first: the
+    negative prediction of CFG-Zero* (Fan et al., arXiv 2503.18886, section 4.1)."""
+    positive, negative = positive.astype(jnp.float32), negative.astype(jnp.float32)
+    axes = tuple(range(1, positive.ndim))
+    along = jnp.sum(positive * negative, axes, keepdims=True)
+    return negative * (along / (jnp.sum(negative**2, axes, keepdims=True) + 1e-8))
+
+
 def guided(
-    run: Pass, conditions: Sequence[Any], scale: Array | float, rescale: Array | float
+    run: Pass,
+    conditions: Sequence[Any],
+    scale: Array | float,
+    rescale: Array | float,
+    time: Array | None = None,
+    still: Array | None = None,
 ) -> Denoiser:
     """Run a pass for each of the `conditions`, the negative ones last, and combine the velocities.
 
     The memory has an entry for each pass, and so has `blocks_run` (passes, B). One pass needs no
-    guidance.
+    guidance. `time` is the noise level that the network is told, if it is not sigma. If `still` is
+    given, guidance is CFG-Zero*, and where it is true the velocity is zero.
     """
 
     def denoise(x: jax.Array, sigma: Array, memory: Any) -> Prediction:
-        done = [run(x, sigma, *each) for each in zip(conditions, memory, strict=True)]
+        told = sigma if time is None else time
+        done = [run(x, told, *each) for each in zip(conditions, memory, strict=True)]
         velocities, memory, ran = zip(*done, strict=True)
-        x0 = _x0(x, sigma, velocities, scale, rescale)
+        x0 = _x0(x, sigma, velocities, scale, rescale, still)
         return Prediction(x0, memory, None if ran[0] is None else jnp.stack(ran))
 
     return denoise
@@ -56,8 +72,12 @@ def _x0(
     velocities: Sequence[jax.Array],
     scale: Array | float,
     rescale: Array | float,
+    still: Array | None,
 ) -> jax.Array:
-    velocity, *negative = velocities
-    if negative:
-        velocity = guide(velocity, negative[0], scale, rescale)
+    velocity, *negatives = velocities
+    if negatives:
+        [negative] = negatives
+        negative = negative if still is None else project(velocity, negative)
+        velocity = guide(velocity, negative, scale, rescale)
+        velocity = velocity if still is None else jnp.where(still, 0, velocity)
     return flow.x0_from_velocity(x, velocity, sigma)

@@ -55,6 +55,9 @@ class SamplerSettings:
         cfg_scale, cfg_rescale: see `guidance.guide`; used if there are negative conditions.
         dtype: that of the blocks. With float32, matrix products are float32 too.
         cache: step cache, or None.
+        times: noise levels (steps,) that the network is told, if not sigmas.
+        still: (steps,) True where guidance sets the velocity to zero, with CFG-Zero* at the other
+            steps; None for plain guidance.
 
     Raises ValueError if the numbers of sigmas and rows do not fit.
     """
@@ -65,6 +68,8 @@ class SamplerSettings:
     cfg_rescale: float = 0.0
     dtype: str = "float32"
     cache: step_cache.StepCacheConfig | None = None
+    times: np.ndarray | None = None
+    still: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.sigmas) != len(self.table) + 1:
@@ -96,12 +101,15 @@ class SectionInputs(NamedTuple):
 
 
 class At(NamedTuple):
-    """Inputs of one step: noise level, row (9,) of the solver's table, and whether the blocks must
-    run (None without a step cache)."""
+    """Inputs of one step: noise level, row of the solver's table, whether the blocks must run (None
+    without a step cache), noise level that the network is told (None for the same), and whether the
+    velocity is zero (None without CFG-Zero*)."""
 
     sigma: np.ndarray
     row: np.ndarray
     forced: np.ndarray | None
+    time: np.ndarray | None = None
+    still: np.ndarray | None = None
 
 
 class Denoised(NamedTuple):
@@ -159,7 +167,8 @@ def denoise(
     compiled = is_compiled(params)
     put = functools.partial(place, bound=not compiled)
     inputs = put(inputs)
-    state = put(solver.start(cast(jax.Array, noise)))
+    again = settings.table.shape[1] > solver.COLUMNS
+    state = put(solver.start(cast(jax.Array, noise), again))
     memory = put(start_memory(program, params, inputs, state.x))
     advance = step if compiled else _step
     reports, show = [], _Delayed(on_step, int(compiled))
@@ -203,8 +212,11 @@ def _steps(settings: SamplerSettings) -> list[At]:
     sigmas = np.asarray(settings.sigmas, np.float32)
     table = np.asarray(settings.table, np.float32)
     cache = settings.cache
-    forced = [None] * len(table) if cache is None else step_cache.forced(cache.kind, len(table))
-    return [At(*at) for at in zip(sigmas[:-1], table, forced, strict=True)]
+    none = [None] * len(table)
+    forced = none if cache is None else step_cache.forced(cache.kind, len(table))
+    times = none if settings.times is None else np.asarray(settings.times, np.float32)
+    still = none if settings.still is None else np.asarray(settings.still, bool)
+    return [At(*at) for at in zip(sigmas[:-1], table, forced, times, still, strict=True)]
 
 
 def make_denoiser(program: StepProgram, params: Any, inputs: SectionInputs, at: At) -> Denoiser:
@@ -216,7 +228,9 @@ def make_denoiser(program: StepProgram, params: Any, inputs: SectionInputs, at: 
         assert at.forced is not None and inputs.threshold is not None, "inputs of a step cache"
         control = step_cache.Control(at.forced, inputs.threshold)
         run = step_cache.cached(*fixed, program.cache, control)
-    denoiser = guidance.guided(run, inputs.passes, inputs.cfg_scale, inputs.cfg_rescale)
+    denoiser = guidance.guided(
+        run, inputs.passes, inputs.cfg_scale, inputs.cfg_rescale, at.time, at.still
+    )
     return given_frames.keep(denoiser, inputs.given)
 
 

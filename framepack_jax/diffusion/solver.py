@@ -14,6 +14,8 @@ takes them to
     corrected x_i     = a base + b0 m0 + b1 m1 + b2 m2 + b3 m3
     predicted x_{i+1} = c corrected + d0 m0 + d1 m1 + d2 m2
 
+A solver that adds the starting noise again has a tenth number, the weight of x_0 in x_{i+1}.
+
 The last row goes to sigma 0, where every solver returns m0, so the network is never asked there.
 """
 
@@ -38,22 +40,28 @@ class State(NamedTuple):
     """The corrected state of the step before."""
     history: tuple[jax.Array, ...]
     """x0 predictions, latest first; zeros where there was no step yet."""
+    noise: jax.Array | None = None
+    """The start, for a solver that adds it again."""
 
 
-def start(noise: jax.Array) -> State:
-    """Return the state before the first step, in float32 (float64 noise stays float64)."""
+def start(noise: jax.Array, again: bool = False) -> State:
+    """Return the state before the first step, in float32 (float64 noise stays float64); `again` for
+    a solver that adds the noise again."""
     noise = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
-    return State(noise, noise, (jnp.zeros_like(noise),) * HISTORY)
+    return State(noise, noise, (jnp.zeros_like(noise),) * HISTORY, noise if again else None)
 
 
 def step(state: State, x0: jax.Array, row: jax.Array) -> State:
-    """Take a step with the prediction x0 at `state.x`; row (9,) is a row of a solver's table."""
+    """Take a step with the prediction x0 at `state.x`; row (9,) or (10,) is a row of a solver's
+    table."""
     x0 = x0.astype(state.x.dtype)
     row = jnp.asarray(row, state.x.dtype)
     known = (x0, *state.history)
     corrected = _combine(row[CORRECTOR], (state.base, *known))
     x = _combine(row[PREDICTOR], (corrected, *known[:HISTORY]))
-    return State(x, corrected, known[:HISTORY])
+    if state.noise is not None:
+        x += row[COLUMNS] * state.noise
+    return State(x, corrected, known[:HISTORY], state.noise)
 
 
 def empty_table(steps: int) -> np.ndarray:
@@ -76,6 +84,17 @@ def euler(sigmas: np.ndarray) -> np.ndarray:
     for i, ratio in enumerate(ratios[:-1]):
         table[i, PREDICTOR] = [ratio, 1 - ratio, 0, 0]
         table[i + 1, CORRECTOR] = [ratio, 0, 1 - ratio, 0, 0]
+    return table
+
+
+def renoise(sigmas: np.ndarray) -> np.ndarray:
+    """Return the table (steps, 10) float64 that goes to each next noise level by adding the start
+    to the prediction, x_{i+1} = (1 - sigma_{i+1}) m0 + sigma_{i+1} x_0: the sampler of networks
+    distilled by DMD (arXiv 2311.18828)."""
+    table = np.zeros((len(sigmas) - 1, COLUMNS + 1))
+    table[:, 0] = 1
+    table[:, PREDICTOR.start + 1] = 1 - np.asarray(sigmas[1:], np.float64)
+    table[:, COLUMNS] = sigmas[1:]
     return table
 
 

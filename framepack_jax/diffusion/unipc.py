@@ -18,6 +18,8 @@ itself matters only where the paper takes rho = 1/2 in place of solving, with on
 predictor of order 2 (r < 0, the step before) and the corrector of order 1 (r = 1, the new point).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from framepack_jax.diffusion.solver import CORRECTOR, PREDICTOR, empty_table
@@ -37,14 +39,38 @@ def table(sigmas: np.ndarray, variant: str = "bh1") -> np.ndarray:
         raise ValueError(f"UniPC variant {variant!r} is unknown; choose one of {sorted(VARIANTS)}")
     steps = len(sigmas) - 1
     lambdas = -np.log(np.asarray(sigmas[:-1], np.float64))
+    orders = [min(i, MAX_ORDER, steps - 1) for i in range(1, steps)]
+    return _table(lambdas, np.ones(steps), orders, variant)
+
+
+def flow_table(sigmas: np.ndarray) -> np.ndarray:
+    """Coefficients (steps, 9) like those of `table`, for the path x = (1 - sigma) x0 + sigma noise.
+
+    This is UniPC of order 2 and variant bh2 with lambda = log((1 - sigma) / sigma), the logarithm
+    of the signal-to-noise ratio, as diffusers' UniPCMultistepScheduler and HeliosScheduler have it.
+    sigmas (steps + 1,) are below 1 and end in 0.
+    """
+    steps = len(sigmas) - 1
+    sigmas = np.asarray(sigmas[:-1], np.float64)
+    orders = [min(i, 2) for i in range(1, steps)]
+    return _table(np.log(1 - sigmas) - np.log(sigmas), 1 - sigmas, orders, "bh2")
+
+
+def _table(
+    lambdas: np.ndarray, signals: np.ndarray, orders: Sequence[int], variant: str
+) -> np.ndarray:
+    """Coefficients of moves between x / signal, of these orders."""
+    steps = len(lambdas)
     out = empty_table(steps)
-    for i in range(1, steps):
+    for i, order in enumerate(orders, start=1):
         h = lambdas[i] - lambdas[i - 1]
-        order = min(i, MAX_ORDER, steps - 1)
         past = (lambdas[i - order : i - 1][::-1] - lambdas[i - 1]) / h
         size = VARIANTS[variant](h)
-        out[i - 1, PREDICTOR][: order + 1] = _move(h, past, size if order == 2 else None)
-        linear, m1, *older, m0 = _move(h, np.append(past, 1.0), size if order == 1 else None)
+        scale = np.array([signals[i] / signals[i - 1], *[signals[i]] * (order + 1)])
+        predictor = _move(h, past, size if order == 2 else None)
+        out[i - 1, PREDICTOR][: order + 1] = scale[: order + 1] * predictor
+        corrector = scale * _move(h, np.append(past, 1.0), size if order == 1 else None)
+        linear, m1, *older, m0 = corrector
         out[i, CORRECTOR][: order + 2] = [linear, m0, m1, *older]
     return out
 

@@ -17,6 +17,8 @@ from framepack_jax.parallel import sharding
 
 Config = Any
 """Frozen dataclass of all sizes that decide the shapes of a network's parameters."""
+LatentStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each latent channel."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,11 +70,22 @@ class DenoiserSpec(NetworkSpec):
 class VaeSpec(NetworkSpec):
     """A video autoencoder.
 
+    Its config tells `space_compression`, `time_compression`, `in_channels` and `latent_channels`.
+    The first latent frame stands for one frame, every other for `time_compression` frames.
+
     `encode(cfg, params, video, tiling)` returns mean and log variance of the latents, `decode(cfg,
     params, latents, tiling)` the video; `check_tiling(cfg, tiling)` raises ValueError if the
-    network cannot take such tiles.
+    network cannot take such tiles. Latents are not normalised: a bundle holds mean and standard
+    deviation of each channel (`autoencoder.normalise`); `latent_statistics(cfg)` gives those of
+    the released network, None if none has such latents.
+
+    If `exact_chunks`, a clip that is computed in chunks of time (`Tiling.frames` is not None) gives
+    the numbers of the clip computed at once, in memory that does not grow with its length; else
+    `Tiling.frames` sets temporal tiles, which are cross-faded.
     """
 
     encode: Callable[..., tuple[jax.Array, jax.Array]]
     decode: Callable[..., jax.Array]
     check_tiling: Callable[..., None]
+    latent_statistics: Callable[[Config], LatentStatistics | None]
+    exact_chunks: bool = False

@@ -89,16 +89,20 @@ class ContextEmbed(nn.Module):
 def rope_tables(cfg: PackedConfig, shape: tuple[int, ...], context: PackedContext) -> Table:
     """RoPE tables of all image tokens, of a target (B, T, H, W, C) of this shape and its context.
 
-    The table of a context token is the mean over the positions that its kernel covers.
+    The table of a context token is the mean over the positions that its kernel covers. Context and
+    target may have different sizes; each counts rows and columns of its own.
     """
-    rows, columns = shape[2] // 2, shape[3] // 2
     tables = []
-    for indices, kernel in zip(context.indices, context.kernels, strict=True):
+
+    def add(indices: jax.Array | np.ndarray, shape: tuple[int, ...], kernel: str) -> None:
         kt, kh, kw = kernel_shape(kernel)
-        pool = (kt, kh // 2, kw // 2)
+        rows, columns, pool = shape[2] // 2, shape[3] // 2, (kt, kh // 2, kw // 2)
         tables.append(rope_table(indices, rows, columns, cfg.rope_axes, cfg.rope_theta, pool))
-    target = context.target_indices
-    tables.append(rope_table(target, rows, columns, cfg.rope_axes, cfg.rope_theta))
+
+    groups = zip(context.indices, context.latents, context.kernels, strict=True)
+    for indices, latents, kernel in groups:
+        add(indices, latents.shape, kernel)
+    add(context.target_indices, shape, PATCH)
     cos, sin = (jnp.concatenate(parts, axis=1) for parts in zip(*tables, strict=True))
     return cos, sin
 

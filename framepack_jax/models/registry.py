@@ -23,7 +23,15 @@ __all__ = [
     "parameter_count",
 ]
 
-_SPECS = (hunyuan.TRANSFORMER, hunyuan.VAE, wan.TRANSFORMER, llama.SPEC, clip.SPEC, siglip.SPEC)
+_SPECS = (
+    hunyuan.TRANSFORMER,
+    hunyuan.VAE,
+    wan.TRANSFORMER,
+    wan.VAE,
+    llama.SPEC,
+    clip.SPEC,
+    siglip.SPEC,
+)
 NETWORKS: dict[str, NetworkSpec] = {spec.kind: spec for spec in _SPECS}
 
 

@@ -1,7 +1,7 @@
 """Encode or decode a video tile by tile, and cross-fade the tiles.
 
 Temporal tiles follow diffusers' `AutoencoderKLHunyuanVideo`. Spatial tiles all have the same shape,
-also at the border.
+also at the border, unless their axis is `narrow`.
 
 Shapes: B batch, T frames, H W rows and columns, C channels.
 """
@@ -41,12 +41,17 @@ DEFAULT_TILING = Tiling()
 
 
 class TileAxis(NamedTuple):
-    """Tiles along time or space: size and stride, in the input and in the output."""
+    """Tiles along time or space: size and stride, in the input and in the output.
+
+    If `narrow`, all tiles begin a stride apart, and those at the border are cut off there, as in
+    diffusers; else the last tile begins earlier.
+    """
 
     size: int
     stride: int
     out_size: int
     out_stride: int
+    narrow: bool = False
 
     @property
     def out_overlap(self) -> int:
@@ -59,8 +64,11 @@ class TileAxis(NamedTuple):
     def starts(self, length: int) -> list[int]:
         """Return where tiles begin: a stride apart, but the last one ends where the input does.
 
-        So all have one shape, and none is a sliver whose norms see little.
+        So all have one shape, and none is a sliver whose norms see little. If `narrow`, all are a
+        stride apart.
         """
+        if self.narrow:
+            return list(range(0, length, self.stride))
         last = max(0, length - self.size)
         return sorted({min(start, last) for start in range(0, length, self.stride)})
 
@@ -70,15 +78,16 @@ class TileAxis(NamedTuple):
 
     def swapped(self) -> "TileAxis":
         """Swap input and output."""
-        return TileAxis(self.out_size, self.out_stride, self.size, self.stride)
+        return TileAxis(self.out_size, self.out_stride, self.size, self.stride, self.narrow)
 
 
 def encoder_axes(
-    tiling: Tiling, time_compression: int, space_compression: int
+    tiling: Tiling, time_compression: int, space_compression: int, narrow: bool = False
 ) -> tuple[TileAxis | None, TileAxis | None]:
     """Return the tiles of an encoder in time and in space; None if it takes all at once.
 
-    Raises ValueError if the tiles are no multiples of the compression.
+    `narrow` is that of the tiles in space. Raises ValueError if the tiles are no multiples of the
+    compression.
     """
 
     def axis(name: str, size: int | None, stride: int | None, ratio: int) -> TileAxis | None:
@@ -89,7 +98,7 @@ def encoder_axes(
                 f"VAE tiling: {name} {size} at a stride of {stride}; both must be multiples of"
                 f" {ratio}, and the stride no longer than the tile"
             )
-        return TileAxis(size, stride, size // ratio, stride // ratio)
+        return TileAxis(size, stride, size // ratio, stride // ratio, narrow)
 
     return (
         axis("frames", tiling.frames, tiling.frame_stride, time_compression),

@@ -26,7 +26,7 @@ from framepack_jax.ops import cudnn, splash
 from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain, dividing
 
 QUERY_CHUNK = 256
-# With fewer queries or keys the chunks are few and small: no fused kernel is tried.
+# With fewer scores than those of so many queries and keys, no fused kernel is tried.
 MIN_LENGTH = 1024
 
 # A policy of `jax.checkpoint`: keep the residuals of every kernel, little more than its result, so
@@ -98,12 +98,14 @@ def attend(
     valid: jax.Array | None = None,
     *,
     causal: bool = False,
+    local: bool = False,
     query_chunk: int = QUERY_CHUNK,
 ) -> jax.Array:
     """Compute softmax attention, softmax(q k^T / sqrt(D)) v.
 
     On a mesh every device holds its part of batch and heads (`layout`) and all tokens, of the
-    inputs and of the result.
+    inputs and of the result. With `local` it holds its part of the queries and all keys, which are
+    few: those of a prompt.
 
     Args:
         q: Queries (B, L, N, D).
@@ -111,6 +113,7 @@ def attend(
         v: Values (B, S, M, D).
         valid: (B, S), True for keys that may be read: a prefix of at least one.
         causal: Let query i read keys 0 .. i only; L must be S.
+        local: Divide queries as the tokens of a stream, so that none are exchanged.
         query_chunk: Chunk of the XLA path.
 
     Returns:
@@ -134,12 +137,13 @@ def attend(
             default=run if _wanted.value == "auto" else None,
             **{fused.platform: functools.partial(fused.attend, causal=causal) for fused in usable},
         )
-    return _sharded(run, q, k, v, valid, causal=causal)
+    return _sharded(run, q, k, v, valid, causal=causal, local=local)
 
 
 def _usable(q: jax.Array, k: jax.Array, wanted: Kernel) -> list[_Fused]:
     """Return the fused kernels that support the inputs; warn if a kernel refuses them."""
-    if wanted == "xla" or (wanted == "auto" and min(q.shape[1], k.shape[1]) < MIN_LENGTH):
+    few = q.shape[1] * k.shape[1] < MIN_LENGTH**2
+    if wanted == "xla" or (wanted == "auto" and few):
         return []
     usable = []
     for name, fused in _FUSED.items():
@@ -266,6 +270,7 @@ def _sharded(
     valid: jax.Array | None,
     *,
     causal: bool,
+    local: bool,
 ) -> jax.Array:
     """Run `attend` on every device for its part of batch, heads and queries (`layout`).
 
@@ -276,22 +281,28 @@ def _sharded(
     if math.prod(sizes.values()) == 1:
         return attend(q, k, v, valid)
     batch, heads, queries = layout(q.shape[0], k.shape[2])
+    if local:
+        heads = dividing(("tensor",), k.shape[2], sizes)
+        queries = tuple(name for name in TOKENS if name in sizes and name not in batch)
     if causal:
         # Kernels count a causal mask from the first query, so these axes repeat the work. Only
         # text encoders are causal, once a prompt.
         queries = ()
     whole = _spec(batch, None, heads, None)
     parts = math.prod(sizes[name] for name in queries)
-    if queries:
+    if queries and not local:
         # Otherwise the compiler divides the tokens of the operations before, which join streams.
         q = constrain(q, *whole)
 
     def run(q: jax.Array, *others: jax.Array) -> jax.Array:
         out = attend(q, *others)
-        return jax.lax.all_gather(out, queries, axis=1, tiled=True) if queries else out
+        gathered = queries and not local
+        return jax.lax.all_gather(out, queries, axis=1, tiled=True) if gathered else out
 
-    specs = _spec(batch, queries, heads, None), whole, whole, _spec(batch, None)
-    return _on_parts(run, specs, whole)(_padded(q, parts), k, v, valid)[:, : q.shape[1]]
+    divided = _spec(batch, queries, heads, None)
+    specs = divided, whole, whole, _spec(batch, None)
+    run = _on_parts(run, specs, divided if local else whole)
+    return run(_padded(q, parts), k, v, valid)[:, : q.shape[1]]
 
 
 def _on_parts(f: Callable[..., jax.Array], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

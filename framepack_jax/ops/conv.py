@@ -1,7 +1,7 @@
-"""The causal 3-D convolution of the video autoencoder.
+"""The 3-D convolution of the video autoencoders, and HunyuanVideo's causal form of it.
 
-A frame sees itself and the frames before it: time is padded on the left only. All padding repeats
-the border (HunyuanVideo, arXiv 2412.03603, section 4.1).
+In the causal form a frame sees itself and the frames before it: time is padded on the left only.
+All padding repeats the border (HunyuanVideo, arXiv 2412.03603, section 4.1).
 
 Shapes: B batch, T frames, H W rows and columns, C channels.
 """
@@ -31,11 +31,22 @@ def causal_conv3d(
 
     Returns (B, ceil(T / stride_t), ceil(H / stride_h), ceil(W / stride_w), C_out) in x's dtype.
     """
+    return conv3d(_padded(x, _size(kernel)), kernel, bias, stride)
+
+
+def conv3d(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: Stride = (1, 1, 1)
+) -> jax.Array:
+    """Convolve x (B, T, H, W, C) with kernel (kt, kh, kw, C, C_out), without padding.
+
+    Returns (B, (T - kt) // stride_t + 1, (H - kh) // stride_h + 1, (W - kw) // stride_w + 1, C_out)
+    in x's dtype.
+    """
     out = jax.lax.platform_dependent(
         x,
         kernel,
         cpu=lambda x, kernel: on_cpu(x, kernel, stride),
-        default=lambda x, kernel: by_volume(_padded(x, _size(kernel)), kernel, stride),
+        default=lambda x, kernel: by_volume(x, kernel, stride),
     )
     return out + bias[None, None, None, None, :]
 
@@ -48,12 +59,12 @@ def by_volume(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def on_cpu(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    """Convolve x, not padded yet, by operations that are fast on a CPU.
+    """Convolve a padded x by operations that are fast on a CPU.
 
     There XLA's convolutions of many channels, and all their gradients, run at a tenth of the speed
     of matrix products.
     """
-    return _valid(_padded(x, _size(kernel)), kernel, stride)
+    return _valid(x, kernel, stride)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: Stride) -> Any:
@@ -68,14 +79,13 @@ def _backward(stride: Stride, inputs: tuple[jax.Array, jax.Array], dy: jax.Array
     """
     x, kernel = inputs
     size = _size(kernel)
-    padded = _padded(x, size)
     # Cells at the end that no stride reaches were never read.
     unread = [n - (m - 1) * s - k for n, m, s, k in
-              zip(padded.shape[1:4], dy.shape[1:4], stride, size, strict=True)]  # fmt: skip
+              zip(x.shape[1:4], dy.shape[1:4], stride, size, strict=True)]  # fmt: skip
     around = [(k - 1, k - 1 + rest, s - 1) for k, rest, s in zip(size, unread, stride, strict=True)]
     spread = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *around, (0, 0, 0)])
     turned = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
-    dx = _folded(_valid(spread, turned, (1, 1, 1)), size)
+    dx = _valid(spread, turned, (1, 1, 1))
 
     batch, frames, height, width, _ = dy.shape
     pieces = _Pieces(batch, frames, height, width, max(kernel.shape[3:]))
@@ -83,7 +93,7 @@ def _backward(stride: Stride, inputs: tuple[jax.Array, jax.Array], dy: jax.Array
 
     def add(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
         part = parts[number].astype(jnp.float32)
-        taps = pieces.taps(padded, number, size, stride)
+        taps = pieces.taps(x, number, size, stride)
         products = [rearrange(tap, "h w c -> c (h w)") @ part for _, tap in taps]
         return total + jnp.stack(products).reshape(kernel.shape), None
 
@@ -101,25 +111,9 @@ def _size(kernel: jax.Array) -> Size:
     return frames, rows, columns
 
 
-def _margins(size: Size) -> list[tuple[int, int]]:
-    """Return the padding (before, after) in time, height and width."""
-    return [(size[0] - 1, 0), *((k // 2, k // 2) for k in size[1:])]
-
-
 def _padded(x: jax.Array, size: Size) -> jax.Array:
-    return jnp.pad(x, [(0, 0), *_margins(size), (0, 0)], mode="edge")
-
-
-def _folded(dx: jax.Array, size: Size) -> jax.Array:
-    """Transpose `_padded`: add the gradients of a border's copies to it."""
-    for axis, (before, after) in enumerate(_margins(size), start=1):
-        end = dx.shape[axis] - after
-        inner = jax.lax.slice_in_dim(dx, before, end, axis=axis)
-        first = jax.lax.slice_in_dim(dx, 0, before, axis=axis).sum(axis)
-        last = jax.lax.slice_in_dim(dx, end, end + after, axis=axis).sum(axis)
-        at = (slice(None),) * axis
-        dx = inner.at[(*at, 0)].add(first).at[(*at, -1)].add(last)
-    return dx
+    margins = [(size[0] - 1, 0), *((k // 2, k // 2) for k in size[1:])]
+    return jnp.pad(x, [(0, 0), *margins, (0, 0)], mode="edge")
 
 
 def _valid(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:

@@ -64,29 +64,49 @@ def plan(
     before: int | None = None,
     after: int = 0,
     guide: bool = False,
+    apart: bool = False,
+    alone: bool = False,
 ) -> list[Section]:
     """Return the sections of a video in the order of generation.
 
     `before` frames are given at the start (default: as many as the schedule needs, a start image;
     more if a video is extended), `after` frames at the end (an end image). With `guide`, the frame
     after the last one is given too: the first section to be generated reads it, and it is not part
-    of the video. Only an order that reads ahead can use `after` and `guide`. Raises ScheduleError
-    if the schedule cannot be sampled.
+    of the video. Only an order that reads ahead can use `after` and `guide`.
+
+    A forward order can start empty (`before` 0): the first section reads nothing, and its first
+    frame becomes the anchor of all others. With `apart`, position 0 holds the anchor alone, which
+    is neither history nor part of the video; given history follows it. Sections that are decoded
+    `alone` have clips without overlap. Raises ScheduleError if the schedule cannot be sampled.
     """
     if not 1 <= sections <= MAX_SECTIONS:
         raise ScheduleError(f"sections = {sections}: expected 1 to {MAX_SECTIONS}")
     layout = _layout(schedule)
     least = start_frames(schedule)
     before = least if before is None else before
-    if before < least:
+    starts_empty = before == 0 and schedule.order == "forward"
+    if before < least and not starts_empty:
         raise ScheduleError(f"schedule {schedule}: {before} frames are known, {least} are needed")
     if (after or guide) and not schedule.reads_ahead:
         raise ScheduleError(
             f"schedule {schedule} in order {schedule.order!r} reads no frames after its own"
         )
     if schedule.order == "inverted":
+        if apart or alone:
+            raise ScheduleError(
+                f"schedule {schedule}: only sections in forward order can have an anchor apart or"
+                " be decoded alone"
+            )
         return _plan_inverted(layout, sections, before, after, guide)
-    return _plan_forward(layout, sections, before)
+    if not layout.history.frames and sections > 1:
+        raise ScheduleError(
+            f"schedule {schedule} reads no context, so its sections would not follow each other;"
+            f" {sections} sections were asked for, expected 1"
+        )
+    plans = _plan_forward(layout, sections, before, int(apart))
+    if alone:
+        plans = [dataclasses.replace(s, decode=(s.targets[0], s.targets[-1] + 1)) for s in plans]
+    return plans
 
 
 def _layout(schedule: Schedule) -> _Layout:
@@ -112,6 +132,8 @@ def _layout(schedule: Schedule) -> _Layout:
             return _Layout(anchor, history, w)
         case "forward", (Tail(), Context() as history, Generate(w)):
             return _Layout(None, history, w)
+        case "forward", (Generate(w),):
+            return _Layout(None, Context(()), w)
     form = RELEASED_INVERTED if order == "inverted" else f"{RELEASED_F1} or td_f16k4f2k2f1k1_g9"
     raise ScheduleError(
         f"schedule {schedule} cannot be sampled in order {order!r}: expected the form of {form}"
@@ -120,8 +142,8 @@ def _layout(schedule: Schedule) -> _Layout:
 
 def start_frames(schedule: Schedule) -> int:
     """Return the number of latent frames that must be given at the start of the timeline."""
-    anchor = _layout(schedule).anchor
-    return anchor.frames if anchor else 1
+    anchor, history, _ = _layout(schedule)
+    return anchor.frames if anchor else min(1, history.frames)
 
 
 def span(schedule: Schedule) -> int:
@@ -186,15 +208,18 @@ def _plan_inverted(
     return plans
 
 
-def _plan_forward(layout: _Layout, sections: int, before: int) -> list[Section]:
+def _plan_forward(layout: _Layout, sections: int, before: int, oldest: int) -> list[Section]:
+    """Plan with history from position `oldest` on."""
     anchor, history, w = layout
     offset = anchor.frames if anchor else 0
     index = offset + history.frames
     plans = []
     for s in range(sections):
         first = before + s * w
-        reads = [p if p >= 0 else MISSING for p in _span(first - history.frames, history.frames)]
-        groups = _groups(anchor, range(offset), range(offset)) if anchor else []
+        past = _span(first - history.frames, history.frames)
+        reads = [p if p >= oldest else MISSING for p in past]
+        there = [p if p < first else MISSING for p in range(offset)]
+        groups = _groups(anchor, there, range(offset)) if anchor else []
         groups += _groups(history, reads, _span(offset, history.frames))
         plans.append(
             Section(

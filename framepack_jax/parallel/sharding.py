@@ -35,6 +35,7 @@ REST = -1
 Axis = str | tuple[str, ...] | None
 # (regular expression, one entry for each dimension); () replicates an array of any rank.
 Rules = Sequence[tuple[str, tuple[Axis, ...]]]
+REPLICATED: Rules = ((r".*", ()),)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -176,6 +177,11 @@ def device_bytes(params: Any, shardings: Any) -> int:
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, sharding in leaves
     )
+
+
+def placed_bytes(params: Any) -> int:
+    """Return the bytes on one device of arrays, or of `jax.ShapeDtypeStruct`s, with shardings."""
+    return device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:

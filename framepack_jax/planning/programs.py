@@ -80,7 +80,7 @@ def compile_program(
     return Program(
         name=name,
         advice=advice,
-        weights=placed_bytes(weights),
+        weights=sharding.placed_bytes(weights),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -90,8 +90,3 @@ def compile_program(
         reduced=hlo.reductions(found),
         flags=options,
     )
-
-
-def placed_bytes(params: Any) -> int:
-    """Count the bytes on one device of abstract arrays with shardings."""
-    return sharding.device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))

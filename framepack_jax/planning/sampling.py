@@ -27,7 +27,7 @@ from framepack_jax.models.tiling import Tiling
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
-from framepack_jax.planning.programs import Program, compile_program, placed_bytes
+from framepack_jax.planning.programs import Program, compile_program
 from framepack_jax.planning.report import Report, Weights
 
 STEP_ADVICE = (
@@ -97,7 +97,9 @@ def dry_run(
 def _weights(params: dict[str, Any]) -> dict[str, Weights]:
     """Count the parameters of the networks, and their bytes on a chip."""
     return {
-        role: Weights(sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), placed_bytes(tree))
+        role: Weights(
+            sum(math.prod(p.shape) for p in jax.tree.leaves(tree)), sharding.placed_bytes(tree)
+        )
         for role, tree in params.items()
     }
 
@@ -106,7 +108,7 @@ def _offloaded(
     weights: dict[str, Weights], transformer: Any, stacks: Sequence[str], programs: list[Program]
 ) -> tuple[dict[str, Weights], int]:
     """Return the weights that stay on a chip with offloading, and the bytes of the others."""
-    hosted = placed_bytes([transformer[part] for part in stacks])
+    hosted = sharding.placed_bytes([transformer[part] for part in stacks])
     # Two blocks are on a chip: the running one and the next.
     two = 2 * max(block.weights for block in programs[: len(stacks)])
     network = weights["transformer"]

@@ -23,7 +23,7 @@ from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
 from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.planning.hlo import Traffic
-from framepack_jax.planning.programs import GB, Program, compile_program, placed_bytes
+from framepack_jax.planning.programs import GB, Program, compile_program
 from framepack_jax.planning.report import StepReport, flag_lines
 from framepack_jax.planning.sampling import image_tokens
 from framepack_jax.training.config import TrainConfig
@@ -137,8 +137,8 @@ def dry_run_training(
         cfg=cfg,
         parameters=base,
         trained=trained,
-        state=placed_bytes(task.abstract),
-        frozen=placed_bytes(task.frozen),
+        state=sharding.placed_bytes(task.abstract),
+        frozen=sharding.placed_bytes(task.frozen),
         program=program,
         flops=flops * cfg.batch * COST[cfg.trainable],
         tokens=tokens,

@@ -7,8 +7,14 @@ import jax
 from jax.sharding import Mesh
 
 from framepack_jax.data.loader import Loader
+from framepack_jax.generation.offload_plan import limit_of_device
+from framepack_jax.parallel.chips import chip_of
+from framepack_jax.parallel.sharding import placed_bytes
 from framepack_jax.training.config import TrainConfig
-from framepack_jax.training.state import Params, factor_scale
+from framepack_jax.training.programs import Programs
+from framepack_jax.training.state import Params, TrainState, factor_scale
+from framepack_jax.training.task import Frozen
+from framepack_jax.utils.messages import bytes_text
 
 if TYPE_CHECKING:
     from framepack_jax.training.flow_matching_task import FlowMatchingTask
@@ -76,6 +82,44 @@ def steps_line(first: int, steps: int, saves: int, validates: int, why_not: str)
     return (
         f"steps        {first + 1:,} to {steps:,}; the first checkpoint comes after step"
         f" {after(saves):,}, {validation}"
+    )
+
+
+def held_bytes(state: TrainState[jax.ShapeDtypeStruct], frozen: Frozen) -> dict[str, int]:
+    """Return the bytes on a device of each part of a run that stays there, from shapes and
+    shardings."""
+    parts = {
+        "parameters": state.params, "optimizer": state.opt_state, "moving average": state.ema,
+        "frozen weights": frozen,
+    }  # fmt: skip
+    return {name: placed_bytes(tree) for name, tree in parts.items()}
+
+
+def state_memory_line(state: TrainState[jax.ShapeDtypeStruct], frozen: Frozen) -> str:
+    """Memory of what stays on a device."""
+    held = {name: size for name, size in held_bytes(state, frozen).items() if size}
+    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in held.items())
+    return f"state        {bytes_text(sum(held.values()))} on each device: {parts}"
+
+
+def step_memory_line(programs: Programs) -> str | None:
+    """Memory of a device while a step runs, by the compiler, for the largest program; None if it
+    does not say."""
+    found = [program.memory_analysis() for program, _ in programs.values()]
+    sizes = [
+        (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+         memory.temp_size_in_bytes)
+        for memory in found if memory is not None
+    ]  # fmt: skip
+    if not sizes:
+        return None
+    held, temporary = max(sizes, key=sum)
+    chip = chip_of(jax.local_devices()[0])
+    room = limit_of_device() or (chip and chip.memory)
+    return (
+        f"memory       {bytes_text(held + temporary)}{f' of {bytes_text(room)}' if room else ''} on"
+        f" each device in a step: state, weights and batch {bytes_text(held)}, temporary"
+        f" {bytes_text(temporary)}"
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from framepack_jax.data.batch import LOST
 from framepack_jax.data.records import DatasetError
 from framepack_jax.parallel import multihost
-from framepack_jax.training import checkpoints, goodput, metrics, optimizer
+from framepack_jax.training import checkpoints, goodput, metrics, optimizer, summary
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.best import Best, read_best, write_best
 from framepack_jax.training.checkpoints import RunError
@@ -150,9 +150,12 @@ class Trainer:
             self.validator = multihost.on_all_hosts(task.validator, frozen)
             for line in task.describe(first):
                 self.say(line)
+            self.say(summary.state_memory_line(task.abstract, frozen))
             self.life.switch("compile")
             self.watchdog.allow("compiling")
             programs = compile_steps(task, frozen, self.say)
+            if memory := summary.step_memory_line(programs):
+                self.say(memory)
             if self.life.earlier:
                 self.say(goodput.line(self.life.summary(), len(self.life.earlier) + 1))
             self.position = task.loader.get_state()

@@ -47,6 +47,22 @@ for sizes, kernel, causal in CASES:
         found = jax.jit(functools.partial(both, causal))(q, k, valid)
     check(one[causal], found, sizes, kernel)
 
+few = jax.random.normal(jax.random.key(3), (2, 7, 6, 8))
+
+def prompt(q, k):
+    def loss(q, k):
+        return jnp.sum(jnp.sin(attention.attend(q, k, jnp.sin(k), local=True)))
+    return jax.value_and_grad(loss, (0, 1))(q, k)
+
+with attention.use("xla"):
+    one = jax.jit(prompt)(q, few)
+for sizes in ({"fsdp": 2, "context": 2, "tensor": 2}, {"context": 4}):
+    devices = jax.devices()[: np.prod(list(sizes.values()))]
+    with jax.set_mesh(sharding.make_mesh(**sizes, devices=devices)), attention.use("xla"):
+        divided = jax.jit(prompt).lower(q, few).compile()
+        check(one, divided(q, few), sizes, "local")
+    assert "all-to-all" not in divided.as_text(), sizes
+
 x = jax.random.normal(jax.random.key(2), (1, 41, 6, 2))
 for sizes in ({"fsdp": 2, "context": 4}, {"fsdp": 4, "context": 2}, {"context": 2, "tensor": 3}):
     devices = jax.devices()[: np.prod(list(sizes.values()))]

@@ -1,6 +1,7 @@
 """The causal 3-D autoencoder against diffusers' AutoencoderKLHunyuanVideo."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -367,7 +368,8 @@ def test_gradients_on_a_cpu_are_those_of_one_convolution(
         return conv.by_volume(jnp.pad(x, pad, mode="edge"), weights, stride)
 
     expected, back = jax.vjp(reference, x, weights)
-    out, our_back = jax.vjp(lambda x, w: conv.on_cpu(x, w, stride), x, weights)
+    padded = functools.partial(jnp.pad, pad_width=pad, mode="edge")
+    out, our_back = jax.vjp(lambda x, w: conv.on_cpu(padded(x), w, stride), x, weights)
     np.testing.assert_allclose(out, expected, atol=1e-4)
     towards = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
     for ours_, theirs in zip(our_back(towards), back(towards), strict=True):

@@ -1,5 +1,7 @@
 """Sharding rules of HunyuanVideo's networks: patterns of paths, and mesh axes by dimension."""
 
+from framepack_jax.parallel.sharding import REPLICATED
+
 # Megatron's pairs (columns over `tensor`, then rows), with `fsdp` on the remaining dimension. A
 # modulation is divided by rows: its result is a few vectors a sample, which every device needs
 # whole. Embeddings of patches and text have no second half to pair with; the layers of the
@@ -25,4 +27,4 @@ TRANSFORMER = (
 
 # Small weights, large activations: every device has all weights and computes some rows of the
 # picture. The compiler extends the constraint on the input to all activations.
-VAE = ((r".*", ()),)
+VAE = REPLICATED

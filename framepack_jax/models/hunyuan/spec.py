@@ -40,4 +40,5 @@ VAE = VaeSpec(
     encode=vae.encode,
     decode=vae.decode,
     check_tiling=vae.check_tiling,
+    latent_statistics=vae.latent_statistics,
 )

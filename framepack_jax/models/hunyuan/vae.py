@@ -11,19 +11,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from framepack_jax.models.autoencoder import ROWS, check_clip, draw_params, split_moments
 from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.hunyuan.vae_blocks import Decoder, Encoder
+from framepack_jax.models.network_spec import LatentStatistics
 from framepack_jax.models.params import Params, apply_module
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.tiling import DEFAULT_TILING, Tiling, apply_tiled, encoder_axes
 from framepack_jax.parallel.sharding import BATCH, constrain
 
 STACKS: dict[str, str] = {}
-ROWS = ("context", "fsdp", "tensor", "data")
-LOGVAR_RANGE = (-30.0, 20.0)
+SCALING_FACTOR = 0.476986
 
 
 def init(cfg: VaeConfig, key: jax.Array) -> Params:
@@ -35,17 +34,7 @@ def init(cfg: VaeConfig, key: jax.Array) -> Params:
         "encoder": jax.eval_shape(Encoder(cfg).init, key, video)["params"],
         "decoder": jax.eval_shape(Decoder(cfg).init, key, latents)["params"],
     }
-    leaves = flatten_dict(shapes)
-    # One draw for all kernels: compiling a generator for each of their shapes takes a minute.
-    sizes = [leaf.size for path, leaf in leaves.items() if path[-1] == "kernel"]
-    noise = iter(jnp.split(jax.random.normal(key, sum(sizes)), np.cumsum(sizes)[:-1]))
-    for path, leaf in leaves.items():
-        if path[-1] == "kernel":
-            inputs = leaf.size // leaf.shape[-1]
-            leaves[path] = next(noise).reshape(leaf.shape) * inputs**-0.5
-        else:
-            leaves[path] = jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype)
-    return unflatten_dict(leaves)
+    return draw_params(shapes, key)
 
 
 def encode(
@@ -57,11 +46,10 @@ def encode(
     latent_channels) in the video's dtype; the mean is the mode. Raises ValueError if H, W or the
     tiles are no multiples of the compression.
     """
-    _check(cfg, "video", video, cfg.in_channels, cfg.space_compression)
+    check_clip("video", video, cfg.in_channels, cfg.space_compression)
     time, space = encoder_axes(tiling, cfg.time_compression, cfg.space_compression)
     moments = apply_tiled(functools.partial(_encode, cfg, params["encoder"]), video, time, space)
-    mean, logvar = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+    return split_moments(moments)
 
 
 def decode(
@@ -73,7 +61,7 @@ def decode(
     out_channels) is in about [-1, 1], not clipped, in the latents' dtype. Raises ValueError if the
     tiles are no multiples of the compression.
     """
-    _check(cfg, "latents", latents, cfg.latent_channels, 1)
+    check_clip("latents", latents, cfg.latent_channels, 1)
     axes = encoder_axes(tiling, cfg.time_compression, cfg.space_compression)
     time, space = (axis and axis.swapped() for axis in axes)
     return apply_tiled(functools.partial(_decode, cfg, params["decoder"]), latents, time, space)
@@ -82,6 +70,11 @@ def decode(
 def check_tiling(cfg: VaeConfig, tiling: Tiling) -> None:
     """Raise ValueError if the tiles are no multiples of the compression."""
     encoder_axes(tiling, cfg.time_compression, cfg.space_compression)
+
+
+def latent_statistics(cfg: VaeConfig) -> LatentStatistics:
+    """Return mean and standard deviation of each latent channel, by the released scaling factor."""
+    return (0.0,) * cfg.latent_channels, (1 / SCALING_FACTOR,) * cfg.latent_channels
 
 
 # Compiled once for each shape of tile; even a long video has few.
@@ -97,13 +90,3 @@ def _decode(cfg: VaeConfig, params: Params, latents: jax.Array) -> jax.Array:
     latents = constrain(latents, BATCH, None, ROWS, None, None)
     video = apply_module(Decoder(cfg), params, latents)
     return constrain(video, BATCH, None, ROWS, None, None)
-
-
-def _check(cfg: VaeConfig, name: str, x: jax.Array, channels: int, multiple: int) -> None:
-    if x.ndim != 5 or x.shape[-1] != channels:
-        raise ValueError(f"VAE: {name} must be (B, T, H, W, {channels}), got {x.shape}")
-    if x.shape[2] % multiple or x.shape[3] % multiple:
-        raise ValueError(
-            f"VAE: height and width of {name} must be multiples of {multiple}, got"
-            f" {x.shape[2]}x{x.shape[3]}; resize or crop it"
-        )

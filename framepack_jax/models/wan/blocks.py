@@ -12,6 +12,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from framepack_jax.models.transformer_parts import (
     divide_columns,
@@ -113,8 +114,10 @@ class Block(nn.Module):
         k = WideNorm(cfg, name="cross_k_norm")(kv[:, :, 0])
 
         def read(x: jax.Array) -> jax.Array:
-            q = to_heads(q_norm(_divide_heads(q_proj(norm(x).astype(x.dtype)))))
-            return divide_stream(x + out(merge_heads(attend(q, k, kv[:, :, 1]))))
+            q = q_norm(_divide_heads(q_proj(norm(x).astype(x.dtype))))
+            attention = attend(q, k, kv[:, :, 1], local=True)
+            attention = divide_columns(rearrange(attention, "b l n d -> b l (n d)"))
+            return divide_stream(x + out(attention))
 
         return read
 

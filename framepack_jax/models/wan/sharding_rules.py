@@ -1,5 +1,7 @@
 """Sharding rules of Wan's networks: patterns of paths, and mesh axes by dimension."""
 
+from framepack_jax.parallel.sharding import REPLICATED
+
 # Megatron's pairs (columns over `tensor`, then rows), with `fsdp` on the remaining dimension, as
 # HunyuanVideo's. Norms of q and k span all heads, which `tensor` divides.
 TRANSFORMER = (
@@ -27,3 +29,6 @@ TRANSFORMER = (
     (r"head/out/kernel", ("fsdp", None)),
     (r"head/out/bias", ()),
 )
+
+# As for HunyuanVideo's: every device has all weights and computes some rows of the picture.
+VAE = REPLICATED

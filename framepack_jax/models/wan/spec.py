@@ -2,8 +2,8 @@
 
 from framepack_jax.diffusion.network import StepCacheHooks
 from framepack_jax.models import packed_video
-from framepack_jax.models.network_spec import DenoiserSpec
-from framepack_jax.models.wan import config, flops, sharding_rules, transformer
+from framepack_jax.models.network_spec import DenoiserSpec, VaeSpec
+from framepack_jax.models.wan import config, flops, sharding_rules, transformer, vae, vae_config
 from framepack_jax.models.wan.offload_programs import offload_programs
 
 TRANSFORMER = DenoiserSpec(
@@ -27,4 +27,17 @@ TRANSFORMER = DenoiserSpec(
     check_mesh=packed_video.check_mesh,
     forward_flops=flops.forward_flops,
     offload_programs=offload_programs,
+)
+
+VAE = VaeSpec(
+    kind="wan_vae",
+    config=vae_config.WanVaeConfig,
+    init=vae.init,
+    sharding_rules=sharding_rules.VAE,
+    stacks=vae.STACKS,
+    encode=vae.encode,
+    decode=vae.decode,
+    check_tiling=vae.check_tiling,
+    latent_statistics=vae.latent_statistics,
+    exact_chunks=True,
 )

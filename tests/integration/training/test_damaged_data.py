@@ -37,7 +37,18 @@ def test_a_run_says_what_it_will_do(damaged) -> None:
         "steps        1 to 12; the first checkpoint comes after step 3, no validation"
         " (--validation.every 0)",
     ]
-    assert out[5].startswith("compiling    1 program of the step")
+    size = r"[\d.]+ (kB|MB)"
+    assert re.fullmatch(
+        rf"state        {size} on each device: parameters {size}, optimizer {size}, moving average"
+        rf" {size}",
+        out[5],
+    )
+    assert out[6].startswith("compiling    1 program of the step")
+    assert re.fullmatch(
+        rf"memory       {size} on each device in a step: state, weights and batch {size}, temporary"
+        rf" {size}",
+        out[7],
+    )
 
 
 def test_a_clip_that_cannot_be_read_is_replaced_and_named(place, damaged) -> None:

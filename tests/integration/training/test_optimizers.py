@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 from framepack_jax.training.config import OptimizerConfig
 from framepack_jax.training.flow_matching_task import Networks
+from framepack_jax.utils import messages
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import ROOT
 from tests.fixtures.training_data import write_dataset
@@ -28,17 +30,18 @@ def test_optimizers_bring_the_loss_down(batches, name) -> None:
 
 
 ON_EIGHT = """
-import functools, itertools, json, sys
+import collections, functools, itertools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 sys.path.insert(0, ".")
 from framepack_jax import bundle, packing
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.loader import open_loader
 from framepack_jax.parallel import sharding
-from framepack_jax.training import flow_matching_task, state, train_step
+from framepack_jax.training import flow_matching_task, state, summary, train_step
 from framepack_jax.training.config import OptimizerConfig
 from framepack_jax.training.flow_matching_task import Networks
 from framepack_jax.training.prefetch import place
+from framepack_jax.training.programs import shapes_of
 from tests.fixtures.training_steps import SCHEDULE, changed
 
 RATE = np.float32(1e-3)
@@ -47,11 +50,24 @@ def setup_of(name, mesh):
     optimizer = OptimizerConfig(name, learning_rate=1e-3, warmup_steps=0)
     layers = dict.fromkeys(("double_layers", "single_layers", "refiner_layers"), 1)
     remat = "none" if mesh.size == 1 else "attention"
-    cfg = changed(optimizer=optimizer, network=layers, remat=remat)
+    cfg = changed(optimizer=optimizer, network=layers, remat=remat, ema=0.9)
     manifest = bundle.read_manifest(bundle.resolve("random"))
     setup = flow_matching_task.set_up(cfg, manifest, mesh)
     params = params_of(mesh, functools.partial(state.random_params, cfg, setup.model, mesh))
-    return setup, *state.init_state(cfg, setup.model, setup.tx, mesh, params)
+    now, frozen = state.init_state(cfg, setup.model, setup.tx, mesh, params)
+    said = [*summary.held_bytes(setup.abstract, frozen).values()]
+    found = held(now.params, now.opt_state, now.ema, frozen)
+    assert found == dict.fromkeys(mesh.devices.flat, said), (found, said)
+    return setup, now, frozen
+
+def held(*trees):
+    # Bytes of each tree on each device.
+    found = collections.defaultdict(lambda: [0] * len(trees))
+    for number, tree in enumerate(trees):
+        for leaf in jax.tree.leaves(tree):
+            for shard in leaf.addressable_shards:
+                found[shard.device][number] += shard.data.nbytes
+    return found
 
 drawn = {}
 
@@ -63,9 +79,13 @@ def params_of(mesh, draw):
 def losses(mesh):
     setup, now, frozen = setup_of("adamw", mesh)
     loader = open_loader(DataConfig(path=sys.argv[1]), packing.parse(SCHEDULE), setup.cfg.batch)
-    run, found = train_step.jit_train_step(setup), []
-    for batch in itertools.islice(loader, 3):
-        batch = place(batch, setup.mesh, setup.cfg.batch)
+    batches = [place(b, setup.mesh, setup.cfg.batch) for b in itertools.islice(loader, 3)]
+    arguments = now, Networks(frozen, {}), batches[0], RATE
+    run, found = train_step.jit_train_step(setup).lower(*arguments).compile(), []
+    (used,) = held(arguments[:3])[mesh.devices.flat[0]]
+    said = summary.step_memory_line({shapes_of(batches[0]): (run, None)})
+    print(json.dumps([used, said]))
+    for batch in batches:
         now, metrics = run(now, Networks(frozen, {}), batch, RATE)
         found.append(float(metrics.loss))
     return found
@@ -104,14 +124,21 @@ print(json.dumps(list(on_both(losses))))
 
 
 def test_every_optimizer_does_on_eight_devices_what_it_does_on_one(tmp_path) -> None:
-    """Losses of three steps; and what each optimizer makes of three gradients."""
+    """Losses of three steps; what each optimizer makes of three gradients; and memory."""
     write_dataset(tmp_path, {(32, 48): (7, 9, 5, 5, 7)})
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"XLA_FLAGS": quick_flags(8)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    *errors, (alone, together) = (json.loads(line) for line in done.stdout.splitlines())
+    *errors, one, eight, (alone, together) = map(json.loads, done.stdout.splitlines())
+    for used, said in (one, eight):
+        size, unit = re.search(
+            r"state, weights and batch ([\d.]+) (kB|MB), temporary \d", said
+        ).groups()
+        # Beside alignment, the compiler's figure is what the device holds.
+        assert abs(float(size) * messages.UNITS[unit] / used - 1) < 0.01, said
+    assert eight[0] < 0.25 * one[0]
     assert len(set(alone)) == 3
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert [name for name, _ in errors] == ["adamw", "adafactor", "adam8bit", "muon"]

@@ -20,6 +20,7 @@ from framepack_jax.conversion import engine, export, tables, weight_files
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, siglip
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+from framepack_jax.models.wan.vae_config import WanVaeConfig
 
 # The fixtures and helpers of this file need PyTorch.
 pytestmark = pytest.mark.torch
@@ -94,11 +95,18 @@ def test_in_and_out_again_no_bit_is_lost(form, framepack, data, seed, tmp_path_f
 
 
 @st.composite
-def other_configs(draw, role: str) -> Any:
-    """Small networks of the other roles, in the shapes that their configs allow."""
+def other_configs(draw, kind: str) -> Any:
+    """Small networks of the other kinds, in the shapes that their configs allow."""
     size = st.integers(1, 3)
-    match role:
-        case "vae":
+    match kind:
+        case "wan_vae":
+            levels = draw(st.integers(2, 4))
+            return WanVaeConfig(
+                latent_channels=draw(size), width=draw(st.sampled_from([2, 4])),
+                multipliers=tuple(draw(size) for _ in range(levels)), layers_per_block=draw(size),
+                halves_time=tuple(draw(st.booleans()) for _ in range(levels - 1)),
+            )  # fmt: skip
+        case "hunyuan_vae":
             widths = draw(st.lists(st.sampled_from([4, 8, 12]), min_size=3, max_size=4))
             return VaeConfig(
                 latent_channels=draw(st.sampled_from([4, 16])), channels=tuple(widths),
@@ -106,7 +114,7 @@ def other_configs(draw, role: str) -> Any:
                 space_compression=draw(st.sampled_from([4, 8])),
                 time_compression=draw(st.sampled_from([2, 4])),
             )  # fmt: skip
-        case "text_encoder_2":
+        case "clip_text":
             heads = draw(size)
             return clip.ClipConfig(
                 vocab_size=draw(st.integers(10, 40)), width=4 * heads, layers=draw(size),
@@ -120,25 +128,28 @@ def other_configs(draw, role: str) -> Any:
             )  # fmt: skip
 
 
-OTHERS = {"vae": "hunyuan_vae", "text_encoder_2": "clip_text", "image_encoder": "siglip_vision"}
+OTHERS = {
+    "hunyuan_vae": "vae", "wan_vae": "vae", "clip_text": "text_encoder_2",
+    "siglip_vision": "image_encoder",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("role", OTHERS)
+@pytest.mark.parametrize("kind", OTHERS)
 @settings(max_examples=4, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-def test_other_networks_lose_no_bit_either(role, data, seed, tmp_path_factory) -> None:
+def test_other_networks_lose_no_bit_either(kind, data, seed, tmp_path_factory) -> None:
     """A folder of any size, in again: config, types and bits."""
-    cfg = data.draw(other_configs(role))
+    cfg, role = data.draw(other_configs(kind)), OTHERS[kind]
     root, random = tmp_path_factory.mktemp("random"), np.random.default_rng(seed)
     leaves = {
         path: random.standard_normal(leaf.shape, np.float32).astype(
             jnp.dtype("float32" if "norm" in path else "bfloat16")
         )
-        for path, leaf in registry.abstract_leaves(OTHERS[role], cfg).items()
+        for path, leaf in registry.abstract_leaves(kind, cfg).items()
     }
     bundle.write_params(root / role, leaves.items())
     fields = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    roles = {role: Role(OTHERS[role], fields, role)}
+    roles = {role: Role(kind, fields, role)}
     channels = cfg.latent_channels if role == "vae" else 1
     bundle.write_manifest(
         root, Manifest(roles, (0.0,) * channels, (2.0,) * channels, "{}", packing.parse("g9"))
@@ -147,8 +158,7 @@ def test_other_networks_lose_no_bit_either(role, data, seed, tmp_path_factory) -
     for name, file in files.items():
         (root / name).mkdir()
         (root / name / file).write_text("{}")
-    naming = export.default_naming(bundle.read_manifest(root), role)
-    export.Export(root, bundle.read_manifest(root), role, naming).folder(root / "out")
+    export.Export(root, bundle.read_manifest(root), role, "diffusers").folder(root / "out")
     plan = engine.make_job(tables.recognise(weight_files.open_checkpoint(root / "out"), role))
     assert plan.cfg == cfg
     again = dict(plan.leaves())

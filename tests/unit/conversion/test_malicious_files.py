@@ -14,8 +14,10 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save, save_file
 
 from framepack_jax.cli.convert import main
-from framepack_jax.conversion import engine, inspect, tables, vae, weight_files
+from framepack_jax.conversion import engine, inspect, latent_statistics, tables, weight_files
 from framepack_jax.conversion.weight_files import ConversionError, Entry, open_checkpoint
+from framepack_jax.models.hunyuan.config import VaeConfig
+from framepack_jax.models.hunyuan.spec import VAE
 from tests.fixtures.checkpoints import RELEASED, plan_of, small_state
 
 
@@ -225,7 +227,7 @@ def test_no_config_crashes(part: str, golden, tmp_path) -> None:
             try:
                 found.table.config(found)
                 if part == "vae":
-                    vae.latent_statistics(found.checkpoint.config(), 16)
+                    latent_statistics.read(found.checkpoint.config(), VAE, VaeConfig())
             except ConversionError as error:
                 assert str(folder) in str(error) or "config.json" in str(error)
                 refused += 1

@@ -272,6 +272,10 @@ def test_the_lowering_chooses_the_kernel(platform, causal, cudnn_installed) -> N
     assert lowered(run, platform, *abstract(1024)) == MARKS[platform]
     assert lowered(run, platform, *abstract(1023)) == []  # not worth a kernel
 
+    queries, keys = abstract(4096)[0], abstract(256)[0]
+    if not causal:  # many queries of few keys, such as those of a prompt
+        assert lowered(run, platform, queries, keys, keys) == MARKS[platform]
+
     def loss(*args):
         return jnp.sum(run(*args).astype(jnp.float32))
 

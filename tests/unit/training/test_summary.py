@@ -27,6 +27,30 @@ def test_a_batch_is_said_to_lie_on_devices() -> None:
     ]
 
 
+def test_memory_of_the_largest_program_is_beside_that_of_the_device(monkeypatch) -> None:
+    """A donated state is counted once."""
+    Memory = collections.namedtuple(
+        "Memory", "argument_size_in_bytes output_size_in_bytes alias_size_in_bytes"
+        " temp_size_in_bytes",
+    )  # fmt: skip
+
+    class Program:
+        def __init__(self, temporary: int | None) -> None:
+            self.temporary = temporary
+
+        def memory_analysis(self) -> Memory | None:
+            return self.temporary and Memory(2 * GB, GB, GB - 1000, self.temporary)
+
+    GB = 10**9
+    programs = {((n,),): (Program(size), None) for n, size in enumerate((4 * GB, 10 * GB, None))}
+    monkeypatch.setattr(summary, "limit_of_device", lambda: 84 * GB)
+    assert summary.step_memory_line(programs) == (
+        "memory       12.0 GB of 84.0 GB on each device in a step: state, weights and batch 2.00"
+        " GB, temporary 10.0 GB"
+    )
+    assert summary.step_memory_line({((2,),): (Program(None), None)}) is None
+
+
 def test_the_first_checkpoint_and_validation_are_announced() -> None:
     """Of a run that resumes after a step; they come after the last step at the latest."""
     assert summary.steps_line(0, 1000, 500, 300, "--data.holdout 0") == (

@@ -1,7 +1,7 @@
 """Texts of errors and comparisons of records."""
 
 from framepack_jax.utils.compare import THERE_HERE, differences, differing_fields
-from framepack_jax.utils.messages import MAX_LISTED, first_line, shorten
+from framepack_jax.utils.messages import MAX_LISTED, bytes_text, first_line, shorten
 
 
 def test_the_first_line_of_an_error() -> None:
@@ -15,6 +15,13 @@ def test_long_lists_are_shortened() -> None:
     assert shorten((*names, "a", "b")) == ", ".join([*names, "and 2 more"])
     assert shorten(iter("abc"), 1, "; ") == "a; and 2 more"
     assert shorten([]) == ""
+
+
+def test_bytes_have_the_largest_unit() -> None:
+    found = [bytes_text(number) for number in (0, 12, 45_600, 1_234_000, 84.04e9, 151e9, 2.5e12)]
+    assert found == [
+        "0.00 kB", "0.01 kB", "45.6 kB", "1.23 MB", "84.0 GB", "151 GB", "2.50 TB",
+    ]  # fmt: skip
 
 
 def test_records_are_compared_field_by_field() -> None:
