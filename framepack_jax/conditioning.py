@@ -1,11 +1,14 @@
 """Encode prompts and images to the conditions of a video.
 
-Source: HunyuanVideo's text conditioning (arXiv 2412.03603, section 4.3) with FramePack's image
-tokens. Llama encodes the prompt inside a template to a state for each prompt token, CLIP encodes
-the bare prompt to one vector, SigLIP encodes the image to tokens, and the VAE encodes it to the
-start latent. Sampling and dataset preparation both use this module.
+The text encoder encodes the prompt inside the bundle's template to a state for each prompt token.
+A bundle may have two more encoders: CLIP encodes the bare prompt to one vector, and SigLIP encodes
+the image to tokens. The VAE encodes the image to the start latent. Sampling and dataset preparation
+both use this module.
 
-Shapes: B batch, L Llama tokens, H W rows and columns, C latent channels.
+Source: HunyuanVideo's text conditioning (arXiv 2412.03603, section 4.3) with FramePack's image
+tokens; `encode_prompt` of diffusers' pipelines.
+
+Shapes: B batch, L tokens of the text encoder, H W rows and columns, C latent channels.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,7 @@ from framepack_jax.models import offload
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.config import VaeConfig
+from framepack_jax.models.network_spec import TextEncoderSpec
 from framepack_jax.models.params import Params
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.models.tiling import Tiling
@@ -44,13 +48,22 @@ PROMPT_TEMPLATE = (
     "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
-ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 # Words that a warning quotes from each end of a prompt that is cut.
 KEPT_WORDS = 8
 
 WHOLE_FRAMES = Tiling()
-PromptStates = tuple[jax.Array, jax.Array, jax.Array]
-"""Encoded prompts: `text`, `valid` and `pooled`, see `encode_prompt`."""
+
+
+class PromptStates(NamedTuple):
+    """Encoded prompts.
+
+    `text` (B, L, D) is zero where `valid` (B, L) is False; L is `Encoders.text_tokens`. The True
+    entries of `valid` are a prefix. `pooled` (B, D_pooled) is CLIP's vector, None without CLIP.
+    """
+
+    text: jax.Array
+    valid: jax.Array
+    pooled: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +93,20 @@ class ImageProcessor:
 class Encoders:
     """Encoders of prompts and images, with their tokenizers.
 
-    Networks are (config, parameters) and compute in the dtype of their parameters. `template` has
-    one `{}` for the prompt.
+    Networks are (config, parameters) and compute in the dtype of their parameters; `text_spec` is
+    the kind of `text_encoder`. `template` has one `{}` for the prompt, of which `text_tokens`
+    tokens are read. CLIP and SigLIP are None in a bundle whose transformer reads neither.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_2: PreTrainedTokenizerBase
-    image_processor: ImageProcessor
-    text_encoder: tuple[llama.LlamaConfig, Params]
-    text_encoder_2: tuple[clip.ClipConfig, Params]
-    image_encoder: tuple[siglip.SiglipConfig, Params]
+    text_encoder: tuple[Any, Params]
+    tokenizer_2: PreTrainedTokenizerBase | None = None
+    text_encoder_2: tuple[clip.ClipConfig, Params] | None = None
+    image_processor: ImageProcessor | None = None
+    image_encoder: tuple[siglip.SiglipConfig, Params] | None = None
+    text_spec: TextEncoderSpec = llama.SPEC
     template: str = PROMPT_TEMPLATE
+    text_tokens: int = MAX_PROMPT_TOKENS
 
 
 def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
@@ -138,25 +154,32 @@ def load_image_processor(folder: epath.PathLike) -> ImageProcessor:
 
 
 def prompt_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
-    """Return the number of tokens before the prompt, which all prompts share."""
+    """Return the number of tokens before the prompt, which all prompts share; 0 if the template
+    begins with the prompt."""
+    if template.startswith("{}"):
+        # Two prompts may begin with the same token.
+        return 0
     first, second = tokenizer([_fill(template, prompt) for prompt in ("a", "1")]).input_ids
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
 
 def count_tokens(encoders: Encoders, prompt: str) -> int:
-    """Return the number of Llama tokens of a prompt, including the end of the template.
+    """Return the number of tokens of a prompt, including the end of the template.
 
-    Tokens after MAX_PROMPT_TOKENS are cut when the prompt is encoded.
+    Tokens after `encoders.text_tokens` are cut when the prompt is encoded.
     """
-    text = _fill(encoders.template, prompt)
+    text = _fill(encoders.template, encoders.text_spec.clean(prompt))
     ids = encoders.tokenizer(text, verbose=False).input_ids
     return len(ids) - prompt_start(encoders.tokenizer, encoders.template)
 
 
 def tokenize_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, prompts: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    prompts: Sequence[str],
+    text_tokens: int = MAX_PROMPT_TOKENS,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return (ids, valid, start) for Llama: int32 and bool (B, L), L = start + MAX_PROMPT_TOKENS.
+    """Return (ids, valid, start) for the text encoder: int32 and bool (B, start + `text_tokens`).
 
     Ids are padded on the right; the tokens of the prompts begin at `start`. A prompt that does not
     fit is cut, with a warning that quotes the last words read.
@@ -164,18 +187,18 @@ def tokenize_prompt(
     start = prompt_start(tokenizer, template)
     texts = [_fill(template, prompt) for prompt in prompts]
     for i, whole in enumerate(tokenizer(texts, verbose=False).input_ids):
-        kept = start + MAX_PROMPT_TOKENS
+        kept = start + text_tokens
         if len(whole) > kept:
             words = str(tokenizer.decode(whole[start:kept], skip_special_tokens=True)).split()
             warnings.warn(
                 f"prompt {' '.join(prompts[i].split()[:KEPT_WORDS])!r} ... is too long:"
                 f" {len(whole) - start} tokens with the template's end, of"
-                f" which {MAX_PROMPT_TOKENS} are read. The last words read are:"
+                f" which {text_tokens} are read. The last words read are:"
                 f' "... {" ".join(words[-KEPT_WORDS:])}". Shorten the prompt, or move what matters'
                 " to its beginning",
                 stacklevel=4,
             )
-    ids, mask = _pad_and_cut(tokenizer, texts, start + MAX_PROMPT_TOKENS)
+    ids, mask = _pad_and_cut(tokenizer, texts, start + text_tokens)
     return ids, mask.astype(bool), start
 
 
@@ -185,16 +208,13 @@ def tokenize_summary(
     """Return ids (B, length) int32 of the bare prompts for CLIP.
 
     A longer prompt is cut without a warning: CLIP gives one vector for the whole prompt and reads
-    at most 77 tokens by design. Llama still reads all tokens.
+    at most 77 tokens by design. The text encoder still reads all tokens.
     """
     return _pad_and_cut(tokenizer, list(prompts), length)[0]
 
 
 def encode_prompt(encoders: Encoders, prompts: Sequence[str]) -> PromptStates:
-    """Encode prompts, which may be empty, to (text, valid, pooled).
-
-    `text` (B, MAX_PROMPT_TOKENS, D) is zero where `valid` (B, MAX_PROMPT_TOKENS) is False; the True
-    entries of `valid` are a prefix. `pooled` (B, D_pooled) is CLIP's vector.
+    """Encode prompts, which may be empty.
 
     Warns if a prompt is cut. Raises ValueError if the template does not have exactly one `{}`, or
     if a tokenizer returns ids outside of the vocabulary of its network.
@@ -207,34 +227,42 @@ def encode_each(encoders: Encoders, batches: Sequence[Sequence[str]]) -> list[Pr
 
     A text encoder that is not on the device is read once for all batches.
     """
-    cfg, params = encoders.text_encoder
+    spec, (cfg, params) = encoders.text_spec, encoders.text_encoder
     tokens = []
     for prompts in batches:
-        ids, mask, start = tokenize_prompt(encoders.tokenizer, encoders.template, prompts)
+        cleaned = [spec.clean(prompt) for prompt in prompts]
+        ids, mask, start = tokenize_prompt(
+            encoders.tokenizer, encoders.template, cleaned, encoders.text_tokens
+        )
         _check_ids("tokenizer", ids, cfg.vocab_size)
         tokens.append((ids, mask))
     if offload.is_offloaded(params):
-        read = llama.hidden_states_of_each(cfg, params, tokens)
+        read = spec.hidden_states_of_each(cfg, params, tokens)
     else:
-        read = [_text_states(cfg, params, *each) for each in tokens]
+        read = [_text_states(spec, cfg, params, *each) for each in tokens]
     given = []
     for prompts, (_, mask), states in zip(batches, tokens, read, strict=True):
         states, valid = states[:, start:], jnp.asarray(mask[:, start:])
         text = jnp.where(valid[:, :, None], states, jnp.zeros_like(states))
-        given.append((text, valid, _summaries(encoders, prompts)))
+        given.append(PromptStates(text, valid, _summaries(encoders, prompts)))
     return given
 
 
-def _summaries(encoders: Encoders, prompts: Sequence[str]) -> jax.Array:
-    """Return CLIP's vectors (B, D_pooled) of prompts."""
+def _summaries(encoders: Encoders, prompts: Sequence[str]) -> jax.Array | None:
+    """Return CLIP's vectors (B, D_pooled) of prompts, None without CLIP."""
+    if encoders.text_encoder_2 is None or encoders.tokenizer_2 is None:
+        return None
     cfg, params = encoders.text_encoder_2
     ids = tokenize_summary(encoders.tokenizer_2, prompts, cfg.max_tokens)
     _check_ids("tokenizer_2", ids, cfg.vocab_size)
     return _pooled(cfg, params, ids)
 
 
-def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array:
-    """Encode images (B, H, W, 3) uint8, cropped to the video's size, to tokens (B, n, D_img)."""
+def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array | None:
+    """Encode images (B, H, W, 3) uint8, cropped to the video's size, to tokens (B, n, D_img);
+    return None without an image encoder."""
+    if encoders.image_encoder is None or encoders.image_processor is None:
+        return None
     cfg, params = encoders.image_encoder
     pixels = jnp.asarray(encoders.image_processor(images), _dtype(params))
     return _image_states(cfg, params, pixels)
@@ -290,15 +318,27 @@ def blend_prompts(prompts: Sequence[tuple[PromptStates, float]]) -> PromptStates
     if len(prompts) == 1:
         return prompts[0][0]
 
-    def mean(part: int) -> jax.Array:
-        weighted = [states[part].astype(jnp.float32) * share for states, share in prompts]
-        return sum(weighted, start=jnp.zeros((), jnp.float32)).astype(prompts[0][0][part].dtype)
+    each, shares = zip(*prompts, strict=True)
 
-    valid = functools.reduce(jnp.logical_or, [states[1] for states, _ in prompts])
-    return mean(0), valid, mean(2)
+    def mean(parts: Sequence[jax.Array]) -> jax.Array:
+        weighted = [x.astype(jnp.float32) * share for x, share in zip(parts, shares, strict=True)]
+        return sum(weighted, start=jnp.zeros((), jnp.float32)).astype(parts[0].dtype)
+
+    pooled = [states.pooled for states in each if states.pooled is not None]
+    return PromptStates(
+        mean([states.text for states in each]),
+        functools.reduce(jnp.logical_or, [states.valid for states in each]),
+        mean(pooled) if pooled else None,
+    )
 
 
-_text_states = jax.jit(llama.hidden_states, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _text_states(
+    spec: TextEncoderSpec, cfg: Any, params: Params, ids: jax.Array, valid: jax.Array
+) -> jax.Array:
+    return spec.hidden_states(cfg, params, ids, valid)
+
+
 _pooled = jax.jit(clip.pooled, static_argnums=0)
 _image_states = jax.jit(siglip.hidden_states, static_argnums=0)
 
@@ -339,7 +379,7 @@ def load_encoders(
     mesh: Mesh | None = None,
     streamed: bool = False,
 ) -> Encoders:
-    """Load tokenizers, image processor and networks of a bundle.
+    """Load the encoders that the transformer of a bundle reads, with their tokenizers.
 
     Parameters have the `dtype` and are sharded over the mesh, if there is one. If `streamed`, the
     layers of large networks are read from the disk when they run. Raises BundleError, ValueError.
@@ -348,17 +388,21 @@ def load_encoders(
     load = bundle.load_params
     if streamed:
         load = functools.partial(bundle.load_offloaded, hosted=0)
+    spec, _ = bundle.text_encoder_config(manifest)
     networks = {
         name: (
             bundle.role_config(manifest, name)[1],
             load(root, manifest, name, dtype=dtype, mesh=mesh),
         )
-        for name in ENCODERS
+        for name in bundle.encoder_roles(manifest)
     }
+    summary, vision = "text_encoder_2" in networks, "image_encoder" in networks
     return Encoders(
         tokenizer=load_tokenizer(root / "tokenizer"),
-        tokenizer_2=load_tokenizer(root / "tokenizer_2"),
-        image_processor=load_image_processor(root / "image_processor"),
+        tokenizer_2=load_tokenizer(root / "tokenizer_2") if summary else None,
+        image_processor=load_image_processor(root / "image_processor") if vision else None,
+        text_spec=spec,
         template=manifest.prompt_template,
+        text_tokens=manifest.text_tokens,
         **networks,
     )

@@ -9,8 +9,8 @@ from etils import epath
 
 from framepack_jax import packing
 from framepack_jax.models import lora, registry
-from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, VaeSpec
-from framepack_jax.models.sizes import Size
+from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, TextEncoderSpec, VaeSpec
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS, Size
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.utils import fields
 from framepack_jax.utils.files import atomic_write_text
@@ -26,7 +26,8 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 # A file that exists from the first write until the bundle is complete.
 UNFINISHED = "unfinished"
-ROLES = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
+ROLES = ("transformer", "vae", *ENCODERS)
 
 
 class BundleError(ValueError):
@@ -49,9 +50,9 @@ class Manifest:
     """The content of `bundle.json`.
 
     `latent_mean` and `latent_std` hold one number a latent channel: the transformer sees
-    (latent - mean) / std. `prompt_template` has one `{}` for the prompt. `schedule` is the
-    packing schedule that the transformer was trained for, `buckets` the sizes, (height, width) in
-    pixels.
+    (latent - mean) / std. `prompt_template` has one `{}` for the prompt, of which the transformer
+    reads `text_tokens` tokens, its end included. `schedule` is the packing schedule that the
+    transformer was trained for, `buckets` the sizes, (height, width) in pixels.
     """
 
     roles: dict[str, Role]
@@ -60,6 +61,7 @@ class Manifest:
     prompt_template: str
     schedule: packing.Schedule
     buckets: tuple[tuple[Size, Size], ...] = BUCKETS_480P
+    text_tokens: Size = MAX_PROMPT_TOKENS
 
     def __post_init__(self) -> None:
         if not self.buckets:
@@ -161,6 +163,27 @@ def vae_config(manifest: Manifest) -> tuple[VaeSpec, Any]:
     if not isinstance(spec, VaeSpec):
         raise BundleError(f"vae is of kind {spec.kind!r}, which is no video autoencoder")
     return spec, cfg
+
+
+def text_encoder_config(manifest: Manifest) -> tuple[TextEncoderSpec, Any]:
+    """Return (spec, config) of the text encoder. Raises BundleError if it encodes no tokens."""
+    spec, cfg = role_config(manifest, "text_encoder")
+    if not isinstance(spec, TextEncoderSpec):
+        raise BundleError(f"text_encoder is of kind {spec.kind!r}, which gives no token states")
+    return spec, cfg
+
+
+def encoder_roles(manifest: Manifest) -> tuple[str, ...]:
+    """Return the roles of the encoders that the transformer of a bundle reads; without a
+    transformer, of those that the bundle has. Raises BundleError."""
+    if "transformer" in manifest.roles:
+        return denoiser_config(manifest)[0].encoders
+    return tuple(name for name in ENCODERS if name in manifest.roles)
+
+
+def sampling_roles(manifest: Manifest) -> tuple[str, ...]:
+    """Return the roles that sampling needs. Raises BundleError if there is no transformer."""
+    return ("transformer", "vae", *denoiser_config(manifest)[0].encoders)
 
 
 def config_from_json(config_class: type[Config], values: dict[str, Any]) -> Config:

@@ -20,7 +20,9 @@ class Export:
     """A .safetensors file; or a folder for from_pretrained of diffusers and transformers."""
     bundle: Annotated[str | None, IN_STORES] = None
     """The bundle: a folder, or a bundle of this package by its name."""
-    role: Literal["transformer", "vae", "text_encoder_2", "image_encoder"] = "transformer"
+    role: Literal["transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"] = (
+        "transformer"
+    )
     """The network to write."""
     dtype: Dtype | None = None
     """Type of the written weights; default: the stored type."""

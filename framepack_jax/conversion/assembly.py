@@ -16,9 +16,12 @@ from framepack_jax.models.hunyuan import vae as hunyuan_vae
 from framepack_jax.models.hunyuan.config import VaeConfig
 from framepack_jax.models.network_spec import LatentStatistics
 from framepack_jax.models.packed_video import context_kernels
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.messages import shorten
 
 DEFAULT_IMAGE_DIM = 1152
+# Kind of text encoder -> prompt template and text tokens of the released transformers that read it.
+PROMPTS = {"llama": (PROMPT_TEMPLATE, MAX_PROMPT_TOKENS), "umt5": ("{}", 512)}
 # Role -> (config field of its output width, config field of the transformer's input width).
 WIDTHS = {
     "text_encoder": ("width", "text_dim"),
@@ -100,10 +103,8 @@ def assemble_manifest(
     mean, std = (shared.latent_mean, shared.latent_std) if shared else _default_statistics(roles)
     if "vae" in jobs:
         mean, std = _statistics(jobs["vae"])
-    template = request.prompt_template or (shared.prompt_template if shared else PROMPT_TEMPLATE)
-    if template.count("{}") != 1:
-        raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
-    manifest = Manifest(roles, mean, std, template, schedule)
+    template, tokens = _prompts(request, roles, shared)
+    manifest = Manifest(roles, mean, std, template, schedule, text_tokens=tokens)
     if shared and "transformer" not in jobs:
         manifest = dataclasses.replace(manifest, buckets=shared.buckets)
     _check_widths(manifest)
@@ -129,6 +130,27 @@ def _not_taken(checkpoint: Checkpoint, jobs: Mapping[str, ConversionJob]) -> lis
     """Return the roles of a checkpoint's networks that the bundle takes from elsewhere."""
     taken = {role for role, job in jobs.items() if job.source.checkpoint.path == checkpoint.path}
     return [role for role in tables.networks(checkpoint) if role not in taken]
+
+
+def _prompts(
+    request: BundleRequest, roles: Mapping[str, Role], shared: Manifest | None
+) -> tuple[str, int]:
+    """Return the prompt template and the text tokens: of the request, of the `shared` bundle if it
+    has a text encoder of the same kind, or of the released models. Raises ConversionError."""
+
+    def kind(roles: Mapping[str, Role]) -> str:
+        return roles["text_encoder"].kind if "text_encoder" in roles else "llama"
+
+    template, tokens = PROMPTS[kind(roles)]
+    if shared and kind(shared.roles) == kind(roles):
+        template, tokens = shared.prompt_template, shared.text_tokens
+    template = request.prompt_template or template
+    tokens = tokens if request.text_tokens is None else request.text_tokens
+    if template.count("{}") != 1:
+        raise ConversionError(f"--prompt-template {template!r}: expected one {{}} for the prompt")
+    if tokens < 1:
+        raise ConversionError(f"--text-tokens {tokens}: expected 1 or more")
+    return template, tokens
 
 
 def _statistics(job: ConversionJob) -> LatentStatistics:

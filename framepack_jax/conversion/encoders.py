@@ -1,12 +1,15 @@
-"""Tables of the encoders in Hugging Face naming: Llama, CLIP's text model, SigLIP's vision model.
+"""Tables of the encoders: Llama, UMT5, CLIP's text model, SigLIP's vision model.
 
-Source: the state dicts of transformers' `LlamaModel`, `CLIPTextModel` and `SiglipVisionModel`, bare
-or inside the models that wrap them (LLaVA, whole CLIP, whole SigLIP). transformers fills in the
-fields that `config.json` lacks. A checkpoint without `config.json` must have the width of the
-released model, or of the model that it replaces.
+Source: the state dicts of transformers' `LlamaModel`, `UMT5EncoderModel`, `CLIPTextModel` and
+`SiglipVisionModel`, bare or inside the models that wrap them (LLaVA, whole UMT5, whole CLIP, whole
+SigLIP), and of UMT5 in Wan's release. transformers fills in the fields that `config.json` lacks. A
+checkpoint without `config.json` must have the width of the released model, or of the model that it
+replaces.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig
@@ -15,6 +18,7 @@ from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.transforms import (
     Patch,
     Row,
+    Shape,
     each,
     embedding,
     kernel,
@@ -22,7 +26,7 @@ from framepack_jax.conversion.transforms import (
     norm,
 )
 from framepack_jax.conversion.weight_files import ConversionError, make_config, reading_shapes
-from framepack_jax.models.encoders import clip, llama, siglip
+from framepack_jax.models.encoders import clip, llama, siglip, umt5
 
 # Number of last layers of Llama, whose output FramePack does not use.
 UNUSED_LAYERS = 2
@@ -96,6 +100,103 @@ def _llama_ignored_keys(cfg: llama.LlamaConfig) -> tuple[str, ...]:
         r"^norm\.weight$",
         r"rotary_emb\.inv_freq$",
     )
+
+
+# Modules of UMT5 -> their names in transformers (ComfyUI has the same) and in Wan's release.
+UMT5_NAMES = {
+    "embed": "shared",
+    "layers/{i}/attention_norm": "encoder.block.{i}.layer.0.layer_norm",
+    "layers/{i}/q": "encoder.block.{i}.layer.0.SelfAttention.q",
+    "layers/{i}/k": "encoder.block.{i}.layer.0.SelfAttention.k",
+    "layers/{i}/v": "encoder.block.{i}.layer.0.SelfAttention.v",
+    "layers/{i}/position_bias": "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias",
+    "layers/{i}/out": "encoder.block.{i}.layer.0.SelfAttention.o",
+    "layers/{i}/mlp_norm": "encoder.block.{i}.layer.1.layer_norm",
+    "layers/{i}/gate": "encoder.block.{i}.layer.1.DenseReluDense.wi_0",
+    "layers/{i}/up": "encoder.block.{i}.layer.1.DenseReluDense.wi_1",
+    "layers/{i}/down": "encoder.block.{i}.layer.1.DenseReluDense.wo",
+    "final_norm": "encoder.final_layer_norm",
+}
+UMT5_WAN_NAMES = {
+    "embed": "token_embedding",
+    "layers/{i}/attention_norm": "blocks.{i}.norm1",
+    "layers/{i}/q": "blocks.{i}.attn.q",
+    "layers/{i}/k": "blocks.{i}.attn.k",
+    "layers/{i}/v": "blocks.{i}.attn.v",
+    "layers/{i}/position_bias": "blocks.{i}.pos_embedding.embedding",
+    "layers/{i}/out": "blocks.{i}.attn.o",
+    "layers/{i}/mlp_norm": "blocks.{i}.norm2",
+    "layers/{i}/gate": "blocks.{i}.ffn.gate.0",
+    "layers/{i}/up": "blocks.{i}.ffn.fc1",
+    "layers/{i}/down": "blocks.{i}.ffn.fc2",
+    "final_norm": "norm",
+}
+
+
+def _umt5_rows(names: Mapping[str, str], cfg: umt5.Umt5Config) -> list[Row]:
+    rows = []
+    for ours, theirs in names.items():
+        if ours.endswith("norm"):
+            rows += norm(ours, theirs, bias=False)
+        elif ours.endswith(("embed", "position_bias")):
+            rows += embedding(ours, theirs)
+        else:
+            rows += linear(ours, theirs, bias=False)
+    return rows
+
+
+def _umt5_config(source: Source) -> umt5.Umt5Config:
+    config = _transformers_config(source, "text_config", "umt5")
+    if config is None:
+        return _umt5_sizes(UMT5_NAMES, source)
+    # transformers derives `is_gated_act` and `dense_act_fn` from this field.
+    source.require(config.to_dict(), {"feed_forward_proj": "gated-gelu"})
+    return _config(
+        source,
+        umt5.Umt5Config,
+        vocab_size=config.vocab_size,
+        width=config.d_model,
+        layers=config.num_layers,
+        heads=config.num_heads,
+        head_dim=config.d_kv,
+        mlp_width=config.d_ff,
+        buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+        norm_eps=config.layer_norm_epsilon,
+    )
+
+
+def _umt5_wan_config(source: Source) -> umt5.Umt5Config:
+    """The `config.json` beside the release's file is the transformer's."""
+    if (source.config_json() or {}).get("model_type") == "umt5":
+        return _umt5_config(source)
+    return _umt5_sizes(UMT5_WAN_NAMES, source)
+
+
+def _umt5_sizes(names: Mapping[str, str], source: Source) -> umt5.Umt5Config:
+    """Return a known config with the sizes found in shapes."""
+
+    def shape(name: str) -> Shape:
+        return source.shape(f"{names[name]}.weight")
+
+    with reading_shapes(source.checkpoint.path):
+        vocabulary, width = shape("embed")
+        buckets, heads = shape("layers/{i}/position_bias")
+        return _sized(
+            source,
+            source.known_config(umt5.Umt5Config(), "width", width),
+            vocab_size=vocabulary,
+            layers=source.count(f"{names['layers/{i}/q']}.weight"),
+            heads=heads,
+            head_dim=shape("layers/{i}/q")[0] // heads,
+            mlp_width=shape("layers/{i}/up")[0],
+            buckets=buckets,
+        )
+
+
+def _umt5_ignored_keys(cfg: umt5.Umt5Config) -> tuple[str, ...]:
+    # The shared table under a second name, the decoder, and ComfyUI's tokenizer.
+    return (r"^encoder\.embed_tokens\.weight$", r"^decoder\.", r"^lm_head\.", r"^spiece_model$")
 
 
 def _block_rows(target: str, source: str) -> list[Row]:
@@ -235,6 +336,22 @@ LLAMA = Table(
     rows=_llama_rows,
     config=_llama_config,
     ignored_keys=_llama_ignored_keys,
+)
+UMT5 = Table(
+    kind="umt5",
+    description="UMT5 text encoder",
+    # T5 has such a bias in its first layer only.
+    detect_key="encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+    rows=functools.partial(_umt5_rows, UMT5_NAMES),
+    config=_umt5_config,
+    ignored_keys=_umt5_ignored_keys,
+)
+UMT5_WAN = Table(
+    kind="umt5",
+    description="UMT5 text encoder in Wan's naming",
+    detect_key="blocks.0.pos_embedding.embedding.weight",
+    rows=functools.partial(_umt5_rows, UMT5_WAN_NAMES),
+    config=_umt5_wan_config,
 )
 CLIP = Table(
     kind="clip_text",

@@ -58,6 +58,7 @@ TABLES: dict[str, tuple[tuple[Table, str], ...]] = {
         (transformer.DIFFUSERS, ""),
         (vae.TABLE, ""),
         (wan_vae.DIFFUSERS, ""),
+        (encoders.UMT5, ""),
         (encoders.CLIP, "text_model."),
         (encoders.SIGLIP, "vision_model."),
     ),
@@ -247,12 +248,12 @@ def _(transform: Patch, leaves: list[np.ndarray], sources: list[Shape]) -> list[
 
 def _steps(manifest: Manifest, role: str, naming: str) -> list[Step]:
     """Return the steps of a network. Raises ConversionError if the naming has no names for it."""
-    if role == "text_encoder":
+    spec, cfg = bundle.role_config(manifest, role)
+    if spec.kind == encoders.LLAMA.kind:
         raise ConversionError(
-            "text_encoder: a bundle keeps only the layers of Llama that FramePack uses, which"
+            f"{role}: a bundle keeps only the layers of Llama that FramePack uses, which"
             " make no whole model; use the checkpoint that it was converted from"
         )
-    spec, cfg = bundle.role_config(manifest, role)
     found = [pair for pair in TABLES[naming] if pair[0].kind == spec.kind]
     if not found:
         known = ", ".join(sorted(table.description for table, _ in TABLES[naming]))

@@ -6,7 +6,7 @@ from typing import Any
 from framepack_jax.bundle import Manifest
 from framepack_jax.conversion import encoders, transformer
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models.encoders import clip, siglip
+from framepack_jax.models.encoders import clip, siglip, umt5
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from framepack_jax.models.wan.vae_config import WanVaeConfig
 
@@ -131,11 +131,30 @@ def _siglip_config(cfg: siglip.SiglipConfig, manifest: Manifest) -> dict[str, An
     }
 
 
+def _umt5_config(cfg: umt5.Umt5Config, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "vocab_size": cfg.vocab_size,
+        "d_model": cfg.width,
+        "d_kv": cfg.head_dim,
+        "d_ff": cfg.mlp_width,
+        "num_layers": cfg.layers,
+        "num_decoder_layers": cfg.layers,
+        "num_heads": cfg.heads,
+        "relative_attention_num_buckets": cfg.buckets,
+        "relative_attention_max_distance": cfg.max_distance,
+        "layer_norm_epsilon": cfg.norm_eps,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
 # By kind of network.
 CONFIGS: dict[str, Callable[[Any, Manifest], dict[str, Any]]] = {
     "hunyuan_packed_dit": _transformer_config,
     "hunyuan_vae": _vae_config,
     "wan_vae": _wan_vae_config,
+    "umt5": _umt5_config,
     "clip_text": _clip_config,
     "siglip_vision": _siglip_config,
 }

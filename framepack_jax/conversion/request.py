@@ -33,7 +33,8 @@ class Networks:
     """HunyuanVideo or Wan 2.1 VAE, file or folder; in diffusers', the original or ComfyUI's
     naming."""
     text_encoder: Path | None = None
-    """Llama, alone or inside LLaVA, file or folder."""
+    """Llama, alone or inside LLaVA, or UMT5, file or folder; UMT5 in the naming of transformers,
+    ComfyUI or Wan's release."""
     text_encoder_2: Path | None = None
     """CLIP-L text model, file or folder."""
     image_encoder: Path | None = None
@@ -51,8 +52,8 @@ class Tokenizers:
     """Sources of tokenizer and image-processor files."""
 
     tokenizer: Path | None = None
-    """Folder of Llama's tokenizer; default: the folder of the text encoder, or `tokenizer` next to
-    it."""
+    """Folder of the text encoder's tokenizer; default: the folder of the text encoder, or
+    `tokenizer` next to it."""
     tokenizer_2: Path | None = None
     """Folder of CLIP's tokenizer; default: the folder of text encoder 2, or `tokenizer_2` next to
     it."""
@@ -78,7 +79,11 @@ class ModelSettings:
     """RoPE widths of time, height and width, such as 16,56,56, if the checkpoint does not state
     them."""
     prompt_template: str | None = None
-    """Text around the prompt for Llama, with {} as its place; default: HunyuanVideo's."""
+    """Text around the prompt for the text encoder, with {} as its place; default: HunyuanVideo's
+    for Llama, none for UMT5."""
+    text_tokens: int | None = None
+    """Prompt tokens that the transformer reads; longer prompts are cut, shorter ones padded.
+    Default: 256 with Llama, 512 with UMT5."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Describe a bundle that was made: its networks, their sources, and what it still lacks."""
 
+from collections.abc import Sequence
+
 from etils import epath
 
 from framepack_jax import bundle
@@ -25,7 +27,9 @@ def summarize(output: epath.PathLike, manifest: Manifest, *, is_schedule_assumed
 
 def _notes(manifest: Manifest) -> list[str]:
     notes = []
-    if absent := [name for name in bundle.ROLES if name not in manifest.roles]:
+    known = "transformer" in manifest.roles
+    needed: Sequence[str] = bundle.sampling_roles(manifest) if known else bundle.ROLES
+    if absent := [name for name in needed if name not in manifest.roles]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in absent)
         notes.append(
             f"still without {', '.join(absent)}: to sample, convert with {flags} too, or with"

@@ -18,7 +18,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
         wan_transformer.ORIGINAL,
     ),
     "vae": (vae.TABLE, vae.COMFYUI, wan_vae.DIFFUSERS, wan_vae.ORIGINAL),
-    "text_encoder": (encoders.LLAMA,),
+    "text_encoder": (encoders.UMT5, encoders.UMT5_WAN, encoders.LLAMA),
     "text_encoder_2": (encoders.CLIP,),
     "image_encoder": (encoders.SIGLIP,),
 }

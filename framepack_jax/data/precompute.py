@@ -65,6 +65,7 @@ class Encoder:
             # Captions are cut by thousands; they are counted by `caption_tokens`.
             warnings.simplefilter("ignore")
             text, valid, pooled = conditioning.encode_prompt(self.encoders, [caption])
+        assert pooled is not None, "`fingerprint.made_by` needs all encoders"
         count = int(np.asarray(valid).sum())
         return np.asarray(text[0, :count]), np.asarray(pooled[0])
 
@@ -72,9 +73,10 @@ class Encoder:
         """Return the records of clips that differ in their captions alone and have these frames (P,
         H, W, 3) uint8."""
         with jax.default_device(self.device):
-            image = np.asarray(conditioning.encode_image(self.encoders, frames[:1])[0])
+            image = conditioning.encode_image(self.encoders, frames[:1])
+            assert image is not None, "`fingerprint.made_by` needs all encoders"
             latents = None if self.vae is None else self.latents(frames)
-            return [self._record(clip, image, latents) for clip in clips]
+            return [self._record(clip, np.asarray(image[0]), latents) for clip in clips]
 
     def _record(self, clip: Clip, image: np.ndarray, latents: np.ndarray | None) -> Record:
         tokens = conditioning.count_tokens(self.encoders, clip.caption)

@@ -70,7 +70,7 @@ def encode(
     texts = [text for section in sections for shares in section for text, _ in shares]
     states = _encode_texts(pipe, encoders, [*texts, *negatives])
     make = functools.partial(
-        _conditions, pipe, jnp.concatenate(images),
+        _conditions, pipe, _joined(images),
         jnp.full(len(requests), settings.distilled_guidance, jnp.float32),
     )  # fmt: skip
     # Sections under the same prompts share one set of arrays.
@@ -98,11 +98,20 @@ def _blend(states: Mapping[str, PromptStates], shares: Shares) -> PromptStates:
 
 
 def _conditions(
-    pipe: "FramePack", images: jax.Array, guidance: jax.Array, prompts: Sequence[PromptStates]
+    pipe: "FramePack",
+    images: jax.Array | None,
+    guidance: jax.Array,
+    prompts: Sequence[PromptStates],
 ) -> Any:
     """Return the network's conditions for a batch: one prompt, image and guidance a sample."""
-    states = (jnp.concatenate(parts) for parts in zip(*prompts, strict=True))
+    states = map(_joined, zip(*prompts, strict=True))
     return pipe.transformer.spec.conditions(*states, images, guidance)
+
+
+def _joined(parts: Sequence[jax.Array | None]) -> jax.Array | None:
+    """Concatenate what an encoder made of each sample; None if the bundle lacks the encoder."""
+    made = [part for part in parts if part is not None]
+    return jnp.concatenate(made) if made else None
 
 
 def _shares(

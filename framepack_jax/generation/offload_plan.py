@@ -248,7 +248,7 @@ def need(
         return whole.largest * multiplied.itemsize if mesh or converted else 0
 
     network, decoder = size("transformer"), bundle.role_config(manifest, "vae")[1]
-    names = [role for role in bundle.ROLES if role not in ("transformer", "vae")]
+    names = bundle.encoder_roles(manifest)
     encoders = [size(role) for role in names]
     bases = sum(each.base for each in encoders)
     # A host does not free at once the memory in which it reads weights from the disk.

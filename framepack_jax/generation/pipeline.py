@@ -127,7 +127,7 @@ class FramePack:
             raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
         manifest = bundle.read_manifest(path)
         schedule = schedule or manifest.schedule
-        for name in bundle.ROLES:
+        for name in bundle.sampling_roles(manifest):
             bundle.role_config(manifest, name)
         spec, cfg = bundle.denoiser_config(manifest)
         spec.check_kernels(cfg, spec.context_kernels(schedule))

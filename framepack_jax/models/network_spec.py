@@ -45,9 +45,26 @@ class NetworkSpec:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TextEncoderSpec(NetworkSpec):
+    """A text encoder that gives a state for each token of a prompt.
+
+    `hidden_states(cfg, params, ids, valid)` returns the states (B, L, D) of token ids (B, L);
+    `hidden_states_of_each(cfg, params, inputs)` those of several (ids, valid), and copies each
+    offloaded layer once. `clean` prepares a prompt for the tokenizer.
+    """
+
+    hidden_states: Callable[..., jax.Array]
+    hidden_states_of_each: Callable[..., list[jax.Array]]
+    clean: Callable[[str], str] = str
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class DenoiserSpec(NetworkSpec):
     """A network that predicts the velocity of a noisy section from packed context.
 
+    `encoders` are the roles of the networks whose states are its conditions. `conditions(text,
+    valid, pooled, image, guidance)` makes them of `conditioning.PromptStates`, image tokens and the
+    scale of distilled guidance; without an encoder for them, `pooled` and `image` are None.
     `patch` is the kernel that patchifies the target. `context_kernels(schedule)` names the patch
     embeddings that a schedule needs; `check_kernels(cfg, kernels)` and `check_mesh(cfg, mesh)`
     raise ValueError if the network has none for a kernel, or cannot be divided over a mesh.
@@ -57,6 +74,7 @@ class DenoiserSpec(NetworkSpec):
 
     velocity: Velocity
     step_cache: StepCacheHooks
+    encoders: tuple[str, ...]
     conditions: Callable[..., Any]
     patch: str
     context_kernels: Callable[[Schedule], tuple[str, ...]]

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from framepack_jax.models.encoders import clip, llama, siglip
+from framepack_jax.models.encoders import clip, llama, siglip, umt5
 from framepack_jax.models.hunyuan import spec as hunyuan
-from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, VaeSpec
+from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, TextEncoderSpec, VaeSpec
 from framepack_jax.models.params import unstack_layers
 from framepack_jax.models.wan import spec as wan
 
@@ -18,6 +18,7 @@ __all__ = [
     "NETWORKS",
     "DenoiserSpec",
     "NetworkSpec",
+    "TextEncoderSpec",
     "VaeSpec",
     "abstract_leaves",
     "parameter_count",
@@ -29,6 +30,7 @@ _SPECS = (
     wan.TRANSFORMER,
     wan.VAE,
     llama.SPEC,
+    umt5.SPEC,
     clip.SPEC,
     siglip.SPEC,
 )

@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from framepack_jax import bundle
 from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import registry
+from framepack_jax.models.encoders import umt5
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from framepack_jax.models.hunyuan.spec import TRANSFORMER, VAE
@@ -460,6 +461,11 @@ def test_the_sampler_on_a_mesh_makes_what_one_device_makes(measured):
     assert measured["sampler"] < 1e-5
 
 
+def test_the_text_encoder_on_a_mesh_makes_what_one_device_makes(measured):
+    assert measured["umt5"]["states"] < 1e-5
+    assert {"all-gather", "all-reduce"} <= set(measured["umt5"]["collectives"])
+
+
 def test_a_picture_is_divided_by_rows(measured):
     assert measured["vae"]["video"] < 5e-6
     assert measured["vae"]["temporaries"] < 0.6, "of those of one device, over 8"
@@ -488,6 +494,7 @@ def main(meshes: list[str]) -> None:
     found["wan"] = of_wan()
     found["sampler"] = of_sampler(cfg, params, arrays)
     found["vae"] = of_vae()
+    found["umt5"] = of_umt5()
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps(found))
 
@@ -552,6 +559,25 @@ def of_sampler(cfg, params, arrays) -> float:
     expected = denoise(params)
     with jax.set_mesh(mesh):
         return difference(denoise(on_devices(params, mesh)), expected)
+
+
+def of_umt5() -> dict:
+    """Two prompts of other lengths, with weights over all devices and heads over `tensor`."""
+    cfg = umt5.Umt5Config(
+        vocab_size=30, width=16, layers=2, heads=4, head_dim=6, mlp_width=24, buckets=8,
+        max_distance=20,
+    )  # fmt: skip
+    params = umt5.init(cfg, jax.random.key(0))
+    ids, valid = np.arange(22).reshape(2, 11), np.arange(11) < np.asarray([[11], [4]])
+    mesh = sharding.make_mesh(**sharding.parse_mesh(MESHES[0]))
+    specs = sharding.resolve(umt5.SHARDINGS, params)
+    placed = jax.device_put(params, sharding.shard(params, specs, mesh))
+    states = jax.jit(umt5.hidden_states, static_argnums=0)
+    expected = states(cfg, params, ids, valid)
+    with jax.set_mesh(mesh):
+        compiled = states.lower(cfg, placed, ids, valid).compile()
+        found = states(cfg, placed, ids, valid)
+    return {"states": difference(found, expected), "collectives": collectives(compiled)}
 
 
 def of_vae() -> dict:

@@ -270,7 +270,8 @@ def test_start_latent(folder, reference, image):
 def test_blended_prompts_are_their_mean() -> None:
     def states(value: float, length: int):
         text = jnp.where(jnp.arange(4)[None, :, None] < length, value, 0.0) * jnp.ones((1, 4, 2))
-        return text, jnp.arange(4)[None, :] < length, jnp.full((1, 3), value)
+        valid = jnp.arange(4)[None, :] < length
+        return conditioning.PromptStates(text, valid, jnp.full((1, 3), value))
 
     a, b = states(1.0, 1), states(5.0, 3)
     assert conditioning.blend_prompts([(a, 1.0)]) is a

@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from framepack_jax.models import scan
-from framepack_jax.models.network_spec import NetworkSpec
+from framepack_jax.models.network_spec import TextEncoderSpec
 from framepack_jax.models.params import Params
 from framepack_jax.models.sizes import Layers, Positive, Size
 from framepack_jax.ops.attention import attend
@@ -122,11 +122,13 @@ def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-SPEC = NetworkSpec(
+SPEC = TextEncoderSpec(
     kind="llama",
     config=LlamaConfig,
     init=init,
     sharding_rules=SHARDINGS,
     stacks=STACKS,
     offloadable=OFFLOADABLE,
+    hidden_states=hidden_states,
+    hidden_states_of_each=hidden_states_of_each,
 )

@@ -22,6 +22,7 @@ TRANSFORMER = DenoiserSpec(
     offloadable=config.OFFLOADABLE,
     velocity=transformer.velocity,
     step_cache=step_cache_hooks.HOOKS,
+    encoders=("text_encoder", "text_encoder_2", "image_encoder"),
     conditions=Conditions,
     patch=packed_video.PATCH,
     context_kernels=packed_video.context_kernels,

@@ -40,6 +40,13 @@ class Conditions:
     text: jax.Array
 
 
+def conditions_of_text(
+    text: jax.Array, valid: jax.Array, pooled: None, image: None, guidance: jax.Array
+) -> Conditions:
+    """Return the conditions of encoded prompts; this network reads no other state."""
+    return Conditions(text)
+
+
 class Tokens(NamedTuple):
     """Input of the blocks: target tokens `img` (B, L, D), context tokens (B, L_context, D) or None,
     prompt (B, L_text, D), time vector `vec` (B, D), modulation (B, 6, D) of each stream, and RoPE

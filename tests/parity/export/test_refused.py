@@ -49,8 +49,9 @@ def test_nothing_is_written_over(framepack_bundle, tmp_path) -> None:
 
 def test_llama_and_other_kernels_do_not_go_out(framepack_bundle, tmp_path) -> None:
     manifest = bundle.read_manifest(framepack_bundle)
+    released = bundle.read_manifest(bundle.resolve("framepack_i2v"))
     with pytest.raises(ConversionError, match="make no whole model"):
-        export._steps(manifest, "text_encoder", "diffusers")
+        export._steps(released, "text_encoder", "diffusers")
     role = manifest.roles["transformer"]
     cfg = bundle.config_from_json(TransformerConfig, {**role.config, "context_kernels": ["k1"]})
     with pytest.raises(ConversionError, match="embeds context with k1; diffusers'"):
