@@ -117,14 +117,32 @@ def prompts(folder) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def encoders(folder, arrays, tmp_path_factory) -> conditioning.Encoders:
-    """The text encoder of the golden pipeline, converted by the command."""
+def root(folder, arrays, tmp_path_factory) -> Path:
+    """Text encoder and transformer of the golden pipeline, converted by the command."""
     root = tmp_path_factory.mktemp("helios") / "bundle"
     convert.main(
         ["--text-encoder", str(folder / "pipeline" / "text_encoder"), "--output", str(root),
+         "--transformer", str(folder / "pipeline" / "transformer"),
          "--text-tokens", str(arrays["ids"].shape[1])]
     )  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoders(root) -> conditioning.Encoders:
     return conditioning.load_encoders(root, bundle.read_manifest(root), jnp.float32)
+
+
+@pytest.mark.golden
+def test_the_transformer_reads_the_text_encoder_alone(root, encoders, arrays, prompts) -> None:
+    manifest = bundle.read_manifest(root)
+    assert bundle.sampling_roles(manifest) == ("transformer", "vae", "text_encoder")
+    spec, _ = bundle.denoiser_config(manifest)
+    images = conditioning.encode_image(encoders, np.zeros((2, 64, 64, 3), np.uint8))
+    states = conditioning.encode_prompt(encoders, prompts)
+    made = spec.conditions(*states, images, np.zeros(2))
+    assert relative_error(made.text, arrays["prompt_embeds"]) < 2e-4
+    assert len(jax.tree.leaves(made)) == 1
 
 
 @pytest.mark.golden

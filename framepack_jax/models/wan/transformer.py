@@ -41,7 +41,11 @@ class Conditions:
 
 
 def conditions_of_text(
-    text: jax.Array, valid: jax.Array, pooled: None, image: None, guidance: jax.Array
+    text: jax.Array,
+    valid: jax.Array | None = None,
+    pooled: jax.Array | None = None,
+    image: jax.Array | None = None,
+    guidance: jax.Array | None = None,
 ) -> Conditions:
     """Return the conditions of encoded prompts; this network reads no other state."""
     return Conditions(text)
