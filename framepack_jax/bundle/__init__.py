@@ -20,6 +20,7 @@ from framepack_jax.bundle.loader import (
     stored_dtypes,
 )
 from framepack_jax.bundle.manifest import (
+    ENCODERS,
     MANIFEST,
     ROLES,
     UNFINISHED,
@@ -43,6 +44,7 @@ from framepack_jax.bundle.writer import Written, write_params
 
 __all__ = [
     "BUILTIN_BUNDLES",
+    "ENCODERS",
     "MANIFEST",
     "ROLES",
     "UNFINISHED",

@@ -46,8 +46,9 @@ class Encoder:
         """Return a copy on a device, which one thread may use beside those of other devices."""
         networks: dict[str, Any] = {
             name: (cfg, jax.device_put(params, device))
-            for name in conditioning.ENCODERS
-            for cfg, params in [getattr(self.encoders, name)]
+            for name in bundle.ENCODERS
+            if (network := getattr(self.encoders, name))
+            for cfg, params in [network]
         }
         # Threads cannot share a tokenizer.
         tokenizers: dict[str, Any] = {
