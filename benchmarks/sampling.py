@@ -32,8 +32,9 @@ import tyro
 from framepack_jax import bundle, packing, video
 from framepack_jax.cli import sample
 from framepack_jax.diffusion import sampler
+from framepack_jax.generation.layout import Layout, fit_images, make_layout
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
-from framepack_jax.generation.request import Layout, Request, fit_images, make_layout
+from framepack_jax.generation.request import Request
 from framepack_jax.jobs import sampling, spec
 from framepack_jax.jobs.progress import Progress
 from framepack_jax.jobs.run_dir import RunDir

@@ -26,8 +26,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from framepack_jax import bundle, packing
 from framepack_jax.cli.config_file import read_config
+from framepack_jax.generation.layout import make_layout
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.generation.request import Request, make_layout
+from framepack_jax.generation.request import Request
 from framepack_jax.jobs.loading import open_pipe
 from framepack_jax.parallel import hardware
 from framepack_jax.planning import hlo

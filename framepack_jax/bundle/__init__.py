@@ -40,6 +40,7 @@ from framepack_jax.bundle.manifest import (
     vae_config,
     write_manifest,
 )
+from framepack_jax.bundle.sampling import Sampling
 from framepack_jax.bundle.writer import Written, write_params
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "DeviceBytes",
     "Manifest",
     "Role",
+    "Sampling",
     "Written",
     "absolute",
     "check_present",

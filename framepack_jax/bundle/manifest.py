@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from etils import epath
 
 from framepack_jax import packing
+from framepack_jax.bundle.sampling import Sampling
 from framepack_jax.models import lora, registry
 from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, TextEncoderSpec, VaeSpec
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS, Size
@@ -52,7 +53,8 @@ class Manifest:
     `latent_mean` and `latent_std` hold one number a latent channel: the transformer sees
     (latent - mean) / std. `prompt_template` has one `{}` for the prompt, of which the transformer
     reads `text_tokens` tokens, its end included. `schedule` is the packing schedule that the
-    transformer was trained for, `buckets` the sizes, (height, width) in pixels.
+    transformer was trained for, `buckets` the sizes, (height, width) in pixels. `sampling` says
+    how videos are sampled.
     """
 
     roles: dict[str, Role]
@@ -62,6 +64,7 @@ class Manifest:
     schedule: packing.Schedule
     buckets: tuple[tuple[Size, Size], ...] = BUCKETS_480P
     text_tokens: Size = MAX_PROMPT_TOKENS
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         if not self.buckets:
@@ -71,6 +74,7 @@ class Manifest:
 def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
     """Finish a bundle: the manifest is there whole, or not at all."""
     document = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    document["sampling"] = dataclasses.asdict(manifest.sampling)
     document["roles"] = {name: dataclasses.asdict(role) for name, role in manifest.roles.items()}
     buckets = {"buckets": document.pop("buckets")}
     schedule = {"schedule": str(manifest.schedule), "order": manifest.schedule.order}

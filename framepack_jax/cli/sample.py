@@ -130,8 +130,9 @@ def _dry_run(flags: Sample, machine_name: str) -> None:
     _refuse_ignored(flags)
     configure_jax_for_dry_run()
     from framepack_jax import bundle, video
+    from framepack_jax.generation.layout import make_layout
     from framepack_jax.generation.offload_plan import TILES
-    from framepack_jax.generation.request import Request, make_layout
+    from framepack_jax.generation.request import Request
     from framepack_jax.jobs.loading import check_kernel, open_pipe
     from framepack_jax.ops import attention
     from framepack_jax.parallel import hardware, sharding
@@ -148,7 +149,7 @@ def _dry_run(flags: Sample, machine_name: str) -> None:
     layout = make_layout(
         pipe.geometry, Request("", image), sections=1, height=size.height, width=size.width
     )
-    settings = spec.VideoSpec(**flags.base()).settings()
+    settings = spec.VideoSpec(**flags.base()).filled(pipe.sampling).settings()
     mesh = sharding.parse_mesh(compute.mesh) if compute.mesh else None
     with attention.use(compute.attention):
         report = dry_run(

@@ -9,6 +9,7 @@ from framepack_jax.bundle import Manifest, Role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
 from framepack_jax.conversion import latent_statistics, tables, transformer, weight_files
 from framepack_jax.conversion.engine import ConversionJob, Source, make_job
+from framepack_jax.conversion.pipeline_index import PipelineSettings
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
 from framepack_jax.models import registry
@@ -91,8 +92,12 @@ def assemble_manifest(
     jobs: Mapping[str, ConversionJob],
     shared: Manifest | None,
     origins: Mapping[str, str],
+    settings: PipelineSettings,
 ) -> Manifest:
-    """Return the manifest of a new bundle. Raises ConversionError if its parts do not fit."""
+    """Return the manifest of a new bundle, whose transformer is sampled by `settings`.
+
+    Raises ConversionError if its parts do not fit.
+    """
     roles = {name: _role(name, jobs, origins.get(name)) for name in jobs}
     if shared and request.encoders_from:
         for name, role in shared.roles.items():
@@ -105,8 +110,10 @@ def assemble_manifest(
         mean, std = _statistics(jobs["vae"])
     template, tokens = _prompts(request, roles, shared)
     manifest = Manifest(roles, mean, std, template, schedule, text_tokens=tokens)
+    sampled: Manifest | PipelineSettings = settings
     if shared and "transformer" not in jobs:
-        manifest = dataclasses.replace(manifest, buckets=shared.buckets)
+        sampled = shared
+    manifest = dataclasses.replace(manifest, buckets=sampled.buckets, sampling=sampled.sampling)
     _check_widths(manifest)
     _check_kernels(manifest)
     return manifest

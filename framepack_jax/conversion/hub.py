@@ -44,12 +44,15 @@ SCHEDULES = {"i2v": packing.RELEASED_INVERTED, "f1": packing.RELEASED_F1}
 
 WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)
 INDEX, TORCH_INDEX = ".safetensors.index.json", ".bin.index.json"
-SMALL_FILES = {"config.json", *tokenizers.TOKENIZER_FILES, *tokenizers.MARKERS.values()}
+SMALL_FILES = {
+    "config.json", "scheduler_config.json",
+    *tokenizers.TOKENIZER_FILES, *tokenizers.MARKERS.values(),
+}  # fmt: skip
 MODEL_INDEX = "model_index.json"
 # Folders of a diffusers pipeline that a bundle can hold.
 PIPELINE_FOLDERS = {
     "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer",
-    "tokenizer_2", "feature_extractor",
+    "tokenizer_2", "feature_extractor", "scheduler",
 }  # fmt: skip
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REFUSED = (401, 403)

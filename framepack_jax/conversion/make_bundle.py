@@ -7,9 +7,15 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import assembly, output_folder, sources, tokenizers
+from framepack_jax.conversion import (
+    assembly,
+    output_folder,
+    pipeline_index,
+    sources,
+    tokenizers,
+)
 from framepack_jax.conversion.engine import ConversionJob
 from framepack_jax.conversion.memory import keep_freed_memory
 from framepack_jax.conversion.request import BundleRequest
@@ -39,10 +45,15 @@ def make_bundle(request: BundleRequest) -> Manifest:
             roles = shared.roles.values()
             read += [Path(bundle.referenced(request.encoders_from, role.path)) for role in roles]
     output_folder.check_outside(request.output, read)
-    schedule = sources.schedule_of(request, origins.get("transformer"), paths, shared)
+    told = pipeline_index.settings_of(request.pipeline).schedule
+    schedule = sources.schedule_of(request, origins.get("transformer"), paths, shared, told)
     jobs = assembly.fit_networks(request, paths, schedule, shared)
+    transformer = jobs["transformer"].cfg if "transformer" in jobs else None
+    settings = pipeline_index.settings_of(request.pipeline, transformer)
+    if settings.schedule and not request.schedule:
+        schedule = packing.parse(settings.schedule)
     folders = sources.tokenizer_folders(request, paths, jobs)
-    manifest = assembly.assemble_manifest(request, schedule, jobs, shared, origins)
+    manifest = assembly.assemble_manifest(request, schedule, jobs, shared, origins, settings)
     output_folder.check_space(request.output, [j.nbytes(request.dtype) for j in jobs.values()])
     return _write(request, output, manifest, jobs, folders)
 

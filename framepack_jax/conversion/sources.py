@@ -7,12 +7,10 @@ from typing import Any
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import hub, tables, tokenizers, weight_files
+from framepack_jax.conversion import hub, pipeline_index, tables, tokenizers, weight_files
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
-
-MODEL_INDEX = "model_index.json"
 
 
 def fetch(request: BundleRequest) -> tuple[BundleRequest, dict[str, str]]:
@@ -60,12 +58,12 @@ def pipeline_paths(pipeline: Path) -> dict[str, Path]:
             f"{pipeline} holds no network with known tensor names; describe it with: framepack"
             f" inspect {pipeline}"
         )
-    if not (pipeline / MODEL_INDEX).exists():
+    if not (pipeline / pipeline_index.MODEL_INDEX).exists():
         raise ConversionError(
-            f"{pipeline} is no diffusers pipeline (it has no {MODEL_INDEX}); give single networks"
-            " with --transformer, --vae and so on"
+            f"{pipeline} is no diffusers pipeline (it has no {pipeline_index.MODEL_INDEX}); give"
+            " single networks with --transformer, --vae and so on"
         )
-    index = weight_files.read_json(pipeline / MODEL_INDEX)
+    index = weight_files.read_json(pipeline / pipeline_index.MODEL_INDEX)
     return {role: pipeline / role for role in bundle.ROLES if any(index.get(role) or ())}
 
 
@@ -92,17 +90,22 @@ def tokenizer_folders(
 
 
 def schedule_of(
-    request: BundleRequest, origin: str | None, paths: dict[str, Path], shared: Manifest | None
+    request: BundleRequest,
+    origin: str | None,
+    paths: dict[str, Path],
+    shared: Manifest | None,
+    told: str | None,
 ) -> packing.Schedule:
     """Return the packing schedule of the transformer.
 
     A transformer that stays in the `shared` bundle keeps its schedule. Else --schedule counts, then
-    the schedule of the released model, by --framepack or by its name `origin` on the hub.
+    what the pipeline `told`, then the schedule of the released model, by --framepack or by its name
+    `origin` on the hub.
     """
     stays = shared and "transformer" in shared.roles and "transformer" not in paths
     if shared and stays and request.schedule in (None, str(shared.schedule)):
         return shared.schedule
-    released = _released(request.framepack, origin) or packing.RELEASED_INVERTED
+    released = told or _released(request.framepack, origin) or packing.RELEASED_INVERTED
     return packing.parse(request.schedule or released)
 
 
@@ -111,7 +114,9 @@ def is_schedule_assumed(request: BundleRequest, manifest: Manifest) -> bool:
     role = manifest.roles.get("transformer")
     if role is None or role.path != "transformer" or request.schedule or request.from_base:
         return False
-    return _released(request.framepack, role.source["name"]) is None
+    cfg = bundle.role_config(manifest, "transformer")[1]
+    told = pipeline_index.settings_of(request.pipeline, cfg).schedule
+    return told is None and _released(request.framepack, role.source["name"]) is None
 
 
 def _released(framepack: str | None, origin: str | None) -> str | None:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from framepack_jax.generation.crossfade import Interval, Splicer
-from framepack_jax.generation.request import START_FRAMES, Geometry, Layout, SourceVideo
+from framepack_jax.generation.geometry import Geometry
+from framepack_jax.generation.layout import START_FRAMES, Layout
+from framepack_jax.generation.request import SourceVideo
 from framepack_jax.generation.results import NotFinite
 from framepack_jax.packing import Section, Timeline
 
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def make_splicer(
-    geometry: Geometry, plan: Sequence[Section], before: int = START_FRAMES
+    geometry: Geometry, plan: Sequence[Section], before: int = START_FRAMES, kept: int = 0
 ) -> Splicer:
-    """Return a splicer of the clips of a plan; if a video is extended, its end is the last clip."""
-    clips = [Interval(*geometry.frames_of(*section.decode)) for section in plan]
-    if before > START_FRAMES:
+    """Return a splicer of the clips of a plan. If a video is extended, its end is the last clip,
+    unless sections are decoded alone: they follow the `kept` frames of the video."""
+    clips = [Interval(*clip) for clip in geometry.clips(plan, kept)]
+    if before > START_FRAMES and not geometry.sampling.decode_alone:
         clips.append(Interval(min(clip.start for clip in clips), geometry.frames_of(0, before)[1]))
     return Splicer(clips)
 
@@ -39,14 +42,16 @@ def decode(
     plan: Sequence[Section],
     sections: Iterable[tuple[Section, Timeline]],
     before: jax.Array | None = None,
+    kept: int = 0,
 ) -> Iterator[tuple[Section, int, jax.Array, Timeline]]:
     """Decode sections as they come and cross-fade overlapping clips.
 
-    `before` holds the frames of a source video to cross-fade with. Yields (section, first frame,
+    `before` holds the frames of a source video to cross-fade with; sections that are decoded alone
+    follow its `kept` frames. Yields (section, first frame,
     final frames (B, P, height, width, 3) in about [-1, 1], timeline); no later clip changes them.
     """
     splicer = make_splicer(
-        pipe.geometry, plan, START_FRAMES if before is None else plan_start(plan)
+        pipe.geometry, plan, START_FRAMES if before is None else plan_start(plan), kept
     )
     if before is not None:
         splicer.add(len(plan), before)

@@ -12,8 +12,10 @@ import numpy as np
 
 from framepack_jax import conditioning
 from framepack_jax.conditioning import Encoders, PromptStates
+from framepack_jax.generation import anchor
+from framepack_jax.generation.layout import Layout
 from framepack_jax.generation.prompts import prompt_shares, timed_prompts
-from framepack_jax.generation.request import Layout, Request, SourceVideo
+from framepack_jax.generation.request import Request, SourceVideo
 from framepack_jax.generation.settings import Settings
 from framepack_jax.packing import Section
 
@@ -33,11 +35,13 @@ class Inputs:
         conditions: Conditions of each section, or one entry for all sections.
         negative: Conditions of the negative prompts, or None.
         given: Given latents (B, H, W, C) by position.
+        size: Shape (B, H, W, C) of a latent frame; needed if nothing is given.
     """
 
     conditions: Sequence[Any]
     negative: Any
     given: Mapping[int, np.ndarray]
+    size: tuple[int, ...] | None = None
 
     def of(self, section: int) -> Any:
         """Return the conditions of a section."""
@@ -63,10 +67,7 @@ def encode(
     ]
     _warn_of_unused(requests, sections)
     negatives = [r.negative_prompt for r in requests] if settings.cfg_scale != 1 else []
-    images = [
-        pipe.run(conditioning.encode_image, encoders, start_image(request)[None])
-        for request in requests
-    ]
+    images = [_image_tokens(pipe, encoders, request) for request in requests]
     texts = [text for section in sections for shares in section for text, _ in shares]
     states = _encode_texts(pipe, encoders, [*texts, *negatives])
     make = functools.partial(
@@ -81,7 +82,8 @@ def encode(
     if given is None:
         latents = [given_latents(pipe, request, layout) for request in requests]
         given = {p: np.stack([each[p] for each in latents]) for p in latents[0]}
-    return Inputs([of[each] for each in sections], negative, given)
+    size = pipe.frame_size(layout, len(requests))
+    return Inputs([of[each] for each in sections], negative, given, size)
 
 
 def _encode_texts(
@@ -119,18 +121,19 @@ def _shares(
 ) -> Shares:
     """Return the prompts that count in the middle of a section, and their shares."""
     times, texts = zip(*timed_prompts(prompt), strict=True)
-    compression = pipe.vae.cfg.time_compression
-    middle = (section.targets[0] - 1 + section.targets[-1]) / 2 - (layout.before - 1)
-    shares = prompt_shares(times, compression * middle / layout.fps, span)
+    shares = prompt_shares(times, pipe.geometry.middle(section, layout.before) / layout.fps, span)
     return tuple((text, s) for text, s in zip(texts, shares, strict=True) if s > 0)
 
 
 def given_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[int, np.ndarray]:
     """Return the latents (H, W, C) of a fitted request by position: of the start image or the
     source video, of key frames and end image."""
+    if pipe.sampling.anchor_apart:
+        return anchor.given_latents(pipe, request)
     given: dict[int, np.ndarray] = {}
     if request.source_video is None:
-        given[0] = encode_clip(pipe, start_image(request)[None])[0]
+        if layout.before:
+            given[0] = encode_clip(pipe, start_image(request)[None])[0]
     else:
         given |= _source_latents(pipe, request.source_video, layout.before)
     pictures = [image for _, image in request.key_frames]
@@ -138,6 +141,15 @@ def given_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[i
     for position, picture in zip(layout.stills, pictures, strict=True):
         given[position] = _still(pipe, picture, guide=position == layout.length)
     return given
+
+
+def _image_tokens(
+    pipe: "FramePack", encoders: Encoders | None, request: Request
+) -> jax.Array | None:
+    """Return what the network reads of the image that leads a request, None if it reads none."""
+    if request.image is None or encoders is None:
+        return None
+    return pipe.run(conditioning.encode_image, encoders, request.image[None])
 
 
 def start_image(request: Request) -> np.ndarray:

@@ -5,14 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from framepack_jax.generation.request import (
-    Geometry,
-    Layout,
-    Request,
-    SourceVideo,
-    fit_images,
-    make_layout,
-)
+from framepack_jax.generation.geometry import Geometry
+from framepack_jax.generation.layout import Layout, fit_images, make_layout
+from framepack_jax.generation.request import Request, SourceVideo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

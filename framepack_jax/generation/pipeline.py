@@ -26,22 +26,20 @@ from jax.sharding import Mesh
 
 from framepack_jax import bundle, packing
 from framepack_jax.conditioning import Encoders
-from framepack_jax.diffusion import flow, sampler, solver_table
+from framepack_jax.diffusion import sampler
+from framepack_jax.diffusion import section as denoising
 from framepack_jax.diffusion.given_frames import GivenFrames
 from framepack_jax.generation import decoding, encoding, offload_plan, weights
 from framepack_jax.generation.crossfade import Splicer, to_uint8
 from framepack_jax.generation.encoding import Inputs
+from framepack_jax.generation.geometry import Geometry
+from framepack_jax.generation.layout import START_FRAMES, Layout
 from framepack_jax.generation.network import Network
+from framepack_jax.generation.noise import draw
 from framepack_jax.generation.options import VideoOptions
-from framepack_jax.generation.request import (
-    START_FRAMES,
-    Geometry,
-    Layout,
-    Request,
-    SourceVideo,
-)
+from framepack_jax.generation.request import Request, SourceVideo
 from framepack_jax.generation.results import DecodedSection, NotFinite, Video
-from framepack_jax.generation.settings import DEFAULT_SETTINGS, Settings
+from framepack_jax.generation.settings import Settings
 from framepack_jax.models import offload
 from framepack_jax.models.lora import LoRA
 from framepack_jax.models.network_spec import DenoiserSpec, VaeSpec
@@ -65,7 +63,8 @@ class FramePack:
     """Pipeline of a bundle. Build it with `FramePack.load`.
 
     `encoders` is a function that loads them if they do not stay on the device. `tiling` is that of
-    the VAE; `decode_tiling`, if given, replaces it for decoding.
+    the VAE; `decode_tiling`, if given, replaces it for decoding. `sampling` says how the network
+    was trained to be sampled.
     """
 
     transformer: Network[DenoiserSpec]
@@ -79,6 +78,7 @@ class FramePack:
     tiling: Tiling = DEFAULT_TILING
     mesh: Mesh | None = None
     decode_tiling: Tiling | None = None
+    sampling: bundle.Sampling = dataclasses.field(default_factory=bundle.Sampling)
 
     @classmethod
     def load(
@@ -136,7 +136,7 @@ class FramePack:
         vae = bundle.vae_config(manifest)
         vae[0].check_tiling(vae[1], tiling)
         frames = packing.start_frames(schedule)
-        if frames != START_FRAMES:
+        if frames > START_FRAMES:
             raise packing.ScheduleError(
                 f"schedule {schedule} needs {frames} given frames at its start, but a video begins"
                 " with one image; use an anchor f1k1"
@@ -152,6 +152,7 @@ class FramePack:
             dtype=dtype,
             tiling=tiling,
             mesh=mesh,
+            sampling=manifest.sampling,
         )
 
     def with_weights(
@@ -196,9 +197,10 @@ class FramePack:
         """Compression, patches and buckets of the bundle."""
         patch = packing.kernel_shape(self.transformer.spec.patch)[1]
         vae = self.vae.cfg
+        halvings = 2 ** (self.sampling.recipe.stages - 1)
         return Geometry(
-            self.schedule, vae.time_compression, patch * vae.space_compression,
-            self.buckets,
+            self.schedule, vae.time_compression, patch * vae.space_compression * halvings,
+            self.buckets, self.sampling,
         )  # fmt: skip
 
     def __call__(self, image: np.ndarray | None, prompt: str, **options: Any) -> Video:
@@ -213,7 +215,7 @@ class FramePack:
         image: np.ndarray | None,
         prompt: str,
         *,
-        settings: Settings = DEFAULT_SETTINGS,
+        settings: Settings | None = None,
         on_step: OnStep | None = None,
         on_section: OnSection | None = None,
         **options: Any,
@@ -224,13 +226,14 @@ class FramePack:
             image: First frame (height, width, 3) uint8, scaled and cropped to the size of the
                 video; None for text alone.
             prompt: Text, which may change with time, see `Request`.
-            settings: Settings of the sampler.
+            settings: Settings of the sampler; by default those of the bundle.
             on_step: Called after each step with (section, step, x0).
             on_section: Called with (section, positions, latents) before a section is decoded.
             options: Fields of `VideoOptions`.
 
         Raises ValueError for impossible sizes and lengths, NotFinite if latents are not finite.
         """
+        settings = settings or Settings.of(self.sampling)
         chosen = VideoOptions(**options)
         request, layout = chosen.prepare(self.geometry, image, prompt)
         inputs = self.encode([request], layout, settings, chosen.prompt_blend)
@@ -238,8 +241,10 @@ class FramePack:
         if on_section is not None:
             sections = _announced(sections, layout, on_section)
         source = request.source_video
-        before = None if source is None else self.overlap(layout, source)
-        for section, start, frames, timeline in self.decode(layout.plan, sections, before):
+        joined = source is not None and not self.sampling.decode_alone
+        before = self.overlap(layout, source) if joined and source is not None else None
+        made = self.decode(layout.plan, sections, before, layout.kept)
+        for section, start, frames, timeline in made:
             positions = layout.new_positions(section)
             pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
             yield DecodedSection(start, pixels, positions, timeline.read(positions)[0])
@@ -263,10 +268,22 @@ class FramePack:
         """Encode a clip (P, height, width, 3) uint8 to normalised latents (F, H, W, C)."""
         return encoding.encode_clip(self, frames)
 
-    def timeline(self, plan: Sequence[Section], given: Mapping[int, np.ndarray]) -> Timeline:
-        """Return a timeline with `given` latents (B, H, W, C) by position, a guide included."""
-        batch, *frame = next(iter(given.values())).shape
-        length = max(packing.length(plan), 1 + max(given))
+    def frame_size(self, layout: Layout, batch: int) -> tuple[int, ...]:
+        """Return the shape (B, H, W, C) of one latent frame of a batch of videos."""
+        vae = self.vae.cfg
+        rows, columns = (side // vae.space_compression for side in layout.canvas)
+        return batch, rows, columns, vae.latent_channels
+
+    def timeline(
+        self,
+        plan: Sequence[Section],
+        given: Mapping[int, np.ndarray],
+        size: tuple[int, ...] | None = None,
+    ) -> Timeline:
+        """Return a timeline with `given` latents (B, H, W, C) by position, a guide included; `size`
+        is that shape if nothing is given."""
+        batch, *frame = size or next(iter(given.values())).shape
+        length = max(packing.length(plan), *(1 + position for position in given), 0)
         timeline = Timeline(length, tuple(frame), batch)
         for position, latents in given.items():
             timeline.write([position], latents[:, None])
@@ -279,7 +296,7 @@ class FramePack:
         settings: Settings,
         *,
         seeds: Sequence[int] = (0,),
-        noise: Sequence[np.ndarray] | None = None,
+        noise: Sequence[np.ndarray | Sequence[np.ndarray]] | None = None,
         timeline: Timeline | None = None,
         done: int = 0,
         on_step: OnStep | None = None,
@@ -292,7 +309,8 @@ class FramePack:
             inputs: Encoded requests, see `encode`.
             settings: Settings of the sampler.
             seeds: One for each sample. The noise of section i is drawn from fold_in(seed, i).
-            noise: Noise (B, w, H, W, C) of each section, in place of `seeds`.
+            noise: Noise of each section, in place of `seeds`: (B, w, H, W, C), or one array for
+                each stage as `noise.draw` returns them.
             timeline: Latents of an earlier run to resume.
             done: Number of finished sections of that run.
             on_step: Called after each step with (section, step, x0).
@@ -302,34 +320,30 @@ class FramePack:
         """
         spec, cfg, params = self.transformer
         params = params if on_block is None else offload.with_on_layer(params, on_block)
-        timeline = self.timeline(plan, inputs.given) if timeline is None else timeline
+        if timeline is None:
+            timeline = self.timeline(plan, inputs.given, inputs.size)
         _, _, *frame = timeline.latents.shape
-        how = self._sampler_settings(settings, *frame[:2])
+        patch = packing.kernel_shape(spec.patch)[1]
         for i, section in enumerate(plan[done:], start=done):
             shape = (len(section.targets), *frame)
-            if noise is None:
-                x = np.stack([_noise(seed, i, shape) for seed in seeds])
-            else:
-                x = np.asarray(noise[i], np.float32)
+            draws = draw(self.sampling.recipe, seeds, i, shape) if noise is None else noise[i]
+            draws = [draws] if isinstance(draws, np.ndarray | jax.Array) else draws
+            how = self._section_settings(settings, i)
             context = packing.read_context(section, timeline)
             given = GivenFrames(*packing.read_target(section, timeline))
             with self.on_mesh():
-                result = sampler.denoise(
-                    spec, cfg, params, x, how, context, inputs.of(i), inputs.negative,
-                    given=given, on_step=on_step and functools.partial(on_step, i),
+                result = denoising.denoise(
+                    spec, cfg, params, self.sampling.recipe, draws, how, context, inputs.of(i),
+                    inputs.negative, patch=patch, given=given,
+                    on_step=on_step and functools.partial(on_step, i),
                 )  # fmt: skip
-            self._check_finite(i, settings.steps, result.finite_step)
+            self._check_finite(i, sum(how.steps), result.finite_step)
             timeline.write(section.targets, result.latents)
             yield section, timeline
 
-    def _sampler_settings(
-        self, settings: Settings, rows: int, columns: int
-    ) -> sampler.SamplerSettings:
-        """Return sigmas and coefficients for sections of latent frames (rows, columns)."""
-        tokens = packing.target_tokens(self.schedule, rows, columns)
-        sigmas = flow.sigmas(settings.steps, flow.shift_mu(tokens))
-        return sampler.SamplerSettings(
-            sigmas, solver_table(settings.sampler, sigmas), settings.cfg_scale,
+    def _section_settings(self, settings: Settings, section: int) -> denoising.SectionSettings:
+        return denoising.SectionSettings(
+            settings.stage_steps(self.sampling, section), settings.sampler, settings.cfg_scale,
             settings.cfg_rescale, self.dtype, settings.step_cache,
         )  # fmt: skip
 
@@ -343,9 +357,11 @@ class FramePack:
                 bad,
             )
 
-    def splicer(self, plan: Sequence[Section], before: int = START_FRAMES) -> Splicer:
+    def splicer(
+        self, plan: Sequence[Section], before: int = START_FRAMES, kept: int = 0
+    ) -> Splicer:
         """Return the splicer of the clips of a plan, see `decoding.make_splicer`."""
-        return decoding.make_splicer(self.geometry, plan, before)
+        return decoding.make_splicer(self.geometry, plan, before, kept)
 
     def overlap(self, layout: Layout, source_video: SourceVideo) -> jax.Array:
         """Return the frames of a source video to cross-fade with, see `decoding.overlap`."""
@@ -356,9 +372,10 @@ class FramePack:
         plan: Sequence[Section],
         sections: Iterable[tuple[Section, Timeline]],
         before: jax.Array | None = None,
+        kept: int = 0,
     ) -> Iterator[tuple[Section, int, jax.Array, Timeline]]:
         """Decode sections as they come and cross-fade them, see `decoding.decode`."""
-        return decoding.decode(self, plan, sections, before)
+        return decoding.decode(self, plan, sections, before, kept)
 
     def decode_clip(
         self, section: Section, timeline: Timeline, samples: slice = slice(None)
@@ -373,17 +390,6 @@ class FramePack:
     ) -> tuple[jax.Array, Callable[[], None]]:
         """Start to decode the clip of a section, see `decoding.start_clip`."""
         return decoding.start_clip(self, section, timeline, samples)
-
-
-def _noise(seed: int, section: int, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(_key(seed), section), shape)
-
-
-def _key(seed: int) -> jax.Array:
-    """Return the key of a seed of up to 64 bits; for one of 32 bits it is jax.random.key(seed)."""
-    high, low = divmod(seed, 2**32)
-    key = jax.random.key(low)
-    return jax.random.fold_in(key, high) if high else key
 
 
 def _announced(

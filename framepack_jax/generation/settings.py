@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from framepack_jax.bundle import Sampling
 from framepack_jax.diffusion import SOLVERS
 from framepack_jax.diffusion.step_cache import StepCacheConfig
 
@@ -12,10 +13,11 @@ MAX_STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the sampler. The defaults are those of the release.
+    """Settings of the sampler. The defaults are those of FramePack's release; `of` gives those of a
+    bundle.
 
     Args:
-        steps: Denoising steps for each section.
+        steps: Denoising steps for each section, or for each stage of a section.
         sampler: Solver, one of `diffusion.SOLVERS`.
         distilled_guidance: Scale that a guidance-distilled network takes as an input.
         cfg_scale: Scale of classifier-free guidance; 1 needs no second pass and no negative prompt.
@@ -25,7 +27,7 @@ class Settings:
     Raises ValueError if a setting is out of range.
     """
 
-    steps: int = 25
+    steps: int | tuple[int, ...] = 25
     sampler: str = "unipc"
     distilled_guidance: float = 10.0
     cfg_scale: float = 1.0
@@ -33,8 +35,9 @@ class Settings:
     step_cache: StepCacheConfig | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"steps = {self.steps}: expected at least 1, at most {MAX_STEPS}")
+        for steps in self.steps if isinstance(self.steps, tuple) else (self.steps,):
+            if not 1 <= steps <= MAX_STEPS:
+                raise ValueError(f"steps = {steps}: expected at least 1, at most {MAX_STEPS}")
         if self.sampler not in SOLVERS:
             raise ValueError(f"sampler {self.sampler!r}: expected one of {', '.join(SOLVERS)}")
         if not 0 <= self.cfg_rescale <= 1:
@@ -43,5 +46,24 @@ class Settings:
             if not np.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a finite number")
 
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Settings":
+        """Return the settings that a bundle was made for."""
+        return cls(
+            steps=sampling.steps,
+            distilled_guidance=sampling.distilled_guidance,
+            cfg_scale=sampling.cfg_scale,
+        )
 
-DEFAULT_SETTINGS = Settings()
+    def stage_steps(self, sampling: Sampling, section: int) -> tuple[int, ...]:
+        """Return the steps of each stage of a section, counted from 0 in order of generation.
+
+        Raises ValueError if there are not as many numbers as stages.
+        """
+        recipe = sampling.recipe
+        steps = self.steps if isinstance(self.steps, tuple) else (self.steps,) * recipe.stages
+        if len(steps) != recipe.stages:
+            raise ValueError(f"steps = {steps}: expected {recipe.stages}, one for each stage")
+        if section == 0 and recipe.double_first:
+            return tuple(2 * count for count in steps)
+        return steps

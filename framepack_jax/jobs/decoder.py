@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from framepack_jax.generation.crossfade import Splicer, to_uint8
+from framepack_jax.generation.layout import Layout
 from framepack_jax.generation.pipeline import FramePack
-from framepack_jax.generation.request import Layout, SourceVideo
+from framepack_jax.generation.request import SourceVideo
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel.multihost import Terminated
@@ -63,9 +64,10 @@ class Decoder:
         """Decode one `sample` of the timeline; it continues a fitted `source_video`, if any."""
         self.pipe, self.run, self.layout = pipe, run, layout
         self.timeline, self.sample = timeline, slice(sample, sample + 1)
-        self.splicer: Splicer = pipe.splicer(layout.plan, layout.before)
-        self.given = [] if source_video is None else [len(layout.plan)]
-        if source_video is not None:
+        self.splicer: Splicer = pipe.splicer(layout.plan, layout.before, layout.kept)
+        self.given = []
+        if source_video is not None and not pipe.sampling.decode_alone:
+            self.given = [len(layout.plan)]
             self.splicer.add(len(layout.plan), pipe.overlap(layout, source_video))
 
     def catch_up(self, done: int) -> None:

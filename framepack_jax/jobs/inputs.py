@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from framepack_jax import video
+from framepack_jax.generation.layout import Layout, make_layout
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.prompts import timed_prompts
-from framepack_jax.generation.request import Layout, Request, SourceVideo, make_layout, read_source
+from framepack_jax.generation.request import Request, SourceVideo, read_source
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec, source_file
 from framepack_jax.parallel.multihost import is_primary
@@ -32,7 +33,7 @@ def read_request(pipe: FramePack, spec: VideoSpec) -> Request:
     return Request(
         prompt=spec.prompt,
         image=None if spec.image is None else video.load_image(spec.image),
-        negative_prompt=spec.negative_prompt,
+        negative_prompt=spec.negative_prompt or "",
         seed=spec.seed,
         end_image=None if spec.end_image is None else video.load_image(spec.end_image),
         end_image_as=spec.end_image_as,
@@ -53,13 +54,19 @@ def _key_frame(text: str) -> tuple[float, str]:
     return seconds, path
 
 
+def fps_of(spec: VideoSpec) -> float:
+    """Return the frames per second of options that are `filled`."""
+    assert spec.fps is not None
+    return spec.fps
+
+
 def layout_of_spec(pipe: FramePack, spec: VideoSpec, request: Request) -> Layout:
     """Lay out the video of a spec. Raises ValueError if its options contradict each other."""
     height, width = spec.height, spec.width
     if request.source_video is not None:
         height, width = request.source_video.first.shape[:2]
     return make_layout(
-        pipe.geometry, request, seconds=spec.seconds, sections=spec.sections, fps=spec.fps,
+        pipe.geometry, request, seconds=spec.seconds, sections=spec.sections, fps=fps_of(spec),
         height=height, width=width,
     )  # fmt: skip
 
@@ -69,15 +76,11 @@ def read_inputs(
 ) -> tuple[Request, Iterator[np.ndarray] | None]:
     """Return the request, and the frames of an extended video that no section changes."""
     request = request or read_request(pipe, spec)
-    count = kept_frames(pipe, layout)
-    if not count or spec.extend is None:
+    if not layout.kept or spec.extend is None:
         return request, None
-    return request, _read_kept(spec.extend, spec.fps, count, (layout.height, layout.width))
-
-
-def kept_frames(pipe: FramePack, layout: Layout) -> int:
-    """Count the frames of an extended video that no section changes."""
-    return pipe.geometry.frames_of(layout.overlap_start, layout.before)[0]
+    return request, _read_kept(
+        spec.extend, fps_of(spec), layout.kept, (layout.height, layout.width)
+    )
 
 
 def _read_kept(extend: Path, fps: float, count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -108,10 +111,11 @@ def _read_source(pipe: FramePack, spec: VideoSpec, extend: Path) -> SourceVideo:
     if extend.is_dir():
         run = RunDir.open(extend)
         height, width = _size_of(run, spec)
-        latents = run.latents()
+        # Latents of sections that are decoded alone do not follow each other in time.
+        latents = None if pipe.sampling.decode_alone else run.latents()
     path = source_file(extend)
     logger.info("%s: reading its first frame and its end", path)
-    source = read_source(pipe.geometry, path, spec.fps, height, width, latents)
+    source = read_source(pipe.geometry, path, fps_of(spec), height, width, latents)
     if latents is not None:
         before = 1 + (source.frames - 1) // pipe.geometry.time_compression
         missing = set(pipe.geometry.source_positions(before)) - set(latents)
@@ -141,10 +145,10 @@ def _size_of(run: RunDir, spec: VideoSpec) -> tuple[int, int]:
     return record["height"], record["width"]
 
 
-def warn_unused_settings(spec: VideoSpec) -> None:
-    """Warn of options that have no effect beside the others."""
+def warn_unused_settings(spec: VideoSpec, cfg_scale: float) -> None:
+    """Warn of given options that have no effect beside the others, and the CFG scale."""
     default = VideoSpec()
-    without_cfg = spec.cfg_scale == default.cfg_scale
+    without_cfg = cfg_scale == 1
     timed = len(timed_prompts(spec.prompt)) > 1
     unused = {
         "--negative-prompt has an effect only if --cfg-scale is not 1": without_cfg

@@ -1,6 +1,6 @@
 """Progress bars and the live preview of a sampling job."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -19,13 +19,13 @@ class Progress:
     """Progress bars for sections and steps, and for the `blocks` of a step if they are offloaded;
     and the live preview of the section that is being sampled."""
 
-    def __init__(self, tasks: Sequence[Task], done: int, blocks: int) -> None:
-        self.tasks, self.steps = tasks, tasks[0].settings.steps
+    def __init__(
+        self, tasks: Sequence[Task], done: int, blocks: int, steps: Callable[[int], int]
+    ) -> None:
+        """Begin after `done` sections; `steps(section)` is the number of steps of a section."""
+        self.tasks, self.steps_of, self.steps = tasks, steps, steps(done)
         self.sections = len(tasks[0].layout.plan)
         quiet = not is_primary()
-        self.shown = {
-            round(self.steps * i / PREVIEWS_PER_SECTION) for i in range(1, PREVIEWS_PER_SECTION + 1)
-        }
         self.bars = [
             Bar(total=self.sections, initial=done, desc="sections", unit="section", disable=quiet),
             Bar(total=self.steps, desc="steps", unit="step", leave=False, disable=quiet),
@@ -49,14 +49,17 @@ class Progress:
         """Count a step, and show its prediction (B, w, H, W, C). Stops if a signal came."""
         sections, steps, blocks = self.bars
         if step == 0:
-            steps.reset()
+            self.steps = self.steps_of(section)
+            steps.reset(self.steps)
         steps.update()
         # A step cache may have skipped blocks of this step.
         blocks.reset()
         if step + 1 == self.steps:
             sections.update()
         stop_if_asked()
-        if step + 1 in self.shown and x0.shape[-1] == PREVIEW_CHANNELS:
+        parts = range(1, 1 + PREVIEWS_PER_SECTION)
+        shown = {round(self.steps * i / PREVIEWS_PER_SECTION) for i in parts}
+        if step + 1 in shown and x0.shape[-1] == PREVIEW_CHANNELS:
             caption = f"section {section + 1} of {self.sections}, step {step + 1} of {self.steps}"
             on_primary(self._show, np.asarray(x0), caption)
 

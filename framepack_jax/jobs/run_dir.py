@@ -180,10 +180,11 @@ class RunDir:
         if flags["extend"] is not None:
             kept = load_arrays(inputs / "footage.npz", "frames", "last")
             source_video = SourceVideo(int(kept["frames"]), kept["last"][0], kept["last"])
+        empty = self.record.get("starts_empty", False)
         end = inputs / "end_image.png"
         return Request(
             prompt=flags["prompt"],
-            image=run_files.open_picture(inputs / "image.png"),
+            image=None if empty else run_files.open_picture(inputs / "image.png"),
             negative_prompt=flags["negative_prompt"],
             seed=flags["seed"],
             end_image=run_files.open_picture(end) if end.exists() else None,
@@ -207,7 +208,8 @@ class RunDir:
     def save_known(self, known: Mapping[int, np.ndarray]) -> None:
         """Save given latents (H, W, C) by position."""
         positions = np.asarray(list(known), int)
-        arrays = {"positions": positions, "latents": np.stack(list(known.values()))}
+        latents = np.stack(list(known.values())) if known else np.zeros(0, np.float32)
+        arrays = {"positions": positions, "latents": latents}
         save_arrays(self.folder / "latents" / "known.npz", arrays)
 
     @_by_primary

@@ -48,8 +48,7 @@ def load_arrays(path: epath.Path, *names: str) -> dict[str, np.ndarray]:
 
 def pictures(request: Request) -> dict[str, np.ndarray]:
     """Return the images of a prepared request by the names of their files."""
-    assert request.image is not None, "a prepared request has an image"
-    images = {"image": request.image}
+    images = {} if request.image is None else {"image": request.image}
     if request.end_image is not None:
         images["end_image"] = request.end_image
     return images | {key_frame_name(i): image for i, (_, image) in enumerate(request.key_frames)}

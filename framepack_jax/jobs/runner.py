@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from framepack_jax import video
+from framepack_jax.generation.layout import fit_images
 from framepack_jax.generation.pipeline import FramePack, NotFinite
-from framepack_jax.generation.request import fit_images
 from framepack_jax.jobs.decoder import Decoder, DeferredDecode
 from framepack_jax.jobs.errors import FAILURES, explained
 from framepack_jax.jobs.progress import Progress
@@ -185,7 +185,11 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
     passes = 1 if inputs.negative is None else 2
     blocks = passes * offload.offloaded_layers(pipe.transformer.params)
-    with Progress(tasks, done, blocks) as progress, DeferredDecode() as frames:
+
+    def steps(section: int) -> int:
+        return sum(settings.stage_steps(pipe.sampling, section))
+
+    with Progress(tasks, done, blocks, steps) as progress, DeferredDecode() as frames:
 
         def on_step(*step: Any) -> None:
             # The device is busy with the next step (unless blocks are offloaded): the host
@@ -245,7 +249,8 @@ def _restore(pipe: FramePack, tasks: Sequence[Task]) -> tuple[Timeline, dict[int
     plan = tasks[0].layout.plan
     each = [task.run.known() for task in tasks]
     known = {p: np.stack([latents[p] for latents in each]) for p in each[0]}
-    timeline = pipe.timeline(plan, known)
+    size = pipe.frame_size(tasks[0].layout, len(tasks))
+    timeline = pipe.timeline(plan, known, size)
     there: list[Sequence[np.ndarray]] = []
     for task in tasks:
         try:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from framepack_jax.utils.paths import IN_STORES
 
 if TYPE_CHECKING:
+    from framepack_jax.bundle import Sampling
     from framepack_jax.generation.pipeline import Settings
 
 # Placeholder for a random seed.
 RANDOM_SEED = -1
+# Options whose default is the bundle's.
+OF_BUNDLE = ("negative_prompt", "steps", "distilled_guidance", "cfg_scale", "fps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Inputs:
     image: Path | None = None
     """First frame: an image file of any format, scaled and cropped to the size of the video.
     Without it the video starts from a black frame and follows the prompt alone."""
-    negative_prompt: str = ""
-    """Negative prompt; used only if --cfg-scale is not 1."""
+    negative_prompt: str | None = None
+    """Negative prompt; used only if --cfg-scale is not 1. Default: the bundle's."""
     end_image: Path | None = None
     """Last frame of the video."""
     end_image_as: Literal["auto", "guide", "still"] = "auto"
@@ -61,14 +64,17 @@ class VideoSize:
 class Denoising:
     """Sampling of a section."""
 
-    steps: int = 25
-    """Denoising steps of a section."""
+    steps: int | None = None
+    """Denoising steps of a section, or of each stage of a section. Default: the bundle's, 25 for
+    FramePack."""
     sampler: Literal["unipc", "unipc-bh2", "euler"] = "unipc"
-    """Solver of the sampling ODE."""
-    distilled_guidance: float = 10.0
-    """Guidance scale given to the guidance-distilled network, at no cost."""
-    cfg_scale: float = 1.0
-    """Scale of classifier-free guidance, which doubles the time; 1 is off."""
+    """Solver of the sampling ODE, unless the bundle was made for one."""
+    distilled_guidance: float | None = None
+    """Guidance scale given to the guidance-distilled network, at no cost. Default: the bundle's, 10
+    for FramePack."""
+    cfg_scale: float | None = None
+    """Scale of classifier-free guidance, which doubles the time; 1 is off. Default: the bundle's, 1
+    for FramePack."""
     cfg_rescale: float = 0.0
     """Fraction, 0 to 1, of the contrast added by --cfg-scale that is removed."""
     step_cache: Literal["none", "tea", "first-block"] = "none"
@@ -82,8 +88,9 @@ class Denoising:
 class Encoding:
     """Video files."""
 
-    fps: float = 30.0
-    """Frames per second of the video, also 23.976 or 29.97; the models are trained for 30."""
+    fps: float | None = None
+    """Frames per second of the video, also 23.976 or 29.97. Default: the bundle's, 30 for
+    FramePack."""
     crf: int = 16
     """H.264 quality, 1 (largest file) to 51."""
     gif: bool = False
@@ -101,8 +108,15 @@ class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
     """Seed of the noise, up to 64 bits. The same seed and flags give the same video; -1 draws a
     random seed."""
 
+    def filled(self, sampling: "Sampling") -> "VideoSpec":
+        """Return the options with the bundle's values where none are given."""
+        bundle = {name: getattr(sampling, name) for name in OF_BUNDLE}
+        missing = {name: value for name, value in bundle.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
     def settings(self) -> "Settings":
-        """Return the sampler's settings. Raises ValueError if an option is out of range."""
+        """Return the sampler's settings from options that are `filled`. Raises ValueError if an
+        option is out of range."""
         from framepack_jax.diffusion.step_cache import StepCacheConfig
         from framepack_jax.generation.pipeline import Settings
 
@@ -115,6 +129,8 @@ class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
             raise ValueError(
                 f"cache_threshold = {self.cache_threshold} needs --step-cache tea or first-block"
             )
+        assert self.steps is not None and self.distilled_guidance is not None  # `filled`
+        assert self.cfg_scale is not None
         return Settings(
             steps=self.steps,
             sampler=self.sampler,

@@ -5,8 +5,9 @@ from collections.abc import Callable, Hashable, Iterator
 
 import numpy as np
 
+from framepack_jax.generation.layout import Layout
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.generation.request import Layout, Request
+from framepack_jax.generation.request import Request
 from framepack_jax.jobs.run_dir import RunDir
 
 # Fields of a record that depend on the machine that continues the run.

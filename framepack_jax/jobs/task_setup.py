@@ -10,11 +10,11 @@ from typing import Any
 from etils import epath
 
 from framepack_jax import bundle, video
+from framepack_jax.generation.layout import Layout, end_image_use
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.prompts import timed_prompts
-from framepack_jax.generation.request import Layout, end_image_use
 from framepack_jax.jobs.inputs import (
-    kept_frames,
+    fps_of,
     layout_of_spec,
     read_inputs,
     read_request,
@@ -53,9 +53,10 @@ class TaskMaker:
         Raises ValueError, OSError.
         """
         requested, spec = spec, on_primary(_with_seed, spec, folder, self.job.overwrite)
-        video.check_encoding(spec.fps, spec.crf)
+        spec = spec.filled(self.pipe.sampling)
+        video.check_encoding(fps_of(spec), spec.crf)
         settings = spec.settings()
-        warn_unused_settings(spec)
+        warn_unused_settings(requested, settings.cfg_scale)
         record = on_primary(new_record, spec, self.model, self.compute, self.pipe)
         # A video that another process finishes meanwhile is kept, even with --overwrite.
         kept = dataclasses.replace(self, job=dataclasses.replace(self.job, overwrite=False))
@@ -91,12 +92,13 @@ class TaskMaker:
         check_folder(folder)
         record |= {
             "sections": len(layout.plan),
-            "frames": self.pipe.geometry.frames_of(0, layout.length)[1],
+            "frames": layout.frames,
+            "starts_empty": layout.before == 0,
             "height": layout.height,
             "width": layout.width,
             "canvas": list(layout.canvas),
             "key_frames": [seconds for seconds, _ in request.key_frames],
-            "beginning": kept_frames(self.pipe, layout),
+            "beginning": layout.kept,
         }
         # The images of many jobs would fill the memory, so they are read again before sampling.
         again = request if self.alone else None
@@ -171,8 +173,9 @@ def describe(pipe: FramePack, task: Task) -> str:
         f" {layout.width} pixels{sampled}, schedule {pipe.schedule}, {pipe.dtype} on"
         f" {record['device']}, seed {record['flags']['seed']}"
     )
-    if layout.before > 1:
-        given = pipe.geometry.frames_of(0, layout.before)[1]
+    if record["flags"]["extend"]:
+        alone = pipe.sampling.decode_alone
+        given = layout.kept if alone else pipe.geometry.frames_of(0, layout.before)[1]
         text += f"; the first {given} frames are those of {record['flags']['extend']}"
     prompt = record["flags"]["prompt"]
     prompts = timed_prompts(prompt)

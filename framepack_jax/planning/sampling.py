@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle, packing
 from framepack_jax.diffusion import flow, sampler, solver, solver_table
 from framepack_jax.diffusion.given_frames import GivenFrames
+from framepack_jax.generation.layout import Layout
 from framepack_jax.generation.pipeline import FramePack, Settings
-from framepack_jax.generation.request import Layout
 from framepack_jax.models.network_spec import NetworkSpec
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.models.tiling import Tiling
@@ -89,7 +89,7 @@ def dry_run(
         hosted=hosted,
         programs=tuple(programs),
         flops=work.flops(),
-        steps=settings.steps,
+        steps=sum(settings.stage_steps(pipe.sampling, 1)),
         frames=len(layout.plan[-1].targets) * pipe.vae.cfg.time_compression,
     )
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from framepack_jax import packing
 from framepack_jax.generation.crossfade import to_uint8
+from framepack_jax.generation.layout import Layout, fit_images, make_layout
 from framepack_jax.generation.pipeline import FramePack, Settings
-from framepack_jax.generation.request import Layout, Request, fit_images, make_layout
+from framepack_jax.generation.request import Request
 from framepack_jax.packing import Section, Timeline
 
 CLIP_LATENTS = 18

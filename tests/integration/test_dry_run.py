@@ -8,8 +8,9 @@ import pytest
 
 from framepack_jax import bundle
 from framepack_jax.cli import sample, train, training
+from framepack_jax.generation.layout import make_layout
 from framepack_jax.generation.pipeline import Settings
-from framepack_jax.generation.request import Request, make_layout
+from framepack_jax.generation.request import Request
 from framepack_jax.jobs.loading import open_pipe
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.planning import sampling

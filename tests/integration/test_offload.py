@@ -17,9 +17,10 @@ from framepack_jax.conditioning import load_encoders
 from framepack_jax.conversion import arrays
 from framepack_jax.diffusion.step_cache import StepCacheConfig
 from framepack_jax.generation import offload_plan
+from framepack_jax.generation.layout import fit_images, make_layout
 from framepack_jax.generation.offload_plan import GB, Need, OffloadPlan, Work
 from framepack_jax.generation.pipeline import FramePack, Settings, Video
-from framepack_jax.generation.request import Request, fit_images, make_layout
+from framepack_jax.generation.request import Request
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.models import offload, quantization, scan
 from framepack_jax.models.hunyuan import transformer

@@ -31,8 +31,9 @@ from transformers import (
 
 from framepack_jax import conditioning, packing
 from framepack_jax.cli import convert
+from framepack_jax.generation.layout import fit_images, make_layout
 from framepack_jax.generation.pipeline import FramePack, Inputs, Settings
-from framepack_jax.generation.request import Request, fit_images, make_layout
+from framepack_jax.generation.request import Request
 from framepack_jax.packing import Section
 from tests.fixtures.paths import GOLDEN
 from tests.fixtures.torch_reference import randomize, relative_error

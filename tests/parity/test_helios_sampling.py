@@ -1,52 +1,46 @@
-"""Sections of Helios and Wan by their recipes, against recorded runs of diffusers."""
+"""Whole videos of Helios and Wan, converted and sampled by the product, against diffusers' runs.
 
+The random draws of the recorded runs are given to the sampler in the order in which diffusers made
+them.
+"""
+
+import dataclasses
 import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from einops import rearrange
 from safetensors.numpy import load_file
 
-from framepack_jax import packing
-from framepack_jax.conversion import engine, tables, weight_files
-from framepack_jax.diffusion import section
-from framepack_jax.diffusion.recipe import Recipe
-from framepack_jax.models.params import stack_layers
-from framepack_jax.models.wan.spec import TRANSFORMER
-from framepack_jax.packing import Timeline
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
+from framepack_jax.generation import anchor
+from framepack_jax.generation.crossfade import to_uint8
+from framepack_jax.generation.options import VideoOptions
+from framepack_jax.generation.pipeline import FramePack
+from framepack_jax.generation.request import source_from_frames
+from framepack_jax.generation.settings import Settings
+from framepack_jax.video import load_image
 from tests.fixtures.paths import GOLDEN
 from tests.fixtures.torch_reference import relative_error
 
 HELIOS = GOLDEN / "helios"
-BASE = Recipe(solver="unipc-flow", highest=0.999, max_shift=None)
-MID = Recipe(
-    solver="unipc-flow", shift="none", stages=3, whole_times=True, zero_star=True, zero_steps=2
-)
-DISTILLED = Recipe(solver="renoise", shift="none", stages=3, whole_times=True, double_first=True)
-RECIPES = {
-    "base_t2v": BASE,
-    "variant_t2v": BASE,
-    "mid_t2v": MID,
-    "mid_dynamic_t2v": Recipe(
-        solver="unipc-flow", max_shift=None, stages=3, whole_times=True, zero_star=True
-    ),
-    "distilled_t2v": DISTILLED,
-    "distilled_dynamic_t2v": Recipe(
-        solver="renoise",
-        max_shift=None,
-        exponential=False,
-        stages=3,
-        whole_times=True,
-        double_first=True,
-    ),
-    "wan_t2v": Recipe(
-        solver="unipc-flow", lowest=0.001, shift="fixed", shift_factor=3.0, whole_times=True
-    ),
-}
+RUNS = (
+    "base_t2v", "base_i2v", "base_v2v", "variant_t2v", "mid_t2v", "mid_dynamic_t2v",
+    "distilled_t2v", "distilled_i2v", "distilled_dynamic_t2v", "wan_t2v",
+)  # fmt: skip
 
 
-def last(x: np.ndarray) -> np.ndarray:
-    return rearrange(x, "b c t h w -> b t h w c")
+def channels_last(x: np.ndarray) -> np.ndarray:
+    return rearrange(x, "b c t h w -> b t h w c") if x.ndim == 5 else x
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict:
+    return json.loads((HELIOS / "reference.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -54,50 +48,99 @@ def recorded() -> dict[str, np.ndarray]:
     return load_file(HELIOS / "reference.safetensors")
 
 
-@pytest.fixture(scope="module")
-def networks() -> dict:
-    found = {}
-    for name in ("pipeline/transformer", "transformer_variant", "wan_transformer"):
-        checkpoint = weight_files.open_checkpoint(HELIOS / name)
-        job = engine.make_job(tables.recognise(checkpoint, "transformer"))
-        found[name] = job.cfg, stack_layers(dict(job.leaves()), TRANSFORMER.stacks)
-    return found
+def assemble(name: str, run: dict, folder: Path) -> Path:
+    """The pipeline folder of a run, as the README of the goldens says."""
+    shutil.copytree(HELIOS / "pipeline", folder)
+    model = name.rpartition("_")[0]
+    if transformer := run.get("transformer"):
+        shutil.rmtree(folder / "transformer")
+        shutil.copytree(HELIOS / transformer, folder / "transformer")
+    index = model.partition("_")[0]
+    if (HELIOS / f"model_index_{index}.json").exists():
+        shutil.copy(HELIOS / f"model_index_{index}.json", folder / "model_index.json")
+        shutil.rmtree(folder / "scheduler")
+        shutil.copytree(HELIOS / f"scheduler_{model}", folder / "scheduler")
+    return folder
+
+
+@dataclasses.dataclass
+class RecordedDraws:
+    """Stands for `anchor.Draws`."""
+
+    draws: Iterator[np.ndarray]
+
+    def normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        value = next(self.draws)
+        assert value.shape == shape
+        return value
+
+    def uniform(self, count: int) -> np.ndarray:
+        value = next(self.draws)
+        assert value.shape == (count,)
+        return value
+
+
+def open_run(name: str, run: dict, folder: Path, text_tokens: int) -> FramePack:
+    window = run["draws"][-1][1][2]
+    schedule = f"g{window}" if name == "wan_t2v" else f"f1k1_x_f16k4f2k2f1k1_g{window}"
+    output = folder / "bundle"
+    pipeline = assemble(name, run, folder / "pipeline")
+    make_bundle(
+        BundleRequest(
+            output=str(output), pipeline=pipeline, schedule=schedule, text_tokens=text_tokens
+        )
+    )
+    pipe = FramePack.load(output)
+    recipe = pipe.sampling.recipe
+    if run.get("use_zero_init") is False:
+        recipe = dataclasses.replace(recipe, zero_steps=0)
+    recipe = dataclasses.replace(recipe, double_first=run.get("amplify_first_chunk", False))
+    return dataclasses.replace(pipe, sampling=dataclasses.replace(pipe.sampling, recipe=recipe))
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", RECIPES)
-def test_latents_from_text(name: str, recorded, networks) -> None:
-    run = json.loads((HELIOS / "reference.json").read_text())["runs"][name]
-    recipe = RECIPES[name]
-    wan = name.startswith("wan")
-    cfg, params = networks[
-        "wan_transformer" if wan else run.get("transformer", "pipeline/transformer")
-    ]
-    latents_of = json.loads((HELIOS / "pipeline" / "vae" / "config.json").read_text())
-    mean, std = (np.array(latents_of[f"latents_{n}"], np.float32) for n in ("mean", "std"))
-    draws = iter(last(recorded[f"{name}/draw{i:02}"]) for i in range(len(run["draws"])))
-    texts = (
-        TRANSFORMER.conditions(recorded["prompt_embeds"][:1]),
-        TRANSFORMER.conditions(recorded["prompt_embeds"][1:]),
-    )
-    chunk = run["draws"][0][1][2]
-    schedule = packing.parse(f"g{chunk}" if wan else f"f1k1_x_f16k4f2k2f1k1_g{chunk}")
-    plan = packing.plan(schedule, 1 if wan else run["chunks"], before=0, alone=True)
-    rows, columns = run["draws"][0][1][3:]
-    timeline = Timeline(packing.length(plan), (rows, columns, 16))
-    scale = run["guidance_scale"]
-    for i, each in enumerate(plan):
-        steps = tuple(run.get("pyramid_steps") or [run["steps"]])
-        if recipe.double_first and run["amplify_first_chunk"] and i == 0:
-            steps = tuple(2 * n for n in steps)
-        how = section.SectionSettings(steps, cfg_scale=scale)
-        noise = [next(draws) for _ in range(recipe.stages)]
-        context = packing.read_context(each, timeline)
-        result = section.denoise(
-            TRANSFORMER, cfg, params, recipe, noise, how, context, texts[0],
-            texts[1] if scale > 1 else None,
-        )  # fmt: skip
-        timeline.write(each.targets, result.latents)
-        expected = last(recorded[f"{name}/decoded_latents{i}"])
-        assert relative_error(result.latents * std + mean, expected) < 5e-4
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_diffusers(name: str, reference, recorded, tmp_path) -> None:
+    run = reference["runs"][name]
+    pipe = open_run(name, run, tmp_path, recorded["ids"].shape[1])
+    draws = iter([channels_last(recorded[f"{name}/draw{i:02}"]) for i in range(len(run["draws"]))])
+    size = reference["height"], reference["width"]
+    picture = load_image(HELIOS / "image.png")
+    source = None
+    if "video" in run:
+        frames = [np.roll(picture, 2 * i, axis=1) for i in range(21)]
+        source = source_from_frames(pipe.geometry, frames, *size)
+    chunks = 1 if name == "wan_t2v" else run["chunks"]
+    options = VideoOptions(
+        negative_prompt=reference["negative"], source_video=source, sections=chunks,
+        height=size[0], width=size[1],
+    )  # fmt: skip
+    image = picture if run.get("image") else None
+    request, layout = options.prepare(pipe.geometry, image, reference["prompt"])
+    steps = tuple(run["pyramid_steps"]) if "pyramid_steps" in run else run["steps"]
+    settings = Settings(steps=steps, cfg_scale=run["guidance_scale"])
+
+    given = {}
+    if pipe.sampling.anchor_apart:
+        known = anchor.given_latents(pipe, request, RecordedDraws(draws))
+        given = {position: latents[None] for position, latents in known.items()}
+    inputs = pipe.encode([request], layout, settings, given=given)
+    stages = pipe.sampling.recipe.stages
+    noise = [[next(draws) for _ in range(stages)] for _ in layout.plan]
     assert next(draws, None) is None
+    made = pipe.sample(layout.plan, inputs, settings, noise=noise)
+    clips = []
+    for i, (section, start, clip, timeline) in enumerate(
+        pipe.decode(layout.plan, made, kept=layout.kept)
+    ):
+        latents = timeline.read(section.targets) * pipe.latent_std + pipe.latent_mean
+        expected = channels_last(recorded[f"{name}/decoded_latents{i}"])
+        assert relative_error(latents, expected) < 5e-4
+        assert start == layout.kept + i * clip.shape[1]
+        clips.append(np.asarray(clip)[0] / 2 + 0.5)
+    # diffusers cuts the whole to 4 k + 1 frames.
+    frames = np.concatenate(clips)[: run["frames"][0]]
+    assert len(frames) == run["frames"][0] and layout.frames == layout.kept + sum(map(len, clips))
+    expected = recorded[f"{name}/frames_every_3rd"].astype(np.float32)
+    assert np.abs(frames[::3] - expected).max() < 2e-3
+    assert to_uint8(clip, *size).shape[2:] == (*size, 3)

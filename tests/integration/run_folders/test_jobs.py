@@ -10,7 +10,7 @@ import pytest
 
 from framepack_jax import video
 from framepack_jax.cli import resume, sample
-from framepack_jax.generation import pipeline
+from framepack_jax.generation import noise
 from framepack_jax.jobs.output_folder import make_output_folder
 from framepack_jax.jobs.run_dir import RunDir
 from tests.fixtures.run_folders import (
@@ -97,7 +97,7 @@ def test_a_seed_is_drawn_and_kept(tmp_path, capsys) -> None:
 def test_seeds_of_64_bits() -> None:
     """Below 2**32 they are jax's, above it all bits count."""
     seeds = [7, 2**31 + 7, 2**32 + 7, 2**63 + 7, 2**64 - 1]
-    keys = [jax.random.key_data(pipeline._key(seed)) for seed in seeds]
+    keys = [jax.random.key_data(noise.key_of(seed)) for seed in seeds]
     for key, seed in zip(keys[:2], seeds, strict=False):
         np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(seed)))
     assert len({tuple(map(int, key)) for key in keys}) == len(seeds)

@@ -215,7 +215,7 @@ def test_parts_are_found_by_folder_file_and_pipeline(served) -> None:
     whole = fetch(None, pipeline=True)
     assert (whole / "model_index.json").exists() and (whole / "vae" / "config.json").exists()
     assert sorted(served.downloads()) == sorted(
-        ["model_index.json", *(f"vae/{name}" for name in WANTED)]
+        ["model_index.json", "scheduler/scheduler_config.json"] + [f"vae/{name}" for name in WANTED]
     )
     assert fetch(None, pipeline=None) == whole
     shutil.rmtree(constants.HF_HUB_CACHE)

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from framepack_jax import packing, video
-from framepack_jax.generation.request import (
-    Geometry,
-    Request,
-    SourceVideo,
-    fit_images,
-    make_layout,
-    read_source,
-    source_from_frames,
-)
+from framepack_jax.generation.geometry import Geometry
+from framepack_jax.generation.layout import fit_images, make_layout
+from framepack_jax.generation.request import Request, SourceVideo, read_source, source_from_frames
 
 INVERTED = Geometry(packing.parse(packing.RELEASED_INVERTED), 4, 16)
 F1 = Geometry(packing.parse(packing.RELEASED_F1), 4, 16)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from framepack_jax.bundle import Sampling
 from framepack_jax.jobs.jobs_file import read_jobs
 from framepack_jax.jobs.sampling import videos_of
 from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec
@@ -85,7 +86,7 @@ def test_each_prompt_has_a_video_for_each_seed() -> None:
 )
 def test_options_out_of_range(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        VideoSpec(**options).settings()
+        VideoSpec(**options).filled(Sampling()).settings()
 
 
 def test_settings_are_those_of_the_options() -> None:
@@ -93,9 +94,9 @@ def test_settings_are_those_of_the_options() -> None:
         steps=3, sampler="euler", distilled_guidance=6.0, cfg_scale=2.0, cfg_rescale=0.5,
         step_cache="tea", cache_threshold=0.3,
     )  # fmt: skip
-    made = spec.settings()
+    made = spec.filled(Sampling()).settings()
     assert (made.steps, made.sampler, made.distilled_guidance) == (3, "euler", 6.0)
     assert (made.cfg_scale, made.cfg_rescale) == (2.0, 0.5)
     assert made.step_cache is not None
     assert (made.step_cache.kind, made.step_cache.threshold) == ("tea", 0.3)
-    assert VideoSpec().settings().step_cache is None
+    assert VideoSpec().filled(Sampling()).settings().step_cache is None
