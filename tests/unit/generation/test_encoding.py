@@ -9,8 +9,8 @@ import pytest
 
 from framepack_jax import bundle, packing
 from framepack_jax.conditioning import load_encoders
-from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.layout import fit_images, make_layout
+from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.request import Request
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import umt5
