@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from framepack_jax.data import array_records, records
+from framepack_jax.data.array_records import FIRST
 from framepack_jax.data.records import DatasetError, VideoSource
 from tests.fixtures.training_data import random_record, write_dataset
 
@@ -75,6 +76,32 @@ def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
     with pytest.raises(DatasetError, match=r"32x48-00000-\w+\.arrayrecord, record \d"):
         [source[i] for i in range(5)]
     assert source[6].clip.id == made[6].clip.id
+
+
+def test_a_flipped_bit_is_never_read_as_a_record(tmp_path) -> None:
+    """Wherever it is in the file, and whether that lies on a disk or in a bucket."""
+    write_dataset(tmp_path, {(32, 48): (3, 4)})
+    index = records.read_index(tmp_path)
+    (shard,) = index.shards
+    file, source = tmp_path / shard.path, VideoSource(tmp_path, index.shards)
+    whole, rng, noticed = file.read_bytes(), np.random.default_rng(0), set()
+    expected = [records.pack(source[number]) for number in range(2)]
+    near = [*range(FIRST), *rng.integers(0, shard.ends[-1], 200)]
+    for place in [*near, *rng.integers(shard.ends[-1], len(whole), 50)]:
+        data = bytearray(whole)
+        data[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(data)
+        array_records._reader.cache_clear()
+        for number in range(2):
+            for read in (
+                lambda n: records.pack(source[n]),
+                lambda n: array_records.read_from_store(file, shard.place(n)),
+            ):
+                try:
+                    assert read(number) == expected[number], place
+                except (DatasetError, ValueError):
+                    noticed.add(int(place))
+    assert len(noticed) > 150
 
 
 def test_unfinished_and_damaged_datasets_are_told_apart(tmp_path) -> None:

@@ -2,10 +2,11 @@
 
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from framepack_jax.training import goodput
+from framepack_jax.training import goodput, host_times
 from framepack_jax.training.goodput import KINDS, Life, summarize
 from framepack_jax.training.host_times import HostTimes
 from framepack_jax.training.host_times import summarize as summarize_hosts
@@ -78,3 +79,17 @@ def test_the_slowest_host_waits_least() -> None:
     assert found["hosts/busy_seconds_median"] == pytest.approx(0.2)
     assert found["hosts/data_wait_seconds_max"] == pytest.approx(0.8)
     assert HostTimes().figures(3) == {}
+
+
+def test_a_wait_for_other_hosts_is_no_work(monkeypatch) -> None:
+    """Also the wait in the exchange of the figures."""
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        time.sleep(0.2)
+        return np.stack([mine, mine])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(host_times.multihost_utils, "process_allgather", gather)
+    hosts = HostTimes()
+    assert hosts.figures(1)["hosts/busy_seconds_max"] < 0.1
+    assert hosts.figures(1)["hosts/busy_seconds_max"] < 0.1
