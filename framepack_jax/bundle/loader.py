@@ -17,7 +17,6 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from framepack_jax.bundle import contexts
 from framepack_jax.bundle.manifest import (
-    ROLES,
     BundleError,
     Manifest,
     absolute,
@@ -25,6 +24,7 @@ from framepack_jax.bundle.manifest import (
     read_manifest,
     referenced,
     role_config,
+    sampling_roles,
 )
 from framepack_jax.models import offload, quantization, registry
 from framepack_jax.models.network_spec import NetworkSpec
@@ -272,10 +272,11 @@ def _opened(
     return path, stored
 
 
-def check_present(root: epath.PathLike, roles: Iterable[str] = ROLES) -> None:
-    """Raise BundleError if a bundle lacks the parameters of a role, without reading them."""
+def check_present(root: epath.PathLike, roles: Iterable[str] | None = None) -> None:
+    """Raise BundleError if a bundle lacks the parameters of a role, by default of one that sampling
+    needs, without reading them."""
     manifest = read_manifest(root)
-    for name in roles:
+    for name in sampling_roles(manifest) if roles is None else roles:
         role_config(manifest, name)
         _present(root, manifest, name)
 

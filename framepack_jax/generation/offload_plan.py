@@ -128,7 +128,7 @@ def choose(
     tiling: Tiling,
     mesh: Mesh | None = None,
     limit: float | None = None,
-    roles: Sequence[str] = bundle.ROLES,
+    roles: Sequence[str] | None = None,
 ) -> OffloadPlan:
     """Choose which weights stay on the device for an offload `mode`, one of MODES.
 
@@ -223,7 +223,7 @@ def need(
     *,
     dtype: str,
     mesh: Mesh | None = None,
-    roles: Sequence[str] = bundle.ROLES,
+    roles: Sequence[str] | None = None,
 ) -> Need:
     """Return the bytes that networks of a bundle need for some work.
 
@@ -233,7 +233,7 @@ def need(
     computed = jnp.dtype(dtype)
 
     def size(role: str, mesh: Mesh | None = mesh) -> bundle.DeviceBytes:
-        if role not in roles:
+        if roles is not None and role not in roles:
             return bundle.DeviceBytes(0, (), 0)
         kept = jnp.dtype("float32") if role == "vae" else computed
         return bundle.device_bytes(path, manifest, role, dtype=kept, mesh=mesh)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from framepack_jax import bundle, packing
 from framepack_jax.conditioning import Encoders
-from framepack_jax.diffusion import sampler
+from framepack_jax.diffusion import sampler, step_cache
 from framepack_jax.diffusion import section as denoising
 from framepack_jax.diffusion.given_frames import GivenFrames
 from framepack_jax.generation import decoding, encoding, offload_plan, weights
@@ -135,6 +135,8 @@ class FramePack:
             spec.check_mesh(cfg, mesh)
         vae = bundle.vae_config(manifest)
         vae[0].check_tiling(vae[1], tiling)
+        apart, alone = manifest.sampling.anchor_apart, manifest.sampling.decode_alone
+        packing.plan(schedule, 1, apart=apart, alone=alone)
         frames = packing.start_frames(schedule)
         if frames > START_FRAMES:
             raise packing.ScheduleError(
@@ -158,7 +160,7 @@ class FramePack:
     def with_weights(
         self,
         path: epath.PathLike,
-        roles: Sequence[str] = bundle.ROLES,
+        roles: Sequence[str] | None = None,
         plan: offload_plan.OffloadPlan | None = None,
     ) -> "FramePack":
         """Return the pipeline with the weights of a bundle, see `weights.load_weights`."""
@@ -170,7 +172,7 @@ class FramePack:
         mode: str,
         canvas: tuple[int, int],
         batch: int = 1,
-        roles: Sequence[str] = bundle.ROLES,
+        roles: Sequence[str] | None = None,
         encoded: int = 1,
     ) -> offload_plan.OffloadPlan:
         """Decide which weights stay on the device, see `weights.plan_weights`."""
@@ -234,6 +236,7 @@ class FramePack:
         Raises ValueError for impossible sizes and lengths, NotFinite if latents are not finite.
         """
         settings = settings or Settings.of(self.sampling)
+        self.check_settings(settings)
         chosen = VideoOptions(**options)
         request, layout = chosen.prepare(self.geometry, image, prompt)
         inputs = self.encode([request], layout, settings, chosen.prompt_blend)
@@ -340,6 +343,12 @@ class FramePack:
             self._check_finite(i, sum(how.steps), result.finite_step)
             timeline.write(section.targets, result.latents)
             yield section, timeline
+
+    def check_settings(self, settings: Settings) -> None:
+        """Raise ValueError if the network cannot be sampled with these settings."""
+        settings.stage_steps(self.sampling, 0)
+        if settings.step_cache is not None:
+            step_cache.check_fit(self.transformer.spec, settings.step_cache.kind)
 
     def _section_settings(self, settings: Settings, section: int) -> denoising.SectionSettings:
         return denoising.SectionSettings(

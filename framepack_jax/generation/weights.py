@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def load_weights(
     pipe: "FramePack",
     path: epath.PathLike,
-    roles: Sequence[str] = bundle.ROLES,
+    roles: Sequence[str] | None = None,
     plan: offload_plan.OffloadPlan | None = None,
 ) -> "FramePack":
     """Return a pipeline with the weights of the bundle at `path`.
@@ -40,7 +40,7 @@ def load_weights(
     loaded = dataclasses.replace(pipe, vae=vae)
     if plan is not None:
         loaded = dataclasses.replace(loaded, decode_tiling=plan.tiling)
-    if set(roles) == {"vae"}:
+    if roles is not None and set(roles) == {"vae"}:
         return loaded
     read = functools.partial(load_encoders, root, manifest, jnp.dtype(pipe.dtype), pipe.mesh)
     stay = plan is None or plan.encoders
@@ -62,7 +62,7 @@ def plan_weights(
     mode: str,
     canvas: tuple[int, int],
     batch: int = 1,
-    roles: Sequence[str] = bundle.ROLES,
+    roles: Sequence[str] | None = None,
     encoded: int = 1,
 ) -> offload_plan.OffloadPlan:
     """Decide for one of `offload_plan.MODES` which weights stay on the device.

@@ -56,10 +56,12 @@ def open_pipe(
     return FramePack.open(path, dtype=dtype, schedule=parsed, tiling=tiling, mesh=devices)
 
 
-def check_bundle(path: str | Path, roles: Sequence[str]) -> None:
-    """Raise ValueError on all hosts if one of them lacks these networks or has other weights."""
+def check_bundle(path: str | Path, roles: Sequence[str] | None = None) -> None:
+    """Raise ValueError on all hosts if one of them lacks these networks, by default those that
+    sampling needs, or has other weights."""
     on_all_hosts(bundle.check_present, path, roles)
-    hashes = [weights(path)[role].get("sha256") for role in roles]
+    there = weights(path)
+    hashes = [there[role].get("sha256") for role in roles or sorted(there)]
     assert_same_on_hosts("the weights of the bundle", hashes)
 
 
@@ -84,7 +86,7 @@ def load_weights(
     tasks: Sequence[Task],
     *,
     batch: int = 1,
-    roles: Sequence[str] = bundle.ROLES,
+    roles: Sequence[str] | None = None,
     keep_tiling: bool = False,
 ) -> FramePack:
     """Load the weights of some tasks, and note in their records which ones were offloaded.

@@ -11,8 +11,6 @@ from framepack_jax.parallel.multihost import is_primary, on_primary, stop_if_ask
 from framepack_jax.utils.progress import Bar
 
 PREVIEWS_PER_SECTION = 4
-# Number of latent channels that `latent_preview` supports.
-PREVIEW_CHANNELS = len(video.PREVIEW_WEIGHT)
 
 
 class Progress:
@@ -20,9 +18,16 @@ class Progress:
     and the live preview of the section that is being sampled."""
 
     def __init__(
-        self, tasks: Sequence[Task], done: int, blocks: int, steps: Callable[[int], int]
+        self,
+        tasks: Sequence[Task],
+        done: int,
+        blocks: int,
+        steps: Callable[[int], int],
+        preview: tuple[np.ndarray, np.ndarray],
     ) -> None:
-        """Begin after `done` sections; `steps(section)` is the number of steps of a section."""
+        """Begin after `done` sections; `steps(section)` is the number of steps of a section, and
+        `preview` the fit of colours to latents (`VaeSpec`)."""
+        self.preview = preview
         self.tasks, self.steps_of, self.steps = tasks, steps, steps(done)
         self.sections = len(tasks[0].layout.plan)
         quiet = not is_primary()
@@ -59,12 +64,12 @@ class Progress:
         stop_if_asked()
         parts = range(1, 1 + PREVIEWS_PER_SECTION)
         shown = {round(self.steps * i / PREVIEWS_PER_SECTION) for i in parts}
-        if step + 1 in shown and x0.shape[-1] == PREVIEW_CHANNELS:
+        if step + 1 in shown and x0.shape[-1] == len(self.preview[0]):
             caption = f"section {section + 1} of {self.sections}, step {step + 1} of {self.steps}"
             on_primary(self._show, np.asarray(x0), caption)
 
     def _show(self, x0: np.ndarray, caption: str) -> None:
         # NaN is reported at the end of the section; the preview shows it as grey.
         for task, latents in zip(self.tasks, np.nan_to_num(x0), strict=True):
-            sheet = video.preview_sheet(latents, caption)
+            sheet = video.preview_sheet(latents, caption, self.preview)
             video.save_png(task.run.folder / "preview.png", sheet)

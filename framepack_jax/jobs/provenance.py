@@ -91,10 +91,10 @@ def weights(path: str | Path) -> dict[str, Any]:
     }
 
 
-def check_weights(run: RunDir, roles: Sequence[str] = bundle.ROLES) -> None:
+def check_weights(run: RunDir, roles: Sequence[str] | None = None) -> None:
     """Raise ValueError if a run was started with other weights than its bundle holds now."""
     now = weights(run.record["bundle"])
-    for role in roles:
+    for role in sorted(now.keys() | run.record["weights"].keys()) if roles is None else roles:
         source = run.record["weights"].get(role, {})
         if now.get(role, {}).get("sha256") != source.get("sha256"):
             raise ValueError(

@@ -189,7 +189,10 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     def steps(section: int) -> int:
         return sum(settings.stage_steps(pipe.sampling, section))
 
-    with Progress(tasks, done, blocks, steps) as progress, DeferredDecode() as frames:
+    with (
+        Progress(tasks, done, blocks, steps, pipe.vae.spec.preview) as progress,
+        DeferredDecode() as frames,
+    ):
 
         def on_step(*step: Any) -> None:
             # The device is busy with the next step (unless blocks are offloaded): the host

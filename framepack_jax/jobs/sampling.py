@@ -67,7 +67,7 @@ def sample(
     pipe = on_all_hosts(
         open_pipe, path, model.dtype, model.schedule, compute.vae_tile, compute.mesh
     )
-    check_bundle(path, bundle.ROLES)
+    check_bundle(path)
     check_devices(pipe, job.batch)
     assert_same_on_hosts("the jobs", repr(videos))
     tasks, failures = _tasks(TaskMaker(pipe, model, compute, job, alone), videos)

@@ -57,6 +57,7 @@ class TaskMaker:
         video.check_encoding(fps_of(spec), spec.crf)
         settings = spec.settings()
         warn_unused_settings(requested, settings.cfg_scale)
+        self.pipe.check_settings(settings)
         record = on_primary(new_record, spec, self.model, self.compute, self.pipe)
         # A video that another process finishes meanwhile is kept, even with --overwrite.
         kept = dataclasses.replace(self, job=dataclasses.replace(self.job, overwrite=False))
@@ -138,7 +139,7 @@ def saved_task(
     bundle_name: str | None,
     dtype: str | None,
     compute: ComputeOptions,
-    roles: Sequence[str] = bundle.ROLES,
+    roles: Sequence[str] | None = None,
 ) -> tuple[FramePack, Task]:
     """Return the pipeline and the task of a run. Raises ValueError if the run has no request yet,
     or if the bundle, which may have moved, holds other weights for these roles now."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from framepack_jax.diffusion.network import StepCacheHooks, Velocity
 from framepack_jax.models.params import Params
@@ -95,7 +96,8 @@ class VaeSpec(NetworkSpec):
     params, latents, tiling)` the video; `check_tiling(cfg, tiling)` raises ValueError if the
     network cannot take such tiles. Latents are not normalised: a bundle holds mean and standard
     deviation of each channel (`autoencoder.normalise`); `latent_statistics(cfg)` gives those of
-    the released network, None if none has such latents.
+    the released network, None if none has such latents. `preview` are weights (C, 3) and bias (3,)
+    from normalised latents to colours in [-1, 1].
 
     If `exact_chunks`, a clip that is computed in chunks of time (`Tiling.frames` is not None) gives
     the numbers of the clip computed at once, in memory that does not grow with its length; else
@@ -106,4 +108,5 @@ class VaeSpec(NetworkSpec):
     decode: Callable[..., jax.Array]
     check_tiling: Callable[..., None]
     latent_statistics: Callable[[Config], LatentStatistics | None]
+    preview: tuple[np.ndarray, np.ndarray]
     exact_chunks: bool = False

@@ -64,7 +64,8 @@ def dry_run(
     `data` does not divide the batch, so that chips would repeat work.
     """
     manifest = bundle.read_manifest(path)
-    networks = {role: bundle.role_config(manifest, role) for role in bundle.ROLES}
+    roles = bundle.sampling_roles(manifest)
+    networks = {role: bundle.role_config(manifest, role) for role in roles}
     spec, cfg, _ = pipe.transformer
     sizes = mesh or sharding.default_sizes(machine.count, cfg.heads)
     devices = sharding.make_mesh(**sizes, devices=hardware.compile_devices(machine))
@@ -72,7 +73,7 @@ def dry_run(
     _check_batch(batch, devices.shape["data"])
     params = {
         role: _abstract(*networks[role], "float32" if role == "vae" else pipe.dtype, devices)
-        for role in bundle.ROLES
+        for role in roles
     }
     configs = {role: config for role, (_, config) in networks.items()}
     work = _Work(pipe, configs, layout, settings, batch, devices)

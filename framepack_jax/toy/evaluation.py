@@ -90,7 +90,7 @@ def open_models(cfg: EvaluationConfig) -> list[Model]:
     models = []
     for name, schedule in itertools.product(cfg.bundles, cfg.schedules or (None,)):
         path = bundle.resolve(name)
-        bundle.check_present(path, bundle.ROLES)
+        bundle.check_present(path)
         pipe = FramePack.open(path, dtype=cfg.dtype, schedule=schedule)
         short = Path(str(name)).name
         models.append(Model(f"{short} {schedule}" if cfg.schedules else short, path, pipe))

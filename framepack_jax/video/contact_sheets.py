@@ -118,15 +118,26 @@ def latent_preview(latents: np.ndarray) -> np.ndarray:
     return np.clip(_fitted(latents), 0.0, 1.0)
 
 
-def preview_sheet(latents: np.ndarray, caption: str) -> np.ndarray:
-    """Return a preview sheet (H', W', 3) uint8 of normalised latents (F, H, W, 16).
+def preview_sheet(
+    latents: np.ndarray, caption: str, fit: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Return a preview sheet (H', W', 3) uint8 of normalised latents (F, H, W, C).
+
+    `fit` are weights (C, 3) and bias (3,) from latents to colours in [-1, 1], by default those of
+    HunyuanVideo's 16 channels.
 
     The sheet shows at most 12 latent frames at equal distances, each at least 160 pixels wide, with
     `caption` below. It takes milliseconds, because the VAE is not needed.
     """
     latents = np.asarray(latents)
     picked = latents[_picks(len(latents), PREVIEW_CELLS)]
-    colours = ((_fitted(picked) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    weight, bias = fit or (PREVIEW_WEIGHT, PREVIEW_BIAS)
+    colours = (
+        ((np.asarray(picked, np.float32) @ weight + bias + 1) * 127.5)
+        .round()
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
     scale = -(-PREVIEW_WIDTH // colours.shape[2])
     cells = repeat(colours, "f h w c -> f (h i) (w j) c", i=scale, j=scale)
     grid = _grid(list(cells), [""] * len(cells), PREVIEW_COLUMNS, strip=0)

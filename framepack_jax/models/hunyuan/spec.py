@@ -1,5 +1,6 @@
 """Specs of HunyuanVideo's networks."""
 
+from framepack_jax import video
 from framepack_jax.models import packed_video
 from framepack_jax.models.hunyuan import (
     config,
@@ -42,4 +43,5 @@ VAE = VaeSpec(
     decode=vae.decode,
     check_tiling=vae.check_tiling,
     latent_statistics=vae.latent_statistics,
+    preview=(video.PREVIEW_WEIGHT, video.PREVIEW_BIAS),
 )

@@ -40,5 +40,6 @@ VAE = VaeSpec(
     decode=vae.decode,
     check_tiling=vae.check_tiling,
     latent_statistics=vae.latent_statistics,
+    preview=vae_config.PREVIEW,
     exact_chunks=True,
 )
