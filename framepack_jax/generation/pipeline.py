@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from framepack_jax import bundle, packing
 from framepack_jax.conditioning import Encoders
-from framepack_jax.diffusion import sampler, step_cache
+from framepack_jax.diffusion import sampler
 from framepack_jax.diffusion import section as denoising
 from framepack_jax.diffusion.given_frames import GivenFrames
 from framepack_jax.generation import decoding, encoding, offload_plan, weights
@@ -236,7 +236,7 @@ class FramePack:
         Raises ValueError for impossible sizes and lengths, NotFinite if latents are not finite.
         """
         settings = settings or Settings.of(self.sampling)
-        self.check_settings(settings)
+        settings.check(self.transformer.spec, self.sampling)
         chosen = VideoOptions(**options)
         request, layout = chosen.prepare(self.geometry, image, prompt)
         inputs = self.encode([request], layout, settings, chosen.prompt_blend)
@@ -331,7 +331,7 @@ class FramePack:
             shape = (len(section.targets), *frame)
             draws = draw(self.sampling.recipe, seeds, i, shape) if noise is None else noise[i]
             draws = [draws] if isinstance(draws, np.ndarray | jax.Array) else draws
-            how = self._section_settings(settings, i)
+            how = settings.of_section(self.sampling, i, self.dtype)
             context = packing.read_context(section, timeline)
             given = GivenFrames(*packing.read_target(section, timeline))
             with self.on_mesh():
@@ -343,18 +343,6 @@ class FramePack:
             self._check_finite(i, sum(how.steps), result.finite_step)
             timeline.write(section.targets, result.latents)
             yield section, timeline
-
-    def check_settings(self, settings: Settings) -> None:
-        """Raise ValueError if the network cannot be sampled with these settings."""
-        settings.stage_steps(self.sampling, 0)
-        if settings.step_cache is not None:
-            step_cache.check_fit(self.transformer.spec, settings.step_cache.kind)
-
-    def _section_settings(self, settings: Settings, section: int) -> denoising.SectionSettings:
-        return denoising.SectionSettings(
-            settings.stage_steps(self.sampling, section), settings.sampler, settings.cfg_scale,
-            settings.cfg_rescale, self.dtype, settings.step_cache,
-        )  # fmt: skip
 
     def _check_finite(self, number: int, steps: int, first_bad: np.ndarray) -> None:
         """Raise NotFinite unless `first_bad` (B,), the first bad step of each sample, is all -1."""

@@ -6,7 +6,9 @@ import numpy as np
 
 from framepack_jax.bundle import Sampling
 from framepack_jax.diffusion import SOLVERS
-from framepack_jax.diffusion.step_cache import StepCacheConfig
+from framepack_jax.diffusion.network import Network
+from framepack_jax.diffusion.section import SectionSettings
+from framepack_jax.diffusion.step_cache import StepCacheConfig, check_fit
 
 MAX_STEPS = 1000
 
@@ -67,3 +69,16 @@ class Settings:
         if section == 0 and recipe.double_first:
             return tuple(2 * count for count in steps)
         return steps
+
+    def check(self, network: Network, sampling: Sampling) -> None:
+        """Raise ValueError if a network cannot be sampled with these settings."""
+        self.stage_steps(sampling, 0)
+        if self.step_cache is not None:
+            check_fit(network, self.step_cache.kind)
+
+    def of_section(self, sampling: Sampling, section: int, dtype: str) -> SectionSettings:
+        """Return the settings of a section's denoising in a dtype."""
+        return SectionSettings(
+            self.stage_steps(sampling, section), self.sampler, self.cfg_scale, self.cfg_rescale,
+            dtype, self.step_cache,
+        )  # fmt: skip

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from signal import SIGKILL
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.settings import Settings
 from framepack_jax.jobs.run_dir import RunDir
-from tests.fixtures import stopped_run
 from tests.fixtures.paths import GOLDEN
-from tests.fixtures.stopped_run import Stop
 
 HELIOS = GOLDEN / "helios"
 SCHEDULE = "f1k1_x_f16k4f2k2f1k1_g3"
@@ -80,12 +77,19 @@ def test_from_text(bundle, tmp_path) -> None:
     assert Settings.of(pipe.sampling) == Settings(steps=50, cfg_scale=5.0)
 
 
-def test_a_killed_run_goes_on_exactly(bundle, tmp_path) -> None:
+def test_a_stopped_run_goes_on_exactly(bundle, tmp_path, monkeypatch) -> None:
     options = {"image": HELIOS / "image.png", "cfg_scale": 1.0, "sections": 3}
     whole = make(bundle, tmp_path / "whole", **options)
-    stop = Stop(SIGKILL, "section_001.npz")
-    flags = flags_of(bundle, tmp_path / "run", **options)
-    assert stopped_run.run(tmp_path, stop, *flags).code == -SIGKILL
+    save = RunDir.save_section
+
+    def stopped(run: RunDir, number: int, *section: object) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        save(run, number, *section)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(RunDir, "save_section", stopped)
+        make(bundle, tmp_path / "run", **options)
     run = RunDir.open(tmp_path / "run")
     assert 0 < len(run.latents()) < len(whole.latents())
     resume.main([str(run.folder)])
