@@ -23,6 +23,7 @@ from framepack_jax import packing
 from framepack_jax.data import loader, records
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.records import BFLOAT16, Clip, Index, Record
+from framepack_jax.data.shard_writer import write_shards
 
 SIZES = {"full": ((480, 832), 4096, 768, 1152, 729), "toy": ((64, 80), 32, 24, 24, 9)}
 
@@ -84,7 +85,7 @@ def write(folder: Path, flags: LoaderBenchmark) -> int:
         return records.pack(Record(clip, *arrays))
 
     made = ((packed(number), length) for number in range(flags.clips))
-    shards = records.write_shards(folder, (height, width), made)
+    shards = write_shards(folder, (height, width), made)
     empty = records.write_empty(folder, arrays[0][:3], arrays[1])
     records.write_index(folder, Index("latents", tuple(shards), {}, 30.0, 4, 8, 16, empty))
     return len(packed(0))

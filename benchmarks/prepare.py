@@ -23,6 +23,7 @@ from framepack_jax import bundle, video
 from framepack_jax.data import records, scenes
 from framepack_jax.data.precompute import Encoder
 from framepack_jax.data.records import Clip, Index, Record
+from framepack_jax.data.shard_writer import write_shards
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.toy import world
 
@@ -87,7 +88,7 @@ def measure(
     ]  # fmt: skip
     rates["pack"], packed = timed(records.pack, made)
     began = time.monotonic()
-    shards = records.write_shards(folder, (32, 48), ((data, 2) for data in packed))
+    shards = write_shards(folder, (32, 48), ((data, 2) for data in packed))
     records.write_index(folder, Index("latents", tuple(shards), {}, 30.0, 4, 8, 16))
     rates["write"] = len(packed) / (time.monotonic() - began)
     return rates

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import sqlite3
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from framepack_jax.data.clip_cache import CachedVideo
 from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
+from framepack_jax.data.shard_writer import ShardWriter
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.prefetch import map_ahead
@@ -147,6 +148,7 @@ def pack(
     thresholds: Thresholds,
     index: Index,
     empty: Any,
+    wait: Callable[[CachedVideo], None] = lambda video: None,
 ) -> Packed:
     """Write a dataset of the cached videos, which replaces an existing one when it is complete.
 
@@ -154,8 +156,9 @@ def pack(
         source: place of the listing.
         index: index of the dataset, without shards.
         empty: states of the empty prompt, (n, D) and (D,).
+        wait: returns when a video is cached. Clips are written as videos become ready.
 
-    Raises OSError, DatasetError.
+    Raises OSError, DatasetError, and what `wait` raises.
     """
     folder = epath.Path(folder)
     new = folder / records.NEW
@@ -163,12 +166,9 @@ def pack(
     new.mkdir()
     try:
         with contextlib.closing(Judged(folder, index)) as judged:
-            judged.judge(listing, thresholds)
+            shards = _write_clips(folder, judged, judged.judge(listing, thresholds, wait))
             _write_tables(new, judged)
             _write_videos(new, source, listing)
-            shards = []
-            for bucket in judged.buckets():
-                shards += records.write_shards(folder, bucket, _stored(judged, bucket))
             name = records.write_empty(folder, *empty)
             _write_sheets(new, judged)
             records.write_index(new, dataclasses.replace(index, shards=tuple(shards), empty=name))
@@ -204,15 +204,18 @@ class Judged:
     def close(self) -> None:
         self._base.close()
 
-    def judge(self, listing: Listing, thresholds: Thresholds) -> None:
-        """Judge the cached clips of all listed videos."""
+    def judge(
+        self, listing: Listing, thresholds: Thresholds, wait: Callable[[CachedVideo], None]
+    ) -> Iterator[Clip]:
+        """Judge the cached clips of all listed videos; yield those that are accepted, in order."""
         for problem in listing.problems():
             self._reject(problem.as_dict())
         for video in listing:
+            wait(video)
             clips, rejected = clip_cache.clips_of(self.folder, video)
             if rejected is not None:
                 self._reject({"source": video.source, **rejected})
-            self._judge(self._placed(clips, video), thresholds)
+            yield from self._judge(self._placed(clips, video), thresholds)
 
     def _placed(self, clips: list[Clip], video: CachedVideo) -> list[Clip]:
         """Return the clips; in pixels mode, with the present path of their video."""
@@ -220,15 +223,17 @@ class Judged:
             return clips
         return [dataclasses.replace(clip, source=str(video.path)) for clip in clips]
 
-    def _judge(self, clips: list[Clip], thresholds: Thresholds) -> None:
-        """Judge the clips of a video. Clips of the same frames with other captions share the result
-        of the first."""
+    def _judge(self, clips: list[Clip], thresholds: Thresholds) -> Iterator[Clip]:
+        """Judge the clips of a video; yield those that are accepted. Clips of the same frames with
+        other captions share the result of the first."""
         before, reason = None, None
         for clip in clips:
             if before is None or clip.start != before.start:
                 seconds = clip.frames / self.index.fps
                 reason = thresholds.judge(seconds, clip.scores, self)
             self._add(clip, reason)
+            if reason is None:
+                yield clip
             before = clip
 
     def __contains__(self, value: object) -> bool:
@@ -295,18 +300,26 @@ def _detail(clip: Clip, fps: float) -> str:
     return f"{clip.frames / fps:.2f} s from {clip.start:.2f} s; {scores}"
 
 
-def _stored(judged: Judged, bucket: tuple[int, int]) -> Iterator[tuple[bytes, int]]:
-    """Yield (record, latent frames) of the accepted clips of a bucket."""
-    height, width = bucket
-    mine = f"reason IS NULL AND height = {height} AND width = {width}"
+def _write_clips(
+    folder: epath.PathLike, judged: Judged, clips: Iterator[Clip]
+) -> list[records.Shard]:
+    """Write the records of clips to the shards of their buckets, in order; return the shards by
+    bucket."""
 
     def read(clip: Clip) -> bytes:
         return clip_cache.record_file(judged.folder, clip).read_bytes()
 
-    for clip, data in map_ahead(read, (clip for clip, _ in judged.clips(mine))):
-        if judged.index.mode == "pixels":
-            data = records.pack(records.unpack(data)._replace(clip=clip))
-        yield data, 1 + (clip.frames - 1) // judged.index.time_compression
+    writers: dict[tuple[int, int], ShardWriter] = {}
+    with contextlib.ExitStack() as exits:
+        for clip, data in exits.enter_context(contextlib.closing(map_ahead(read, clips))):
+            if judged.index.mode == "pixels":
+                data = records.pack(records.unpack(data)._replace(clip=clip))
+            bucket = clip.height, clip.width
+            if bucket not in writers:
+                writer = ShardWriter(folder, bucket)
+                writers[bucket] = exits.enter_context(contextlib.closing(writer))
+            writers[bucket].add(data, 1 + (clip.frames - 1) // judged.index.time_compression)
+        return [shard for _, writer in sorted(writers.items()) for shard in writer.finish()]
 
 
 def _write_videos(new: epath.Path, source: Path, listing: Listing) -> None:

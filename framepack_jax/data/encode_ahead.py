@@ -14,8 +14,8 @@ from framepack_jax.data.rejected import Rejected
 from framepack_jax.data.scenes import SceneClip, SceneSettings
 from framepack_jax.utils.prefetch import map_ahead
 
-# Clips for each device that are encoded, wait to be encoded, or wait for an earlier clip.
-AHEAD = 2
+# Clips and ends of videos for each device that are encoded, wait for it, or wait for earlier ones.
+AHEAD = 3
 
 
 class ClipEncoder(Protocol):

@@ -61,7 +61,8 @@ class Listing:
     def __init__(self, folder: Path, empty_captions: bool = False) -> None:
         self.folder, self.empty_captions = folder, empty_captions
         self.left_out: collections.Counter[str] = collections.Counter()
-        self._base = sqlite3.connect("", isolation_level=None)
+        # Clips are packed in a thread, which reads the list too.
+        self._base = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._base.executescript(TABLES)
         self._count: int | None = None
 

@@ -1,14 +1,16 @@
 """Make a dataset of videos: list, decode, encode, then write the clips that meet the thresholds.
 
 Encoded clips are kept by video in the clip cache, so that an interrupted run resumes and other
-thresholds encode nothing again. With several processes, each encodes a share of the videos, and the
-first writes the dataset.
+thresholds encode nothing again. With several processes, each encodes a share of the videos. The
+first writes the dataset from the cache in a thread, while videos are encoded.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +26,15 @@ from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.fingerprint import made_by
 from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.precompute import TILING, Encoder
-from framepack_jax.data.records import INDEX, DatasetError, Index
+from framepack_jax.data.records import INDEX, NEW, DatasetError, Index
 from framepack_jax.data.scenes import SceneSettings
 from framepack_jax.parallel.multihost import is_primary, on_all_hosts, on_primary
 from framepack_jax.utils.progress import Bar
 
 # Increased when videos are decoded or judged differently: cached clips are then encoded again.
 FORMAT = 2
+# Between two looks for a video that is being encoded.
+POLL_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +67,10 @@ def prepare(cfg: PrepareConfig) -> build.Packed:
     made = _made(cfg, manifest)
     encoder = Encoder.load(path, manifest, cfg.mode == "pixels")
     encoders = [encoder.on(device) for device in jax.local_devices()]
-    encoded = on_all_hosts(_encode, cfg, listing, encoders, made)
-    packed = on_primary(
-        build.pack, cfg.output, cfg.videos, listing, cfg.thresholds, _index(cfg, manifest, made),
-        encoder.prompt(""),
-    )  # fmt: skip
+    dataset = _index(cfg, manifest, made), encoders[0].prompt("")
+    with _packing(cfg, listing, made, *dataset) as packing:
+        encoded = on_all_hosts(_encode, cfg, listing, encoders, made)
+        packed = on_primary(packing)
     if not cfg.keep_clips:
         on_primary((cfg.output / clip_cache.STORE).rmtree)
     if not packed.clips:
@@ -83,7 +86,7 @@ def _check_output(output: epath.Path) -> None:
     UTF-8, which ArrayRecord cannot write."""
     if NOT_TEXT.search(str(output)):
         raise DatasetError(f"--output {escaped(str(output))} is not valid UTF-8; choose another")
-    names = (clip_cache.STORE, INDEX, build.REJECTED)
+    names = (clip_cache.STORE, INDEX, NEW, build.REJECTED)
     ours = not output.exists() or any((output / name).exists() for name in names)
     if not ours and any(output.iterdir()):
         raise DatasetError(
@@ -111,6 +114,37 @@ def _index(cfg: PrepareConfig, manifest: bundle.Manifest, made: dict[str, Any]) 
         cfg.mode, (), json.loads(json.dumps(made)), cfg.scenes.fps, vae.time_compression,
         vae.space_compression, vae.latent_channels,
     )  # fmt: skip
+
+
+class _StoppedError(Exception):
+    """Videos are no longer encoded."""
+
+
+@contextlib.contextmanager
+def _packing(
+    cfg: PrepareConfig, listing: Listing, made: dict[str, Any], index: Index, empty: Any
+) -> Iterator[Callable[[], build.Packed]]:
+    """Write the dataset in a thread while videos are encoded, in the first process. Yield a
+    function that waits for the dataset, or raises the error of the thread."""
+    stop = threading.Event()
+
+    def wait(video: CachedVideo) -> None:
+        while not stop.is_set():
+            if clip_cache.is_done(cfg.output, video, made):
+                return
+            stop.wait(POLL_SECONDS)
+        raise _StoppedError
+
+    def pack() -> build.Packed:
+        thresholds = cfg.thresholds
+        return build.pack(cfg.output, cfg.videos, listing, thresholds, index, empty, wait)
+
+    with ThreadPoolExecutor(1) as pool:
+        packing = pool.submit(pack) if is_primary() else Future[build.Packed]()
+        try:
+            yield packing.result
+        finally:
+            stop.set()
 
 
 def _encode(

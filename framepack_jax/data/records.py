@@ -18,33 +18,27 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from framepack_jax.data.array_records import (
     FIRST,
-    OPTIONS,
     Place,
-    ends_of_chunks,
     read_from_disk,
     read_from_store,
 )
-from framepack_jax.utils.files import atomic_write, partial_file, publish
+from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import first_line
 from framepack_jax.utils.paths import is_remote
 
 FORMAT = 2
 INDEX, EMPTY, SHARDS, NEW = "dataset.json", "empty.safetensors", "shards", "dataset.new"
-SHARD_BYTES = 1 << 30
 # safetensors keeps them under a type of its own; numpy knows them as two bytes.
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ARRAYS = ("text", "pooled", "image", "latents")
@@ -128,7 +122,7 @@ class Shard:
     @property
     def path(self) -> str:
         """Place of the file in the dataset."""
-        return f"{SHARDS}/{_with_digest(self.file, self.digest)}"
+        return f"{SHARDS}/{with_digest(self.file, self.digest)}"
 
     def place(self, number: int) -> Place:
         """Return where a record lies in the file. Raises DatasetError for an older dataset."""
@@ -203,53 +197,8 @@ def _view(body: memoryview, entry: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(body[begin:end], BFLOAT16).reshape(entry["shape"])
 
 
-def write_shards(
-    folder: epath.PathLike, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
-) -> list[Shard]:
-    """Write records (bytes, latent frames) of one bucket to files of about `SHARD_BYTES`, each
-    atomically. Equal records give equal files. Raises OSError if the disk is full."""
-    shards: list[Shard] = []
-    records = iter(records)
-    while (first := next(records, None)) is not None:
-        file = f"{bucket[0]}x{bucket[1]}-{len(shards):05d}.arrayrecord"
-        whole = itertools.chain([first], records)
-        shards.append(_write_shard(epath.Path(folder), file, bucket, whole))
-    return shards
-
-
-def _write_shard(
-    folder: epath.PathLike, file: str, bucket: tuple[int, int], records: Iterable[tuple[bytes, int]]
-) -> Shard:
-    """Write records until the shard is full."""
-    path = folder / SHARDS / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lengths, videos, tokens, crcs, size, digest = [], [], [], [], 0, hashlib.sha256()
-    try:
-        with partial_file(path) as partial:
-            with contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer:
-                for data, length in records:
-                    writer.write(data)
-                    digest.update(data)
-                    crcs.append(zlib.crc32(data))
-                    lengths.append(length)
-                    record = unpack(data)
-                    videos.append(hashlib.sha256(record.clip.video.encode()).hexdigest()[:16])
-                    tokens.append(len(record.text))
-                    size += len(data)
-                    if size >= SHARD_BYTES:
-                        break
-            ends = ends_of_chunks(partial, len(lengths))
-            name = digest.hexdigest()[:16]
-            publish(partial, path.with_name(_with_digest(file, name)))
-    except RuntimeError as error:
-        line = first_line(error)
-        raise OSError(f"{path} cannot be written ({line}); is the disk full?") from error
-    return Shard(
-        file, *bucket, tuple(lengths), tuple(videos), tuple(tokens), name, tuple(ends), tuple(crcs)
-    )
-
-
-def _with_digest(file: str, digest: str) -> str:
+def with_digest(file: str, digest: str) -> str:
+    """Return the name of a file with the digest of its content; older files have none."""
     stem, _, suffix = file.rpartition(".")
     return f"{stem}-{digest}.{suffix}" if digest else file
 
@@ -319,7 +268,7 @@ def write_empty(folder: epath.PathLike, text: np.ndarray, pooled: np.ndarray) ->
     data = safetensors.numpy.save(
         {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
     )
-    name = f"{SHARDS}/{_with_digest(EMPTY, hashlib.sha256(data).hexdigest()[:16])}"
+    name = f"{SHARDS}/{with_digest(EMPTY, hashlib.sha256(data).hexdigest()[:16])}"
     path = epath.Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:

@@ -5,12 +5,14 @@ import itertools
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from framepack_jax.data import build, clip_cache, records
 from framepack_jax.data.records import VideoSource
+from framepack_jax.data.shard_writer import ShardWriter
 from tests.fixtures.preparing import hashes, run, scene_frames, write_video
 
 
@@ -89,8 +91,10 @@ def test_a_dataset_stays_until_the_next_is_whole(three, fake_encoder, monkeypatc
         raise KeyboardInterrupt if what == "interrupt" else OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        name = {"full disk": "write_shards", "interrupt": "write_empty", "index": "write_index"}
-        if what in name:
+        name = {"interrupt": "write_empty", "index": "write_index"}
+        if what == "full disk":
+            patched.setattr(ShardWriter, "add", fail)
+        elif what in name:
             patched.setattr(records, name[what], fail)
         else:
             patched.setattr(clip_cache, "is_done", lambda *_: True)
@@ -269,10 +273,33 @@ def test_a_full_disk_leaves_no_dataset_and_goes_on(tmp_path, fake_encoder, monke
         raise OSError(28, "No space left on device", "shards")
 
     with monkeypatch.context() as patched:
-        patched.setattr(records, "write_shards", full)
+        patched.setattr(ShardWriter, "add", full)
         with pytest.raises(SystemExit, match="No space left"):
             run(videos, tmp_path / "out")
     assert not (tmp_path / "out" / records.INDEX).exists()
     calls = fake_encoder.calls
     run(videos, tmp_path / "out")
     assert fake_encoder.calls == calls and records.read_index(tmp_path / "out").clips == 2
+
+
+def test_shards_are_written_while_clips_are_encoded(tmp_path, fake_encoder, monkeypatch) -> None:
+    """The last of twelve clips waits for the first record of the dataset."""
+    one = write_video(tmp_path / "0.mp4", scene_frames(0, 1.0)).read_bytes()
+    (tmp_path / "videos").mkdir()
+    for number in range(12):
+        (tmp_path / "videos" / f"{number}.mp4").write_bytes(one)
+        (tmp_path / "videos" / f"{number}.txt").write_text("waves")
+    encode, began = fake_encoder.records, []
+
+    def records_of(clips, frames):
+        until = time.monotonic() + 20
+        while fake_encoder.calls == 11 and not began and time.monotonic() < until:
+            began.extend((tmp_path / "out" / "shards").glob("*.part"))
+            time.sleep(0.01)
+        return encode(clips, frames)
+
+    monkeypatch.setattr(fake_encoder, "records", records_of)
+    run(tmp_path / "videos", tmp_path / "out", "--keep-duplicates", "--min-seconds", "0.5")
+    assert began and fake_encoder.calls == 12
+    index = records.read_index(tmp_path / "out")
+    assert index.clips == 12 and len(list((tmp_path / "out" / "shards").iterdir())) == 2

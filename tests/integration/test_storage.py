@@ -1,19 +1,25 @@
 """Sampling, datasets and bundles in an object store, or on a disk that cannot rename folders:
 make test-storage."""
 
+import itertools
+
 import numpy as np
 import pytest
 from etils import epath
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
 from framepack_jax.__main__ import main as framepack
 from framepack_jax.cli import decode, resume
 from framepack_jax.data import records
+from framepack_jax.data.config import DataConfig
+from framepack_jax.data.loader import open_loader
 from framepack_jax.data.records import VideoSource
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.utils import storage
+from tests.fixtures.loading import INVERTED, bits
 from tests.fixtures.preparing import fake_encoder, run, scene_frames, write_video  # noqa: F401
 from tests.fixtures.run_folders import assert_same_latents, command, frames_of, make
+from tests.fixtures.training_data import write_dataset
 
 pytestmark = pytest.mark.storage
 
@@ -93,6 +99,21 @@ def test_a_dataset_is_prepared_grows_and_is_packed_again(
         assert files == {file.name for file in (tmp_path / "local").iterdir()}
         write_video(tmp_path / "videos" / f"{number}.mp4", scene_frames(number, 3.0))
     assert fake_encoder.calls == 2 * 4 and "clips" not in files
+
+
+@FILES
+def test_a_dataset_there_is_mixed_with_one_of_a_disk(store, tmp_path) -> None:
+    """The batches are those of two on a disk."""
+    places = tmp_path / "first", tmp_path / "second", store / "second"
+    for place in places:
+        write_dataset(place, {(32, 48): (3, 5) if place.name == "first" else (4, 6, 7)})
+
+    def batches(second) -> list[bytes]:
+        cfg = DataConfig(path=(str(places[0]), str(second)), weights=(1, 3))
+        loader = open_loader(cfg, packing.parse(INVERTED), 2)
+        return [bits(batch) for batch in itertools.islice(loader, 8)]
+
+    assert batches(places[2]) == batches(places[1])
 
 
 @ARRAYS

@@ -17,6 +17,7 @@ from framepack_jax.data.batch import LOST
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.loader import open_loader
 from framepack_jax.data.records import DatasetError, Index
+from framepack_jax.data.shard_writer import write_shards
 from framepack_jax.packing import Timeline
 from framepack_jax.training import summary
 from tests.fixtures.loading import F1, INVERTED, VANILLA, bits, take
@@ -436,7 +437,7 @@ def test_a_fault_anywhere_in_a_video_is_named(tmp_path) -> None:
     late = len(data) * 9 // 10
     (tmp_path / "a.mp4").write_bytes(data[:late] + bytes(4000) + data[late + 4000 :])
     record = random_record(0, 32, 48, 46)._replace(latents=None)
-    shards = records.write_shards(tmp_path, (32, 48), [(records.pack(record), 46)])
+    shards = write_shards(tmp_path, (32, 48), [(records.pack(record), 46)])
     empty = records.write_empty(tmp_path, record.text, record.pooled)
     records.write_index(tmp_path, Index("pixels", tuple(shards), {}, 30.0, 4, 8, 16, empty))
     opened, _ = take(tmp_path, 0)

@@ -33,35 +33,6 @@ def test_a_cut_record_is_named() -> None:
             records.unpack(data[:length])
 
 
-def test_shards_are_the_same_each_time_and_whole(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(records, "SHARD_BYTES", 15_000)
-    made = [write_dataset(tmp_path / name) for name in ("a", "b")]
-    index = records.read_index(tmp_path / "a")
-    assert len(index.shards) > 2 and index.clips == 8
-    assert index.buckets == [(32, 48), (48, 32)]
-    for shard in index.shards:
-        files = [tmp_path / name / shard.path for name in ("a", "b")]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    assert not list(tmp_path.rglob("*.part"))
-    source = VideoSource(tmp_path / "a", index.shards)
-    assert [source[i].clip.id for i in range(8)] == [record.clip.id for record in made[0]]
-
-
-def test_a_full_disk_leaves_no_shard(tmp_path, monkeypatch) -> None:
-    class Full:
-        def __init__(self, *_: object) -> None: ...
-
-        def write(self, data: bytes) -> None:
-            raise RuntimeError("No space left on device")
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr(records, "ArrayRecordWriter", Full)
-    with pytest.raises(OSError, match=r"32x48-00000.*No space left"):
-        write_dataset(tmp_path)
-    assert not list(tmp_path.rglob("*.arrayrecord"))
-
-
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
 def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
     made = write_dataset(tmp_path)
