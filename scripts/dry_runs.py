@@ -1,6 +1,7 @@
 """Write the tables of docs/measurements/memory.md.
 
 python scripts/dry_runs.py [--no-decoding] [MACHINE ...]     # sampling
+python scripts/dry_runs.py --models [ROW ...]                # sampling with other models
 python scripts/dry_runs.py --training [ROW ...]              # training
 python scripts/dry_runs.py --meshes [ROW ...]                # training on default meshes
 
@@ -49,6 +50,12 @@ CURVE = (
 )  # fmt: skip
 # For a TPU the decoder takes minutes to compile.
 DECODE = ("v5e:2x2", "v5e:4x4", "h100:8", "h200:1", "rtx4090:1")
+# Bundle and machine of a step with the bundle's own settings, at its own size.
+MODELS = {
+    f"{model} {machine}": (model, machine)
+    for model in ("helios_14b", "wan_14b", "wan_1.3b")
+    for machine in ("v5e:2x4", "v5e:4x4", "v6e:2x2", "v5p:2x2x4", "h100:1", "h100:8")
+}
 # Configuration, schedule or that of the bundle, machine, a batch, or None for the largest, and what
 # the gradient keeps where it is not what the configuration says.
 LATENT_2, LATENT_3 = "f1k1_x_g2_f1k1f2k2f16k4_td", "f1k1_x_g3_f1k1f2k2f16k4_td"
@@ -88,6 +95,8 @@ def main(flags: list[str]) -> None:
     """Compile for the machines named on the command line, or for all."""
     if "--training" in flags:
         return training([flag for flag in flags if flag != "--training"] or list(TRAINING))
+    if "--models" in flags:
+        return models([flag for flag in flags if flag != "--models"] or list(MODELS))
     if "--meshes" in flags:
         return meshes([flag for flag in flags if flag != "--meshes"] or list(MESHES))
     decode = DECODE if "--no-decoding" not in flags else ()
@@ -117,6 +126,37 @@ def reports(rows: Iterable[str], report_of: Callable[[str], Any]) -> Iterator[tu
         yield row, report
     if problems:
         raise SystemExit("\n".join(["error: not compiled:", *problems]))
+
+
+def models(rows: list[str]) -> None:
+    """Compile denoising steps of other models, and write their rows."""
+
+    def report_of(row: str) -> Report:
+        name, machine = MODELS[row]
+        path = bundle.resolve(name)
+        pipe = open_pipe(path, "bfloat16", None, None)
+        layout = make_layout(pipe.geometry, Request("", None), sections=1)
+        settings = Settings.of(pipe.sampling)
+        return dry_run(pipe, path, layout, settings, hardware.parse(machine))
+
+    for row, report in reports(rows, report_of):
+        write_row("models", row, tuple(MODELS), model_cells(report))
+
+
+def model_cells(report: Report) -> list[str]:
+    total, memory = report.step.total(report.resident), report.machine.chip.memory
+    section = report.step_seconds * report.steps
+    return [
+        divided(report),
+        gigabytes(report.resident),
+        f"{total / GB:.1f} of {memory / GB:.1f} GB",
+        "yes" if total <= memory else f"**no**, {(total - memory) / GB:.1f} GB too much",
+        f"{report.roofline_seconds:.2f} s",
+        f"{report.step_seconds:.2f} s",
+        f"{report.steps} steps, {section:.0f} s, {report.frames} frames",
+        f"{section / report.frames:.2f} s",
+        compiled(report, report.step.compile_seconds),
+    ]
 
 
 def training(rows: list[str]) -> None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# `framepack_i2v` and `framepack_f1` have manifests of the released sizes and no weights.
-NAMES = ("tiny", "tiny_inverted", "random", "framepack_i2v", "framepack_f1")
+# Manifests of the released sizes, without weights.
+SIZE_ONLY = ("framepack_i2v", "framepack_f1", "helios_14b", "wan_14b", "wan_1.3b")
+NAMES = ("tiny", "tiny_inverted", "random", *SIZE_ONLY)
 BUILTIN_BUNDLES = {name: ASSETS / name for name in NAMES}
 
 

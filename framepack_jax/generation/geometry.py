@@ -38,6 +38,13 @@ class Geometry:
         return self.frames_of(0, self.schedule.window)[1]
 
     @property
+    def new_frames(self) -> int:
+        """Number of frames that a section adds to a video."""
+        if self.sampling.decode_alone or not self.schedule.segments:
+            return self.section_frames
+        return self.schedule.window * self.time_compression
+
+    @property
     def source_frames(self) -> int:
         """Number of last frames of a video that are needed to continue it: whole sections if they
         are decoded alone."""

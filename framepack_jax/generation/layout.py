@@ -129,9 +129,7 @@ def _sections_for(geometry: Geometry, seconds: float, fps: float) -> int:
     """Return the number of sections nearest to a duration; one if sections read no context."""
     if not geometry.schedule.segments:
         return 1
-    if geometry.sampling.decode_alone:
-        return packing.sections_for(seconds, geometry.section_frames, fps, 1)
-    return packing.sections_for(seconds, geometry.schedule.window, fps, geometry.time_compression)
+    return packing.sections_for(seconds, geometry.new_frames, fps, 1)
 
 
 def _before(geometry: Geometry, request: Request) -> int:

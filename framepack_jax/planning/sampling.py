@@ -17,12 +17,11 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing
-from framepack_jax.diffusion import flow, sampler, solver, solver_table
+from framepack_jax.diffusion import sampler, solver
 from framepack_jax.diffusion.given_frames import GivenFrames
 from framepack_jax.generation.layout import Layout
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.models.network_spec import NetworkSpec
-from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
@@ -76,7 +75,7 @@ def dry_run(
         for role in roles
     }
     configs = {role: config for role, (_, config) in networks.items()}
-    work = _Work(pipe, configs, layout, settings, batch, devices)
+    work = _Work(pipe, configs, manifest.text_tokens, layout, settings, batch, devices)
     programs = work.compile_step(params["transformer"], offload)
     weights, hosted = _weights(params), 0
     if offload:
@@ -91,7 +90,7 @@ def dry_run(
         programs=tuple(programs),
         flops=work.flops(),
         steps=sum(settings.stage_steps(pipe.sampling, 1)),
-        frames=len(layout.plan[-1].targets) * pipe.vae.cfg.time_compression,
+        frames=pipe.geometry.new_frames,
     )
 
 
@@ -138,19 +137,20 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def image_tokens(vision: Any) -> int:
-    """Count the tokens that an image encoder gives for an image."""
-    return (vision.image_size // vision.patch_size) ** 2
+    """Count the tokens that an image encoder gives for an image; none without an encoder."""
+    return 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """A section to denoise: videos of a layout on the devices of a machine.
 
-    `configs` are those of the bundle's networks, by role.
+    `configs` are those of the bundle's networks, by role; the transformer reads `text_tokens`.
     """
 
     pipe: FramePack
     configs: dict[str, Any]
+    text_tokens: int
     layout: Layout
     settings: Settings
     batch: int
@@ -166,9 +166,9 @@ class _Work:
         spec, cfg, _ = self.pipe.transformer
         compression = self.pipe.vae.cfg.space_compression
         rows, columns = (side // compression for side in self.layout.canvas)
-        tokens = image_tokens(self.configs["image_encoder"])
+        tokens = image_tokens(self.configs.get("image_encoder"))
         schedule = self.pipe.schedule
-        flops = spec.forward_flops(cfg, schedule, rows, columns, MAX_PROMPT_TOKENS, tokens)
+        flops = spec.forward_flops(cfg, schedule, rows, columns, self.text_tokens, tokens)
         return flops * self.batch * self.passes
 
     def compile_step(self, weights: Any, offload: bool) -> list[Program]:
@@ -214,15 +214,15 @@ class _Work:
         timeline = Timeline(layout.length, frame)
         timeline.known[:] = True
         context = packing.read_context(section, timeline)
-        vision, text = configs["image_encoder"], configs["text_encoder"]
         # Shapes stand for arrays, whose types they do not have.
         shape: Any = jax.ShapeDtypeStruct
-        dtype, tokens = jnp.dtype(pipe.dtype), image_tokens(vision)
+        dtype, tokens = jnp.dtype(pipe.dtype), self.text_tokens
+        vision, summary = configs.get("image_encoder"), configs.get("text_encoder_2")
         conditions = pipe.transformer.spec.conditions(
-            shape((batch, MAX_PROMPT_TOKENS, text.width), dtype),
-            shape((batch, MAX_PROMPT_TOKENS), jnp.bool_),
-            shape((batch, configs["text_encoder_2"].width), dtype),
-            shape((batch, tokens, vision.width), dtype),
+            shape((batch, tokens, configs["text_encoder"].width), dtype),
+            shape((batch, tokens), jnp.bool_),
+            None if summary is None else shape((batch, summary.width), dtype),
+            None if vision is None else shape((batch, image_tokens(vision), vision.width), dtype),
             shape((batch,), jnp.float32),
         )
         context = jax.tree.map(lambda x: shape((batch, *x.shape[1:]), x.dtype), context)
@@ -234,9 +234,18 @@ class _Work:
             GivenFrames(x, shape(x.shape[:2], jnp.bool_)),
             scalar, scalar, scalar if cached else None,
         )  # fmt: skip
-        row = shape(solver_table(settings.sampler, flow.sigmas(2, 1.0))[0].shape, jnp.float32)
-        at = sampler.At(scalar, row, shape((), jnp.bool_) if cached else None)
-        return inputs, at, jax.eval_shape(solver.start, x)
+        recipe, truth = pipe.sampling.recipe, shape((), jnp.bool_)
+        levels = recipe.levels(2, 1000, recipe.stages - 1)
+        row = recipe.table(levels, settings.sampler)[0]
+        at = sampler.At(
+            scalar,
+            shape(row.shape, jnp.float32),
+            truth if cached else None,
+            None if levels.times is None else scalar,
+            truth if recipe.zero_star and settings.cfg_scale != 1 else None,
+        )
+        again = len(row) > solver.COLUMNS
+        return inputs, at, jax.eval_shape(functools.partial(solver.start, again=again), x)
 
 
 def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:
