@@ -16,7 +16,8 @@
     inspect             describe a file
     verify              compare a bundle with a checkpoint
     export              write checkpoints: the same rows, inverted (export_configs, export_files)
-    lora                read and write adapters (lora_fusion, lora_targets, lora_peft)
+    lora                read and write adapters (lora_names, lora_targets, lora_fusion,
+                        lora_peft)
 
 Only this package and one metric of evaluation import torch, inside functions.
 """

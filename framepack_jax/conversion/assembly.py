@@ -7,7 +7,7 @@ from pathlib import Path
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role
 from framepack_jax.conditioning import PROMPT_TEMPLATE
-from framepack_jax.conversion import latent_statistics, tables, transformer, weight_files
+from framepack_jax.conversion import latent_statistics, tables, weight_files
 from framepack_jax.conversion.engine import ConversionJob, Source, make_job
 from framepack_jax.conversion.pipeline_index import PipelineSettings
 from framepack_jax.conversion.request import BundleRequest
@@ -20,7 +20,6 @@ from framepack_jax.models.packed_video import context_kernels
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.messages import shorten
 
-DEFAULT_IMAGE_DIM = 1152
 # Kind of text encoder -> prompt template and text tokens of the released transformers that read it.
 PROMPTS = {"llama": (PROMPT_TEMPLATE, MAX_PROMPT_TOKENS), "umt5": ("{}", 512)}
 # Role -> (config field of its output width, config field of the transformer's input width).
@@ -32,49 +31,54 @@ WIDTHS = {
 }
 
 
+def find_networks(
+    request: BundleRequest, paths: Mapping[str, Path], shared: Manifest | None
+) -> dict[str, Source]:
+    """Open and recognise every network. Raises ConversionError."""
+    networks = {
+        role: tables.recognise(weight_files.open_checkpoint(path), role, request.prefix)
+        for role, path in paths.items()
+    }
+    for role, source in networks.items():
+        if shared and role in shared.roles and shared.roles[role].kind == source.table.kind:
+            like = bundle.role_config(shared, role)[1]
+            networks[role] = dataclasses.replace(source, like=like)
+    if request.rope_axes and "transformer" in networks:
+        given = {"rope_axes": _rope_axes(request.rope_axes)}
+        networks["transformer"] = dataclasses.replace(networks["transformer"], overrides=given)
+    return networks
+
+
 def fit_networks(
     request: BundleRequest,
-    paths: Mapping[str, Path],
+    networks: Mapping[str, Source],
     schedule: packing.Schedule,
     shared: Manifest | None,
 ) -> dict[str, ConversionJob]:
-    """Open, recognise and check every network. Raises ConversionError.
+    """Check every network. Raises ConversionError.
 
     The transformer comes last, as it may need the width of the image encoder.
     """
     jobs: dict[str, ConversionJob] = {}
-    for role in sorted(paths, key=lambda role: role == "transformer"):
-        source = tables.recognise(weight_files.open_checkpoint(paths[role]), role, request.prefix)
-        if shared and role in shared.roles:
-            source = dataclasses.replace(source, like=bundle.role_config(shared, role)[1])
-        if role == "transformer":
-            source = _transformer_source(request, source, schedule, jobs, shared)
+    for role in sorted(networks, key=lambda role: role == "transformer"):
+        source = networks[role]
+        if role == "transformer" and request.from_base:
+            width = request.image_dim or _image_width(jobs, shared)
+            from_base = tables.FROM_BASE[source.table.kind]
+            table = from_base(source.table, context_kernels(schedule), width)
+            source = dataclasses.replace(source, table=table)
         jobs[role] = make_job(source)
     tables.check_prefix(request.prefix, [job.source for job in jobs.values()])
-    return {role: jobs[role] for role in paths}
+    return {role: jobs[role] for role in networks}
 
 
-def _transformer_source(
-    request: BundleRequest,
-    source: Source,
-    schedule: packing.Schedule,
-    jobs: Mapping[str, ConversionJob],
-    shared: Manifest | None,
-) -> Source:
-    given = {"rope_axes": _rope_axes(request.rope_axes)} if request.rope_axes else {}
-    table = source.table
-    if request.from_base:
-        width = request.image_dim or _image_width(jobs, shared)
-        table = transformer.from_base(table, context_kernels(schedule), width)
-    return dataclasses.replace(source, table=table, overrides=given)
-
-
-def _image_width(jobs: Mapping[str, ConversionJob], shared: Manifest | None) -> int:
+def _image_width(jobs: Mapping[str, ConversionJob], shared: Manifest | None) -> int | None:
+    """Return the width of the image encoder's tokens, None if there is none."""
     if "image_encoder" in jobs:
         return jobs["image_encoder"].cfg.width
     if shared and "image_encoder" in shared.roles:
         return bundle.role_config(shared, "image_encoder")[1].width
-    return DEFAULT_IMAGE_DIM
+    return None
 
 
 def _rope_axes(text: str) -> tuple[int, ...]:
@@ -115,7 +119,7 @@ def assemble_manifest(
         sampled = shared
     manifest = dataclasses.replace(manifest, buckets=sampled.buckets, sampling=sampled.sampling)
     _check_widths(manifest)
-    _check_kernels(manifest)
+    _check_kernels(request, manifest)
     return manifest
 
 
@@ -180,7 +184,7 @@ def _check_widths(manifest: Manifest) -> None:
         return
     reader = manifest.roles["transformer"].config
     for name, (made, read) in WIDTHS.items():
-        if name not in manifest.roles or reader[read] is None:
+        if name not in manifest.roles or reader.get(read) is None:
             continue
         width = manifest.roles[name].config[made]
         if width != reader[read]:
@@ -190,14 +194,24 @@ def _check_widths(manifest: Manifest) -> None:
             )
 
 
-def _check_kernels(manifest: Manifest) -> None:
-    """Raise ConversionError if the transformer lacks a context kernel of the schedule."""
+def _check_kernels(request: BundleRequest, manifest: Manifest) -> None:
+    """Raise ConversionError if the transformer lacks a context kernel of the schedule.
+
+    A base model, which has none, may have a schedule that nobody asked for.
+    """
     if "transformer" not in manifest.roles:
         return
     kernels = manifest.roles["transformer"].config["context_kernels"]
     wanted = set(context_kernels(manifest.schedule))
-    if kernels and (absent := sorted(wanted - set(kernels))):
+    absent = sorted(wanted - set(kernels))
+    if absent and kernels:
         raise ConversionError(
             f"schedule {manifest.schedule} needs kernels {', '.join(absent)}; the transformer has"
             f" {', '.join(kernels)}"
+        )
+    if absent and request.schedule:
+        raise ConversionError(
+            f"--schedule {request.schedule} has context, and the transformer is a base model that"
+            " embeds none; make a packed model of it with --from-base, or give a schedule without"
+            " context, such as g21"
         )

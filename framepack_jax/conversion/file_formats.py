@@ -22,6 +22,9 @@ import safetensors
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = f"{' or '.join(SAFETENSORS_SUFFIXES)}, or {', '.join(TORCH_SUFFIXES)}"
+GGUF_SUFFIX = ".gguf"
+GGUF = f"is a GGUF file, which is not read; take the same weights in {SUFFIXES}"
 # Bytes at the start of a file that identify its format.
 HEAD = 512
 ZIP_MAGIC, GZIP_MAGIC, GGUF_MAGIC = b"PK\x03\x04", b"\x1f\x8b", b"GGUF"
@@ -72,11 +75,9 @@ def entries_of(file: Path) -> tuple[dict[str, Entry], str]:
         return _safetensors_entries(file), ""
     if file.suffix in TORCH_SUFFIXES:
         return _torch_entries(file)
-    raise ConversionError(f"{file} is not a checkpoint; expected {_suffixes()}")
-
-
-def _suffixes() -> str:
-    return f"{' or '.join(SAFETENSORS_SUFFIXES)}, or {', '.join(TORCH_SUFFIXES)}"
+    if file.suffix == GGUF_SUFFIX:
+        raise ConversionError(f"{file} {GGUF}")
+    raise ConversionError(f"{file} is not a checkpoint; expected {SUFFIXES}")
 
 
 def check_contents(file: Path) -> None:
@@ -88,7 +89,7 @@ def check_contents(file: Path) -> None:
     except OSError as error:
         raise ConversionError(f"{file} cannot be read ({error.strerror})") from error
     said = _not_a_file(head)
-    if not said and file.suffix in (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, ".gguf"):
+    if not said and file.suffix in (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES, GGUF_SUFFIX):
         said = _not_its_format(file, head)
     if said:
         raise ConversionError(f"{file} {said}")
@@ -114,9 +115,9 @@ def _not_a_file(head: bytes) -> str | None:
 def _not_its_format(file: Path, head: bytes) -> str | None:
     """Say which format a weight file has and what to do, if its suffix says another."""
     if head.startswith(GGUF_MAGIC):
-        return f"is a GGUF file, which is not read; take the same weights in {_suffixes()}"
+        return GGUF
     if head.startswith(GZIP_MAGIC):
-        return f"is a gzip archive; unpack it and give the {_suffixes()} file in it"
+        return f"is a gzip archive; unpack it and give the {SUFFIXES} file in it"
     if text := _text(head):
         return f"is a text file, not weights; it begins {text!r}. Download it again"
     if _begins_safetensors(file, head):
@@ -125,7 +126,7 @@ def _not_its_format(file: Path, head: bytes) -> str | None:
     elif file.suffix in SAFETENSORS_SUFFIXES and _begins_torch(file, head):
         return "is a PyTorch file with another suffix; rename it to end in .pt"
     elif file.suffix in SAFETENSORS_SUFFIXES and head.startswith(ZIP_MAGIC):
-        return f"is a zip archive; unpack it and give the {_suffixes()} file in it"
+        return f"is a zip archive; unpack it and give the {SUFFIXES} file in it"
     return None
 
 

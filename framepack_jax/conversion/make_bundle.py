@@ -45,11 +45,14 @@ def make_bundle(request: BundleRequest) -> Manifest:
             roles = shared.roles.values()
             read += [Path(bundle.referenced(request.encoders_from, role.path)) for role in roles]
     output_folder.check_outside(request.output, read)
+    networks = assembly.find_networks(request, paths, shared)
     told = pipeline_index.settings_of(request.pipeline).schedule
-    schedule = sources.schedule_of(request, origins.get("transformer"), paths, shared, told)
-    jobs = assembly.fit_networks(request, paths, schedule, shared)
+    schedule = sources.schedule_of(request, origins.get("transformer"), networks, shared, told)
+    jobs = assembly.fit_networks(request, networks, schedule, shared)
     transformer = jobs["transformer"].cfg if "transformer" in jobs else None
-    settings = pipeline_index.settings_of(request.pipeline, transformer)
+    # A pipeline tells how its base model is sampled, not the packed model that starts from it.
+    pipeline = None if request.from_base else request.pipeline
+    settings = pipeline_index.settings_of(pipeline, transformer)
     if settings.schedule and not request.schedule:
         schedule = packing.parse(settings.schedule)
     folders = sources.tokenizer_folders(request, paths, jobs)

@@ -27,8 +27,9 @@ class Networks:
     """A diffusers pipeline folder (with model_index.json), or a single file with several networks,
     such as ComfyUI's checkpoints. Networks given below replace its own."""
     transformer: Path | None = None
-    """FramePack or HunyuanVideo transformer: a file (.safetensors, .pt) or a folder with one, whole
-    or sharded; in diffusers', Tencent's or ComfyUI's naming; also fp8 weights."""
+    """Transformer of FramePack, HunyuanVideo, Wan 2.1 or Helios: a file (.safetensors, .pt) or a
+    folder with one, whole or sharded; in diffusers', the original or ComfyUI's naming; also fp8
+    weights."""
     vae: Path | None = None
     """HunyuanVideo or Wan 2.1 VAE, file or folder; in diffusers', the original or ComfyUI's
     naming."""
@@ -69,12 +70,14 @@ class ModelSettings:
     schedule: str | None = None
     """Packing schedule that the transformer was trained with (FramePack-F1:
     f1k1_x_f16k4f2k2f1k1_g9); default: the schedule of the released model, or of the bundle that
-    provides the transformer; else f1k1_x_g9_f1k1f2k2f16k4_td."""
+    provides the transformer; else f1k1_x_g9_f1k1f2k2f16k4_td, for Helios that of FramePack-F1, and
+    g21 (without context) for Wan."""
     from_base: bool = False
-    """Start a FramePack model from a base HunyuanVideo transformer: copy its patch embedding to the
-    context embeddings of --schedule, and add a new image projection."""
+    """Start a packed model from a base transformer of HunyuanVideo or Wan: copy its patch embedding
+    to the context embeddings of --schedule and, for HunyuanVideo, add a new image projection."""
     image_dim: int | None = None
-    """Width of the image tokens, with --from-base; default: width of the image encoder, or 1152."""
+    """Width of HunyuanVideo's image tokens, with --from-base; default: width of the image encoder,
+    or 1152."""
     rope_axes: str | None = None
     """RoPE widths of time, height and width, such as 16,56,56, if the checkpoint does not state
     them."""

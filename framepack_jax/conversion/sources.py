@@ -1,13 +1,14 @@
 """Find the source of every part of a bundle: networks, tokenizers, packing schedule."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest
 from framepack_jax.conversion import hub, pipeline_index, tables, tokenizers, weight_files
+from framepack_jax.conversion.engine import Source
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
@@ -92,20 +93,24 @@ def tokenizer_folders(
 def schedule_of(
     request: BundleRequest,
     origin: str | None,
-    paths: dict[str, Path],
+    networks: Mapping[str, Source],
     shared: Manifest | None,
     told: str | None,
 ) -> packing.Schedule:
     """Return the packing schedule of the transformer.
 
     A transformer that stays in the `shared` bundle keeps its schedule. Else --schedule counts, then
-    what the pipeline `told`, then the schedule of the released model, by --framepack or by its name
-    `origin` on the hub.
+    with --from-base that of the family's released packed model, then what the pipeline `told`, then
+    the schedule of the released model, by --framepack or by its name `origin` on the hub.
     """
-    stays = shared and "transformer" in shared.roles and "transformer" not in paths
+    source = networks.get("transformer")
+    stays = shared and "transformer" in shared.roles and source is None
     if shared and stays and request.schedule in (None, str(shared.schedule)):
         return shared.schedule
-    released = told or _released(request.framepack, origin) or packing.RELEASED_INVERTED
+    if source and request.from_base:
+        released = tables.PACKED_SCHEDULES[source.table.kind]
+    else:
+        released = told or _released(request.framepack, origin) or packing.RELEASED_INVERTED
     return packing.parse(request.schedule or released)
 
 

@@ -44,8 +44,8 @@ def _notes(manifest: Manifest) -> list[str]:
     transformer = manifest.roles.get("transformer")
     if transformer and not transformer.config["context_kernels"]:
         notes.append(
-            "note: the transformer is no FramePack model (it embeds no context); start one from it"
-            " with --from-base"
+            "note: the transformer is a base model, which embeds no context; start a packed model"
+            " from it with --from-base"
         )
     return notes
 

@@ -1,7 +1,8 @@
 """Choose the table of a checkpoint by its tensor names, never by file names."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
+from framepack_jax import packing
 from framepack_jax.conversion import encoders, transformer, vae, wan_transformer, wan_vae
 from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.weight_files import Checkpoint, ConversionError
@@ -21,6 +22,17 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "text_encoder": (encoders.UMT5, encoders.UMT5_WAN, encoders.LLAMA),
     "text_encoder_2": (encoders.CLIP,),
     "image_encoder": (encoders.SIGLIP,),
+}
+
+# Kind of transformer -> a function that makes a packed network of a base model.
+FROM_BASE: dict[str, Callable[[Table, tuple[str, ...], int | None], Table]] = {
+    transformer.KIND: transformer.from_base,
+    wan_transformer.KIND: wan_transformer.from_base,
+}
+# Kind of transformer -> schedule of the released packed model.
+PACKED_SCHEDULES = {
+    transformer.KIND: packing.RELEASED_INVERTED,
+    wan_transformer.KIND: packing.RELEASED_F1,
 }
 
 

@@ -11,9 +11,9 @@ import dataclasses
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
+from framepack_jax.conversion.from_base import packed_table
 from framepack_jax.conversion.transforms import (
     Fresh,
-    Inflate,
     Linear,
     Patch,
     Row,
@@ -342,45 +342,22 @@ COMFYUI_WEIGHT = dataclasses.replace(
 )
 
 
-def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int) -> Table:
+def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int | None) -> Table:
     """Return the table that makes a FramePack model from a base HunyuanVideo checkpoint.
 
-    Context embeddings are the inflated patch embedding. The image projection is new: its first
-    layer is random and its second layer zero, so that all image tokens start as zero vectors.
+    The image projection is new: its first layer is random and its second layer zero, so that all
+    image tokens start as zero vectors. Their width `image_dim` is by default the release's.
     """
-
-    def base(cfg: TransformerConfig) -> TransformerConfig:
-        return dataclasses.replace(cfg, context_kernels=(), image_dim=None)
-
-    def config(source: Source) -> TransformerConfig:
-        # By the table of the base model: rows without tensors have no shapes to read.
-        cfg = table.config(dataclasses.replace(source, table=table))
-        if cfg != base(cfg):
-            raise ConversionError(
-                f"{source.checkpoint.path} has context embeddings or an image projection: it is a"
-                " FramePack model already; remove --from-base"
-            )
-        return dataclasses.replace(cfg, context_kernels=context_kernels, image_dim=image_dim)
-
-    def rows(cfg: TransformerConfig) -> list[Row]:
-        known = table.rows(base(cfg))
-        (patch,) = {row.sources[0] for row in known if row.targets == ("embed/patch/kernel",)}
-        patch = patch.removesuffix(".weight")
-        small = kernel_shape(PATCH)
-        inflated = [
-            row
-            for k in cfg.context_kernels
-            for row in kernel(f"embed/context_{k}", patch, Inflate(small, kernel_shape(k)))
-        ]
-        image = {
+    width = image_dim or RELEASED.image_dim
+    return packed_table(
+        table,
+        packed={"context_kernels": context_kernels, "image_dim": width},
+        base={"context_kernels": (), "image_dim": None},
+        new={
             "embed/image_up/kernel": Fresh("image_up"),
             "embed/image_up/bias": Fresh(),
             "embed/image_down/kernel": Fresh(),
             "embed/image_down/bias": Fresh(),
-        }
-        replaced = [row for row in known if row.targets[0] not in image]
-        return [
-            *replaced, *inflated, *(Row((path,), (), fresh) for path, fresh in image.items()),
-        ]  # fmt: skip
-
-    return dataclasses.replace(table, rows=rows, config=config)
+        },
+        what="context embeddings or an image projection",
+    )

@@ -10,7 +10,7 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import engine, hub, tables, transformer, weight_files
+from framepack_jax.conversion import engine, hub, tables, weight_files
 from framepack_jax.conversion.engine import Advance, ConversionJob
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
@@ -74,14 +74,21 @@ def make_job(path: Path, manifest: Manifest, role: str, prefix: str | None = Non
     `prefix` is that of `tables.recognise`. Raises ConversionError, also if the checkpoint has
     another config than the network in the bundle.
     """
-    _, cfg = bundle.role_config(manifest, role)
+    spec, cfg = bundle.role_config(manifest, role)
     source = tables.recognise(weight_files.open_checkpoint(path), role, prefix)
+    if source.table.kind != spec.kind:
+        raise ConversionError(
+            f"{path} is a {source.table.description} ({source.table.kind}), and the {role} of the"
+            f" bundle is a {spec.kind}; compare it with the checkpoint that it was made of"
+        )
     source = dataclasses.replace(source, like=cfg)
     if role == "transformer":
         source = dataclasses.replace(source, overrides={"rope_axes": cfg.rope_axes})
         found = source.table.config(source)
-        if cfg.context_kernels and not found.context_kernels and cfg.image_dim is not None:
-            table = transformer.from_base(source.table, cfg.context_kernels, cfg.image_dim)
+        if cfg.context_kernels and not found.context_kernels:
+            from_base = tables.FROM_BASE[source.table.kind]
+            image_dim = getattr(cfg, "image_dim", None)
+            table = from_base(source.table, cfg.context_kernels, image_dim)
             source = dataclasses.replace(source, table=table)
     made = engine.make_job(source)
     if made.cfg != cfg:

@@ -4,11 +4,11 @@ Source: the state dicts of diffusers' `WanTransformer3DModel` and `HeliosTransfo
 `WanModel` of the original release, whose names ComfyUI keeps.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from framepack_jax.conversion.engine import Source, Table
+from framepack_jax.conversion.from_base import packed_table
 from framepack_jax.conversion.transforms import (
     Copy,
     Linear,
@@ -24,6 +24,7 @@ from framepack_jax.conversion.weight_files import ConversionError, make_config, 
 from framepack_jax.models.packed_video import PATCH
 from framepack_jax.models.wan.config import WanConfig
 from framepack_jax.packing import kernel_shape
+from framepack_jax.utils.messages import shorten
 
 KIND = "wan_packed_dit"
 CONTEXT_NAMES = {"k1": "patch_short", "k2": "patch_mid", "k4": "patch_long"}
@@ -35,7 +36,13 @@ STRANGERS = {
     "condition_embedder.image_embedder.norm1.weight": "an image-to-video model of Wan",
     "control_adapter.conv.weight": "a camera-control model of Wan",
 }
+REMEDY = (
+    "which reads other inputs and is not supported; take a text-to-video model of Wan 2.1 or of"
+    " Helios"
+)
+WAN_22_CHANNELS = 48
 RELEASED = WanConfig()
+HELIOS = WanConfig(context_kernels=tuple(CONTEXT_NAMES), clean_context=True, prompt_to_target=True)
 
 
 def _diffusers_rows(cfg: WanConfig) -> list[Row]:
@@ -87,6 +94,8 @@ def _original_rows(cfg: WanConfig) -> list[Row]:
         _wide_norm("q_norm", f"{block}.self_attn.norm_q"),
         _wide_norm("k_norm", f"{block}.self_attn.norm_k"),
         *linear("blocks/{i}/out", f"{block}.self_attn.o"),
+        # What the release does not have keeps diffusers' names.
+        Row(("blocks/{i}/context_key_scale",), (f"{block}.self_attn.history_key_scale",), Copy()),
         *norm("blocks/{i}/cross_norm", f"{block}.norm3"),
         *linear("blocks/{i}/cross_q", f"{block}.cross_attn.q"),
         *linear("blocks/{i}/cross_kv", each(f"{block}.cross_attn.*", "kv")),
@@ -117,12 +126,10 @@ def _wide_norm(name: str, source: str) -> Row:
 
 def _config(source: Source) -> WanConfig:
     """Read the config from diffusers' or the release's `config.json`, or else from shapes."""
+    path = source.checkpoint.path
     for tensor, model in STRANGERS.items():
         if source.has(tensor):
-            raise ConversionError(
-                f"{source.checkpoint.path} is {model} (it has a tensor {tensor}), which reads other"
-                " inputs; convert a text-to-video model of Wan 2.1, or Helios"
-            )
+            raise ConversionError(f"{path} is {model} (it has a tensor {tensor}), {REMEDY}")
     fields = source.config_json()
     if fields is None:
         cfg = _config_from_shapes(source)
@@ -137,11 +144,29 @@ def _config(source: Source) -> WanConfig:
         )
     if cfg.in_channels != cfg.out_channels:
         raise ConversionError(
-            f"{source.checkpoint.path} reads {cfg.in_channels} channels and predicts"
-            f" {cfg.out_channels}: it is an image-to-video or control model of Wan; convert a"
-            " text-to-video model of Wan 2.1, or Helios"
+            f"{path} reads {cfg.in_channels} channels and predicts {cfg.out_channels}: it is an"
+            f" image-to-video or control model of Wan, {REMEDY}"
         )
+    if cfg.in_channels == WAN_22_CHANNELS:
+        raise ConversionError(
+            f"{path} has {cfg.in_channels} latent channels: it is Wan 2.2's model of 5B, {REMEDY}"
+        )
+    _check_context(source, cfg)
     return cfg
+
+
+def _check_context(source: Source, cfg: WanConfig) -> None:
+    """Raise ConversionError for some of Helios' context embeddings without the others."""
+    names = [f"{name}.weight" for name in CONTEXT_NAMES.values()]
+    there = [name for name in names if source.has(name)]
+    absent = [name for name in names if name not in there]
+    if absent and (there or cfg.context_kernels):
+        raise ConversionError(
+            f"{source.checkpoint.path} has no tensor {' and no '.join(absent)}"
+            f"{f', but {shorten(there)}' if there else ''}: Helios embeds its history with"
+            f" {', '.join(names)}; take the whole checkpoint, or start from a model of Wan, which"
+            " has none of them, with --from-base"
+        )
 
 
 def _config_from_diffusers(source: Source, fields: Mapping[str, Any]) -> WanConfig:
@@ -166,7 +191,7 @@ def _config_from_diffusers(source: Source, fields: Mapping[str, Any]) -> WanConf
         sizes["context_kernels"] = tuple(CONTEXT_NAMES)
     if fields.get("is_amplify_history"):
         sizes["context_key_scale"] = KEY_SCALES[fields.get("history_scale_mode", "per_head")]
-    axes = fields.get("rope_dim") or _rope_axes(sizes.get("head_dim", RELEASED.head_dim))
+    axes = fields.get("rope_dim") or rope_axes(sizes.get("head_dim", RELEASED.head_dim))
     path = source.checkpoint.folder / "config.json"
     return make_config(path, WanConfig, **sizes, rope_axes=tuple(axes))
 
@@ -191,17 +216,34 @@ def _config_from_release(source: Source, fields: Mapping[str, Any]) -> WanConfig
     path = source.checkpoint.folder / "config.json"
     with reading_shapes(path):
         head_dim = int(fields["dim"]) // int(fields["num_heads"])
-    return make_config(path, WanConfig, **sizes, head_dim=head_dim, rope_axes=_rope_axes(head_dim))
+    return make_config(
+        path,
+        WanConfig,
+        **sizes,
+        head_dim=head_dim,
+        rope_axes=rope_axes(head_dim),
+        **_context(source),
+    )
+
+
+def _context(source: Source) -> dict[str, Any]:
+    """Return the fields of context of a network whose config does not have them."""
+    kernels = tuple(k for k, name in CONTEXT_NAMES.items() if source.has(f"{name}.weight"))
+    has_context = bool(kernels)
+    return {
+        "context_kernels": kernels,
+        "clean_context": has_context,
+        "prompt_to_target": has_context,
+    }
 
 
 def _config_from_shapes(source: Source) -> WanConfig:
-    rows = source.table.rows(dataclasses.replace(RELEASED, context_kernels=tuple(CONTEXT_NAMES)))
+    rows = source.table.rows(HELIOS)
     tensor = {target: row.sources[0] for row in rows for target in row.targets}
 
     def shape(target: str) -> tuple[int, ...]:
         return source.shape(tensor[target])
 
-    kernels = tuple(k for k, name in CONTEXT_NAMES.items() if source.has(f"{name}.weight"))
     known = source.like if isinstance(source.like, WanConfig) else RELEASED
     with reading_shapes(source.checkpoint.path):
         width, in_channels = shape("embed/patch/kernel")[:2]
@@ -222,13 +264,11 @@ def _config_from_shapes(source: Source) -> WanConfig:
             text_dim=shape("embed/text_in/kernel")[1],
             time_dim=shape("embed/time_in/kernel")[1],
             rope_axes=known.rope_axes,
-            context_kernels=kernels,
-            clean_context=bool(kernels),
-            prompt_to_target=bool(kernels),
+            **_context(source),
         )
 
 
-def _rope_axes(head_dim: int) -> tuple[int, int, int]:
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """Return how Wan divides a head's width into time, height and width."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
@@ -248,3 +288,22 @@ ORIGINAL = Table(
     rows=_original_rows,
     config=_config,
 )
+
+
+def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int | None) -> Table:
+    """Return the table that makes a packed model, as Helios is one, from a base Wan checkpoint.
+
+    Raises ConversionError for an `image_dim`: the network reads no image tokens.
+    """
+    if image_dim is not None:
+        raise ConversionError(
+            f"--from-base: Wan's transformer reads no image tokens (of width {image_dim}); remove"
+            " --image-dim and --image-encoder, and take --encoders-from a bundle of Wan or Helios"
+        )
+    names = ("context_kernels", "clean_context", "prompt_to_target")
+    return packed_table(
+        table,
+        packed={name: getattr(HELIOS, name) for name in names}
+        | {"context_kernels": context_kernels},
+        base={name: getattr(RELEASED, name) for name in names},
+    )

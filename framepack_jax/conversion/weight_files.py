@@ -44,6 +44,8 @@ PIECE = 1 << 18
 WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\."
 )
+# Names of shards, as huggingface_hub and transformers write them.
+SHARD = re.compile(r".+-(?P<number>\d{5})-of-(?P<count>\d{5})\.\w+")
 INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 
 
@@ -129,6 +131,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise ConversionError(f"{path} does not exist; expected a checkpoint file or its folder")
+    if not path.is_dir():
+        _check_not_shard(path)
     files = _files_of(path) if path.is_dir() else [path]
     entries: dict[str, Entry] = {}
     notes: list[str] = []
@@ -212,6 +216,8 @@ def _files_of(folder: Path) -> list[Path]:
                 f"{folder} has several checkpoints and no index:"
                 f" {', '.join(file.name for file in files[:4])}; give the path of one file"
             )
+    if quantized := next(folder.glob(f"*{file_formats.GGUF_SUFFIX}"), None):
+        raise ConversionError(f"{quantized} {file_formats.GGUF}")
     if any(folder.glob("*.distcp")):
         raise ConversionError(
             f"{folder} is a checkpoint of torch.distributed; make one file of it with: python -m"
@@ -222,6 +228,16 @@ def _files_of(folder: Path) -> list[Path]:
         f"{folder} has no checkpoint; expected *.safetensors, with *.safetensors.index.json where"
         f" it is sharded, or one of {listed}"
     )
+
+
+def _check_not_shard(file: Path) -> None:
+    """Raise ConversionError if a file is one shard of several, named as in the hub's indices."""
+    shard = SHARD.fullmatch(file.name)
+    if shard and int(shard["count"]) > 1:
+        raise ConversionError(
+            f"{file} is shard {int(shard['number'])} of {int(shard['count'])}; give its folder,"
+            f" {file.parent}, with all shards and their index"
+        )
 
 
 def _unwrap(entries: dict[str, Entry]) -> tuple[dict[str, Entry], str]:

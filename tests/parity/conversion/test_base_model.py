@@ -65,6 +65,6 @@ def test_from_base_keeps_the_rest(base, framepack, tmp_path) -> None:
     )
     assert not np.any(embed["image_down"]["kernel"]) and not np.any(embed["image_up"]["bias"])
     assert 0.8 < np.std(embed["image_up"]["kernel"]) * math.sqrt(10) < 1.2
-    with pytest.raises(ConversionError, match="FramePack model already"):
+    with pytest.raises(ConversionError, match="packed model already"):
         path = write_folder(framepack, tmp_path / "framepack")
         make_bundle(BundleRequest(output=f"{tmp_path}/c", transformer=path, from_base=True))

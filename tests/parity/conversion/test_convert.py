@@ -180,7 +180,7 @@ def test_a_base_model_is_said_to_be_no_framepack_model(base, tmp_path, capsys) -
     path = write_folder(base, tmp_path / "base")
     main(["--transformer", str(path), "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "no FramePack model" in said and "still without vae, text_encoder" in said
+    assert "is a base model" in said and "still without vae, text_encoder" in said
 
 
 @pytest.mark.golden
