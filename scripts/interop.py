@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from framepack_jax.conversion import lora
+from framepack_jax.conversion import lora, lora_names
 from framepack_jax.models.hunyuan import transformer as transformer_model
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.hunyuan.embed import Conditions
@@ -664,7 +664,9 @@ def rows_of(program: str) -> None:
         folder = Path(name)
         save_file(kohya(factors()), folder / "source.safetensors")
         read = lora.read(folder / "source.safetensors", CFG).lora
-        files = {naming: folder / f"ours_{naming}.safetensors" for naming in lora.NAMINGS}
+        files = {
+            naming: folder / f"ours_{naming}.safetensors" for naming in lora_names.HUNYUAN.namings
+        }
         for naming, file in files.items():
             lora.write(file, read, CFG, naming)
         for row in function(files, folder):

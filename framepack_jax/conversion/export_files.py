@@ -2,14 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from framepack_jax import bundle
-from framepack_jax.conversion import export, lora
+from framepack_jax.conversion import export, lora, lora_names
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
-from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.lora import file_of
 from framepack_jax.utils.progress import byte_bar
 
@@ -75,28 +75,34 @@ def export_lora(
     Args:
         target: the file to write.
         source: the LoRA file, or the folder of a training run.
-        root: the bundle that the LoRA is for; default: the released model.
-        key_format: names of the tensors, one of `lora.NAMINGS`.
+        root: the bundle that the LoRA is for; default: the largest released model with its names.
+        key_format: names of the tensors, of the family in `lora_names`.
 
     Returns lines that say what was written. Raises ConversionError, BundleError.
     """
     file = Path(file_of(source))
-    if key_format not in lora.NAMINGS:
+    cfg = _config_of(file, root)
+    namings = lora_names.family_of(cfg).namings
+    if key_format not in namings:
         raise ConversionError(
-            f"--lora {file} --key-format {key_format}: expected one of {', '.join(lora.NAMINGS)}"
+            f"--lora {file} --key-format {key_format}: expected one of {', '.join(namings)}"
         )
     _check_local(target)
     if target.exists():
         raise ConversionError(f"{target} exists already; choose another file, or remove it")
-    cfg = TransformerConfig()
-    if root is not None:
-        _, cfg = bundle.role_config(bundle.read_manifest(root), "transformer")
     found = lora.read(file, cfg)
     lora.write(target, found.lora, cfg, key_format, lora.about(file))
     lines = [f"{target}: {file} in {key_format} names ({found.summary()})"]
     if warning := found.warning():
         lines.append(f"warning: {file}: {warning}")
     return "\n".join(lines)
+
+
+def _config_of(file: Path, root: epath.PathLike | None) -> Any:
+    """Return the config of the network that a LoRA is for."""
+    if root is not None:
+        return bundle.role_config(bundle.read_manifest(root), "transformer")[1]
+    return (lora.family_in(file) or lora_names.HUNYUAN).config
 
 
 def _is_file(target: Path) -> bool:

@@ -4,7 +4,6 @@ Keys decide, never file names; no weights are read.
 """
 
 import math
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from framepack_jax import bundle
-from framepack_jax.conversion import engine, lora, tables
+from framepack_jax.conversion import engine, lora, lora_names, tables
 from framepack_jax.conversion.engine import Source
 from framepack_jax.conversion.request import SHORT_DTYPES
 from framepack_jax.conversion.weight_files import (
@@ -25,11 +24,6 @@ from framepack_jax.conversion.weight_files import (
 from framepack_jax.models import registry
 
 MODEL_INDEX = "model_index.json"
-# How the names of a LoRA's modules spell the transformer's blocks.
-BLOCKS = {
-    "Tencent's": re.compile(r"(double|single)_blocks[._]\d"),
-    "diffusers'": re.compile(r"transformer_blocks[._]\d"),
-}
 
 
 def describe(path: Path) -> str:
@@ -150,7 +144,7 @@ def _sizes(cfg: Any) -> list[tuple[str, str]]:
     }
     rows = [("sizes", ", ".join(f"{name} {value}" for name, value in fields.items()))]
     if (kernels := getattr(cfg, "context_kernels", None)) is not None:
-        said = f"FramePack, embeds {', '.join(kernels)}" if kernels else "none: a base model"
+        said = f"packed, embeds {', '.join(kernels)}" if kernels else "none: a base model"
         rows.append(("context", said))
     return rows
 
@@ -179,10 +173,12 @@ def _lora(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def _naming(checkpoint: Checkpoint) -> str:
-    for said, blocks in BLOCKS.items():
-        if any(map(blocks.search, checkpoint.names())):
-            return f"transformer as HunyuanVideo's and FramePack's, modules in {said} naming"
-    return f"unknown; its tensors begin with {checkpoint.names()[0]}"
+    matches = map(lora.TENSOR.fullmatch, checkpoint.names())
+    found = lora_names.recognise({match["module"] for match in matches if match})
+    if found is None:
+        return f"unknown; its tensors begin with {checkpoint.names()[0]}"
+    family, naming = found
+    return f"transformer of {family.models}, modules in {naming} naming"
 
 
 def _parameters(checkpoint: Checkpoint) -> str:

@@ -1,22 +1,21 @@
 """Read and write LoRA files of kohya-ss/sd-scripts, musubi-tuner, diffusers and PEFT.
 
-Modules of the transformer may have the names of diffusers, Tencent or ComfyUI. Sources: the key
-names of kohya-ss/sd-scripts (`networks/lora.py`), of kohya-ss/musubi-tuner, of PEFT's saved
-adapters, of diffusers' `save_lora_adapter`, and of ComfyUI (`comfy/lora.py`).
+Modules of the transformer may have the names of diffusers, of the original release or of ComfyUI:
+`lora_names` has them for each family.
 """
 
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from framepack_jax.conversion import lora_peft, lora_targets, transformer
-from framepack_jax.conversion.engine import DTYPES, Step, Table
+from framepack_jax.conversion import lora_names, lora_peft, lora_targets
+from framepack_jax.conversion.engine import DTYPES, Step
 from framepack_jax.conversion.export import Tensor, stream_safetensors
 from framepack_jax.conversion.lora_fusion import (
     Pair,
@@ -34,7 +33,6 @@ from framepack_jax.conversion.weight_files import (
     ConversionError,
     open_checkpoint,
 )
-from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.lora import Factors, LoRA
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import shorten
@@ -52,49 +50,7 @@ UNSUPPORTED = {
     r".*\.b?oft_\w+": "an OFT",
     r".*\.lora_mid\.weight": "a LoCon with Tucker factors",
     r".*\.lora_\w+(\.[\w-]+)?\.bias": "a LoRA with biases",
-    r".*\.(diff|diff_b|set_weight)": "a file of full differences",
-}
-
-
-class Naming(NamedTuple):
-    """Names of a module's factors in a file.
-
-    Without `alpha`, the scale is multiplied into `up`. `flat` names have underscores instead of
-    dots. In `one_rank` files all modules have the same rank.
-    """
-
-    table: Table
-    down: str
-    up: str
-    alpha: str | None = None
-    flat: bool = False
-    one_rank: bool = False
-
-    @classmethod
-    def peft(cls, table: Table, prefix: str, *, one_rank: bool = False) -> "Naming":
-        """Names of PEFT: the scale is part of `up`."""
-        down, up = f"{prefix}{{}}.lora_A.weight", f"{prefix}{{}}.lora_B.weight"
-        return cls(table, down, up, one_rank=one_rank)
-
-    @classmethod
-    def kohya(cls, table: Table, prefix: str, *, flat: bool = False) -> "Naming":
-        """Names of kohya-ss/sd-scripts: alpha is a tensor."""
-        down, up = f"{prefix}{{}}.lora_down.weight", f"{prefix}{{}}.lora_up.weight"
-        return cls(table, down, up, f"{prefix}{{}}.alpha", flat)
-
-
-NAMINGS = {
-    # Read by `pipe.load_lora_weights` and `load_lora_adapter`; the metadata also has the ranks.
-    "diffusers": Naming.peft(transformer.DIFFUSERS, "transformer."),
-    # Written by diffusion-pipe and read by every program (docs/other-programs.md). Without
-    # metadata, readers use the alpha of one module for all, so that all need the same rank.
-    "original": Naming.peft(transformer.TENCENT_FRAMEPACK, "diffusion_model.", one_rank=True),
-    # Written by musubi-tuner for FramePack,
-    "kohya": Naming.kohya(transformer.DIFFUSERS, "lora_unet_", flat=True),
-    # and for HunyuanVideo.
-    "kohya-tencent": Naming.kohya(transformer.TENCENT_FRAMEPACK, "lora_unet_", flat=True),
-    # ComfyUI reads both namings of factors; this one has alpha as a tensor.
-    "comfyui": Naming.kohya(transformer.COMFYUI_FRAMEPACK, "diffusion_model."),
+    r".*\.(diff|diff_b|set_weight|w_norm|b_norm)": "a file of full differences",
 }
 
 
@@ -109,6 +65,7 @@ class LoadedLora:
     unmatched: tuple[str, ...]
     ranks: dict[int, int]
     naming: str
+    models: str
 
     def summary(self) -> str:
         """Return a summary in one line."""
@@ -123,8 +80,8 @@ class LoadedLora:
         return (
             f"{len(self.unmatched) / self.modules:.0%} of the LoRA does not apply:"
             f" {len(self.unmatched)} of its {self.modules} modules are not in this transformer, as"
-            f" {shorten(self.unmatched)}; expected is a LoRA of FramePack's or HunyuanVideo's"
-            " transformer alone"
+            f" {shorten(self.unmatched)}; expected is a LoRA of a transformer of {self.models}"
+            " alone"
         )
 
 
@@ -144,7 +101,7 @@ def files_of(path: Path) -> list[Path]:
     return [*checkpoint.files, *([beside] if beside else [])]
 
 
-def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
+def read(path: Path, cfg: Any) -> LoadedLora:
     """Read a LoRA of a network with this config from safetensors, PyTorch or PEFT's folder.
 
     The result lists modules that the network does not have, such as those of a text encoder.
@@ -153,11 +110,13 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
     """
     checkpoint = open_checkpoint(path)
     modules = _modules(checkpoint)
-    places = lora_targets.places_of(cfg)
-    matched = lora_targets.match_places(path, modules, places)
+    family = lora_names.family_of(cfg)
+    _check_family(path, modules, family)
+    places = lora_targets.places_of(family, cfg)
+    matched = lora_targets.match_places(path, modules, family, places)
     unmatched = tuple(module for module, place in matched.items() if place is None)
     if len(unmatched) == len(modules):
-        examples = [p.name for p in places.values() if "double/00/img_qkv/kernel" in p.step.targets]
+        examples = [p.name for p in places.values() if family.example in p.step.targets]
         raise ConversionError(
             f"{path}: none of its {len(modules)} modules is one of this network; it names"
             f" {shorten(modules)}; expected are {' or '.join(dict.fromkeys(examples))} and so on,"
@@ -183,7 +142,28 @@ def read(path: Path, cfg: TransformerConfig) -> LoadedLora:
     _raise_together(path, problems)
     namings = collections.Counter(place.naming for place in matched.values() if place)
     ranks = collections.Counter(len(pair.down) for pair in pairs.values())
-    return LoadedLora(lora, len(pairs), len(modules), unmatched, dict(ranks), " and ".join(namings))
+    naming = " and ".join(namings)
+    return LoadedLora(lora, len(pairs), len(modules), unmatched, dict(ranks), naming, family.models)
+
+
+def family_in(path: Path) -> lora_names.Family | None:
+    """Return the family of transformers whose names a LoRA file has, None for other names.
+
+    Raises ConversionError if the file is no LoRA.
+    """
+    found = lora_names.recognise(_modules(open_checkpoint(path)))
+    return found[0] if found else None
+
+
+def _check_family(path: Path, modules: Collection[str], family: lora_names.Family) -> None:
+    """Raise ConversionError if the modules of a file are those of another family."""
+    found, naming = lora_names.recognise(modules, family) or (family, "")
+    if found is not family:
+        raise ConversionError(
+            f"{path} is a LoRA of a transformer of {found.models} (it names {shorten(modules)}:"
+            f" {naming} names), and this is a transformer of {family.models}; give a LoRA of"
+            f" {family.models}, or the bundle that this one is for"
+        )
 
 
 def about(path: Path) -> dict[str, str]:
@@ -199,7 +179,7 @@ def about(path: Path) -> dict[str, str]:
 def write(
     path: epath.PathLike,
     lora: Mapping[str, Factors],
-    cfg: TransformerConfig,
+    cfg: Any,
     naming: str = "diffusers",
     about: Mapping[str, str] | None = None,
 ) -> None:
@@ -212,28 +192,29 @@ def write(
         path: The file, which ends in .safetensors.
         lora: Factors by path of the kernel.
         cfg: Config of the network.
-        naming: A key of `NAMINGS`.
+        naming: A key of the family's `namings` in `lora_names`.
         about: Metadata for the header, which also gets the rank and alpha of the written factors.
 
     Raises ConversionError for an unknown naming, another suffix, or kernels that the network does
     not have.
     """
     path = epath.Path(path)
-    if naming not in NAMINGS:
-        raise ConversionError(f"LoRA naming {naming!r} is unknown; expected {', '.join(NAMINGS)}")
+    namings = lora_names.family_of(cfg).namings
+    if naming not in namings:
+        raise ConversionError(f"LoRA naming {naming!r} is unknown; expected {', '.join(namings)}")
     if path.suffix != ".safetensors":
         raise ConversionError(f"{path}: a LoRA is written as .safetensors; name it so")
-    spelling = NAMINGS[naming]
+    spelling = namings[naming]
     pairs = _to_pairs(path, lora, cfg, spelling)
     arrays: dict[str, np.ndarray] = {}
     for name, (step, pair) in pairs.items():
-        spelt = lora_targets.flat(name) if spelling.flat else name
+        spelt = lora_names.flat(name) if spelling.flat else name
         down, up = tensors_of(step, pair)
         arrays |= {spelling.down.format(spelt): down, spelling.up.format(spelt): up}
         if spelling.alpha:
             arrays[spelling.alpha.format(spelt)] = np.array(_alpha(pair), np.float32)
     metadata = {**(about or {}), **_rank_and_alpha([pair for _, pair in pairs.values()])}
-    if naming == "diffusers":
+    if spelling.ranks:
         metadata[lora_peft.METADATA] = lora_peft.peft_metadata(
             {n: len(pair.down) for n, (_, pair) in pairs.items()}
         )
@@ -262,7 +243,7 @@ def _rank_and_alpha(pairs: Sequence[Pair]) -> dict[str, str]:
 
 
 def _to_pairs(
-    path: Path, lora: Mapping[str, Factors], cfg: TransformerConfig, spelling: Naming
+    path: Path, lora: Mapping[str, Factors], cfg: Any, spelling: lora_names.Naming
 ) -> dict[str, tuple[Step, Pair]]:
     """Return the row and the factors to write of each module."""
     steps = kernel_steps(spelling.table, cfg)

@@ -18,13 +18,12 @@ Shapes: r rank; torch modules (out, in), our kernels (in, ...out).
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from framepack_jax.conversion.engine import Step, Table, steps_of
 from framepack_jax.conversion.transforms import Linear, Patch, Swapped
-from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.lora import Factors, alike
 
 
@@ -42,7 +41,7 @@ class Pair(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def kernel_steps(table: Table, cfg: TransformerConfig) -> tuple[Step, ...]:
+def kernel_steps(table: Table, cfg: Any) -> tuple[Step, ...]:
     """Return the rows of a table that make kernels, layer by layer (cached)."""
     steps = steps_of(table, cfg)
     return tuple(s for s in steps if all(t.endswith("/kernel") for t in s.targets))

@@ -4,24 +4,12 @@ import collections
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from framepack_jax.conversion import transformer
 from framepack_jax.conversion.engine import Step
 from framepack_jax.conversion.lora_fusion import kernel_steps, module_names
+from framepack_jax.conversion.lora_names import Family, flat, known_part
 from framepack_jax.conversion.weight_files import ConversionError
-from framepack_jax.models.hunyuan.config import TransformerConfig
-
-# Some names of Tencent and ComfyUI are equal; the first table with a name wins.
-TABLES = {
-    "diffusers'": transformer.DIFFUSERS,
-    "Tencent's": transformer.TENCENT_FRAMEPACK,
-    "ComfyUI's": transformer.COMFYUI_FRAMEPACK,
-}
-# Prefixes that trainers and wrappers add to module names, with underscores instead of dots.
-PREFIX = re.compile(
-    r"(lora_unet|lora_transformer|lycoris|base_model_model|model|module|transformer|diffusion_model)_"
-)
 
 
 class Place(NamedTuple):
@@ -32,10 +20,10 @@ class Place(NamedTuple):
     step: Step
 
 
-def places_of(cfg: TransformerConfig) -> dict[str, Place]:
+def places_of(family: Family, cfg: Any) -> dict[str, Place]:
     """Return all modules by their names, with underscores instead of dots."""
     places: dict[str, Place] = {}
-    for naming, table in TABLES.items():
+    for naming, table in family.tables.items():
         for step in kernel_steps(table, cfg):
             for name in module_names(step):
                 places.setdefault(flat(name), Place(naming, name, step))
@@ -43,18 +31,21 @@ def places_of(cfg: TransformerConfig) -> dict[str, Place]:
 
 
 def match_places(
-    path: Path, modules: Collection[str], places: Mapping[str, Place]
+    path: Path, modules: Collection[str], family: Family, places: Mapping[str, Place]
 ) -> dict[str, Place | None]:
     """Return the place of each module: its name without known prefixes or, if no module matches,
     without one prefix that is common to the file."""
-    placed = {module: _place(module, places) for module in modules}
+    known = {module: known_part(module, places.__contains__) for module in modules}
+    placed = {module: places[name] if name else None for module, name in known.items()}
     if any(placed.values()):
         return placed
-    prefix = _common_prefix(path, modules, places)
+    prefix = _common_prefix(path, modules, family, places)
     return {module: places.get(flat(module.removeprefix(prefix))) for module in modules}
 
 
-def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Place]) -> str:
+def _common_prefix(
+    path: Path, modules: Collection[str], family: Family, places: Mapping[str, Place]
+) -> str:
     """Return the prefix with the largest number of matching modules, "" if none matches.
 
     More than half of the modules with the prefix must match, since a text encoder or another
@@ -71,8 +62,8 @@ def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Pl
     if len(found) > 1 and found[0][0] == found[1][0]:
         raise ConversionError(
             f"{path}: {found[0][0]} modules of this network are behind {found[0][1]!r} and as many"
-            f" behind {found[1][1]!r}; expected a single adapter of FramePack's or HunyuanVideo's"
-            " transformer, behind one prefix"
+            f" behind {found[1][1]!r}; expected a single adapter of a transformer of"
+            f" {family.models}, behind one prefix"
         )
     return found[0][1] if found else ""
 
@@ -80,21 +71,6 @@ def _common_prefix(path: Path, modules: Collection[str], places: Mapping[str, Pl
 def _before_place(module: str, places: Mapping[str, Place]) -> str | None:
     """Return the part of a module's name before its longest suffix that has a place; None if no
     suffix has a place."""
-    ends = (match.end() for match in re.finditer(r"[._]", module))
+    # As in `PREFIX`, transformer_blocks are not cut.
+    ends = (match.end() for match in re.finditer(r"\.|(?<!transformer)_", module))
     return next((module[:end] for end in ends if flat(module[end:]) in places), None)
-
-
-def _place(module: str, places: Mapping[str, Place]) -> Place | None:
-    """Return the place of a module name from a file, None if there is none.
-
-    The name may have dots or underscores in any position, and any number of known prefixes.
-    """
-    name = flat(module)
-    # A prefix may also be the start of a name: transformer_ in transformer_blocks.
-    while name not in places and (prefix := PREFIX.match(name)):
-        name = name[prefix.end() :]
-    return places.get(name)
-
-
-def flat(name: str) -> str:
-    return name.replace(".", "_")

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from framepack_jax import bundle, packing
 from framepack_jax.conversion.lora import write
+from framepack_jax.conversion.lora_names import family_of
 from framepack_jax.models import lora
 from framepack_jax.models.params import unstack_layers
 from framepack_jax.training import checkpoints, state
@@ -229,18 +230,16 @@ def _lora_header(
     """
     base = str(manifest.roles["transformer"].source.get("name", "unknown"))
     schedule = cfg.schedule or manifest.schedule
-    architecture, repository, version = "hunyuan-video", "Tencent/HunyuanVideo", "hunyuan_video"
-    if model.cfg.context_kernels:
-        architecture, repository, version = "framepack", "lllyasviel/FramePack", "framepack"
+    release = family_of(model.cfg).release(model.cfg)
     rank, alpha = cfg.lora.rank, f"{cfg.lora.alpha:g}"
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": f"https://github.com/{repository}",
+        "modelspec.architecture": f"{release.architecture}/lora",
+        "modelspec.implementation": f"https://github.com/{release.repository}",
         "modelspec.title": os.path.basename(os.path.normpath(folder)),
         "modelspec.description": f"LoRA trained with rank {rank} and alpha {alpha} for {step} steps"
         f" from {base}, for packing schedule {schedule}",
-        "ss_base_model_version": version,
+        "ss_base_model_version": release.version,
         "ss_sd_model_name": base,
         "ss_steps": str(step),
         "framepack.rank": str(rank),

@@ -36,3 +36,23 @@ def test_a_lora_goes_out_in_other_names(framepack_bundle, tmp_path, capsys) -> N
         cli.main(["export", str(target), *args, "--key-format", "kohya"])
     with pytest.raises(SystemExit, match="expected one of diffusers, original, kohya"):
         cli.main(["export", str(tmp_path / "x.safetensors"), *args, "--key-format", "tencent"])
+
+
+def test_without_a_bundle_names_tell_the_family(tmp_path, capsys) -> None:
+    """The released model of 14B, with Helios' embeddings."""
+    module, width = "diffusion_model.blocks.39.cross_attn.v", 5120
+    factors = {
+        f"{module}.lora_A.weight": np.ones((2, width), np.float32),
+        f"{module}.lora_B.weight": np.ones((width, 2), np.float32),
+        "diffusion_model.patch_mid.lora_A.weight": np.ones((2, 16, 2, 4, 4), np.float32),
+        "diffusion_model.patch_mid.lora_B.weight": np.ones((width, 2, 1, 1, 1), np.float32),
+    }
+    save_file(factors, tmp_path / "in.safetensors")
+    args = ["--lora", str(tmp_path / "in.safetensors"), "--key-format"]
+    cli.main(["export", str(tmp_path / "out.safetensors"), *args, "kohya"])
+    assert "2 of 2 modules apply" in capsys.readouterr().out
+    made = load_file(tmp_path / "out.safetensors")
+    assert made["lora_unet_blocks_39_cross_attn_v.lora_up.weight"].shape == (width, 2)
+    assert made["lora_unet_patch_mid.lora_down.weight"].shape == (2, 16, 2, 4, 4)
+    with pytest.raises(SystemExit, match=r"expected one of diffusers, original, kohya, comfyui$"):
+        cli.main(["export", str(tmp_path / "x.safetensors"), *args, "kohya-tencent"])

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from framepack_jax.conversion import lora as files
-from framepack_jax.conversion import lora_fusion
+from framepack_jax.conversion import lora_fusion, lora_names
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import lora
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
@@ -116,7 +116,7 @@ def test_comfyui_finds_its_modules_in_what_is_written(original, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("naming", files.NAMINGS)
+@pytest.mark.parametrize("naming", lora_names.HUNYUAN.namings)
 def test_trained_factors_go_out_and_in(naming: str, dtype, model, tmp_path) -> None:
     """The change is the same to the last bit of the factors, here at a scale of 1/2; ranks grow
     where kernels are parts of one matrix there."""
@@ -127,13 +127,13 @@ def test_trained_factors_go_out_and_in(naming: str, dtype, model, tmp_path) -> N
     }
     files.write(tmp_path / "x.safetensors", made, cfg, naming)
     read = files.read(tmp_path / "x.safetensors", cfg).lora
-    if files.NAMINGS[naming].alpha is None:
+    if lora_names.HUNYUAN.namings[naming].alpha is None:
         made = {path: scaled_into_b(factors) for path, factors in made.items()}
     assert_same_lora(read, made)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("naming", files.NAMINGS)
+@pytest.mark.parametrize("naming", lora_names.HUNYUAN.namings)
 def test_no_scale_is_lost(naming: str, dtype, model, tmp_path) -> None:
     """A reader that takes alpha tensors and knows no other alpha finds the whole change, also of a
     LoRA whose modules have ranks and scales of their own, none of them a power of two."""
@@ -148,7 +148,7 @@ def test_no_scale_is_lost(naming: str, dtype, model, tmp_path) -> None:
     for path, change in changes(files.read(file, cfg).lora).items():
         assert relative_error(change, changes(made)[path]) < 1e-6, path
     tensors = load_file(file)
-    spelling = files.NAMINGS[naming]
+    spelling = lora_names.HUNYUAN.namings[naming]
     if spelling.alpha is None:
         # The same again without the header.
         save_file(tensors, tmp_path / "bare.safetensors")
@@ -270,7 +270,7 @@ def test_joining_and_cutting_are_exact(data: st.DataObject) -> None:
         np.testing.assert_array_equal(change(part, size), whole)
 
 
-@pytest.mark.parametrize("naming", files.NAMINGS)
+@pytest.mark.parametrize("naming", lora_names.HUNYUAN.namings)
 def test_several_can_be_written_as_one(naming: str, model, tmp_path) -> None:
     """A module has one alpha: weights that differ are multiplied in, which rounds once."""
     cfg, _ = model
