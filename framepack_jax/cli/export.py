@@ -27,10 +27,10 @@ class Export:
     dtype: Dtype | None = None
     """Type of the written weights; default: the stored type."""
     key_format: str | None = None
-    """Names of the tensors in a file: diffusers, original (HunyuanVideo's, also read by ComfyUI) or
-    comfyui (ComfyUI's own); default: original, and diffusers for FramePack models, which have no
-    other names. Of a LoRA: diffusers; original, which all programs read; kohya (of musubi-tuner) or
-    kohya-tencent; comfyui."""
+    """Names of the tensors in a file: diffusers, original (HunyuanVideo's or Wan's, also read by
+    ComfyUI) or comfyui (ComfyUI's own); default: original, and diffusers for FramePack and Helios.
+    Of a LoRA: diffusers; original, which all programs read; kohya (of musubi-tuner) or, for
+    HunyuanVideo, kohya-tencent; comfyui."""
     lora: Path | None = None
     """Instead of a network: a LoRA file, or a training run of one, to write again in another
     --key-format, for the transformer of --bundle or else the released one."""

@@ -31,6 +31,7 @@ from framepack_jax.conversion import (
     export_configs,
     transformer,
     vae,
+    wan_transformer,
     wan_vae,
 )
 from framepack_jax.conversion.engine import Advance, Step, Table
@@ -44,6 +45,7 @@ from framepack_jax.conversion.transforms import (
     Shape,
     Swapped,
     Transform,
+    Unbatched,
     Vector,
 )
 from framepack_jax.conversion.weight_files import ConversionError
@@ -56,14 +58,24 @@ STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TABLES: dict[str, tuple[tuple[Table, str], ...]] = {
     "diffusers": (
         (transformer.DIFFUSERS, ""),
+        (wan_transformer.DIFFUSERS, ""),
         (vae.TABLE, ""),
         (wan_vae.DIFFUSERS, ""),
         (encoders.UMT5, ""),
         (encoders.CLIP, "text_model."),
         (encoders.SIGLIP, "vision_model."),
     ),
-    "original": ((transformer.TENCENT, ""), (vae.TABLE, ""), (wan_vae.ORIGINAL, "")),
-    "comfyui": ((transformer.COMFYUI, ""), (wan_vae.ORIGINAL, "")),
+    "original": (
+        (transformer.TENCENT, ""),
+        (wan_transformer.ORIGINAL, ""),
+        (vae.TABLE, ""),
+        (wan_vae.ORIGINAL, ""),
+    ),
+    "comfyui": (
+        (transformer.COMFYUI, ""),
+        (wan_transformer.ORIGINAL, ""),
+        (wan_vae.ORIGINAL, ""),
+    ),
 }
 # Names of weight files in a folder, as diffusers and transformers ("model") expect them.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -180,10 +192,11 @@ class Export:
 
 
 def default_naming(manifest: Manifest, role: str) -> str:
-    """Return the default naming of a single file: "original", or "diffusers" for FramePack models.
-
-    Context embeddings and the image projection of FramePack have names in diffusers only.
-    """
+    """Return the default naming of a single file: "original", or "diffusers" for networks with
+    packed context, whose embeddings have names in diffusers only."""
+    _, cfg = bundle.role_config(manifest, role)
+    if getattr(cfg, "context_kernels", ()):
+        return "diffusers"
     try:
         _steps(manifest, role, "original")
     except ConversionError:
@@ -202,6 +215,11 @@ def invert(
 @invert.register
 def _(transform: Copy, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
     return leaves
+
+
+@invert.register
+def _(transform: Unbatched, leaves: list[np.ndarray], sources: list[Shape]) -> list[np.ndarray]:
+    return [leaves[0][None]]
 
 
 @invert.register

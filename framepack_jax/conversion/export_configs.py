@@ -1,16 +1,21 @@
 """`config.json` of exported networks, as diffusers and transformers read it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import encoders, transformer
+from framepack_jax.conversion import encoders, transformer, wan_transformer
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models.encoders import clip, siglip, umt5
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
+from framepack_jax.models.wan.config import WanConfig
 from framepack_jax.models.wan.vae_config import WanVaeConfig
 
-# The kernels that diffusers' FramePack model embeds context with.
+RELEASED = WanConfig()
+# Fields of networks with context.
+CONTEXT_SWITCHES = ("clean_context", "prompt_to_target", "context_key_scale")
+# The kernels that diffusers' FramePack and Helios models embed context with.
 DIFFUSERS_KERNELS = tuple(transformer.CONTEXT_NAMES)
 
 
@@ -36,17 +41,69 @@ def _transformer_config(cfg: TransformerConfig, manifest: Manifest) -> dict[str,
     }
     if not cfg.context_kernels and cfg.image_dim is None:
         return fields
-    if cfg.context_kernels not in ((), DIFFUSERS_KERNELS):
-        raise ConversionError(
-            f"the transformer embeds context with {', '.join(cfg.context_kernels)}; diffusers'"
-            f" model has {', '.join(DIFFUSERS_KERNELS)}, all or none: export a single file"
-        )
+    if cfg.context_kernels:
+        _check_all_kernels(cfg.context_kernels)
     return fields | {
         "_class_name": "HunyuanVideoFramepackTransformer3DModel",
         "has_image_proj": cfg.image_dim is not None,
         "image_proj_dim": cfg.image_dim or TransformerConfig().image_dim,
         "has_clean_x_embedder": bool(cfg.context_kernels),
     }
+
+
+def _wan_config(cfg: WanConfig, manifest: Manifest) -> dict[str, Any]:
+    fields = {
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": cfg.heads,
+        "attention_head_dim": cfg.head_dim,
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "text_dim": cfg.text_dim,
+        "freq_dim": cfg.time_dim,
+        "ffn_dim": cfg.mlp_dim,
+        "num_layers": cfg.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": cfg.norm_eps,
+        "added_kv_proj_dim": None,
+    }
+    if cfg.context_kernels:
+        _check_all_kernels(cfg.context_kernels)
+        scales = {ours: theirs for theirs, ours in wan_transformer.KEY_SCALES.items()}
+        return fields | {
+            "_class_name": "HeliosTransformer3DModel",
+            "rope_dim": list(cfg.rope_axes),
+            "rope_theta": cfg.rope_theta,
+            "guidance_cross_attn": cfg.prompt_to_target,
+            "zero_history_timestep": cfg.clean_context,
+            "has_multi_term_memory_patch": True,
+            "is_amplify_history": cfg.context_key_scale in scales,
+            "history_scale_mode": scales.get(cfg.context_key_scale, "per_head"),
+        }
+    standard = dataclasses.replace(
+        cfg, rope_axes=wan_transformer.rope_axes(cfg.head_dim), rope_theta=RELEASED.rope_theta,
+        **{name: getattr(RELEASED, name) for name in CONTEXT_SWITCHES},
+    )  # fmt: skip
+    if cfg != standard:
+        raise ConversionError(
+            f"the transformer embeds no context and has settings that diffusers' Wan model lacks"
+            f" ({cfg}); expected {standard}: export a single file"
+        )
+    return fields | {
+        "_class_name": "WanTransformer3DModel",
+        "image_dim": None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
+
+
+def _check_all_kernels(kernels: tuple[str, ...]) -> None:
+    """Raise ConversionError unless context is embedded as diffusers' models do."""
+    if kernels != DIFFUSERS_KERNELS:
+        raise ConversionError(
+            f"the transformer embeds context with {', '.join(kernels)}; diffusers' model has"
+            f" {', '.join(DIFFUSERS_KERNELS)}, all or none: export a single file"
+        )
 
 
 def _vae_config(cfg: VaeConfig, manifest: Manifest) -> dict[str, Any]:
@@ -152,6 +209,7 @@ def _umt5_config(cfg: umt5.Umt5Config, manifest: Manifest) -> dict[str, Any]:
 # By kind of network.
 CONFIGS: dict[str, Callable[[Any, Manifest], dict[str, Any]]] = {
     "hunyuan_packed_dit": _transformer_config,
+    "wan_packed_dit": _wan_config,
     "hunyuan_vae": _vae_config,
     "wan_vae": _wan_vae_config,
     "umt5": _umt5_config,

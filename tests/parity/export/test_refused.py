@@ -7,6 +7,7 @@ from framepack_jax import bundle
 from framepack_jax.conversion import export, export_configs
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.wan.config import WanConfig
 
 # The fixtures and helpers of this file need PyTorch.
 pytestmark = pytest.mark.torch
@@ -56,3 +57,12 @@ def test_llama_and_other_kernels_do_not_go_out(framepack_bundle, tmp_path) -> No
     cfg = bundle.config_from_json(TransformerConfig, {**role.config, "context_kernels": ["k1"]})
     with pytest.raises(ConversionError, match="embeds context with k1; diffusers'"):
         export_configs.CONFIGS["hunyuan_packed_dit"](cfg, manifest)
+
+
+def test_networks_of_wan_that_diffusers_does_not_have(framepack_bundle) -> None:
+    manifest = bundle.read_manifest(framepack_bundle)
+    configs = export_configs.CONFIGS["wan_packed_dit"]
+    with pytest.raises(ConversionError, match="embeds context with k1, k2; diffusers'"):
+        configs(WanConfig(context_kernels=("k1", "k2")), manifest)
+    with pytest.raises(ConversionError, match=r"Wan model lacks .*clean_context=True"):
+        configs(WanConfig(clean_context=True), manifest)
