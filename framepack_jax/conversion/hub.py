@@ -18,6 +18,8 @@ from huggingface_hub.utils import tqdm
 from framepack_jax import packing
 from framepack_jax.conversion import tokenizers
 from framepack_jax.conversion.file_formats import (
+    GGUF,
+    GGUF_SUFFIX,
     SAFETENSORS_SUFFIXES,
     TORCH_SUFFIXES,
     ConversionError,
@@ -146,6 +148,9 @@ def _listed(
     if pipeline is None:
         pipeline = str(PurePosixPath(subfolder or "", MODEL_INDEX)) in sizes
     chosen = {name: sizes[name] for name in _chosen(sizes, subfolder, pipeline)}
+    there = chosen or [name for name in sizes if name.startswith(subfolder or "")]
+    if quantized := next((name for name in there if name.endswith(GGUF_SUFFIX)), None):
+        raise ConversionError(f"{repo_id}/{quantized} {GGUF}")
     if not chosen:
         raise ConversionError(
             f"{repo_id} has no weights{f' in {subfolder}' if subfolder else ''}; it has"

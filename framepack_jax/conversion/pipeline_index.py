@@ -59,7 +59,7 @@ def settings_of(pipeline: Path | None, transformer: Any = None) -> PipelineSetti
     name = str(index.get("_class_name"))
     if name not in PIPELINES:
         return _released(transformer)
-    _refuse_experts(pipeline, index)
+    refuse_experts(pipeline, index)
     file = pipeline / SCHEDULER
     if not file.exists():
         raise ConversionError(
@@ -83,7 +83,8 @@ def _released(transformer: Any) -> PipelineSettings:
     return _helios(released, {"stages": 1, "use_dynamic_shifting": True}, {})
 
 
-def _refuse_experts(pipeline: Path, index: Mapping[str, Any]) -> None:
+def refuse_experts(pipeline: Path, index: Mapping[str, Any]) -> None:
+    """Raise ConversionError for the index of a Wan 2.2 pipeline."""
     for field in ("boundary_ratio", "expand_timesteps"):
         if index.get(field):
             raise ConversionError(

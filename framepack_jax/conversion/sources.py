@@ -9,6 +9,7 @@ from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest
 from framepack_jax.conversion import hub, pipeline_index, tables, tokenizers, weight_files
 from framepack_jax.conversion.engine import Source
+from framepack_jax.conversion.pipeline_index import MODEL_INDEX
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
@@ -28,6 +29,8 @@ def fetch(request: BundleRequest) -> tuple[BundleRequest, dict[str, str]]:
         fetched = ["transformer"] if request.encoders_from else list(released)
         given = {**{name: released[name] for name in fetched}, **given}
     remote = {name: there for name, there in given.items() if there}
+    if "pipeline" in remote:
+        _check_pipeline(*remote["pipeline"])
     if len(remote) > 1:
         output = None if "://" in request.output else Path(request.output)
         hub.check_space(remote, output, 0.5 if request.dtype in quantization.QUANTIZED else 1.0)
@@ -36,6 +39,16 @@ def fetch(request: BundleRequest) -> tuple[BundleRequest, dict[str, str]]:
     }
     origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
     return dataclasses.replace(request, **paths), origins
+
+
+def _check_pipeline(repo_id: str, subfolder: str | None) -> None:
+    """Raise ConversionError for a pipeline on the hub that is not supported, by its index alone."""
+    try:
+        file = hub.fetch(repo_id, "/".join(filter(None, (subfolder, MODEL_INDEX))), progress=False)
+    except ConversionError:
+        return  # The download of all files says what is wrong.
+    if file.is_file():
+        pipeline_index.refuse_experts(Path(repo_id), weight_files.read_json(file))
 
 
 def network_paths(request: BundleRequest) -> dict[str, Path]:
@@ -59,12 +72,12 @@ def pipeline_paths(pipeline: Path) -> dict[str, Path]:
             f"{pipeline} holds no network with known tensor names; describe it with: framepack"
             f" inspect {pipeline}"
         )
-    if not (pipeline / pipeline_index.MODEL_INDEX).exists():
+    if not (pipeline / MODEL_INDEX).exists():
         raise ConversionError(
-            f"{pipeline} is no diffusers pipeline (it has no {pipeline_index.MODEL_INDEX}); give"
+            f"{pipeline} is no diffusers pipeline (it has no {MODEL_INDEX}); give"
             " single networks with --transformer, --vae and so on"
         )
-    index = weight_files.read_json(pipeline / pipeline_index.MODEL_INDEX)
+    index = weight_files.read_json(pipeline / MODEL_INDEX)
     return {role: pipeline / role for role in bundle.ROLES if any(index.get(role) or ())}
 
 

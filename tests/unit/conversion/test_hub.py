@@ -227,6 +227,31 @@ def test_parts_are_found_by_folder_file_and_pipeline(served) -> None:
         fetch("unet")
 
 
+def test_pipelines_of_wan_22_are_refused_by_their_index(served, tmp_path) -> None:
+    """Before any of their weights is fetched."""
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "vae": ["diffusers", "X"]}
+    served.repos[REPO]["model_index.json"] = json.dumps(index).encode()
+    request = BundleRequest(output=str(tmp_path / "b"), pipeline=Path(REPO))
+    with pytest.raises(ConversionError, match=f"{REPO} is a Wan 2.2 pipeline .*take Wan 2.1"):
+        make_bundle(request)
+    assert served.downloads() == ["model_index.json"]
+    # A repository without an index is told by the download of all of it.
+    served.repos["people/parts"] = {"vae/config.json": b"{}", "vae/model.safetensors": weights(1)}
+    with pytest.raises(ConversionError, match="is no diffusers pipeline"):
+        make_bundle(dataclasses.replace(request, pipeline=Path("people/parts")))
+
+
+def test_gguf_files_are_not_fetched(served) -> None:
+    served.repos["people/quantized"] = {"README.md": b"words", "wan-Q4_K_M.gguf": b"GGUF"}
+    served.repos[REPO]["wan-Q8_0.gguf"] = b"GGUF"
+    for repo, file, said in (
+        ("people/quantized", None, "wan-Q4_K_M"), (REPO, "wan-Q8_0.gguf", "wan-Q8_0"),
+    ):  # fmt: skip
+        with pytest.raises(ConversionError, match=rf"{repo}/{said}\.gguf is a GGUF file"):
+            hub.fetch(repo, file, progress=False)
+    assert not served.downloads()
+
+
 def test_a_broken_connection_goes_on_where_it_broke(served, monkeypatch) -> None:
     """At the last whole piece, which are of 10 MB but here."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
