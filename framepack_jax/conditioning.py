@@ -26,11 +26,9 @@ from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from framepack_jax import bundle
-from framepack_jax.models import offload
+from framepack_jax.models import autoencoder, offload
 from framepack_jax.models.encoders import clip, llama, siglip
-from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.config import VaeConfig
-from framepack_jax.models.network_spec import TextEncoderSpec
+from framepack_jax.models.network_spec import TextEncoderSpec, VaeSpec
 from framepack_jax.models.params import Params
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.models.tiling import Tiling
@@ -219,7 +217,8 @@ def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array | None:
 
 
 def clip_latents(
-    cfg: VaeConfig,
+    spec: VaeSpec,
+    cfg: Any,
     params: Params,
     frames: np.ndarray,
     mean: Sequence[float],
@@ -233,11 +232,10 @@ def clip_latents(
     them. z is the mode of the VAE's posterior; with a `key`, a sample of it.
     """
     video = jnp.asarray(from_uint8(frames, _dtype(params)))
-    z, logvar = (x.astype(jnp.float32) for x in vae.encode(cfg, params, video, tiling))
+    z, logvar = (x.astype(jnp.float32) for x in spec.encode(cfg, params, video, tiling))
     if key is not None:
-        z += jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
-    centre, scale = (jnp.asarray(x, jnp.float32)[None, None, None, None, :] for x in (mean, std))
-    return (z - centre) / scale
+        z = autoencoder.sample_posterior(z, logvar, jax.random.normal(key, z.shape))
+    return autoencoder.normalise(z, mean, std)
 
 
 def from_uint8(frames: np.ndarray, dtype: Any) -> np.ndarray:
@@ -252,7 +250,8 @@ def from_uint8(frames: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def start_latent(
-    cfg: VaeConfig,
+    spec: VaeSpec,
+    cfg: Any,
     params: Params,
     images: np.ndarray,
     mean: Sequence[float],
@@ -260,7 +259,7 @@ def start_latent(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Encode images (B, H, W, 3) uint8, as clips of one frame, to latents (B, 1, H/8, W/8, C)."""
-    return clip_latents(cfg, params, images[:, None], mean, std, key)
+    return clip_latents(spec, cfg, params, images[:, None], mean, std, key)
 
 
 def blend_prompts(prompts: Sequence[tuple[PromptStates, float]]) -> PromptStates:

@@ -15,6 +15,7 @@ from etils import epath
 from framepack_jax import bundle, conditioning
 from framepack_jax.conditioning import Encoders, load_encoders
 from framepack_jax.data.records import Clip, Record
+from framepack_jax.models.network_spec import VaeSpec
 from framepack_jax.models.tiling import Tiling
 
 TILING = Tiling()
@@ -22,10 +23,10 @@ TILING = Tiling()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-    """The encoders; `vae` (config, parameters) is None if training encodes the frames."""
+    """The encoders; `vae` (spec, config, parameters) is None if training encodes the frames."""
 
     encoders: Encoders
-    vae: tuple[Any, Any] | None
+    vae: tuple[VaeSpec, Any, Any] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     device: jax.Device | None = None
@@ -37,8 +38,8 @@ class Encoder:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         vae = None
         if not pixels:
-            _, cfg = bundle.role_config(manifest, "vae")
-            vae = cfg, bundle.load_params(path, manifest, "vae", dtype=jnp.float32)
+            spec, cfg = bundle.vae_config(manifest)
+            vae = spec, cfg, bundle.load_params(path, manifest, "vae", dtype=jnp.float32)
         encoders = load_encoders(path, manifest, dtype)
         return cls(encoders, vae, manifest.latent_mean, manifest.latent_std)
 
@@ -56,7 +57,7 @@ class Encoder:
             for name in ("tokenizer", "tokenizer_2")
         }
         encoders = dataclasses.replace(self.encoders, **networks, **tokenizers)
-        vae = self.vae and (self.vae[0], jax.device_put(self.vae[1], device))
+        vae = self.vae and (*self.vae[:2], jax.device_put(self.vae[2], device))
         return dataclasses.replace(self, encoders=encoders, vae=vae, device=device)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - one is made a run
@@ -88,9 +89,8 @@ class Encoder:
         """Encode frames (P, H, W, 3) uint8 to latents (T, h, w, C): the first frame alone, the
         others from the whole clip, in the temporal tiles of diffusers."""
         assert self.vae is not None
-        cfg, params = self.vae
-        first = conditioning.start_latent(cfg, params, frames[:1], self.mean, self.std)
+        first = conditioning.start_latent(*self.vae, frames[:1], self.mean, self.std)
         whole = conditioning.clip_latents(
-            cfg, params, frames[None], self.mean, self.std, tiling=TILING
+            *self.vae, frames[None], self.mean, self.std, tiling=TILING
         )
         return np.concatenate([np.asarray(first[0]), np.asarray(whole[0, 1:])])

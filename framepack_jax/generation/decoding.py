@@ -12,6 +12,7 @@ from framepack_jax.generation.geometry import Geometry
 from framepack_jax.generation.layout import START_FRAMES, Layout
 from framepack_jax.generation.request import SourceVideo
 from framepack_jax.generation.results import NotFinite
+from framepack_jax.models.autoencoder import denormalise
 from framepack_jax.packing import Section, Timeline
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def start_clip(
     """
     spec, cfg, params = pipe.vae
     latents = timeline.read(range(*section.decode))[samples]
-    latents = latents * pipe.latent_std + pipe.latent_mean
+    latents = denormalise(latents, pipe.latent_mean, pipe.latent_std)
     clip = pipe.run(spec.decode, cfg, params, latents, pipe.decode_tiling or pipe.tiling)
     finite = jnp.isfinite(clip).all(axis=(1, 2, 3, 4))
     numbers = np.arange(timeline.latents.shape[0])[samples]

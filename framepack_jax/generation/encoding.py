@@ -168,7 +168,7 @@ def _still(pipe: "FramePack", picture: np.ndarray, guide: bool) -> np.ndarray:
 def encode_clip(pipe: "FramePack", frames: np.ndarray) -> np.ndarray:
     """Encode a clip (P, height, width, 3) uint8 to normalised latents (F, H, W, C)."""
     encoded = pipe.run(
-        conditioning.clip_latents, pipe.vae.cfg, pipe.vae.params, frames[None],
+        conditioning.clip_latents, *pipe.vae, frames[None],
         pipe.latent_mean, pipe.latent_std, tiling=pipe.tiling,
     )  # fmt: skip
     return np.asarray(encoded)[0]

@@ -247,7 +247,7 @@ def need(
         converted = whole.quantized or multiplied != computed
         return whole.largest * multiplied.itemsize if mesh or converted else 0
 
-    network, decoder = size("transformer"), bundle.role_config(manifest, "vae")[1]
+    network, (vae, decoder) = size("transformer"), bundle.vae_config(manifest)
     names = bundle.encoder_roles(manifest)
     encoders = [size(role) for role in names]
     bases = sum(each.base for each in encoders)
@@ -257,7 +257,9 @@ def need(
     units = CPU_DECODE_UNITS if on_cpu else DECODE_UNITS
     # Bytes of a pixel of one frame, decoded or encoded.
     pixel = units * decoder.channels[0] * 4 / devices
-    encoded = min(work.encoded, DECODE_FRAMES)
+    # Frames decoded or encoded at once.
+    frames = decoder.time_compression if vae.exact_chunks else DECODE_FRAMES
+    encoded = min(work.encoded, frames)
     return Need(
         encoders=sum(each.base + sum(each.layers) for each in encoders),
         reading=bases + max(sum(sorted(each.layers)[-2:]) for each in encoders) + beside,
@@ -265,7 +267,7 @@ def need(
         base=network.base,
         blocks=network.layers,
         step=math.ceil(_step_bytes(manifest, work, computed) / devices) + opened("transformer"),
-        pixel=DECODE_FRAMES * pixel,
+        pixel=frames * pixel,
         canvas=work.canvas,
         devices=jax.local_device_count() if mesh else 1,
         process=int(PROCESS) if on_cpu else 0,

@@ -4,6 +4,7 @@ Shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from framepack_jax.models.params import Params
 ROWS = ("context", "fsdp", "tensor", "data")
 LOGVAR_RANGE = (-30.0, 20.0)
 Statistics = Sequence[float] | np.ndarray
+Latents = TypeVar("Latents", jax.Array, np.ndarray)
 
 
 def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -30,19 +32,19 @@ def sample_posterior(mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> ja
     return mean + jnp.exp(0.5 * logvar) * noise
 
 
-def normalise(z: jax.Array, mean: Statistics, std: Statistics) -> jax.Array:
+def normalise(z: Latents, mean: Statistics, std: Statistics) -> Latents:
     """Return latents (B, T, H, W, C) as a transformer reads them, with a mean and a standard
     deviation for each channel."""
     return (z - _by_channel(mean)) / _by_channel(std)
 
 
-def denormalise(latents: jax.Array, mean: Statistics, std: Statistics) -> jax.Array:
+def denormalise(latents: Latents, mean: Statistics, std: Statistics) -> Latents:
     """Return latents as a decoder reads them; invert `normalise`."""
     return latents * _by_channel(std) + _by_channel(mean)
 
 
-def _by_channel(values: Statistics) -> jax.Array:
-    return jnp.asarray(values, jnp.float32)[None, None, None, None, :]
+def _by_channel(values: Statistics) -> np.ndarray:
+    return np.asarray(values, np.float32)[None, None, None, None, :]
 
 
 def check_clip(name: str, x: jax.Array, channels: int, multiple: int) -> None:

@@ -258,6 +258,9 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
     length = max(last - first for first, last in (section.decode for section in layout.plan))
     clip = (length, *(side // cfg.space_compression for side in layout.canvas))
     frames, side = pipe.tiling.frames, pipe.tiling.size
+    tiling = Tiling(frames=None)
+    if spec.exact_chunks:
+        frames, tiling = None, dataclasses.replace(pipe.tiling, size=None, stride=None)
     # Temporal tiles share a latent frame with the next tile.
     most = (
         frames and frames // cfg.time_compression + 1,
@@ -270,7 +273,7 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
         shape = (batch, *shape, cfg.latent_channels)
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
 
-    decode = functools.partial(spec.decode, cfg, tiling=Tiling(frames=None))
+    decode = functools.partial(spec.decode, cfg, tiling=tiling)
     advice = (
         "--vae-tile 256 decodes it in squares" if side is None else "a smaller --vae-tile helps"
     )

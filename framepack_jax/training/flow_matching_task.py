@@ -20,6 +20,7 @@ from framepack_jax.data.batch import Batch
 from framepack_jax.data.fingerprint import check_bundle
 from framepack_jax.data.pixel_batch import PixelBatch, to_batch
 from framepack_jax.diffusion import sampler
+from framepack_jax.models.autoencoder import normalise
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
 from framepack_jax.models.quantization import cast_params
@@ -277,11 +278,9 @@ def _encoder(manifest: bundle.Manifest) -> Encode:
     """Return a function of (parameters of the bundle's VAE, frames (B, P, H, W, 3) in [-1, 1]) that
     gives normalised latents."""
     spec, cfg = bundle.vae_config(manifest)
-    mean = np.asarray(manifest.latent_mean, np.float32)
-    std = np.asarray(manifest.latent_std, np.float32)
 
     def encode(params: Params, frames: jax.Array) -> jax.Array:
         latents = spec.encode(cfg, params, frames)[0].astype(jnp.float32)
-        return (latents - mean[None, None, None, None]) / std[None, None, None, None]
+        return normalise(latents, manifest.latent_mean, manifest.latent_std)
 
     return encode

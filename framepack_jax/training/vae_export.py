@@ -10,8 +10,7 @@ from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.data.vae_clips import find_videos
-from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.config import VaeConfig
+from framepack_jax.models.network_spec import LatentStatistics, VaeSpec
 from framepack_jax.models.params import Params, unstack_layers
 from framepack_jax.training import checkpoints
 from framepack_jax.training.export import provenance, write_bundle
@@ -36,17 +35,17 @@ def export(
     folder, step = checkpoints.parse_run(run)
     record = checkpoints.read_record(folder)
     manifest = bundle.read_manifest(bundle_path)
-    network = network_of(VaeTrainConfig(network=record["config"]["network"]), manifest)
-    params = jax.tree.map(np.asarray, trained_params(network, folder, step))
+    spec, network = network_of(VaeTrainConfig(network=record["config"]["network"]), manifest)
+    params = jax.tree.map(np.asarray, trained_params(spec, network, folder, step))
     mean, std = manifest.latent_mean, manifest.latent_std
     if (record["config"]["trainable"], record["config"]["init"]) != ("decoder", "bundle"):
-        mean, std = _statistics(record, network, params)
+        mean, std = _statistics(record, spec, network, params)
     leaves = (
         (name, np.asarray(leaf).astype(jnp.dtype(dtype)))
-        for name, leaf in unstack_layers(params, vae.STACKS).items()
+        for name, leaf in unstack_layers(params, spec.stacks).items()
     )
     manifest = dataclasses.replace(manifest, latent_mean=mean, latent_std=std)
-    made = manifest.roles["vae"].kind, dataclasses.asdict(network)
+    made = spec.kind, dataclasses.asdict(network)
     origin = f"{folder} at step {step}"
     source = {"name": origin, "training": provenance(folder, step)}
     written = write_bundle(
@@ -56,10 +55,10 @@ def export(
 
 
 def _statistics(
-    record: dict[str, Any], network: VaeConfig, params: Params
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    record: dict[str, Any], spec: VaeSpec, network: Any, params: Params
+) -> LatentStatistics:
     """Return (mean, standard deviation) of the latents of the videos that a run was trained on."""
     cfg, trained_on = record["config"], set(record["videos"])
     frames, size = cfg["frames"], tuple(cfg["size"])
     videos = [v for v in find_videos(cfg["videos"], frames, size) if v.name in trained_on]
-    return latent_statistics(network, params, videos[:MAX_VIDEOS], frames)
+    return latent_statistics(spec, network, params, videos[:MAX_VIDEOS], frames)

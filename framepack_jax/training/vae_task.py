@@ -27,8 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle
 from framepack_jax.data.pixel_batch import signed
 from framepack_jax.data.vae_clips import Clips, ListedVideo, find_videos, hold_out
-from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.config import VaeConfig
+from framepack_jax.models.autoencoder import sample_posterior
+from framepack_jax.models.network_spec import VaeSpec
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.parallel.sharding import BATCH, constrain
@@ -48,15 +48,15 @@ FIXED = ("init", "trainable", "network", "frames", "size", "batch", "holdout", "
 
 
 def losses(
-    cfg: VaeConfig, params: Params, clips: jax.Array, key: jax.Array
+    spec: VaeSpec, cfg: Any, params: Params, clips: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return (squared error, that of the first frames alone, KL divergence of a latent number) of
     clips (B, T, H, W, C) in [-1, 1], through a sample of their latents."""
 
     def reconstruct(clips: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = vae.encode(cfg, params, clips, Tiling(frames=None))
-        sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        decoded = vae.decode(cfg, params, sample, Tiling(frames=None))
+        mean, logvar = spec.encode(cfg, params, clips, Tiling(frames=None))
+        sample = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
+        decoded = spec.decode(cfg, params, sample, Tiling(frames=None))
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
         return jnp.mean(jnp.square(decoded - clips)), kl
 
@@ -75,7 +75,8 @@ class VaeTask:
     cfg: VaeTrainConfig
     manifest: bundle.Manifest
     bundle_path: epath.PathLike
-    network: VaeConfig
+    spec: VaeSpec
+    network: Any
     tx: optax.GradientTransformationExtraArgs
     mesh: Mesh
     abstract: TrainState[jax.ShapeDtypeStruct]
@@ -103,7 +104,7 @@ class VaeTask:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return (loss, its parts) of clips (B, T, H, W, C) uint8."""
         clips = signed(constrain(batch, BATCH, *[None] * 4))
-        error, still, kl = losses(self.network, params, clips, key)
+        error, still, kl = losses(self.spec, self.network, params, clips, key)
         return error + still + self.cfg.kl * kl, {"clip": error, "still": still, "kl": kl}
 
     def figures(self, steps: Sequence[StepMetrics]) -> dict[str, float]:
@@ -119,7 +120,7 @@ class VaeTask:
 
     def init_state(self) -> tuple[TrainState[jax.Array], Params, str]:
         """See `Task.init_state`."""
-        params = first_params(self.cfg, self.network, self.manifest, self.bundle_path)
+        params = first_params(self.cfg, self.spec, self.network, self.manifest, self.bundle_path)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         state = jax.device_put(new_state(self.cfg, self.tx, params), replicated)
         return state, {}, self.cfg.init
@@ -185,7 +186,14 @@ class VaeTask:
         folder = epath.Path(self.cfg.output)
         with jax.set_mesh(self.mesh):
             figures = validate(
-                self.network, params, self.held_out, self.cfg.frames, folder, step, check
+                self.spec,
+                self.network,
+                params,
+                self.held_out,
+                self.cfg.frames,
+                folder,
+                step,
+                check,
             )
         said = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
         Bar.write(f"step {step}: {said}")
@@ -201,17 +209,17 @@ def open_task(cfg: VaeTrainConfig, bundle_path: epath.PathLike, mesh: Mesh) -> V
     """Open the bundle and the videos of a run. Raises ValueError, BundleError."""
     check_batch(cfg.batch, 1, mesh)
     manifest = bundle.read_manifest(bundle_path)
-    network = network_of(cfg, manifest)
+    spec, network = network_of(cfg, manifest)
     videos, held = hold_out(find_videos(cfg.videos, cfg.frames, cfg.size), cfg.holdout)
     clips = Clips(videos, cfg.frames, cfg.size, cfg.batch, cfg.seed, local_share(mesh, cfg.batch))
     tx = transformation(cfg)
     replicated = NamedSharding(mesh, PartitionSpec())
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        jax.eval_shape(lambda: new_state(cfg, tx, init(cfg, network))),
+        jax.eval_shape(lambda: new_state(cfg, tx, init(cfg, spec, network))),
     )
     return VaeTask(
-        cfg, manifest, bundle_path, network, tx, mesh, abstract, clips, videos, held
+        cfg, manifest, bundle_path, spec, network, tx, mesh, abstract, clips, videos, held
     )  # fmt: skip
 
 
@@ -225,35 +233,37 @@ def transformation(cfg: VaeTrainConfig) -> optax.GradientTransformationExtraArgs
     return optax.partition({"trained": tx, "kept": optax.set_to_zero()}, parts)
 
 
-def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> VaeConfig:
-    """Return the config of a bundle's VAE, with the sizes in `cfg.network`. Raises BundleError."""
-    _, network = bundle.vae_config(manifest)
+def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> tuple[VaeSpec, Any]:
+    """Return spec and config of a bundle's VAE, with the sizes in `cfg.network`. Raises
+    BundleError."""
+    spec, network = bundle.vae_config(manifest)
     if cfg.network:
         fields = dataclasses.asdict(network) | dict(cfg.network)
-        network = bundle.config_from_json(VaeConfig, fields)
-    return network
+        network = bundle.config_from_json(spec.config, fields)
+    return spec, network
 
 
-def init(cfg: VaeTrainConfig, network: VaeConfig) -> Params:
+def init(cfg: VaeTrainConfig, spec: VaeSpec, network: Any) -> Params:
     """Draw random parameters."""
-    return vae.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
+    return spec.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
 
 
 def first_params(
     cfg: VaeTrainConfig,
-    network: VaeConfig,
+    spec: VaeSpec,
+    network: Any,
     manifest: bundle.Manifest,
     bundle_path: epath.PathLike,
 ) -> Params:
     """Return the parameters before the first step. Raises BundleError, RunError."""
     if cfg.init == "scratch":
-        return init(cfg, network)
+        return init(cfg, spec, network)
     if cfg.init == "bundle":
         if cfg.network:
             raise ValueError("a VAE of other sizes has no weights in the bundle: --init scratch")
         return bundle.load_params(bundle_path, manifest, "vae", dtype=jnp.float32)
     run, step = checkpoints.parse_run(cfg.init)
-    params = trained_params(network, run, step)
+    params = trained_params(spec, network, run, step)
     knew_motion = checkpoints.read_record(run)["config"]["frames"] > 1
     return params if knew_motion or cfg.frames == 1 else inflated(params)
 
@@ -275,10 +285,10 @@ def inflated(params: Params) -> Params:
     return unflatten_dict({p: last(x) if p in convolutions else x for p, x in leaves.items()})
 
 
-def trained_params(network: VaeConfig, run: str, step: int) -> Params:
+def trained_params(spec: VaeSpec, network: Any, run: str, step: int) -> Params:
     """Restore the parameters of a run, their moving average if it keeps one. Raises RunError."""
     part = checkpoints.exported_part(checkpoints.read_record(run))
-    abstract = jax.eval_shape(lambda: vae.init(network, jax.random.key(0)))
+    abstract = spec.abstract_params(network)
     return checkpoints.restore_params(run, step, abstract, part)
 
 

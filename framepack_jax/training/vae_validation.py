@@ -15,8 +15,7 @@ from etils import epath
 from framepack_jax import video
 from framepack_jax.data.pixel_batch import signed
 from framepack_jax.data.vae_clips import ListedVideo, read_clip
-from framepack_jax.models.hunyuan import vae
-from framepack_jax.models.hunyuan.config import VaeConfig
+from framepack_jax.models.network_spec import LatentStatistics, VaeSpec
 from framepack_jax.models.params import Params
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.training.metrics import validation_folder
@@ -30,15 +29,16 @@ def psnr(errors: Any) -> np.ndarray:
     return 10 * np.log10(4 / np.maximum(np.asarray(errors), 1e-12))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def reconstruct(cfg: VaeConfig, params: Params, clips: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def reconstruct(spec: VaeSpec, cfg: Any, params: Params, clips: jax.Array) -> jax.Array:
     """Decode the modes of the latents of clips (B, T, H, W, C) in [-1, 1]."""
-    mean, _ = vae.encode(cfg, params, clips, Tiling(frames=None))
-    return jnp.clip(vae.decode(cfg, params, mean, Tiling(frames=None)), -1, 1)
+    mean, _ = spec.encode(cfg, params, clips, Tiling(frames=None))
+    return jnp.clip(spec.decode(cfg, params, mean, Tiling(frames=None)), -1, 1)
 
 
 def validate(
-    network: VaeConfig,
+    spec: VaeSpec,
+    network: Any,
     params: Params,
     held: Sequence[ListedVideo],
     frames: int,
@@ -55,9 +55,9 @@ def validate(
     for clip in middle_clips(held, frames):
         check()
         original = signed(jnp.asarray(clip))
-        decoded = reconstruct(network, params, original)
+        decoded = reconstruct(spec, network, params, original)
         clip_errors.append(jnp.mean(jnp.square(decoded - original)))
-        still = reconstruct(network, params, original[:, :1])
+        still = reconstruct(spec, network, params, original[:, :1])
         still_errors.append(jnp.mean(jnp.square(still - original[:, :1])))
         if len(shown) < SHOWN:
             last = np.asarray(jnp.round((decoded[0, -1] + 1) * 127.5)).astype(np.uint8)
@@ -84,12 +84,12 @@ def middle_clips(videos: Sequence[ListedVideo], frames: int) -> Iterator[np.ndar
 
 
 def latent_statistics(
-    network: VaeConfig, params: Params, videos: Sequence[ListedVideo], frames: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    spec: VaeSpec, network: Any, params: Params, videos: Sequence[ListedVideo], frames: int
+) -> LatentStatistics:
     """Return (mean, standard deviation) of each latent channel over the middle clips of videos.
 
     Raises ValueError if there are no videos."""
-    encode = jax.jit(lambda p, x: vae.encode(network, p, x, Tiling(frames=None))[0])
+    encode = jax.jit(lambda p, x: spec.encode(network, p, x, Tiling(frames=None))[0])
     total = squares = np.zeros(network.latent_channels)
     count = 0
     for clip in middle_clips(videos, frames):

@@ -136,10 +136,9 @@ def test_records_are_what_sampling_encodes(real) -> None:
     np.testing.assert_array_equal(record.pooled, np.asarray(pooled)[0].astype(bf16))
     image = np.asarray(conditioning.encode_image(encoder.encoders, frames[:1]))[0]
     np.testing.assert_array_equal(record.image, image.astype(bf16))
-    cfg, params = encoder.vae
-    start = conditioning.start_latent(cfg, params, frames[:1], encoder.mean, encoder.std)
+    spec, cfg, params = encoder.vae
+    start = conditioning.start_latent(*encoder.vae, frames[:1], encoder.mean, encoder.std)
     np.testing.assert_array_equal(record.latents[0], np.asarray(start)[0, 0].astype(bf16))
-    spec, _ = bundle.vae_config(manifest)
     moments = spec.encode(cfg, params, jnp.asarray(frames[None] / 127.5 - 1, jnp.float32))
     expected = (np.asarray(moments[0])[0] - encoder.mean) / encoder.std
     assert len(record.latents) == 1 + (record.clip.frames - 1) // 4 == len(expected)

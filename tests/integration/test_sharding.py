@@ -22,12 +22,14 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from framepack_jax import bundle
 from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import registry
+from framepack_jax.models.autoencoder import ROWS
 from framepack_jax.models.encoders import umt5
-from framepack_jax.models.hunyuan import transformer, vae
+from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
-from framepack_jax.models.hunyuan.spec import TRANSFORMER, VAE
+from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.wan.config import WanConfig
 from framepack_jax.models.wan.spec import TRANSFORMER as WAN
+from framepack_jax.models.wan.vae_config import WanVaeConfig
 from framepack_jax.ops import attention
 from framepack_jax.parallel import sharding
 from tests.fixtures.compiling import quick_flags
@@ -48,6 +50,15 @@ MORE_MESHES = ("data=2,fsdp=4", "fsdp=4,tensor=2", "data=2,context=4")
 # context, as with 24 heads on fsdp=8,context=2.
 ONE_SAMPLE = "fsdp=4,context=2"
 SAMPLER = "data=2,context=2,tensor=2"
+VAES = {
+    "hunyuan_vae": VaeConfig(
+        channels=(8, 16), norm_groups=4, layers_per_block=1, space_compression=2,
+        time_compression=2, latent_channels=4,
+    ),
+    "wan_vae": WanVaeConfig(
+        width=8, multipliers=(1, 2), layers_per_block=1, halves_time=(True,), latent_channels=4
+    ),
+}  # fmt: skip
 WAN_MESH = "fsdp=2,context=2,tensor=2"
 # Of the network's input in `example`: 6 of context and 12 of the target, 3 of an image, 5 of text.
 TOKENS = 26
@@ -365,7 +376,7 @@ def test_a_constraint_divides_a_batch_as_attention_does(sizes):
 
 def test_rows_are_divided_by_what_divides_no_batch():
     def rows(batch: int) -> PartitionSpec:
-        axes = (sharding.BATCH, None, vae.ROWS, None, None)
+        axes = (sharding.BATCH, None, ROWS, None, None)
         return constrained({"data": 4, "fsdp": 2}, (batch, 9, 64, 64, 3), *axes)
 
     assert rows(1) == PartitionSpec(None, None, ("context", "fsdp", "tensor", "data"), None, None)
@@ -466,10 +477,11 @@ def test_the_text_encoder_on_a_mesh_makes_what_one_device_makes(measured):
     assert {"all-gather", "all-reduce"} <= set(measured["umt5"]["collectives"])
 
 
-def test_a_picture_is_divided_by_rows(measured):
-    assert measured["vae"]["video"] < 5e-6
-    assert measured["vae"]["temporaries"] < 0.6, "of those of one device, over 8"
-    assert measured["vae"]["rows"] == 256 // 8, "of any convolution on a device"
+@pytest.mark.parametrize("kind", VAES)
+def test_a_picture_is_divided_by_rows(measured, kind):
+    assert measured[kind]["video"] < 5e-6
+    assert measured[kind]["temporaries"] < 0.6, "of those of one device, over 8"
+    assert measured[kind]["rows"] == 256 // 8, "of any convolution on a device"
 
 
 def main(meshes: list[str]) -> None:
@@ -493,7 +505,7 @@ def main(meshes: list[str]) -> None:
     found[ONE_SAMPLE] = on_mesh(ONE_SAMPLE, gradient, params, first, expected)
     found["wan"] = of_wan()
     found["sampler"] = of_sampler(cfg, params, arrays)
-    found["vae"] = of_vae()
+    found |= {kind: of_vae(kind, cfg) for kind, cfg in VAES.items()}
     found["umt5"] = of_umt5()
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps(found))
@@ -580,21 +592,18 @@ def of_umt5() -> dict:
     return {"states": difference(found, expected), "collectives": collectives(compiled)}
 
 
-def of_vae() -> dict:
+def of_vae(kind: str, cfg) -> dict:
     """A clip encoded and decoded, with its rows over all devices: of one sample `data` too."""
-    cfg = VaeConfig(
-        channels=(8, 16), norm_groups=4, layers_per_block=1, space_compression=2,
-        time_compression=2, latent_channels=4,
-    )  # fmt: skip
-    params = jax.jit(lambda: vae.init(cfg, jax.random.key(0)))()
+    spec = registry.NETWORKS[kind]
+    params = jax.jit(lambda: spec.init(cfg, jax.random.key(0)))()
     video = np.random.default_rng(0).standard_normal((1, 3, 256, 6, 3), dtype=np.float32)
 
     def there_and_back(params, video):
-        return vae.decode(cfg, params, vae.encode(cfg, params, video)[0])
+        return spec.decode(cfg, params, spec.encode(cfg, params, video)[0])
 
     expected = jax.jit(there_and_back).lower(params, video).compile()
     mesh = sharding.make_mesh(data=2, fsdp=2, context=2)
-    shardings = sharding.shard(params, sharding.resolve(VAE.sharding_rules, params), mesh)
+    shardings = sharding.shard(params, sharding.resolve(spec.sharding_rules, params), mesh)
     placed = jax.device_put((params, video), (shardings, NamedSharding(mesh, PartitionSpec())))
     with jax.set_mesh(mesh):
         compiled = jax.jit(there_and_back).lower(*placed).compile()

@@ -17,6 +17,7 @@ from framepack_jax import bundle, conditioning
 from framepack_jax.cli import train_vae
 from framepack_jax.data import vae_clips
 from framepack_jax.models.hunyuan import vae as model
+from framepack_jax.models.hunyuan.spec import VAE
 from framepack_jax.ops.conv import causal_conv3d
 from framepack_jax.toy import world
 from framepack_jax.training import checkpoints, trainer, vae_export, vae_task
@@ -174,7 +175,7 @@ def test_spikes_are_skipped(place, tmp_path) -> None:
 def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> None:
     made = whole / "bundle"
     manifest = bundle.read_manifest(made)
-    _, cfg = bundle.role_config(manifest, "vae")
+    spec, cfg = bundle.vae_config(manifest)
     assert cfg == SMALL
     params = bundle.load_params(made, manifest, "vae", dtype=jnp.float32)
     trained = params_of(whole, 8)
@@ -185,7 +186,7 @@ def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> N
     train, held = vae_clips.hold_out(found, 2)
     latents = np.concatenate([
         conditioning.clip_latents(
-            cfg, params, vae_clips.read_clip(video, (video.frames - 5) // 2, 5)[None],
+            spec, cfg, params, vae_clips.read_clip(video, (video.frames - 5) // 2, 5)[None],
             manifest.latent_mean, manifest.latent_std,
         )
         for video in train
@@ -239,7 +240,7 @@ def test_noise_ratio_and_divergence() -> None:
     params["encoder"]["quant"]["kernel"] *= 0
     bias = np.repeat([0.5, np.log(2.0)], 16)
     params["encoder"]["quant"]["bias"] = jnp.asarray(bias, jnp.float32)
-    *_, kl = vae_task.losses(SMALL, params, jnp.zeros((1, 5, 8, 8, 3)), jax.random.key(1))
+    *_, kl = vae_task.losses(VAE, SMALL, params, jnp.zeros((1, 5, 8, 8, 3)), jax.random.key(1))
     np.testing.assert_allclose(kl, (0.25 + 2 - 1 - np.log(2)) / 2, rtol=1e-5)
 
 
@@ -307,13 +308,13 @@ def test_only_a_run_of_single_frames_is_inflated(whole, tmp_path) -> None:
     trained = params_of(whole, 8)["encoder"]["conv_in"]["kernel"]
     for folder, changed in ((whole, False), (tmp_path / "single", True)):
         cfg = VaeTrainConfig(network=record["config"]["network"], init=str(folder), frames=5)
-        network = vae_task.network_of(cfg, manifest)
-        begun = vae_task.first_params(cfg, network, manifest, bundle.resolve("random"))
+        spec, network = vae_task.network_of(cfg, manifest)
+        begun = vae_task.first_params(cfg, spec, network, manifest, bundle.resolve("random"))
         kernel = np.asarray(begun["encoder"]["conv_in"]["kernel"])
         assert (np.abs(kernel[:-1]).max() == 0) == changed
         np.testing.assert_allclose(kernel.sum(0), trained.sum(0), rtol=1e-5, atol=1e-6)
         still = vae_task.first_params(
-            dataclasses.replace(cfg, frames=1), network, manifest, bundle.resolve("random")
+            dataclasses.replace(cfg, frames=1), spec, network, manifest, bundle.resolve("random")
         )
         np.testing.assert_array_equal(still["encoder"]["conv_in"]["kernel"], trained)
 

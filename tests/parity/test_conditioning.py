@@ -20,6 +20,7 @@ from framepack_jax import conditioning
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan import vae
 from framepack_jax.models.hunyuan.config import VaeConfig
+from framepack_jax.models.hunyuan.spec import VAE
 from framepack_jax.models.quantization import cast_params
 from tests.fixtures.reference_params import clip_params, llama_params, siglip_params, vae_params
 from tests.fixtures.torch_reference import relative_error
@@ -254,7 +255,7 @@ def test_start_latent(folder, reference, image):
         np.zeros(cfg.latent_channels),
         np.full(cfg.latent_channels, 1 / fields["scaling_factor"]),
     )
-    mode = conditioning.start_latent(cfg, params, image, mean, std)
+    mode = conditioning.start_latent(VAE, cfg, params, image, mean, std)
     expected = reference["image_latents_mode"].transpose(0, 2, 3, 4, 1)
     assert relative_error(mode, expected) < PARITY
 
@@ -262,7 +263,7 @@ def test_start_latent(folder, reference, image):
     mean, std = np.linspace(-1, 1, cfg.latent_channels), np.linspace(1, 2, cfg.latent_channels)
     raw, logvar = vae.encode(cfg, params, jnp.asarray(image[:, None] / 127.5 - 1, jnp.float32))
     key = jax.random.key(3)
-    sample = conditioning.start_latent(cfg, params, image, mean, std, key)
+    sample = conditioning.start_latent(VAE, cfg, params, image, mean, std, key)
     raw += jnp.exp(logvar / 2) * jax.random.normal(key, raw.shape)
     assert relative_error(sample, (np.asarray(raw) - mean) / std) < 1e-5
 

@@ -10,6 +10,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.numpy import load_file
 
+from framepack_jax import conditioning, packing
+from framepack_jax.generation.network import Network
+from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.models import registry
 from framepack_jax.models.autoencoder import sample_posterior
 from framepack_jax.models.params import Params, stack_layers
@@ -17,6 +20,7 @@ from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.models.wan import vae
 from framepack_jax.models.wan.vae_config import WanVaeConfig
+from framepack_jax.packing import Section, Timeline
 from tests.fixtures.checkpoints import plan_of
 from tests.fixtures.torch_reference import convert_module, relative_error, to_jax
 from tests.fixtures.wan import SMALL, TINY, torch_vae
@@ -145,6 +149,28 @@ def test_memory_of_chunks_does_not_grow_with_the_clip(compiled_anew):
     assert many[1] == few[1]
     assert many[0] < 1.05 * few[0]
     assert compiled(16, WHOLE)[0] > 2 * many[0]
+
+
+@torch.no_grad()
+def test_pipeline_encodes_and_decodes_as_diffusers(small):
+    """Normalised latents by mode and by sample, and a section decoded alone."""
+    cfg, params, model = small
+    network = Network(registry.NETWORKS["wan_vae"], cfg, params)
+    mean, std = (np.asarray(model.config[f"latents_{name}"]) for name in ("mean", "std"))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 9, 12, 20, 3), np.uint8)
+    theirs = model.encode(torch.from_numpy(frames / 127.5 - 1).float().movedim(-1, 1)).latent_dist
+    key = jax.random.key(0)
+    spread = to_jax(theirs.std.movedim(1, -1))
+    noise = spread * jax.random.normal(key, spread.shape)
+    centre, scale = (x[None, None, None, None] for x in (mean, std))
+    for given, drawn in ((None, 0), (key, noise)):
+        expected = (to_jax(theirs.mean.movedim(1, -1)) + drawn - centre) / scale
+        found = conditioning.clip_latents(*network, frames, mean, std, given)
+        assert relative_error(found, expected) < PARITY
+    pipe = FramePack(None, network, None, mean, std, packing.parse("g5"))
+    clip = pipe.decode_clip(Section((), (), (), (0, 5)), Timeline.of(np.asarray(found)))
+    latents = torch.from_numpy(np.asarray(found * scale + centre)).float().movedim(-1, 1)
+    assert relative_error(clip, model.decode(latents).sample.movedim(1, -1)) < PARITY
 
 
 def test_half_precision_stays_close_and_keeps_its_dtype(small):

@@ -26,10 +26,9 @@ from tests.fixtures.torch_reference import relative_error
 def still(pipe: FramePack, image: np.ndarray, frames: int = 5) -> np.ndarray:
     """The last latent of a clip of equal frames: of five, it stands for the last four."""
     image = video.resize_center_crop(image, HEIGHT, WIDTH)
-    cfg, params = pipe.vae.cfg, pipe.vae.params
     clip = np.stack([image] * frames)[None]
     return np.asarray(
-        conditioning.clip_latents(cfg, params, clip, pipe.latent_mean, pipe.latent_std)
+        conditioning.clip_latents(*pipe.vae, clip, pipe.latent_mean, pipe.latent_std)
     )[0, -1]
 
 
@@ -170,9 +169,7 @@ def test_extended_videos_of_any_length(pipe, tmp_path, monkeypatch, frames: int)
 def test_text_alone_begins_from_black(pipe, tmp_path) -> None:
     run = make(tmp_path / "run", "--sections", 1, "--prompt", "a red circle", image=False)
     black = np.zeros((1, 1, HEIGHT, WIDTH, 3), np.uint8)
-    z = conditioning.clip_latents(
-        pipe.vae.cfg, pipe.vae.params, black, pipe.latent_mean, pipe.latent_std
-    )
+    z = conditioning.clip_latents(*pipe.vae, black, pipe.latent_mean, pipe.latent_std)
     np.testing.assert_array_equal(run.latents()[0], np.asarray(z)[0, 0])
 
 
