@@ -181,13 +181,15 @@ def encoder_roles(manifest: Manifest) -> tuple[str, ...]:
     """Return the roles of the encoders that the transformer of a bundle reads; without a
     transformer, of those that the bundle has. Raises BundleError."""
     if "transformer" in manifest.roles:
-        return denoiser_config(manifest)[0].encoders
+        spec, cfg = denoiser_config(manifest)
+        return spec.encoders(cfg)
     return tuple(name for name in ENCODERS if name in manifest.roles)
 
 
 def sampling_roles(manifest: Manifest) -> tuple[str, ...]:
     """Return the roles that sampling needs. Raises BundleError if there is no transformer."""
-    return ("transformer", "vae", *denoiser_config(manifest)[0].encoders)
+    spec, cfg = denoiser_config(manifest)
+    return ("transformer", "vae", *spec.encoders(cfg))
 
 
 def config_from_json(config_class: type[Config], values: dict[str, Any]) -> Config:

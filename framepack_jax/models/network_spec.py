@@ -63,7 +63,7 @@ class TextEncoderSpec(NetworkSpec):
 class DenoiserSpec(NetworkSpec):
     """A network that predicts the velocity of a noisy section from packed context.
 
-    `encoders` are the roles of the networks whose states are its conditions. `conditions(text,
+    `encoders(cfg)` are the roles of the networks whose states are its conditions. `conditions(text,
     valid, pooled, image, guidance)` makes them of `conditioning.PromptStates`, image tokens and the
     scale of distilled guidance; without an encoder for them, `pooled` and `image` are None.
     `patch` is the kernel that patchifies the target. `context_kernels(schedule)` names the patch
@@ -75,7 +75,7 @@ class DenoiserSpec(NetworkSpec):
 
     velocity: Velocity
     step_cache: StepCacheHooks
-    encoders: tuple[str, ...]
+    encoders: Callable[[Config], tuple[str, ...]]
     conditions: Callable[..., Any]
     patch: str
     context_kernels: Callable[[Schedule], tuple[str, ...]]

@@ -176,6 +176,12 @@ def check_inputs(
     check_kernels(cfg, context.kernels)
 
 
+def encoders(cfg: TransformerConfig) -> tuple[str, ...]:
+    """Return the roles of the encoders that the network reads."""
+    of_image = () if cfg.image_dim is None else ("image_encoder",)
+    return "text_encoder", "text_encoder_2", *of_image
+
+
 def init(cfg: TransformerConfig, key: jax.Array) -> Params:
     """Draw random parameters, layers stacked."""
     keys = dict(zip(("embed", "head", *STACKS), jax.random.split(key, 5), strict=True))

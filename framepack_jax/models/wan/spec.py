@@ -20,7 +20,7 @@ TRANSFORMER = DenoiserSpec(
         run_blocks=transformer.run_blocks,
         head=transformer.head,
     ),
-    encoders=("text_encoder",),
+    encoders=transformer.encoders,
     conditions=transformer.conditions_of_text,
     patch=packed_video.PATCH,
     context_kernels=packed_video.context_kernels,

@@ -197,6 +197,11 @@ def jit_head(
     )
 
 
+def encoders(cfg: WanConfig) -> tuple[str, ...]:
+    """Return the roles of the encoders that the network reads."""
+    return ("text_encoder",)
+
+
 def init(cfg: WanConfig, key: jax.Array) -> Params:
     """Draw random parameters, layers stacked."""
     embed_key, block_key, head_key = jax.random.split(key, 3)
