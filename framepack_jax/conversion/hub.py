@@ -42,6 +42,11 @@ FRAMEPACK: dict[str, dict[str, tuple[str, str | None]]] = {
     "i2v": {"transformer": ("lllyasviel/FramePackI2V_HY", None), **SHARED},
     "f1": {"transformer": ("lllyasviel/FramePack_F1_I2V_HY_20250503", None), **SHARED},
 }
+HELIOS = {
+    "base": "BestWishYsh/Helios-Base",
+    "mid": "BestWishYsh/Helios-Mid",
+    "distilled": "BestWishYsh/Helios-Distilled",
+}
 SCHEDULES = {"i2v": packing.RELEASED_INVERTED, "f1": packing.RELEASED_F1}
 
 WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, *TORCH_SUFFIXES)

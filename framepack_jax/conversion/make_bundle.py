@@ -46,13 +46,13 @@ def make_bundle(request: BundleRequest) -> Manifest:
             read += [Path(bundle.referenced(request.encoders_from, role.path)) for role in roles]
     output_folder.check_outside(request.output, read)
     networks = assembly.find_networks(request, paths, shared)
-    told = pipeline_index.settings_of(request.pipeline).schedule
+    pipeline = sources.pipeline_of(request, paths)
+    told = pipeline_index.settings_of(pipeline).schedule
     schedule = sources.schedule_of(request, origins.get("transformer"), networks, shared, told)
     jobs = assembly.fit_networks(request, networks, schedule, shared)
     transformer = jobs["transformer"].cfg if "transformer" in jobs else None
     # A pipeline tells how its base model is sampled, not the packed model that starts from it.
-    pipeline = None if request.from_base else request.pipeline
-    settings = pipeline_index.settings_of(pipeline, transformer)
+    settings = pipeline_index.settings_of(None if request.from_base else pipeline, transformer)
     if settings.schedule and not request.schedule:
         schedule = packing.parse(settings.schedule)
     folders = sources.tokenizer_folders(request, paths, jobs)
@@ -63,10 +63,12 @@ def make_bundle(request: BundleRequest) -> Manifest:
 
 def _check_flags(request: BundleRequest) -> None:
     """Raise ConversionError for flags that contradict each other."""
-    if request.framepack and request.pipeline:
+    whole = {name: getattr(request, name) for name in ("framepack", "helios", "pipeline")}
+    given = [f"--{name} {value}" for name, value in whole.items() if value]
+    if len(given) > 1:
         raise ConversionError(
-            f"--framepack {request.framepack} brings all that --pipeline {request.pipeline} has;"
-            " give one of the two, and single networks by their own flags"
+            f"{' and '.join(given)} each bring all networks; give one of them, and single networks"
+            " by their own flags"
         )
     if request.image_dim is not None and not request.from_base:
         raise ConversionError(

@@ -23,13 +23,16 @@ class Networks:
     framepack: Literal["i2v", "f1"] | None = None
     """Download a released FramePack model with all networks and its schedule; with --encoders-from
     a bundle of the other model, only the transformer. Networks given below replace its own."""
+    helios: Literal["base", "mid", "distilled"] | None = None
+    """Download a released Helios model with all networks and its settings; with --encoders-from a
+    bundle of another Helios model, only the transformer. Networks given below replace its own."""
     pipeline: Path | None = None
     """A diffusers pipeline folder (with model_index.json), or a single file with several networks,
     such as ComfyUI's checkpoints. Networks given below replace its own."""
     transformer: Path | None = None
     """Transformer of FramePack, HunyuanVideo, Wan 2.1 or Helios: a file (.safetensors, .pt) or a
-    folder with one, whole or sharded; in diffusers', the original or ComfyUI's naming; also fp8
-    weights."""
+    folder with one, whole or sharded; in diffusers', the original (Tencent's, Wan's) or ComfyUI's
+    naming; also fp8 weights."""
     vae: Path | None = None
     """HunyuanVideo or Wan 2.1 VAE, file or folder; in diffusers', the original or ComfyUI's
     naming."""

@@ -28,6 +28,10 @@ def fetch(request: BundleRequest) -> tuple[BundleRequest, dict[str, str]]:
         released = hub.FRAMEPACK[request.framepack]
         fetched = ["transformer"] if request.encoders_from else list(released)
         given = {**{name: released[name] for name in fetched}, **given}
+    if request.helios:
+        repository = hub.HELIOS[request.helios]
+        part = "transformer" if request.encoders_from else "pipeline"
+        given = {part: (repository, "transformer" if request.encoders_from else None), **given}
     remote = {name: there for name, there in given.items() if there}
     if "pipeline" in remote:
         _check_pipeline(*remote["pipeline"])
@@ -37,6 +41,10 @@ def fetch(request: BundleRequest) -> tuple[BundleRequest, dict[str, str]]:
     paths: dict[str, Any] = {
         name: hub.fetch(*there, pipeline=name == "pipeline") for name, there in remote.items()
     }
+    if request.helios and request.encoders_from:
+        # They lie beside the transformer, and say how it is sampled.
+        for part in (MODEL_INDEX, "scheduler"):
+            hub.fetch(hub.HELIOS[request.helios], part, progress=False)
     origins = {name: "/".join(filter(None, there)) for name, there in remote.items()}
     return dataclasses.replace(request, **paths), origins
 
@@ -49,6 +57,15 @@ def _check_pipeline(repo_id: str, subfolder: str | None) -> None:
         return  # The download of all files says what is wrong.
     if file.is_file():
         pipeline_index.refuse_experts(Path(repo_id), weight_files.read_json(file))
+
+
+def pipeline_of(request: BundleRequest, paths: Mapping[str, Path]) -> Path | None:
+    """Return the pipeline folder whose settings the transformer has: --pipeline, or the folder
+    around a transformer that is given alone."""
+    if request.pipeline or "transformer" not in paths:
+        return request.pipeline
+    around = paths["transformer"].absolute().parent
+    return around if (around / MODEL_INDEX).exists() else None
 
 
 def network_paths(request: BundleRequest) -> dict[str, Path]:

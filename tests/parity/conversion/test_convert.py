@@ -152,7 +152,10 @@ def test_a_transformer_that_stays_keeps_its_schedule(golden, tmp_path, capsys) -
     ("args", "said"),
     [
         ([], "nothing to convert"),
-        (["--framepack", "f1", "--pipeline", "."], "--framepack f1 brings all that --pipeline ."),
+        (
+            ["--framepack", "f1", "--pipeline", "."],
+            "--framepack f1 and --pipeline . each bring all networks",
+        ),
         (["--transformer", "{model}", "--image-dim", "4"], "--image-dim 4 is of"),
         (["--pipeline", "."], "no model_index.json"),
         (["--transformer", "{model}", "--rope-axes", "a"], "--rope-axes a"),

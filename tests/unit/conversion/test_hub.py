@@ -404,6 +404,46 @@ def test_one_command_fetches_and_converts_a_released_model(
     bundle.load_params(second, made, "text_encoder_2")
 
 
+@pytest.mark.golden
+def test_released_helios_models_share_their_encoders(served, golden, tmp_path) -> None:
+    """Toys in the places of the released models, each with its own settings."""
+    helios = golden / "helios"
+    whole = {
+        file.relative_to(helios / "pipeline").as_posix(): file.read_bytes()
+        for file in (helios / "pipeline").rglob("*.*")
+    }
+    served.repos = {hub.HELIOS["base"]: whole}
+    for name in ("mid", "distilled"):
+        changed = {
+            "model_index.json": (helios / f"model_index_{name}.json").read_bytes(),
+            "scheduler/scheduler_config.json": (
+                helios / f"scheduler_{name}" / "scheduler_config.json"
+            ).read_bytes(),
+        }
+        served.repos[hub.HELIOS[name]] = whole | changed
+    base, shared = tmp_path / "base", str(tmp_path / "base")
+    made = make_bundle(BundleRequest(output=str(base), helios="base"))
+    assert set(made.roles) == {"transformer", "vae", "text_encoder"}
+    assert str(made.schedule) == hub.SCHEDULES["f1"] and made.sampling.recipe.stages == 1
+    for name, steps, zero_star in (("mid", 20, True), ("distilled", 2, False)):
+        served.seen.clear()
+        request = BundleRequest(output=str(tmp_path / name), helios=name, encoders_from=shared)
+        made = make_bundle(request)
+        recipe = made.sampling.recipe
+        assert (recipe.stages, recipe.zero_star, made.sampling.steps) == (3, zero_star, steps)
+        assert recipe.solver == ("renoise" if name == "distilled" else "unipc-flow")
+        assert made.roles["vae"].path == "../base/vae" and made.text_tokens == 512
+        assert {file.split("/")[0] for file in served.downloads()} == {
+            "transformer", "scheduler", "model_index.json",
+        }  # fmt: skip
+        assert not is_schedule_assumed(request, made)
+    # The same by the flag of a single network.
+    alone = Path(hub.HELIOS["mid"]) / "transformer"
+    hub.fetch(hub.HELIOS["mid"], pipeline=True, progress=False)
+    request = BundleRequest(output=str(tmp_path / "alone"), transformer=alone, encoders_from=shared)
+    assert make_bundle(request).sampling.recipe.stages == 3
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
