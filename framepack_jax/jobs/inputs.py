@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from framepack_jax import video
+from framepack_jax.diffusion.recipe import Recipe
 from framepack_jax.generation.layout import Layout, make_layout
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.prompts import timed_prompts
@@ -145,14 +146,18 @@ def _size_of(run: RunDir, spec: VideoSpec) -> tuple[int, int]:
     return record["height"], record["width"]
 
 
-def warn_unused_settings(spec: VideoSpec, cfg_scale: float) -> None:
-    """Warn of given options that have no effect beside the others, and the CFG scale."""
+def warn_unused_settings(spec: VideoSpec, cfg_scale: float, recipe: Recipe) -> None:
+    """Warn of given options that have no effect beside the others, the CFG scale and the recipe of
+    the bundle."""
     default = VideoSpec()
     without_cfg = cfg_scale == 1
     timed = len(timed_prompts(spec.prompt)) > 1
     unused = {
         "--negative-prompt has an effect only if --cfg-scale is not 1": without_cfg
         and bool(spec.negative_prompt),
+        f"--sampler has no effect: the bundle is sampled by {recipe.solver}": recipe.solver
+        not in ("free", spec.sampler)
+        and spec.sampler != default.sampler,
         "--cfg-rescale has an effect only if --cfg-scale is not 1": without_cfg
         and spec.cfg_rescale != default.cfg_rescale,
         "--prompt-blend has an effect only with timed prompts": not timed

@@ -56,7 +56,7 @@ class TaskMaker:
         spec = spec.filled(self.pipe.sampling)
         video.check_encoding(fps_of(spec), spec.crf)
         settings = spec.settings()
-        warn_unused_settings(requested, settings.cfg_scale)
+        warn_unused_settings(requested, settings.cfg_scale, self.pipe.sampling.recipe)
         settings.check(self.pipe.transformer.spec, self.pipe.sampling)
         record = on_primary(new_record, spec, self.model, self.compute, self.pipe)
         # A video that another process finishes meanwhile is kept, even with --overwrite.
