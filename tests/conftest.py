@@ -22,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.fixtures import memory, suite
 from tests.fixtures.compiling import quick_flags
+from tests.fixtures.faulty_store import faulty_store  # noqa: F401
 from tests.fixtures.mounts import mount  # noqa: F401
 from tests.fixtures.object_store import bucket, object_store, s3_bucket, s3_store  # noqa: F401
 from tests.fixtures.paths import GOLDEN

@@ -71,6 +71,7 @@ def manager(
         atomicity_options=ocp.options.AtomicityOptions(mode=mode),
         preservation_policy=managers.AnyPreservationPolicy(kept),
         enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(timeout_secs=cfg.wait_seconds),
         # Remove incomplete checkpoints of a killed run.
         cleanup_tmp_directories=True,
     )
@@ -98,7 +99,7 @@ def save(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
             ),
         )
-    except ValueError as error:
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _not_written(manager, error) from error
 
 
@@ -106,18 +107,24 @@ def wait(manager: ocp.CheckpointManager) -> None:
     """Wait until all checkpoints are written. Raises OSError if one could not be written."""
     try:
         manager.wait_until_finished()
-    except ValueError as error:
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _not_written(manager, error) from error
 
 
-def _not_written(manager: ocp.CheckpointManager, error: ValueError) -> OSError:
-    """Return the error that a command shows for an error of tensorstore in writing."""
-    full = "No space left" in str(error)
+def _not_written(manager: ocp.CheckpointManager, error: Exception) -> OSError:
+    """Return the error that a command shows for an error of tensorstore in writing, or for that of
+    waiting in vain for other processes, before which comes that of this one."""
+    cause: BaseException = error
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        cause = error.__context__ or error
+    full, why = "No space left" in str(cause), str(cause)[-300:]
+    if isinstance(cause, TimeoutError):
+        why = "another process has not written its part in --checkpoints.wait-seconds, see its log"
     kept = ocp.path.step.checkpoint_steps(manager.directory)
     newest = f"the newest complete checkpoint is step {max(kept)}" if kept else "none is complete"
     return OSError(
         f"a checkpoint in {manager.directory} could not be written"
-        f" ({'the disk is full' if full else str(error)[-300:]}); {newest};"
+        f" ({'the disk is full' if full else why}); {newest};"
         f" {'free space' if full else 'fix the cause'}, then run the same command again to resume"
     )
 

@@ -110,6 +110,9 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_every: Count = 0
     """Keep checkpoints of steps that are multiples of this for good; 0: none."""
+    wait_seconds: Positive = 600
+    """Seconds that a process waits for the others to write their parts of a checkpoint. If one of
+    them may not write, or its disk is full, all end after that time."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss; RUN@best names it."""
 
