@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from framepack_jax import bundle
-from framepack_jax.conversion import export
+from framepack_jax.conversion import export, file_formats
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError, open_checkpoint
@@ -193,3 +193,12 @@ def test_damaged_pytorch_files_are_refused_or_change_what_was_hit(tmp_path) -> N
                 if not begin - 8 < place < end:
                     assert_same_bits(found[name], expected[name], f"{name}, byte {place}")
     assert 150 < refused < 390
+
+
+def test_dicts_are_followed_to_a_depth() -> None:
+    """A file of dicts in dicts must not end the process."""
+    nested: dict = {"weight": 1}
+    for _ in range(5000):
+        nested = {"module": nested}
+    [(path, _)] = file_formats._leaves(nested)
+    assert len(path) == file_formats.MAX_DEPTH
