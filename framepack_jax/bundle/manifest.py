@@ -70,6 +70,11 @@ class Manifest:
         if not self.buckets:
             raise ValueError("buckets: expected at least one pair of height and width")
 
+    @property
+    def chunk(self) -> int:
+        """Number of latent frames that are encoded and decoded alone, 0 if clips are as a whole."""
+        return self.schedule.window if self.sampling.decode_alone else 0
+
 
 def write_manifest(root: epath.PathLike, manifest: Manifest) -> None:
     """Finish a bundle: the manifest is there whole, or not at all."""

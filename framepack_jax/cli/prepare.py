@@ -126,7 +126,7 @@ def _config(flags: Prepare) -> "PrepareConfig":
 def _scene_settings(flags: Prepare) -> "SceneSettings":
     """Return the settings that fit the VAE and the transformer of the bundle."""
     from framepack_jax import bundle, packing
-    from framepack_jax.data.scenes import MIN_FRAMES, SceneSettings
+    from framepack_jax.data.scenes import SceneSettings
 
     manifest = bundle.read_manifest(bundle.resolve(flags.bundle))
     transformer, _ = bundle.denoiser_config(manifest)
@@ -138,16 +138,26 @@ def _scene_settings(flags: Prepare) -> "SceneSettings":
         raise ValueError(
             f"--scene-threshold {flags.scene_threshold}: expected a number above 0, at most 1"
         )
-    frames = int(flags.max_seconds * SceneSettings.fps) if 0 < flags.max_seconds < 3600 else 0
-    frames -= (frames - 1) % vae.time_compression
-    if frames < MIN_FRAMES:
-        raise ValueError(f"--max-seconds {flags.max_seconds}: expected between 0.2 and 3600 s")
-    return SceneSettings(
-        max_frames=frames,
+    if manifest.chunk and flags.mode == "pixels":
+        raise ValueError(
+            "--mode pixels: this bundle encodes each section by itself, which training does not;"
+            " prepare the dataset with --mode latents"
+        )
+    fps, compression = manifest.sampling.fps, vae.time_compression
+    settings = SceneSettings(
+        fps=fps,
         cut=flags.scene_threshold,
         buckets=buckets,
-        time_compression=vae.time_compression,
+        time_compression=compression,
+        chunk_frames=1 + (manifest.chunk - 1) * compression if manifest.chunk else 0,
     )
+    frames = settings.usable(int(flags.max_seconds * fps) if 0 < flags.max_seconds < 3600 else 0)
+    if not frames:
+        least = settings.min_frames / fps
+        raise ValueError(
+            f"--max-seconds {flags.max_seconds}: expected between {least:.2g} and 3600 s"
+        )
+    return dataclasses.replace(settings, max_frames=frames)
 
 
 def parse_buckets(text: str, multiple: int) -> tuple[tuple[int, int], ...]:

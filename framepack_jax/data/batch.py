@@ -18,12 +18,13 @@ Array = Any
 @struct.dataclass
 class Conditions:
     """Encoded prompts and start images: `text` (B, L, D), zero where `text_valid` (B, L) is False,
-    `pooled` (B, D) and `image` (B, tokens, D)."""
+    `pooled` (B, D) and `image` (B, tokens, D), which are None if the bundle has no encoder for
+    them."""
 
     text: Array
     text_valid: Array
-    pooled: Array
-    image: Array
+    pooled: Array | None
+    image: Array | None
 
 
 @struct.dataclass

@@ -27,7 +27,6 @@ from framepack_jax.data.filters import Thresholds
 from framepack_jax.data.listing import Listing, say_left_out
 from framepack_jax.data.records import Clip, DatasetError, Index
 from framepack_jax.data.shard_writer import ShardWriter
-from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.prefetch import map_ahead
 
@@ -53,7 +52,8 @@ CREATE TABLE hashes (hash REAL PRIMARY KEY) WITHOUT ROWID;
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """Summary of a dataset: accepted clips, their seconds and buckets, rejections by reason, number
-    of truncated captions, files left out by suffix, and clips that each device encoded now."""
+    of captions cut after `text_tokens`, files left out by suffix, and clips that each device
+    encoded now."""
 
     clips: int
     seconds: float
@@ -62,6 +62,7 @@ class Packed:
     cut_captions: int = 0
     left_out: Mapping[str, int] = dataclasses.field(default_factory=collections.Counter)
     encoded: tuple[int, ...] = ()
+    text_tokens: int = 0
 
     def __str__(self) -> str:
         lines = []
@@ -76,7 +77,7 @@ class Packed:
         lines += [f"  {reason:<14}{count:>7}" for reason, count in self.rejected.items()]
         if self.cut_captions:
             lines.append(
-                f"captions cut: {self.cut_captions}, after {MAX_PROMPT_TOKENS} tokens; they have"
+                f"captions cut: {self.cut_captions}, after {self.text_tokens} tokens; they have"
                 f" more caption_tokens in {MANIFEST}"
             )
         if self.left_out:
@@ -286,13 +287,16 @@ class Judged:
             f"SELECT count(*), coalesce(sum(frames), 0) {accepted}"
         ).fetchone()
         (cut,) = self._base.execute(
-            f"SELECT count(*) {accepted} AND tokens > {MAX_PROMPT_TOKENS}"
+            f"SELECT count(*) {accepted} AND tokens > {self.index.text_tokens}"
         ).fetchone()
         reasons = self._base.execute(
             "SELECT reason, count(*) FROM rejected GROUP BY reason ORDER BY count(*) DESC, reason"
         )
         seconds = frames / self.index.fps
-        return Packed(clips, seconds, self.buckets(), dict(reasons), cut, listing.left_out)
+        return Packed(
+            clips, seconds, self.buckets(), dict(reasons), cut, listing.left_out,
+            text_tokens=self.index.text_tokens,
+        )  # fmt: skip
 
 
 def _detail(clip: Clip, fps: float) -> str:
@@ -318,7 +322,7 @@ def _write_clips(
             if bucket not in writers:
                 writer = ShardWriter(folder, bucket)
                 writers[bucket] = exits.enter_context(contextlib.closing(writer))
-            writers[bucket].add(data, 1 + (clip.frames - 1) // judged.index.time_compression)
+            writers[bucket].add(data, judged.index.length(clip.frames))
         return [shard for _, writer in sorted(writers.items()) for shard in writer.finish()]
 
 

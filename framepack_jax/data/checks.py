@@ -5,7 +5,7 @@ Each error names the fault, the number of clips with it, and a value or a comman
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,26 @@ THREADS = 16
 VIDEOS = ("videos.jsonl", "videos.json")
 
 
-def check_lengths(folder: epath.Path, index: Index, window: int) -> None:
-    """Raise DatasetError if the dataset is empty, or has clips shorter than a section of `window`
-    latent frames."""
+def check_lengths(
+    folder: epath.Path, index: Index, windows: Collection[int], given: int = 1
+) -> None:
+    """Raise DatasetError if the dataset is empty, has clips shorter than a section of the largest
+    of these latent windows after `given` latent frames, or chunks of another size."""
     if not index.clips:
         raise DatasetError(
             f"dataset {folder} is empty; see {folder}/rejected.jsonl for the reasons"
         )
-    short = sum(length < 1 + window for shard in index.shards for length in shard.lengths)
+    if index.chunk and (others := sorted({*windows} - {index.chunk})):
+        raise DatasetError(
+            f"clips in {folder} are encoded in chunks of {index.chunk} latent frames, and sections"
+            f" of {others[0]} cannot be cut from them; train with that window, or prepare the"
+            " dataset with a bundle of the schedule to train"
+        )
+    window = max(windows)
+    needed = window if index.chunk else given + window
+    short = sum(length < needed for shard in index.shards for length in shard.lengths)
     if short:
-        seconds = (1 + window * index.time_compression) / index.fps
+        seconds = index.frames_of(needed) / index.fps
         raise DatasetError(
             f"{short} of the {index.clips} clips in {folder} are shorter than a section of {window}"
             f" latent frames, {seconds:.2f} s; prepare the dataset with --min-seconds"

@@ -99,7 +99,8 @@ def add(
                 clips.append(dataclasses.asdict(record.clip))
             advance()
         if not clips:
-            raise Rejected("too_short", f"{video.path} has no scene of {scenes.MIN_FRAMES} frames")
+            least = made.get("chunk_frames") or scenes.MIN_FRAMES
+            raise Rejected("too_short", f"{video.path} has no scene of {least} frames")
     except Rejected as error:
         # Name the video as listed: it may have moved when this is read.
         detail = error.detail.replace(str(video.path), video.source)

@@ -39,9 +39,10 @@ class DataConfig:
     windows: tuple[int, ...] = ()
     """Latent windows to draw for each batch, uniformly; default: the window of the schedule.
     Validation always uses the window of the schedule."""
-    text_tokens: int = MAX_PROMPT_TOKENS
-    """Length in tokens to which captions are padded. A smaller value saves work if all captions are
-    short, and changes nothing else."""
+    text_tokens: int | None = None
+    """Length in tokens to which captions are padded; default: as many as the bundle reads. A
+    smaller value saves work if all captions are short, and changes nothing else; it cannot be given
+    for networks that read the padding, as Wan's and Helios'."""
     min_clips: int = 1
     """Leave out buckets of a dataset with fewer clips to train on: each has a compiled program of
     its own, and its clips come again and again."""
@@ -69,7 +70,7 @@ class DataConfig:
             raise ValueError(
                 f"--data.caption-dropout {self.caption_dropout}: expected a fraction from 0 to 1"
             )
-        if not 1 <= self.text_tokens <= MAX_PROMPT_TOKENS:
+        if self.text_tokens is not None and not 1 <= self.text_tokens <= MAX_PROMPT_TOKENS:
             raise ValueError(
                 f"--data.text-tokens {self.text_tokens}: expected 1 to {MAX_PROMPT_TOKENS}"
             )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from framepack_jax.data import checks, holdout, records
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.fingerprint import check_agreement
 from framepack_jax.data.records import Clip, DatasetError, Index, Record, VideoSource
-from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Dataset:
         return VideoSource(self.folder, self.index.shards)
 
     @functools.cached_property
-    def empty(self) -> tuple[np.ndarray, np.ndarray]:
-        """States (n, D) and (D,) of the empty prompt."""
+    def empty(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """States (n, D) and (D,) or None of the empty prompt."""
         return records.read_empty(self.folder, self.index)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,7 +56,12 @@ class Dataset:
 
     def length(self, clip: Clip) -> int:
         """Return the latent frames of a clip."""
-        return 1 + (clip.frames - 1) // self.index.time_compression
+        return self.index.length(clip.frames)
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens to which captions are padded."""
+        return self.cfg.text_tokens or self.index.text_tokens
 
     def video(self, clip: Clip) -> Path:
         """Return the video of a clip of a dataset of mode pixels; an absolute path stays itself."""
@@ -109,9 +113,13 @@ class Dataset:
             yield f"made by {name}", value
 
 
-def open_datasets(cfg: DataConfig, window: int) -> tuple[Dataset, ...]:
-    """Open the datasets of a run with sections of up to `window` latent frames, and check what can
-    be checked without reading records. Raises DatasetError."""
+def open_datasets(cfg: DataConfig, windows: Collection[int], given: int = 1) -> tuple[Dataset, ...]:
+    """Open the datasets of a run with sections of these latent windows, and check what can be
+    checked without reading records.
+
+    `given` is the number of latent frames before the first section, if clips are not encoded in
+    chunks. Raises DatasetError.
+    """
     folders = [epath.Path(path) for path in cfg.paths]
     found: list[Dataset] = []
     first = 0
@@ -120,17 +128,17 @@ def open_datasets(cfg: DataConfig, window: int) -> tuple[Dataset, ...]:
         first += found[-1].index.clips
     check_agreement([(dataset.folder, dataset.index) for dataset in found])
     for dataset in found:
-        _check(dataset, window)
+        _check(dataset, windows, given)
     return tuple(found)
 
 
-def _check(dataset: Dataset, window: int) -> None:
+def _check(dataset: Dataset, windows: Collection[int], given: int) -> None:
     folder, index, cfg = dataset.folder, dataset.index, dataset.cfg
-    checks.check_lengths(folder, index, window)
+    checks.check_lengths(folder, index, windows, given)
     holdout.check_holdout(folder, index, cfg.holdout)
-    if cfg.text_tokens < MAX_PROMPT_TOKENS:
+    if dataset.text_tokens < index.text_tokens:
         empty = len(dataset.empty[0]) if cfg.caption_dropout else 0
-        checks.check_captions(folder, index, cfg.text_tokens, empty)
+        checks.check_captions(folder, index, dataset.text_tokens, empty)
     checks.check_sources(folder, index)
 
 

@@ -5,13 +5,15 @@ from typing import Any
 
 from etils import epath
 
-from framepack_jax.bundle import BundleError, Manifest
+from framepack_jax.bundle import BundleError, Manifest, encoder_roles
 from framepack_jax.data.records import DatasetError, Index
 from framepack_jax.utils.compare import differences, differing_fields
 from framepack_jax.utils.messages import shorten
 
 # Fields of the index that tell what arrays and frames a dataset has.
-ARRAYS = ("mode", "fps", "time_compression", "space_compression", "channels")
+ARRAYS = (
+    "mode", "fps", "time_compression", "space_compression", "channels", "chunk", "text_tokens",
+)  # fmt: skip
 # Settings of `framepack prepare` that choose clips.
 MAY_DIFFER = ("format", "max_frames", "cut", "buckets")
 MAX_SHOWN = 60
@@ -20,8 +22,7 @@ MAX_SHOWN = 60
 def made_by(manifest: Manifest, mode: str) -> dict[str, Any]:
     """Return the parts of a bundle that determine the numbers of a dataset. Raises BundleError if
     the bundle lacks one of the networks."""
-    roles = ["text_encoder", "text_encoder_2", "image_encoder"]
-    roles += ["vae"] if mode == "latents" else []
+    roles = [*encoder_roles(manifest), *(["vae"] if mode == "latents" else [])]
     if lacking := [role for role in roles if role not in manifest.roles]:
         raise BundleError(
             f"the bundle has no {', '.join(lacking)}, which made the dataset; give the bundle that"
@@ -36,13 +37,23 @@ def made_by(manifest: Manifest, mode: str) -> dict[str, Any]:
 
 
 def check_bundle(index: Index, manifest: Manifest) -> None:
-    """Raise DatasetError if a dataset was made by other networks than those of a bundle, and
-    BundleError if the bundle lacks them."""
+    """Raise DatasetError if a dataset was made by other networks than those of a bundle, at another
+    frame rate, or in other chunks, and BundleError if the bundle lacks them."""
     recorded, current = index.fingerprint, made_by(manifest, index.mode)
     if differing := differing_fields(recorded, current, [n for n in current if n in recorded]):
         raise DatasetError(
             f"the dataset was made by another bundle: {', '.join(differing)} differ; train with the"
             " bundle that it was prepared with, or prepare it again with this one"
+        )
+    values = (
+        ("frames a second", index.fps, manifest.sampling.fps),
+        ("latent frames that are encoded alone (0: all)", index.chunk, manifest.chunk),
+        ("tokens of a caption", index.text_tokens, manifest.text_tokens),
+    )
+    if differing := [f"{n} {there:g}, {here:g}" for n, there, here in values if there != here]:
+        raise DatasetError(
+            f"the dataset does not fit the bundle: {'; '.join(differing)} in the bundle; prepare it"
+            " again with this bundle"
         )
 
 

@@ -23,7 +23,7 @@ from framepack_jax.data.bucket_schedule import BucketSchedule, whole_weights
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.datasets import open_datasets
 from framepack_jax.data.pixel_batch import PixelBatch
-from framepack_jax.data.records import Record
+from framepack_jax.data.records import BFLOAT16, Record
 from framepack_jax.data.samples import READ_ERRORS, Samples
 from framepack_jax.data.stream import POSITION, BatchStream
 
@@ -101,9 +101,8 @@ class Loader:
 
         shapes = self.abstract(self.bucket_at(step), self.samples.schedule_of(step))
         batch = jax.tree.map(zeros, shapes)
-        pooled = np.full_like(batch.conditions.pooled, np.nan)
         return batch.replace(
-            conditions=batch.conditions.replace(pooled=pooled),
+            conditions=jax.tree.map(_not_a_number, batch.conditions),
             meta=batch.meta.replace(clip=np.full_like(batch.meta.clip, LOST)),
         )
 
@@ -221,6 +220,11 @@ class Loader:
         return [self.samples.dataset_of(n).record(n) for n in self.held[:count]]
 
 
+def _not_a_number(x: np.ndarray) -> np.ndarray:
+    """Return NaN in the place of numbers; flags stay."""
+    return np.full_like(x, np.nan) if x.dtype == BFLOAT16 else x
+
+
 def _joined(
     streams: Sequence[Mapping[tuple[int, int], list[int]]],
 ) -> dict[tuple[int, int], list[int]]:
@@ -237,8 +241,9 @@ def open_loader(
     `batch` is the size of a global batch; this host reads its `share` (index, count). Raises
     DatasetError, ScheduleError, ValueError.
     """
-    datasets = open_datasets(cfg, max(schedule.window, *cfg.windows, 1))
     packing.plan(schedule, 1)
+    given = packing.start_frames(schedule)
+    datasets = open_datasets(cfg, {*cfg.windows} | {schedule.window}, given)
     if batch % share[1]:
         raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")
     return Loader(Samples(datasets, schedule, batch, cfg), batch, share)

@@ -28,6 +28,7 @@ from framepack_jax.data.listing import Listing, list_videos
 from framepack_jax.data.precompute import TILING, Encoder
 from framepack_jax.data.records import INDEX, NEW, DatasetError, Index
 from framepack_jax.data.scenes import SceneSettings
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.parallel.multihost import is_primary, on_all_hosts, on_primary
 from framepack_jax.utils.progress import Bar
 
@@ -65,7 +66,8 @@ def prepare(cfg: PrepareConfig) -> build.Packed:
         on_primary(build.check_videos, cfg.output, cfg.videos, listing)
     on_primary(build.check_any, cfg.output, cfg.videos, listing)
     made = _made(cfg, manifest)
-    encoder = Encoder.load(path, manifest, cfg.mode == "pixels")
+    chunk_frames = cfg.scenes.chunk_frames
+    encoder = Encoder.load(path, manifest, cfg.mode == "pixels", chunk_frames)
     encoders = [encoder.on(device) for device in jax.local_devices()]
     dataset = _index(cfg, manifest, made), encoders[0].prompt("")
     with _packing(cfg, listing, made, *dataset) as packing:
@@ -98,13 +100,19 @@ def _check_output(output: epath.Path) -> None:
 def _made(cfg: PrepareConfig, manifest: bundle.Manifest) -> dict[str, Any]:
     """Return every setting that determines the records."""
     tiling = dataclasses.asdict(TILING) if cfg.mode == "latents" else None
-    return {
+    made = {
         **made_by(manifest, cfg.mode),
         "format": FORMAT,
         "mode": cfg.mode,
         "vae_tiling": tiling,
         **dataclasses.asdict(cfg.scenes),
     }
+    # Settings that did not exist before: without them, clips cached by earlier versions fit.
+    if not made["chunk_frames"]:
+        del made["chunk_frames"]
+    if manifest.text_tokens != MAX_PROMPT_TOKENS:
+        made["text_tokens"] = manifest.text_tokens
+    return made
 
 
 def _index(cfg: PrepareConfig, manifest: bundle.Manifest, made: dict[str, Any]) -> Index:
@@ -112,7 +120,8 @@ def _index(cfg: PrepareConfig, manifest: bundle.Manifest, made: dict[str, Any]) 
     _, vae = bundle.role_config(manifest, "vae")
     return Index(
         cfg.mode, (), json.loads(json.dumps(made)), cfg.scenes.fps, vae.time_compression,
-        vae.space_compression, vae.latent_channels,
+        vae.space_compression, vae.latent_channels, chunk=manifest.chunk,
+        text_tokens=manifest.text_tokens,
     )  # fmt: skip
 
 

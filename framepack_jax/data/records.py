@@ -33,6 +33,7 @@ from framepack_jax.data.array_records import (
     read_from_disk,
     read_from_store,
 )
+from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import first_line
 from framepack_jax.utils.paths import is_remote
@@ -55,11 +56,11 @@ class Clip:
     Args:
         source: name of the video in the listing, or its path if training reads it.
         start: seconds from the start of the video.
-        frames: number of frames, 1 + 4 k, at the frame rate of the dataset.
+        frames: number of frames at the frame rate of the dataset: 1 + 4 k, or whole chunks.
         height: rows of the bucket in pixels.
         width: columns of the bucket in pixels.
         scores: scores that `filters` compares with thresholds.
-        caption_tokens: length of the caption; the networks read the first 256 tokens.
+        caption_tokens: length of the caption; the networks read the first tokens of it.
     """
 
     id: str
@@ -87,15 +88,16 @@ class Record(NamedTuple):
     """A clip with the arrays that training reads, in bfloat16.
 
     `text` (n, D) holds the states of the prompt, `pooled` (D,) its pooled state, `image`
-    (tokens, D) the states of the first frame. `latents` (T, h, w, C) are normalised. Position 0 is
-    the first frame encoded alone, as in sampling; the other positions are those of the whole clip.
-    `latents` is None if training encodes the frames.
+    (tokens, D) the states of the first frame; these two are None if the bundle has no encoder for
+    them. `latents` (T, h, w, C) are normalised. Position 0 is the first frame encoded alone, as in
+    sampling; the other positions are those of the whole clip. If the clip is encoded in chunks,
+    positions follow each other chunk by chunk. `latents` is None if training encodes the frames.
     """
 
     clip: Clip
     text: np.ndarray
-    pooled: np.ndarray
-    image: np.ndarray
+    pooled: np.ndarray | None
+    image: np.ndarray | None
     latents: np.ndarray | None
 
 
@@ -142,6 +144,8 @@ class Index:
 
     `fingerprint` holds every setting that determines the records: hashes of the VAE and the
     encoders, tiling, prompt template, frame rate, buckets. `empty` is the file of the empty prompt.
+    `chunk` is the number of latent frames that are encoded alone, 0 if a clip is encoded at once;
+    `text_tokens` the number of tokens of a caption that the networks read.
     """
 
     mode: Literal["latents", "pixels"]
@@ -152,10 +156,22 @@ class Index:
     space_compression: int
     channels: int
     empty: str = EMPTY
+    chunk: int = 0
+    text_tokens: int = MAX_PROMPT_TOKENS
 
     @property
     def clips(self) -> int:
         return sum(len(shard.lengths) for shard in self.shards)
+
+    def length(self, frames: int) -> int:
+        """Return the latent frames of a clip of so many frames."""
+        if self.chunk:
+            return frames // self.frames_of(self.chunk) * self.chunk
+        return 1 + (frames - 1) // self.time_compression
+
+    def frames_of(self, latents: int) -> int:
+        """Return the frames of latents that are encoded at once."""
+        return 1 + (latents - 1) * self.time_compression
 
     @functools.cached_property
     def record_buckets(self) -> list[tuple[int, int]]:
@@ -263,10 +279,11 @@ def _shard(fields: Mapping[str, Any]) -> Shard:
     return Shard(**values)
 
 
-def write_empty(folder: epath.PathLike, text: np.ndarray, pooled: np.ndarray) -> str:
-    """Write the states (n, D) and (D,) of the empty prompt; return the name of the file."""
+def write_empty(folder: epath.PathLike, text: np.ndarray, pooled: np.ndarray | None) -> str:
+    """Write the states (n, D) and (D,) or None of the empty prompt; return the name of the file."""
+    states = {"text": text, "pooled": pooled}
     data = safetensors.numpy.save(
-        {"text": text.astype(BFLOAT16), "pooled": pooled.astype(BFLOAT16)}
+        {name: array.astype(BFLOAT16) for name, array in states.items() if array is not None}
     )
     name = f"{SHARDS}/{with_digest(EMPTY, hashlib.sha256(data).hexdigest()[:16])}"
     path = epath.Path(folder) / name
@@ -276,16 +293,17 @@ def write_empty(folder: epath.PathLike, text: np.ndarray, pooled: np.ndarray) ->
     return name
 
 
-def read_empty(folder: epath.PathLike, index: Index) -> tuple[np.ndarray, np.ndarray]:
-    """Read the states (n, D) and (D,) of the empty prompt. Raises DatasetError."""
+def read_empty(folder: epath.PathLike, index: Index) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read the states (n, D) and (D,) or None of the empty prompt. Raises DatasetError."""
     file = epath.Path(folder) / index.empty
     if not file.exists():
         raise DatasetError(f"dataset {folder} lacks {index.empty}; prepare it again")
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    text, pooled = (_view(memoryview(data)[8 + length :], header[n]) for n in ("text", "pooled"))
-    return text, pooled
+    body = memoryview(data)[8 + length :]
+    pooled = _view(body, header["pooled"]) if "pooled" in header else None
+    return _view(body, header["text"]), pooled
 
 
 class VideoSource:

@@ -35,19 +35,28 @@ READ_ERRORS = (ValueError, OSError, RuntimeError)
 
 
 def choose_section(
-    rng: np.random.Generator, schedule: packing.Schedule, length: int, random_length: bool
+    rng: np.random.Generator,
+    schedule: packing.Schedule,
+    length: int,
+    random_length: bool,
+    chunked: bool = False,
 ) -> tuple[Section, int, int]:
     """Draw (section, its number in order of generation, sections of its plan) for a clip of
-    `length` latent frames, the first of which is the start image."""
-    most = (length - 1) // schedule.window
+    `length` latent frames, which begins with the start image of the schedule.
+
+    If a clip is encoded in chunks (`chunked`), its sections are planned as those of a video that
+    starts with nothing known.
+    """
+    before = 0 if chunked else packing.start_frames(schedule)
+    most = (length - before) // schedule.window
     sections = int(rng.integers(1, most + 1)) if random_length else most
     number = int(rng.integers(sections))
-    return _plan(schedule, sections)[number], number, sections
+    return _plan(schedule, sections, before, chunked)[number], number, sections
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(schedule: packing.Schedule, sections: int) -> list[Section]:
-    return packing.plan(schedule, sections)
+def _plan(schedule: packing.Schedule, sections: int, before: int, alone: bool) -> list[Section]:
+    return packing.plan(schedule, sections, before=before, alone=alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +126,13 @@ class Samples:
         record = dataset.record(number)
         random_length = self.cfg.sections == "random"
         length = dataset.length(record.clip)
-        section, made, sections = choose_section(rng, schedule, length, random_length)
+        section, made, sections = choose_section(
+            rng, schedule, length, random_length, chunked=bool(dataset.index.chunk)
+        )
         if rng.random() < self.cfg.caption_dropout:
             text, pooled = dataset.empty
             record = record._replace(text=text, pooled=pooled)
-        conditions = conditions_of(record, self.cfg.text_tokens)
+        conditions = conditions_of(record, dataset.text_tokens)
         meta = make_meta(element, made, sections, number)
         if dataset.index.mode == "latents":
             return latent_sample(record, section, conditions, meta)

@@ -1,6 +1,6 @@
 """Cut a video into clips of one bucket at its scene changes.
 
-    probe -> frames resampled to 30 a second by their times -> scene cuts -> clips -> scores
+    probe -> frames resampled to a fixed rate by their times -> scene cuts -> clips -> scores
 
 The functions take and return plain values, so that they run in threads or on a cluster. A video is
 streamed: only the frames of one clip are in memory, scaled and cropped to the bucket.
@@ -23,7 +23,7 @@ from framepack_jax.data.rejected import Rejected
 from framepack_jax.packing.buckets import find_bucket
 from framepack_jax.video import read_frames, resize_center_crop
 
-# A clip has 1 + 4 k frames, two latent frames at least.
+# A clip has 1 + 4 k frames, two latent frames at least; or whole chunks.
 MIN_FRAMES = 5
 # Minimum ratio of the sides of a video to those of its bucket.
 MIN_SCALE = 0.25
@@ -40,6 +40,21 @@ class SceneSettings:
     """Mean change of levels, 0 to 1, at which a scene ends (--scene-threshold)."""
     buckets: tuple[tuple[int, int], ...] = ()
     time_compression: int = 4
+    chunk_frames: int = 0
+    """Frames that are encoded alone: a clip has whole chunks of them; 0: clips are encoded whole.
+    """
+
+    @property
+    def min_frames(self) -> int:
+        """Number of frames of the shortest clip."""
+        return self.chunk_frames or MIN_FRAMES
+
+    def usable(self, count: int) -> int:
+        """Return how many of `count` frames a clip keeps, 0 if they are too few."""
+        rest = (
+            count % self.chunk_frames if self.chunk_frames else (count - 1) % self.time_compression
+        )
+        return count - rest if count >= self.min_frames else 0
 
 
 class SceneClip(NamedTuple):
@@ -78,11 +93,11 @@ def clips(
         if isinstance(error, Rejected):
             raise
         raise Rejected("damaged", f"{path}, after {begin + scene.total} frames: {error}") from error
-    if scene.total < MIN_FRAMES:
+    if scene.total < settings.min_frames:
         span = f" between {start:g} and {end:g} s" if begin or end < math.inf else ""
         raise Rejected(
             "too_short", f"{path} has {scene.total} frames{span} at {settings.fps:g} a second; at"
-            f" least {MIN_FRAMES} are needed"
+            f" least {settings.min_frames} are needed"
         )  # fmt: skip
 
 
@@ -130,10 +145,10 @@ class _Scene:
         self.frames, self.first = [], first
 
     def clip(self) -> Iterator[SceneClip]:
-        """Yield a clip of the frames, shortened to 1 + 4 k; nothing if they are too few."""
-        held, step = self.frames, self.settings.time_compression
-        count = len(held) - (len(held) - 1) % step if held else 0
-        if count >= MIN_FRAMES:
+        """Yield a clip of the frames, shortened to 1 + 4 k or to whole chunks; nothing if they are
+        too few."""
+        held = self.frames
+        if count := self.settings.usable(len(held)):
             frames = np.stack(held[:count])
             repeated = [a is b for a, b in itertools.pairwise(held[:count])]
             yield SceneClip(self.first, frames, filters.scores(frames, np.array(repeated)))

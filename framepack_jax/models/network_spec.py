@@ -66,6 +66,7 @@ class DenoiserSpec(NetworkSpec):
     `encoders(cfg)` are the roles of the networks whose states are its conditions. `conditions(text,
     valid, pooled, image, guidance)` makes them of `conditioning.PromptStates`, image tokens and the
     scale of distilled guidance; without an encoder for them, `pooled` and `image` are None.
+    With `reads_padding`, a prompt is read with its padding, so that the number of tokens matters.
     `patch` is the kernel that patchifies the target. `context_kernels(schedule)` names the patch
     embeddings that a schedule needs; `check_kernels(cfg, kernels)` and `check_mesh(cfg, mesh)`
     raise ValueError if the network has none for a kernel, or cannot be divided over a mesh.
@@ -83,6 +84,7 @@ class DenoiserSpec(NetworkSpec):
     check_mesh: Callable[..., None]
     forward_flops: Callable[..., int]
     offload_programs: Callable[..., list[Any]]
+    reads_padding: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -152,6 +152,18 @@ def span(schedule: Schedule) -> int:
     return layout.window + layout.history.frames
 
 
+def history_ages(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
+    """Return the place in the history of each context frame, by group in sequence order: 0 for the
+    farthest from the section, and MISSING for the anchor, which is no history."""
+    layout = _layout(schedule)
+    count = layout.history.frames
+    ages = range(count)[::-1] if schedule.reads_ahead else range(count)
+    anchor = layout.anchor
+    groups = _groups(anchor, [MISSING] * anchor.frames, range(anchor.frames)) if anchor else []
+    groups += _groups(layout.history, ages, range(count))
+    return tuple(group.reads for group in _pack(groups))
+
+
 def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:
     """Return the plan with the context under these kernels missing, as before the start of a video.
     The difference in the result shows what the model uses that context for."""

@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from framepack_jax import bundle, packing
 from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.diffusion import sampler
-from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.packing import Timeline
 from framepack_jax.parallel import hardware, sharding
 from framepack_jax.parallel.hardware import Machine
@@ -147,18 +146,24 @@ def dry_run_training(
 
 def sample_tokens(cfg: TrainConfig, manifest: bundle.Manifest, size: tuple[int, int]) -> int:
     """Count the tokens of a sample of a bucket of `size` (height, width) pixels."""
-    configs = {name: bundle.role_config(manifest, name)[1] for name in bundle.ROLES}
+    configs = _configs(manifest)
     rows, columns = (side // configs["vae"].space_compression for side in size)
     schedule = schedule_of(cfg, manifest)
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, rows, columns))
-    text_and_image = MAX_PROMPT_TOKENS + image_tokens(configs["image_encoder"])
-    return packed + packing.target_tokens(schedule, rows, columns) + text_and_image
+    image = image_tokens(configs["image_encoder"]) if "image_encoder" in configs else 0
+    return packed + packing.target_tokens(schedule, rows, columns) + manifest.text_tokens + image
+
+
+def _configs(manifest: bundle.Manifest) -> dict[str, Any]:
+    """Return the configs of the networks that training reads, by role."""
+    roles = bundle.sampling_roles(manifest)
+    return {name: bundle.role_config(manifest, name)[1] for name in roles}
 
 
 def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
     """Return a global batch of abstract latents for a bucket of `size` (height, width) pixels, with
     shardings, from the configs of the bundle's networks alone."""
-    configs = {name: bundle.role_config(task.manifest, name)[1] for name in bundle.ROLES}
+    configs = _configs(task.manifest)
     compression, batch = configs["vae"].space_compression, task.cfg.batch
     frame = (*(side // compression for side in size), configs["vae"].latent_channels)
     section = packing.plan(task.schedule, 1)[0]
@@ -171,7 +176,8 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=where)
 
-    number = shape(dtype=jnp.int32)
+    number, tokens = shape(dtype=jnp.int32), task.manifest.text_tokens
+    summary, vision = configs.get("text_encoder_2"), configs.get("image_encoder")
     return Batch(
         target=shape(len(section.targets), *frame),
         context=dataclasses.replace(
@@ -181,10 +187,10 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
             target_indices=shape(len(section.targets), dtype=jnp.int32),
         ),
         conditions=Conditions(
-            text=shape(MAX_PROMPT_TOKENS, configs["text_encoder"].width),
-            text_valid=shape(MAX_PROMPT_TOKENS, dtype=jnp.bool_),
-            pooled=shape(configs["text_encoder_2"].width),
-            image=shape(image_tokens(configs["image_encoder"]), configs["image_encoder"].width),
+            text=shape(tokens, configs["text_encoder"].width),
+            text_valid=shape(tokens, dtype=jnp.bool_),
+            pooled=None if summary is None else shape(summary.width),
+            image=None if vision is None else shape(image_tokens(vision), vision.width),
         ),
         meta=Meta(number, number, number, number),
     )  # fmt: skip

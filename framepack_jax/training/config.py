@@ -18,6 +18,7 @@ Positive = Annotated[int, Range(at_least=1, at_most=MAX_STEPS)]
 Count = Annotated[int, Range(at_least=0, at_most=MAX_STEPS)]
 NonNegative = Annotated[float, Range(at_least=0)]
 Decay = Annotated[float, Range(at_least=0, below=1)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
 NoiseLevel = Annotated[float, Range(above=0, at_most=1)]
 
 
@@ -73,6 +74,23 @@ class NoiseSchedule:
     """Standard deviation of the logit of t."""
     shift: float | None = None
     """mu of the shift; default: the value that the sampler uses for the section."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryConfig:
+    """Changes of the history in training, each drawn for each sample. Validation reads it whole.
+    Helios (arXiv 2603.04379) was trained with 0.4, 0.4, 0.333 and 0.1."""
+
+    drop_all: Share = 0.0
+    """Fraction of samples without history and anchor, as at the start of a video from text."""
+    drop_oldest: Share = 0.0
+    """Fraction of the other samples without their oldest history: 1 + k windows of latent frames, k
+    drawn uniformly. The anchor is kept."""
+    corrupt: Decay = 0.0
+    """Add noise to each latent frame of history and anchor, each at its own level from 0 up to this
+    one. (--history-noise draws one level for all frames of a sample.)"""
+    clean: Share = 0.1
+    """Fraction of samples that --history.corrupt leaves as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +236,7 @@ class TrainConfig(RunConfig):
     training data show the value 1, no guidance."""
     history_noise: Decay = 0.0
     """Add noise to context latents up to this level, drawn for each sample (0: none)."""
+    history: HistoryConfig = HistoryConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype that blocks compute in. Trained parameters are float32, frozen ones of this dtype."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -246,6 +265,11 @@ def _check(cfg: TrainConfig) -> None:
         raise ValueError(
             f"--reduce-dtype bfloat16 with --dtype {cfg.dtype}: gradients have the dtype of the"
             " computation; give --dtype bfloat16, or leave --reduce-dtype out"
+        )
+    if cfg.history_noise and cfg.history.corrupt:
+        raise ValueError(
+            f"--history-noise {cfg.history_noise:g} and --history.corrupt {cfg.history.corrupt:g}"
+            " both add noise to the history; give one of them"
         )
     if not cfg.validation.sigmas:
         raise ValueError(f"--validation.sigmas {cfg.validation.sigmas}: expected one or more")

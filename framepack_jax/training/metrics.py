@@ -302,7 +302,8 @@ def sample_cost(
 ) -> Cost:
     """Return the cost of a sample of a batch, which may be abstract; latents have `size` (rows,
     columns)."""
-    text, image = batch.conditions.text.shape[1], batch.conditions.image.shape[1]
+    text, states = batch.conditions.text.shape[1], batch.conditions.image
+    image = 0 if states is None else states.shape[1]
     packed = sum(tokens for _, tokens in packing.context_tokens(schedule, *size))
     tokens = packed + packing.target_tokens(schedule, *size) + image + text
     return Cost(model.spec.forward_flops(model.cfg, schedule, *size, text, image), tokens)

@@ -1,15 +1,17 @@
 """Check that a run can resume, or start from another run."""
 
+import dataclasses
+
 from framepack_jax.data.fingerprint import check_fingerprint
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import RunConfig, TrainConfig
+from framepack_jax.training.config import HistoryConfig, RunConfig, TrainConfig
 from framepack_jax.training.task import Record
 from framepack_jax.utils.compare import THERE_HERE, differences
 
 # Fields of the configuration that stay the same from the first step to the last.
 FIXED = (
     "init", "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance",
-    "history_noise", "noise_schedule",
+    "history_noise", "history", "noise_schedule",
 )  # fmt: skip
 
 
@@ -32,7 +34,9 @@ def check_same_run(cfg: TrainConfig, record: Record, old: Record) -> None:
     """Raise RunError or DatasetError if a run, with the record `old`, was started with another
     configuration or dataset."""
     check_fingerprint(old["fingerprint"], record["fingerprint"])
-    then, now = old["config"], record["config"]
+    # Runs of earlier versions changed no history.
+    then = {"history": dataclasses.asdict(HistoryConfig())} | old["config"]
+    now = record["config"]
     names = [*FIXED, *(["ema"] if bool(then["ema"]) != bool(now["ema"]) else [])]
     if then["optimizer"]["name"] != now["optimizer"]["name"]:
         names.append("optimizer")

@@ -84,12 +84,30 @@ class Model(NamedTuple):
 
 
 def model_of(cfg: TrainConfig, manifest: bundle.Manifest) -> Model:
-    """Return the transformer of a bundle, with the sizes in `cfg.network`. Raises BundleError."""
+    """Return the transformer of a bundle, with the sizes in `cfg.network`. Raises BundleError, and
+    ValueError if this trainer cannot train it as configured."""
     spec, config = bundle.denoiser_config(manifest)
+    _check_objective(cfg, manifest, spec)
     if cfg.network:
         fields = dataclasses.asdict(config) | dict(cfg.network)
         config = bundle.config_from_json(type(config), fields)
     return Model(spec, config)
+
+
+def _check_objective(cfg: TrainConfig, manifest: bundle.Manifest, spec: DenoiserSpec) -> None:
+    """Raise ValueError if the network was trained for another task, or reads other captions."""
+    if (stages := manifest.sampling.recipe.stages) > 1:
+        raise ValueError(
+            f"--trainable {cfg.trainable}: the bundle is sampled in {stages} stages of growing size"
+            " (mid or distilled weights), whose noise levels are local to each stage; this trainer"
+            " has no loss for them. Train the base model, and give its LoRA to sample.py"
+        )
+    tokens, read = cfg.data.text_tokens, manifest.text_tokens
+    if spec.reads_padding and tokens not in (None, read):
+        raise ValueError(
+            f"--data.text-tokens {tokens}: this network reads captions with their padding, of"
+            f" {read} tokens; leave the flag out"
+        )
 
 
 def abstract_params(cfg: TrainConfig, model: Model) -> tuple[Params, Params]:

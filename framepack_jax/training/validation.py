@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 from framepack_jax import packing, video
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import Record
+from framepack_jax.data.samples import conditions_of
 from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.generation.pipeline import FramePack, Inputs, Network, OnStep, Settings
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
-from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.parallel.multihost import fetch, on_primary
 from framepack_jax.training import state
 from framepack_jax.training.metrics import validation_folder
@@ -71,7 +71,8 @@ class Validator:
                 at, self.batches, cfg.validation.sigmas, cfg.validation.context, self.dataset_of
             )
         for number, frames in enumerate(self.videos(params, frozen.transformer, check)):
-            on_primary(save_video, cfg.output, step, number, frames)
+            fps = self.task.manifest.sampling.fps
+            on_primary(save_video, cfg.output, step, number, frames, fps)
         return figures
 
     def videos(
@@ -87,19 +88,28 @@ class Validator:
         pipe = with_network(self.pipe, task.model, network)
         window = task.schedule.window
         for number, record in enumerate(self.records):
-            sections = min(cfg.sections, (len(record.latents) - 1) // window)
+            assert record.latents is not None
+            given = given_frames(pipe)
+            sections = min(cfg.sections, (len(record.latents) - given) // window)
             settings = Settings(steps=cfg.steps, distilled_guidance=cfg.guidance)
-            made = sample_video(pipe, record, sections, settings, number, lambda *_: check())
-            truth = decoded_clip(pipe, record, 1 + sections * window)
-            yield side_by_side(made, truth)
+            plan = plan_of(pipe, sections)
+            conditions = conditions_of_clip(
+                pipe, record, task.manifest.text_tokens, settings.distilled_guidance
+            )
+            made = sample_video(
+                pipe, record, plan, conditions, settings, number, lambda *_: check()
+            )
+            yield side_by_side(made, decoded_clip(pipe, record, plan))
 
 
-def save_video(output: epath.PathLike, step: int, number: int, frames: np.ndarray) -> None:
+def save_video(
+    output: epath.PathLike, step: int, number: int, frames: np.ndarray, fps: float
+) -> None:
     """Write a validation video and its contact sheet to RUN/validation."""
     folder = validation_folder(output, step)
     folder.mkdir(parents=True, exist_ok=True)
-    video.write_mp4(folder / f"{number}.mp4", frames, 30)
-    video.save_png(folder / f"{number}.png", video.contact_sheet(frames, 30))
+    video.write_mp4(folder / f"{number}.mp4", frames, fps)
+    video.save_png(folder / f"{number}.png", video.contact_sheet(frames, fps))
 
 
 class Losses(NamedTuple):
@@ -202,44 +212,60 @@ def difference(changed: Losses, whole: Losses) -> Difference:
     return Difference(float(each.mean()), spread)
 
 
+def given_frames(pipe: FramePack) -> int:
+    """Return the number of latent frames of a clip that its sampled video begins with."""
+    return 0 if pipe.sampling.decode_alone else packing.start_frames(pipe.schedule)
+
+
+def plan_of(pipe: FramePack, sections: int) -> list[packing.Section]:
+    """Return the plan of a video that begins as the clips of training do."""
+    alone = pipe.sampling.decode_alone
+    return packing.plan(pipe.schedule, sections, before=given_frames(pipe), alone=alone)
+
+
+def conditions_of_clip(pipe: FramePack, record: Record, tokens: int, guidance: float) -> Any:
+    """Return the network's conditions of a clip whose caption is padded to `tokens`."""
+
+    def cast(x: np.ndarray) -> jax.Array:
+        return jnp.asarray(x[None], None if x.dtype == bool else pipe.dtype)
+
+    given = jax.tree.map(cast, conditions_of(record, tokens))
+    return pipe.transformer.spec.conditions(
+        given.text, given.text_valid, given.pooled, given.image,
+        jnp.full(1, guidance, jnp.float32),
+    )  # fmt: skip
+
+
 def sample_video(
     pipe: FramePack,
     record: Record,
-    sections: int,
+    plan: Sequence[packing.Section],
+    conditions: Any,
     settings: Settings,
     seed: int,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
-    """Sample a video (P, H, W, 3) uint8 from the start image and the conditions of a clip; calls
-    `on_step` after each step."""
+    """Sample a video (P, H, W, 3) uint8 from conditions, and from the start image of a clip if the
+    plan has one; calls `on_step` after each step."""
     assert record.latents is not None
-    plan = packing.plan(pipe.schedule, sections)
-    text = np.zeros((1, MAX_PROMPT_TOKENS, record.text.shape[1]), record.text.dtype)
-    text[0, : len(record.text)] = record.text
-    valid = (np.arange(text.shape[1]) < len(record.text))[None]
-    conditions = pipe.transformer.spec.conditions(
-        jnp.asarray(text, pipe.dtype), jnp.asarray(valid),
-        jnp.asarray(record.pooled[None], pipe.dtype), jnp.asarray(record.image[None], pipe.dtype),
-        jnp.full(1, settings.distilled_guidance, jnp.float32),
-    )  # fmt: skip
-    known = {0: np.asarray(record.latents[:1], np.float32)}
-    made = pipe.sample(
-        plan, Inputs([conditions], None, known), settings, seeds=[seed], on_step=on_step
-    )
+    known = {p: np.asarray(record.latents[p][None], np.float32) for p in range(given_frames(pipe))}
+    inputs = Inputs([conditions], None, known, (1, *record.latents.shape[1:]))
+    made = pipe.sample(plan, inputs, settings, seeds=[seed], on_step=on_step)
     clips = {start: frames for _, start, frames, _ in pipe.decode(plan, made)}
     frames = np.concatenate([np.asarray(clips[start]) for start in sorted(clips)], axis=1)
     return np.asarray(to_uint8(jnp.asarray(frames), record.clip.height, record.clip.width))[0]
 
 
-def decoded_clip(pipe: FramePack, record: Record, positions: int) -> np.ndarray:
-    """Decode the first latent positions of a clip to (P, H, W, 3) uint8."""
+def decoded_clip(pipe: FramePack, record: Record, plan: Sequence[packing.Section]) -> np.ndarray:
+    """Decode the latents of a clip that a plan makes, to (P, H, W, 3) uint8: at once, or section by
+    section if these are decoded alone."""
     assert record.latents is not None
-    latents = np.asarray(record.latents[None, :positions], np.float32)
-    timeline = packing.Timeline(latents.shape[1], latents.shape[2:])
-    timeline.write(range(latents.shape[1]), latents)
-    section = packing.plan(pipe.schedule, 1)[0]
-    section = dataclasses.replace(section, decode=(0, latents.shape[1]))
-    frames = pipe.decode_clip(section, timeline)
+    latents = np.asarray(record.latents[None, : packing.length(plan)], np.float32)
+    timeline = packing.Timeline.of(latents)
+    if not pipe.sampling.decode_alone:
+        plan = [dataclasses.replace(plan[0], decode=(0, latents.shape[1]))]
+    clips = [pipe.decode_clip(section, timeline) for section in plan]
+    frames = jnp.concatenate(clips, axis=1)
     return np.asarray(to_uint8(frames, record.clip.height, record.clip.width))[0]
 
 

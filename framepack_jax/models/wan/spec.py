@@ -28,6 +28,7 @@ TRANSFORMER = DenoiserSpec(
     check_mesh=packed_video.check_mesh,
     forward_flops=flops.forward_flops,
     offload_programs=offload_programs,
+    reads_padding=True,
 )
 
 VAE = VaeSpec(

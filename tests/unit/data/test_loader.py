@@ -54,6 +54,37 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
     assert len(seen) > 5
 
 
+def test_a_sample_of_chunks_is_what_sampling_reads_from_nothing(tmp_path) -> None:
+    """The first section reads nothing, and its first latent is the anchor of all others. A bundle
+    without CLIP and SigLIP leaves their states out."""
+    clips = write_dataset(tmp_path, {(32, 48): (6, 8, 2)}, chunk=2)
+    opened, batches = take(tmp_path, 12, schedule=F1, caption_dropout=0.5)
+    seen = set()
+    for batch, i in itertools.product(batches, range(4)):
+        assert batch.conditions.pooled is None and batch.conditions.image is None
+        latents = np.asarray(clips[batch.meta.clip[i]].latents, np.float32)
+        made, count = int(batch.meta.section[i]), int(batch.meta.sections[i])
+        assert count == len(latents) // 2
+        plan = packing.plan(packing.parse(F1), count, before=0, alone=True)
+        timeline = Timeline(packing.length(plan), latents.shape[1:])
+        for section in plan[:made]:
+            timeline.write(section.targets, latents[None, list(section.targets)])
+        context = packing.read_context(plan[made], timeline)
+        sample = jax.tree.map(lambda x, i=i: np.asarray(x[i : i + 1], np.float32), batch.context)
+        for ours, theirs in zip(jax.tree.leaves(sample), jax.tree.leaves(context), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        known = np.concatenate([np.asarray(x, np.float32) for x in sample.latents], axis=1)
+        assert (known == 0).all() == (made == 0)
+        wanted = latents[2 * made : 2 * made + 2]
+        np.testing.assert_array_equal(np.asarray(batch.target[i], np.float32), wanted)
+        seen.add((made, count))
+    assert {made for made, _ in seen} == {0, 1, 2, 3}
+    blank = opened.blank(0)
+    assert np.isnan(np.asarray(blank.conditions.text, np.float32)).all()
+    with pytest.raises(DatasetError, match=r"in chunks of 2 latent frames, and sections of 3"):
+        take(tmp_path, 0, schedule=F1.replace("g2", "g3"))
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("kind", ["inverted", "f1"])
 def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:

@@ -1,0 +1,134 @@
+"""Train a small Helios: dataset in chunks, history dropout, resume, export, and refusals."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from framepack_jax import bundle, video
+from framepack_jax.cli import prepare, sample, train
+from framepack_jax.conversion.make_bundle import make_bundle
+from framepack_jax.conversion.request import BundleRequest
+from framepack_jax.data import fingerprint, records
+from framepack_jax.data.precompute import Encoder
+from framepack_jax.data.records import DatasetError, VideoSource
+from framepack_jax.jobs.run_dir import RunDir
+from tests.fixtures.paths import GOLDEN
+from tests.fixtures.preparing import scene_frames, write_video
+from tests.fixtures.training_runs import log_of, state_of
+
+HELIOS = GOLDEN / "helios"
+SCHEDULE = "f1k1_x_f16k4f2k2f1k1_g3"
+SIZE = (64, 128)
+# Frames of a section of 3 latents that is encoded alone.
+SECTION = 9
+HISTORY = ("--history.drop-all", "0.4", "--history.drop-oldest", "0.4", "--history.corrupt", "0.3")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A bundle, three videos of 24 frames a second, one of them too short, and their dataset."""
+    folder = tmp_path_factory.mktemp("helios")
+    request = BundleRequest(
+        output=str(folder / "bundle"), pipeline=HELIOS / "pipeline", schedule=SCHEDULE
+    )
+    make_bundle(request)
+    (folder / "videos").mkdir()
+    for number, seconds in enumerate((0.9, 1.3, 0.2)):
+        file = folder / "videos" / f"{number}.mp4"
+        write_video(file, scene_frames(number, seconds, *SIZE), fps=24)
+    prepare.main(prepare_flags(folder, folder / "dataset"))
+    return folder
+
+
+def prepare_flags(place: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--videos", str(place / "videos"), "--bundle", str(place / "bundle"), "--output",
+        str(output), "--buckets", "64x128", *more,
+    ]  # fmt: skip
+
+
+def train_flags(place: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--bundle", str(place / "bundle"), "--data.path", str(place / "dataset"), "--output",
+        str(output), "--batch", "2", "--steps", "2", "--dtype", "float32", "--remat", "none",
+        "--validation.every", "0", "--log-every", "1", "--no-tensorboard",
+        "--optimizer.warmup-steps", "0", *more,
+    ]  # fmt: skip
+
+
+def test_clips_are_encoded_in_the_chunks_that_sampling_decodes(place) -> None:
+    index = records.read_index(place / "dataset")
+    manifest = bundle.read_manifest(place / "bundle")
+    assert (index.fps, index.chunk, index.text_tokens) == (24.0, 3, manifest.text_tokens)
+    rejected = (place / "dataset" / "rejected.jsonl").read_text()
+    assert "too_short" in rejected and "at least 9 are needed" in rejected
+    source = VideoSource(place / "dataset", index.shards)
+    found = sorted((source[n] for n in range(len(source))), key=lambda record: record.clip.source)
+    assert [record.clip.frames for record in found] == [2 * SECTION, 3 * SECTION]
+    encoder = Encoder.load(place / "bundle", manifest, pixels=False)
+    for record in found:
+        assert record.pooled is None and record.image is None
+        file = place / "videos" / Path(record.clip.source).name
+        frames = np.stack(list(video.read_frames(file, 24)))
+        for i in range(record.clip.frames // SECTION):
+            # Alone: the latents of a chunk do not depend on the others.
+            alone = encoder.latents(frames[i * SECTION : (i + 1) * SECTION])
+            stored = np.asarray(record.latents[3 * i : 3 * i + 3], np.float32)
+            np.testing.assert_allclose(stored, alone, atol=0.01 * np.abs(alone).max())
+    with pytest.raises(SystemExit, match="--mode pixels: this bundle encodes each section"):
+        prepare.main(prepare_flags(place, place / "pixels", "--mode", "pixels"))
+
+
+def test_a_run_resumes_exactly_and_its_bundle_is_sampled(place, tmp_path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(train_flags(place, whole, *HISTORY))
+    train.main(train_flags(place, parts, *HISTORY, "--steps", "1", "--no-export"))
+    train.main(train_flags(place, parts, *HISTORY))
+    losses = [log_of(whole)[step]["loss"] for step in (1, 2)]
+    assert np.isfinite(losses).all() and losses == [log_of(parts)[s]["loss"] for s in (1, 2)]
+    for a, b in zip(state_of(whole, 2), state_of(parts, 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(SystemExit, match="history"):
+        train.main(train_flags(place, whole, "--steps", "3"))
+    video_run = tmp_path / "video"
+    sample.main([
+        f"--bundle={whole / 'bundle'}", f"--output={video_run}", "--prompt=waves", "--steps=2",
+        "--sections=2", "--height=64", "--width=128", "--cfg-scale=1",
+    ])  # fmt: skip
+    frames = list(video.read_frames(RunDir.open(video_run).folder / "video.mp4"))
+    assert len(frames) == 2 * SECTION
+
+
+def test_validation_samples_from_text(place, tmp_path) -> None:
+    run = tmp_path / "run"
+    train.main(train_flags(
+        place, run, "--steps", "1", "--data.holdout", "1", "--validation.every", "1", "--no-export",
+        "--validation.samples", "2", "--validation.steps", "2", "--validation.sigmas", "0.5",
+    ))  # fmt: skip
+    figures = log_of(run)[1]
+    assert np.isfinite(figures["validation/loss"]) and "context/k4_blank" in figures
+    (shown,) = (run / "validation").rglob("0.mp4")
+    frames = list(video.read_frames(shown))
+    assert len(frames) == 2 * SECTION and frames[0].shape == (2 * SIZE[0], SIZE[1], 3)
+
+
+def test_what_does_not_fit_is_refused(place, tmp_path) -> None:
+    index = records.read_index(place / "dataset")
+    manifest = bundle.read_manifest(place / "bundle")
+    fingerprint.check_bundle(index, manifest)
+    other = dataclasses.replace(index, fps=30.0, chunk=0)
+    with pytest.raises(DatasetError, match=r"frames a second 30, 24; latent frames .* 0, 3 in"):
+        fingerprint.check_bundle(other, manifest)
+    with pytest.raises(SystemExit, match=r"--data.text-tokens 8: this network reads captions with"):
+        train.main(train_flags(place, tmp_path / "run", "--data.text-tokens", "8"))
+    pipeline = shutil.copytree(HELIOS / "pipeline", tmp_path / "pipeline")
+    shutil.copy(HELIOS / "model_index_distilled.json", pipeline / "model_index.json")
+    shutil.copy(HELIOS / "scheduler_distilled" / "scheduler_config.json", pipeline / "scheduler")
+    distilled = tmp_path / "distilled"
+    make_bundle(BundleRequest(output=str(distilled), pipeline=pipeline, schedule=SCHEDULE))
+    staged = ("--bundle", str(distilled), "--trainable", "lora")
+    with pytest.raises(SystemExit, match=r"--trainable lora: the bundle is sampled in 3 stages"):
+        train.main(train_flags(place, tmp_path / "run", *staged))
