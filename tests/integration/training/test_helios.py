@@ -36,7 +36,7 @@ def place(tmp_path_factory) -> Path:
     )
     make_bundle(request)
     (folder / "videos").mkdir()
-    for number, seconds in enumerate((0.9, 1.3, 0.2)):
+    for number, seconds in enumerate((0.75, 1.0, 0.2)):
         file = folder / "videos" / f"{number}.mp4"
         write_video(file, scene_frames(number, seconds, *SIZE), fps=24)
     prepare.main(prepare_flags(folder, folder / "dataset"))
@@ -46,7 +46,7 @@ def place(tmp_path_factory) -> Path:
 def prepare_flags(place: Path, output: Path, *more: str) -> list[str]:
     return [
         "--videos", str(place / "videos"), "--bundle", str(place / "bundle"), "--output",
-        str(output), "--buckets", "64x128", *more,
+        str(output), "--buckets", "64x128", "--min-seconds", "0.3", "--keep-duplicates", *more,
     ]  # fmt: skip
 
 
@@ -93,13 +93,33 @@ def test_a_run_resumes_exactly_and_its_bundle_is_sampled(place, tmp_path) -> Non
         np.testing.assert_array_equal(a, b)
     with pytest.raises(SystemExit, match="history"):
         train.main(train_flags(place, whole, "--steps", "3"))
-    video_run = tmp_path / "video"
-    sample.main([
-        f"--bundle={whole / 'bundle'}", f"--output={video_run}", "--prompt=waves", "--steps=2",
-        "--sections=2", "--height=64", "--width=128", "--cfg-scale=1",
-    ])  # fmt: skip
-    frames = list(video.read_frames(RunDir.open(video_run).folder / "video.mp4"))
+    made = sampled(whole / "bundle", tmp_path / "video")
+    frames = list(video.read_frames(made.folder / "video.mp4"))
     assert len(frames) == 2 * SECTION
+
+
+def test_adapters_are_trained_and_sampled_with(place, tmp_path) -> None:
+    run, targets = tmp_path / "run", r"blocks/(cross_)?(qkv|q|kv|out|mlp_in|mlp_out)"
+    lora = ("--trainable", "lora", "--lora.rank", "2", "--lora.targets", targets)
+    train.main(train_flags(place, run, *HISTORY, *lora, "--optimizer.learning-rate", "0.01"))
+    assert np.isfinite(log_of(run)[2]["loss"])
+    plain, adapted = (
+        sampled(place / "bundle", tmp_path / name, *more)
+        for name, more in (
+            ("plain", ()),
+            ("adapted", (f"--lora={run / 'bundle/lora.safetensors'}",)),
+        )
+    )
+    assert np.abs(adapted.latents()[0] - plain.latents()[0]).max() > 1e-3
+
+
+def sampled(folder: Path, output: Path, *more: str) -> RunDir:
+    """A video of two sections."""
+    sample.main([
+        f"--bundle={folder}", f"--output={output}", "--prompt=waves", "--steps=2", "--sections=2",
+        "--height=64", "--width=128", "--cfg-scale=1", *more,
+    ])  # fmt: skip
+    return RunDir.open(output)
 
 
 def test_validation_samples_from_text(place, tmp_path) -> None:
