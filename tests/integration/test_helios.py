@@ -11,6 +11,8 @@ from framepack_jax import video
 from framepack_jax.cli import resume, sample
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
+from framepack_jax.diffusion import sampler
+from framepack_jax.generation.options import VideoOptions
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.settings import Settings
 from framepack_jax.jobs.run_dir import RunDir
@@ -119,6 +121,20 @@ def test_an_extended_video_keeps_its_frames(bundle, tmp_path) -> None:
         bundle, tmp_path / "again", extend=run.folder, cfg_scale=1.0, height=None, width=None
     )
     assert again.record["frames"] == len(made) + 2 * SECTION
+
+
+@pytest.mark.parametrize(("name", "programs"), [("bundle", 1), ("distilled", 3)])
+def test_fifty_sections_run_the_programs_of_one(name: str, programs: int, request) -> None:
+    """One program for each stage, whatever a section reads: nothing, less than all, or all."""
+    pipe = FramePack.load(request.getfixturevalue(name))
+    options = VideoOptions(sections=50, **SIZE)
+    asked, layout = options.prepare(pipe.geometry, None, "waves")
+    settings = Settings(steps=1)
+    inputs = pipe.encode([asked], layout, settings)
+    sampler.step.clear_cache()
+    made = [section for section, _ in pipe.sample(layout.plan, inputs, settings)]
+    assert len(made) == 50 and sampler.step._cache_size() == programs
+    assert layout.frames == 50 * SECTION
 
 
 def test_prompts_change_between_sections(bundle, tmp_path) -> None:
