@@ -36,6 +36,7 @@ SHARED = {
     "tokenizer_2": (HUNYUAN, "tokenizer_2"),
     "image_processor": (REDUX, "feature_extractor"),
 }
+UMT5_TOKENIZER = ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "tokenizer")
 # Repository and folder of each part of the released models (`demo_gradio.py` and
 # `demo_gradio_f1.py` of the release). The models differ only in the transformer.
 FRAMEPACK: dict[str, dict[str, tuple[str, str | None]]] = {

@@ -1,6 +1,7 @@
 """Make a bundle of checkpoints: check all inputs, then write it network by network."""
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,10 +56,11 @@ def make_bundle(request: BundleRequest) -> Manifest:
     settings = pipeline_index.settings_of(None if request.from_base else pipeline, transformer)
     if settings.schedule and not request.schedule:
         schedule = packing.parse(settings.schedule)
-    folders = sources.tokenizer_folders(request, paths, jobs)
-    manifest = assembly.assemble_manifest(request, schedule, jobs, shared, origins, settings)
-    output_folder.check_space(request.output, [j.nbytes(request.dtype) for j in jobs.values()])
-    return _write(request, output, manifest, jobs, folders)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = sources.tokenizer_folders(request, paths, jobs, Path(scratch))
+        manifest = assembly.assemble_manifest(request, schedule, jobs, shared, origins, settings)
+        output_folder.check_space(request.output, [j.nbytes(request.dtype) for j in jobs.values()])
+        return _write(request, output, manifest, jobs, folders)
 
 
 def _check_flags(request: BundleRequest) -> None:

@@ -56,8 +56,8 @@ class Tokenizers:
     """Sources of tokenizer and image-processor files."""
 
     tokenizer: Path | None = None
-    """Folder of the text encoder's tokenizer; default: the folder of the text encoder, or
-    `tokenizer` next to it."""
+    """Folder of the text encoder's tokenizer; default: the folder of the text encoder, `tokenizer`
+    next to it, `google/umt5-xxl` in it, or the tokenizer inside of ComfyUI's UMT5."""
     tokenizer_2: Path | None = None
     """Folder of CLIP's tokenizer; default: the folder of text encoder 2, or `tokenizer_2` next to
     it."""

@@ -1,14 +1,21 @@
 """Find the source of every part of a bundle: networks, tokenizers, packing schedule."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest
-from framepack_jax.conversion import hub, pipeline_index, tables, tokenizers, weight_files
-from framepack_jax.conversion.engine import Source
+from framepack_jax.conversion import (
+    encoders,
+    hub,
+    pipeline_index,
+    tables,
+    tokenizers,
+    weight_files,
+)
+from framepack_jax.conversion.engine import ConversionJob, Source
 from framepack_jax.conversion.pipeline_index import MODEL_INDEX
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.weight_files import ConversionError
@@ -99,22 +106,32 @@ def pipeline_paths(pipeline: Path) -> dict[str, Path]:
 
 
 def tokenizer_folders(
-    request: BundleRequest, paths: dict[str, Path], converted: Collection[str]
+    request: BundleRequest,
+    paths: dict[str, Path],
+    jobs: Mapping[str, ConversionJob],
+    scratch: Path,
 ) -> dict[str, Path]:
     """Return {name: folder} of the tokenizers and the image processor of the converted networks.
 
-    Raises one ConversionError for all that are missing.
+    A tokenizer that is inside of a checkpoint is written to the empty folder `scratch`. Raises one
+    ConversionError for all that are missing.
     """
     folders, problems = {}, []
     for role, name in tokenizers.FOLDERS.items():
         given = getattr(request, name)
-        if role not in converted and not given:
+        if role not in jobs and not given:
             continue
         try:
             folders[name] = tokenizers.find(role, paths.get(role), given)
         except ConversionError as error:
-            released = "/".join(filter(None, hub.SHARED[name]))
-            problems.append(f"{error}; that of the released models is {released}")
+            source = jobs[role].source if role in jobs else None
+            if source and not given and (folder := tokenizers.extract(source, scratch)):
+                folders[name] = folder
+                continue
+            umt5 = source is not None and source.table.kind == encoders.UMT5.kind
+            released = hub.UMT5_TOKENIZER if umt5 else hub.SHARED[name]
+            where = "/".join(filter(None, released))
+            problems.append(f"{error}; that of the released models is {where}")
     if problems:
         raise ConversionError("\n".join(problems))
     return folders
