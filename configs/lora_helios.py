@@ -3,7 +3,7 @@
 Command:  framepack prepare --videos clips/ --bundle weights/helios_base --output datasets/mine
           python train.py --config configs/lora_helios.py --bundle weights/helios_base
               --data.path datasets/mine --output runs/lora
-Hardware: TPU v5p-64 (32 chips): see --dry-run v5p-64; on fewer chips a smaller --batch.
+Hardware: TPU v5p-64 (32 chips): see --dry-run v5p-64 --dry-run-size 384x640; not yet compiled.
 Expect:   RUN/bundle/lora.safetensors with the key names of diffusers, for sample.py --lora and
           diffusers, and RUN/bundle/lora_original.safetensors for other programs. The mid and
           distilled weights are refused: their stages have noise levels of their own. Not yet
