@@ -54,3 +54,15 @@ def test_an_inverted_order_has_neither() -> None:
             packing.plan(inverted, 2, **options)
     with pytest.raises(ScheduleError, match="0 frames are known, 1 are needed"):
         packing.plan(inverted, 2, before=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "order", "form"),
+    [
+        ("f1k1_g3_f1k1", "inverted", r"form of f1k1_x_g9_f1k1f2k2f16k4_td$"),
+        ("f1k1_g3", "forward", r"form of f1k1_x_f16k4f2k2f1k1_g9 or td_f16k4f2k2f1k1_g9$"),
+    ],
+)
+def test_a_schedule_of_another_form_is_answered_with_that_of_its_order(text, order, form) -> None:
+    with pytest.raises(ScheduleError, match=form):
+        packing.plan(packing.parse(text, order), 1)
