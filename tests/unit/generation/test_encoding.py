@@ -25,7 +25,11 @@ TOKENS = 12
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A bundle with UMT5 and no other encoder, of a transformer that asks for no other."""
-    spec = dataclasses.replace(TRANSFORMER, encoders=("text_encoder",), conditions=lambda *of: of)
+
+    def of_text(_: object) -> tuple[str, ...]:
+        return ("text_encoder",)
+
+    spec = dataclasses.replace(TRANSFORMER, encoders=of_text, conditions=lambda *of: of)
     monkeypatch.setitem(registry.NETWORKS, spec.kind, spec)
     released = bundle.read_manifest(RANDOM)
     vocabulary = released.roles["text_encoder"].config["vocab_size"]
