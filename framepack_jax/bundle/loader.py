@@ -273,8 +273,7 @@ def _opened(
 
 
 def check_present(root: epath.PathLike, roles: Iterable[str] | None = None) -> None:
-    """Raise BundleError if a bundle lacks the parameters of a role, by default of one that sampling
-    needs, without reading them."""
+    """Raise BundleError if a bundle lacks parameters of `roles`, by default those of sampling."""
     manifest = read_manifest(root)
     for name in sampling_roles(manifest) if roles is None else roles:
         role_config(manifest, name)

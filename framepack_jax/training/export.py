@@ -73,11 +73,9 @@ def export(
             f"{folder} was not trained from the transformer in {bundle_path}; give the bundle that"
             " the run was trained from"
         )
-    if weights == "average" and not cfg.ema:
-        raise RunError(f"{folder} has no moving average (--ema 0); remove --weights average")
+    part = _part(folder, cfg, weights)
     model = state.model_of(cfg, manifest)
     target = epath.Path(output or os.path.join(folder, "bundle"))
-    part = "ema" if cfg.ema and weights != "last" else "params"
     if cfg.trainable == "lora":
         if copy:
             raise RunError(f"{folder} has adapters only, which are one file; remove --copy")
@@ -89,16 +87,23 @@ def export(
     leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
     if jax.tree.leaves(frozen):
         names = list(unstack_layers(frozen, model.spec.stacks))
-        kept = bundle.read_leaves(bundle_path, manifest, "transformer", names)
-        leaves = itertools.chain(kept, leaves)
+        leaves = itertools.chain(
+            bundle.read_leaves(bundle_path, manifest, "transformer", names), leaves
+        )
     origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
     manifest = _manifest_of(manifest, cfg, record)
     network = model.spec.kind, dataclasses.asdict(model.cfg)
     source = {"name": origin, "training": provenance(folder, step)}
-    written = write_bundle(
-        manifest, bundle_path, target, "transformer", network, leaves, source, copy
-    )
+    role = "transformer"
+    written = write_bundle(manifest, bundle_path, target, role, network, leaves, source, copy)
     return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+
+
+def _part(folder: epath.Path, cfg: TrainConfig, weights: str) -> str:
+    """Return the part of a checkpoint that holds these `weights`. Raises RunError."""
+    if weights == "average" and not cfg.ema:
+        raise RunError(f"{folder} has no moving average (--ema 0); remove --weights average")
+    return "ema" if cfg.ema and weights != "last" else "params"
 
 
 def _check_target(target: epath.Path, overwrite: bool) -> None:
