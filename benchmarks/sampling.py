@@ -296,6 +296,8 @@ def _compilations(log: Log) -> dict[str, Any]:
 class Idle:
     """A network that computes nothing, so that a step is the work of the host alone."""
 
+    patch = "k1"
+
     @staticmethod
     def velocity(cfg: Any, params: Any, x: jax.Array, *_: Any) -> jax.Array:
         """Return zeros like x."""

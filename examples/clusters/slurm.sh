@@ -17,13 +17,17 @@
 PYTHON=${PYTHON:-.venv/bin/python}
 : "${BUNDLE:?the bundle to train}" "${DATA:?a dataset of framepack prepare}" "${RUN:?the run folder}"
 
+# Bash handles a signal only after `wait`, and not while a command runs in the foreground.
+stopped=
+trap 'stopped=1; kill -TERM $! 2>/dev/null' TERM
+
 # One process a node, which takes all its GPUs. `launch` restarts it after a failure. The step must
 # not be ended at the first process that fails: the others notice, and all start again.
 srun --kill-on-bad-exit=0 "$PYTHON" -m framepack_jax launch -- \
     train.py --config configs/finetune_i2v.py --bundle "$BUNDLE" --data.path "$DATA" \
     --output "$RUN" --batch 64 --coordinator-address auto &
-# Bash handles a signal only after `wait`, and not while a command runs in the foreground.
-trap 'kill -TERM $!' TERM
+# A signal may have come before there was a process to hand it on to.
+[ -z "$stopped" ] || kill -TERM $!
 wait $!
 code=$?
 while kill -0 $! 2>/dev/null; do

@@ -11,7 +11,7 @@ from framepack_jax.cli.evaluate import Evaluate
 from framepack_jax.cli.explain import Explain
 from framepack_jax.cli.prepare import Prepare
 from framepack_jax.data.scenes import SceneSettings
-from framepack_jax.generation.pipeline import DEFAULT_SETTINGS
+from framepack_jax.generation.settings import Settings
 from framepack_jax.utils import extras
 
 WITHOUT_EVAL = f"""
@@ -53,8 +53,8 @@ def test_a_package_that_is_installed_is_not_asked_for() -> None:
 def test_evaluate_samples_with_the_defaults_of_the_release() -> None:
     flags = Evaluate()
     assert (flags.steps, flags.sampler, flags.distilled_guidance, flags.cfg_scale) == (
-        DEFAULT_SETTINGS.steps, DEFAULT_SETTINGS.sampler,
-        DEFAULT_SETTINGS.distilled_guidance, DEFAULT_SETTINGS.cfg_scale,
+        Settings().steps, Settings().sampler,
+        Settings().distilled_guidance, Settings().cfg_scale,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from framepack_jax.cli import decode, resume
-from framepack_jax.generation import pipeline
+from framepack_jax.generation import noise
 from framepack_jax.jobs import run_dir, run_files
 from tests.fixtures.small_run import (
     change_record,
@@ -132,14 +132,14 @@ NAN_SEED = 13
 @contextlib.contextmanager
 def nan_in_section_2() -> Iterator[None]:
     """The noise of section 2 is not a number for the videos of one seed."""
-    noise = pipeline._noise
+    normal = noise._normal
 
-    def broken(seed: int, section: int, shape: tuple[int, ...]) -> object:
-        return noise(seed, section, shape) * (np.nan if (seed, section) == (NAN_SEED, 1) else 1)
+    def broken(seed: int, section: int, *shape: object) -> object:
+        return normal(seed, section, *shape) * (np.nan if (seed, section) == (NAN_SEED, 1) else 1)
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
-        patch.setattr(pipeline, "_noise", broken)
+        patch.setattr(noise, "_normal", broken)
         yield
 
 
