@@ -16,14 +16,13 @@ import functools
 import tempfile
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from framepack_jax import bundle
 from framepack_jax.models import autoencoder, offload
@@ -33,6 +32,9 @@ from framepack_jax.models.params import Params
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.video.image_processor import ImageProcessor, load_image_processor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\n"
@@ -72,9 +74,9 @@ class Encoders:
     tokens are read. CLIP and SigLIP are None in a bundle whose transformer reads neither.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     text_encoder: tuple[Any, Params]
-    tokenizer_2: PreTrainedTokenizerBase | None = None
+    tokenizer_2: "PreTrainedTokenizerBase | None" = None
     text_encoder_2: tuple[clip.ClipConfig, Params] | None = None
     image_processor: ImageProcessor | None = None
     image_encoder: tuple[siglip.SiglipConfig, Params] | None = None
@@ -83,11 +85,13 @@ class Encoders:
     text_tokens: int = MAX_PROMPT_TOKENS
 
 
-def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: epath.PathLike) -> "PreTrainedTokenizerBase":
     """Load the tokenizer in `folder`. Raises ValueError if there is none."""
     folder = epath.Path(folder)
     if not (folder / "tokenizer_config.json").exists():
         raise ValueError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
+    from transformers import AutoTokenizer  # takes seconds, with torch installed
+
     # The folder may be in a bucket, and transformers reads local files only.
     with tempfile.TemporaryDirectory() as local:
         for file in folder.iterdir():
@@ -101,7 +105,7 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prompt_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+def prompt_start(tokenizer: "PreTrainedTokenizerBase", template: str) -> int:
     """Return the number of tokens before the prompt, which all prompts share; 0 if the template
     begins with the prompt."""
     if template.startswith("{}"):
@@ -122,7 +126,7 @@ def count_tokens(encoders: Encoders, prompt: str) -> int:
 
 
 def tokenize_prompt(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     template: str,
     prompts: Sequence[str],
     text_tokens: int = MAX_PROMPT_TOKENS,
@@ -151,7 +155,7 @@ def tokenize_prompt(
 
 
 def tokenize_summary(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], length: int
 ) -> np.ndarray:
     """Return ids (B, length) int32 of the bare prompts for CLIP.
 
@@ -300,7 +304,7 @@ def _fill(template: str, prompt: str) -> str:
 
 
 def _pad_and_cut(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids, mask), int32 (B, length)."""
     encoded = tokenizer(

