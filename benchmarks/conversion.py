@@ -27,7 +27,7 @@ import tyro
 
 from framepack_jax import bundle
 from framepack_jax.bundle import loader
-from framepack_jax.conversion import engine, export, transformer
+from framepack_jax.conversion import engine, safetensors_files, transformer
 from framepack_jax.models.hunyuan.config import TransformerConfig
 
 # Bytes of disk that are left alone, and of a shard (the released model comes in three of 8.6 GB).
@@ -132,15 +132,15 @@ def convert(root: Path, cfg: TransformerConfig) -> dict[str, Any]:
 def make_checkpoint(folder: Path, cfg: TransformerConfig) -> int:
     """Write random bfloat16 tensors under diffusers' names, in shards. Return their bytes."""
     tensors = [
-        export.Tensor(name, shape, "bfloat16")
+        safetensors_files.Tensor(name, shape, "bfloat16")
         for step in engine.steps_of(transformer.DIFFUSERS, cfg)
         for name, shape in zip(step.sources, step.source_shapes(), strict=True)
     ]
     folder.mkdir()
-    shards = export.shards(tensors, SHARD)
+    shards = safetensors_files.shards(tensors, SHARD)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        export.write_safetensors(folder / name, shard, map(_random, shard))
+        safetensors_files.write_safetensors(folder / name, shard, map(_random, shard))
     pairs = zip(names, shards, strict=True)
     weight_map = {tensor.name: name for name, shard in pairs for tensor in shard}
     index = json.dumps({"weight_map": weight_map})
@@ -148,7 +148,7 @@ def make_checkpoint(folder: Path, cfg: TransformerConfig) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _random(tensor: export.Tensor) -> np.ndarray:
+def _random(tensor: safetensors_files.Tensor) -> np.ndarray:
     """Return random bits with the highest exponent bit off, so that all numbers are finite."""
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     bits = random.integers(0, 1 << 16, math.prod(tensor.shape), dtype=np.uint16)

@@ -13,6 +13,7 @@ Shapes: B batch, L tokens of the text encoder, H W rows and columns, C latent ch
 
 import dataclasses
 import functools
+import json
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -90,19 +91,31 @@ def load_tokenizer(folder: epath.PathLike) -> "PreTrainedTokenizerBase":
     folder = epath.Path(folder)
     if not (folder / "tokenizer_config.json").exists():
         raise ValueError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
-    from transformers import AutoTokenizer  # takes seconds, with torch installed
-
     # The folder may be in a bucket, and transformers reads local files only.
     with tempfile.TemporaryDirectory() as local:
         for file in folder.iterdir():
             if not file.is_dir():
                 file.copy(epath.Path(local) / file.name)
-        tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
+        tokenizer = _tokenizer_class(folder).from_pretrained(local, local_files_only=True)
     if tokenizer.pad_token is None:
         raise ValueError(
             f"the tokenizer in {folder} has no pad token, which is needed to pad prompts"
         )
     return tokenizer
+
+
+def _tokenizer_class(folder: epath.Path) -> Any:
+    """Return the class of transformers that reads a tokenizer.
+
+    AutoTokenizer imports torch where it is installed, which takes seconds: a tokenizer that is all
+    in tokenizer.json is read without it.
+    """
+    import transformers
+
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def prompt_start(tokenizer: "PreTrainedTokenizerBase", template: str) -> int:

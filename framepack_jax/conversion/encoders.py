@@ -12,8 +12,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
-
 from framepack_jax.conversion.engine import Source, Table
 from framepack_jax.conversion.transforms import (
     Patch,
@@ -304,6 +302,8 @@ def _transformers_config(source: Source, part: str, model_type: str) -> Any | No
     folder = source.checkpoint.folder
     if source.config_json() is None:
         return None
+    from transformers import AutoConfig  # takes seconds, with torch installed
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types, by what is wrong in the file

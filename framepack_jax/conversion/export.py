@@ -11,12 +11,10 @@ has a hidden name that ends in `.partial`, and is renamed when it is complete.
 import functools
 import itertools
 import json
-import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +33,12 @@ from framepack_jax.conversion import (
     wan_vae,
 )
 from framepack_jax.conversion.engine import Advance, Step, Table
+from framepack_jax.conversion.safetensors_files import (
+    Tensor,
+    partial_name,
+    shards,
+    write_safetensors,
+)
 from framepack_jax.conversion.transforms import (
     Conv,
     Conv2d,
@@ -52,8 +56,6 @@ from framepack_jax.conversion.weight_files import ConversionError
 from framepack_jax.models import quantization
 
 SHARD = 5_000_000_000
-# Dtype -> its name in the header of a safetensors file.
-STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Naming -> tables, and the prefix of their names.
 TABLES: dict[str, tuple[tuple[Table, str], ...]] = {
     "diffusers": (
@@ -79,18 +81,6 @@ TABLES: dict[str, tuple[tuple[Table, str], ...]] = {
 }
 # Names of weight files in a folder, as diffusers and transformers ("model") expect them.
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-
-
-class Tensor(NamedTuple):
-    """A tensor to write: its name, shape, and the name of its numpy dtype."""
-
-    name: str
-    shape: Shape
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 class Export:
@@ -155,7 +145,7 @@ class Export:
         """
         if path.exists():
             raise ConversionError(f"{path} exists already; choose another file, or remove it")
-        _partial(path).unlink(missing_ok=True)
+        partial_name(path).unlink(missing_ok=True)
         engine.check_space(path, self.nbytes)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, self.tensors, self.arrays(), advance)
@@ -170,7 +160,7 @@ class Export:
             raise ConversionError(f"{path} exists and is not empty; choose another folder")
         kind = self.manifest.roles[self.role].kind
         config = export_configs.CONFIGS[kind](self.cfg, self.manifest)
-        partial = _partial(path)
+        partial = partial_name(path)
         shutil.rmtree(partial, ignore_errors=True)
         engine.check_space(path, self.nbytes)
         partial.mkdir(parents=True)
@@ -286,74 +276,6 @@ def _steps(manifest: Manifest, role: str, naming: str) -> list[Step]:
             f"{role}: a {table.description} has no names for some of its tensors ({error}); export"
             " a FramePack model in diffusers' names"
         ) from error
-
-
-def shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
-    """Group tensors into shards of at most `limit` bytes, or of one tensor."""
-    shards: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return shards
-
-
-def write_safetensors(
-    path: Path,
-    tensors: list[Tensor],
-    arrays: Iterator[np.ndarray],
-    advance: Advance = engine.silent,
-) -> None:
-    """Write a safetensors file, which gets its name when complete; see `stream_safetensors`."""
-    partial = _partial(path)
-    with partial.open("wb") as file:
-        stream_safetensors(file, tensors, arrays, advance)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def stream_safetensors(
-    file: BinaryIO,
-    tensors: list[Tensor],
-    arrays: Iterator[np.ndarray],
-    advance: Advance = engine.silent,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write tensors to an open file in the safetensors format, one array at a time.
-
-    The format is the length of the header, the header as JSON with `metadata`, and the values
-    (README of huggingface/safetensors). Unlike with `safetensors.save_file`, the caller decides on
-    the permissions of the file. Raises ValueError if an array contradicts `tensors`.
-    """
-    _write_header(file, tensors, metadata or {})
-    for tensor, array in zip(tensors, arrays, strict=True):
-        if array.shape != tensor.shape or str(array.dtype) != tensor.dtype:
-            raise ValueError(f"{tensor} would be written as {array.dtype} {array.shape}")
-        file.write(array.reshape(-1).view(np.uint8).data)
-        advance(array.nbytes)
-
-
-def _partial(path: Path) -> Path:
-    """Return the name of a file or folder until it is complete."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def _write_header(file: BinaryIO, tensors: list[Tensor], metadata: Mapping[str, str]) -> None:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    begin = 0
-    for tensor in tensors:
-        end = begin + tensor.nbytes
-        fields[tensor.name] = {
-            "dtype": STORED[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end],
-        }  # fmt: skip
-        begin = end
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    file.write(len(header).to_bytes(8, "little") + header)
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

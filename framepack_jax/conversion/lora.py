@@ -16,7 +16,6 @@ from etils import epath
 
 from framepack_jax.conversion import lora_names, lora_peft, lora_targets
 from framepack_jax.conversion.engine import DTYPES, Step
-from framepack_jax.conversion.export import Tensor, stream_safetensors
 from framepack_jax.conversion.lora_fusion import (
     Pair,
     folded,
@@ -28,6 +27,7 @@ from framepack_jax.conversion.lora_fusion import (
     to_modules,
     trimmed,
 )
+from framepack_jax.conversion.safetensors_files import Tensor, stream_safetensors
 from framepack_jax.conversion.weight_files import (
     Checkpoint,
     ConversionError,

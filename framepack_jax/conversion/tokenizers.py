@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from etils import epath
-from transformers import AutoTokenizer
 
 from framepack_jax.conversion.engine import Source
 from framepack_jax.conversion.file_formats import ConversionError, check_contents
@@ -115,6 +114,8 @@ def _needs_conversion(folder: AnyPath) -> bool:
 
 def _convert(source: epath.Path, target: epath.Path) -> None:
     """Make the tokenizer of a local folder with a SentencePiece model."""
+    from transformers import AutoTokenizer  # takes seconds, with torch installed
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except Exception as error:  # of many types, by what is damaged

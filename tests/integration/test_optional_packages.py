@@ -73,3 +73,16 @@ main([{command!r}, "--help"])
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 0 and "usage" in ran.stdout, ran.stderr
+
+
+def test_sampling_does_not_import_torch() -> None:
+    """It would take seconds of each run, where torch is installed."""
+    program = """
+import sys
+from framepack_jax import bundle, conditioning
+from framepack_jax.cli import session
+conditioning.load_tokenizer(bundle.resolve("random") / "tokenizer")
+assert "torch" not in sys.modules, "torch"
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

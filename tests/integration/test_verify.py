@@ -14,7 +14,7 @@ from framepack_jax import __main__ as cli
 from framepack_jax import bundle
 from framepack_jax.bundle import BundleError
 from framepack_jax.cli.convert import main
-from framepack_jax.conversion import arrays, engine, export, transformer, verify
+from framepack_jax.conversion import arrays, engine, safetensors_files, transformer, verify
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.conversion.verify import compare
@@ -40,12 +40,12 @@ def write_checkpoint(file: Path, cfg: TransformerConfig, dtype: str = "bfloat16"
     """Random weights in diffusers' names."""
     random = np.random.default_rng(0)
     tensors = [
-        export.Tensor(name, shape, dtype)
+        safetensors_files.Tensor(name, shape, dtype)
         for step in engine.steps_of(transformer.DIFFUSERS, cfg)
         for name, shape in zip(step.sources, step.source_shapes(), strict=True)
     ]
     arrays = (random.standard_normal(t.shape, np.float32).astype(jnp.dtype(dtype)) for t in tensors)
-    export.write_safetensors(file, tensors, arrays)
+    safetensors_files.write_safetensors(file, tensors, arrays)
     return file
 
 
