@@ -18,6 +18,8 @@ COMMANDS = {
     "train": "dataset + bundle -> trained model",
     "launch": "run a training command until it finishes",
     "evaluate": "drift and forgetting of bundles, or of a video file",
+    "elo": "runs of several methods -> page for blind votes",
+    "elo-ratings": "votes -> ELO ratings",
     "export-run": "training run -> bundle or LoRA file",
 }
 

@@ -16,7 +16,8 @@ ROWS = [
     {"bundle"},
     {"conditioning"},
     {"generation", "data", "conversion"},
-    {"training", "evaluation", "jobs"},
+    {"training", "jobs"},
+    {"evaluation"},
     {"planning", "toy"},
     {"cli", "__main__", "__init__"},
 ]
