@@ -36,13 +36,20 @@ class Evaluate:
     """Packing schedule to sample each bundle with, instead of its own. Give it several times for
     several schedules."""
     video: Path | None = None
-    """Video file to measure instead of bundles; used with --output, --clip and --caption only."""
+    """Video file to measure instead of bundles; used with --output, --clip, --vbench and --caption
+    only."""
     clip: Path | None = None
     """With --video: folder of a pretrained CLIP model (openai/clip-vit-large-patch14 or another
     that transformers reads), which scores each frame against the first frame and the caption. Needs
     PyTorch, the extra [torch]."""
+    vbench: Path | None = None
+    """With --video: Python of an environment with VBench (pip install vbench), for example
+    ~/vbench/bin/python. VBench measures the whole video, its first 15 % and its last 15 %."""
+    vbench_dimensions: tuple[str, ...] = ()
+    """With --vbench: dimensions of VBench, for example motion_smoothness imaging_quality; default:
+    all that it measures of any video."""
     caption: str = ""
-    """With --clip: caption of the video."""
+    """With --clip or --vbench: caption of the video."""
     output: Path | None = None
     """Folder of the results; optional with --video."""
     videos: int = 8
@@ -91,11 +98,18 @@ def _evaluate_file(flags: Evaluate, video: Path) -> str:
     """Measure a video file. Raises ValueError, OSError."""
     if flags.bundle:
         raise ValueError("--video and --bundle exclude each other; remove --bundle")
-    if flags.caption and flags.clip is None:
-        raise ValueError("--caption is compared by a pretrained model: give --clip FOLDER")
+    if flags.caption and flags.clip is None and flags.vbench is None:
+        raise ValueError(
+            "--caption is compared by a pretrained model: give --clip FOLDER or --vbench PYTHON"
+        )
+    if flags.vbench_dimensions and flags.vbench is None:
+        raise ValueError("--vbench-dimensions needs --vbench PYTHON")
     from framepack_jax.evaluation import video_file
 
-    return video_file.evaluate(video, flags.output, flags.clip, flags.caption)
+    networks = video_file.Pretrained(
+        flags.clip, flags.vbench, flags.vbench_dimensions, flags.caption
+    )
+    return video_file.evaluate(video, flags.output, networks)
 
 
 def _evaluate(flags: Evaluate) -> Path:
@@ -110,8 +124,11 @@ def _evaluate(flags: Evaluate) -> Path:
 
 def _check(flags: Evaluate) -> tuple[int, int]:
     """Return the size (height, width). Raises ValueError if a flag is missing or out of range."""
-    if flags.clip is not None or flags.caption:
-        raise ValueError("--clip and --caption need --video; toy scenes have a known ground truth")
+    if flags.clip or flags.vbench or flags.vbench_dimensions or flags.caption:
+        raise ValueError(
+            "--clip, --vbench, --vbench-dimensions and --caption need --video; toy scenes have a"
+            " known ground truth"
+        )
     if not flags.bundle:
         raise ValueError("give --bundle, one or more, or --video FILE")
     if flags.output is None:

@@ -21,7 +21,7 @@ ROWS = [
     {"planning", "toy"},
     {"cli", "__main__", "__init__"},
 ]
-TORCH_ONLY_IN = ("conversion", "evaluation/clip_score.py")
+TORCH_ONLY_IN = ("conversion", "evaluation/clip_score.py", "evaluation/vbench_worker.py")
 
 
 def unit_of(path: Path) -> str:

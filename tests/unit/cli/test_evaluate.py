@@ -13,6 +13,8 @@ from framepack_jax.cli import evaluate
         (["--video", "x.mp4", "--bundle", "random"], "--video"),
         (["--video", "x.mp4", "--caption", "waves"], "give --clip"),
         (["--bundle", "random", "--output", "out", "--clip", "x"], "need --video"),
+        (["--bundle", "random", "--output", "out", "--vbench", "python"], "need --video"),
+        (["--video", "x.mp4", "--vbench-dimensions", "color"], "needs --vbench PYTHON"),
         (["--bundle", "random"], "--output"),
         (["--bundle", "nowhere", "--output", "out"], "nowhere"),
         (["--bundle", "random", "--output", "out", "--size", "64"], "--size 64"),
