@@ -45,10 +45,14 @@ def choose_section(
     `length` latent frames, which begins with the start image of the schedule.
 
     If a clip is encoded in chunks (`chunked`), its sections are planned as those of a video that
-    starts with nothing known.
+    starts with nothing known. Under a schedule without context each chunk is a video of its own;
+    of a clip that is encoded at once, the beginning is the only one.
     """
     before = 0 if chunked else packing.start_frames(schedule)
     most = (length - before) // schedule.window
+    if not schedule.segments:
+        chunk = int(rng.integers(most)) if chunked else 0
+        return _plan(schedule, 1, chunk * schedule.window, chunked)[0], 0, 1
     sections = int(rng.integers(1, most + 1)) if random_length else most
     number = int(rng.integers(sections))
     return _plan(schedule, sections, before, chunked)[number], number, sections

@@ -90,7 +90,8 @@ class Validator:
         for number, record in enumerate(self.records):
             assert record.latents is not None
             given = given_frames(pipe)
-            sections = min(cfg.sections, (len(record.latents) - given) // window)
+            most = (len(record.latents) - given) // window
+            sections = min(cfg.sections, most) if task.schedule.segments else 1
             settings = Settings(steps=cfg.steps, distilled_guidance=cfg.guidance)
             plan = plan_of(pipe, sections)
             conditions = conditions_of_clip(

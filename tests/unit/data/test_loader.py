@@ -85,6 +85,26 @@ def test_a_sample_of_chunks_is_what_sampling_reads_from_nothing(tmp_path) -> Non
         take(tmp_path, 0, schedule=F1.replace("g2", "g3"))
 
 
+def test_without_context_every_chunk_of_a_clip_is_a_video(tmp_path) -> None:
+    """Clips that are encoded at once have one beginning."""
+    chunked, whole = tmp_path / "chunked", tmp_path / "whole"
+    for folder, chunk in ((chunked, 2), (whole, 0)):
+        clips = write_dataset(folder, {(32, 48): (6, 8, 2)}, chunk=chunk)
+        _, batches = take(folder, 12, schedule="g2")
+        seen = set()
+        for batch, i in itertools.product(batches, range(4)):
+            latents = np.asarray(clips[batch.meta.clip[i]].latents)
+            (first,) = [
+                first
+                for first in range(len(latents) - 1)
+                if np.array_equal(latents[first : first + 2], batch.target[i])
+            ]
+            assert batch.context.target_indices[i].tolist() == [0, 1]
+            assert (batch.meta.section[i], batch.meta.sections[i]) == (0, 1)
+            seen.add(first)
+        assert seen == ({0, 2, 4, 6} if chunk else {0})
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("kind", ["inverted", "f1"])
 def test_frame_indices_are_the_released_ones(golden, tmp_path, kind) -> None:
