@@ -10,7 +10,8 @@ Hardware: TPU v5p-64 (32 chips): see --dry-run v5p-64 --dry-run-size 384x640, wi
           helios_14b. Not yet compiled at this batch.
 Expect:   context embeddings start as copies of the patch embedding, so the first losses are those
           of a video model that reads its history as more frames. The release trains adapters of
-          rank 128 and the context embeddings in full; this configuration trains all parameters.
+          rank 128 and the context embeddings in full (--trainable lora --lora.context --lora.rank
+          128 --lora.alpha 128); this configuration trains all parameters.
           A first stage for the context embeddings alone is cheap: --trainable context --steps 2000
           --optimizer.learning-rate 1e-4 --output runs/stage1. The number of steps that a good
           model takes is not known.

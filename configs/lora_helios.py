@@ -29,9 +29,7 @@ def get_config() -> TrainConfig:
         bundle="helios_14b",
         data=DataConfig(holdout=8),
         trainable="lora",
-        lora=LoRAConfig(
-            rank=128, alpha=128.0, targets=r"blocks/(cross_)?(qkv|q|kv|out|mlp_in|mlp_out)"
-        ),
+        lora=LoRAConfig(rank=128, alpha=128.0),
         batch=32,
         steps=3000,
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=100),

@@ -71,7 +71,8 @@ class DenoiserSpec(NetworkSpec):
     embeddings that a schedule needs; `check_kernels(cfg, kernels)` and `check_mesh(cfg, mesh)`
     raise ValueError if the network has none for a kernel, or cannot be divided over a mesh.
     `forward_flops(cfg, schedule, rows, columns, text, image)` counts the matrix products of one
-    sample. `offload_programs` lists what a step compiles if blocks are offloaded.
+    sample. `offload_programs` lists what a step compiles if blocks are offloaded. `lora_targets` is
+    a regular expression of the linear layers, as "blocks/qkv", that a LoRA adapts by default.
     """
 
     velocity: Velocity
@@ -84,6 +85,7 @@ class DenoiserSpec(NetworkSpec):
     check_mesh: Callable[..., None]
     forward_flops: Callable[..., int]
     offload_programs: Callable[..., list[Any]]
+    lora_targets: str
     reads_padding: bool = False
 
 

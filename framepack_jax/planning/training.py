@@ -25,6 +25,7 @@ from framepack_jax.planning.hlo import Traffic
 from framepack_jax.planning.programs import GB, Program, compile_program
 from framepack_jax.planning.report import StepReport, flag_lines
 from framepack_jax.planning.sampling import image_tokens
+from framepack_jax.training import state
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.default_mesh import default_mesh
 from framepack_jax.training.flow_matching_task import (
@@ -129,7 +130,8 @@ def dry_run_training(
     flops, tokens = sample_cost(task.model, task.schedule, batch, batch.target.shape[2:4])
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(task.abstract.params))
     frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(task.frozen))
-    base = trained + frozen - (trained if cfg.trainable == "lora" else 0)
+    _, own = state.partition_factors(task.abstract.params)
+    base = frozen + sum(math.prod(p.shape) for p in jax.tree.leaves(own))
     return TrainingReport(
         machine=machine,
         mesh=dict(devices.shape),

@@ -56,9 +56,13 @@ class LoRAConfig:
     """Rank of each adapter; the projections q, k and v share their first factor."""
     alpha: float = 32.0
     """Scale: adapters are multiplied by alpha / rank."""
-    targets: str = r"(double|single)/(\w+_)?(qkv|out|mlp_in|mlp_out)"
-    """Regular expression of the adapted linear layers; default: those of all blocks without the
-    modulations. `(double|single)/(\\w+_)?(qkv|out|mlp_in|mlp_out|mod)` adds these."""
+    targets: str | None = None
+    """Regular expression of the adapted linear layers; default: all linear layers of the network's
+    blocks, without HunyuanVideo's modulations, which
+    `(double|single)/(\\w+_)?(qkv|out|mlp_in|mlp_out|mod)` adds."""
+    context: bool = False
+    """Also train all parameters of --trainable context, as Helios was trained from Wan. The run
+    exports a bundle with them, and beside it the adapters."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ def export(
     copy: bool = False,
     overwrite: bool = False,
 ) -> str:
-    """Export a run (RUN or RUN@STEP) as a bundle, or its adapters as LORA_FILES in a folder.
+    """Export a run (RUN or RUN@STEP) as a bundle, or its adapters as LORA_FILES in a folder, or
+    both: a bundle with the trained embeddings, and in its folder the adapters.
 
     Returns lines that say what was written. The bundle of a run from random weights lists the
     buckets of its dataset.
@@ -73,30 +74,61 @@ def export(
             f"{folder} was not trained from the transformer in {bundle_path}; give the bundle that"
             " the run was trained from"
         )
-    part = _part(folder, cfg, weights)
-    model = state.model_of(cfg, manifest)
+    run_at = _Run(folder, step, _part(folder, cfg, weights), cfg, record, manifest)
     target = epath.Path(output or os.path.join(folder, "bundle"))
-    if cfg.trainable == "lora":
-        if copy:
-            raise RunError(f"{folder} has adapters only, which are one file; remove --copy")
-        about = _lora_header(cfg, model, manifest, folder, step)
-        files = _lora_files(target, overwrite)
-        return _export_lora(cfg, model, folder, step, part, files, dtype or "float32", about)
-    _check_target(target, overwrite)
-    trained, frozen = state.abstract_params(cfg, model)
-    leaves = _leaves(folder, step, part, trained, model, dtype or "bfloat16")
+    adapters = cfg.trainable == "lora"
+    alone = adapters and not cfg.lora.context
+    if alone and copy:
+        raise RunError(f"{folder} has adapters only, which are one file; remove --copy")
+    files = _lora_files(target, overwrite, alone) if adapters else {}
+    lines = []
+    if not alone:
+        _check_target(target, overwrite)
+        lines.append(_export_bundle(run_at, bundle_path, target, dtype or "bfloat16", copy))
+    if adapters:
+        lines.append(_export_lora(run_at, files, dtype or "float32"))
+    return "\n".join(lines)
+
+
+class _Run(NamedTuple):
+    """A run at a step: the part of its checkpoint to export, its configuration and record, and the
+    manifest of the bundle that it was trained from."""
+
+    folder: str
+    step: int
+    part: str
+    cfg: TrainConfig
+    record: dict[str, Any]
+    manifest: bundle.Manifest
+
+    @property
+    def model(self) -> state.Model:
+        return state.model_of(self.cfg, self.manifest)
+
+
+def _export_bundle(
+    run: _Run, bundle_path: epath.PathLike, target: epath.Path, dtype: str, copy: bool
+) -> str:
+    """Write the network of a run, without adapters, in a bundle."""
+    model = run.model
+    trained, frozen = state.abstract_params(run.cfg, model)
+    factors, own = state.partition_factors(trained)
+    leaves = _leaves(run, own, dtype)
     if jax.tree.leaves(frozen):
         names = list(unstack_layers(frozen, model.spec.stacks))
         leaves = itertools.chain(
-            bundle.read_leaves(bundle_path, manifest, "transformer", names), leaves
+            bundle.read_leaves(bundle_path, run.manifest, "transformer", names), leaves
         )
-    origin = f"{folder} at step {step}{', moving average' if part == 'ema' else ''}"
-    manifest = _manifest_of(manifest, cfg, record)
+    average = ", moving average" if run.part == "ema" else ""
+    origin = f"{run.folder} at step {run.step}{average}"
+    manifest = _manifest_of(run.manifest, run.cfg, run.record)
     network = model.spec.kind, dataclasses.asdict(model.cfg)
-    source = {"name": origin, "training": provenance(folder, step)}
-    role = "transformer"
-    written = write_bundle(manifest, bundle_path, target, role, network, leaves, source, copy)
-    return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}"
+    source = {"name": origin, "training": provenance(run.folder, run.step)}
+    written = write_bundle(
+        manifest, bundle_path, target, "transformer", network, leaves, source, copy
+    )
+    more = f" --lora {target}" if factors else ""
+    return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}{more}"
 
 
 def _part(folder: epath.Path, cfg: TrainConfig, weights: str) -> str:
@@ -200,23 +232,28 @@ def read_config(values: dict[str, Any]) -> TrainConfig:
     return fields.load(TrainConfig, values, ignore_unknown=True)
 
 
-def _leaves(
-    folder: str, step: int, part: str, trained: Any, model: state.Model, dtype: str
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, array) of the trained parameters layer by layer, cast to `dtype`."""
+def _leaves(run: _Run, trained: Any, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (path, array) of trained parameters layer by layer, cast to `dtype`."""
     for path, leaf in flatten_dict(trained).items():
-        found = checkpoints.restore_params(folder, step, unflatten_dict({path: leaf}), part)
+        wanted = unflatten_dict({path: leaf})
+        found = checkpoints.restore_params(run.folder, run.step, wanted, run.part)
         array = np.asarray(flatten_dict(found)[path])
-        layers = unstack_layers(unflatten_dict({path: array}), model.spec.stacks)
+        layers = unstack_layers(unflatten_dict({path: array}), run.model.spec.stacks)
         for name, layer in layers.items():
             yield name, np.asarray(layer).astype(jnp.dtype(dtype))
 
 
-def _lora_files(target: epath.Path, overwrite: bool) -> dict[str, epath.Path]:
+def _lora_files(target: epath.Path, overwrite: bool, alone: bool) -> dict[str, epath.Path]:
     """Return {key format: file} for adapters: `target` if it is a .safetensors file, else
-    LORA_FILES in the folder `target`. Raises RunError if one exists, without `overwrite`."""
+    LORA_FILES in the folder `target`. Raises RunError if one exists, without `overwrite`, or if a
+    file is given for adapters that are not `alone`."""
     files = {naming: target / name for naming, name in LORA_FILES.items()}
     if target.suffix == ".safetensors":
+        if not alone:
+            raise RunError(
+                f"{target}: the run trained embeddings too (--lora.context), which make a bundle;"
+                " give a folder"
+            )
         files = {"diffusers": target}
     for file in files.values():
         if file.exists() and not overwrite:
@@ -224,54 +261,46 @@ def _lora_files(target: epath.Path, overwrite: bool) -> dict[str, epath.Path]:
     return files
 
 
-def _lora_header(
-    cfg: TrainConfig, model: state.Model, manifest: bundle.Manifest, folder: str, step: int
-) -> dict[str, str]:
+def _lora_header(run: _Run) -> dict[str, str]:
     """Return the provenance of adapters for the header of their files.
 
     Keys are those of kohya-ss/sd-scripts and musubi-tuner (ss_) and of Stability AI's model
     metadata specification (modelspec). The trained rank and alpha have keys of our own, as `write`
     adds those of the stored tensors, which may differ.
     """
-    base = str(manifest.roles["transformer"].source.get("name", "unknown"))
-    schedule = cfg.schedule or manifest.schedule
-    release = family_of(model.cfg).release(model.cfg)
-    rank, alpha = cfg.lora.rank, f"{cfg.lora.alpha:g}"
+    base = str(run.manifest.roles["transformer"].source.get("name", "unknown"))
+    schedule = run.cfg.schedule or run.manifest.schedule
+    release = family_of(run.model.cfg).release(run.model.cfg)
+    rank, alpha = run.cfg.lora.rank, f"{run.cfg.lora.alpha:g}"
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{release.architecture}/lora",
         "modelspec.implementation": f"https://github.com/{release.repository}",
-        "modelspec.title": os.path.basename(os.path.normpath(folder)),
-        "modelspec.description": f"LoRA trained with rank {rank} and alpha {alpha} for {step} steps"
-        f" from {base}, for packing schedule {schedule}",
+        "modelspec.title": os.path.basename(os.path.normpath(run.folder)),
+        "modelspec.description": f"LoRA trained with rank {rank} and alpha {alpha} for {run.step}"
+        f" steps from {base}, for packing schedule {schedule}",
         "ss_base_model_version": release.version,
         "ss_sd_model_name": base,
-        "ss_steps": str(step),
+        "ss_steps": str(run.step),
         "framepack.rank": str(rank),
         "framepack.alpha": alpha,
         "framepack.schedule": str(schedule),
     }
 
 
-def _export_lora(
-    cfg: TrainConfig,
-    model: state.Model,
-    folder: str,
-    step: int,
-    part: str,
-    files: dict[str, epath.Path],
-    dtype: str,
-    about: dict[str, str],
-) -> str:
-    trained, _ = state.abstract_params(cfg, model)
-    factors = checkpoints.restore_params(folder, step, trained, part)
+def _export_lora(run: _Run, files: dict[str, epath.Path], dtype: str) -> str:
+    """Write the adapters of a run."""
+    model = run.model
+    factors, _ = state.partition_factors(state.abstract_params(run.cfg, model)[0])
+    factors = checkpoints.restore_params(run.folder, run.step, factors, run.part)
     factors = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), factors)
-    adapters: lora.LoRA = state.to_lora(cfg, factors)
+    adapters: lora.LoRA = state.to_lora(run.cfg, factors)
+    about = _lora_header(run)
     for naming, file in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, adapters, model.cfg, naming, about)
     file = files["diffusers"]
-    said = f"{file}: {len(adapters)} adapters of rank {cfg.lora.rank}; sample.py --lora {file}"
+    said = f"{file}: {len(adapters)} adapters of rank {run.cfg.lora.rank}; sample.py --lora {file}"
     if other := files.get("original"):
         said += f"\n{other}: the same for ComfyUI, musubi-tuner, OneTrainer and other programs"
     return said

@@ -184,8 +184,10 @@ class FlowMatchingTask:
 
     def record(self, previous: Record | None) -> Record:
         """Return the configuration, the data order, and how the first run that led here began."""
+        config = checkpoints.as_record(self.cfg)
+        config["lora"]["targets"] = state.lora_targets(self.cfg.lora, self.model.spec)
         record: Record = {
-            "config": checkpoints.as_record(self.cfg),
+            "config": config,
             "fingerprint": self.loader.fingerprint,
             "weights": self.manifest.roles["transformer"].source.get("sha256"),
         }

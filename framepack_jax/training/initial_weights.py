@@ -44,11 +44,13 @@ def load_network(task: "FlowMatchingTask") -> Params:
             f"bundle {path} keeps its transformer in {quantized.pop()}, and training takes"
             " weights of 16 or 32 bits; train from one that was converted without that --dtype"
         )
-    dtype = {"all": "float32", "lora": cfg.dtype, "context": None}[cfg.trainable]
+    dtype: str | None = "float32" if cfg.trainable == "all" else cfg.dtype
+    if state.trains_embeddings(cfg):
+        dtype = None  # trained embeddings and frozen weights have types of their own
     params = bundle.load_params(
         path, manifest, "transformer", dtype=dtype and jnp.dtype(dtype), mesh=task.mesh
     )
-    if cfg.trainable != "context":
+    if dtype is not None:
         return params
     wanted = flatten_dict(task.abstract.params) | flatten_dict(task.frozen)
     leaves = flatten_dict(params)

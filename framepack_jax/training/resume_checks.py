@@ -1,10 +1,12 @@
 """Check that a run can resume, or start from another run."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from framepack_jax.data.fingerprint import check_fingerprint
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import HistoryConfig, RunConfig, TrainConfig
+from framepack_jax.training.config import HistoryConfig, LoRAConfig, RunConfig, TrainConfig
 from framepack_jax.training.task import Record
 from framepack_jax.utils.compare import THERE_HERE, differences
 
@@ -19,7 +21,7 @@ def check_init(cfg: TrainConfig, record: Record, other: Record) -> None:
     """Raise RunError if the run with the record `other`, named by --init, trained other parameters
     than this run does."""
     names = ["network", "trainable"] + (["lora"] if cfg.trainable == "lora" else [])
-    differing = differences(other["config"], record["config"], names, THERE_HERE)
+    differing = differences(_current(other["config"]), record["config"], names, THERE_HERE)
     # If all parameters are trained, all come from the run.
     if cfg.trainable != "all" and other["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
@@ -34,16 +36,25 @@ def check_same_run(cfg: TrainConfig, record: Record, old: Record) -> None:
     """Raise RunError or DatasetError if a run, with the record `old`, was started with another
     configuration or dataset."""
     check_fingerprint(old["fingerprint"], record["fingerprint"])
-    # Runs of earlier versions changed no history.
-    then = {"history": dataclasses.asdict(HistoryConfig())} | old["config"]
-    now = record["config"]
-    names = [*FIXED, *(["ema"] if bool(then["ema"]) != bool(now["ema"]) else [])]
+    then, now = _current(old["config"]), record["config"]
+    names = [name for name in FIXED if name != "lora" or now["trainable"] == "lora"]
+    names += ["ema"] if bool(then["ema"]) != bool(now["ema"]) else []
     if then["optimizer"]["name"] != now["optimizer"]["name"]:
         names.append("optimizer")
     differing = differences(then, now, names)
     if old["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
     raise_if_changed(cfg, differing)
+
+
+def _current(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration with the fields that earlier versions did not have."""
+    history, adapters = (dataclasses.asdict(part()) for part in (HistoryConfig, LoRAConfig))
+    return {
+        **config,
+        "history": config.get("history", history),
+        "lora": adapters | config.get("lora", {}),
+    }
 
 
 def raise_if_changed(cfg: RunConfig, differing: list[str]) -> None:

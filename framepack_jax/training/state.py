@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle
 from framepack_jax.models import lora, lora_layers
 from framepack_jax.models.network_spec import DenoiserSpec
-from framepack_jax.models.params import partition_params
+from framepack_jax.models.params import merge_params, partition_params
 from framepack_jax.parallel import sharding
 from framepack_jax.training import optimizer
 from framepack_jax.training.config import LoRAConfig, TrainConfig
@@ -113,15 +113,32 @@ def _check_objective(cfg: TrainConfig, manifest: bundle.Manifest, spec: Denoiser
 def abstract_params(cfg: TrainConfig, model: Model) -> tuple[Params, Params]:
     """Return the (trained, frozen) parameters of a run as `jax.ShapeDtypeStruct`s."""
     params = model.spec.abstract_params(model.cfg)
+    trained, frozen = _partition(cfg, params)
     if cfg.trainable == "lora":
-        factors = jax.eval_shape(lambda: init_lora(cfg.lora, params, jax.random.key(0)))
-        return _typed(factors, "float32"), _typed(params, cfg.dtype)
-    trained, frozen = partition_params(params, _trained_pattern(cfg))
+        targets = lora_targets(cfg.lora, model.spec)
+        key = jax.random.key(0)
+        factors = jax.eval_shape(lambda: init_lora(cfg.lora, targets, params, key))
+        trained = merge_params(factors, trained)
     return _typed(trained, "float32"), _typed(frozen, cfg.dtype)
 
 
-def _trained_pattern(cfg: TrainConfig) -> str:
-    return NEW_EMBEDDINGS if cfg.trainable == "context" else ".*"
+def _partition(cfg: TrainConfig, params: Params) -> tuple[Params, Params]:
+    """Divide all parameters of a network into those that are trained in full, and the rest."""
+    if cfg.trainable == "all":
+        return params, {}
+    if cfg.trainable == "lora" and not cfg.lora.context:
+        return {}, params
+    return partition_params(params, NEW_EMBEDDINGS)
+
+
+def trains_embeddings(cfg: TrainConfig) -> bool:
+    """Return True if a run trains the new embeddings in full, and freezes all other parameters."""
+    return cfg.trainable == "context" or (cfg.trainable == "lora" and cfg.lora.context)
+
+
+def lora_targets(cfg: LoRAConfig, spec: DenoiserSpec) -> str:
+    """Return the regular expression of the layers that a LoRA adapts."""
+    return spec.lora_targets if cfg.targets is None else cfg.targets
 
 
 def _typed(params: Params, dtype: str) -> Params:
@@ -133,18 +150,18 @@ def factor_scale(cfg: TrainConfig) -> float:
     return cfg.lora.alpha / cfg.lora.rank if cfg.trainable == "lora" else 1.0
 
 
-def init_lora(cfg: LoRAConfig, params: Params, key: jax.Array) -> Params:
-    """Return adapters that change nothing yet: `lora_a` (in, r) normal with variance 1 / in,
-    `lora_b` (r, ...out) zero, with a layer axis in a stack. Raises ValueError if `cfg.targets`
-    matches no layer."""
+def init_lora(cfg: LoRAConfig, targets: str, params: Params, key: jax.Array) -> Params:
+    """Return adapters of the layers `targets` that change nothing yet: `lora_a` (in, r) normal with
+    variance 1 / in, `lora_b` (r, ...out) zero, with a layer axis in a stack. Raises ValueError if
+    `targets`, a regular expression, matches no layer."""
     leaves = flatten_dict(params)
     # Kernels of stacks have a layer axis.
-    modules = [p[:-1] for p, leaf in leaves.items() if p[-1] == "kernel" and leaf.ndim > 2]
-    modules = [m for m in modules if re.fullmatch(cfg.targets, "/".join(m))]
+    layers = [p[:-1] for p, leaf in leaves.items() if p[-1] == "kernel" and leaf.ndim > 2]
+    modules = [m for m in layers if re.fullmatch(targets, "/".join(m))]
     if not modules:
         raise ValueError(
-            f"--lora.targets {cfg.targets!r} matches no linear layer; layers are such as"
-            f" {', '.join('/'.join(m) for m in list({p[:-1] for p in leaves})[:4])}"
+            f"--lora.targets {targets!r} matches no linear layer of this network; it has"
+            f" {', '.join(sorted('/'.join(m) for m in layers))}"
         )
     factors = {}
     for number, module in enumerate(sorted(modules)):
@@ -153,6 +170,16 @@ def init_lora(cfg: LoRAConfig, params: Params, key: jax.Array) -> Params:
         factors[*module, lora_layers.LORA_A] = draw * inputs**-0.5
         factors[*module, lora_layers.LORA_B] = jnp.zeros((count, cfg.rank, *outputs))
     return unflatten_dict(factors)
+
+
+def partition_factors(trained: Params) -> tuple[Params, Params]:
+    """Divide trained parameters into the factors of adapters, and those trained in full."""
+    leaves = flatten_dict(trained)
+    factors = {path for path in leaves if path[-1] in (lora_layers.LORA_A, lora_layers.LORA_B)}
+    return (
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if path in factors}),
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if path not in factors}),
+    )
 
 
 def to_lora(cfg: TrainConfig, factors: Params) -> lora.LoRA:
@@ -212,13 +239,14 @@ def init_state(
 ) -> tuple[TrainState[jax.Array], Params]:
     """Return (state before the first step, frozen parameters). `params` are all parameters of the
     network, float32 if they are trained; the state takes over their memory."""
+    trained, frozen = _partition(cfg, params)
     if cfg.trainable == "lora":
         key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
-        where = shardings(abstract_state(cfg, model, tx, mesh)[0].params)
-        draw = jax.jit(lambda: init_lora(cfg.lora, params, key), out_shardings=where)
-        trained, frozen = draw(), params
-    else:
-        trained, frozen = partition_params(params, _trained_pattern(cfg))
+        targets = lora_targets(cfg.lora, model.spec)
+        abstract = abstract_state(cfg, model, tx, mesh)[0].params
+        where = shardings(partition_factors(abstract)[0])
+        draw = jax.jit(lambda: init_lora(cfg.lora, targets, params, key), out_shardings=where)
+        trained = merge_params(draw(), trained)
     return with_params(cfg, model, tx, mesh, trained), frozen
 
 

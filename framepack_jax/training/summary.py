@@ -12,7 +12,7 @@ from framepack_jax.parallel.chips import chip_of
 from framepack_jax.parallel.sharding import placed_bytes
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.programs import Programs
-from framepack_jax.training.state import Params, TrainState, factor_scale
+from framepack_jax.training.state import Params, TrainState, factor_scale, partition_factors
 from framepack_jax.training.task import Frozen
 from framepack_jax.utils.messages import bytes_text
 
@@ -136,11 +136,15 @@ def lora_warning(cfg: TrainConfig) -> str | None:
 
 
 def _trained(cfg: TrainConfig, trained: Params, frozen: Params) -> str:
-    count, rest = (sum(math.prod(x.shape) for x in jax.tree.leaves(p)) for p in (trained, frozen))
-    adapters = f" in adapters of rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, beside"
-    if cfg.trainable == "lora":
-        return f"trained      {count:,} parameters{adapters} {rest:,} frozen ones"
-    return trained_line(count, count + rest)
+    factors, whole = partition_factors(trained)
+    count, own, rest = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(p)) for p in (factors, whole, frozen)
+    )
+    if cfg.trainable != "lora":
+        return trained_line(own, own + rest)
+    adapters = f"in adapters of rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}"
+    embeddings = f" and {own:,} of embeddings" if own else ""
+    return f"trained      {count:,} parameters {adapters}{embeddings}, beside {rest:,} frozen ones"
 
 
 def run_lines(task: "FlowMatchingTask", first: int) -> list[str]:

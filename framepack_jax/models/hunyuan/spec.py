@@ -31,6 +31,7 @@ TRANSFORMER = DenoiserSpec(
     check_mesh=packed_video.check_mesh,
     forward_flops=flops.forward_flops,
     offload_programs=offload_programs,
+    lora_targets=r"(double|single)/(\w+_)?(qkv|out|mlp_in|mlp_out)",
 )
 
 VAE = VaeSpec(

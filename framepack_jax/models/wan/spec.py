@@ -28,6 +28,7 @@ TRANSFORMER = DenoiserSpec(
     check_mesh=packed_video.check_mesh,
     forward_flops=flops.forward_flops,
     offload_programs=offload_programs,
+    lora_targets=r"blocks/(cross_)?(qkv|q|kv|out|mlp_in|mlp_out)",
     reads_padding=True,
 )
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from framepack_jax import bundle, video
-from framepack_jax.cli import prepare, sample, train
+from framepack_jax.cli import convert, export, prepare, sample, train
+from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.data import fingerprint, records
@@ -99,18 +100,54 @@ def test_a_run_resumes_exactly_and_its_bundle_is_sampled(place, tmp_path) -> Non
 
 
 def test_adapters_are_trained_and_sampled_with(place, tmp_path) -> None:
-    run, targets = tmp_path / "run", r"blocks/(cross_)?(qkv|q|kv|out|mlp_in|mlp_out)"
-    lora = ("--trainable", "lora", "--lora.rank", "2", "--lora.targets", targets)
+    """Those of all linear layers of the blocks, by default; with the embeddings of context, which
+    are trained in full."""
+    run = tmp_path / "run"
+    lora = ("--trainable", "lora", "--lora.rank", "2", "--lora.context")
     train.main(train_flags(place, run, *HISTORY, *lora, "--optimizer.learning-rate", "0.01"))
-    assert np.isfinite(log_of(run)[2]["loss"])
-    plain, adapted = (
-        sampled(place / "bundle", tmp_path / name, *more)
-        for name, more in (
-            ("plain", ()),
-            ("adapted", (f"--lora={run / 'bundle/lora.safetensors'}",)),
+    manifest = bundle.read_manifest(place / "bundle")
+    cfg = bundle.denoiser_config(manifest)[1]
+    read = conversion_lora.read(run / "bundle" / "lora.safetensors", cfg)
+    linear = {path for path, leaf in leaves_of(place).items() if is_linear_of_a_block(path, leaf)}
+    assert read.lora.keys() == linear and len(linear) == 7 * cfg.layers
+    before, after = leaves_of(place), leaves_of(run)
+    for path, leaf in before.items():
+        if not path.startswith("embed/context_"):
+            np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+        elif path.endswith("bias"):
+            # Half of the learning rate, and more than is rounded.
+            assert np.abs(after[path].astype(np.float32) - leaf).max() > 5e-3, path
+    plain, embedded, adapted = (
+        sampled(folder / "bundle", tmp_path / name, *more).latents()
+        for name, folder, more in (
+            ("plain", place, ()),
+            ("embedded", run, ()),
+            ("adapted", run, (f"--lora={run}",)),
         )
     )
-    assert np.abs(adapted.latents()[0] - plain.latents()[0]).max() > 1e-3
+    # The first section reads no context, which takes part in attention all the same.
+    assert np.abs(embedded[3] - plain[3]).max() > 1e-3
+    assert np.abs(adapted[0] - embedded[0]).max() > 1e-3
+    target = tmp_path / "transformer"
+    export.main([str(target), "--bundle", str(run / "bundle"), "--dtype", "float32"])
+    convert.main([
+        "--transformer", str(target), "--encoders-from", str(place / "bundle"),
+        "--output", str(tmp_path / "again" / "bundle"), "--schedule", SCHEDULE,
+    ])  # fmt: skip
+    again = leaves_of(tmp_path / "again")
+    for path, leaf in after.items():
+        np.testing.assert_array_equal(again[path], leaf.astype(np.float32), err_msg=path)
+
+
+def leaves_of(place: Path) -> dict[str, np.ndarray]:
+    """All parameters of the transformer in a bundle, layer by layer."""
+    manifest = bundle.read_manifest(place / "bundle")
+    names = bundle.stored_dtypes(place / "bundle", manifest, "transformer")
+    return dict(bundle.read_leaves(place / "bundle", manifest, "transformer", list(names)))
+
+
+def is_linear_of_a_block(path: str, leaf: np.ndarray) -> bool:
+    return path.startswith("blocks/") and path.endswith("/kernel") and leaf.ndim > 1
 
 
 def sampled(folder: Path, output: Path, *more: str) -> RunDir:

@@ -1,5 +1,7 @@
 """Training of a part of the parameters: adapters and context embeddings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ from tests.fixtures.training_steps import (
     set_up,
     train_of,
 )
+
+BOTH = changed(trainable="lora", lora=dataclasses.replace(BASE.lora, context=True))
 
 
 def values(cfg: TrainConfig, batch, params, frozen) -> float:
@@ -62,9 +66,15 @@ def test_adapters_merged_are_adapters_applied(batches) -> None:
     assert abs(applied - values(BASE, batches[0], attached, {})) < 1e-5 * applied
 
 
-@pytest.mark.parametrize("trainable", ["lora", "context"])
+EMBEDDINGS = {"context_k1", "context_k2", "context_k4", "image_up", "image_down"}
+# 6 linears of each half of a double block with q, k, v as one: 4; 4 of a single block.
+FACTORS = 2 * (2 * 4 + 4)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "context", "both"])
 def test_frozen_parameters_do_not_move(batches, trainable) -> None:
-    setup, now, frozen = begin(changed(trainable=trainable))
+    cfg = changed(trainable=trainable) if trainable != "both" else BOTH
+    setup, now, frozen = begin(cfg)
     before = jax.device_get(frozen)
     first = jax.device_get(now.params)
     train = train_of(setup.cfg)
@@ -72,11 +82,17 @@ def test_frozen_parameters_do_not_move(batches, trainable) -> None:
         now, _ = train(now, Networks(frozen, {}), on(setup, batch), RATE)
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
-    assert largest_difference(now.params, first) > 1e-3
-    names = {"/".join(path) for path in flatten_dict(now.params)}
-    if trainable == "context":
-        embeddings = {"context_k1", "context_k2", "context_k4", "image_up", "image_down"}
-        assert {name.split("/")[1] for name in names} == embeddings
-    else:
-        # 6 linears of each half of a double block with q, k, v as one: 4; 4 of a single block.
-        assert len(names) == 2 * (2 * 4 + 4)
+    names = ["/".join(path) for path in flatten_dict(now.params)]
+    embedded = {name.split("/")[1] for name in names if name.startswith("embed/")}
+    assert embedded == (set() if trainable == "lora" else EMBEDDINGS)
+    factors = sum("/lora_" in name for name in names)
+    assert factors == (0 if trainable == "context" else FACTORS)
+    for part in first:
+        assert largest_difference(now.params[part], first[part]) > 1e-3
+
+
+def test_layers_that_no_network_has_are_named() -> None:
+    lora = dataclasses.replace(BASE.lora, targets=r"blocks/(qkv|out)")
+    named = r"--lora.targets 'blocks/\(qkv\|out\)' matches no linear layer .*single/mlp_in"
+    with pytest.raises(ValueError, match=named):
+        set_up(changed(trainable="lora", lora=lora))
