@@ -8,7 +8,7 @@ Command:  framepack convert --pipeline HunyuanVideo --from-base --image-encoder
 Hardware: TPU v5p-64 (32 chips); 64 x H100 (docs/measurements/memory.md).
 Expect:   context embeddings start as copies of the patch embedding, so the first losses are those
           of a video model that reads its history as more frames. The image projection starts at
-          random and has no effect until it is trained. A first stage for these alone is cheap:
+          random, at the scale of text tokens. A first stage for these alone is cheap:
           --trainable context --steps 2000 --optimizer.learning-rate 1e-4 --output runs/stage1.
           Export it (framepack export-run) and start the second stage from that bundle. The number
           of steps that a good model takes is not known.

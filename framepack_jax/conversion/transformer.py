@@ -345,8 +345,10 @@ COMFYUI_WEIGHT = dataclasses.replace(
 def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int | None) -> Table:
     """Return the table that makes a FramePack model from a base HunyuanVideo checkpoint.
 
-    The image projection is new: its first layer is random and its second layer zero, so that all
-    image tokens start as zero vectors. Their width `image_dim` is by default the release's.
+    The image projection is new and random (LeCun normal, zero biases), so that image tokens have
+    the scale that the text projection gives text tokens at its initialisation. Zero tokens would be
+    as visible to attention, and the norms of the blocks would multiply their gradients by a
+    thousand. The width `image_dim` of image states is by default the release's.
     """
     width = image_dim or RELEASED.image_dim
     return packed_table(
@@ -356,7 +358,7 @@ def from_base(table: Table, context_kernels: tuple[str, ...], image_dim: int | N
         new={
             "embed/image_up/kernel": Fresh("image_up"),
             "embed/image_up/bias": Fresh(),
-            "embed/image_down/kernel": Fresh(),
+            "embed/image_down/kernel": Fresh("image_down"),
             "embed/image_down/bias": Fresh(),
         },
         what="context embeddings or an image projection",

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from framepack_jax.conversion import transformer as conversion
 from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.embed import Conditions
@@ -86,6 +88,29 @@ def test_the_loss_is_that_of_the_velocity(batches) -> None:
     )  # fmt: skip
     expected = np.mean((np.asarray(velocity) - (noise - x)) ** 2, axis=(1, 2, 3, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_model_from_a_base_model_begins_with_gradients_of_common_size(batches) -> None:
+    """Image tokens that were exactly zero multiplied the norm of the gradient."""
+    setup, begun, frozen = begin(BASE)
+    table = conversion.from_base(conversion.DIFFUSERS, ("k1", "k2", "k4"), 24)
+    new = {row.targets[0]: row for row in table.rows(setup.model.cfg) if not row.sources}
+    assert sorted(new) == [
+        f"embed/image_{name}/{leaf}" for name in ("down", "up") for leaf in ("bias", "kernel")
+    ]
+
+    def norm(down: float) -> float:
+        leaves = flatten_dict(begun.params, sep="/")
+        for path, row in new.items():
+            (leaves[path],) = map(jnp.asarray, row.transform([], [leaves[path].shape]))
+        leaves["embed/image_down/kernel"] *= down
+        state = begun.replace(params=unflatten_dict(leaves, sep="/"))
+        return float(train(state, Networks(frozen, {}), on(setup, batches[0]), RATE)[1].grad_norm)
+
+    train = train_of(BASE)
+    random = float(train(begun, Networks(frozen, {}), on(setup, batches[0]), RATE)[1].grad_norm)
+    assert 0.5 < norm(1.0) / random < 2
+    assert norm(0.0) / random > 2
 
 
 def test_a_moving_average_follows_by_hand(batches) -> None:
