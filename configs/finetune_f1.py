@@ -12,6 +12,8 @@ Expect:   the loss of a released model starts near its minimum and changes littl
 from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
+    HistoryConfig,
+    NoiseSchedule,
     OptimizerConfig,
     TrainConfig,
     ValidationConfig,
@@ -26,8 +28,9 @@ def get_config() -> TrainConfig:
         batch=32,
         steps=10_000,
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=500),
+        noise_schedule=NoiseSchedule(high=0.15),
         guidance=1.0,
-        history_noise=0.1,
+        history=HistoryConfig(noisy=0.1),
         ema=0.999,
         remat="full",
         validation=ValidationConfig(every=500, samples=32, videos=1),

@@ -12,6 +12,7 @@ Expect:   the loss of a released model starts near its minimum and changes littl
 from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
+    NoiseSchedule,
     OptimizerConfig,
     TrainConfig,
     ValidationConfig,
@@ -26,6 +27,7 @@ def get_config() -> TrainConfig:
         batch=32,
         steps=10_000,
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=500),
+        noise_schedule=NoiseSchedule(high=0.15),
         guidance=1.0,
         ema=0.999,
         remat="full",

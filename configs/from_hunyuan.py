@@ -17,6 +17,7 @@ Expect:   context embeddings start as copies of the patch embedding, so the firs
 from framepack_jax.data.config import DataConfig
 from framepack_jax.training.config import (
     CheckpointConfig,
+    NoiseSchedule,
     OptimizerConfig,
     TrainConfig,
     ValidationConfig,
@@ -32,6 +33,7 @@ def get_config() -> TrainConfig:
         batch=64,
         steps=100_000,
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=1000),
+        noise_schedule=NoiseSchedule(high=0.15),
         guidance=1.0,
         ema=0.9999,
         remat="full",

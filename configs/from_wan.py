@@ -36,7 +36,7 @@ def get_config() -> TrainConfig:
         batch=64,
         steps=100_000,
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=1000),
-        noise_schedule=NoiseSchedule(shift=0.0),
+        noise_schedule=NoiseSchedule(mu=0.0),
         history=HistoryConfig(drop_all=0.4, drop_oldest=0.4, corrupt=1 / 3, clean=0.1),
         ema=0.9999,
         remat="full",

@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
         batch=32,
         steps=3000,
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=100),
-        noise_schedule=NoiseSchedule(shift=0.0),
+        noise_schedule=NoiseSchedule(mu=0.0),
         history=HistoryConfig(drop_all=0.4, drop_oldest=0.4, corrupt=1 / 3, clean=0.1),
         remat="full",
         validation=ValidationConfig(every=250, samples=16, videos=1),

@@ -40,7 +40,7 @@ def get_config() -> TrainConfig:
         batch=16,
         steps=1800,
         optimizer=OptimizerConfig("muon", learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
-        noise_schedule=NoiseSchedule(shift=1.0),
+        noise_schedule=NoiseSchedule(mu=1.0, high=0.15),
         dtype="float32",
         remat="none",
         ema=0.99,

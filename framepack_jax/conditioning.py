@@ -233,6 +233,15 @@ def encode_image(encoders: Encoders, images: np.ndarray) -> jax.Array | None:
     return _image_states(cfg, params, pixels)
 
 
+def no_image(encoders: Encoders) -> jax.Array | None:
+    """Return the image tokens (1, n, D_img) of a video from text, zeros as in training with an
+    empty start; None without an image encoder."""
+    if encoders.image_encoder is None:
+        return None
+    cfg, params = encoders.image_encoder
+    return jnp.zeros((1, cfg.grid**2, cfg.width), _dtype(params))
+
+
 def clip_latents(
     spec: VaeSpec,
     cfg: Any,

@@ -45,9 +45,11 @@ class Meta:
 
 @struct.dataclass
 class Batch:
-    """`target` (B, w, h, w, C) and `context` in bfloat16, with conditions and meta."""
+    """`target` (B, w, h, w, C) and `context` in bfloat16, with conditions and meta. `given` (B, F)
+    bool of each context group tells which of its frames are the start image."""
 
     target: Array
     context: PackedContext
+    given: tuple[Array, ...]
     conditions: Conditions
     meta: Meta

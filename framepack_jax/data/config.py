@@ -33,9 +33,19 @@ class DataConfig:
     chosen by their names."""
     caption_dropout: float = 0.0
     """Fraction of samples whose caption is replaced by the empty prompt."""
+    image_dropout: float = 0.0
+    """Fraction of samples whose image tokens are zero, as those of a video from text."""
+    empty_start: float = 0.0
+    """Fraction of samples that are sections of a video from text: it starts with nothing known, and
+    its image tokens are zero. The exported bundle then makes videos without an image. Orders that
+    need a start image refuse it; bundles that decode sections alone train such videos anyway."""
     sections: Literal["whole", "random"] = "whole"
     """whole: use the full length of each clip. random: cut each clip to a random number of sections
-    first."""
+    first, so that the model sees short videos. In forward order a section does not depend on those
+    after it, so random is the same as whole."""
+    section_weights: tuple[float, ...] = ()
+    """Weights of the sections of a clip in order of generation, the last for all after it; default:
+    all sections are drawn equally often."""
     windows: tuple[int, ...] = ()
     """Latent windows to draw for each batch, uniformly; default: the window of the schedule.
     Validation always uses the window of the schedule."""
@@ -66,10 +76,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_datasets()
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(
-                f"--data.caption-dropout {self.caption_dropout}: expected a fraction from 0 to 1"
-            )
+        for name in ("caption_dropout", "image_dropout", "empty_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--data.{flag} {getattr(self, name)}: expected a fraction from 0 to 1"
+                )
+        if not all(0 < weight < math.inf for weight in self.section_weights):
+            given = " ".join(f"{weight:g}" for weight in self.section_weights)
+            raise ValueError(f"--data.section-weights {given}: expected numbers above 0")
         if self.text_tokens is not None and not 1 <= self.text_tokens <= MAX_PROMPT_TOKENS:
             raise ValueError(
                 f"--data.text-tokens {self.text_tokens}: expected 1 to {MAX_PROMPT_TOKENS}"

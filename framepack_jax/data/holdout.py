@@ -10,7 +10,8 @@ from etils import epath
 from framepack_jax.data.records import DatasetError, Index
 
 FIRST_ELEMENT = 1 << 30
-"""Number of the first held-out sample, beyond the samples of any run."""
+"""Number of the first held-out sample. Those of training are below it: they begin again at 0 after
+so many samples."""
 
 
 def split(index: Index, holdout: int) -> tuple[list[int], list[int]]:

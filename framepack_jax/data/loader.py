@@ -24,7 +24,7 @@ from framepack_jax.data.config import DataConfig
 from framepack_jax.data.datasets import open_datasets
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import BFLOAT16, Record
-from framepack_jax.data.samples import READ_ERRORS, Samples
+from framepack_jax.data.samples import READ_ERRORS, Samples, cuts_clips
 from framepack_jax.data.stream import POSITION, BatchStream
 
 FORMAT = 1
@@ -139,10 +139,17 @@ class Loader:
             "order": self.samples.schedule.order,
             "seed": self.cfg.seed,
             "holdout": self.cfg.holdout,
-            "sections": self.cfg.sections,
+            "sections": "random" if cuts_clips(self.cfg, self.samples.schedule) else "whole",
             "caption_dropout": self.cfg.caption_dropout,
             "mode": self.mode,
         }
+        # Runs of earlier versions have none of these.
+        newer = {
+            "image_dropout": self.cfg.image_dropout,
+            "empty_start": self.cfg.empty_start,
+            "section_weights": list(self.cfg.section_weights),
+        }
+        facts |= {name: value for name, value in newer.items() if value}
         if len(self.datasets) == 1:
             return facts | dict(self.datasets[0].facts())
         facts["weights"] = list(self.schedule.weights)
@@ -244,6 +251,24 @@ def open_loader(
     packing.plan(schedule, 1)
     given = packing.start_frames(schedule)
     datasets = open_datasets(cfg, {*cfg.windows} | {schedule.window}, given)
+    _check_empty_start(cfg, schedule, chunked=any(d.index.chunk for d in datasets))
     if batch % share[1]:
         raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")
     return Loader(Samples(datasets, schedule, batch, cfg), batch, share)
+
+
+def _check_empty_start(cfg: DataConfig, schedule: packing.Schedule, chunked: bool) -> None:
+    """Raise ValueError if videos cannot start empty, or always do."""
+    if not cfg.empty_start:
+        return
+    flag = f"--data.empty-start {cfg.empty_start:g}"
+    if schedule.order != "forward":
+        raise ValueError(
+            f"{flag}: sections in order {schedule.order!r} read a start image; remove the flag, or"
+            f" give a --schedule in forward order, as {packing.RELEASED_F1}"
+        )
+    if chunked:
+        raise ValueError(
+            f"{flag}: the dataset is of a bundle whose videos start with nothing known anyway;"
+            " remove the flag. --history.drop-all sets how often all context is missing"
+        )

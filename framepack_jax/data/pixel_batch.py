@@ -33,6 +33,7 @@ class PixelBatch:
     frames: Array
     target_at: Array
     reads_at: tuple[Array, ...]
+    given: tuple[Array, ...]
     indices: tuple[Array, ...]
     target_indices: Array
     kernels: tuple[str, ...] = struct.field(pytree_node=False)
@@ -83,7 +84,7 @@ def to_batch(batch: PixelBatch, encode: Callable[[jax.Array], jax.Array]) -> Bat
             tuple(gather(at) for at in batch.reads_at), batch.indices, batch.target_indices,
             batch.kernels,
         ),
-        conditions=batch.conditions, meta=batch.meta,
+        given=batch.given, conditions=batch.conditions, meta=batch.meta,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,10 +18,11 @@ from framepack_jax.data import pixel_batch
 from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.data.config import DataConfig
 from framepack_jax.data.datasets import Dataset
+from framepack_jax.data.holdout import FIRST_ELEMENT
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import BFLOAT16, Clip, DatasetError, Record
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
-from framepack_jax.packing import Section, Timeline
+from framepack_jax.packing import MISSING, Section, Timeline
 from framepack_jax.video import read_span
 
 # Seeds beside that of the data: these draws do not depend on the others.
@@ -34,28 +36,51 @@ READ_ERRORS = (ValueError, OSError, RuntimeError)
 """Exceptions that reading a record or its video raises."""
 
 
+class Choice(NamedTuple):
+    """A section of a clip, its number in order of generation, the number of sections of its plan,
+    and the number of latent frames that are given before them."""
+
+    section: Section
+    number: int
+    sections: int
+    before: int
+
+
 def choose_section(
     rng: np.random.Generator,
     schedule: packing.Schedule,
     length: int,
-    random_length: bool,
+    cfg: DataConfig,
     chunked: bool = False,
-) -> tuple[Section, int, int]:
-    """Draw (section, its number in order of generation, sections of its plan) for a clip of
-    `length` latent frames, which begins with the start image of the schedule.
+) -> Choice:
+    """Draw a section of a clip of `length` latent frames, which begins with the start image of the
+    schedule.
 
-    If a clip is encoded in chunks (`chunked`), its sections are planned as those of a video that
-    starts with nothing known. Under a schedule without context each chunk is a video of its own;
-    of a clip that is encoded at once, the beginning is the only one.
+    If a clip is encoded in chunks (`chunked`), or by `cfg.empty_start`, sections are planned as
+    those of a video that starts with nothing known. Under a schedule without context each chunk is
+    a video of its own; of a clip that is encoded at once, the beginning is the only one.
     """
-    before = 0 if chunked else packing.start_frames(schedule)
-    most = (length - before) // schedule.window
+    empty = chunked or (cfg.empty_start > 0 and rng.random() < cfg.empty_start)
+    before = 0 if empty else packing.start_frames(schedule)
+    sections = (length - before) // schedule.window
     if not schedule.segments:
-        chunk = int(rng.integers(most)) if chunked else 0
-        return _plan(schedule, 1, chunk * schedule.window, chunked)[0], 0, 1
-    sections = int(rng.integers(1, most + 1)) if random_length else most
-    number = int(rng.integers(sections))
-    return _plan(schedule, sections, before, chunked)[number], number, sections
+        chunk = int(rng.integers(sections)) if chunked else 0
+        return Choice(_plan(schedule, 1, chunk * schedule.window, chunked)[0], 0, 1, before)
+    if cuts_clips(cfg, schedule):
+        sections = int(rng.integers(1, sections + 1))
+    if cfg.section_weights:
+        last = len(cfg.section_weights) - 1
+        weights = np.asarray([cfg.section_weights[min(i, last)] for i in range(sections)])
+        number = int(rng.choice(sections, p=weights / weights.sum()))
+    else:
+        number = int(rng.integers(sections))
+    plan = _plan(schedule, sections, before, chunked)
+    return Choice(plan[number], number, sections, before)
+
+
+def cuts_clips(cfg: DataConfig, schedule: packing.Schedule) -> bool:
+    """Return whether clips are cut to random lengths; a forward section does not depend on them."""
+    return cfg.sections == "random" and schedule.order != "forward"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,8 +113,11 @@ class Samples:
         return self.datasets[bisect.bisect(self.datasets, number, key=lambda d: d.first) - 1]
 
     def training(self, element: int, number: int) -> Batch | PixelBatch:
-        """Return sample `element` of the stream, from record `number`, without batch axis."""
-        return self.read_or_replace(element, number, self.schedule_of(element // self.batch))
+        """Return sample `element` of the stream, from record `number`, without batch axis.
+
+        Random draws repeat after FIRST_ELEMENT samples, those of held-out samples follow."""
+        schedule = self.schedule_of(element // self.batch)
+        return self.read_or_replace(element % FIRST_ELEMENT, number, schedule)
 
     def read_or_replace(
         self, element: int, number: int, schedule: packing.Schedule
@@ -128,20 +156,21 @@ class Samples:
         rng = np.random.default_rng([self.cfg.seed, element])
         dataset = self.dataset_of(number)
         record = dataset.record(number)
-        random_length = self.cfg.sections == "random"
-        length = dataset.length(record.clip)
-        section, made, sections = choose_section(
-            rng, schedule, length, random_length, chunked=bool(dataset.index.chunk)
+        cfg = self.cfg
+        choice = choose_section(
+            rng, schedule, dataset.length(record.clip), cfg, chunked=bool(dataset.index.chunk)
         )
-        if rng.random() < self.cfg.caption_dropout:
+        if rng.random() < cfg.caption_dropout:
             text, pooled = dataset.empty
             record = record._replace(text=text, pooled=pooled)
+        from_text = cfg.empty_start > 0 and not choice.before
+        if from_text or (cfg.image_dropout > 0 and rng.random() < cfg.image_dropout):
+            record = record._replace(image=_blank(record.image))
         conditions = conditions_of(record, dataset.text_tokens)
-        meta = make_meta(element, made, sections, number)
+        meta = make_meta(element, choice.number, choice.sections, number)
         if dataset.index.mode == "latents":
-            return latent_sample(record, section, conditions, meta)
-        span = packing.span(schedule)
-        return pixel_sample(dataset, record.clip, section, span, conditions, meta)
+            return latent_sample(record, choice.section, conditions, meta, choice.before)
+        return pixel_sample(dataset, record.clip, choice, packing.span(schedule), conditions, meta)
 
     def read_video(self, number: int) -> None:
         """Decode all frames of a clip of a dataset of mode pixels, as small pictures. Raises one of
@@ -152,21 +181,38 @@ class Samples:
             read_span(dataset.video(clip), fps, round(clip.start * fps), clip.frames, CHECK_SIZE)
 
 
-def latent_sample(record: Record, section: Section, conditions: Conditions, meta: Meta) -> Batch:
+def latent_sample(
+    record: Record, section: Section, conditions: Conditions, meta: Meta, before: int = 0
+) -> Batch:
     """Cut the sample of a section out of a clip, without batch axis, as sampling reads its
-    timeline."""
+    timeline. The first `before` latents are given."""
     assert record.latents is not None
     timeline = Timeline.of(record.latents[None])
     target, context = timeline.read(section.targets), packing.read_context(section, timeline)
     target, context = jax.tree.map(lambda x: x[0], (target, context))
-    return Batch(target, context, conditions, meta)
+    return Batch(target, context, given_frames(section, before), conditions, meta)
+
+
+def given_frames(section: Section, before: int) -> tuple[np.ndarray, ...]:
+    """Return masks (F,) of the context frames of a section, by group, that are among the first
+    `before`."""
+    return tuple(
+        np.asarray([MISSING < position < before for position in group.reads])
+        for group in section.groups
+    )
+
+
+def _blank(image: np.ndarray | None) -> np.ndarray | None:
+    """Return image tokens without content, as sampling gives for a video from text."""
+    return None if image is None else np.zeros_like(image)
 
 
 def pixel_sample(
-    dataset: Dataset, clip: Clip, section: Section, span: int, conditions: Conditions, meta: Meta
+    dataset: Dataset, clip: Clip, choice: Choice, span: int, conditions: Conditions, meta: Meta
 ) -> PixelBatch:
     """Decode the frames that a section reads, in a window of `span` latent frames, without batch
     axis."""
+    section = choice.section
     window = pixel_batch.window_of(section, dataset.length(clip), span)
     start_frame, frames = _frames(dataset, clip, window)
     return PixelBatch(
@@ -174,6 +220,7 @@ def pixel_sample(
         frames=frames,
         target_at=pixel_batch.rows(section.targets, window),
         reads_at=tuple(pixel_batch.rows(group.reads, window) for group in section.groups),
+        given=given_frames(section, choice.before),
         indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
         target_indices=np.asarray(section.indices, np.int32),
         kernels=tuple(group.kernel for group in section.groups),

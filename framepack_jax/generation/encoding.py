@@ -146,9 +146,12 @@ def given_latents(pipe: "FramePack", request: Request, layout: Layout) -> dict[i
 def _image_tokens(
     pipe: "FramePack", encoders: Encoders | None, request: Request
 ) -> jax.Array | None:
-    """Return what the network reads of the image that leads a request, None if it reads none."""
-    if request.image is None or encoders is None:
+    """Return what the network reads of the image that leads a request, zeros for text alone; None
+    if it reads none."""
+    if encoders is None:
         return None
+    if request.image is None:
+        return conditioning.no_image(encoders)
     return pipe.run(conditioning.encode_image, encoders, request.image[None])
 
 

@@ -188,6 +188,7 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
             indices=tuple(shape(*x.shape[1:], dtype=jnp.int32) for x in context.indices),
             target_indices=shape(len(section.targets), dtype=jnp.int32),
         ),
+        given=tuple(shape(*x.shape[1:], dtype=jnp.bool_) for x in context.indices),
         conditions=Conditions(
             text=shape(tokens, configs["text_encoder"].width),
             text_valid=shape(tokens, dtype=jnp.bool_),

@@ -26,6 +26,7 @@ from framepack_jax.parallel import multihost
 from framepack_jax.training import checksums
 from framepack_jax.training.best import Best, read_best
 from framepack_jax.training.config import CheckpointConfig
+from framepack_jax.training.older_records import FORMAT, upgraded
 from framepack_jax.training.state import TrainState
 from framepack_jax.utils import storage
 from framepack_jax.utils.files import atomic_write_text
@@ -35,16 +36,6 @@ FOLDER, RECORD, DAMAGED = "checkpoints", "run.json", "damaged"
 CHECKSUMS = "checksums"
 # RUN@best is the step with the lowest validation loss.
 BEST = "best"
-# Version of the record. Records of version 1 have no "format", and other names of fields.
-FORMAT = 3
-RENAMED = {
-    1: {
-        "accumulate": "grad_accum_steps",
-        "max_bad_steps": "max_nonfinite_steps",
-        "times": "noise_schedule",
-    },
-    2: {"max_nonfinite_steps": "max_skipped_steps"},
-}
 
 
 class RunError(ValueError):
@@ -250,10 +241,7 @@ def read_record(run: epath.PathLike) -> dict[str, Any]:
         raise RunError(
             f"{file} has format {version}, written by a later version; expected {FORMAT}"
         )
-    for older in range(version, FORMAT):
-        names = RENAMED[older]
-        record["config"] = {names.get(name, name): x for name, x in record["config"].items()}
-    return record
+    return record | {"config": upgraded(record["config"], version)}
 
 
 def record_of(run: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """Distribution of noise levels. t is drawn in (0, 1), then shifted by the token count of the
+    """Distribution of noise levels. t in (0, 1) has it, and is shifted by the token count of the
     section as in sampling: sigma = e^mu t / (e^mu t + 1 - t)."""
 
     distribution: Literal["logit-normal", "uniform"] = "logit-normal"
@@ -76,25 +76,73 @@ class NoiseSchedule:
     """Mean of the logit of t."""
     std: NonNegative = 1.0
     """Standard deviation of the logit of t."""
-    shift: float | None = None
-    """mu of the shift; default: the value that the sampler uses for the section."""
+    mu: float | None = None
+    """Shift; default: the value that the sampler uses for the section. e^mu is what other programs
+    call the flow shift."""
+    high: Share | None = None
+    """Fraction of samples at levels above 0.95, where sampling starts: uniform from there to 1, the
+    others below as distributed. Default: as many as the distribution has."""
+    stratified: bool = True
+    """Space the levels of a batch evenly over the distribution, from a random start, so that each
+    step sees all of them. False: draw the level of each sample alone, as runs of earlier versions
+    do."""
+    shift: dataclasses.InitVar[tyro.conf.Suppress[float | None]] = None
+
+    def __post_init__(self, shift: float | None) -> None:
+        if shift is not None:
+            raise ValueError(
+                f"NoiseSchedule(shift={shift:g}) is now NoiseSchedule(mu={shift:g}): sigma is"
+                " shifted by the factor e^mu"
+            )
+        if self.high is not None and not self.stratified:
+            raise ValueError(
+                f"--noise-schedule.high {self.high:g} needs levels that are spaced over a batch:"
+                " remove --noise-schedule.no-stratified"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class HistoryConfig:
     """Changes of the history in training, each drawn for each sample. Validation reads it whole.
-    Helios (arXiv 2603.04379) was trained with 0.4, 0.4, 0.333 and 0.1."""
+    Helios (arXiv 2603.04379) was trained with drop_all 0.4, drop_oldest 0.4, corrupt 0.333 and
+    clean 0.1."""
 
     drop_all: Share = 0.0
     """Fraction of samples without history and anchor, as at the start of a video from text."""
     drop_oldest: Share = 0.0
     """Fraction of the other samples without their oldest history: 1 + k windows of latent frames, k
     drawn uniformly. The anchor is kept."""
+    drop_history: Share = 0.0
+    """Fraction of samples without history; anchor and start image are kept."""
+    drop_start: Share = 0.0
+    """Fraction of samples without anchor and start image; the history is kept."""
+    noisy: Share | Literal["random"] = 0.0
+    """Noise the history to this factor, 0 to 1, times the noise level of the target; random: to a
+    factor drawn from 0 to 1 for each sample. Anchor and start image stay clean. (arXiv 2504.12626,
+    table 2, after Diffusion Forcing; one factor a sample is our reading.)"""
     corrupt: Decay = 0.0
-    """Add noise to each latent frame of history and anchor, each at its own level from 0 up to this
-    one. (--history-noise draws one level for all frames of a sample.)"""
+    """Add noise to history and anchor, at levels from 0 up to this one that do not depend on the
+    target's."""
+    corrupt_mode: Literal["frame", "sample", "random"] = "frame"
+    """frame: each latent frame has a level of its own. sample: one level for all frames. random:
+    as frame in 0.9 of the samples; the others are scaled down by 0.9 to 1 and up again."""
     clean: Share = 0.1
     """Fraction of samples that --history.corrupt leaves as they are."""
+    anchor_noise: tuple[Share, Share] | None = None
+    """Add noise to anchor and start image, each latent frame at a level of its own from LOW to
+    HIGH, instead of that of --history.corrupt. Helios noises given images at 0.111 to 0.135."""
+
+    def __post_init__(self) -> None:
+        if self.noisy and self.corrupt:
+            raise ValueError(
+                f"--history.noisy {self.noisy} and --history.corrupt {self.corrupt:g} both add"
+                " noise to the history; give one of them"
+            )
+        if self.anchor_noise is not None and self.anchor_noise[0] > self.anchor_noise[1]:
+            low, high = self.anchor_noise
+            raise ValueError(
+                f"--history.anchor-noise {low:g} {high:g}: expected the lower level first"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +153,7 @@ class ValidationConfig:
     """Steps from one validation to the next; 0: no validation."""
     samples: Positive = 16
     """Held-out samples for the loss; at least one of each held-out clip."""
-    sigmas: tuple[NoiseLevel, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    sigmas: tuple[NoiseLevel, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
     """Noise levels of the loss; every validation uses the same noise."""
     context: bool = True
     """Also compute the loss with each context group blanked, and with that of another clip. The
@@ -172,6 +220,9 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: Decay = 0.0
     """Decay of the moving average of the parameters; 0: none."""
+    ema_warmup: bool = True
+    """Begin the moving average with smaller decays, (1 + t) / (10 + t) after t updates, so that it
+    forgets the initial weights. False: as runs of earlier versions."""
     skip_spikes: SpikeConfig = SpikeConfig()
     max_skipped_steps: Positive = 10
     """Stop the run after this many steps in a row whose update was skipped: the loss or gradient
@@ -235,11 +286,10 @@ class TrainConfig(RunConfig):
     """Divide a batch into this many parts, taken one after another: less memory, the same result.
     """
     noise_schedule: NoiseSchedule = NoiseSchedule()
-    guidance: float = 1.0
-    """Value of the network's guidance input in training. The distilled release is sampled with 10;
-    training data show the value 1, no guidance."""
-    history_noise: Decay = 0.0
-    """Add noise to context latents up to this level, drawn for each sample (0: none)."""
+    guidance: float | tuple[float, float] = 1.0
+    """Value of the network's guidance input in training, or LOW and HIGH: drawn uniformly between
+    them for each sample. The distilled release is sampled with 10; training data show the value 1,
+    no guidance."""
     history: HistoryConfig = HistoryConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype that blocks compute in. Trained parameters are float32, frozen ones of this dtype."""
@@ -270,10 +320,10 @@ def _check(cfg: TrainConfig) -> None:
             f"--reduce-dtype bfloat16 with --dtype {cfg.dtype}: gradients have the dtype of the"
             " computation; give --dtype bfloat16, or leave --reduce-dtype out"
         )
-    if cfg.history_noise and cfg.history.corrupt:
+    if cfg.data.empty_start and cfg.trainable == "lora":
         raise ValueError(
-            f"--history-noise {cfg.history_noise:g} and --history.corrupt {cfg.history.corrupt:g}"
-            " both add noise to the history; give one of them"
+            f"--data.empty-start {cfg.data.empty_start:g} with --trainable lora: adapters cannot"
+            " tell sampling that videos start empty, a bundle can; give --trainable all"
         )
     if not cfg.validation.sigmas:
         raise ValueError(f"--validation.sigmas {cfg.validation.sigmas}: expected one or more")

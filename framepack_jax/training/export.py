@@ -150,14 +150,17 @@ def _check_target(target: epath.Path, overwrite: bool) -> None:
 def _manifest_of(
     manifest: bundle.Manifest, cfg: TrainConfig, record: dict[str, Any]
 ) -> bundle.Manifest:
-    """Return the manifest with the schedule of a run, and with the buckets that it trained from
-    random weights."""
+    """Return the manifest with the schedule of a run, with the buckets that it trained from random
+    weights, and with the start of videos from text if it trained these."""
     if cfg.schedule:
         manifest = dataclasses.replace(manifest, schedule=packing.parse(cfg.schedule))
     if record.get("began") == "scratch":
         sizes = (name.split("x") for name in record["fingerprint"]["clips"])
         buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))
         manifest = dataclasses.replace(manifest, buckets=buckets)
+    if cfg.data.empty_start:
+        sampling = dataclasses.replace(manifest.sampling, empty_start=True)
+        manifest = dataclasses.replace(manifest, sampling=sampling)
     return manifest
 
 

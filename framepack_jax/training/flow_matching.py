@@ -10,6 +10,7 @@ Shapes: B batch, w latent window, h W latent rows and columns, C channels.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,15 @@ from framepack_jax.data.batch import Batch
 from framepack_jax.diffusion import flow
 from framepack_jax.packing import PackedContext, group_tokens
 from framepack_jax.parallel.sharding import BATCH, constrain
+from framepack_jax.training import draws
 from framepack_jax.training.config import NoiseSchedule, TrainConfig
+from framepack_jax.training.draws import Draw
 from framepack_jax.training.state import Model, Params
+
+# Levels where sampling starts, of which `NoiseSchedule.high` sets the number.
+HIGH_SIGMA = 0.95
+# The smallest distance of a quantile from 0 and 1 in float32.
+EPS = 2.0**-24
 
 
 def sample_losses(
@@ -34,18 +42,14 @@ def sample_losses(
 
     `params` are all parameters of the network."""
     shape = batch.target.shape[1:]
-    noise = jax.vmap(lambda key: jax.random.normal(_key(key, "noise"), shape))(keys)
+    noise = normal(keys, Draw.NOISE, shape)
     noise = constrain(noise, BATCH, *[None] * len(shape))
-    context = batch.context
-    if cfg.history_noise:
-        context = noised_context(context, keys, cfg.history_noise)
     given = batch.conditions
     conditions = model.spec.conditions(
-        given.text, given.text_valid, given.pooled, given.image,
-        jnp.full(sigmas.shape, cfg.guidance, jnp.float32),
-    )  # fmt: skip
+        given.text, given.text_valid, given.pooled, given.image, guidance_of(cfg.guidance, keys)
+    )
     velocity = model.spec.velocity(
-        model.cfg, params, flow.interpolate(batch.target, noise, sigmas), sigmas, context,
+        model.cfg, params, flow.interpolate(batch.target, noise, sigmas), sigmas, batch.context,
         conditions, jnp.dtype(cfg.dtype), remat=cfg.remat,
     )  # fmt: skip
     error = velocity - flow.velocity_target(batch.target, noise)
@@ -57,48 +61,92 @@ def sample_keys(key: jax.Array, elements: jax.Array) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(elements)
 
 
-# The random draws of a sample.
-_DRAWS = ("noise", "time", "history", "history_level")
+def guidance_of(guidance: float | tuple[float, float], keys: jax.Array) -> jax.Array:
+    """Return the guidance input of samples (B,): a value, or one drawn uniformly from a range."""
+    if not isinstance(guidance, tuple):
+        return jnp.full(keys.shape, guidance, jnp.float32)
+    low, high = guidance
+    return low + (high - low) * uniform(keys, Draw.GUIDANCE)
 
 
-def _key(key: jax.Array, draw: str) -> jax.Array:
-    return jax.random.fold_in(key, _DRAWS.index(draw))
+def uniform(keys: jax.Array, draw: Draw) -> jax.Array:
+    """Draw a number in [0, 1) for each sample, (B,)."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, draw)))(keys)
 
 
-def draw_sigmas(schedule: NoiseSchedule, keys: jax.Array, mu: float) -> jax.Array:
-    """Draw the noise levels of samples, (B,). `mu` is the default shift."""
+def normal(keys: jax.Array, draw: Draw, shape: tuple[int, ...], *more: int) -> jax.Array:
+    """Draw normal numbers (B, *shape); `more` are numbers beside that of the draw."""
 
+    def one(key: jax.Array) -> jax.Array:
+        return jax.random.normal(functools.reduce(jax.random.fold_in, (draw, *more), key), shape)
+
+    return jax.vmap(one)(keys)
+
+
+def draw_sigmas(
+    schedule: NoiseSchedule, key: jax.Array, elements: jax.Array, batch: int, mu: float
+) -> jax.Array:
+    """Draw the noise levels of samples, (B,).
+
+    Levels that are stratified are at evenly spaced quantiles of the distribution, of which each
+    batch has another first one. A level follows from the number of its sample alone, so that it
+    depends neither on hosts nor on parts of a batch.
+
+    Args:
+        schedule: Distribution.
+        key: Key of all steps.
+        elements: Numbers of the samples in the stream (B,).
+        batch: Samples of a step.
+        mu: Default shift.
+    """
+    mu = mu if schedule.mu is None else schedule.mu
+    if not schedule.stratified:
+        return flow.shift(_independent_times(schedule, sample_keys(key, elements)), mu)
+    of_levels = jax.random.fold_in(key, draws.LEVELS)
+    first = jax.vmap(jax.random.uniform)(sample_keys(of_levels, elements // batch))
+    return sigma_at(schedule, (first + elements % batch / batch) % 1, mu)
+
+
+def _independent_times(schedule: NoiseSchedule, keys: jax.Array) -> jax.Array:
     def draw(key: jax.Array) -> jax.Array:
-        key = _key(key, "time")
+        key = jax.random.fold_in(key, Draw.TIME)
         if schedule.distribution == "uniform":
             return jax.random.uniform(key)
         return jax.nn.sigmoid(schedule.mean + schedule.std * jax.random.normal(key))
 
-    return flow.shift(jax.vmap(draw)(keys), mu if schedule.shift is None else schedule.shift)
+    return jax.vmap(draw)(keys)
+
+
+def sigma_at(schedule: NoiseSchedule, quantiles: jax.Array, mu: float) -> jax.Array:
+    """Return the noise levels at `quantiles` in [0, 1) of the distribution of levels, shifted by
+    `mu`. With `schedule.high` its upper part is uniform above HIGH_SIGMA."""
+    if schedule.high is None:
+        return _base_sigma(schedule, quantiles, mu)
+    below = 1 - schedule.high
+    share = quantiles / max(below, EPS) * _share_below(schedule, flow.shift(HIGH_SIGMA, -mu))
+    above = HIGH_SIGMA + (1 - HIGH_SIGMA) * (quantiles - below) / max(schedule.high, EPS)
+    return jnp.where(quantiles < below, _base_sigma(schedule, share, mu), above)
+
+
+def _base_sigma(schedule: NoiseSchedule, quantiles: jax.Array, mu: float) -> jax.Array:
+    if schedule.distribution == "uniform":
+        return flow.shift(quantiles, mu)
+    normal = jax.scipy.special.ndtri(jnp.clip(quantiles, EPS, 1 - EPS))
+    return flow.shift(jax.nn.sigmoid(schedule.mean + schedule.std * normal), mu)
+
+
+def _share_below(schedule: NoiseSchedule, t: float) -> float:
+    """Return the fraction of times below t."""
+    if schedule.distribution == "uniform":
+        return t
+    distance = math.log(t / (1 - t)) - schedule.mean
+    return (1 + math.erf(distance / max(schedule.std, EPS) / math.sqrt(2))) / 2
 
 
 def section_mu(shape: tuple[int, ...]) -> float:
     """Return the shift that the sampler uses for a section of latents (B, w, h, W, C)."""
     _, window, height, width, _ = shape
     return flow.shift_mu(group_tokens(window, "k1", height, width))
-
-
-def noised_context(context: PackedContext, keys: jax.Array, most: float) -> PackedContext:
-    """Add noise to the context, at a level drawn from [0, most] for each sample. Missing frames,
-    which are zero, stay zero."""
-    levels = jax.vmap(lambda key: jax.random.uniform(_key(key, "history_level")))(keys) * most
-
-    def noised(number: int, latents: jax.Array) -> jax.Array:
-        def draw(key: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(_key(key, "history"), number)
-            return jax.random.normal(key, latents.shape[1:])
-
-        present = jnp.any(latents != 0, axis=(2, 3, 4), keepdims=True)
-        moved = flow.interpolate(latents, jax.vmap(draw)(keys), levels)
-        return jnp.where(present, moved, 0).astype(latents.dtype)
-
-    latents = tuple(noised(i, jnp.asarray(x)) for i, x in enumerate(context.latents))
-    return dataclasses.replace(context, latents=latents)
 
 
 def changed_context(

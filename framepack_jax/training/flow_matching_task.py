@@ -28,7 +28,7 @@ from framepack_jax.parallel import multihost
 from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.training import checkpoints, flow_matching, metrics, optimizer, state, summary
 from framepack_jax.training.config import TrainConfig
-from framepack_jax.training.history import change_history
+from framepack_jax.training.history import Places, change_history
 from framepack_jax.training.host_facts import data_facts
 from framepack_jax.training.initial_weights import first_state, load_frozen
 from framepack_jax.training.prefetch import check_batch, local_share
@@ -87,13 +87,16 @@ class FlowMatchingTask:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return (losses (B,) at drawn noise levels; figures for the log)."""
         sections = self.latents(params, batch)
-        keys = flow_matching.sample_keys(key, sections.meta.element)
-        window = sections.target.shape[1]
-        ages = packing.history_ages(self.schedule)
-        context = change_history(self.cfg.history, sections.context, ages, window, keys)
-        sections = dataclasses.replace(sections, context=context)
+        elements = sections.meta.element
+        keys = flow_matching.sample_keys(key, elements)
         mu = flow_matching.section_mu(sections.target.shape)
-        sigmas = flow_matching.draw_sigmas(self.cfg.noise_schedule, keys, mu)
+        sigmas = flow_matching.draw_sigmas(
+            self.cfg.noise_schedule, key, elements, self.cfg.batch, mu
+        )
+        ages = packing.history_ages(self.schedule)
+        places = Places(ages, sections.target.shape[1], sections.given)
+        context = change_history(self.cfg.history, sections.context, places, keys, sigmas)
+        sections = dataclasses.replace(sections, context=context)
         losses = self.losses(params, sections, keys, sigmas)
         figures = {
             "losses": losses, "sigmas": sigmas,

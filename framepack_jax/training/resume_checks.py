@@ -1,19 +1,18 @@
 """Check that a run can resume, or start from another run."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from framepack_jax.data.fingerprint import check_fingerprint
+from framepack_jax.training import checkpoints
 from framepack_jax.training.checkpoints import RunError
-from framepack_jax.training.config import HistoryConfig, LoRAConfig, RunConfig, TrainConfig
+from framepack_jax.training.config import RunConfig, TrainConfig
 from framepack_jax.training.task import Record
-from framepack_jax.utils.compare import THERE_HERE, differences
+from framepack_jax.utils.compare import THEN_NOW, THERE_HERE, differences, flat
 
 # Fields of the configuration that stay the same from the first step to the last.
 FIXED = (
     "init", "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance",
-    "history_noise", "history", "noise_schedule",
+    "history", "noise_schedule",
 )  # fmt: skip
 
 
@@ -21,7 +20,7 @@ def check_init(cfg: TrainConfig, record: Record, other: Record) -> None:
     """Raise RunError if the run with the record `other`, named by --init, trained other parameters
     than this run does."""
     names = ["network", "trainable"] + (["lora"] if cfg.trainable == "lora" else [])
-    differing = differences(_current(other["config"]), record["config"], names, THERE_HERE)
+    differing = _differing(other["config"], record["config"], names, THERE_HERE)
     # If all parameters are trained, all come from the run.
     if cfg.trainable != "all" and other["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
@@ -36,25 +35,32 @@ def check_same_run(cfg: TrainConfig, record: Record, old: Record) -> None:
     """Raise RunError or DatasetError if a run, with the record `old`, was started with another
     configuration or dataset."""
     check_fingerprint(old["fingerprint"], record["fingerprint"])
-    then, now = _current(old["config"]), record["config"]
+    then, now = old["config"], record["config"]
     names = [name for name in FIXED if name != "lora" or now["trainable"] == "lora"]
-    names += ["ema"] if bool(then["ema"]) != bool(now["ema"]) else []
+    names += ["ema"] if bool(then["ema"]) != bool(now["ema"]) else changed_warmup(then, now)
     if then["optimizer"]["name"] != now["optimizer"]["name"]:
-        names.append("optimizer")
-    differing = differences(then, now, names)
+        names.append("optimizer.name")
+    differing = _differing(then, now, names, THEN_NOW)
     if old["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
     raise_if_changed(cfg, differing)
 
 
-def _current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded configuration with the fields that earlier versions did not have."""
-    history, adapters = (dataclasses.asdict(part()) for part in (HistoryConfig, LoRAConfig))
-    return {
-        **config,
-        "history": config.get("history", history),
-        "lora": adapters | config.get("lora", {}),
-    }
+def _differing(
+    then: Record, now: Record, names: Sequence[str], words: tuple[str, str]
+) -> list[str]:
+    """Return a text for each setting that differs between two configurations, of those that are one
+    of `names` or belong to it. Settings that an earlier version did not have are at their
+    defaults."""
+    before, after = flat(checkpoints.as_record(TrainConfig())) | flat(then), flat(now)
+    compared = [n for n in before | after if n in names or n.partition(".")[0] in names]
+    return differences(before, after, compared, words)
+
+
+def changed_warmup(then: Record, now: Record) -> list[str]:
+    """Return the name of the setting if moving averages of two configurations warm up unlike."""
+    differs = then["ema"] and now["ema"] and then["ema_warmup"] != now["ema_warmup"]
+    return ["ema_warmup"] if differs else []
 
 
 def raise_if_changed(cfg: RunConfig, differing: list[str]) -> None:

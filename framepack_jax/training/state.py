@@ -22,8 +22,8 @@ from framepack_jax.models import lora, lora_layers
 from framepack_jax.models.network_spec import DenoiserSpec
 from framepack_jax.models.params import merge_params, partition_params
 from framepack_jax.parallel import sharding
-from framepack_jax.training import optimizer
-from framepack_jax.training.config import LoRAConfig, TrainConfig
+from framepack_jax.training import draws, optimizer
+from framepack_jax.training.config import LoRAConfig, RunConfig, TrainConfig
 
 Params = dict[str, Any]
 Leaf = TypeVar("Leaf")
@@ -44,13 +44,26 @@ class TrainState(Generic[Leaf], struct.PyTreeNode):
     skipped: Leaf
     skipped_in_a_row: Leaf
 
+    @property
+    def updates(self) -> Any:
+        """Number of updates that were made, as the optimizer counts them."""
+        return self.step - self.skipped  # type: ignore[operator]
+
+
+def ema_decay(cfg: RunConfig, updates: jax.Array) -> jax.Array | float:
+    """Return the decay of the moving average in the update after `updates` others. With a warm-up
+    it is min(ema, (1 + t) / (10 + t))."""
+    if not cfg.ema_warmup:
+        return cfg.ema
+    return jnp.minimum(cfg.ema, (1.0 + updates) / (10.0 + updates))
+
 
 def apply_gradients(
     state: TrainState[jax.Array],
     grads: Params,
     loss: jax.Array,
     tx: optax.GradientTransformationExtraArgs,
-    ema: float,
+    ema: jax.Array | float,
     rate: jax.Array,
     limit: jax.Array | None = None,
 ) -> tuple[TrainState[jax.Array], jax.Array]:
@@ -241,7 +254,7 @@ def init_state(
     network, float32 if they are trained; the state takes over their memory."""
     trained, frozen = _partition(cfg, params)
     if cfg.trainable == "lora":
-        key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+        key = jax.random.fold_in(jax.random.key(cfg.seed), draws.ADAPTERS)
         targets = lora_targets(cfg.lora, model.spec)
         abstract = abstract_state(cfg, model, tx, mesh)[0].params
         where = shardings(partition_factors(abstract)[0])
@@ -269,7 +282,7 @@ def with_params(
 
 def random_params(cfg: TrainConfig, model: Model, mesh: Mesh) -> Params:
     """Draw random parameters of the whole network, sharded on a mesh."""
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), draws.WEIGHTS)
     params = jax.eval_shape(lambda: model.spec.init(model.cfg, key))
     where = sharding.shard(params, sharding.resolve(model.spec.sharding_rules, params), mesh)
     return jax.jit(lambda: model.spec.init(model.cfg, key), out_shardings=where)()

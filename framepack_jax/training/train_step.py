@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
-from framepack_jax.training.state import Params, TrainState, apply_gradients, shardings
+from framepack_jax.training.state import Params, TrainState, apply_gradients, ema_decay, shardings
 from framepack_jax.training.task import Batch, Frozen, StepMetrics, Task
 
 # The learning rate, and the limit of the gradient's norm, as the compiled step takes them.
@@ -39,7 +39,8 @@ def train_step(
 
     grads, (losses, figures) = accumulate(gradient, batch, task.grad_accum_steps)
     mean = jnp.mean(losses)
-    new, norm = apply_gradients(state, grads, mean, task.tx, task.cfg.ema, rate, limit)
+    decay = ema_decay(task.cfg, state.updates)
+    new, norm = apply_gradients(state, grads, mean, task.tx, decay, rate, limit)
     skipped = new.skipped != state.skipped
     return new, StepMetrics(mean, norm, skipped, new.skipped_in_a_row, figures)
 

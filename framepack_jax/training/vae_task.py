@@ -32,9 +32,9 @@ from framepack_jax.models.network_spec import VaeSpec
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.parallel.sharding import BATCH, constrain
-from framepack_jax.training import checkpoints, optimizer, summary
+from framepack_jax.training import checkpoints, draws, optimizer, summary
 from framepack_jax.training.prefetch import batch_sharding, check_batch, local_share
-from framepack_jax.training.resume_checks import raise_if_changed
+from framepack_jax.training.resume_checks import changed_warmup, raise_if_changed
 from framepack_jax.training.state import Params, TrainState
 from framepack_jax.training.task import Record, StepMetrics, Validator
 from framepack_jax.training.vae_config import VaeTrainConfig
@@ -140,7 +140,7 @@ class VaeTask:
     def _check_same_run(self, record: Record, old: Record) -> None:
         """Raise RunError if the run was started with another configuration or other videos."""
         then, now = old["config"], record["config"]
-        differing = differences(then, now, FIXED)
+        differing = differences(then, now, [*FIXED, *changed_warmup(then, now)])
         if then["optimizer"]["name"] != now["optimizer"]["name"]:
             differing.append("the optimizer")
         held = [video.name for video in self.held_out]
@@ -245,7 +245,7 @@ def network_of(cfg: VaeTrainConfig, manifest: bundle.Manifest) -> tuple[VaeSpec,
 
 def init(cfg: VaeTrainConfig, spec: VaeSpec, network: Any) -> Params:
     """Draw random parameters."""
-    return spec.init(network, jax.random.fold_in(jax.random.key(cfg.seed), 0))
+    return spec.init(network, jax.random.fold_in(jax.random.key(cfg.seed), draws.WEIGHTS))
 
 
 def first_params(

@@ -8,6 +8,15 @@ THERE_HERE = ("there", "here")
 THEN_NOW = ("then", "now")
 
 
+def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a record of records by dotted names: {"lora.rank": 32}."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        here = f"{prefix}{name}"
+        found |= flat(value, f"{here}.") if isinstance(value, Mapping) else {here: value}
+    return found
+
+
 def differing_fields(
     first: Mapping[str, Any], second: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> list[str]:

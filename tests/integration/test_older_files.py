@@ -4,6 +4,7 @@
 them. Another processor may round differently, so floating-point numbers are compared within 1e-4.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -21,8 +22,10 @@ from framepack_jax.data import loader
 from framepack_jax.data.config import DataConfig
 from framepack_jax.parallel import sharding
 from framepack_jax.training import export, flow_matching_task, vae_task
+from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import (
     CheckpointConfig,
+    HistoryConfig,
     LoRAConfig,
     NoiseSchedule,
     OptimizerConfig,
@@ -148,13 +151,21 @@ def test_training(older) -> None:
         data=DataConfig(path="dataset", holdout=1, sections="random", caption_dropout=0.1),
         batch=2, grad_accum_steps=2, steps=6, seed=3,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, schedule="cosine"),
-        noise_schedule=NoiseSchedule(distribution="uniform", shift=1.0),
-        guidance=3.0, history_noise=0.1, ema=0.9, dtype="float32", remat="none",
+        noise_schedule=NoiseSchedule(distribution="uniform", mu=1.0, stratified=False),
+        history=HistoryConfig(corrupt=0.1, clean=0.0, corrupt_mode="sample"),
+        guidance=3.0, ema=0.9, ema_warmup=False, dtype="float32", remat="none",
         max_skipped_steps=5,
         validation=ValidationConfig(every=0), checkpoints=CheckpointConfig(every=3, keep=1),
         log_every=1, tensorboard=False,
     )  # fmt: skip
     said: list[str] = []
+    newer = dataclasses.replace(cfg, noise_schedule=NoiseSchedule("uniform"), ema_warmup=True)
+    with pytest.raises(RunError) as error:
+        Trainer(flow_matching_task.open_task(newer, cfg.bundle, mesh()), said.append).fit()
+    assert (
+        "train was started with other settings (noise_schedule.mu = 1.0 then, None now;"
+        " noise_schedule.stratified = False then, True now; ema_warmup = False then, True now)"
+    ) in str(error.value)
     assert Trainer(flow_matching_task.open_task(cfg, cfg.bundle, mesh()), said.append).fit() == 6
     check_losses("train", said)
 
@@ -164,7 +175,7 @@ def test_training_of_lora(older) -> None:
         bundle="bundle", output="lora", trainable="lora", lora=LoRAConfig(rank=1, alpha=2.0),
         schedule=INVERTED, data=DataConfig(path="dataset", holdout=1), batch=2, steps=6,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        dtype="float32", remat="none",
+        noise_schedule=NoiseSchedule(stratified=False), dtype="float32", remat="none",
         validation=ValidationConfig(every=0), checkpoints=CheckpointConfig(every=3, keep=1),
         log_every=1, tensorboard=False,
     )  # fmt: skip
@@ -178,7 +189,8 @@ def test_training_of_vae(older) -> None:
         videos="videos", bundle="bundle", output="vae", init="scratch",
         network={"channels": (4, 8), "layers_per_block": 1, "norm_groups": 2,
                  "space_compression": 4, "time_compression": 2},
-        frames=5, size=(16, 24), holdout=1, batch=2, steps=6, ema=0.5, max_skipped_steps=5,
+        frames=5, size=(16, 24), holdout=1, batch=2, steps=6, ema=0.5, ema_warmup=False,
+        max_skipped_steps=5,
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=2, weight_decay=0.0),
         validate_every=6, checkpoints=CheckpointConfig(every=3, keep=1), log_every=1,
     )  # fmt: skip

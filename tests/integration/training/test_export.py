@@ -11,12 +11,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from framepack_jax import FramePack, bundle, packing
+from framepack_jax import FramePack, Settings, bundle, packing, video
 from framepack_jax import __main__ as cli
 from framepack_jax.cli import export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.data import loader
 from framepack_jax.data.config import DataConfig
+from framepack_jax.generation.options import VideoOptions
 from framepack_jax.models import lora
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
@@ -63,6 +64,30 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
     shutil.copy(whole / "run.json", tmp_path)
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     assert provenance(str(tmp_path), 9)["metrics"] == {"loss": 0.5}
+
+
+def test_a_run_with_an_empty_start_makes_videos_of_text(place, tmp_path) -> None:
+    """Its bundle says so, and sampling gives the network what training gave it."""
+    schedule = "f1k1_x_f16k4f2k2f1k1_g2"
+    train.main(flags(
+        place, tmp_path / "run", "--data.empty-start", "0.5", "--schedule", schedule,
+        "--steps", "1",
+    ))  # fmt: skip
+    root = tmp_path / "run" / "bundle"
+    assert bundle.read_manifest(root).sampling.empty_start
+    assert not bundle.read_manifest(bundle.resolve("random")).sampling.empty_start
+    sample.main([
+        "--bundle", str(root), "--prompt", "waves", "--sections", "2", "--steps", "1",
+        "--output", str(tmp_path / "video"),
+    ])  # fmt: skip
+    # Four latent frames, the first of which is one frame of the video; no start image.
+    assert len(video.read_mp4(tmp_path / "video" / "video.mp4")[0]) == 1 + 4 * 3
+    pipe = FramePack.load(root, dtype="float32")
+    request, layout = VideoOptions(sections=2).prepare(pipe.geometry, None, "waves")
+    image = pipe.encode([request], layout, Settings()).of(0).image
+    cfg = DataConfig(path=str(place / "dataset"), empty_start=1.0)
+    batch = next(loader.open_loader(cfg, packing.parse(schedule), 1))
+    np.testing.assert_array_equal(image, batch.conditions.image)
 
 
 def test_a_bundle_is_replaced_when_told_to(place, whole, tmp_path) -> None:

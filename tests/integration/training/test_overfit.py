@@ -27,7 +27,7 @@ SIGMAS = (0.3, 0.5, 0.7, 0.9)
 TRAIN = TrainConfig(
     bundle="small", output="run", init="scratch", batch=CLIPS, dtype="float32", remat="none",
     data=DataConfig(caption_dropout=1.0, text_tokens=TOKENS),
-    noise_schedule=NoiseSchedule(shift=0.0),
+    noise_schedule=NoiseSchedule(mu=0.0),
     optimizer=OptimizerConfig("muon", learning_rate=RATE, weight_decay=0.0),
 )  # fmt: skip
 WAN = WanConfig(

@@ -28,7 +28,7 @@ def test_a_record_of_format_1_opens(tmp_path) -> None:
     found = export.read_config(record["config"])
     assert found == TrainConfig(
         bundle="random", batch=4, grad_accum_steps=2, max_skipped_steps=3,
-        noise_schedule=NoiseSchedule("uniform", shift=0.5),
+        noise_schedule=NoiseSchedule("uniform", mu=0.5, stratified=False), ema_warmup=False,
     )  # fmt: skip
 
 

@@ -40,6 +40,10 @@ def test_what_a_configuration_cannot_say_is_named(named, fields) -> None:
         ({"batch": 0}, "--batch 0"),
         ({"grad_accum_steps": 3}, "--grad-accum-steps 3 does not divide --batch 4"),
         ({"ema": 1.0}, "--ema 1.0"),
+        (
+            {"data": DataConfig(empty_start=0.1), "trainable": "lora"},
+            "--data.empty-start 0.1 with --trainable lora",
+        ),
         ({"reduce_dtype": "bfloat16"}, "--reduce-dtype bfloat16 with --dtype float32"),
         ({"optimizer": OptimizerConfig(learning_rate=float("nan"))}, "learning-rate nan"),
         ({"init": "bundle"}, "--init bundle takes a network as it is"),
