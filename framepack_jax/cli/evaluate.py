@@ -35,6 +35,11 @@ class Evaluate:
     schedule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Packing schedule to sample each bundle with, instead of its own. Give it several times for
     several schedules."""
+    rows: Path | None = None
+    """File of rows, for any list of bundles, schedules, orders and methods: JSON objects, one a
+    line, with the keys bundle, schedule, name, repeated (true: chain single sections without
+    history), and the settings of the sampler (steps, cfg_scale, ...), which replace the flags of
+    the command."""
     video: Path | None = None
     """Video file to measure instead of bundles; used with --output, --clip, --vbench and --caption
     only."""
@@ -96,8 +101,8 @@ def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> Non
 
 def _evaluate_file(flags: Evaluate, video: Path) -> str:
     """Measure a video file. Raises ValueError, OSError."""
-    if flags.bundle:
-        raise ValueError("--video and --bundle exclude each other; remove --bundle")
+    if flags.bundle or flags.rows:
+        raise ValueError("--video and --bundle or --rows exclude each other; give one of them")
     if flags.caption and flags.clip is None and flags.vbench is None:
         raise ValueError(
             "--caption is compared by a pretrained model: give --clip FOLDER or --vbench PYTHON"
@@ -129,8 +134,8 @@ def _check(flags: Evaluate) -> tuple[int, int]:
             "--clip, --vbench, --vbench-dimensions and --caption need --video; toy scenes have a"
             " known ground truth"
         )
-    if not flags.bundle:
-        raise ValueError("give --bundle, one or more, or --video FILE")
+    if not flags.bundle and flags.rows is None:
+        raise ValueError("give --bundle, one or more, or --rows FILE, or --video FILE")
     if flags.output is None:
         raise ValueError("give --output, a folder for the results")
     _check_counts(flags)
@@ -174,8 +179,8 @@ def _check_lengths(flags: Evaluate) -> None:
 
 def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
     """Return the settings of an evaluation. Raises ValueError if a setting is out of range."""
-    from framepack_jax import packing
     from framepack_jax.generation.pipeline import Settings
+    from framepack_jax.toy import rows
     from framepack_jax.toy.evaluation import EvaluationConfig
 
     assert flags.output is not None
@@ -183,9 +188,12 @@ def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
         steps=flags.steps, sampler=flags.sampler, distilled_guidance=flags.distilled_guidance,
         cfg_scale=flags.cfg_scale,
     )  # fmt: skip
+    if flags.rows is None:
+        specs = rows.of_flags(flags.bundle, flags.schedule, settings)
+    else:
+        specs = rows.read(flags.rows, flags.bundle, flags.schedule, settings)
     return EvaluationConfig(
-        output=flags.output, bundles=flags.bundle,
-        schedules=tuple(map(packing.parse, flags.schedule)),
+        output=flags.output, rows=specs,
         videos=flags.videos, seconds=flags.seconds,
         occlusion_videos=flags.occlusion_videos, occlusion_seconds=flags.occlusion_seconds,
         prompt_pairs=flags.prompt_pairs, pair_seconds=flags.pair_seconds,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from framepack_jax.evaluation.drift import Estimate
@@ -20,15 +21,18 @@ class Table:
     rows: Mapping[str, Mapping[str, Estimate | None]]
 
 
-def markdown(table: Table, notes: Sequence[str] = ()) -> str:
-    """Format heading, description, table and notes as Markdown."""
+def markdown(
+    table: Table, notes: Sequence[str] = (), links: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Format heading, description, table and notes as Markdown; names of rows may have links."""
     titles = [f"{metric.title} ({metric.unit})" for metric in table.columns.values()]
     lines = [f"## {table.title}", "", table.about, ""]
     lines.append("| |" + "|".join(f" {title} " for title in titles) + "|")
     lines.append("|---|" + "---:|" * len(titles))
     for name, estimates in table.rows.items():
         cells = [text(estimates.get(c), metric.digits) for c, metric in table.columns.items()]
-        lines.append(f"| {name} |" + "|".join(f" {cell} " for cell in cells) + "|")
+        shown = f"[{name}]({links[name]})" if name in links else name
+        lines.append(f"| {shown} |" + "|".join(f" {cell} " for cell in cells) + "|")
     return "\n".join([*lines, *(part for note in notes for part in ("", note)), ""])
 
 

@@ -39,7 +39,7 @@ def _job(
     """Parse a line; `names` are those of earlier lines, to which this one's is added."""
     folder = output / default
     try:
-        job = json.loads(line, object_pairs_hook=_unique_keys)
+        job = json.loads(line, object_pairs_hook=unique_keys)
         if not isinstance(job, dict):
             raise ValueError("expected a JSON object")
         name = job.pop("name", default)
@@ -55,7 +55,7 @@ def _job(
         return folder, ValueError(f"{where}: {error}")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object. Raises ValueError if a key is given twice."""
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:

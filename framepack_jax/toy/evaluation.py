@@ -5,6 +5,7 @@ without sampling it again.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -13,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from framepack_jax import bundle, packing
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.jobs.provenance import weights
-from framepack_jax.packing import Schedule
 from framepack_jax.toy import baselines, report, results, scenes, suites
-from framepack_jax.toy.suites import Row, Suite
+from framepack_jax.toy.rows import RowSpec, open_models
+from framepack_jax.toy.suites import Model, Row, Suite
 from framepack_jax.utils.progress import Bar
 
 FPS = scenes.FPS
@@ -26,9 +26,10 @@ FPS = scenes.FPS
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Settings of an evaluation: bundles, schedules, suites and sampling.
+    """Settings of an evaluation: rows, suites and sampling.
 
     Args:
+        rows: models under test; the references use the bundle and settings of the first one.
         videos: number of scenes of each drift suite.
         seconds: durations of the drift suites.
         occlusion_videos: number of scenes of each forgetting suite.
@@ -40,8 +41,7 @@ class EvaluationConfig:
     """
 
     output: Path
-    bundles: tuple[str, ...]
-    schedules: tuple[packing.Schedule, ...]
+    rows: tuple[RowSpec, ...]
     videos: int
     seconds: tuple[float, ...]
     occlusion_videos: int
@@ -50,65 +50,40 @@ class EvaluationConfig:
     pair_seconds: float
     size: tuple[int, int]
     settings: Settings
+    """Settings of rows that have no others."""
     seed: int
     batch: int
     dtype: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A bundle with a schedule, and its name in the tables."""
-
-    name: str
-    path: str | Path
-    pipe: FramePack
-
-
 def evaluate(cfg: EvaluationConfig) -> Path:
-    """Sample, measure and report. Return the path of the report. Raises ValueError, OSError."""
-    models = open_models(cfg)
+    """Sample, measure and report. Return the path of the report. Raises ValueError, OSError.
+
+    The report is written after each model, with the rows that are complete.
+    """
+    models = open_models(cfg.rows, cfg.dtype)
     _check_size(cfg.size, models)
     results.begin(cfg.output, _record(cfg, models))
     todo = list(_parts(cfg, models))
-    make_all(cfg.output, todo, models, cfg.settings, cfg.batch)
-    made = [
-        (suite, {row.name: _figures(cfg.output, row, suite) for row in suite.rows})
-        for suite in todo
-    ]
-    about = json.loads((cfg.output / results.SETTINGS).read_text())
-    tables = report.write(cfg.output, made, [model.name for model in models], about)
-    return cfg.output / "report.md" if tables else cfg.output
+    write = functools.partial(_report, cfg.output, todo, models)
+    make_all(cfg.output, todo, models, cfg.settings, cfg.batch, write)
+    return write()
+
+
+def _report(folder: Path, todo: Sequence[Suite], models: Sequence[Model]) -> Path:
+    """Write the report of the rows that are complete; return its path."""
+    made = []
+    for suite in todo:
+        found = {row.name: _figures(folder, row, suite) for row in suite.rows}
+        made.append((suite, {n: f for n, f in found.items() if len(f) == len(suite.cases)}))
+    about = json.loads((folder / results.SETTINGS).read_text())
+    tables = report.write(folder, made, [model.name for model in models], about)
+    return folder / "report.md" if tables else folder
 
 
 def _figures(folder: Path, row: Row, suite: Suite) -> dict[str, scenes.Figures]:
     found = {case.name: results.load(folder, row.name, case) for case in suite.cases}
     return {name: figures for name, figures in found.items() if figures is not None}
-
-
-def open_models(cfg: EvaluationConfig) -> list[Model]:
-    """Open every bundle with every schedule, without weights. Raises BundleError, ValueError."""
-    models = []
-    for name, schedule in itertools.product(cfg.bundles, cfg.schedules or (None,)):
-        path = bundle.resolve(name)
-        bundle.check_present(path)
-        pipe = FramePack.open(path, dtype=cfg.dtype, schedule=schedule)
-        short = Path(str(name)).name
-        models.append(Model(f"{short} {schedule}" if cfg.schedules else short, path, pipe))
-    _check_names([model.name for model in models])
-    return models
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Raise ValueError if two models share a name or a model has the name of a reference row."""
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"--bundle: two bundles are called {twice}; rename a folder, as tables use these names"
-        )
-    if taken := set(names) & set(suites.REFERENCES):
-        raise ValueError(
-            f"--bundle {taken.pop()}: a reference row has that name; rename the folder"
-        )
 
 
 def _check_size(size: tuple[int, int], models: Sequence[Model]) -> None:
@@ -133,15 +108,18 @@ def _record(cfg: EvaluationConfig, models: Sequence[Model]) -> dict[str, Any]:
         "dtype": first.pipe.dtype,
         "world": scenes.fingerprint(cfg.seed, cfg.size),
         "references": {"bundle": first.name, "weights": _hashes(first)},
-        "rows": {
-            model.name: {
-                "schedule": str(model.pipe.schedule),
-                "order": model.pipe.schedule.order,
-                "weights": _hashes(model),
-            }
-            for model in models
-        },
+        "rows": {model.name: _row_record(model, cfg.settings) for model in models},
     }
+
+
+def _row_record(model: Model, default: Settings) -> dict[str, Any]:
+    """Return what makes the videos of a row."""
+    schedule = model.pipe.schedule
+    record = {"schedule": str(schedule), "order": schedule.order, "weights": _hashes(model)}
+    given, usual = dataclasses.asdict(model.settings), dataclasses.asdict(default)
+    if changed := {name: value for name, value in given.items() if value != usual[name]}:
+        record["settings"] = changed
+    return record | ({"repeated": True} if model.repeated else {})
 
 
 def _hashes(model: Model) -> dict[str, Any]:
@@ -184,23 +162,25 @@ def _frames(pipe: FramePack, seconds: float) -> int:
     return baselines.frames_for(pipe, baselines.sections_for(pipe, seconds, FPS))
 
 
-def _rows(models: Sequence[Model], rows_of: Callable[[str, int, Schedule], list[Row]]) -> list[Row]:
-    each = [rows_of(model.name, i, model.pipe.schedule) for i, model in enumerate(models)]
+def _rows(models: Sequence[Model], rows_of: Callable[[Model, int], list[Row]]) -> list[Row]:
+    each = [rows_of(model, i) for i, model in enumerate(models)]
     return [*suites.references(), *itertools.chain(*each)]
 
 
 def make_all(
-    folder: Path, todo: Sequence[Suite], models: Sequence[Model], settings: Settings, batch: int
-) -> None:
+    folder: Path, todo: Sequence[Suite], models: Sequence[Model], settings: Settings, batch: int,
+    after_model: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
     """Sample and measure every video missing in `folder`, in batches of `batch`.
 
-    Only one model has its weights on the device at a time. The longest videos are sampled first,
-    because the shorter ones are cut from them.
+    `settings` are those of rows without a model. Only one model has its weights on the device at a
+    time. The longest videos are sampled first, because the shorter ones are cut from them.
     """
     total = sum(len(suite.cases) * len(suite.rows) for suite in todo)
     with Bar(total=total, unit="video") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in (None, *range(len(models))):
             pipe = None
+            used = settings if number is None else models[number].settings
             order = sorted(todo, key=lambda suite: -len(suite.shorter))
             for suite, row in ((p, r) for p in order for r in p.rows if r.model == number):
                 bar.set_description(f"{suite.name}, {row.name}")
@@ -210,11 +190,13 @@ def make_all(
                     pipe = models[number].pipe.with_weights(models[number].path)
                 for first in range(0, len(missing), batch):
                     some = missing[first : first + batch]
-                    made = row.make(pipe, some, settings)
+                    made = row.make(pipe, some, used)
                     numbers = [suite.cases.index(case) for case in some]
                     for each in (suite, *(suite.shorter if row.extendable else ())):
                         _keep(folder, row, each, [each.cases[i] for i in numbers], made, pool)
                     bar.update(len(some))
+            if pipe is not None:
+                after_model()
 
 
 def _keep(

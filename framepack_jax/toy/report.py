@@ -18,6 +18,8 @@ from framepack_jax.utils.files import atomic_write
 
 SHEETS = 3
 """Number of cases per suite with a contact sheet."""
+ROW_CASES = 4
+"""Number of cases in the contact sheet of a row."""
 SHEET_COLUMNS, CELL = 8, 128
 
 
@@ -29,38 +31,75 @@ def write(
 ) -> list[Table]:
     """Write the report to `folder` and return its tables.
 
-    A contact sheet shows one case, with one strip of frames per row of the table.
+    The first table is a summary, whose rows link to a contact sheet of some of their videos. Other
+    contact sheets show one case, with one strip of frames per row of the table.
     """
-    written, text, hiding = [], [_head(about)], {}
+    if not made:
+        return []
+    text: list[str] = []
+    hiding: dict[float, Table] = {}
+    kinds: dict[str, Table] = {}
+    written: list[Table] = []
     for suite, found in made:
-        kind, _, amount = suite.name.partition("_")
-        count = max(case.frames for case in suite.cases)
-        lengths = count / FPS
-        if kind == "drift":
-            new = [suites.quality(lengths, found), suites.drifting(lengths, found)]
-            pictures = _over_time(folder, suite.name, found)
-        elif kind == "forgetting":
-            hidden = float(amount.removesuffix("s"))
-            new, pictures = [suites.forgetting(hidden, found)], []
-            hiding[hidden] = new[0]
-        else:
-            new, pictures = [suites.prompting(lengths, found)], []
-        written += new
-        for table in new:
-            notes = tables.against(
-                table, suites.TRUTH, suites.FROZEN, [m for m in models if m in found]
-            )
-            text.append(tables.markdown(table, notes))
-        pictures += _sheets(folder, suite, list(found))
-        text.append(_shown(pictures))
+        new = _tables(suite, found)
+        written += new.values()
+        kinds |= new
+        if "forgetting" in new:
+            hiding[float(suite.name.partition("_")[2].removesuffix("s"))] = new["forgetting"]
+        text += [_noted(table, [m for m in models if m in found]) for table in new.values()]
+        curves = _over_time(folder, suite.name, found) if "drift" in new else []
+        text.append(_shown([*curves, *_sheets(folder, suite, list(found))]))
     if hiding:
         text.append("## Forgetting over the time hidden\n\n" + _shown(_over_hiding(folder, hiding)))
+    complete = {row for _, found in made for row in found}
+    rows = [row for row in (*suites.REFERENCES, *models) if row in complete]
+    summary = suites.summary(kinds, rows)
+    sheets = _row_sheets(folder, made, rows)
+    plain: dict[str, Any] = {"about": about, "summary": tables.plain(summary), "sheets": sheets}
+    plain["tables"] = [tables.plain(table) for table in written]
     with atomic_write(folder / "report.json") as partial:
-        plain = {"about": about, "tables": [tables.plain(table) for table in written]}
         partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
     with atomic_write(folder / "report.md") as partial:
-        partial.write_text("\n".join(text))
+        partial.write_text("\n".join([_head(about), tables.markdown(summary, links=sheets), *text]))
     return written
+
+
+def _tables(suite: Suite, found: ByRow) -> dict[str, Table]:
+    """Return the tables of a suite by kind, as `suites.summary` takes them."""
+    kind, _, amount = suite.name.partition("_")
+    seconds = max(case.frames for case in suite.cases) / FPS
+    if kind == "drift":
+        return {
+            "quality": suites.quality(seconds, found),
+            "drift": suites.drifting(seconds, found),
+        }
+    if kind == "forgetting":
+        return {"forgetting": suites.forgetting(float(amount.removesuffix("s")), found)}
+    return {"prompts": suites.prompting(seconds, found)}
+
+
+def _noted(table: Table, models: Sequence[str]) -> str:
+    return tables.markdown(table, tables.against(table, suites.TRUTH, suites.FROZEN, models))
+
+
+def _row_sheets(
+    folder: Path, made: Sequence[tuple[Suite, ByRow]], rows: Sequence[str]
+) -> dict[str, str]:
+    """Write a contact sheet for each row, with one strip for each of its first cases in the last
+    drift suite, or else the first suite; return their names by row."""
+    drifts = [part for part in made if part[0].name.startswith("drift")]
+    suite, found = (drifts or list(made))[-1 if drifts else 0]
+    names = {}
+    for row in rows:
+        if row not in found:
+            continue
+        cases = suite.cases[:ROW_CASES]
+        strips = [_strip(results.video_file(folder, row, case)) for case in cases]
+        captions = [case.scene.caption for case in cases]
+        names[row] = f"sheets/rows/{results.file_name(row)}.png"
+        (folder / names[row]).parent.mkdir(parents=True, exist_ok=True)
+        video.save_png(folder / names[row], video.labelled_sheet(strips, captions, columns=1))
+    return names
 
 
 def _head(about: Mapping[str, Any]) -> str:

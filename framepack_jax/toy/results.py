@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from framepack_jax.toy.scenes import Case, Figures
-from framepack_jax.utils.compare import THERE_HERE, differences
+from framepack_jax.utils.compare import THERE_HERE, differences, differing_fields
 from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import shorten
 from framepack_jax.video import write_mp4
@@ -60,11 +60,9 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     names = sorted((there.keys() | here.keys()) - {"rows"})
     found = differences(there, here, names, THERE_HERE)
     rows = there.get("rows", {})
-    found += [
-        f"{name} has other weights there"
-        for name, row in here["rows"].items()
-        if rows.get(name, row) != row
-    ]
+    for name, row in here["rows"].items():
+        if differing := differing_fields(rows.get(name, row), row):
+            found.append(f"{name} has other {' and '.join(differing)} there")
     return shorten(found)
 
 

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from framepack_jax import packing
-from framepack_jax.evaluation.drift import drift, estimate, mean
+from framepack_jax.evaluation.drift import Estimate, drift, estimate, mean
 from framepack_jax.evaluation.metrics import METRICS, Metric
 from framepack_jax.evaluation.tables import Table
 from framepack_jax.generation.pipeline import FramePack, Settings
@@ -36,6 +36,12 @@ PROMPT_METRICS = {
     "ratio": Metric("Dynamic degree over truth's", "ratio", 0),
     "psnr": Metric("First frame", "dB", 1, 1),
 }
+# Columns of the summary: kind of table and metric.
+SUMMARY = (
+    ("quality", "sharpness"), ("drift", "sharpness"), ("quality", "smoothness"),
+    ("quality", "dynamics"), ("quality", "identity"), ("drift", "identity"),
+    ("quality", "caption"), ("forgetting", "identity"), ("prompts", "match"),
+)  # fmt: skip
 # Metrics that are low for a still picture, shown next to its zero drift.
 BESIDE_DRIFT = ("dynamics", "caption")
 # Context kernels hidden from the model, one row each.
@@ -44,6 +50,20 @@ Videos = Sequence[np.ndarray] | np.ndarray
 Make = Callable[[FramePack | None, Sequence[Case], Settings], Videos]
 ByRow = Mapping[str, Mapping[str, Figures]]
 """Metrics by row, then by name of the case."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A bundle with a schedule and settings of the sampler, and its name in the tables.
+
+    `repeated` chains single sections without history.
+    """
+
+    name: str
+    path: str | Path
+    pipe: FramePack
+    settings: Settings
+    repeated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +114,7 @@ def references() -> list[Row]:
                 np.broadcast_to(c.image[None], (c.frames, *c.image.shape)) for c in asked
             ],
         ),
-        Row(
-            REPEATED, 0,
-            lambda pipe, asked, settings: baselines.repeated(
-                _loaded(pipe), _asks(asked), _sections(_loaded(pipe), asked), settings
-            ),
-        ),
+        Row(REPEATED, 0, _repeat),
     ]  # fmt: skip
 
 
@@ -108,33 +123,45 @@ def _loaded(pipe: FramePack | None) -> FramePack:
     return pipe
 
 
-def model_row(name: str, number: int, blank: Collection[str] = (), shuffled: bool = False) -> Row:
+def model_row(
+    model: Model, number: int, note: str = "", blank: Collection[str] = (), shuffled: bool = False
+) -> Row:
     """Return the row of a model, optionally without the context under the kernels `blank`.
 
-    With `shuffled`, the model gets the captions of other cases.
+    With `shuffled`, the model gets the captions of other cases. `note` follows its name.
     """
-    return Row(name, number, functools.partial(_sample, blank=tuple(blank), shuffled=shuffled))
+    make = functools.partial(_sample, blank=tuple(blank), shuffled=shuffled)
+    if model.repeated:
+        make = functools.partial(_repeat, shuffled=shuffled)
+    return Row(model.name + note, number, make)
 
 
-def drift_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
+def drift_rows(model: Model, number: int) -> list[Row]:
     """Return the one row of a model in the drift suites."""
-    extendable = schedule.order == "forward"
-    return [dataclasses.replace(model_row(name, number), extendable=extendable)]
+    extendable = model.repeated or model.pipe.schedule.order == "forward"
+    return [dataclasses.replace(model_row(model, number), extendable=extendable)]
 
 
-def forgetting_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
+def forgetting_rows(model: Model, number: int) -> list[Row]:
     """Return rows of a model with its full context, and without some of its context kernels."""
-    kernels = {segment.kernel for segment in schedule.segments}
-    made = [model_row(name, number)]
-    for blank in BLANKS:
+    kernels = {segment.kernel for segment in model.pipe.schedule.segments}
+    made = [model_row(model, number)]
+    for blank in () if model.repeated else BLANKS:
         if set(blank) <= kernels:
-            made.append(model_row(f"{name}, without {' and '.join(blank)}", number, blank))
+            made.append(model_row(model, number, f", without {' and '.join(blank)}", blank))
     return made
 
 
-def prompt_rows(name: str, number: int, schedule: packing.Schedule) -> list[Row]:
+def prompt_rows(model: Model, number: int) -> list[Row]:
     """Return rows of a model with its captions, and with shuffled captions as a control."""
-    return [model_row(name, number), model_row(name + SHUFFLED, number, shuffled=True)]
+    return [model_row(model, number), model_row(model, number, SHUFFLED, shuffled=True)]
+
+
+def _repeat(
+    pipe: FramePack | None, asked: Sequence[Case], settings: Settings, shuffled: bool = False
+) -> np.ndarray:
+    pipe, asks = _loaded(pipe), _asks(asked, shuffled)
+    return baselines.repeated(pipe, asks, _sections(pipe, asked), settings)
 
 
 def _sample(
@@ -230,6 +257,21 @@ def prompting(seconds: float, found: ByRow) -> Table:
 
 def _ratio(value: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.asarray(float(value) / float(truth) if truth > 0 else math.nan)
+
+
+def summary(tables: Mapping[str, Table], rows: Sequence[str]) -> Table:
+    """Return one table of the main metrics, from the tables by kind: "quality", "drift",
+    "forgetting" and "prompts"."""
+    columns: dict[str, Metric] = {}
+    found: dict[str, dict[str, Estimate | None]] = {row: {} for row in rows}
+    for kind, name in SUMMARY:
+        if kind in tables:
+            columns[f"{kind}_{name}"] = tables[kind].columns[name]
+            for row in rows:
+                cells = tables[kind].rows.get(row, {})
+                found[row][f"{kind}_{name}"] = cells.get(name)
+    titles = " ".join(f"{table.title}." for table in tables.values())
+    return Table("Summary", f"Columns of the tables below: {titles}", columns, found)
 
 
 def _means(title: str, about: str, columns: Mapping[str, Metric], found: ByRow) -> Table:

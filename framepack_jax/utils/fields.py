@@ -144,6 +144,9 @@ def _converted(hint: Any, value: Any, name: str, label: Label, ignore_unknown: b
             return load(cls, value, label, f"{name}.", ignore_unknown=ignore_unknown)
         check(value, label, f"{name}.")
         return value
+    if get_origin(hint) in (Union, types.UnionType) and isinstance(value, Mapping):
+        for each in filter(dataclasses.is_dataclass, get_args(hint)):
+            return _converted(each, value, name, label, ignore_unknown)
     try:
         return _matched(hint, value)
     except _Mismatch:

@@ -9,6 +9,7 @@ from framepack_jax.__main__ import main as framepack
 from framepack_jax.evaluation.elo.page import decode_key
 from tests.fixtures.browser import Browser, browser, needs_chromium, wait_for
 from tests.fixtures.elo_runs import make_run
+from tests.fixtures.small_run import command
 
 LEFT, RIGHT, DOWN, BACK = "\ue012", "\ue014", "\ue015", "\ue003"
 CASES = 3
@@ -114,6 +115,19 @@ def test_a_video_that_cannot_be_played_is_named_and_skipped(page: Path, tmp_path
         window.click("skip")
         window.wait('document.getElementById("count").textContent === "Pair 2 of 3"')
         assert window.run('return document.getElementById("save").disabled')
+
+
+def test_sampled_runs_become_a_page(tmp_path: Path, capsys) -> None:
+    """The records are those of `framepack sample`; runs without a counterpart are listed."""
+    for name, steps, seeds in (("one_step", 1, (0, 1)), ("two_steps", 2, (0,))):
+        for seed in seeds:
+            command(tmp_path / name / str(seed), steps=steps, seed=seed, sections=1)
+    runs = [str(tmp_path / name) for name in ("one_step", "two_steps")]
+    framepack(["elo", *runs, "--output", str(tmp_path / "page")])
+    shown = capsys.readouterr().out
+    assert "index.html: 1 pairs of 2 methods" in shown
+    assert f"1 runs have no counterpart and are left out:\n  {tmp_path}/one_step/1" in shown
+    assert len(list((tmp_path / "page" / "videos").glob("*.mp4"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,44 @@ def test_a_longer_video_serves_for_a_shorter_one(tmp_path) -> None:
     make_all(tmp_path, todo, [], Settings(), 2)
     assert calls[-1] == ("onward", 65, 1) and files[1].with_suffix(".npz").exists()
     assert files[0].stat().st_mtime_ns == before
+
+
+def test_rows_share_a_table_and_may_be_added(tmp_path, capsys) -> None:
+    """Any list of schedules and methods, with the same starts: one table, a sheet for each row."""
+    lines = [
+        {"name": "one step", "bundle": "random", "schedule": "f1k1_x_f16k4f2k2f1k1_g2"},
+    ]
+    lines.append(lines[0] | {"name": "chained", "repeated": True})
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    flags = [
+        "evaluate", "--rows", str(rows), "--size", "32x32", "--steps", "1", "--videos", "2",
+        "--seconds", "0.6", "--occlusion-videos", "0", "--prompt-pairs", "0", "--batch", "2",
+        "--output", str(output),
+    ]  # fmt: skip
+    framepack(flags)
+    first = json.loads((output / "report.json").read_text())
+    names = [line["name"] for line in lines]
+    assert list(first["summary"]["rows"]) == [*suites.REFERENCES, *names]
+    assert all(first["summary"]["rows"][name]["drift_sharpness"]["error"] > 0 for name in names)
+    # The reference row chains the sections of the first row's model.
+    whole = first["tables"][0]["rows"]
+    assert whole["chained"] == whole[suites.REPEATED] != whole["one step"]
+    text = (output / "report.md").read_text()
+    for name, sheet in first["sheets"].items():
+        assert (output / sheet).exists() and f"| [{name}]({sheet}) |" in text
+    times = {file: file.stat().st_mtime_ns for file in output.rglob("*.npz")}
+    inverted = {"schedule": "f1k1_x_g2_f1k1f2k2f16k4_td", "steps": 2}
+    lines.append(lines[0] | inverted | {"name": "inverted, two steps"})
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    framepack(flags)
+    second = json.loads((output / "report.json").read_text())
+    assert list(second["summary"]["rows"]) == [*suites.REFERENCES, *names, lines[2]["name"]]
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    for name in names:
+        assert second["summary"]["rows"][name] == first["summary"]["rows"][name]
+    added = json.loads((output / "evaluation.json").read_text())["rows"]["inverted, two steps"]
+    assert added["order"] == "inverted" and added["settings"] == {"steps": 2}
+    rows.write_text(json.dumps(lines[0] | {"steps": 3}))
+    with pytest.raises(SystemExit, match="one step has other settings there"):
+        framepack(flags)

@@ -15,6 +15,8 @@ from framepack_jax.cli import evaluate
         (["--bundle", "random", "--output", "out", "--clip", "x"], "need --video"),
         (["--bundle", "random", "--output", "out", "--vbench", "python"], "need --video"),
         (["--video", "x.mp4", "--vbench-dimensions", "color"], "needs --vbench PYTHON"),
+        (["--rows", "rows.jsonl", "--output", "out"], "--rows rows.jsonl cannot be read"),
+        (["--video", "x.mp4", "--rows", "rows.jsonl"], "exclude each other"),
         (["--bundle", "random"], "--output"),
         (["--bundle", "nowhere", "--output", "out"], "nowhere"),
         (["--bundle", "random", "--output", "out", "--size", "64"], "--size 64"),

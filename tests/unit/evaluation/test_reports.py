@@ -36,6 +36,8 @@ def test_tables_in_markdown_and_json() -> None:
     text = tables.markdown(table, notes)
     assert "| model | 0.50 ± 0.12 | 7.0 ± 0.2 |" in text and "| empty | - | - |" in text
     assert "| frozen first frame | 1.00 | 0.0 ± 0.0 |" in text and notes[0] in text
+    linked = tables.markdown(table, links={"model": "sheets/model.png"})
+    assert "| [model](sheets/model.png) | 0.50 ± 0.12 |" in linked and "| empty | - |" in linked
     plain = json.loads(json.dumps(tables.plain(table), allow_nan=False))
     assert plain["rows"]["model"]["a"] == {"mean": 0.5, "error": 0.125, "videos": 4}
     assert plain["rows"]["empty"]["a"] is None

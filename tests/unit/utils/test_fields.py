@@ -32,6 +32,18 @@ class Config:
 CONFIG = Config(Path("x"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    optimizer: Optimizer | None = None
+
+
+def test_an_optional_dataclass_takes_an_object() -> None:
+    found = fields.load(Optional, {"optimizer": {"name": "muon"}})
+    assert found == Optional(Optimizer("muon")) and fields.load(Optional, {}) == Optional()
+    with pytest.raises(FieldError, match=r"optimizer\.name = 'sgd': expected one of adamw, muon"):
+        fields.load(Optional, {"optimizer": {"name": "sgd"}})
+
+
 def test_a_json_object_becomes_the_types_of_the_fields() -> None:
     values = {
         "path": "a/b", "axes": [3, 4], "sigmas": [1, 0.5], "scale": 2, "names": ["one"],
