@@ -173,7 +173,8 @@ class Patch:
 class Inflate:
     """Repeat a small patch kernel on a larger grid, divided by the number of repeats.
 
-    Latents that are enlarged by repetition then have the embeddings of the small latents.
+    Latents that are enlarged by repetition then have the embeddings of the small latents. Sides
+    that are no multiple share the weights of the small cells by their overlap (ours).
     """
 
     small: Shape
@@ -184,11 +185,20 @@ class Inflate:
         return [(width, rows // math.prod(self.kernel), *self.small)]
 
     def __call__(self, sources: list[np.ndarray], targets: list[Shape]) -> list[np.ndarray]:
-        repeats = [large // small for large, small in zip(self.kernel, self.small, strict=True)]
-        weights = sources[0] / sources[0].dtype.type(math.prod(repeats))
-        for axis, times in enumerate(repeats, 2):
-            weights = np.repeat(weights, times, axis=axis)
-        return Patch(self.kernel)([weights], targets)
+        weights = sources[0].astype(np.float32)
+        for axis, sides in enumerate(zip(self.small, self.kernel, strict=True), 2):
+            shared = np.tensordot(weights, _overlaps(*sides), axes=(axis, 0))
+            weights = np.moveaxis(shared, -1, axis)
+        return Patch(self.kernel)([weights.astype(sources[0].dtype)], targets)
+
+
+def _overlaps(small: int, large: int) -> np.ndarray:
+    """Return the overlap (small, large) of each cell of a side with each of its larger grid, as a
+    fraction of a small cell."""
+    edges = np.arange(large + 1) * small / large
+    cells = np.arange(small)[:, None]
+    shared = np.minimum(edges[1:], cells + 1) - np.maximum(edges[:-1], cells)
+    return np.maximum(shared, 0).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,10 @@ VIDEOS = ("videos.jsonl", "videos.json")
 
 
 def check_lengths(
-    folder: epath.Path, index: Index, windows: Collection[int], given: int = 1
+    folder: epath.Path, index: Index, windows: Collection[int], given: int = 1, sections: int = 1
 ) -> None:
-    """Raise DatasetError if the dataset is empty, has clips shorter than a section of the largest
-    of these latent windows after `given` latent frames, or chunks of another size."""
+    """Raise DatasetError if the dataset is empty, has clips shorter than these `sections` of the
+    largest of these latent windows after `given` latent frames, or chunks of another size."""
     if not index.clips:
         raise DatasetError(
             f"dataset {folder} is empty; see {folder}/rejected.jsonl for the reasons"
@@ -38,12 +38,13 @@ def check_lengths(
             " dataset with a bundle of the schedule to train"
         )
     window = max(windows)
-    needed = window if index.chunk else given + window
+    needed = window if index.chunk else given + sections * window
     short = sum(length < needed for shard in index.shards for length in shard.lengths)
     if short:
         seconds = index.frames_of(needed) / index.fps
+        what = "a section" if sections == 1 else f"{sections} sections"
         raise DatasetError(
-            f"{short} of the {index.clips} clips in {folder} are shorter than a section of {window}"
+            f"{short} of the {index.clips} clips in {folder} are shorter than {what} of {window}"
             f" latent frames, {seconds:.2f} s; prepare the dataset with --min-seconds"
             f" {seconds:.2f}, which encodes nothing again, or train with a smaller window"
         )

@@ -113,12 +113,14 @@ class Dataset:
             yield f"made by {name}", value
 
 
-def open_datasets(cfg: DataConfig, windows: Collection[int], given: int = 1) -> tuple[Dataset, ...]:
+def open_datasets(
+    cfg: DataConfig, windows: Collection[int], given: int = 1, sections: int = 1
+) -> tuple[Dataset, ...]:
     """Open the datasets of a run with sections of these latent windows, and check what can be
     checked without reading records.
 
     `given` is the number of latent frames before the first section, if clips are not encoded in
-    chunks. Raises DatasetError.
+    chunks, and `sections` the fewest sections of a clip. Raises DatasetError.
     """
     folders = [epath.Path(path) for path in cfg.paths]
     found: list[Dataset] = []
@@ -128,13 +130,13 @@ def open_datasets(cfg: DataConfig, windows: Collection[int], given: int = 1) -> 
         first += found[-1].index.clips
     check_agreement([(dataset.folder, dataset.index) for dataset in found])
     for dataset in found:
-        _check(dataset, windows, given)
+        _check(dataset, windows, given, sections)
     return tuple(found)
 
 
-def _check(dataset: Dataset, windows: Collection[int], given: int) -> None:
+def _check(dataset: Dataset, windows: Collection[int], given: int, sections: int) -> None:
     folder, index, cfg = dataset.folder, dataset.index, dataset.cfg
-    checks.check_lengths(folder, index, windows, given)
+    checks.check_lengths(folder, index, windows, given, sections)
     holdout.check_holdout(folder, index, cfg.holdout)
     if dataset.text_tokens < index.text_tokens:
         empty = len(dataset.empty[0]) if cfg.caption_dropout else 0

@@ -99,7 +99,8 @@ class Loader:
         def zeros(x: jax.ShapeDtypeStruct) -> np.ndarray:
             return np.zeros((share, *x.shape[1:]), x.dtype)
 
-        shapes = self.abstract(self.bucket_at(step), self.samples.schedule_of(step))
+        kind = self.samples.schedule_of(step), self.samples.frames_of(step)
+        shapes = self.abstract(self.bucket_at(step), *kind)
         batch = jax.tree.map(zeros, shapes)
         return batch.replace(
             conditions=jax.tree.map(_not_a_number, batch.conditions),
@@ -168,20 +169,25 @@ class Loader:
         compression = self.datasets[0].index.space_compression
         return height // compression, width // compression
 
-    def abstract(self, bucket: tuple[int, int], schedule: packing.Schedule) -> Batch | PixelBatch:
-        """Return a global batch of a bucket and a schedule as `jax.ShapeDtypeStruct`s."""
-        if (bucket, schedule) not in self._abstract:
-            sample = self.samples.read_or_replace(0, self.streams[bucket][0], schedule)
-            self._abstract[bucket, schedule] = jax.tree.map(
+    def abstract(
+        self, bucket: tuple[int, int], schedule: packing.Schedule, frames: int | None = None
+    ) -> Batch | PixelBatch:
+        """Return a global batch of a bucket, a schedule and a number of target frames (by default a
+        latent window) as `jax.ShapeDtypeStruct`s."""
+        key = bucket, schedule, frames or schedule.window
+        if key not in self._abstract:
+            first = self.streams[bucket][0]
+            sample = self.samples.read_or_replace(0, first, schedule, frames)
+            self._abstract[key] = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), np.asarray(x).dtype),
                 sample,
             )
-        return self._abstract[bucket, schedule]
+        return self._abstract[key]
 
     def check_buckets(self) -> None:
         """Raise DatasetError that names a bucket if none of its clips can be read."""
-        for bucket, schedule in itertools.product(self.buckets, self.samples.schedules):
-            self.abstract(bucket, schedule)
+        for bucket, kind in itertools.product(self.buckets, self.samples.kinds):
+            self.abstract(bucket, *kind)
 
     def clip_ids(self, numbers: Sequence[int]) -> list[str]:
         """Return the names of records; the file and place of an unreadable one."""
@@ -203,23 +209,25 @@ class Loader:
         return None
 
     def held_out(self, count: int, max_size: int, ways: int = 1) -> list[HeldOut]:
-        """Return the validation batches of `holdout.batches`, the same at every call."""
+        """Return the validation batches of `holdout.batches`, the same at every call. Batches take
+        turns in the number of latent frames that they make, if passes have several."""
         buckets = [bucket for dataset in self.datasets for bucket in dataset.index.record_buckets]
         plan = holdout.batches(self.held, buckets, self.streams, count, max_size, ways)
+        turns = itertools.cycle(packing.pass_frames(self.samples.schedule))
         return [
             HeldOut(
-                self._stacked(batch.samples),
-                None if batch.others is None else self._stacked(batch.others),
+                self._stacked(batch.samples, frames),
+                None if batch.others is None else self._stacked(batch.others, frames),
                 len(batch.samples),
             )
-            for batch in plan
+            for batch, frames in zip(plan, turns, strict=False)
         ]
 
-    def _stacked(self, samples: Sequence[tuple[int, int]]) -> Batch | PixelBatch:
+    def _stacked(self, samples: Sequence[tuple[int, int]], frames: int) -> Batch | PixelBatch:
         """Read the share of this host in samples (element, number of the record)."""
         index, count = self.share
         schedule = self.samples.schedule
-        read = [self.samples.read(*sample, schedule) for sample in samples[index::count]]
+        read = [self.samples.read(*sample, schedule, frames) for sample in samples[index::count]]
         return jax.tree.map(lambda *x: np.stack(x), *read)
 
     def held_out_records(self, count: int) -> list[Record]:
@@ -250,7 +258,15 @@ def open_loader(
     """
     packing.plan(schedule, 1)
     given = packing.start_frames(schedule)
-    datasets = open_datasets(cfg, {*cfg.windows} | {schedule.window}, given)
+    # A clip of three sections has passes of every length.
+    sections = 3 if len(packing.pass_frames(schedule)) > 1 else 1
+    datasets = open_datasets(cfg, {*cfg.windows} | {schedule.window}, given, sections)
+    if datasets[0].index.mode == "pixels" and not packing.reads_nearby(schedule):
+        raise packing.ScheduleError(
+            f"schedule {schedule} in order {schedule.order!r} reads frames far from a section, and"
+            " datasets of mode pixels hold only those nearby; prepare the dataset with --mode"
+            " latents"
+        )
     _check_empty_start(cfg, schedule, chunked=any(d.index.chunk for d in datasets))
     if batch % share[1]:
         raise ValueError(f"--batch {batch} does not divide over {share[1]} hosts")

@@ -28,6 +28,9 @@ from framepack_jax.video import read_span
 # Seeds beside that of the data: these draws do not depend on the others.
 WINDOW_SEED = 2504
 REPLACEMENT_SEED = 16265
+PASS_SEED = 2405
+# Share of batches of the first pass of an endpoint order, which makes two sections.
+FIRST_PASSES = 1 / 3
 MAX_TRIES = 16
 """Records to try in place of an unreadable one, before the whole bucket counts as unreadable."""
 CHECK_SIZE = (8, 8)
@@ -52,9 +55,10 @@ def choose_section(
     length: int,
     cfg: DataConfig,
     chunked: bool = False,
+    frames: int | None = None,
 ) -> Choice:
     """Draw a section of a clip of `length` latent frames, which begins with the start image of the
-    schedule.
+    schedule. It is a pass that makes `frames` latents, by default a latent window.
 
     If a clip is encoded in chunks (`chunked`), or by `cfg.empty_start`, sections are planned as
     those of a video that starts with nothing known. Under a schedule without context each chunk is
@@ -62,19 +66,21 @@ def choose_section(
     """
     empty = chunked or (cfg.empty_start > 0 and rng.random() < cfg.empty_start)
     before = 0 if empty else packing.start_frames(schedule)
-    sections = (length - before) // schedule.window
+    most = (length - before) // schedule.window
     if not schedule.segments:
-        chunk = int(rng.integers(sections)) if chunked else 0
+        chunk = int(rng.integers(most)) if chunked else 0
         return Choice(_plan(schedule, 1, chunk * schedule.window, chunked)[0], 0, 1, before)
-    if cuts_clips(cfg, schedule):
-        sections = int(rng.integers(1, sections + 1))
+    frames = frames or schedule.window
+    counts = [n for n in range(1, most + 1) if frames in packing.pass_frames(schedule, n)]
+    sections = counts[rng.integers(len(counts))] if cuts_clips(cfg, schedule) else counts[-1]
+    plan = _plan(schedule, sections, before, chunked)
+    numbers = [i for i, section in enumerate(plan) if len(section.targets) == frames]
     if cfg.section_weights:
         last = len(cfg.section_weights) - 1
-        weights = np.asarray([cfg.section_weights[min(i, last)] for i in range(sections)])
-        number = int(rng.choice(sections, p=weights / weights.sum()))
+        weights = np.asarray([cfg.section_weights[min(i, last)] for i in numbers])
+        number = numbers[rng.choice(len(numbers), p=weights / weights.sum())]
     else:
-        number = int(rng.integers(sections))
-    plan = _plan(schedule, sections, before, chunked)
+        number = numbers[rng.integers(len(numbers))]
     return Choice(plan[number], number, sections, before)
 
 
@@ -108,6 +114,17 @@ class Samples:
         draw = np.random.default_rng([self.cfg.seed, WINDOW_SEED, step])
         return self.schedules[draw.integers(len(self.schedules))]
 
+    @functools.cached_property
+    def kinds(self) -> tuple[tuple[packing.Schedule, int], ...]:
+        """Schedules of batches, with the number of latent frames that their passes make."""
+        return tuple((s, frames) for s in self.schedules for frames in packing.pass_frames(s))
+
+    def frames_of(self, step: int) -> int:
+        """Return the number of latent frames that the passes of a batch make."""
+        one, *two = packing.pass_frames(self.schedule_of(step))
+        draw = np.random.default_rng([self.cfg.seed, PASS_SEED, step])
+        return two[0] if two and draw.random() < FIRST_PASSES else one
+
     def dataset_of(self, number: int) -> Dataset:
         """Return the dataset of a record."""
         return self.datasets[bisect.bisect(self.datasets, number, key=lambda d: d.first) - 1]
@@ -116,11 +133,12 @@ class Samples:
         """Return sample `element` of the stream, from record `number`, without batch axis.
 
         Random draws repeat after FIRST_ELEMENT samples, those of held-out samples follow."""
-        schedule = self.schedule_of(element // self.batch)
-        return self.read_or_replace(element % FIRST_ELEMENT, number, schedule)
+        step = element // self.batch
+        kind = self.schedule_of(step), self.frames_of(step)
+        return self.read_or_replace(element % FIRST_ELEMENT, number, *kind)
 
     def read_or_replace(
-        self, element: int, number: int, schedule: packing.Schedule
+        self, element: int, number: int, schedule: packing.Schedule, frames: int | None = None
     ) -> Batch | PixelBatch:
         """Return `read`, or the sample of another record of the bucket if that one is unreadable.
 
@@ -128,13 +146,13 @@ class Samples:
         `MAX_TRIES` others can be read.
         """
         try:
-            return self.read(element, number, schedule)
+            return self.read(element, number, schedule, frames)
         except READ_ERRORS as error:
             first = error
         others = self._replacements(element, number)
         for other in others:
             with contextlib.suppress(*READ_ERRORS):
-                sample = self.read(element, other, schedule)
+                sample = self.read(element, other, schedule, frames)
                 clip = np.asarray(-1 - number, np.int32)
                 meta = dataclasses.replace(sample.meta, clip=clip)
                 return dataclasses.replace(sample, meta=meta)
@@ -151,14 +169,17 @@ class Samples:
         shuffled = rng.permutation(dataset.streams[dataset.bucket(number)]).tolist()
         return [other for other in shuffled if other != number][:MAX_TRIES]
 
-    def read(self, element: int, number: int, schedule: packing.Schedule) -> Batch | PixelBatch:
-        """Return the sample of a record under a schedule; `element` seeds the random draws."""
+    def read(
+        self, element: int, number: int, schedule: packing.Schedule, frames: int | None = None
+    ) -> Batch | PixelBatch:
+        """Return the sample of a record under a schedule, of a pass that makes `frames` latents (by
+        default a latent window); `element` seeds the random draws."""
         rng = np.random.default_rng([self.cfg.seed, element])
         dataset = self.dataset_of(number)
         record = dataset.record(number)
         cfg = self.cfg
         choice = choose_section(
-            rng, schedule, dataset.length(record.clip), cfg, chunked=bool(dataset.index.chunk)
+            rng, schedule, dataset.length(record.clip), cfg, bool(dataset.index.chunk), frames
         )
         if rng.random() < cfg.caption_dropout:
             text, pooled = dataset.empty

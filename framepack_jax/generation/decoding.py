@@ -1,5 +1,6 @@
 """Decode latents to the final frames of a video: decode each section, cross-fade the clips."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from framepack_jax.generation.layout import START_FRAMES, Layout
 from framepack_jax.generation.request import SourceVideo
 from framepack_jax.generation.results import NotFinite
 from framepack_jax.models.autoencoder import denormalise
-from framepack_jax.packing import Section, Timeline
+from framepack_jax.packing import Range, Section, Timeline
 
 if TYPE_CHECKING:
     from framepack_jax.generation.pipeline import FramePack
@@ -49,33 +50,44 @@ def decode(
 
     `before` holds the frames of a source video to cross-fade with; sections that are decoded alone
     follow its `kept` frames. Yields (section, first frame,
-    final frames (B, P, height, width, 3) in about [-1, 1], timeline); no later clip changes them.
+    final frames (B, P, height, width, 3) in about [-1, 1], timeline) for each clip of a section; no
+    later clip changes them. A section without a clip of its own yields no frames.
     """
     splicer = make_splicer(
         pipe.geometry, plan, START_FRAMES if before is None else plan_start(plan), kept
     )
+    numbers = itertools.count()
     if before is not None:
-        splicer.add(len(plan), before)
-    for i, (section, timeline) in enumerate(sections):
-        start, frames = splicer.add(i, pipe.decode_clip(section, timeline))
-        yield section, start, frames, timeline
+        splicer.add(sum(len(section.decode) for section in plan), before)
+    for section, timeline in sections:
+        for clip in section.decode:
+            start, frames = splicer.add(next(numbers), pipe.decode_clip(clip, timeline))
+            yield section, start, frames, timeline
+        if not section.decode:
+            yield section, 0, _no_frames(pipe, timeline), timeline
+
+
+def _no_frames(pipe: "FramePack", timeline: Timeline) -> jax.Array:
+    batch, _, *sides, _ = timeline.latents.shape
+    height, width = (side * pipe.vae.cfg.space_compression for side in sides)
+    return jnp.zeros((batch, 0, height, width, 3))
 
 
 def start_clip(
-    pipe: "FramePack", section: Section, timeline: Timeline, samples: slice = slice(None)
+    pipe: "FramePack", clip: Range, timeline: Timeline, samples: slice = slice(None)
 ) -> tuple[jax.Array, Callable[[], None]]:
-    """Start to decode the clip (B, P, height, width, 3) in about [-1, 1] of a section.
+    """Start to decode a clip (B, P, height, width, 3) in about [-1, 1] of a range of positions.
 
     `samples` selects from the batch. Returns the clip, which may not be computed yet, and a
     function that waits for it and raises NotFinite if a value is not finite.
     """
     spec, cfg, params = pipe.vae
-    latents = timeline.read(range(*section.decode))[samples]
+    latents = timeline.read(range(*clip))[samples]
     latents = denormalise(latents, pipe.latent_mean, pipe.latent_std)
-    clip = pipe.run(spec.decode, cfg, params, latents, pipe.decode_tiling or pipe.tiling)
-    finite = jnp.isfinite(clip).all(axis=(1, 2, 3, 4))
+    frames = pipe.run(spec.decode, cfg, params, latents, pipe.decode_tiling or pipe.tiling)
+    finite = jnp.isfinite(frames).all(axis=(1, 2, 3, 4))
     numbers = np.arange(timeline.latents.shape[0])[samples]
-    (first, last), dtype = section.decode, latents.dtype
+    (first, last), dtype = clip, latents.dtype
 
     def check() -> None:
         if not np.asarray(finite).all():
@@ -85,7 +97,7 @@ def start_clip(
                 numbers[~np.asarray(finite)].tolist(),
             )
 
-    return clip, check
+    return frames, check
 
 
 def plan_start(plan: Sequence[Section]) -> int:

@@ -62,10 +62,10 @@ class Geometry:
         return [0, *range(max(1, before - reach), before)]
 
     def clips(self, plan: Sequence[Section], given: int = 0) -> list[tuple[int, int]]:
-        """Return the frames (first, last + 1) of the clip of each section. Sections that are
+        """Return the frames (first, last + 1) of all clips, section by section. Sections that are
         decoded alone follow each other after `given` frames of a source video."""
         if not self.sampling.decode_alone:
-            return [self.frames_of(*section.decode) for section in plan]
+            return [self.frames_of(*clip) for section in plan for clip in section.decode]
         size, begin = self.section_frames, min(section.targets[0] for section in plan)
         numbers = [(section.targets[0] - begin) // self.schedule.window for section in plan]
         return [(given + i * size, given + (i + 1) * size) for i in numbers]

@@ -5,6 +5,7 @@ here, before any weights are loaded.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -63,19 +64,21 @@ class Layout:
     @property
     def overlap_start(self) -> int:
         """Return the first position of the clips; a source video is cross-faded from there on."""
-        return min(section.decode[0] for section in self.plan)
+        return min(first for section in self.plan for first, _ in section.decode)
 
     def new_positions(self, section: Section) -> tuple[int, ...]:
         """Return the positions that a section adds: its targets, and start or end image.
 
         The first section in time adds the start image, the last one the end image.
         """
-        first, last = section.targets[0], section.targets[-1] + 1
-        if first == START_FRAMES == self.before:
-            first = 0
-        if last == max(s.targets[-1] for s in self.plan) + 1:
-            last = self.length
-        return tuple(range(first, last))
+        last = max(s.targets[-1] for s in self.plan)
+        starts = self.before == START_FRAMES and section.targets[0] == self.before
+        ends = section.targets[-1] == last
+        return (
+            *([0] if starts else []),
+            *section.targets,
+            *(range(last + 1, self.length) if ends else []),
+        )
 
 
 def make_layout(
@@ -110,7 +113,8 @@ def make_layout(
     )  # fmt: skip
     kept = 0 if source_video is None else source_video.frames
     if not alone:
-        kept = geometry.frames_of(min(section.decode[0] for section in plan), before)[0]
+        begin = min(first for section in plan for first, _ in section.decode)
+        kept = geometry.frames_of(begin, before)[0]
     frames = max(last for _, last in geometry.clips(plan, kept))
     layout = Layout(tuple(plan), *size, canvas, fps, before, frames, kept)
     if alone and (request.key_frames or request.end_image is not None):
@@ -118,11 +122,24 @@ def make_layout(
             "key frames and an end image cannot be given: this bundle decodes each section by"
             " itself; give a start image, or take a FramePack bundle"
         )
+    _check_one_prompt(geometry, request, plan)
     end = (frames - kept if alone else compression * (layout.length - layout.before)) / fps
     if late := [time for time, _ in timed_prompts(request.prompt) if time >= end]:
         raise ValueError(f"prompt at {late[0]:g} s: the generated video is {end:.2f} s long")
     end = layout.length if use == "guide" else layout.length - 1
     return dataclasses.replace(layout, stills=_stills(request, layout, compression, end))
+
+
+def _check_one_prompt(geometry: Geometry, request: Request, plan: Sequence[Section]) -> None:
+    """Raise ValueError if prompts change within a pass that makes the beginning and the end."""
+    prompts = timed_prompts(request.prompt)
+    both = any(len(section.targets) > geometry.schedule.window for section in plan)
+    if len(prompts) > 1 and both:
+        raise ValueError(
+            f"prompt at {prompts[1][0]:g} s: order {geometry.schedule.order!r} makes the beginning"
+            " and the end in one pass, under one prompt; give one prompt, or the schedule with"
+            f" planned endpoints: {geometry.schedule}@planned(4)"
+        )
 
 
 def _sections_for(geometry: Geometry, seconds: float, fps: float) -> int:
@@ -154,6 +171,12 @@ def _before(geometry: Geometry, request: Request) -> int:
                 " give a frame of it as the start image instead"
             )
         return 1 + len(source_video.last) // size * geometry.schedule.window
+    if (frames := packing.first_frames(geometry.schedule)) > START_FRAMES:
+        raise ValueError(
+            f"schedule {geometry.schedule} reads the first {frames} latent frames of the video, and"
+            " only the first one and the end of a video to extend are encoded; give a schedule"
+            " with an anchor f1k1"
+        )
     compression = geometry.time_compression
     before = 1 + (source_video.frames - 1) // compression
     if before == START_FRAMES:

@@ -44,7 +44,7 @@ from framepack_jax.models import offload
 from framepack_jax.models.lora import LoRA
 from framepack_jax.models.network_spec import DenoiserSpec, VaeSpec
 from framepack_jax.models.tiling import Tiling
-from framepack_jax.packing import Section, Timeline
+from framepack_jax.packing import Range, Section, Timeline
 from framepack_jax.packing.buckets import BUCKETS_480P
 from framepack_jax.parallel.multihost import fetch
 
@@ -137,12 +137,6 @@ class FramePack:
         vae[0].check_tiling(vae[1], tiling)
         apart, alone = manifest.sampling.anchor_apart, manifest.sampling.decode_alone
         packing.plan(schedule, 1, apart=apart, alone=alone)
-        frames = packing.start_frames(schedule)
-        if frames > START_FRAMES:
-            raise packing.ScheduleError(
-                f"schedule {schedule} needs {frames} given frames at its start, but a video begins"
-                " with one image; use an anchor f1k1"
-            )
         return cls(
             transformer=Network(spec, cfg, None),
             vae=Network(*vae, None),
@@ -209,8 +203,8 @@ class FramePack:
         """Generate a whole video; `options` are those of `stream`."""
         spans = list(self.stream(image, prompt, **options))
         frames = np.concatenate([s.frames for s in sorted(spans, key=lambda s: s.start)])
-        latents = np.concatenate([s.latents for s in sorted(spans, key=lambda s: s.positions)])
-        return Video(frames, latents)
+        order = np.argsort([position for s in spans for position in s.positions])
+        return Video(frames, np.concatenate([s.latents for s in spans])[order])
 
     def stream(
         self,
@@ -222,7 +216,7 @@ class FramePack:
         on_section: OnSection | None = None,
         **options: Any,
     ) -> Iterator[DecodedSection]:
-        """Yield a `DecodedSection` for each section of the plan, in order of generation.
+        """Yield a `DecodedSection` for each clip of the plan, in order of generation.
 
         Args:
             image: First frame (height, width, 3) uint8, scaled and cropped to the size of the
@@ -247,8 +241,10 @@ class FramePack:
         joined = source is not None and not self.sampling.decode_alone
         before = self.overlap(layout, source) if joined and source is not None else None
         made = self.decode(layout.plan, sections, before, layout.kept)
+        last = None
         for section, start, frames, timeline in made:
-            positions = layout.new_positions(section)
+            positions = () if section is last else layout.new_positions(section)
+            last = section
             pixels = np.asarray(to_uint8(frames, layout.height, layout.width))[0]
             yield DecodedSection(start, pixels, positions, timeline.read(positions)[0])
 
@@ -375,18 +371,18 @@ class FramePack:
         return decoding.decode(self, plan, sections, before, kept)
 
     def decode_clip(
-        self, section: Section, timeline: Timeline, samples: slice = slice(None)
+        self, clip: Range, timeline: Timeline, samples: slice = slice(None)
     ) -> jax.Array:
-        """Decode the clip of a section; wait for it. Raises NotFinite."""
-        clip, check = self.start_clip(section, timeline, samples)
+        """Decode the clip of a range of positions; wait for it. Raises NotFinite."""
+        frames, check = self.start_clip(clip, timeline, samples)
         check()
-        return clip
+        return frames
 
     def start_clip(
-        self, section: Section, timeline: Timeline, samples: slice = slice(None)
+        self, clip: Range, timeline: Timeline, samples: slice = slice(None)
     ) -> tuple[jax.Array, Callable[[], None]]:
-        """Start to decode the clip of a section, see `decoding.start_clip`."""
-        return decoding.start_clip(self, section, timeline, samples)
+        """Start to decode a clip of a range of positions, see `decoding.start_clip`."""
+        return decoding.start_clip(self, clip, timeline, samples)
 
 
 def _announced(

@@ -15,7 +15,8 @@ class NotFinite(FloatingPointError):
 
 
 class DecodedSection(NamedTuple):
-    """Latents of a section, and the frames that became final with it.
+    """Latents of a section, and the frames that became final with one of its clips. If a section
+    has two clips, the second has no latents.
 
     `frames` (P, height, width, 3) uint8 are the frames `start` .. `start + P - 1` of the video; P
     may be 0. `latents` (F, H, W, C) are the normalised latents at F `positions`: those of the

@@ -1,6 +1,7 @@
 """Decode the latents of a run to frames, section by section, while the device samples the next."""
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -65,32 +66,42 @@ class Decoder:
         self.pipe, self.run, self.layout = pipe, run, layout
         self.timeline, self.sample = timeline, slice(sample, sample + 1)
         self.splicer: Splicer = pipe.splicer(layout.plan, layout.before, layout.kept)
+        self.clips = [clip for section in layout.plan for clip in section.decode]
+        counts = [len(section.decode) for section in layout.plan]
+        # Clips of the first sections: of 0, 1, 2, ... of them.
+        self.clips_of = [0, *itertools.accumulate(counts)]
         self.given = []
         if source_video is not None and not pipe.sampling.decode_alone:
-            self.given = [len(layout.plan)]
-            self.splicer.add(len(layout.plan), pipe.overlap(layout, source_video))
+            self.given = [len(self.clips)]
+            self.splicer.add(len(self.clips), pipe.overlap(layout, source_video))
 
     def catch_up(self, done: int) -> None:
         """Decode the `done` sections of an earlier run that have no frames yet, and the sections
         whose ends are blended into them."""
-        ready = min(self.run.spans(), done)
+        ready = min(self.run.spans(), self.clips_of[done])
         for number in self.splicer.waiting([*range(ready), *self.given]):
             if number < ready:
                 clip, check = self._clip(number)
                 check()
                 self.splicer.add(number, clip)
-        for number in range(ready, done):
-            self.add(number)
+        for number in range(ready, self.clips_of[done]):
+            self._start(number)()
         # An earlier process may have stopped before it joined its last frames.
         self.run.join()
 
-    def add(self, number: int) -> None:
-        """Decode section `number`, and write the frames that become final with it."""
-        self.start(number)()
+    def start(self, section: int) -> Callable[[], None]:
+        """Start to decode the clips of a section; the returned function waits for the device and
+        writes the frames that become final."""
+        numbers = range(*self.clips_of[section : section + 2])
+        started = [self._start(number) for number in numbers]
 
-    def start(self, number: int) -> Callable[[], None]:
-        """Start to decode section `number`; the returned function waits for the device and writes
-        the frames that become final."""
+        def write() -> None:
+            for each in started:
+                each()
+
+        return write
+
+    def _start(self, number: int) -> Callable[[], None]:
         clip, check = self._clip(number)
         start, frames = self.splicer.add(number, clip)
         pixels = to_uint8(frames, self.layout.height, self.layout.width)
@@ -102,4 +113,4 @@ class Decoder:
         return write
 
     def _clip(self, number: int) -> tuple[jax.Array, Callable[[], None]]:
-        return self.pipe.start_clip(self.layout.plan[number], self.timeline, self.sample)
+        return self.pipe.start_clip(self.clips[number], self.timeline, self.sample)

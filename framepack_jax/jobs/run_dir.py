@@ -262,7 +262,7 @@ class RunDir:
 
     @_by_primary
     def spans(self) -> int:
-        """Count the sections, from the first on, whose frames are all in segments."""
+        """Count the clips, from the first on, whose frames are all in segments."""
         for number, (start, stop) in enumerate(self.record["spans"]):
             if stop == start:
                 continue
@@ -276,8 +276,8 @@ class RunDir:
 
     @_by_primary
     def add_span(self, number: int, start: int, frames: np.ndarray) -> None:
-        """Encode the frames (P, height, width, 3) uint8 that became final with section `number`,
-        and write `video.mp4` again."""
+        """Encode the frames (P, height, width, 3) uint8 that became final with clip `number`, and
+        write `video.mp4` again."""
         if len(frames):
             self._write_segment(start, frames)
         spans = [*self.record["spans"][:number], [start, start + len(frames)]]

@@ -23,11 +23,9 @@ from framepack_jax.models.master_weights import cast_others
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops.rope import Table, rope_table
-from framepack_jax.packing import PackedContext, Schedule, kernel_shape
+from framepack_jax.packing import PackedContext, Schedule, embedding_kernel, kernel_shape
 
 PATCH = "k1"
-# k16 has no weights of its own: its latents are pooled to half size and embedded by k8.
-POOLED_KERNELS = {"k16": "k8"}
 
 
 class PackedConfig(Protocol):
@@ -60,7 +58,7 @@ class EmbedVideo(nn.Module):
         cfg = self.cfg
         embedders = {k: ContextEmbed(cfg, name=f"context_{k}") for k in cfg.context_kernels}
         groups = [
-            embedders[embedding_kernel(kernel)](latents, kernel)
+            embedders[embedding_kernel(kernel)[0]](latents, kernel)
             for latents, kernel in zip(context.latents, context.kernels, strict=True)
         ]
         target = nn.Dense(cfg.width, name="patch")(_patches(x, PATCH))
@@ -74,12 +72,12 @@ class ContextEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, latents: jax.Array | np.ndarray, kernel: str) -> jax.Array:
-        if kernel in POOLED_KERNELS:
+        kernel, pool = embedding_kernel(kernel)
+        if pool > 1:
             latents = reduce(
-                _pad(latents, (2, 2, 2)),
-                "b (t pt) (h ph) (w pw) c -> b t h w c", "mean", pt=2, ph=2, pw=2,
+                _pad(latents, (pool, pool, pool)),
+                "b (t pt) (h ph) (w pw) c -> b t h w c", "mean", pt=pool, ph=pool, pw=pool,
             )  # fmt: skip
-            kernel = POOLED_KERNELS[kernel]
         width, size = self.cfg.width, math.prod(kernel_shape(kernel)) * self.cfg.in_channels
         weights = self.param("kernel", nn.initializers.lecun_normal(), (size, width))
         bias = self.param("bias", nn.initializers.zeros, (width,))
@@ -96,7 +94,7 @@ def rope_tables(cfg: PackedConfig, shape: tuple[int, ...], context: PackedContex
 
     def add(indices: jax.Array | np.ndarray, shape: tuple[int, ...], kernel: str) -> None:
         kt, kh, kw = kernel_shape(kernel)
-        rows, columns, pool = shape[2] // 2, shape[3] // 2, (kt, kh // 2, kw // 2)
+        rows, columns, pool = shape[2] // 2, shape[3] // 2, (kt, kh / 2, kw / 2)
         tables.append(rope_table(indices, rows, columns, cfg.rope_axes, cfg.rope_theta, pool))
 
     groups = zip(context.indices, context.latents, context.kernels, strict=True)
@@ -143,21 +141,16 @@ def _pad(x: jax.Array | np.ndarray, multiple: tuple[int, int, int]) -> jax.Array
     return jnp.pad(x, [(0, 0), *ragged, (0, 0)], mode="edge")
 
 
-def embedding_kernel(kernel: str) -> str:
-    """Return the kernel whose patch embedding serves a context kernel."""
-    return POOLED_KERNELS.get(kernel, kernel)
-
-
 def context_kernels(schedule: Schedule) -> tuple[str, ...]:
     """Return the kernels of a schedule that need patch embeddings of their own, smallest first."""
-    kernels = {embedding_kernel(segment.kernel) for segment in schedule.segments}
+    kernels = {embedding_kernel(segment.kernel)[0] for segment in schedule.segments}
     return tuple(sorted(kernels, key=lambda kernel: math.prod(kernel_shape(kernel))))
 
 
 def check_kernels(cfg: PackedConfig, kernels: Iterable[str]) -> None:
     """Raise ValueError if the network has no embedding for a context kernel."""
     for kernel in kernels:
-        if embedding_kernel(kernel) not in cfg.context_kernels:
+        if embedding_kernel(kernel)[0] not in cfg.context_kernels:
             there = ", ".join(cfg.context_kernels) or "no kernel"
             raise ValueError(
                 f"the schedule uses patch kernel {kernel}, but the network embeds context with"

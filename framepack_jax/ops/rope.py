@@ -22,18 +22,21 @@ def rope_table(
     width: int,
     axes: tuple[int, int, int],
     theta: float,
-    pool: tuple[int, int, int] = (1, 1, 1),
+    pool: tuple[float, float, float] = (1, 1, 1),
 ) -> Table:
     """Return (cos, sin) for frames (B, F) of height x width patches, pooled by `pool` (t, h, w).
+
+    Rows and columns of half a patch are latent cells, which lie a quarter before and after the
+    middle of their patch (ours): pooled by 0.5 they stay apart, by 1.5 three make one token.
 
     A frequency belongs to one axis, so pooling in 3-D is pooling of each axis' own table. Ragged
     edges are padded by replication before pooling, as the latents are.
     """
-    rows = jnp.arange(height)[None, :]
-    columns = jnp.arange(width)[None, :]
+    rows, columns = _positions(height, pool[1]), _positions(width, pool[2])
+    counts = (pool[0], *(size if size == int(size) else 2 * size for size in pool[1:]))
     time, high, wide = (
-        _axis_table(positions.astype(jnp.float32), dim, theta, size)
-        for positions, dim, size in zip((frame_indices, rows, columns), axes, pool, strict=True)
+        _axis_table(positions.astype(jnp.float32), dim, theta, int(size))
+        for positions, dim, size in zip((frame_indices, rows, columns), axes, counts, strict=True)
     )
     batch, shape = frame_indices.shape[0], (time.shape[2], high.shape[2], wide.shape[2])
     tables = (
@@ -43,6 +46,13 @@ def rope_table(
     )
     cos, sin = rearrange(jnp.concatenate(tables, axis=-1), "cs b t h w d -> cs b (t h w) d")
     return cos, sin
+
+
+def _positions(patches: int, pool: float) -> jax.Array:
+    """Return the positions (1, P) of patches; of their cells if `pool` is no whole number."""
+    if pool == int(pool):
+        return jnp.arange(patches)[None, :]
+    return jnp.arange(2 * patches)[None, :] / 2 - 0.25
 
 
 def _axis_table(positions: jax.Array | np.ndarray, dim: int, theta: float, pool: int) -> jax.Array:

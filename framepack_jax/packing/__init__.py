@@ -1,6 +1,9 @@
 """The FramePack idea: which frames a section of video sees, how strongly compressed, and where.
 
+kernels     names and shapes of context kernels
 schedule    the grammar of a packing schedule
+form        the forms of schedules that can be sampled
+orders      what the passes of each order make and read
 sections    the plan: what every section writes and reads
 timeline    latent frames at absolute positions, and the context gathered from them
 tokens      seconds, frames, sections and tokens
@@ -8,33 +11,34 @@ buckets     canvas sizes
 """
 
 from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
+from framepack_jax.packing.kernels import ScheduleError, embedding_kernel, kernel_shape
+from framepack_jax.packing.orders import MISSING, Group, inverted_paddings
 from framepack_jax.packing.schedule import (
     DEFAULT_CODEBOOK,
+    ORDERS,
     RELEASED_F1,
     RELEASED_INVERTED,
     Context,
     Generate,
     Item,
     Schedule,
-    ScheduleError,
     Segment,
     Skip,
     Tail,
-    kernel_shape,
     parse,
 )
 from framepack_jax.packing.sections import (
     MAX_SECTIONS,
-    MISSING,
-    ORDERS,
-    Group,
+    Range,
     Section,
     anchor_position,
     drop_context,
+    first_frames,
     history_ages,
-    inverted_paddings,
     length,
+    pass_frames,
     plan,
+    reads_nearby,
     span,
     start_frames,
 )
@@ -62,6 +66,7 @@ __all__ = [
     "Group",
     "Item",
     "PackedContext",
+    "Range",
     "Schedule",
     "ScheduleError",
     "Section",
@@ -72,7 +77,9 @@ __all__ = [
     "anchor_position",
     "context_tokens",
     "drop_context",
+    "embedding_kernel",
     "find_bucket",
+    "first_frames",
     "frame_bound",
     "frames_of",
     "group_tokens",
@@ -81,10 +88,12 @@ __all__ = [
     "kernel_shape",
     "length",
     "parse",
+    "pass_frames",
     "plan",
     "position_at",
     "read_context",
     "read_target",
+    "reads_nearby",
     "sections_for",
     "span",
     "start_frames",

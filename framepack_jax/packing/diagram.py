@@ -1,14 +1,9 @@
 """Draw a packing schedule as text: what it packs into the context, and its number of tokens."""
 
-from framepack_jax.packing.schedule import (
-    Context,
-    Generate,
-    Schedule,
-    ScheduleError,
-    Skip,
-    kernel_shape,
-)
-from framepack_jax.packing.sections import MISSING, plan
+from framepack_jax.packing.kernels import ScheduleError, kernel_shape
+from framepack_jax.packing.orders import MISSING
+from framepack_jax.packing.schedule import Context, Generate, Schedule, Skip
+from framepack_jax.packing.sections import plan
 from framepack_jax.packing.tokens import context_tokens, frame_bound, group_tokens
 
 BAR = 32
@@ -56,6 +51,9 @@ def _table(schedule: Schedule, rows: int, columns: int) -> str:
                 f"  {tokens / total:6.1%}  {tokens / frames / frame:7.2%}  {bar}"
             )
     lines.append(f"{'total':>8}  {total} tokens, whatever the length of the video")
+    if schedule.order == "endpoint":
+        both = total + group_tokens(made, "k1", rows, columns)
+        lines.append(f"{'':8}  {both} in the first pass, which makes the beginning and the end")
     lines.append(
         f"{'':8}  = {total / frame:.2f} whole frames, {made} of them targets; the paper's bound for"
         f" endless history\n{'':8}  (halving with age, anchors not counted) is"
@@ -87,11 +85,18 @@ def _reads(schedule: Schedule, sections: int) -> str:
 
 
 def _positions(positions: tuple[int, ...]) -> str:
-    """Shorten positions, (-1, -1, 0, 1, 2) to "-, 0..2"; known positions are contiguous."""
-    known = [p for p in positions if p != MISSING]
-    if not known:
+    """Shorten positions, (-1, -1, 0, 1, 2, 9) to "-, 0..2, 9"."""
+    runs: list[list[int]] = []
+    for position in positions:
+        follows = runs and position == runs[-1][1] + (position != MISSING)
+        if follows:
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    return ", ".join(_run(*run) for run in runs)
+
+
+def _run(first: int, last: int) -> str:
+    if first == MISSING:
         return "-"
-    span = str(known[0]) if len(known) == 1 else f"{known[0]}..{known[-1]}"
-    if len(known) == len(positions):
-        return span
-    return f"-, {span}" if positions[0] == MISSING else f"{span}, -"
+    return str(first) if first == last else f"{first}..{last}"

@@ -2,30 +2,31 @@
 
 Source: arXiv 2504.12626, sections 3.1 to 3.4, whose variant strings are the grammar here.
 
-    schedule = item ("_" item)* ["+D" [number]]      f1k1_x_g9_f1k1f2k2f16k4_td
+    schedule = item ("_" item)* ["+D" [number]] ["@" order]      f1k1_x_g9_f1k1f2k2f16k4_td
     item     = context | "g" frames | "x" | tail
     context  = ("f" frames kernel)+                  contiguous frames, earlier to the left
     kernel   = "k" n | "k" t "h" h "w" w             k1 = (1,2,2), k2 = (2,4,4), k4 = (4,8,8), ...
     tail     = "td" | "ta" | "tc"                    delete | append | compress the far history
+    order    = "inverted" | "forward" | "endpoint" | "planned(" number ")"
 
 Items stand in time order. The *order* says in which sequence sections are generated; by
-default it is that of the released models, or the paper, for a schedule of this form.
+default it is that of the released models, or the paper, for a schedule of this form. The grammar
+of an order is ours: the paper describes orders in words.
 """
 
 import dataclasses
 import re
 
+from framepack_jax.packing.kernels import KERNEL, NUMBER, ScheduleError, check_kernel
+
 RELEASED_INVERTED = "f1k1_x_g9_f1k1f2k2f16k4_td"
 RELEASED_F1 = "f1k1_x_f16k4f2k2f1k1_g9"
 DEFAULT_CODEBOOK = 128
 
-_NUMBER = "[1-9][0-9]*"
-_SEGMENT = re.compile(rf"f({_NUMBER})(k{_NUMBER}(?:h{_NUMBER}w{_NUMBER})?)")
-_KERNEL = re.compile(rf"k({_NUMBER})(?:h({_NUMBER})w({_NUMBER}))?")
+ORDERS = ("inverted", "forward", "endpoint", "planned")
 
-
-class ScheduleError(ValueError):
-    """A schedule or order that cannot be parsed, or cannot be sampled."""
+_SEGMENT = re.compile(rf"f({NUMBER})({KERNEL})")
+_ORDER = re.compile(rf"inverted|forward|endpoint|planned\(({NUMBER})\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Schedule:
 
     def __str__(self) -> str:
         suffix = "" if self.discretize is None else f"+D{self.discretize}"
-        return "_".join(map(str, self.items)) + suffix
+        usual = self.order == _default_order(self.items)
+        return "_".join(map(str, self.items)) + suffix + ("" if usual else f"@{self.order}")
 
     @property
     def window(self) -> int:
@@ -122,7 +124,13 @@ class Schedule:
     @property
     def reads_ahead(self) -> bool:
         """True if sections read frames that come after them, as the end of a video."""
-        return self.order == "inverted"
+        return self.order not in ("", "forward")
+
+    @property
+    def stride(self) -> int:
+        """Sections from one planned endpoint to the next; 0 in other orders."""
+        match = _ORDER.fullmatch(self.order)
+        return int(match[1] or 0) if match else 0
 
     @property
     def codebook(self) -> int | None:
@@ -131,17 +139,27 @@ class Schedule:
 
 
 def parse(text: str, order: str | None = None) -> Schedule:
-    """Parse a schedule; without an `order`, take the usual one for its form.
+    """Parse a schedule; without an `order`, take its own, or the usual one for its form.
 
-    Raises ScheduleError that names the item which cannot be parsed.
+    Raises ScheduleError that names the item, kernel or order that cannot be parsed, and the kernel
+    that no weights can embed.
     """
-    body, plus, discretize = text.partition("+")
-    if plus and not re.fullmatch(rf"D({_NUMBER})?", discretize):
+    whole, at, own = text.partition("@")
+    body, plus, discretize = whole.partition("+")
+    if plus and not re.fullmatch(rf"D({NUMBER})?", discretize):
         raise ScheduleError(
             f"schedule {text!r}: cannot read {plus + discretize!r}; expected +D or +D128"
         )
     items = tuple(_parse_item(item, text) for item in body.split("_"))
-    return Schedule(items, order or _default_order(items), discretize[1:] if plus else None)
+    if at and order not in (None, own):
+        raise ScheduleError(f"schedule {text!r}: it names another order than {order!r}")
+    order = own if at else order or _default_order(items)
+    if (order and not _ORDER.fullmatch(order)) or (at and not own):
+        raise ScheduleError(
+            f"schedule {text!r}: order {order!r}: expected inverted, forward, endpoint or, with the"
+            " number of sections from one endpoint to the next, planned(4)"
+        )
+    return Schedule(items, order, discretize[1:] if plus else None)
 
 
 def _parse_item(item: str, schedule: str) -> Item:
@@ -149,23 +167,17 @@ def _parse_item(item: str, schedule: str) -> Item:
         return Skip()
     if item in ("td", "ta", "tc"):
         return Tail(item)
-    if re.fullmatch(f"g{_NUMBER}", item):
+    if re.fullmatch(f"g{NUMBER}", item):
         return Generate(int(item[1:]))
     if item and re.fullmatch(f"(?:{_SEGMENT.pattern})+", item):
-        return Context(tuple(Segment(int(m[1]), m[2]) for m in _SEGMENT.finditer(item)))
+        segments = tuple(Segment(int(m[1]), m[2]) for m in _SEGMENT.finditer(item))
+        for segment in segments:
+            check_kernel(segment.kernel)
+        return Context(segments)
     raise ScheduleError(
         f"schedule {schedule!r}: cannot read item {item!r}; expected frames with kernels"
         " (f1k1f2k2), frames to generate (g9), a gap (x) or a tail (td, ta, tc)"
     )
-
-
-def kernel_shape(kernel: str) -> tuple[int, int, int]:
-    """Return (time, height, width) of a kernel name in latent cells: "k2" -> (2, 4, 4)."""
-    match = _KERNEL.fullmatch(kernel)
-    if not match:
-        raise ScheduleError(f"kernel {kernel!r}: expected a name such as k1, k4 or k1h4w4")
-    time, height, width = match.groups()
-    return int(time), int(height or 2 * int(time)), int(width or 2 * int(time))
 
 
 def _default_order(items: tuple[Item, ...]) -> str:

@@ -2,59 +2,37 @@
 
 Schedule, order and number of sections give the plan. Positions count latent frames from the start
 of the video. Source: arXiv 2504.12626, sections 3.1 to 3.4, and the frame indices of the authors'
-two released models. Sampling and training both plan here.
+two released models. Sampling and training both plan here; `orders` has the passes of each order.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
 
-from framepack_jax.packing.schedule import (
-    RELEASED_F1,
-    RELEASED_INVERTED,
-    Context,
-    Generate,
-    Schedule,
-    ScheduleError,
-    Skip,
-    Tail,
-    kernel_shape,
-)
+from framepack_jax.packing import orders
+from framepack_jax.packing.form import Form, form_of
+from framepack_jax.packing.kernels import ScheduleError
+from framepack_jax.packing.orders import MISSING, Extent, Group, Pass
+from framepack_jax.packing.schedule import Schedule
 
-MISSING = -1
 MAX_SECTIONS = 10_000
-ORDERS = ("inverted", "forward", "endpoint", "planned")
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Context frames under one kernel: absolute positions (or MISSING) and RoPE frame indices."""
-
-    kernel: str
-    reads: tuple[int, ...]
-    indices: tuple[int, ...]
+Range = tuple[int, int]
+"""Positions (first, last + 1)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section: positions to write, RoPE frame indices, context to read, clip to decode.
+    """One pass of the network: positions to write, RoPE frame indices, context to read, clips.
 
-    `groups` stand in sequence order, coarsest kernel first, then in time. `decode` is the range
-    (first, last + 1) of positions to decode after the section.
+    `targets` are one section, or two for the pass of an endpoint order that makes the beginning and
+    the end. `groups` stand in sequence order, coarsest kernel first, then in time. `decode` has the
+    ranges of positions to decode as clips after the pass: one for a growing video, two where two
+    parts of it meet or begin, none for a section that both its neighbours decode later.
     """
 
     targets: tuple[int, ...]
     indices: tuple[int, ...]
     groups: tuple[Group, ...]
-    decode: tuple[int, int]
-
-
-class _Layout(NamedTuple):
-    """The parts of a schedule that can be sampled."""
-
-    anchor: Context | None
-    history: Context
-    window: int
+    decode: tuple[Range, ...]
 
 
 def plan(
@@ -81,87 +59,108 @@ def plan(
     """
     if not 1 <= sections <= MAX_SECTIONS:
         raise ScheduleError(f"sections = {sections}: expected 1 to {MAX_SECTIONS}")
-    layout = _layout(schedule)
+    form = form_of(schedule)
     least = start_frames(schedule)
     before = least if before is None else before
-    starts_empty = before == 0 and schedule.order == "forward"
-    if before < least and not starts_empty:
+    if before < least and (before or schedule.reads_ahead):
         raise ScheduleError(f"schedule {schedule}: {before} frames are known, {least} are needed")
     if (after or guide) and not schedule.reads_ahead:
         raise ScheduleError(
             f"schedule {schedule} in order {schedule.order!r} reads no frames after its own"
         )
-    if schedule.order == "inverted":
-        if apart or alone:
-            raise ScheduleError(
-                f"schedule {schedule}: only sections in forward order can have an anchor apart or"
-                " be decoded alone"
-            )
-        return _plan_inverted(layout, sections, before, after, guide)
-    if not layout.history.frames and sections > 1:
+    if (apart or alone) and schedule.reads_ahead:
+        raise ScheduleError(
+            f"schedule {schedule}: only sections in forward order can have an anchor apart or"
+            " be decoded alone"
+        )
+    if not schedule.segments and sections > 1:
         raise ScheduleError(
             f"schedule {schedule} reads no context, so its sections would not follow each other;"
             f" {sections} sections were asked for, expected 1"
         )
-    plans = _plan_forward(layout, sections, before, int(apart))
-    if alone:
-        plans = [dataclasses.replace(s, decode=(s.targets[0], s.targets[-1] + 1)) for s in plans]
+    extent = Extent(sections, before, form.window, after, guide)
+    passes = _passes(schedule, form, extent, int(apart))
+    made: set[int] = set()
+    plans = []
+    for each in passes:
+        ranges = [_range(extent, s) for s in each.sections]
+        clips = [clip for s in each.sections for clip in _clips(extent, made, s)]
+        targets = tuple(p for first, stop in ranges for p in range(first, stop))
+        decode = tuple(ranges if alone else clips)
+        plans.append(Section(targets, each.indices, each.groups, decode))
     return plans
 
 
-def _layout(schedule: Schedule) -> _Layout:
-    order = schedule.order
-    if not order:
-        raise ScheduleError(f"schedule {schedule} generates nothing: it has no item g")
-    name = order.partition("(")[0]
-    if name not in ORDERS:
-        raise ScheduleError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
-    if name in ("endpoint", "planned"):
-        raise ScheduleError(f"order {order!r} cannot be sampled yet; use inverted or forward")
-    if schedule.discretize is not None:
-        raise ScheduleError(
-            f"schedule {schedule}: history discretization (+D) is not supported yet"
-        )
-    for tail in schedule.items:
-        if isinstance(tail, Tail) and tail.kind != "td":
-            raise ScheduleError(f"schedule {schedule}: tail {tail} is not supported yet; use td")
-    match order, schedule.items:
-        case "inverted", (Context() as anchor, Skip(), Generate(w), Context() as history, Tail()):
-            return _Layout(anchor, history, w)
-        case "forward", (Context() as anchor, Skip(), Context() as history, Generate(w)):
-            return _Layout(anchor, history, w)
-        case "forward", (Tail(), Context() as history, Generate(w)):
-            return _Layout(None, history, w)
-        case "forward", (Generate(w),):
-            return _Layout(None, Context(()), w)
-    form = RELEASED_INVERTED if order == "inverted" else f"{RELEASED_F1} or td_f16k4f2k2f1k1_g9"
-    raise ScheduleError(
-        f"schedule {schedule} cannot be sampled in order {order!r}: expected the form of {form}"
-    )
+def _passes(schedule: Schedule, form: Form, extent: Extent, oldest: int) -> Iterable[Pass]:
+    if schedule.stride:
+        return orders.planned(form, extent, schedule.stride)
+    if schedule.order == "endpoint":
+        return orders.endpoint(form, extent)
+    if form.backward:
+        return orders.inverted(form, extent)
+    return orders.forward(form, extent, oldest)
+
+
+def _range(extent: Extent, section: int) -> Range:
+    return extent.first(section), extent.first(section + 1)
+
+
+def _clips(extent: Extent, made: set[int], section: int) -> list[Range]:
+    """Return the clips to decode after a section, and count it among those that are `made`.
+
+    A section is decoded with each neighbour that is made, so that clips overlap by a section, over
+    which they are cross-faded. The first clip in time begins with given frames, the last one ends
+    with them. A section that is made before both its neighbours belongs to their clips alone.
+    """
+    earlier, later = section - 1 in made, section + 1 in made
+    made.add(section)
+    first, stop = _range(extent, section)
+    starts, ends = section == 0, section == extent.sections - 1
+    begin = max(0, first - extent.window) if starts or earlier else first
+    end = extent.end if ends else stop
+    if later:
+        following = (begin if starts else first, stop + extent.window)
+        return [(begin, stop), following] if earlier else [following]
+    return [(begin, end)] if starts or ends or earlier else []
 
 
 def start_frames(schedule: Schedule) -> int:
-    """Return the number of latent frames that must be given at the start of the timeline."""
-    anchor, history, _ = _layout(schedule)
-    return anchor.frames if anchor else min(1, history.frames)
+    """Return the number of latent frames that must be given at the start of the timeline: one, a
+    start image, if sections read any context."""
+    form_of(schedule)
+    return min(1, len(schedule.segments))
+
+
+def pass_frames(schedule: Schedule, sections: int | None = None) -> tuple[int, ...]:
+    """Return the numbers of latent frames that passes of the network make, of videos of this number
+    of sections or of any: a latent window, and two in the first pass of an endpoint order."""
+    window = schedule.window
+    if schedule.order != "endpoint" or sections == 1:
+        return (window,)
+    return (2 * window,) if sections == 2 else (window, 2 * window)
 
 
 def span(schedule: Schedule) -> int:
     """Return how many adjacent latent frames a section writes and reads, without the anchor."""
-    layout = _layout(schedule)
-    return layout.window + layout.history.frames
+    form = form_of(schedule)
+    return form.window + form.history.frames
+
+
+def first_frames(schedule: Schedule) -> int:
+    """Return how many of the first frames of a video all its sections read."""
+    form = form_of(schedule)
+    return 0 if form.backward else form.anchor.frames
+
+
+def reads_nearby(schedule: Schedule) -> bool:
+    """Return True if sections read frames within `span` of them, and the first frame alone."""
+    return schedule.order in ("forward", "inverted") and first_frames(schedule) <= 1
 
 
 def history_ages(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     """Return the place in the history of each context frame, by group in sequence order: 0 for the
     farthest from the section, and MISSING for the anchor, which is no history."""
-    layout = _layout(schedule)
-    count = layout.history.frames
-    ages = range(count)[::-1] if schedule.reads_ahead else range(count)
-    anchor = layout.anchor
-    groups = _groups(anchor, [MISSING] * anchor.frames, range(anchor.frames)) if anchor else []
-    groups += _groups(layout.history, ages, range(count))
-    return tuple(group.reads for group in _pack(groups))
+    return tuple(group.reads for group in orders.blank_groups(form_of(schedule)))
 
 
 def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:
@@ -177,89 +176,10 @@ def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Sect
 
 def length(plan: Sequence[Section]) -> int:
     """Return the number of latent frames of the video of a plan, given frames included."""
-    return max(section.decode[1] for section in plan)
+    return max(stop for section in plan for _, stop in section.decode)
 
 
 def anchor_position(schedule: Schedule, before: int) -> int:
     """Return the position of the anchor image for `before` frames given at the start: the last one
     if sections are generated towards it, else the first."""
-    return before - 1 if schedule.reads_ahead else 0
-
-
-def inverted_paddings(sections: int) -> list[int]:
-    """Return the windows between start and target, in order of generation (the released rule).
-
-    Long videos reuse small distances, which the model has seen in training.
-    """
-    if sections <= 4:
-        return list(range(sections))[::-1]
-    return [3, *[2] * (sections - 3), 1, 0]
-
-
-def _plan_inverted(
-    layout: _Layout, sections: int, before: int, after: int, guide: bool
-) -> list[Section]:
-    anchor, history, w = layout
-    assert anchor is not None, "a schedule whose sections read ahead has an anchor"
-    end = before + sections * w + after
-    plans = []
-    for s, padding in zip(reversed(range(sections)), inverted_paddings(sections), strict=True):
-        first = before + s * w
-        index = anchor.frames + padding * w
-        known = end + (guide and s == sections - 1)
-        reads = [p if p < known else MISSING for p in _span(first + w, history.frames)]
-        groups = _groups(anchor, _span(before - anchor.frames, anchor.frames), range(index))
-        groups += _groups(history, reads, _span(index + w, history.frames))
-        last = end if s == sections - 1 else min(first + 2 * w, end)
-        plans.append(
-            Section(
-                tuple(_span(first, w)), tuple(_span(index, w)), _pack(groups),
-                (_decoded_from(s, first, before, w, 0), last),
-            )
-        )  # fmt: skip
-    return plans
-
-
-def _plan_forward(layout: _Layout, sections: int, before: int, oldest: int) -> list[Section]:
-    """Plan with history from position `oldest` on."""
-    anchor, history, w = layout
-    offset = anchor.frames if anchor else 0
-    index = offset + history.frames
-    plans = []
-    for s in range(sections):
-        first = before + s * w
-        past = _span(first - history.frames, history.frames)
-        reads = [p if p >= oldest else MISSING for p in past]
-        there = [p if p < first else MISSING for p in range(offset)]
-        groups = _groups(anchor, there, range(offset)) if anchor else []
-        groups += _groups(history, reads, _span(offset, history.frames))
-        plans.append(
-            Section(
-                tuple(_span(first, w)), tuple(_span(index, w)), _pack(groups),
-                (_decoded_from(s, first, before, w, w), first + w),
-            )
-        )  # fmt: skip
-    return plans
-
-
-def _decoded_from(section: int, first: int, before: int, window: int, overlap: int) -> int:
-    """Return the first position of a section's clip; the first in time includes given frames."""
-    return max(0, before - window) if section == 0 else first - overlap
-
-
-def _span(first: int, count: int) -> range:
-    return range(first, first + count)
-
-
-def _groups(context: Context, reads: Sequence[int], indices: Sequence[int]) -> list[Group]:
-    groups, at = [], 0
-    for segment in context.segments:
-        end = at + segment.frames
-        groups.append(Group(segment.kernel, tuple(reads[at:end]), tuple(indices[at:end])))
-        at = end
-    return groups
-
-
-def _pack(groups: list[Group]) -> tuple[Group, ...]:
-    """Sequence order: coarsest kernel first; groups of one kernel stay in time order."""
-    return tuple(sorted(groups, key=lambda g: kernel_shape(g.kernel), reverse=True))
+    return before - 1 if form_of(schedule).backward else 0

@@ -2,8 +2,9 @@
 
 import math
 
-from framepack_jax.packing.schedule import Schedule, Segment, kernel_shape
-from framepack_jax.packing.sections import MAX_SECTIONS
+from framepack_jax.packing.kernels import kernel_shape
+from framepack_jax.packing.schedule import Schedule, Segment
+from framepack_jax.packing.sections import MAX_SECTIONS, pass_frames
 
 
 def position_at(seconds: float, fps: float = 30, time_compression: int = 4) -> int:
@@ -41,8 +42,9 @@ def group_tokens(frames: int, kernel: str, height: int, width: int) -> int:
 
 
 def target_tokens(schedule: Schedule, height: int, width: int) -> int:
-    """Count tokens of the target section, which decide the flow shift."""
-    return group_tokens(schedule.window, "k1", height, width)
+    """Count tokens of the target, which decide the flow shift; of the longest pass if an order has
+    several lengths."""
+    return group_tokens(max(pass_frames(schedule)), "k1", height, width)
 
 
 def context_tokens(schedule: Schedule, height: int, width: int) -> list[tuple[Segment, int]]:

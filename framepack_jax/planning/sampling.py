@@ -210,7 +210,7 @@ class _Work:
         settings, batch = self.settings, self.batch
         compression = pipe.vae.cfg.space_compression
         frame = (*(side // compression for side in layout.canvas), pipe.vae.cfg.latent_channels)
-        section = layout.plan[-1]
+        section = max(layout.plan, key=lambda section: len(section.targets))
         timeline = Timeline(layout.length, frame)
         timeline.known[:] = True
         context = packing.read_context(section, timeline)
@@ -255,7 +255,7 @@ def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: 
     cross-faded.
     """
     spec, cfg, _ = pipe.vae
-    length = max(last - first for first, last in (section.decode for section in layout.plan))
+    length = max(last - first for section in layout.plan for first, last in section.decode)
     clip = (length, *(side // cfg.space_compression for side in layout.canvas))
     frames, side = pipe.tiling.frames, pipe.tiling.size
     tiling = Tiling(frames=None)

@@ -168,7 +168,9 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
     configs = _configs(task.manifest)
     compression, batch = configs["vae"].space_compression, task.cfg.batch
     frame = (*(side // compression for side in size), configs["vae"].latent_channels)
-    section = packing.plan(task.schedule, 1)[0]
+    # The longest pass is the first one of a video of one section, or of two.
+    sections = len(packing.pass_frames(task.schedule))
+    section = packing.plan(task.schedule, sections)[0]
     timeline = Timeline(packing.length([section]), frame)
     timeline.known[:] = True
     context = packing.read_context(section, timeline)

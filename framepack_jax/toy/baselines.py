@@ -14,7 +14,7 @@ from framepack_jax.generation.crossfade import to_uint8
 from framepack_jax.generation.layout import Layout, fit_images, make_layout
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.generation.request import Request
-from framepack_jax.packing import Section, Timeline
+from framepack_jax.packing import Timeline
 
 CLIP_LATENTS = 18
 """Latent frames that the VAE encodes at a time, in addition to the first one of a clip."""
@@ -105,6 +105,5 @@ def reconstructed(pipe: FramePack, frames: np.ndarray) -> np.ndarray:
 
 def _through_vae(pipe: FramePack, frames: np.ndarray) -> np.ndarray:
     latents = pipe.encode_clip(frames)
-    whole = Section((), (), (), (0, len(latents)))
-    clip = pipe.decode_clip(whole, Timeline.of(latents[None]))
+    clip = pipe.decode_clip((0, len(latents)), Timeline.of(latents[None]))
     return np.asarray(to_uint8(jnp.asarray(clip), *frames.shape[1:3]))[0]

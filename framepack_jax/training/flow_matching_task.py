@@ -208,17 +208,18 @@ class FlowMatchingTask:
         self.loader.check_buckets()
 
     def batches(self) -> list[tuple[Any, Cost]]:
-        """Return an abstract batch for each bucket and latent window, and the cost of a sample."""
-        kinds = itertools.product(self.loader.buckets, self.loader.samples.schedules)
-        return [self._abstract_batch(bucket, schedule) for bucket, schedule in kinds]
+        """Return an abstract batch for each bucket, latent window and number of target frames, and
+        the cost of a sample."""
+        kinds = itertools.product(self.loader.buckets, self.loader.samples.kinds)
+        return [self._abstract_batch(bucket, *kind) for bucket, kind in kinds]
 
     def _abstract_batch(
-        self, bucket: tuple[int, int], schedule: packing.Schedule
+        self, bucket: tuple[int, int], schedule: packing.Schedule, frames: int
     ) -> tuple[Any, Cost]:
         where = NamedSharding(self.mesh, PartitionSpec(BATCH))
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            self.loader.abstract(bucket, schedule),
+            self.loader.abstract(bucket, schedule, frames),
         )
         size = self.loader.latent_size(bucket)
         return batch, metrics.sample_cost(self.model, schedule, batch, size)

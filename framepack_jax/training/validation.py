@@ -263,10 +263,10 @@ def decoded_clip(pipe: FramePack, record: Record, plan: Sequence[packing.Section
     assert record.latents is not None
     latents = np.asarray(record.latents[None, : packing.length(plan)], np.float32)
     timeline = packing.Timeline.of(latents)
-    if not pipe.sampling.decode_alone:
-        plan = [dataclasses.replace(plan[0], decode=(0, latents.shape[1]))]
-    clips = [pipe.decode_clip(section, timeline) for section in plan]
-    frames = jnp.concatenate(clips, axis=1)
+    clips = [(0, latents.shape[1])]
+    if pipe.sampling.decode_alone:
+        clips = [clip for section in plan for clip in section.decode]
+    frames = jnp.concatenate([pipe.decode_clip(clip, timeline) for clip in clips], axis=1)
     return np.asarray(to_uint8(frames, record.clip.height, record.clip.width))[0]
 
 

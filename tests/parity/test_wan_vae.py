@@ -20,7 +20,7 @@ from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.models.wan import vae
 from framepack_jax.models.wan.vae_config import WanVaeConfig
-from framepack_jax.packing import Section, Timeline
+from framepack_jax.packing import Timeline
 from tests.fixtures.checkpoints import plan_of
 from tests.fixtures.torch_reference import convert_module, relative_error, to_jax
 from tests.fixtures.wan import SMALL, TINY, torch_vae
@@ -168,7 +168,7 @@ def test_pipeline_encodes_and_decodes_as_diffusers(small):
         found = conditioning.clip_latents(*network, frames, mean, std, given)
         assert relative_error(found, expected) < PARITY
     pipe = FramePack(None, network, None, mean, std, packing.parse("g5"))
-    clip = pipe.decode_clip(Section((), (), (), (0, 5)), Timeline.of(np.asarray(found)))
+    clip = pipe.decode_clip((0, 5), Timeline.of(np.asarray(found)))
     latents = torch.from_numpy(np.asarray(found * scale + centre)).float().movedim(-1, 1)
     assert relative_error(clip, model.decode(latents).sample.movedim(1, -1)) < PARITY
 

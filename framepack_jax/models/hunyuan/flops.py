@@ -7,7 +7,7 @@ import math
 
 from framepack_jax import packing
 from framepack_jax.models.hunyuan.config import TransformerConfig
-from framepack_jax.models.packed_video import PATCH, embedding_kernel
+from framepack_jax.models.packed_video import PATCH
 
 
 def forward_flops(
@@ -38,7 +38,7 @@ def forward_flops(
     double = products(length, *wide) + 2 * products(1, (width, 6 * width))
     single = products(length, *wide) + products(1, (width, 3 * width))
 
-    kernels = [(embedding_kernel(segment.kernel), n) for segment, n in context]
+    kernels = [(packing.embedding_kernel(segment.kernel)[0], n) for segment, n in context]
     embed = sum(
         products(tokens, (math.prod(packing.kernel_shape(kernel)) * cfg.in_channels, width))
         for kernel, tokens in [*kernels, (PATCH, target)]

@@ -6,7 +6,7 @@ A compiler's own count takes the body of a loop once, however often it runs.
 import math
 
 from framepack_jax import packing
-from framepack_jax.models.packed_video import PATCH, embedding_kernel
+from framepack_jax.models.packed_video import PATCH
 from framepack_jax.models.wan.config import WanConfig
 
 
@@ -37,7 +37,7 @@ def forward_flops(
     block += products(reading, square, square) + products(text, (width, 2 * width))
     block += 4 * width * (length**2 + reading * text)
 
-    kernels = [(embedding_kernel(segment.kernel), n) for segment, n in context]
+    kernels = [(packing.embedding_kernel(segment.kernel)[0], n) for segment, n in context]
     embed = sum(
         products(tokens, (math.prod(packing.kernel_shape(kernel)) * cfg.in_channels, width))
         for kernel, tokens in [*kernels, (PATCH, target)]

@@ -62,7 +62,7 @@ def test_the_end_image_is_read_by_what_comes_before(pipe, pictures, tmp_path) ->
     """It changes the section that is made with it in sight, not only its own latent."""
     plan = packing.plan(packing.parse(INVERTED), 2, after=1)
     nearest = [group for group in plan[0].groups if group.kernel == "k1"][-1]
-    assert nearest.reads == (5,) and plan[0].decode == (3, 6)
+    assert nearest.reads == (5,) and plan[0].decode == ((3, 6),)
     flags = ("--sections", 2)
     without = make(tmp_path / "a", *flags)
     other = make(tmp_path / "b", *flags, "--end-image", pictures["end"])
@@ -113,11 +113,11 @@ def test_what_an_extension_reads_is_the_video_before(whole) -> None:
     by_kernel = {(g.kernel, len(g.reads)): g.reads for g in forward[0].groups}
     assert by_kernel["k2", 2] == (4, 5) and by_kernel["k4", 16][-4:] == (0, 1, 2, 3)
     assert {(0,), (6,)} == {g.reads for g in forward[0].groups if g.kernel == "k1"}
-    assert forward[0].targets == (7, 8) and forward[0].decode == (5, 9)
+    assert forward[0].targets == (7, 8) and forward[0].decode == ((5, 9),)
     inverted = packing.plan(packing.parse(INVERTED), 2, before=7)
     assert [s.targets for s in inverted] == [(9, 10), (7, 8)]
     assert all((6,) in [g.reads for g in s.groups] for s in inverted)
-    assert [s.decode for s in inverted] == [(9, 11), (5, 11)]
+    assert [s.decode for s in inverted] == [((9, 11),), ((5, 11),)]
     # Frame indices are those of a video that begins with its last frame.
     for long, short in zip(inverted, packing.plan(packing.parse(INVERTED), 2), strict=True):
         assert long.indices == short.indices

@@ -63,3 +63,18 @@ def test_a_packed_model_is_refused(name: str, tmp_path) -> None:
     packed = tables.FROM_BASE[table.kind](table, ("k1",), None)
     with pytest.raises(ConversionError, match="packed model already; remove --from-base"):
         engine.make_job(dataclasses.replace(source, table=packed))
+
+
+@pytest.mark.parametrize("kernel", ["k64h1w1", "k3h3w5"])
+def test_a_kernel_that_patches_do_not_divide_embeds_a_constant_alike(kernel: str, tmp_path) -> None:
+    """Latents that are the same everywhere have the embedding of one patch of them."""
+    table, cfg, _ = CASES["wan"]
+    packed = tables.FROM_BASE[table.kind](table, (kernel,), None)
+    source = dataclasses.replace(source_of(table, cfg, tmp_path), table=packed)
+    leaves = dict(engine.make_job(source).leaves())
+    channels = cfg.in_channels
+    ours, patch = (
+        leaves[f"embed/{name}/kernel"].reshape(-1, channels, cfg.width).sum(0, dtype=np.float64)
+        for name in (f"context_{kernel}", "patch")
+    )
+    np.testing.assert_allclose(ours, patch, atol=1e-4)

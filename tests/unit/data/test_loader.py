@@ -20,7 +20,16 @@ from framepack_jax.data.records import DatasetError, Index
 from framepack_jax.data.shard_writer import write_shards
 from framepack_jax.packing import Timeline
 from framepack_jax.training import summary
-from tests.fixtures.loading import F1, INVERTED, VANILLA, bits, take
+from tests.fixtures.loading import (
+    ENDPOINT,
+    F1,
+    INVERTED,
+    PLANNED,
+    SYMMETRIC,
+    VANILLA,
+    bits,
+    take,
+)
 from tests.fixtures.training_data import SIZES, damage, random_record, write_dataset
 
 SCHEDULES = (INVERTED, F1, VANILLA)
@@ -31,12 +40,45 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
     """Context from a timeline that sampling fills, section by section, is that of the sample."""
     folder, clips = dataset
     _, batches = take(folder, 12, schedule=schedule)
+    assert len(checked_sections(batches, clips, schedule)) > 5
+
+
+@pytest.mark.parametrize("schedule", [SYMMETRIC, ENDPOINT, *PLANNED])
+def test_a_sample_of_any_order_is_what_sampling_reads(tmp_path, schedule) -> None:
+    """Of whole clips, and of the beginnings of clips."""
+    clips = write_dataset(tmp_path, {(32, 48): (7, 9, 12, 8)})
+    for sections in ("whole", "random"):
+        opened, batches = take(tmp_path, 16, schedule=schedule, sections=sections)
+        seen = checked_sections(batches, clips, schedule, random_length=sections == "random")
+        assert {number for number, _ in seen} >= {0, 1, 2} and len(seen) > 5
+        kinds = {batch.target.shape[1] for batch in batches}
+        assert kinds == {frames for _, frames in opened.samples.kinds}
+
+
+def test_a_share_of_batches_makes_both_ends(tmp_path) -> None:
+    write_dataset(tmp_path, {(32, 48): (7, 7)})
+    opened, _ = take(tmp_path, 0, schedule=ENDPOINT, windows=(2, 1))
+    samples = opened.samples
+    counts = collections.Counter(
+        (samples.schedule_of(step).window, samples.frames_of(step)) for step in range(6000)
+    )
+    for kind, share in {(2, 2): 1 / 3, (2, 4): 1 / 6, (1, 1): 1 / 3, (1, 2): 1 / 6}.items():
+        assert abs(counts[kind] / 6000 - share) < 0.02
+    write_dataset(tmp_path / "short", {(32, 48): (5, 9)})
+    with pytest.raises(DatasetError, match=r"1 of the 2 clips .* shorter than 3 sections of 2"):
+        take(tmp_path / "short", 0, schedule=ENDPOINT)
+
+
+def checked_sections(batches, clips, schedule, random_length=False) -> set[tuple[int, int]]:
+    """Compare each sample with a sampling step; return (section, sections) of all samples."""
     seen = set()
     for batch, i in itertools.product(batches, range(4)):
         record = clips[batch.meta.clip[i]]
         latents = np.asarray(record.latents, np.float32)
         plan = packing.plan(packing.parse(schedule), int(batch.meta.sections[i]))
-        assert len(plan) == (len(latents) - 1) // 2
+        most = (len(latents) - 1) // 2
+        made = sum(len(section.targets) for section in plan) // 2
+        assert made <= most if random_length else made == most
         timeline = Timeline(packing.length(plan), latents.shape[1:])
         timeline.write([0], latents[None, :1])
         for made, section in enumerate(plan):
@@ -51,7 +93,7 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
         wanted = latents[list(section.targets)]
         np.testing.assert_array_equal(np.asarray(batch.target[i], np.float32), wanted)
         seen.add((int(batch.meta.section[i]), int(batch.meta.sections[i])))
-    assert len(seen) > 5
+    return seen
 
 
 def test_a_sample_of_chunks_is_what_sampling_reads_from_nothing(tmp_path) -> None:

@@ -16,7 +16,7 @@ def reads(section: packing.Section) -> dict[tuple[str, int], tuple[int, ...]]:
 def test_an_empty_start_reads_nothing_and_gives_the_anchor_of_all_others() -> None:
     first, second, third = packing.plan(HELIOS, 3, before=0, alone=True)
     assert all(set(group.reads) == {MISSING} for group in first.groups)
-    assert first.targets == tuple(range(9)) and first.decode == (0, 9)
+    assert first.targets == tuple(range(9)) and first.decode == ((0, 9),)
     assert reads(second) == {
         ("k1", 0): (0,),
         ("k1", 19): (8,),
@@ -24,7 +24,7 @@ def test_an_empty_start_reads_nothing_and_gives_the_anchor_of_all_others() -> No
         ("k4", 1): (*[MISSING] * 10, *range(6)),
     }
     assert reads(third)["k1", 0] == (0,) and reads(third)["k4", 1] == (MISSING, *range(15))
-    assert third.decode == (18, 27) and third.indices == tuple(range(20, 29))
+    assert third.decode == ((18, 27),) and third.indices == tuple(range(20, 29))
 
 
 def test_an_anchor_apart_is_no_history() -> None:
