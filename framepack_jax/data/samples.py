@@ -216,11 +216,14 @@ def latent_sample(
 
 def given_frames(section: Section, before: int) -> tuple[np.ndarray, ...]:
     """Return masks (F,) of the context frames of a section, by group, that are among the first
-    `before`."""
-    return tuple(
-        np.asarray([MISSING < position < before for position in group.reads])
-        for group in section.groups
-    )
+    `before`. A tail tc is one frame, the mean."""
+
+    def mask(group: packing.Group) -> np.ndarray:
+        given = np.asarray([MISSING < position < before for position in group.reads])
+        compressed = packing.tail_of(group.kernel) == "tc"
+        return np.asarray([given.all()]) if compressed else given
+
+    return tuple(map(mask, section.groups))
 
 
 def _blank(image: np.ndarray | None) -> np.ndarray | None:

@@ -29,13 +29,14 @@ class Layout:
     """Plan and positions of a video.
 
     Args:
-        plan: Sections in order of generation.
+        plan: Sections in order of generation; one pass may make two.
         height, width: Size of the video in pixels.
         canvas: Sampled (height, width) in pixels; the video is its middle.
         fps: Frames per second.
         before: Number of latent frames given before the first section.
         frames: Number of frames of the video.
         kept: Number of its first frames that are those of a source video, unchanged.
+        sections: Number of sections, each a latent window long.
         stills: Positions of key frames, in order of the request, then of the end image. A guide
             lies at `length`, the position after the video.
     """
@@ -48,6 +49,7 @@ class Layout:
     before: int
     frames: int
     kept: int
+    sections: int
     stills: tuple[int, ...] = ()
 
     @property
@@ -116,7 +118,7 @@ def make_layout(
         begin = min(first for section in plan for first, _ in section.decode)
         kept = geometry.frames_of(begin, before)[0]
     frames = max(last for _, last in geometry.clips(plan, kept))
-    layout = Layout(tuple(plan), *size, canvas, fps, before, frames, kept)
+    layout = Layout(tuple(plan), *size, canvas, fps, before, frames, kept, sections)
     if alone and (request.key_frames or request.end_image is not None):
         raise ValueError(
             "key frames and an end image cannot be given: this bundle decodes each section by"
@@ -171,11 +173,11 @@ def _before(geometry: Geometry, request: Request) -> int:
                 " give a frame of it as the start image instead"
             )
         return 1 + len(source_video.last) // size * geometry.schedule.window
-    if (frames := packing.first_frames(geometry.schedule)) > START_FRAMES:
+    if packing.reads_far_back(geometry.schedule):
         raise ValueError(
-            f"schedule {geometry.schedule} reads the first {frames} latent frames of the video, and"
-            " only the first one and the end of a video to extend are encoded; give a schedule"
-            " with an anchor f1k1"
+            f"schedule {geometry.schedule} reads latent frames far back in the video, and only the"
+            " first one and the end of a video to extend are encoded; give a schedule with the tail"
+            " td and an anchor f1k1 or none"
         )
     compression = geometry.time_compression
     before = 1 + (source_video.frames - 1) // compression

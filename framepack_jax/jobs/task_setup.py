@@ -92,7 +92,7 @@ class TaskMaker:
             record["flags"]["end_image_as"] = use
         check_folder(folder)
         record |= {
-            "sections": len(layout.plan),
+            "sections": layout.sections,
             "frames": layout.frames,
             "starts_empty": layout.before == 0,
             "height": layout.height,
@@ -170,7 +170,7 @@ def describe(pipe: FramePack, task: Task) -> str:
     if layout.canvas != (layout.height, layout.width):
         sampled = f" (the middle of {layout.canvas[0]} x {layout.canvas[1]})"
     text = (
-        f"{len(layout.plan)} sections, {record['frames']} frames of {layout.height} x"
+        f"{layout.sections} sections, {record['frames']} frames of {layout.height} x"
         f" {layout.width} pixels{sampled}, schedule {pipe.schedule}, {pipe.dtype} on"
         f" {record['device']}, seed {record['flags']['seed']}"
     )

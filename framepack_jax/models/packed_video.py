@@ -23,7 +23,14 @@ from framepack_jax.models.master_weights import cast_others
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.ops.rope import Table, rope_table
-from framepack_jax.packing import PackedContext, Schedule, embedding_kernel, kernel_shape
+from framepack_jax.packing import (
+    TAIL_POOL,
+    PackedContext,
+    Schedule,
+    embedding_kernel,
+    kernel_shape,
+    tail_of,
+)
 
 PATCH = "k1"
 
@@ -94,12 +101,21 @@ def rope_tables(cfg: PackedConfig, shape: tuple[int, ...], context: PackedContex
 
     def add(indices: jax.Array | np.ndarray, shape: tuple[int, ...], kernel: str) -> None:
         kt, kh, kw = kernel_shape(kernel)
-        rows, columns, pool = shape[2] // 2, shape[3] // 2, (kt, kh / 2, kw / 2)
-        tables.append(rope_table(indices, rows, columns, cfg.rope_axes, cfg.rope_theta, pool))
+        place = shape[2] // 2, shape[3] // 2, cfg.rope_axes, cfg.rope_theta
+        pool = (kt, kh / 2, kw / 2)
+        match tail_of(kernel):
+            case "tc":
+                tables.append(rope_table(indices[:, :1], *place, pool, counts=indices[:, 1:]))
+            case "ta":
+                tables.append(rope_table(indices, *place, (kt, kh, kw), cell=TAIL_POOL // 2))
+            case _:
+                tables.append(rope_table(indices, *place, pool))
 
-    groups = zip(context.indices, context.latents, context.kernels, strict=True)
+    groups = list(zip(context.indices, context.latents, context.kernels, strict=True))
     for indices, latents, kernel in groups:
-        add(indices, latents.shape, kernel)
+        # A tail may be pooled; the last group is none, and has all rows and columns.
+        size = groups[-1][1].shape if tail_of(kernel) else latents.shape
+        add(indices, size, kernel)
     add(context.target_indices, shape, PATCH)
     cos, sin = (jnp.concatenate(parts, axis=1) for parts in zip(*tables, strict=True))
     return cos, sin

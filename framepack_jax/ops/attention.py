@@ -96,6 +96,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array | None = None,
+    masked: jax.Array | None = None,
     *,
     causal: bool = False,
     local: bool = False,
@@ -112,6 +113,7 @@ def attend(
         k: Keys (B, S, M, D), where M divides N (grouped queries).
         v: Values (B, S, M, D).
         valid: (B, S), True for keys that may be read: a prefix of at least one.
+        masked: (B,), the number of first keys that are not read although they are valid.
         causal: Let query i read keys 0 .. i only; L must be S.
         local: Divide queries as the tokens of a stream, so that none are exchanged.
         query_chunk: Chunk of the XLA path.
@@ -137,7 +139,28 @@ def attend(
             default=run if _wanted.value == "auto" else None,
             **{fused.platform: functools.partial(fused.attend, causal=causal) for fused in usable},
         )
-    return _sharded(run, q, k, v, valid, causal=causal, local=local)
+    if masked is not None:
+        if valid is None:
+            valid = jnp.ones(k.shape[:2], bool)
+        run = functools.partial(_without_first, run)
+    return _sharded(run, q, k, v, valid, masked, causal=causal, local=local)
+
+
+def _without_first(
+    run: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array,
+    masked: jax.Array,
+) -> jax.Array:
+    """Attend to all valid keys but the first `masked` (B,): behind the others, they are beyond the
+    prefix that kernels read."""
+    keys = k.shape[1]
+    places = (jnp.arange(keys)[None, :] + masked[:, None]) % keys
+    k, v = (jnp.take_along_axis(x, places[:, :, None, None], axis=1) for x in (k, v))
+    count = valid.sum(axis=1, keepdims=True) - masked[:, None]
+    return run(q, k, v, jnp.arange(keys)[None, :] < count)
 
 
 def _usable(q: jax.Array, k: jax.Array, wanted: Kernel) -> list[_Fused]:
@@ -268,6 +291,7 @@ def _sharded(
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array | None,
+    masked: jax.Array | None = None,
     *,
     causal: bool,
     local: bool,
@@ -279,7 +303,7 @@ def _sharded(
     """
     sizes = _mesh_sizes()
     if math.prod(sizes.values()) == 1:
-        return attend(q, k, v, valid)
+        return attend(q, k, v, valid, *([] if masked is None else [masked]))
     batch, heads, queries = layout(q.shape[0], k.shape[2])
     if local:
         heads = dividing(("tensor",), k.shape[2], sizes)
@@ -300,9 +324,12 @@ def _sharded(
         return jax.lax.all_gather(out, queries, axis=1, tiled=True) if gathered else out
 
     divided = _spec(batch, queries, heads, None)
-    specs = divided, whole, whole, _spec(batch, None)
-    run = _on_parts(run, specs, divided if local else whole)
-    return run(_padded(q, parts), k, v, valid)[:, : q.shape[1]]
+    specs = [divided, whole, whole, _spec(batch, None)]
+    others = [k, v, valid]
+    if masked is not None:
+        specs, others = [*specs, _spec(batch)], [*others, masked]
+    run = _on_parts(run, tuple(specs), divided if local else whole)
+    return run(_padded(q, parts), *others)[:, : q.shape[1]]
 
 
 def _on_parts(f: Callable[..., jax.Array], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -23,20 +23,29 @@ def rope_table(
     axes: tuple[int, int, int],
     theta: float,
     pool: tuple[float, float, float] = (1, 1, 1),
+    *,
+    counts: jax.Array | np.ndarray | None = None,
+    cell: int = 1,
 ) -> Table:
     """Return (cos, sin) for frames (B, F) of height x width patches, pooled by `pool` (t, h, w).
 
     Rows and columns of half a patch are latent cells, which lie a quarter before and after the
     middle of their patch (ours): pooled by 0.5 they stay apart, by 1.5 three make one token.
 
+    With `counts` (B, F), a frame stands for so many indices from its own on: its table is the mean
+    of theirs. With `cell`, rows and columns are pooled by `cell` patches first, then by `pool`.
+
     A frequency belongs to one axis, so pooling in 3-D is pooling of each axis' own table. Ragged
     edges are padded by replication before pooling, as the latents are.
     """
-    rows, columns = _positions(height, pool[1]), _positions(width, pool[2])
-    counts = (pool[0], *(size if size == int(size) else 2 * size for size in pool[1:]))
+    time = _axis_table(frame_indices, axes[0], theta, counts)
+    high, wide = (
+        _pooled(_axis_table(_positions(side, size, cell), dim, theta), cell)
+        for side, dim, size in zip((height, width), axes[1:], pool[1:], strict=True)
+    )
+    sizes = (size if size == int(size) or cell > 1 else 2 * size for size in pool)
     time, high, wide = (
-        _axis_table(positions.astype(jnp.float32), dim, theta, int(size))
-        for positions, dim, size in zip((frame_indices, rows, columns), axes, counts, strict=True)
+        _pooled(table, int(size)) for table, size in zip((time, high, wide), sizes, strict=True)
     )
     batch, shape = frame_indices.shape[0], (time.shape[2], high.shape[2], wide.shape[2])
     tables = (
@@ -48,19 +57,36 @@ def rope_table(
     return cos, sin
 
 
-def _positions(patches: int, pool: float) -> jax.Array:
+def _positions(patches: int, pool: float, cell: int) -> jax.Array:
     """Return the positions (1, P) of patches; of their cells if `pool` is no whole number."""
-    if pool == int(pool):
+    if pool == int(pool) or cell > 1:
         return jnp.arange(patches)[None, :]
     return jnp.arange(2 * patches)[None, :] / 2 - 0.25
 
 
-def _axis_table(positions: jax.Array | np.ndarray, dim: int, theta: float, pool: int) -> jax.Array:
-    """Return stacked (cos, sin) of positions (B, P), of shape (2, B, ceil(P / pool), dim / 2)."""
-    frequencies = theta ** -(np.arange(0, dim, 2) / dim)
-    angles = positions[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None, :]
-    table = jnp.stack([jnp.cos(angles), jnp.sin(angles)])
-    ragged = -positions.shape[1] % pool
+def _axis_table(
+    positions: jax.Array | np.ndarray,
+    dim: int,
+    theta: float,
+    counts: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
+    """Return stacked (cos, sin) of positions (B, P), of shape (2, B, P, dim / 2); with `counts`
+    (B, P), their means over as many positions."""
+    frequencies = jnp.asarray(theta ** -(np.arange(0, dim, 2) / dim), jnp.float32)[None, None, :]
+    places = positions.astype(jnp.float32)[:, :, None]
+    if counts is None:
+        angles = places * frequencies
+        return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+    # The sum of n phases at equal distances is one phase, in their middle (Dirichlet's kernel).
+    n = jnp.asarray(counts, jnp.float32)[:, :, None]
+    angles = (places + (n - 1) / 2) * frequencies
+    size = jnp.sin(n * frequencies / 2) / (n * jnp.sin(frequencies / 2))
+    return size[None] * jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def _pooled(table: jax.Array, pool: int) -> jax.Array:
+    """Average a table (2, B, P, D) over each `pool` positions: (2, B, ceil(P / pool), D)."""
+    ragged = -table.shape[2] % pool
     table = jnp.pad(table, ((0, 0), (0, 0), (0, ragged), (0, 0)), mode="edge")
     return reduce(table, "cs b (p pool) d -> cs b p d", "mean", pool=pool)
 

@@ -8,11 +8,22 @@ sections    the plan: what every section writes and reads
 timeline    latent frames at absolute positions, and the context gathered from them
 tokens      seconds, frames, sections and tokens
 buckets     canvas sizes
+
+A group of n frames of h x w latents under a kernel (t, h', w') is ceil(n/t) ceil(h/h') ceil(w/w')
+tokens. A tail tc is one frame. A tail ta of n frames, pooled by p = `TAIL_POOL`, is
+ceil(n/t) ceil(ceil(h/p)/h') ceil(ceil(w/p)/w') tokens, of at most `TAIL_FRAMES` frames; no token
+reads those of frames that are not there yet.
 """
 
 from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
-from framepack_jax.packing.kernels import ScheduleError, embedding_kernel, kernel_shape
-from framepack_jax.packing.orders import MISSING, Group, inverted_paddings
+from framepack_jax.packing.kernels import (
+    TAIL_POOL,
+    ScheduleError,
+    embedding_kernel,
+    kernel_shape,
+    tail_of,
+)
+from framepack_jax.packing.orders import MISSING, TAIL_FRAMES, Group, inverted_paddings
 from framepack_jax.packing.schedule import (
     DEFAULT_CODEBOOK,
     ORDERS,
@@ -33,11 +44,11 @@ from framepack_jax.packing.sections import (
     Section,
     anchor_position,
     drop_context,
-    first_frames,
     history_ages,
     length,
     pass_frames,
     plan,
+    reads_far_back,
     reads_nearby,
     span,
     start_frames,
@@ -61,6 +72,8 @@ __all__ = [
     "ORDERS",
     "RELEASED_F1",
     "RELEASED_INVERTED",
+    "TAIL_FRAMES",
+    "TAIL_POOL",
     "Context",
     "Generate",
     "Group",
@@ -79,7 +92,6 @@ __all__ = [
     "drop_context",
     "embedding_kernel",
     "find_bucket",
-    "first_frames",
     "frame_bound",
     "frames_of",
     "group_tokens",
@@ -93,9 +105,11 @@ __all__ = [
     "position_at",
     "read_context",
     "read_target",
+    "reads_far_back",
     "reads_nearby",
     "sections_for",
     "span",
     "start_frames",
+    "tail_of",
     "target_tokens",
 ]

@@ -2,7 +2,7 @@
 
 from framepack_jax.packing.kernels import ScheduleError, kernel_shape
 from framepack_jax.packing.orders import MISSING
-from framepack_jax.packing.schedule import Context, Generate, Schedule, Skip
+from framepack_jax.packing.schedule import Context, Generate, Schedule, Skip, Tail
 from framepack_jax.packing.sections import plan
 from framepack_jax.packing.tokens import context_tokens, frame_bound, group_tokens
 
@@ -39,6 +39,9 @@ def _table(schedule: Schedule, rows: int, columns: int) -> str:
             segments = [(str(s), s.frames, s.kernel, "context") for s in item.segments]
         elif isinstance(item, Generate):
             segments = [(str(item), item.frames, "k1", "target")]
+        elif isinstance(item, Tail) and schedule.tail:
+            tail, _ = context_tokens(schedule, rows, columns)[-1]
+            segments = [(str(item), tail.frames, tail.kernel, "older")]
         else:
             lines.append(f"{item!s:>8}  {'left out' if isinstance(item, Skip) else 'older'}")
             continue
@@ -88,8 +91,8 @@ def _positions(positions: tuple[int, ...]) -> str:
     """Shorten positions, (-1, -1, 0, 1, 2, 9) to "-, 0..2, 9"."""
     runs: list[list[int]] = []
     for position in positions:
-        follows = runs and position == runs[-1][1] + (position != MISSING)
-        if follows:
+        last = runs[-1][1] if runs else None
+        if last is not None and position == (last if last == MISSING else last + 1):
             runs[-1][1] = position
         else:
             runs.append([position, position])

@@ -5,8 +5,9 @@ released models. Endpoint and planned orders are described there in words; their
 the sections of a planned order read, are our reading.
 
 Indices lie side by side: anchor, history, target for sections that follow their history; anchor,
-gap, target, history for sections that are made towards the anchor. A gap is a whole number of
-latent windows, and clipped as the release clips it (`inverted_paddings`).
+gap, target, history for sections that are made towards the anchor. The indices of a tail go on
+beyond those of the history, below 0 too. A gap is a whole number of latent windows, and clipped as
+the release clips it (`inverted_paddings`).
 """
 
 import dataclasses
@@ -14,15 +15,21 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from framepack_jax.packing.form import Form
-from framepack_jax.packing.kernels import kernel_shape
+from framepack_jax.packing.kernels import kernel_shape, tail_of
 from framepack_jax.packing.schedule import Context
 
 MISSING = -1
+# Most frames of a tail `ta`; older ones are left out.
+TAIL_FRAMES = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Context frames under one kernel: absolute positions (or MISSING) and RoPE frame indices."""
+    """Context frames under one kernel: absolute positions (or MISSING) and RoPE frame indices.
+
+    A tail `tc` reads all frames, one MISSING frame if there are none; `ta` has TAIL_FRAMES places,
+    of which the first ones are MISSING.
+    """
 
     kernel: str
     reads: tuple[int, ...]
@@ -80,6 +87,8 @@ def inverted(form: Form, extent: Extent, oldest: int = 0) -> Iterator[Pass]:
         start = _from(oldest, span(extent.before - size, size))
         groups = _groups(form.anchor, start, range(size))
         groups += _groups(form.history, reads, span(index + w, form.history.frames))
+        beyond = form.history.frames + extent.first(s + 1)
+        groups += _tail(form, range(beyond, known), index + w + form.history.frames)
         yield Pass((s,), tuple(span(index, w)), pack(groups))
 
 
@@ -153,18 +162,26 @@ def span(first: int, count: int) -> range:
 
 
 def pack(groups: list[Group]) -> tuple[Group, ...]:
-    """Sequence order: coarsest kernel first; groups of one kernel stay in time order."""
-    return tuple(sorted(groups, key=lambda g: kernel_shape(g.kernel), reverse=True))
+    """Sequence order: a tail, then coarsest kernel first; groups of one kernel stay in time
+    order."""
+
+    def key(group: Group) -> tuple[bool, tuple[int, int, int]]:
+        return bool(tail_of(group.kernel)), kernel_shape(group.kernel)
+
+    return tuple(sorted(groups, key=key, reverse=True))
 
 
 def blank_groups(form: Form) -> tuple[Group, ...]:
     """Return the groups of a section in sequence order. They read places in the history, 0 for the
-    farthest from the section, and MISSING where there is no history: anchor and ending."""
+    farthest from the section, then those of the ending, and MISSING for the anchor."""
     ages = range(form.history.frames)
     groups = _groups(form.anchor, [MISSING] * form.anchor.frames, range(form.anchor.frames))
     groups += _groups(form.history, ages[::-1] if form.backward else ages, ages)
-    groups += _groups(form.ending, [MISSING] * form.ending.frames, range(form.ending.frames))
-    return pack(groups)
+    newest = span(form.history.frames, form.ending.frames)
+    groups += _groups(form.ending, newest, newest)
+    tails = _tail(form, range(0), 0)
+    # A tail is as old as the farthest frame of the history.
+    return pack([*groups, *(dataclasses.replace(t, reads=(0,) * len(t.reads)) for t in tails)])
 
 
 def _target(form: Form) -> int:
@@ -174,12 +191,32 @@ def _target(form: Form) -> int:
 
 def _past(form: Form, first: int, oldest: int = 0, start: int | None = None) -> list[Group]:
     """Return the groups before a target from position `first` on: the first frames of the video, up
-    to `start` (default: `first`), and the history from `oldest` on."""
+    to `start` (default: `first`), and the history and the tail from `oldest` on."""
     size, count = form.anchor.frames, form.history.frames
     there = first if start is None else start
     groups = _groups(form.anchor, _up_to(there, range(size)), range(size))
     reads = _from(oldest, span(first - count, count))
-    return groups + _groups(form.history, reads, span(size, count))
+    groups += _groups(form.history, reads, span(size, count))
+    older = range(oldest, max(oldest, first - count))
+    return groups + _tail(form, older, size - len(older))
+
+
+def _tail(form: Form, positions: range, index: int) -> list[Group]:
+    """Return the group of the frames beyond the history, if the form has one: these positions, in
+    order of time, the first at `index`."""
+    treatment = tail_of(form.tail)
+    if treatment == "ta":
+        far = max(0, len(positions) - TAIL_FRAMES)
+        kept = positions[:-far] if form.backward and far else positions[far:]
+        missing = TAIL_FRAMES - len(kept)
+        index += 0 if form.backward else far
+        reads = (*[MISSING] * missing, *kept)
+        return [Group(form.tail, reads, tuple(span(index - missing, TAIL_FRAMES)))]
+    if treatment == "tc":
+        edge = index if form.backward else index - 1
+        first, count = (index, len(positions)) if positions else (edge, 1)
+        return [Group(form.tail, tuple(positions) or (MISSING,), tuple(span(first, count)))]
+    return []
 
 
 def _ending(form: Form, first: int, end: int, gap: int) -> list[Group]:

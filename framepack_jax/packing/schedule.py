@@ -127,6 +127,18 @@ class Schedule:
         return self.order not in ("", "forward")
 
     @property
+    def tail(self) -> str:
+        """Name of the group of frames beyond the schedule, ta_k4, with the kernel nearest to it; ""
+        if they are left out."""
+        for i, item in enumerate(self.items):
+            if isinstance(item, Tail) and item.kind != "td":
+                last = i == len(self.items) - 1
+                near = self.items[i - 1 if last else i + 1]
+                if isinstance(near, Context):
+                    return f"{item.kind}_{near.segments[-1 if last else 0].kernel}"
+        return ""
+
+    @property
     def stride(self) -> int:
         """Sections from one planned endpoint to the next; 0 in other orders."""
         match = _ORDER.fullmatch(self.order)

@@ -146,15 +146,16 @@ def span(schedule: Schedule) -> int:
     return form.window + form.history.frames
 
 
-def first_frames(schedule: Schedule) -> int:
-    """Return how many of the first frames of a video all its sections read."""
+def reads_far_back(schedule: Schedule) -> bool:
+    """Return True if sections read more of what is far before them than the first frame."""
     form = form_of(schedule)
-    return 0 if form.backward else form.anchor.frames
+    return not form.backward and (form.anchor.frames > 1 or bool(form.tail))
 
 
 def reads_nearby(schedule: Schedule) -> bool:
     """Return True if sections read frames within `span` of them, and the first frame alone."""
-    return schedule.order in ("forward", "inverted") and first_frames(schedule) <= 1
+    local = schedule.order in ("forward", "inverted") and not form_of(schedule).tail
+    return local and not reads_far_back(schedule)
 
 
 def history_ages(schedule: Schedule) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,8 @@
 
 import math
 
-from framepack_jax.packing.kernels import kernel_shape
+from framepack_jax.packing.kernels import TAIL_POOL, kernel_shape, tail_of
+from framepack_jax.packing.orders import TAIL_FRAMES
 from framepack_jax.packing.schedule import Schedule, Segment
 from framepack_jax.packing.sections import MAX_SECTIONS, pass_frames
 
@@ -36,8 +37,11 @@ def sections_for(seconds: float, window: int, fps: float = 30, time_compression:
 
 
 def group_tokens(frames: int, kernel: str, height: int, width: int) -> int:
-    """Count tokens of frames of (height, width) latent cells; edges are padded to the kernel."""
+    """Count tokens of frames of (height, width) latent cells; edges are padded to the kernel. The
+    frames of a tail ta are pooled first."""
     shape = kernel_shape(kernel)
+    if tail_of(kernel) == "ta":
+        height, width = (-(-side // TAIL_POOL) for side in (height, width))
     return math.prod(-(-n // k) for n, k in zip((frames, height, width), shape, strict=True))
 
 
@@ -48,8 +52,13 @@ def target_tokens(schedule: Schedule, height: int, width: int) -> int:
 
 
 def context_tokens(schedule: Schedule, height: int, width: int) -> list[tuple[Segment, int]]:
-    """Return (segment, tokens) of all context in time order: the same for any length of video."""
-    return [(s, group_tokens(s.frames, s.kernel, height, width)) for s in schedule.segments]
+    """Return (segment, tokens) of all context in time order, then of the tail: the same for any
+    length of video."""
+    segments = [*schedule.segments]
+    if schedule.tail:
+        frames = TAIL_FRAMES if tail_of(schedule.tail) == "ta" else 1
+        segments.append(Segment(frames, schedule.tail))
+    return [(s, group_tokens(s.frames, s.kernel, height, width)) for s in segments]
 
 
 def frame_bound(window: int, ratio: float = 2) -> float:

@@ -186,11 +186,15 @@ def abstract_samples(task: FlowMatchingTask, size: tuple[int, int]) -> Batch:
         target=shape(len(section.targets), *frame),
         context=dataclasses.replace(
             context,
-            latents=tuple(shape(*x.shape[1:]) for x in context.latents),
+            latents=tuple(
+                shape(*x.shape[1:], dtype=jnp.float32 if packing.tail_of(kernel) else jnp.bfloat16)
+                for x, kernel in zip(context.latents, context.kernels, strict=True)
+            ),
             indices=tuple(shape(*x.shape[1:], dtype=jnp.int32) for x in context.indices),
             target_indices=shape(len(section.targets), dtype=jnp.int32),
+            masked=None if context.masked is None else shape(dtype=jnp.int32),
         ),
-        given=tuple(shape(*x.shape[1:], dtype=jnp.bool_) for x in context.indices),
+        given=tuple(shape(x.shape[1], dtype=jnp.bool_) for x in context.latents),
         conditions=Conditions(
             text=shape(tokens, configs["text_encoder"].width),
             text_valid=shape(tokens, dtype=jnp.bool_),

@@ -158,4 +158,9 @@ def changed_context(
         jnp.where(blank[i], 0, jnp.where(other[i], theirs, own)).astype(own.dtype)
         for i, (own, theirs) in enumerate(zip(context.latents, others.latents, strict=True))
     ]
-    return dataclasses.replace(context, latents=tuple(latents))
+    masked = context.masked
+    if masked is not None and others.masked is not None:
+        # A tail ta, the first group, has no tokens if it is blank.
+        masked = jnp.where(other[0], others.masked, masked)
+        masked = jnp.where(blank[0], context.tail_tokens, masked)
+    return dataclasses.replace(context, latents=tuple(latents), masked=masked)

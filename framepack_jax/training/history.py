@@ -68,11 +68,16 @@ def change_history(
     if not any((cfg.drop_all, cfg.drop_oldest, cfg.drop_history, cfg.drop_start, cfg.noisy,
                 cfg.corrupt, cfg.anchor_noise)):  # fmt: skip
         return context
+    dropped = [_dropped(cfg, group, places, keys) for group in range(len(context.latents))]
     latents = []
     for group, frames in enumerate(map(jnp.asarray, context.latents)):
-        kept = _chosen(_dropped(cfg, group, places, keys), jnp.zeros_like(frames), frames)
+        kept = _chosen(dropped[group], jnp.zeros_like(frames), frames)
         latents.append(_noised(cfg, group, kept, places, keys, sigmas))
-    return dataclasses.replace(context, latents=tuple(latents))
+    masked = context.masked
+    if masked is not None:
+        # A tail ta, the first group, has no tokens if all of it is dropped.
+        masked = jnp.where(dropped[0].all(axis=1), context.tail_tokens, masked)
+    return dataclasses.replace(context, latents=tuple(latents), masked=masked)
 
 
 def _dropped(cfg: HistoryConfig, group: int, places: Places, keys: jax.Array) -> jax.Array:

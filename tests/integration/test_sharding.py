@@ -5,6 +5,7 @@ to be, and prints the numbers as JSON: the number of devices is settled when JAX
 cannot change it.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -468,6 +469,10 @@ def test_a_network_whose_norms_span_all_heads_is_divided_too(measured):
     assert {"all-gather", "all-reduce", "all-to-all"} <= set(found["collectives"])
 
 
+def test_masked_tokens_of_a_tail_are_masked_on_a_mesh(measured):
+    assert measured["tail"]["velocity"] < 5e-6 and measured["tail"]["gradient"] < 3e-5
+
+
 def test_the_sampler_on_a_mesh_makes_what_one_device_makes(measured):
     assert measured["sampler"] < 1e-5
 
@@ -503,12 +508,31 @@ def main(meshes: list[str]) -> None:
     first = jax.tree.map(lambda x: x[:1], (arrays, target))
     expected = jax.device_get(jax.jit(gradient)(params, *first))
     found[ONE_SAMPLE] = on_mesh(ONE_SAMPLE, gradient, params, first, expected)
+    found["tail"] = of_tail(gradient, params, arrays, target)
     found["wan"] = of_wan()
     found["sampler"] = of_sampler(cfg, params, arrays)
     found |= {kind: of_vae(kind, cfg) for kind, cfg in VAES.items()}
     found["umt5"] = of_umt5()
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps(found))
+
+
+def of_tail(gradient, params, arrays, target) -> dict:
+    """A tail of eight places, of which each sample reads another number, on a mesh that divides
+    samples, tokens and heads."""
+    x, sigma, context, conditions = arrays
+    random = np.random.default_rng(1)
+    tail = random.standard_normal((8, 8, 1, 1, x.shape[-1]), dtype=np.float32)
+    context = dataclasses.replace(
+        context,
+        latents=(tail, *context.latents),
+        indices=(np.tile(np.arange(-8, 0, dtype=np.int32), (8, 1)), *context.indices),
+        kernels=("ta_k1", *context.kernels),
+        masked=np.arange(8, dtype=np.int32)[::-1].copy(),
+    )
+    batch = (x, sigma, context, conditions), target
+    expected = jax.device_get(jax.jit(gradient)(params, *batch))
+    return on_mesh(SAMPLER, gradient, params, batch, expected)
 
 
 def of_wan() -> dict:

@@ -43,7 +43,14 @@ class DoubleBlock(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, streams: Streams, vec: jax.Array, rope: Table, valid: jax.Array) -> Streams:
+    def __call__(
+        self,
+        streams: Streams,
+        vec: jax.Array,
+        rope: Table,
+        valid: jax.Array,
+        masked: jax.Array | None = None,
+    ) -> Streams:
         cfg = self.cfg
         img, txt = streams
         parts = {name: _modulation(cfg, vec, 6, f"{name}_mod") for name in ("img", "txt")}
@@ -62,7 +69,7 @@ class DoubleBlock(nn.Module):
 
         both = zip(project("img", img), project("txt", txt), strict=True)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in both)
-        attention = attend(apply_rope(q, rope), apply_rope(k, rope), v, valid)
+        attention = attend(apply_rope(q, rope), apply_rope(k, rope), v, valid, masked)
         length = img.shape[1]
         return finish("img", img, attention[:, :length]), finish("txt", txt, attention[:, length:])
 
@@ -84,13 +91,20 @@ class SingleBlock(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, vec: jax.Array, rope: Table, valid: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        vec: jax.Array,
+        rope: Table,
+        valid: jax.Array,
+        masked: jax.Array | None = None,
+    ) -> jax.Array:
         cfg = self.cfg
         shift, scale, gate = _modulation(cfg, vec, 3, "mod")
         normed = modulate(x, shift, scale)
         q, k, v = _qkv(cfg, normed, "qkv")
         q, k = _head_norm(q, "q_norm"), _head_norm(k, "k_norm")
-        attention = merge_heads(attend(apply_rope(q, rope), apply_rope(k, rope), v, valid))
+        attention = merge_heads(attend(apply_rope(q, rope), apply_rope(k, rope), v, valid, masked))
         hidden = _mlp_in(cfg, normed, "mlp_in")
         out = nn.Dense(cfg.width, use_bias=False, name="attn_out")(attention)
         return gated(x, gate, out + nn.Dense(cfg.width, name="mlp_out")(hidden))

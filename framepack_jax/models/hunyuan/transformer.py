@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from framepack_jax.models import lora_layers, scan
@@ -38,13 +39,15 @@ from framepack_jax.packing import PackedContext
 
 class Tokens(NamedTuple):
     """Input of the blocks: the streams `img` (B, L_img, D) and `txt` (B, L_txt, D), the modulation
-    vector `vec` (B, D), RoPE tables of the image tokens, and `valid` (B, L)."""
+    vector `vec` (B, D), RoPE tables of the image tokens, `valid` (B, L), and the number `masked`
+    (B,) of the first image tokens that are not read, if any."""
 
     img: jax.Array
     txt: jax.Array
     vec: jax.Array
     rope: Table
     valid: jax.Array
+    masked: jax.Array | np.ndarray | None = None
 
 
 def velocity(
@@ -106,7 +109,8 @@ def jit_embed(
     unmasked = jnp.ones((x.shape[0], img.shape[1] + embedded.image.shape[1]), bool)
     valid = jnp.concatenate([unmasked, conditions.text_valid], axis=1)
     rope = rope_tables(cfg, x.shape, context)
-    return Tokens(divide_stream(img), divide_stream(txt), embedded.vec, rope, valid)
+    img, txt = divide_stream(img), divide_stream(txt)
+    return Tokens(img, txt, embedded.vec, rope, valid, context.masked)
 
 
 def refine_text(
@@ -124,14 +128,14 @@ def run_blocks(
 ) -> jax.Array:
     """Return the image tokens (B, L_img, D) after the double blocks from `first` on and all single
     blocks."""
-    vec, rope, valid = tokens[2:]
+    inputs = tokens[2:]
     layers = slice(first, None) if first else slice(None)
     img, txt = scan.run(
-        DoubleBlock(cfg), params["double"], (tokens.img, tokens.txt), vec, rope, valid,
+        DoubleBlock(cfg), params["double"], (tokens.img, tokens.txt), *inputs,
         layers=layers, remat=remat,
     )  # fmt: skip
     joined = jit_join(img, txt)
-    joined = scan.run(SingleBlock(cfg), params["single"], joined, vec, rope, valid, remat=remat)
+    joined = scan.run(SingleBlock(cfg), params["single"], joined, *inputs, remat=remat)
     return joined[:, : img.shape[1]]
 
 

@@ -60,12 +60,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, text: jax.Array, modulation: Streams, rope: Table
+        self,
+        streams: Streams,
+        text: jax.Array,
+        modulation: Streams,
+        rope: Table,
+        masked: jax.Array | None = None,
     ) -> Streams:
         cfg = self.cfg
         table = self.param("modulation", nn.initializers.normal(cfg.width**-0.5), (6, cfg.width))
         parts = modulation.map(lambda m: m + table.astype(jnp.float32)[None])
-        streams = self.self_attention(streams, parts, rope)
+        streams = self.self_attention(streams, parts, rope, masked)
         read = self.cross_attention(text)
         if cfg.prompt_to_target:
             streams = streams._replace(target=read(streams.target))
@@ -73,7 +78,9 @@ class Block(nn.Module):
             streams = streams.map(read)
         return self.feed_forward(streams, parts)
 
-    def self_attention(self, streams: Streams, parts: Streams, rope: Table) -> Streams:
+    def self_attention(
+        self, streams: Streams, parts: Streams, rope: Table, masked: jax.Array | None
+    ) -> Streams:
         cfg = self.cfg
         qkv = nn.DenseGeneral((3, cfg.heads, cfg.head_dim), name="qkv")
         out = nn.Dense(cfg.width, name="out")
@@ -91,7 +98,7 @@ class Block(nn.Module):
         if cfg.context_key_scale != "none":
             each = fused.split(k)
             k = each._replace(context=self.scale_keys(each.context)).joined()
-        attention = fused.split(attend(q, k, v))
+        attention = fused.split(attend(q, k, v, masked=masked))
         return streams.map(
             lambda x, a, m: gated(x, m[:, 2:3], out(merge_heads(a))), attention, parts
         )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import struct
 
@@ -54,7 +55,7 @@ def conditions_of_text(
 class Tokens(NamedTuple):
     """Input of the blocks: target tokens `img` (B, L, D), context tokens (B, L_context, D) or None,
     prompt (B, L_text, D), time vector `vec` (B, D), modulation (B, 6, D) of each stream, and RoPE
-    tables of all tokens."""
+    tables of all tokens. The first `masked` (B,) tokens of context, if any, are not read."""
 
     img: jax.Array
     context: jax.Array | None
@@ -62,6 +63,7 @@ class Tokens(NamedTuple):
     vec: jax.Array
     modulation: Streams
     rope: Table
+    masked: jax.Array | np.ndarray | None = None
 
 
 class EmbedText(nn.Module):
@@ -153,6 +155,7 @@ def jit_embed(
         vec=vec,
         modulation=Streams(of_context if length else None, of_target),
         rope=rope_tables(cfg, x.shape, context),
+        masked=context.masked,
     )
 
 
@@ -174,7 +177,7 @@ def _run(
     cfg: WanConfig, params: Params, tokens: Tokens, layers: slice, remat: str = "none"
 ) -> Streams:
     streams = Streams(tokens.context, tokens.img)
-    inputs = tokens.text, tokens.modulation, tokens.rope
+    inputs = tokens.text, tokens.modulation, tokens.rope, tokens.masked
     return scan.run(Block(cfg), params["blocks"], streams, *inputs, layers=layers, remat=remat)
 
 

@@ -8,15 +8,15 @@ import pytest
 from framepack_jax import video
 from framepack_jax.cli import resume
 from framepack_jax.jobs.run_dir import RunDir
-from tests.fixtures.loading import ENDPOINT, PLANNED
+from tests.fixtures.loading import ENDPOINT, PLANNED, SYMMETRIC, TAILS
 from tests.fixtures.run_folders import assert_same_latents, command, copy, frames_of, make
 
 # Four sections of 8 frames: the frames that are final after each clip.
 SPANS = {
     # Both ends; the gap from the left; the rest meets the ending.
-    ENDPOINT: [(0, 4), (32, 32), (4, 12), (12, 20), (20, 33)],
-    # No clip for the planned end of the first part, until what is around it is made.
-    PLANNED[0]: [(28, 33), (0, 12), (12, 12), (12, 28)],
+    ENDPOINT: [(0, 4), (33, 33), (4, 12), (12, 20), (20, 33)],
+    # No clip for the end of the first part, until both its neighbours are made.
+    PLANNED[0]: [(33, 33), (0, 12), (12, 20), (20, 33)],
 }
 
 
@@ -36,11 +36,7 @@ def test_frames_grow_where_they_are_final(whole, text: str) -> None:
     spans = [tuple(span) for span in record["spans"]]
     lengths = {p.name: video.mp4_info(p).frames for p in (run.folder / "segments").iterdir()}
     assert lengths == {f"frames_{a:08d}.mp4": b - a for a, b in spans if b > a}
-    covered = sorted(span for span in spans if span[1] > span[0])
-    assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])]
-    assert covered[-1][1] == 33 and [s for s in spans if s[1] > s[0]] == [
-        s for s in SPANS[text] if s[1] > s[0]
-    ]
+    assert spans == SPANS[text]
 
 
 @pytest.mark.parametrize("text", SPANS)
@@ -82,6 +78,12 @@ def test_a_guide_is_read_in_the_pass_of_both_ends(whole, pictures, tmp_path) -> 
     assert run.record["flags"]["end_image_as"] == "guide"
     latents, without = run.latents(), whole[ENDPOINT].latents()
     assert all(np.abs(latents[p] - without[p]).max() > 1e-4 for p in (1, 8))
+
+
+@pytest.mark.parametrize("text", [SYMMETRIC, TAILS[0]])
+def test_an_extension_has_no_frames_far_back(whole, tmp_path, text) -> None:
+    with pytest.raises(SystemExit, match=r"far back in the video.*with the tail td"):
+        command(tmp_path / "run", "--extend", whole[ENDPOINT].folder, schedule=text, image=False)
 
 
 def test_prompts_by_time_need_passes_of_one_section(tmp_path) -> None:

@@ -26,6 +26,7 @@ from tests.fixtures.loading import (
     INVERTED,
     PLANNED,
     SYMMETRIC,
+    TAILS,
     VANILLA,
     bits,
     take,
@@ -43,7 +44,7 @@ def test_a_sample_is_what_sampling_reads(dataset, schedule) -> None:
     assert len(checked_sections(batches, clips, schedule)) > 5
 
 
-@pytest.mark.parametrize("schedule", [SYMMETRIC, ENDPOINT, *PLANNED])
+@pytest.mark.parametrize("schedule", [SYMMETRIC, ENDPOINT, *PLANNED, *TAILS])
 def test_a_sample_of_any_order_is_what_sampling_reads(tmp_path, schedule) -> None:
     """Of whole clips, and of the beginnings of clips."""
     clips = write_dataset(tmp_path, {(32, 48): (7, 9, 12, 8)})
@@ -541,6 +542,9 @@ def test_a_fault_anywhere_in_a_video_is_named(tmp_path) -> None:
         for element in range(20):
             opened.samples.read(element, 0, packing.parse(INVERTED))
     assert "a.mp4" in opened.fault(0)
+    for schedule in (SYMMETRIC, ENDPOINT, *PLANNED, *TAILS):
+        with pytest.raises(packing.ScheduleError, match=r"far from a section.*--mode latents"):
+            take(tmp_path, 0, schedule=schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -10,13 +10,17 @@ import pytest
 
 from framepack_jax import packing
 from framepack_jax.models.hunyuan.config import TransformerConfig
+from framepack_jax.models.hunyuan.spec import TRANSFORMER as HUNYUAN
 from framepack_jax.models.packed_video import (
     ContextEmbed,
     EmbedVideo,
     context_kernels,
     rope_tables,
 )
+from framepack_jax.models.wan.config import WanConfig
+from framepack_jax.models.wan.spec import TRANSFORMER as WAN
 from framepack_jax.packing import Timeline
+from tests.fixtures.random_networks import example, wan_example
 
 CFG = TransformerConfig(
     in_channels=4, heads=1, head_dim=16, rope_axes=(4, 6, 6), context_kernels=()
@@ -70,3 +74,58 @@ def test_a_cell_of_its_own_is_embedded_in_order_of_time() -> None:
     ours = ContextEmbed(CFG).apply(params, latents, "k64h1w1")
     cells = latents[0].transpose(1, 2, 0, 3).reshape(4, math.prod(latents.shape[1::3]))
     np.testing.assert_allclose(ours[0], cells @ weights, atol=1e-3)
+
+
+NETWORKS = {
+    "hunyuan": (
+        HUNYUAN,
+        TransformerConfig(
+            in_channels=4, out_channels=4, heads=2, head_dim=6, double_layers=1, single_layers=1,
+            refiner_layers=1, mlp_ratio=2.0, text_dim=16, pooled_dim=8, image_dim=8,
+            rope_axes=(2, 2, 2), context_kernels=("k1", "k2"),
+        ),
+    ),
+    "wan": (
+        WAN,
+        WanConfig(
+            in_channels=4, out_channels=4, heads=2, head_dim=6, layers=2, mlp_dim=16, text_dim=8,
+            time_dim=8, rope_axes=(2, 2, 2), context_kernels=("k1", "k2"), clean_context=True,
+            prompt_to_target=True,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_masked_tokens_of_a_tail_cannot_change_the_output(name: str) -> None:
+    """Exactly, whatever they hold. And a tail with places for frames to come is that of the frames
+    which are there alone."""
+    spec, cfg = NETWORKS[name]
+    random = np.random.default_rng(0)
+    make = example if name == "hunyuan" else wan_example
+    params, (x, sigma, _, conditions), _ = make(cfg)
+    x, sigma, conditions = jax.tree.map(lambda leaf: leaf[:2], (x, sigma, conditions))
+    latents = random.standard_normal((2, 13, *x.shape[2:]), np.float32)
+    plan = packing.plan(packing.parse("ta_f2k2f1k1_g2"), 6)
+    context = packing.read_context(plan[-1], Timeline.of(latents))
+    frames = len([p for p in plan[-1].groups[0].reads if p != packing.MISSING])
+    assert frames == 8 and context.masked.tolist() == [252, 252]
+    velocity = jax.jit(lambda context: spec.velocity(cfg, params, x, sigma, context, conditions))
+    found = velocity(context)
+
+    def with_tail(tail: np.ndarray, indices: np.ndarray, masked: int) -> packing.PackedContext:
+        return dataclasses.replace(
+            context,
+            latents=(tail, *context.latents[1:]),
+            indices=(indices, *context.indices[1:]),
+            masked=np.full(2, masked, np.int32),
+        )
+
+    tail, indices = context.latents[0], context.indices[0]
+    noise = random.standard_normal(tail.shape, np.float32)
+    noise[:, -frames:] = tail[:, -frames:]
+    np.testing.assert_array_equal(velocity(with_tail(noise, indices, 252)), found)
+    noise[:, -frames] += 1
+    assert np.abs(velocity(with_tail(noise, indices, 252)) - found).max() > 1e-4
+    alone = velocity(with_tail(tail[:, -frames:], indices[:, -frames:], 0))
+    np.testing.assert_allclose(alone, found, atol=2e-5)

@@ -168,3 +168,18 @@ def test_random_corruption_resamples_one_in_ten() -> None:
     flat = np.abs(history - 1).max(axis=(1, 2)) < 1e-6
     assert abs(flat.mean() - 0.1) < 0.02
     np.testing.assert_array_equal(flat, np.abs(anchor - 1).max(axis=1) < 1e-6)
+
+
+def test_a_dropped_tail_has_no_tokens() -> None:
+    """As at the start of a video: its latents are zero, and none of its tokens is read."""
+    schedule = packing.parse("ta_f2k2f1k1_g2")
+    timeline = Timeline.of(np.ones((1, 13, 4, 4, 2), np.float32))
+    context = packing.read_context(packing.plan(schedule, 6)[-1], timeline)
+    ages, keys = packing.history_ages(schedule), keys_of(0, 1)
+    places = Places(ages, 2, [np.zeros((1, len(group)), bool) for group in ages])
+    for fields in ({"drop_all": 1.0}, {"drop_oldest": 1.0}, {"drop_history": 1.0}):
+        found = change_history(HistoryConfig(**fields), context, places, keys, jnp.ones(1))
+        assert not found.latents[0].any() and found.masked.tolist() == [context.tail_tokens]
+    kept = change_history(HistoryConfig(corrupt=0.5), context, places, keys, jnp.ones(1))
+    assert kept.masked.tolist() == context.masked.tolist() == [252]
+    np.testing.assert_array_equal(kept.latents[0][:, :-8], 0)
