@@ -60,7 +60,10 @@ TOLERANCES = {
     r"^hunyuan_original/reference.* (output|vae_(mean|logvar|decoded))$": ("relative", 2e-4),
     r"^diffusers_pipeline/reference.* (prompt_emb|pooled|siglip|image_latents)": ("relative", 2e-4),
     r"^diffusers_pipeline/reference.*/frames": ("absolute", 1e-3),
-    r"^helios/reference.* vae/(mode|decoded)$": ("relative", 2e-4),
+    r"^helios/reference.* (vae/(mode|decoded)|prompt_embeds)$": ("relative", 2e-4),
+    r"^helios/reference.* forward/(helios|helios_variant|wan)$": ("relative", 2e-4),
+    r"^helios/reference.*/decoded_latents\d+$": ("relative", 5e-4),
+    r"^helios/reference.*/frames_every_3rd$": ("absolute", 2e-3),
 }
 
 # Inputs whose answer is the same for many of them, so that a change need not show.
@@ -80,6 +83,13 @@ TEXT = (
 IMAGE = (
     "tests/parity/test_conditioning.py::test_images",
     "tests/parity/test_diffusers_pipeline.py::test_image",
+)
+
+HELIOS_RUN = "tests/parity/test_helios_sampling.py::test_a_run_of_diffusers[{}]"
+WAN_FORWARD = "tests/parity/test_wan_transformer.py::test_golden_forward"
+UMT5 = (
+    "tests/parity/test_umt5.py::test_golden_ids",
+    "tests/parity/test_umt5.py::test_golden_states",
 )
 
 # The first line whose pattern is in `file name` has the tests that read it, cheapest first; `{}` is
@@ -110,6 +120,15 @@ READERS: dict[str, tuple[str, ...]] = {
     r"^helios/(pipeline/vae/|reference\S+ vae/)": (
         "tests/parity/test_wan_vae.py::test_golden_clip",
     ),
+    r"^helios/(pipeline/(text_encoder|tokenizer)|reference\S+ (ids|mask|prompt))": UMT5,
+    r"^helios/reference\S+ forward/": (WAN_FORWARD,),
+    r"^helios/reference\S+ (?:runs/)?(\w+_\w2v)/": (HELIOS_RUN,),
+    r"^helios/pipeline/transformer/": (f"{WAN_FORWARD}[pipeline/transformer-helios]",),
+    r"^helios/transformer_variant/": (f"{WAN_FORWARD}[transformer_variant-helios_variant]",),
+    r"^helios/wan_transformer/": (f"{WAN_FORWARD}[wan_transformer-wan]",),
+    r"^helios/(?:scheduler|model_index)_(\w+)[/.]": (HELIOS_RUN.format("{}_t2v"),),
+    r"^helios/image": (HELIOS_RUN.format("base_i2v"),),
+    r"^helios/": (HELIOS_RUN.format("base_t2v"),),
     r"/pipeline/(text_encoder|tokenizer)": TEXT,
     r"/pipeline/(image_encoder|feature_extractor)": IMAGE,
     r"/pipeline/vae/": (START_LATENT, *FRAMES),
@@ -145,8 +164,16 @@ SILENT: dict[str, str] = {
         "the tokenizer's own are used, and no prompt is that long"
     ),
     r"/text_encoder_2/config.json (bos|pad)_token_id$": "the tokenizer's own are used",
-    r"/model_index\.json ": "which folders there are is what counts",
-    r"/scheduler_config\.json ": "solver and shift are settings of the sampler, with one shift",
+    r"^diffusers\S+/model_index\.json ": "which folders there are is what counts",
+    r"^diffusers\S+/scheduler_config\.json ": (
+        "solver and shift are settings of the sampler, with one shift"
+    ),
+    r"^helios/\S*model_index\S* (scheduler|text_encoder|tokenizer|transformer(_2)?|vae)$": (
+        "which folders there are is what counts"
+    ),
+    r"^helios/scheduler_wan/\S+ (beta_\w+|rescale_betas\w+|sigma_m\w+|s\w+_p|steps_offset)$": (
+        "it concerns schedules that are not taken from flow"
+    ),
     r"/tokenizer\w*/tokenizer\.json decoder": "prompts are only encoded",
     r"/tokenizer_config\.json (backend|[be]os_token|model_max_length|tokenizer_class)$": (
         "tokenizer.json says what is added to a prompt, the caller where it is cut"
