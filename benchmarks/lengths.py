@@ -1,10 +1,10 @@
 """Compare the cost of a section in long and in short videos.
 
-    python benchmarks/lengths.py [--bundle tiny] [--seconds 6 20 60] [--json FILE]
+    python benchmarks/lengths.py [--bundle tiny] [--seconds 6 20 60] [--repeats 5] [--json FILE]
 
-Makes a video of each length with `sample.py`, in a process of its own. Reads from the run records
-the seconds of every section and the peak memory: of the device if it reports its memory, else of
-the process.
+Makes a video of each length with `sample.py`, in a process of its own, one or several times. Reads
+from the run records the seconds of every section and the peak memory: of the device if it reports
+its memory, else of the process.
 """
 
 import dataclasses
@@ -36,8 +36,10 @@ class LengthBenchmark:
     """Denoising steps a section."""
     flags: tuple[str, ...] = ()
     """More flags of sample.py, without their dashes: height=64 width=80."""
-    image: Path = ROOT / "examples" / "sprites.png"
-    """First frame."""
+    image: Path | None = ROOT / "examples" / "sprites.png"
+    """First frame; None: from text, as Helios."""
+    repeats: int = 1
+    """Videos of each length. The table has the medians of their figures."""
     json: Path | None = None
     """Keep the figures here."""
 
@@ -46,7 +48,7 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print and return the figures of each length."""
     config = tyro.cli(LengthBenchmark, prog="benchmarks/lengths.py", args=args)
     try:
-        made = [measure(config, seconds) for seconds in config.seconds]
+        made = [median_of(config, seconds) for seconds in config.seconds]
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     print(table(made))
@@ -55,13 +57,22 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     return made
 
 
+def median_of(config: LengthBenchmark, seconds: float) -> dict[str, Any]:
+    """Medians of the figures of several videos of one length, with the seconds of a section in each
+    of them, "each". Raises as `measure`."""
+    made = [measure(config, seconds) for _ in range(config.repeats)]
+    medians = {name: statistics.median(row[name] for row in made) for name in made[0]}
+    return medians | {"each": [row["section"] for row in made]}
+
+
 def measure(config: LengthBenchmark, seconds: float) -> dict[str, Any]:
     """Figures of one length. Raises RuntimeError where sampling fails, ValueError for a video too
     short to tell its sections apart."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, str(ROOT / "sample.py"), "--bundle", config.bundle,
-            "--image", str(config.image), "--prompt", "the shapes move", "--overwrite",
+            "--prompt", "the shapes move", "--overwrite",
+            *(["--image", str(config.image)] if config.image else []),
             "--seconds", str(seconds), "--steps", str(config.steps), "--output", folder,
             *(f"--{flag}" for flag in config.flags),
         ]  # fmt: skip
@@ -94,13 +105,14 @@ def figures(timings: dict[str, Any]) -> dict[str, Any]:
 def table(made: list[dict[str, Any]]) -> str:
     """Return a Markdown table with a row for each length."""
     lines = [
-        "| length | sections | a section | last third / first | peak memory |",
-        "|--:|--:|--:|--:|--:|",
+        "| length | sections | a section | in each video | last third / first | peak memory |",
+        "|--:|--:|--:|--:|--:|--:|",
     ]
     for row in made:
         lines.append(
             f"| {row['seconds']:g} s | {row['sections']} | {row['section']:.2f} s"
-            f" | {row['growth']:.2f} | {row['memory'] / 2**20:.0f} MiB |"
+            f" | {min(row['each']):.2f} to {max(row['each']):.2f} s | {row['growth']:.2f}"
+            f" | {row['memory'] / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)
 
