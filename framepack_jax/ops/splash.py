@@ -1,18 +1,23 @@
-"""Attention by JAX's Pallas kernel "splash", for TPUs, forward and backward.
+"""Attention for TPUs: by JAX's Pallas kernel "splash", forward and backward, and by `ops/flash.py`
+where no gradient is taken.
 
-The kernel takes one sequence, heads first, in whole tiles, and does not scale. This module adds
+JAX's kernel takes one sequence, heads first, in whole tiles, and does not scale. This module adds
 padding, scaling, masks (as segment ids) and the batch.
 
 Shapes: B batch, L query tokens, S key tokens, N heads, M key/value heads, D head width.
 """
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention as kernel
 
-# The kernel's tiles are counted in vector lanes.
-LANES = 128
+from framepack_jax.ops import flash
+from framepack_jax.ops.flash import LANES
+
 # Longest tiles (queries, keys) by device kind, for heads of 128, that the compiler fits into vector
 # memory, forward and backward. They change speed and memory, not results; not timed yet.
 TILES = {"TPU v4": (512, 512), "TPU v6 lite": (2048, 1024), "TPU7x": (2048, 1024)}
@@ -50,17 +55,62 @@ def attend(
     """
     length, keys, width = q.shape[1], k.shape[1], q.shape[3]
     tiles = _tiles(length, keys, width)
-    q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
     q, k, v = (_pad(x, t) for x, t in ((q, tiles[0]), (k, tiles[1]), (v, tiles[1])))
-    run = _kernel(q.shape[1], q.shape[2], k.shape[2], *tiles, causal, interpret)
-    segments = None
-    if valid is not None or k.shape[2] > keys:
-        reads = jnp.ones((q.shape[0], keys), bool) if valid is None else valid
-        reads = jnp.pad(reads, ((0, 0), (0, k.shape[2] - keys))).astype(jnp.int32)
-        # Padded queries read the same keys as all others, so that their rows stay finite.
-        segments = kernel.SegmentIds(q=jnp.ones(q.shape[::2], jnp.int32), kv=reads)
-    out: jax.Array = jax.vmap(run)(q, k, v, segments)  # type: ignore[assignment]  # no residuals
+    readable = jnp.full(q.shape[:1], keys) if valid is None else valid.sum(axis=1)
+    all_read = valid is None and k.shape[2] == keys
+    call = _Call(width**-0.5, tiles, causal, all_read, interpret)
+    out = _attend(call, q, k, v, readable.astype(jnp.int32))
     return rearrange(out, "b n l d -> b l n d")[:, :length, :, :width]
+
+
+class _Call(NamedTuple):
+    """What a kernel is compiled for; `all_read` if every sample reads all keys."""
+
+    scale: float
+    tiles: tuple[int, int]
+    causal: bool
+    all_read: bool
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array
+) -> jax.Array:
+    """Attend from q (B, N, L, D) to the first `readable` (B,) of k and v (B, M, S, D)."""
+    if call.causal:
+        return _splash(call, readable, q, k, v)
+    return flash.forward(
+        q, k, v, readable, scale=call.scale, tiles=call.tiles, interpret=call.interpret
+    )
+
+
+def _attend_forward(
+    call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array
+) -> tuple[jax.Array, Any]:
+    return jax.vjp(functools.partial(_splash, call, readable), q, k, v)
+
+
+def _attend_backward(call: _Call, pull: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    return *pull(gradient), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _splash(
+    call: _Call, readable: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    q = (q.astype(jnp.float32) * call.scale).astype(q.dtype)
+    run = _kernel(q.shape[1], q.shape[2], k.shape[2], *call.tiles, call.causal, call.interpret)
+    segments = None
+    if not call.all_read:
+        reads = jnp.arange(k.shape[2])[None, :] < readable[:, None]
+        # Padded queries read the same keys as all others, so that their rows stay finite.
+        queries = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
+        segments = kernel.SegmentIds(q=queries, kv=reads.astype(jnp.int32))
+    out: jax.Array = jax.vmap(run)(q, k, v, segments)  # type: ignore[assignment]  # no residuals
+    return out
 
 
 def tile(length: int, most: int) -> int:
