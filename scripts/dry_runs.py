@@ -3,6 +3,7 @@
 python scripts/dry_runs.py [--no-decoding] [MACHINE ...]     # sampling
 python scripts/dry_runs.py --models [ROW ...]                # sampling with other models
 python scripts/dry_runs.py --training [ROW ...]              # training
+python scripts/dry_runs.py --model-training [ROW ...]        # training of other models
 python scripts/dry_runs.py --meshes [ROW ...]                # training on default meshes
 
 Compile the released model's programs for each machine, print each report, and replace the rows of
@@ -86,6 +87,16 @@ MESHES = {
     )
     for name in ("finetune_i2v", "lora_i2v")
 }  # fmt: skip
+# Configuration, machine and batch of training steps of Helios, at its own size.
+HELIOS_SIZE = (384, 640)
+MODEL_TRAINING = {
+    f"{name} {machine}": (name, machine, batch)
+    for machine, batch in (
+        ("h100:1", 1), ("h100:8", 8), ("v5e:2x4", 8), ("v5e:4x4", 16), ("v6e:2x2", 4),
+        ("v5p:2x2x4", 16), ("v5p-64", 32),
+    )
+    for name in ("lora_helios", "finetune_helios", "from_wan")
+}  # fmt: skip
 DOCUMENT = Path(__file__).parent.parent / "docs" / "measurements" / "memory.md"
 CONFIGS = Path(__file__).parent.parent / "configs"
 GB = 1e9
@@ -97,6 +108,9 @@ def main(flags: list[str]) -> None:
         return training([flag for flag in flags if flag != "--training"] or list(TRAINING))
     if "--models" in flags:
         return models([flag for flag in flags if flag != "--models"] or list(MODELS))
+    if "--model-training" in flags:
+        rows = [flag for flag in flags if flag != "--model-training"]
+        return model_training(rows or list(MODEL_TRAINING))
     if "--meshes" in flags:
         return meshes([flag for flag in flags if flag != "--meshes"] or list(MESHES))
     decode = DECODE if "--no-decoding" not in flags else ()
@@ -202,9 +216,39 @@ def mesh_cells(report: TrainingReport) -> list[str]:
     ]
 
 
-def training_report(cfg: TrainConfig, machine: str, batch: int) -> TrainingReport:
+def model_training(rows: list[str]) -> None:
+    """Compile training steps of other models on default meshes, and write their rows."""
+
+    def report_of(row: str) -> TrainingReport:
+        name, machine, batch = MODEL_TRAINING[row]
+        cfg = read_config(CONFIGS / f"{name}.py", TrainConfig)
+        return training_report(cfg, machine, batch, HELIOS_SIZE)
+
+    for row, report in reports(rows, report_of):
+        write_row("model training", row, tuple(MODEL_TRAINING), model_training_cells(report))
+
+
+def model_training_cells(report: TrainingReport) -> list[str]:
+    total, memory = report.total, report.machine.chip.memory
+    return [
+        divided(report),
+        f"{report.cfg.batch}",
+        f"{gigabytes(report.state)} + {gigabytes(report.frozen)}",
+        f"{total / GB:.1f} of {memory / GB:.1f} GB",
+        "yes" if report.fits else f"**no**, {(total - memory) / GB:.1f} GB too much",
+        f"{report.roofline_seconds:.2f} s",
+        f"{report.step_seconds:.2f} s",
+        f"{report.step_seconds / report.cfg.batch:.2f} s",
+        compiled(report, report.program.compile_seconds),
+    ]
+
+
+def training_report(
+    cfg: TrainConfig, machine: str, batch: int, size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> TrainingReport:
     cfg = dataclasses.replace(cfg, batch=batch)
-    return dry_run_training(cfg, bundle.resolve(cfg.bundle), hardware.parse(machine))
+    path = bundle.resolve(cfg.bundle)
+    return dry_run_training(cfg, path, hardware.parse(machine), size=size)
 
 
 def largest(cfg: TrainConfig, machine: str) -> TrainingReport:

@@ -4,11 +4,12 @@ python scripts/mesh_choices.py [--limit N] [MACHINE ...]
 
 For each workload, compile the training step for every mesh of the ranking, or the first N, and
 compare the modelled step of the mesh that `--mesh auto` would choose with the best of them. Prints
-a table in Markdown; the exit code is 1 if a choice is more than 10 % slower. Each mesh takes
-minutes.
+a table in Markdown, and each mesh to stderr as soon as it is compiled; the exit code is 1 if a
+choice is more than 10 % slower. Each mesh takes minutes.
 """
 
 import dataclasses
+import logging
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ def main(args: list[str]) -> None:
     """Compile the meshes of the workloads, and print a row for each workload."""
     limit = int(args[1]) if args[:1] == ["--limit"] else sys.maxsize
     names = args[2:] if args[:1] == ["--limit"] else args
+    logging.basicConfig(format="%(message)s")
+    mesh_choice.LOGGER.setLevel(logging.INFO)
     jax.config.update("jax_enable_compilation_cache", False)
     print("| machine, run, batch | meshes | chosen | its step | best of all | its step |")
     print("|---|--:|---|--:|---|--:|", flush=True)
