@@ -15,6 +15,7 @@ COMMANDS = {
     "synthetic": "make videos with captions to try training with",
     "prepare": "videos + captions -> dataset",
     "train-vae": "videos -> VAE in a bundle",
+    "fit-codebook": "dataset -> codebook of discretized history",
     "train": "dataset + bundle -> trained model",
     "launch": "run a training command until it finishes",
     "evaluate": "drift and forgetting of bundles, or of a video file",
@@ -30,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
     if args and args[0] in COMMANDS:
         command = importlib.import_module(f"framepack_jax.cli.{args[0].replace('-', '_')}")
         return command.main(args[1:], prog=f"framepack {args[0]}")
-    lines = [f"  {name:11}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:12}{what}" for name, what in COMMANDS.items()]
     usage = "\n".join(["usage: framepack COMMAND [--help]", "", *lines])
     if not args or args[0] in ("-h", "--help"):
         print(usage)

@@ -2,6 +2,7 @@
 
     bundle.json            the manifest below
     transformer/ vae/ ...  parameters, one orbax leaf per layer and tensor
+    codebook.safetensors   entries of discretized history, if the schedule has +D
     tokenizer/ tokenizer_2/ image_processor/   files of the transformers library
 
 A role's path may point into another bundle, so that two transformers share their encoders.
@@ -9,6 +10,13 @@ A role's path may point into another bundle, so that two transformers share thei
 """
 
 from framepack_jax.bundle.builtin import BUILTIN_BUNDLES, resolve
+from framepack_jax.bundle.codebook import (
+    CODEBOOK,
+    digest,
+    entries_for,
+    read_codebook,
+    write_codebook,
+)
 from framepack_jax.bundle.loader import (
     DeviceBytes,
     check_present,
@@ -45,6 +53,7 @@ from framepack_jax.bundle.writer import Written, write_params
 
 __all__ = [
     "BUILTIN_BUNDLES",
+    "CODEBOOK",
     "ENCODERS",
     "MANIFEST",
     "ROLES",
@@ -60,9 +69,12 @@ __all__ = [
     "config_from_json",
     "denoiser_config",
     "device_bytes",
+    "digest",
     "encoder_roles",
+    "entries_for",
     "load_offloaded",
     "load_params",
+    "read_codebook",
     "read_leaves",
     "read_manifest",
     "reference",
@@ -74,6 +86,7 @@ __all__ = [
     "stored_dtypes",
     "text_encoder_config",
     "vae_config",
+    "write_codebook",
     "write_manifest",
     "write_params",
 ]  # fmt: skip

@@ -1,5 +1,8 @@
 """Classifier-free guidance on the velocity (Ho and Salimans, arXiv 2207.12598), with rescale.
 
+History guidance leaves the history out of the second pass instead of the prompt (Song et al., arXiv
+2502.06764): v = v_without + scale (v - v_without).
+
 A high scale also raises the contrast of the result; rescaling to the standard deviation of the
 positive prediction takes that back (Lin et al., arXiv 2305.08891, section 3.4).
 
@@ -42,13 +45,14 @@ def project(positive: jax.Array, negative: jax.Array) -> jax.Array:
 
 def guided(
     run: Pass,
-    conditions: Sequence[Any],
+    inputs: Sequence[tuple[Any, Any]],
     scale: Array | float,
     rescale: Array | float,
     time: Array | None = None,
     still: Array | None = None,
 ) -> Denoiser:
-    """Run a pass for each of the `conditions`, the negative ones last, and combine the velocities.
+    """Run a pass for each of the `inputs` (context, conditions), the negative one last, and combine
+    the velocities.
 
     The memory has an entry for each pass, and so has `blocks_run` (passes, B). One pass needs no
     guidance. `time` is the noise level that the network is told, if it is not sigma. If `still` is
@@ -57,7 +61,7 @@ def guided(
 
     def denoise(x: jax.Array, sigma: Array, memory: Any) -> Prediction:
         told = sigma if time is None else time
-        done = [run(x, told, *each) for each in zip(conditions, memory, strict=True)]
+        done = [run(x, told, *each, kept) for each, kept in zip(inputs, memory, strict=True)]
         velocities, memory, ran = zip(*done, strict=True)
         x0 = _x0(x, sigma, velocities, scale, rescale, still)
         return Prediction(x0, memory, None if ran[0] is None else jnp.stack(ran))

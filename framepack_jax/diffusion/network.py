@@ -97,9 +97,11 @@ class Denoiser(Protocol):
 
 
 class Pass(Protocol):
-    """Predict the velocity of a noisy section under one set of conditions."""
+    """Predict the velocity of a noisy section, given its context and one set of conditions."""
 
-    def __call__(self, x: jax.Array, sigma: Array, conditions: Any, memory: Any) -> Prediction: ...
+    def __call__(
+        self, x: jax.Array, sigma: Array, context: Any, conditions: Any, memory: Any
+    ) -> Prediction: ...
 
 
 def is_array(leaf: Any) -> bool:
@@ -107,10 +109,10 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def uncached(network: Network, cfg: Any, params: Any, context: Any, dtype: str) -> Pass:
+def uncached(network: Network, cfg: Any, params: Any, dtype: str) -> Pass:
     """Run the whole network at every step."""
 
-    def run(x: jax.Array, sigma: Array, conditions: Any, memory: Any) -> Prediction:
+    def run(x: jax.Array, sigma: Array, context: Any, conditions: Any, memory: Any) -> Prediction:
         sigmas = jnp.full(x.shape[0], sigma)
         v = network.velocity(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
         return Prediction(v, memory, None)

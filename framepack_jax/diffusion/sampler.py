@@ -82,8 +82,8 @@ class SamplerSettings:
 class SectionInputs(NamedTuple):
     """Inputs that all steps of a section share.
 
-    `negative` are the conditions of a second pass, or None. `threshold` is that of the step cache,
-    or None.
+    `negative` are the conditions of a second pass, or None; `negative_context` is its context, None
+    for the same. `threshold` is that of the step cache, or None.
     """
 
     context: Any
@@ -93,11 +93,16 @@ class SectionInputs(NamedTuple):
     cfg_scale: Array
     cfg_rescale: Array
     threshold: Array | None
+    negative_context: Any = None
 
     @property
-    def passes(self) -> list[Any]:
-        """Conditions of each pass through the network."""
-        return [c for c in (self.conditions, self.negative) if c is not None]
+    def passes(self) -> list[tuple[Any, Any]]:
+        """Context and conditions of each pass through the network."""
+        first = self.context, self.conditions
+        if self.negative is None:
+            return [first]
+        other = self.context if self.negative_context is None else self.negative_context
+        return [first, (other, self.negative)]
 
 
 class At(NamedTuple):
@@ -134,6 +139,7 @@ def denoise(
     context: Any,
     conditions: Any,
     negative: Any = None,
+    negative_context: Any = None,
     *,
     given: GivenFrames | None = None,
     on_step: OnStep | None = None,
@@ -141,7 +147,8 @@ def denoise(
     """Run all steps of one section from noise (B, w, H, W, C).
 
     The result holds `given` latents unchanged; the others are made to go with them. `negative`
-    conditions make a second pass for classifier-free guidance.
+    conditions make a second pass for classifier-free guidance, which reads `negative_context` if it
+    is given.
 
     `on_step(step, x0)` is called after each step with the prediction x0 (B, w, H, W, C), on the
     device. If a step is one program, the next step starts before the call, so that the device
@@ -160,6 +167,7 @@ def denoise(
         np.float32(settings.cfg_scale),
         np.float32(settings.cfg_rescale),
         None if cache is None else np.float32(cache.threshold),
+        negative_context,
     )
     program = StepProgram(model, cfg, settings.dtype, None if cache is None else cache.kind)
     # Once: what stays on the host is copied at every step. Between programs of offloaded layers
@@ -221,7 +229,7 @@ def _steps(settings: SamplerSettings) -> list[At]:
 
 def make_denoiser(program: StepProgram, params: Any, inputs: SectionInputs, at: At) -> Denoiser:
     """Wrap the network: its step cache, then guidance, then given frames."""
-    fixed = program.network, program.cfg, params, inputs.context, program.dtype
+    fixed = program.network, program.cfg, params, program.dtype
     if program.cache is None:
         run = network.uncached(*fixed)
     else:
@@ -279,10 +287,7 @@ def start_memory(program: StepProgram, params: Any, inputs: SectionInputs, x: ja
     if program.cache is None:
         return (None,) * len(inputs.passes)
     model = program.network, program.cfg, params
-    return tuple(
-        step_cache.start_for(*model, x, inputs.context, conditions, program.dtype)
-        for conditions in inputs.passes
-    )
+    return tuple(step_cache.start_for(*model, x, *each, program.dtype) for each in inputs.passes)
 
 
 def precision(dtype: str) -> contextlib.AbstractContextManager[None]:

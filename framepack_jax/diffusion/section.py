@@ -47,6 +47,7 @@ def denoise(
     context: Any,
     conditions: Any,
     negative: Any = None,
+    negative_context: Any = None,
     *,
     patch: int = 2,
     given: GivenFrames | None = None,
@@ -74,7 +75,7 @@ def denoise(
         how = _settings(recipe, settings, tokens, stage, negative is not None)
         reports.append(
             sampler.denoise(
-                model, cfg, params, x, how, context, conditions, negative,
+                model, cfg, params, x, how, context, conditions, negative, negative_context,
                 given=given if len(parts) == 1 else None,
                 on_step=on_step and functools.partial(_shifted, on_step, done),
             )

@@ -157,7 +157,6 @@ def cached(
     network: Network,
     cfg: Any,
     params: Any,
-    context: Any,
     dtype: str,
     kind: str,
     control: Control,
@@ -166,7 +165,7 @@ def cached(
     check_fit(network, kind)
     hooks = network.step_cache
 
-    def run(x: jax.Array, sigma: Array, conditions: Any, memory: State) -> Prediction:
+    def run(x: jax.Array, sigma: Array, context: Any, conditions: Any, memory: State) -> Prediction:
         sigmas = jnp.full(x.shape[0], sigma)
         tokens = hooks.embed(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
         if kind == "tea":

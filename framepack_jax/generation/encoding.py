@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from framepack_jax import conditioning
+from framepack_jax import conditioning, packing
 from framepack_jax.conditioning import Encoders, PromptStates
 from framepack_jax.generation import anchor
 from framepack_jax.generation.layout import Layout
 from framepack_jax.generation.prompts import prompt_shares, timed_prompts
 from framepack_jax.generation.request import Request, SourceVideo
 from framepack_jax.generation.settings import Settings
-from framepack_jax.packing import Section
+from framepack_jax.packing import PackedContext, Section, Timeline
 
 if TYPE_CHECKING:
     from framepack_jax.generation.pipeline import FramePack
@@ -48,6 +48,21 @@ class Inputs:
         return self.conditions[section if len(self.conditions) > 1 else 0]
 
 
+def contexts(
+    pipe: "FramePack", section: Section, timeline: Timeline, settings: Settings
+) -> tuple[PackedContext, PackedContext | None]:
+    """Return the context of a section, and that of the second pass of guidance, None for the same.
+    History is discretized if the schedule says so."""
+
+    def read(section: Section) -> PackedContext:
+        context = packing.read_context(section, timeline)
+        return jax.device_get(packing.discretize(context, pipe.schedule, pipe.codebook))
+
+    if not settings.guides_by_history:
+        return read(section), None
+    return read(section), read(packing.without_history(section, pipe.schedule))
+
+
 def encode(
     pipe: "FramePack",
     requests: Sequence[Request],
@@ -66,7 +81,7 @@ def encode(
         for section in layout.plan
     ]
     _warn_of_unused(requests, sections)
-    negatives = [r.negative_prompt for r in requests] if settings.cfg_scale != 1 else []
+    negatives = [r.negative_prompt for r in requests] if settings.reads_negative_prompt else []
     images = [_image_tokens(pipe, encoders, request) for request in requests]
     texts = [text for section in sections for shares in section for text, _ in shares]
     states = _encode_texts(pipe, encoders, [*texts, *negatives])

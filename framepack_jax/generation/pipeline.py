@@ -63,8 +63,8 @@ class FramePack:
     """Pipeline of a bundle. Build it with `FramePack.load`.
 
     `encoders` is a function that loads them if they do not stay on the device. `tiling` is that of
-    the VAE; `decode_tiling`, if given, replaces it for decoding. `sampling` says how the network
-    was trained to be sampled.
+    the VAE; `decode_tiling`, if given, replaces it for decoding. `sampling` says how the network is
+    sampled. `codebook` (K, C) are the entries of a schedule with `+D`.
     """
 
     transformer: Network[DenoiserSpec]
@@ -79,6 +79,7 @@ class FramePack:
     mesh: Mesh | None = None
     decode_tiling: Tiling | None = None
     sampling: bundle.Sampling = dataclasses.field(default_factory=bundle.Sampling)
+    codebook: np.ndarray | None = None
 
     @classmethod
     def load(
@@ -149,6 +150,7 @@ class FramePack:
             tiling=tiling,
             mesh=mesh,
             sampling=manifest.sampling,
+            codebook=bundle.entries_for(schedule, path, manifest),
         )
 
     def with_weights(
@@ -322,18 +324,18 @@ class FramePack:
         if timeline is None:
             timeline = self.timeline(plan, inputs.given, inputs.size)
         _, _, *frame = timeline.latents.shape
-        patch = packing.kernel_shape(spec.patch)[1]
         for i, section in enumerate(plan[done:], start=done):
             shape = (len(section.targets), *frame)
             draws = draw(self.sampling.recipe, seeds, i, shape) if noise is None else noise[i]
             draws = [draws] if isinstance(draws, np.ndarray | jax.Array) else draws
             how = settings.of_section(self.sampling, i, self.dtype)
-            context = packing.read_context(section, timeline)
+            context, other = encoding.contexts(self, section, timeline, settings)
             given = GivenFrames(*packing.read_target(section, timeline))
+            negative = inputs.of(i) if settings.guides_by_history else inputs.negative
             with self.on_mesh():
                 result = denoising.denoise(
                     spec, cfg, params, self.sampling.recipe, draws, how, context, inputs.of(i),
-                    inputs.negative, patch=patch, given=given,
+                    negative, other, patch=packing.kernel_shape(spec.patch)[1], given=given,
                     on_step=on_step and functools.partial(on_step, i),
                 )  # fmt: skip
             self._check_finite(i, sum(how.steps), result.finite_step)

@@ -23,6 +23,8 @@ class Settings:
         sampler: Solver, one of `diffusion.SOLVERS`.
         distilled_guidance: Scale that a guidance-distilled network takes as an input.
         cfg_scale: Scale of classifier-free guidance; 1 needs no second pass and no negative prompt.
+        cfg_without: What the second pass lacks: "prompt", replaced by the negative prompt, or
+            "history" (history guidance).
         cfg_rescale: Correction in [0, 1] of the contrast that a high scale adds.
         step_cache: Cache that skips transformer blocks at steps where they would change little.
 
@@ -33,6 +35,7 @@ class Settings:
     sampler: str = "unipc"
     distilled_guidance: float = 10.0
     cfg_scale: float = 1.0
+    cfg_without: str = "prompt"
     cfg_rescale: float = 0.0
     step_cache: StepCacheConfig | None = None
 
@@ -42,6 +45,8 @@ class Settings:
                 raise ValueError(f"steps = {steps}: expected at least 1, at most {MAX_STEPS}")
         if self.sampler not in SOLVERS:
             raise ValueError(f"sampler {self.sampler!r}: expected one of {', '.join(SOLVERS)}")
+        if self.cfg_without not in ("prompt", "history"):
+            raise ValueError(f"cfg_without {self.cfg_without!r}: expected prompt or history")
         if not 0 <= self.cfg_rescale <= 1:
             raise ValueError(f"cfg_rescale = {self.cfg_rescale}: expected a number from 0 to 1")
         for name in ("distilled_guidance", "cfg_scale"):
@@ -56,6 +61,21 @@ class Settings:
             distilled_guidance=sampling.distilled_guidance,
             cfg_scale=sampling.cfg_scale,
         )
+
+    @property
+    def passes(self) -> int:
+        """Number of runs of the network in a step."""
+        return 1 + (self.cfg_scale != 1)
+
+    @property
+    def reads_negative_prompt(self) -> bool:
+        """True if the second pass reads a negative prompt."""
+        return self.passes == 2 and self.cfg_without == "prompt"
+
+    @property
+    def guides_by_history(self) -> bool:
+        """True if the second pass reads no history."""
+        return self.passes == 2 and self.cfg_without == "history"
 
     def stage_steps(self, sampling: Sampling, section: int) -> tuple[int, ...]:
         """Return the steps of each stage of a section, counted from 0 in order of generation.

@@ -153,6 +153,11 @@ def warn_unused_settings(spec: VideoSpec, cfg_scale: float, recipe: Recipe) -> N
     without_cfg = cfg_scale == 1
     timed = len(timed_prompts(spec.prompt)) > 1
     unused = {
+        "--cfg-without has an effect only if --cfg-scale is not 1": without_cfg
+        and spec.cfg_without != default.cfg_without,
+        "--negative-prompt has no effect with --cfg-without history": not without_cfg
+        and spec.cfg_without == "history"
+        and bool(spec.negative_prompt),
         "--negative-prompt has an effect only if --cfg-scale is not 1": without_cfg
         and bool(spec.negative_prompt),
         f"--sampler has no effect: the bundle is sampled by {recipe.solver}": recipe.solver

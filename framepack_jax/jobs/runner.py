@@ -183,8 +183,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     seeds = [task.prepared.seed for task in tasks]
     encoded = time.monotonic()
     _add_timing(tasks, "encode_seconds", round(encoded - began, 3))
-    passes = 1 if inputs.negative is None else 2
-    blocks = passes * offload.offloaded_layers(pipe.transformer.params)
+    blocks = settings.passes * offload.offloaded_layers(pipe.transformer.params)
 
     def steps(section: int) -> int:
         return sum(settings.stage_steps(pipe.sampling, section))

@@ -75,6 +75,9 @@ class Denoising:
     cfg_scale: float | None = None
     """Scale of classifier-free guidance, which doubles the time; 1 is off. Default: the bundle's, 1
     for FramePack."""
+    cfg_without: Literal["prompt", "history"] = "prompt"
+    """What the second pass of --cfg-scale lacks: the prompt, which the negative prompt replaces; or
+    the history (history guidance), for networks that were trained with --history.drop-history."""
     cfg_rescale: float = 0.0
     """Fraction, 0 to 1, of the contrast added by --cfg-scale that is removed."""
     step_cache: Literal["none", "tea", "first-block"] = "none"
@@ -136,6 +139,7 @@ class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
             sampler=self.sampler,
             distilled_guidance=self.distilled_guidance,
             cfg_scale=self.cfg_scale,
+            cfg_without=self.cfg_without,
             cfg_rescale=self.cfg_rescale,
             step_cache=step_cache,
         )

@@ -7,6 +7,7 @@ orders      what the passes of each order make and read
 sections    the plan: what every section writes and reads
 timeline    latent frames at absolute positions, and the context gathered from them
 tokens      seconds, frames, sections and tokens
+codebook    discretized history
 buckets     canvas sizes
 
 A group of n frames of h x w latents under a kernel (t, h', w') is ceil(n/t) ceil(h/h') ceil(w/w')
@@ -16,6 +17,7 @@ reads those of frames that are not there yet.
 """
 
 from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
+from framepack_jax.packing.codebook import discretize
 from framepack_jax.packing.kernels import (
     TAIL_POOL,
     ScheduleError,
@@ -52,8 +54,14 @@ from framepack_jax.packing.sections import (
     reads_nearby,
     span,
     start_frames,
+    without_history,
 )
-from framepack_jax.packing.timeline import PackedContext, Timeline, read_context, read_target
+from framepack_jax.packing.timeline import (
+    PackedContext,
+    Timeline,
+    read_context,
+    read_target,
+)
 from framepack_jax.packing.tokens import (
     context_tokens,
     frame_bound,
@@ -89,6 +97,7 @@ __all__ = [
     "Timeline",
     "anchor_position",
     "context_tokens",
+    "discretize",
     "drop_context",
     "embedding_kernel",
     "find_bucket",
@@ -112,4 +121,5 @@ __all__ = [
     "start_frames",
     "tail_of",
     "target_tokens",
+    "without_history",
 ]

@@ -49,10 +49,6 @@ def form_of(schedule: Schedule) -> Form:
     if not schedule.order:
         raise ScheduleError(f"schedule {schedule} generates nothing: it has no item g")
     name = schedule.order.partition("(")[0]
-    if schedule.discretize is not None:
-        raise ScheduleError(
-            f"schedule {schedule}: history discretization (+D) is not supported yet"
-        )
     tails = [item.kind for item in schedule.items if isinstance(item, Tail)]
     # Without a tail, older frames are left out as with td.
     items = [item for item in schedule.items if not isinstance(item, Tail)]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from framepack_jax.packing import orders
 from framepack_jax.packing.form import Form, form_of
-from framepack_jax.packing.kernels import ScheduleError
+from framepack_jax.packing.kernels import ScheduleError, tail_of
 from framepack_jax.packing.orders import MISSING, Extent, Group, Pass
 from framepack_jax.packing.schedule import Schedule
 
@@ -173,6 +173,23 @@ def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Sect
         return dataclasses.replace(group, reads=(MISSING,) * len(group.reads)) if missing else group
 
     return [dataclasses.replace(s, groups=tuple(map(blank, s.groups))) for s in plan]
+
+
+def without_history(section: Section, schedule: Schedule) -> Section:
+    """Return a section that reads the anchor and the start image alone."""
+    start = start_frames(schedule)
+
+    def blank(group: Group, ages: Sequence[int]) -> Group:
+        if tail_of(group.kernel):
+            return dataclasses.replace(group, reads=(MISSING,) * len(group.reads))
+        kept = [
+            read if age == MISSING or read < start else MISSING
+            for read, age in zip(group.reads, ages, strict=True)
+        ]
+        return dataclasses.replace(group, reads=tuple(kept))
+
+    groups = map(blank, section.groups, history_ages(schedule))
+    return dataclasses.replace(section, groups=tuple(groups))
 
 
 def length(plan: Sequence[Section]) -> int:

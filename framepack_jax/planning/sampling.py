@@ -156,11 +156,6 @@ class _Work:
     batch: int
     devices: Mesh
 
-    @property
-    def passes(self) -> int:
-        """Number of runs of the network in a step."""
-        return 1 + (self.settings.cfg_scale != 1)
-
     def flops(self) -> int:
         """Count the FLOPs of a step of all videos."""
         spec, cfg, _ = self.pipe.transformer
@@ -169,7 +164,7 @@ class _Work:
         tokens = image_tokens(self.configs.get("image_encoder"))
         schedule = self.pipe.schedule
         flops = spec.forward_flops(cfg, schedule, rows, columns, self.text_tokens, tokens)
-        return flops * self.batch * self.passes
+        return flops * self.batch * self.settings.passes
 
     def compile_step(self, weights: Any, offload: bool) -> list[Program]:
         """Compile the denoising step; with offloading, the programs that it consists of."""
@@ -202,7 +197,7 @@ class _Work:
                 return part.lower()
 
         program = compile_program(part.name, STEP_ADVICE, part.weights, lower, self.devices)
-        return dataclasses.replace(program, runs=self.passes * part.runs)
+        return dataclasses.replace(program, runs=self.settings.passes * part.runs)
 
     def _inputs(self) -> tuple[sampler.SectionInputs, sampler.At, solver.State]:
         """Return the shapes of all inputs of a step except the weights."""
@@ -230,9 +225,10 @@ class _Work:
         scalar = shape((), jnp.float32)
         cached = settings.step_cache is not None
         inputs = sampler.SectionInputs(
-            context, conditions, conditions if settings.cfg_scale != 1 else None,
+            context, conditions, conditions if settings.passes == 2 else None,
             GivenFrames(x, shape(x.shape[:2], jnp.bool_)),
             scalar, scalar, scalar if cached else None,
+            context if settings.guides_by_history else None,
         )  # fmt: skip
         recipe, truth = pipe.sampling.recipe, shape((), jnp.bool_)
         levels = recipe.levels(2, 1000, recipe.stages - 1)

@@ -278,6 +278,9 @@ class TrainConfig(RunConfig):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     schedule: str | None = None
     """Packing schedule to train for; default: the bundle's."""
+    codebook: Annotated[str | None, IN_STORES] = None
+    """Codebook file of a schedule with +D, written by framepack fit-codebook; default: that of the
+    bundle."""
     trainable: Literal["all", "context", "lora"] = "all"
     """Train all parameters; or only the embeddings of context and image, which a base model does
     not have; or low-rank adapters beside frozen weights."""
@@ -324,6 +327,11 @@ def _check(cfg: TrainConfig) -> None:
         raise ValueError(
             f"--data.empty-start {cfg.data.empty_start:g} with --trainable lora: adapters cannot"
             " tell sampling that videos start empty, a bundle can; give --trainable all"
+        )
+    if cfg.codebook and cfg.trainable == "lora" and not cfg.lora.context:
+        raise ValueError(
+            f"--codebook {cfg.codebook} with --trainable lora: adapters are sampled with the bundle"
+            " that they were trained from, and with its codebook; give --trainable all"
         )
     if not cfg.validation.sigmas:
         raise ValueError(f"--validation.sigmas {cfg.validation.sigmas}: expected one or more")

@@ -124,6 +124,9 @@ def _export_bundle(
     manifest = _manifest_of(run.manifest, run.cfg, run.record)
     network = model.spec.kind, dataclasses.asdict(model.cfg)
     source = {"name": origin, "training": provenance(run.folder, run.step)}
+    if codebook := _codebook_of(bundle_path, run):
+        target.mkdir(parents=True, exist_ok=True)
+        codebook.copy(target / bundle.CODEBOOK, overwrite=True)
     written = write_bundle(
         manifest, bundle_path, target, "transformer", network, leaves, source, copy
     )
@@ -145,6 +148,19 @@ def _check_target(target: epath.Path, overwrite: bool) -> None:
         raise RunError(f"{target} already is a bundle; choose another --output, or --overwrite")
     if target.exists() and not is_bundle and any(target.iterdir()):
         raise RunError(f"{target} is neither a bundle nor empty; choose another --output")
+
+
+def _codebook_of(bundle_path: epath.PathLike, run: _Run) -> epath.Path | None:
+    """Return the file of the codebook of a run. Raises RunError if it is another one by now."""
+    cfg = run.cfg
+    schedule = packing.parse(cfg.schedule) if cfg.schedule else run.manifest.schedule
+    entries = bundle.entries_for(schedule, bundle_path, run.manifest, cfg.codebook)
+    if entries is None:
+        return None
+    file = epath.Path(cfg.codebook or epath.Path(bundle_path) / bundle.CODEBOOK)
+    if bundle.digest(entries) != run.record["codebook"]:
+        raise RunError(f"{file} is not the codebook that {run.folder} was trained with")
+    return file
 
 
 def _manifest_of(

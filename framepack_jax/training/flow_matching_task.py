@@ -53,7 +53,8 @@ class FlowMatchingTask:
     """Flow matching on the frames of a section, given its packed context; see `flow_matching`.
 
     `abstract` and `frozen` are the state and the frozen parameters as `jax.ShapeDtypeStruct`s with
-    shardings. `loader` and `bundle_path` are given by `open_task` only.
+    shardings. `codebook` (K, C) are the entries of a schedule with `+D`. `loader` and `bundle_path`
+    are given by `open_task` only.
     """
 
     cfg: TrainConfig
@@ -65,6 +66,7 @@ class FlowMatchingTask:
     abstract: TrainState[jax.ShapeDtypeStruct]
     frozen: Params
     encode: Encode | None = None
+    codebook: np.ndarray | None = None
     loader: Any = None
     bundle_path: epath.PathLike = ""
 
@@ -96,7 +98,7 @@ class FlowMatchingTask:
         ages = packing.history_ages(self.schedule)
         places = Places(ages, sections.target.shape[1], sections.given)
         context = change_history(self.cfg.history, sections.context, places, keys, sigmas)
-        sections = dataclasses.replace(sections, context=context)
+        sections = self.discretized(sections, context)
         losses = self.losses(params, sections, keys, sigmas)
         figures = {
             "losses": losses, "sigmas": sigmas,
@@ -138,8 +140,15 @@ class FlowMatchingTask:
         own, theirs = self.latents(params, batch), self.latents(params, others)
         keys = flow_matching.sample_keys(jax.random.key(self.cfg.seed), own.meta.element)
         context = flow_matching.changed_context(own.context, theirs.context, blank, other)
-        own = dataclasses.replace(own, context=context)
+        own = self.discretized(own, context)
         return self.losses(params, own, keys, jnp.full(own.meta.element.shape, sigma))
+
+    def discretized(self, batch: Batch, context: packing.PackedContext) -> Batch:
+        """Return a batch with another context, whose history is discretized for a schedule with
+        `+D`."""
+        return dataclasses.replace(
+            batch, context=packing.discretize(context, self.schedule, self.codebook)
+        )
 
     def figures(self, steps: Sequence[StepMetrics]) -> dict[str, float]:
         """Return mean losses by noise level and by section."""
@@ -193,6 +202,7 @@ class FlowMatchingTask:
             "config": config,
             "fingerprint": self.loader.fingerprint,
             "weights": self.manifest.roles["transformer"].source.get("sha256"),
+            "codebook": None if self.codebook is None else bundle.digest(self.codebook),
         }
         if previous is not None:
             check_same_run(self.cfg, record, previous)
@@ -275,7 +285,8 @@ def open_task(cfg: TrainConfig, bundle_path: epath.PathLike, mesh: Mesh) -> Flow
     for dataset in loader.datasets:
         check_bundle(dataset.index, manifest)
     task = set_up(cfg, manifest, mesh, pixels=loader.mode == "pixels")
-    return dataclasses.replace(task, loader=loader, bundle_path=bundle_path)
+    entries = bundle.entries_for(schedule, bundle_path, manifest, cfg.codebook)
+    return dataclasses.replace(task, loader=loader, bundle_path=bundle_path, codebook=entries)
 
 
 def schedule_of(cfg: TrainConfig, manifest: bundle.Manifest) -> packing.Schedule:

@@ -46,6 +46,8 @@ def data_facts(
         **{f"samples: {name}": value for name, value in fingerprint.items()},
         f"{bundle_path}/{bundle.MANIFEST}": _digest(epath.Path(bundle_path) / bundle.MANIFEST),
     }
+    if cfg.codebook:
+        facts[cfg.codebook] = _digest(epath.Path(cfg.codebook))
     for folder in map(epath.Path, cfg.data.paths):
         facts[f"{folder}/{records.INDEX}"] = _digest(folder / records.INDEX)
         if not is_remote(folder):

@@ -43,6 +43,8 @@ def check_same_run(cfg: TrainConfig, record: Record, old: Record) -> None:
     differing = _differing(then, now, names, THEN_NOW)
     if old["weights"] != record["weights"]:
         differing.append("the transformer of the bundle")
+    if old.get("codebook") != record.get("codebook"):
+        differing.append("the entries of the codebook")
     raise_if_changed(cfg, differing)
 
 

@@ -1,5 +1,6 @@
 """The section loop and decoding against the authors' sampler (golden/), and what they promise."""
 
+import dataclasses
 import itertools
 import re
 
@@ -34,6 +35,28 @@ def golden_tags() -> tuple[list[str], list[str]]:
 
 
 RUNS, DECODED = golden_tags()
+
+
+def test_guidance_by_history_goes_from_no_history_to_history(networks, reference) -> None:
+    """One Euler step is linear in the velocity, so the scale moves along a line. A scale of 1 is
+    the plain pass, and 0 that without history; the anchor is read in both."""
+    schedule = packing.parse("f1k1_x_g2_f2k2f16k4_td")
+    pipe, plan = build(networks, schedule), packing.plan(schedule, 2)
+    noise = [reference[f"inverted_n6_w2_s3/noise{i}"] for i in range(2)]
+
+    def second(scale: float, blank: tuple[str, ...] = ()) -> np.ndarray:
+        settings = Settings(
+            1, sampler="euler", distilled_guidance=6.0, cfg_scale=scale, cfg_without="history"
+        )
+        sections = packing.drop_context(plan, blank)
+        inputs = dataclasses.replace(inputs_of(pipe, reference, settings), negative=None)
+        *_, (section, timeline) = pipe.sample(sections, inputs, settings, noise=noise)
+        return timeline.read(section.targets)
+
+    plain, without = second(1.0), second(1.0, ("k2", "k4"))
+    assert np.abs(plain - without).max() > 1e-2
+    np.testing.assert_allclose(second(0.0), without, atol=1e-5)
+    np.testing.assert_allclose(second(3.0), without + 3 * (plain - without), atol=1e-4)
 
 
 def run_of(tag: str) -> tuple[packing.Schedule, int, Settings]:

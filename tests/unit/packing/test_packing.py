@@ -90,7 +90,6 @@ def test_kernels() -> None:
         ("td_f16k4f2k2f1k1_g9_x_f1k1", "inverted", "inverted"),
         (VANILLA, "planned(3)", "planned(3)"),
         (VANILLA, "planned", "planned(4)"),
-        ("td_f16k4f2k2f1k1_g9+D", "forward", "+D"),
         (VANILLA, "inverted", "inverted"),
         (packing.RELEASED_INVERTED, "forward", "forward"),
         (VANILLA, "sideways", "sideways"),
