@@ -163,8 +163,8 @@ def test_training(older) -> None:
     with pytest.raises(RunError) as error:
         Trainer(flow_matching_task.open_task(newer, cfg.bundle, mesh()), said.append).fit()
     assert (
-        "train was started with other settings (noise_schedule.mu = 1.0 then, None now;"
-        " noise_schedule.stratified = False then, True now; ema_warmup = False then, True now)"
+        "train was started with other settings (ema_warmup = False then, True now;"
+        " noise_schedule.mu = 1.0 then, None now; noise_schedule.stratified = False then, True now)"
     ) in str(error.value)
     assert Trainer(flow_matching_task.open_task(cfg, cfg.bundle, mesh()), said.append).fit() == 6
     check_losses("train", said)
