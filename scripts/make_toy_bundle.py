@@ -2,10 +2,13 @@
 
 Command:  python scripts/make_toy_bundle.py framepack_jax/assets/random
           python scripts/make_toy_bundle.py outputs/world/encoders --world
+          python scripts/make_toy_bundle.py outputs/history/untrained --wan
 Hardware: a CPU, seconds.
 Result:   the bundle behind `--bundle random`, about 1 MB, whose videos are noise and show that
           every part runs; and the bundle that models of the toy world are trained from. Its
           encoders are not trained: the state of a word says which word it is and which came before.
+          The third has a base Wan transformer, which reads no context, beside the VAE and the text
+          encoder of the bundle `tiny`. It is sampled as Helios is, from chunks of nine latents.
 """
 
 import dataclasses
@@ -20,15 +23,18 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from framepack_jax import packing
+from framepack_jax import bundle, packing
 from framepack_jax.bundle import Manifest, Role, write_manifest, write_params
 from framepack_jax.conditioning import PROMPT_TEMPLATE
+from framepack_jax.conversion.pipeline_index import settings_of
 from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from framepack_jax.models.params import unstack_layers
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.models.wan.config import WanConfig
 from framepack_jax.toy import world
+from framepack_jax.training.export import write_bundle
 
 CORPUS = (
     "a red circle moves left over a green board, then orbits the blue square",
@@ -98,6 +104,38 @@ def get_world_config() -> TinyBundle:
         corpus=captions,
         looking_back=True,
     )  # fmt: skip
+
+
+# A base Wan transformer for the latents and the text states of the bundle `tiny`.
+WAN = WanConfig(
+    heads=4, head_dim=32, layers=4, mlp_dim=512, text_dim=96, time_dim=64, rope_axes=(12, 10, 10)
+)
+SECTION = "g9"
+SIZE = (64, 64)
+# As many as `configs/tiny_framepack.py` pads captions to.
+TEXT_TOKENS = 48
+
+
+def write_wan(cfg: WanConfig, output: Path, seed: int = 0) -> None:
+    """Write a bundle of a random base Wan transformer and the networks of `tiny` that it reads."""
+    tiny = bundle.resolve("tiny")
+    manifest = bundle.read_manifest(tiny)
+    packed = dataclasses.replace(cfg, context_kernels=("k1", "k2", "k4"))
+    manifest = dataclasses.replace(
+        manifest,
+        roles={name: manifest.roles[name] for name in ("transformer", "vae", "text_encoder")},
+        schedule=packing.parse(SECTION),
+        buckets=(SIZE,),
+        text_tokens=TEXT_TOKENS,
+        sampling=settings_of(None, packed).sampling,
+    )
+    spec = registry.NETWORKS["wan_packed_dit"]
+    params = jax.jit(spec.init, static_argnums=0)(cfg, jax.random.key(seed))
+    leaves = unstack_layers(params, spec.stacks)
+    arrays = ((name, np.asarray(leaf)) for name, leaf in leaves.items())
+    network = spec.kind, dataclasses.asdict(cfg)
+    source = {"name": "scripts/make_toy_bundle.py, untrained"}
+    write_bundle(manifest, tiny, output, "transformer", network, arrays, source, copy=True)
 
 
 def write(config: TinyBundle, output: Path) -> None:
@@ -219,4 +257,7 @@ def write_image_processor(cfg: siglip.SiglipConfig, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(get_world_config() if "--world" in sys.argv else get_config(), Path(sys.argv[1]))
+    if "--wan" in sys.argv:
+        write_wan(WAN, Path(sys.argv[1]))
+    else:
+        write(get_world_config() if "--world" in sys.argv else get_config(), Path(sys.argv[1]))
