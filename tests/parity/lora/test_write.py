@@ -68,7 +68,8 @@ def test_what_training_makes_gives_the_same_in_diffusers(
     """The factors as the trainer keeps them, q, k and v on one; its export; PEFT's own output."""
     cfg, params = model
     run = TrainConfig(trainable="lora", lora=LoRAConfig(rank=3, alpha=4.5))
-    factors = state.init_lora(run.lora, params, jax.random.key(0))
+    targets = state.lora_targets(run.lora, TRANSFORMER)
+    factors = state.init_lora(run.lora, targets, params, jax.random.key(0))
     random = np.random.default_rng(1)
     factors = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape, np.float32), factors)
     applied = merge_params(scale_factors(factors, state.factor_scale(run)), params)
