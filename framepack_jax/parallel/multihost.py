@@ -112,6 +112,12 @@ def summary() -> str:
     )
 
 
+def here() -> str:
+    """Name this process and its host in a message."""
+    host = socket.gethostname()
+    return host if jax.process_count() == 1 else f"process {jax.process_index()} on {host}"
+
+
 def is_primary() -> bool:
     """Return True in the process that writes files."""
     return jax.process_index() == 0
@@ -129,11 +135,15 @@ def on_primary(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def on_all_hosts(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `work` in every process; if it fails in some, raise the first one's error in all."""
+    """Call `work` in every process; if it fails in some, raise the first one's error in all.
+
+    A TimeoutError, which tells of a wait for others, is the error of all only if there is no
+    other."""
     if jax.process_count() == 1 or _inside:
         return work(*args, **kwargs)
     outcome = _call_locally(work, *args, **kwargs)
-    failed = multihost_utils.process_allgather(np.int32(not outcome[0]))
+    kind = 0 if outcome[0] else 1 if isinstance(outcome[1], TimeoutError) else 2
+    failed = multihost_utils.process_allgather(np.int32(kind))
     if failed.any():
         outcome = _broadcast(outcome, int(failed.argmax()))
     return _unwrap(outcome)

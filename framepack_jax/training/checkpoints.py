@@ -31,6 +31,7 @@ from framepack_jax.training.state import TrainState
 from framepack_jax.utils import storage
 from framepack_jax.utils.files import atomic_write_text
 from framepack_jax.utils.messages import first_line
+from framepack_jax.utils.write_errors import write_errors
 
 FOLDER, RECORD, DAMAGED = "checkpoints", "run.json", "damaged"
 CHECKSUMS = "checksums"
@@ -44,6 +45,16 @@ class RunError(ValueError):
 
 class CheckpointError(RunError):
     """A checkpoint cannot be restored: it is damaged, or the storage fails."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """A manager that never asks whether the run is to stop.
+
+    All processes must ask with the same rising numbers to stop after the same step. The trainer
+    does; the first process's manager would also ask in its own thread, with earlier steps."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def manager(
@@ -66,58 +77,15 @@ def manager(
         # Remove incomplete checkpoints of a killed run.
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
+    return _Manager(folder, options=options, item_names=("state", "data"))
 
 
 def _is_marked(folder: epath.Path) -> bool:
     """Return whether complete checkpoints in a folder are marked by a file. Elsewhere their folder
     is renamed, which mounts of object stores refuse."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return not storage.renames_folders(folder)
-
-
-def save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState[jax.Array], data: dict[str, Any]
-) -> None:
-    """Start to write a checkpoint. Raises OSError, also if the one before could not be written."""
-    if step in manager.all_steps():
-        return
-    data = data | {CHECKSUMS: checksums.checksums(state)}
-    try:
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
-            ),
-        )
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise _not_written(manager, error) from error
-
-
-def wait(manager: ocp.CheckpointManager) -> None:
-    """Wait until all checkpoints are written. Raises OSError if one could not be written."""
-    try:
-        manager.wait_until_finished()
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise _not_written(manager, error) from error
-
-
-def _not_written(manager: ocp.CheckpointManager, error: Exception) -> OSError:
-    """Return the error that a command shows for an error of tensorstore in writing, or for that of
-    waiting in vain for other processes, before which comes that of this one."""
-    cause: BaseException = error
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        cause = error.__context__ or error
-    full, why = "No space left" in str(cause), str(cause)[-300:]
-    if isinstance(cause, TimeoutError):
-        why = "another process has not written its part in --checkpoints.wait-seconds, see its log"
-    kept = ocp.path.step.checkpoint_steps(manager.directory)
-    newest = f"the newest complete checkpoint is step {max(kept)}" if kept else "none is complete"
-    return OSError(
-        f"a checkpoint in {manager.directory} could not be written"
-        f" ({'the disk is full' if full else why}); {newest};"
-        f" {'free space' if full else 'fix the cause'}, then run the same command again to resume"
-    )
 
 
 def restore_newest(

@@ -17,6 +17,7 @@ from etils import epath
 
 from framepack_jax.utils.files import atomic_write_text
 from framepack_jax.utils.uploads import Uploads
+from framepack_jax.utils.write_errors import write_errors
 
 LOG, PARTS = "log.jsonl", "log"
 PART_BYTES = 1 << 20
@@ -61,12 +62,14 @@ class LogFile:
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         """Write the line of a step."""
-        self.file.write(json.dumps({"step": step, **line}) + "\n")
-        self.file.flush()
+        with write_errors(self.file.name):
+            self.file.write(json.dumps({"step": step, **line}) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        with write_errors(self.file.name):
+            self.file.close()
 
 
 class LogParts:
@@ -87,16 +90,18 @@ class LogParts:
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         """Write the line of a step."""
-        if self.file.tell() >= PART_BYTES and step > self.last:
-            self.file.close()
-            self._open(self.last)
-        self.file.write(json.dumps({"step": step, **line}) + "\n")
-        self.file.flush()
+        with write_errors(self.file.name):
+            if self.file.tell() >= PART_BYTES and step > self.last:
+                self.file.close()
+                self._open(self.last)
+            self.file.write(json.dumps({"step": step, **line}) + "\n")
+            self.file.flush()
         self.last = step
 
     def close(self) -> None:
         """Close the part."""
-        self.file.close()
+        with write_errors(self.file.name):
+            self.file.close()
 
 
 def join(run: epath.Path) -> None:

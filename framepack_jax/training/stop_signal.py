@@ -42,6 +42,7 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
         # The first signal of this process, and whether all processes have agreed to stop.
         self.received: int | None = None
         self.agreed = False
+        self.requested = False
         self._unsaved = False
         self._exits = contextlib.ExitStack()
 
@@ -56,7 +57,14 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
         if self.several:
             self.agreed = self.agreed or multihost.stopping()
             return self.agreed
-        return self.received is not None
+        return self.requested or self.received is not None
+
+    def request(self) -> None:
+        """Let `called` return True in all processes, as after a signal."""
+        if not self.requested:
+            self.requested = True
+            if self.several:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
         """Raise Stopped once a signal has come. Counts as a call of `called`."""
@@ -111,7 +119,7 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
 
         def wait() -> None:
             with os.fdopen(reader, "rb", buffering=0) as pipe:
-                if pipe.read(1):
+                if pipe.read(1) and not self.requested:
                     self._note(signal.SIGTERM)
                     if not self._unsaved:
                         self._leave()

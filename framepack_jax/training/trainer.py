@@ -19,6 +19,7 @@ from framepack_jax.parallel import multihost
 from framepack_jax.training import checkpoints, goodput, metrics, optimizer, summary
 from framepack_jax.training.bad_records import BadRecords
 from framepack_jax.training.best import Best, read_best, write_best
+from framepack_jax.training.checkpoint_writer import CheckpointWriter
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.goodput import Life
 from framepack_jax.training.host_times import HostTimes
@@ -49,7 +50,7 @@ class Pending(NamedTuple):
 class Trainer:
     """Train a task from its first step, or from its newest checkpoint, to its last step."""
 
-    manager: Any
+    writer: CheckpointWriter
     log: metrics.Log
     bar: Bar
     bad: BadRecords
@@ -84,7 +85,7 @@ class Trainer:
             self.signals,
             task.precision(),
             contextlib.closing(Watchdog(cfg.watchdog_seconds)) as self.watchdog,
-            contextlib.closing(self._open_checkpoints()) as self.manager,
+            contextlib.closing(self._open_checkpoints()) as self.writer,
         ):
             with jax.set_mesh(task.mesh):
                 state, frozen = self.start() if newest is None else self.resume()
@@ -92,12 +93,12 @@ class Trainer:
             first = int(state.step)
             return first if first >= cfg.steps else self.train(state, frozen, first, record)
 
-    def _open_checkpoints(self) -> Any:
+    def _open_checkpoints(self) -> CheckpointWriter:
         output, cfg = self.cfg.output, self.cfg.checkpoints
         if cfg.keep_best:
             steps = multihost.on_primary(checkpoints.steps_of, output)
             self.best = multihost.on_primary(read_best, output, steps)
-        return checkpoints.manager(output, cfg, self.best)
+        return CheckpointWriter(checkpoints.manager(output, cfg, self.best))
 
     def _record(self, resume: bool) -> tuple[int | None, Record]:
         """Return (newest checkpoint of the run or None, the record of the run)."""
@@ -124,7 +125,8 @@ class Trainer:
     def resume(self) -> tuple[TrainState[jax.Array], Frozen]:
         """Return (state of the newest whole checkpoint, frozen parameters); moves the loader to its
         position."""
-        step, state, data, said = checkpoints.restore_newest(self.manager, self.task.abstract)
+        manager, abstract = self.writer.manager, self.task.abstract
+        step, state, data, said = checkpoints.restore_newest(manager, abstract)
         for line in said:
             self.say(f"warning: {line}")
         unread, norms = data.pop("unread", []), data.pop("norms", [])
@@ -170,7 +172,7 @@ class Trainer:
                 step = self.steps(state, frozen, first, programs, batches)
                 self.life.switch("save")
                 self.watchdog.allow(f"saving step {step}")
-                checkpoints.wait(self.manager)
+                self.writer.wait()
             self.life.write(step, now=True)
         self.say(goodput.line(self.life.summary(), len(self.life.earlier) + 1))
         if step < cfg.steps:
@@ -212,6 +214,9 @@ class Trainer:
             self.bar.update()
             self.watchdog.beat(step)
             heartbeat.beat(step)
+            if self.writer.failed():
+                # All processes stop after the same step, and hear why when they save it.
+                self.stop.request()
             told = self.stop.called()
             stop = told or step == cfg.steps or self.bad.too_many
             saves = stop or self.unsaved or self._is_due(step)
@@ -286,7 +291,7 @@ class Trainer:
         norms = {"norms": [*self.skips.norms]} if self.skips.norms else {}
         # A checkpoint has the log of its steps.
         self.log.flush()
-        checkpoints.save(self.manager, step, state, position | unread | norms)
+        self.writer.save(step, state, position | unread | norms)
         self.unsaved, self.saved_at = False, time.monotonic()
 
     def validate(
@@ -341,9 +346,10 @@ class Trainer:
         try:
             self.skips.note(step, found, self.task.clip_ids(clips) if found.skipped else ())
         except TooManySkips as error:
-            kept = self.manager.latest_step()
+            manager = self.writer.manager
+            kept = manager.latest_step()
             raise TooManySkips(
-                f"{error}; the last checkpoint in {self.manager.directory} is"
+                f"{error}; the last checkpoint in {manager.directory} is"
                 f" {'not written yet' if kept is None else f'step {kept}'}. Lower"
                 " --optimizer.learning-rate, or check the data"
             ) from error
@@ -359,7 +365,7 @@ class Trainer:
             )  # fmt: skip
             self.watchdog.allow(f"saving step {step - 1}")
             self.save(step - 1, before, self.position)
-            checkpoints.wait(self.manager)
+            self.writer.wait()
         cause = self.error or "another process cannot read its part of the batch"
         raise DatasetError(
             f"step {step} has no data: {cause}. Once the data can be read, run the same command"

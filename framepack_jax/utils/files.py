@@ -10,6 +10,7 @@ from pathlib import Path
 from etils import epath
 
 from framepack_jax.utils.paths import is_remote, store_errors
+from framepack_jax.utils.write_errors import write_errors
 
 
 @contextlib.contextmanager
@@ -69,6 +70,7 @@ def local_copy(path: epath.PathLike) -> Iterator[Path]:
 
 
 def atomic_write_text(path: epath.PathLike, text: str) -> None:
-    """Write a text file atomically, on a disk or in an object store."""
-    with atomic_write(path) as partial:
+    """Write a text file atomically, on a disk or in an object store. Raises WriteError, which names
+    the file or its temporary copy."""
+    with write_errors(path), atomic_write(path) as partial, write_errors(partial):
         partial.write_text(text)

@@ -1,6 +1,7 @@
 """Two processes that make one video: real ones, on loopback."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -27,6 +28,7 @@ import sys
 import jax, numpy as np
 from framepack_jax.parallel import multihost
 from framepack_jax.generation.pipeline import NotFinite
+from framepack_jax.training.stop_signal import StopSignal
 
 me = int(sys.argv[-1])
 multihost.join(sys.argv[1], 2, me)
@@ -60,6 +62,15 @@ with jax.set_mesh(mesh):
     )(whole)
     mine = halves.addressable_data(0).tolist()
 print(mine, (multihost.fetch(halves) + 1).tolist())
+
+print(told(multihost.on_all_hosts, fails, TimeoutError("in vain") if me == 0 else OSError("full")))
+with StopSignal() as stop, stop.unsaved():
+    if me:
+        stop.request()
+    calls = 1
+    while not stop.called():
+        calls += 1
+print("stops", calls, stop.received)
 """
 
 
@@ -172,6 +183,9 @@ def test_results_and_errors_are_told(tmp_path) -> None:
         f" 0.002 in process 1 on {host}; seed = 0 in process 0 on {host}, 7 in process 1 on {host};"
         " give all processes the same",
     ]
+    # After the same number of questions, without a signal from outside.
+    stops = _lines(first)[-1]
+    assert re.fullmatch(r"stops \d+ None", stops)
     assert _lines(first) == [
         *shared[:3],
         "0",
@@ -179,6 +193,8 @@ def test_results_and_errors_are_told(tmp_path) -> None:
         "10",
         *shared[6:],
         "[0.0, 2.0] [1.0, 3.0, 5.0, 7.0]",
+        "OSError: full",
+        stops,
     ]
     assert _lines(second) == [
         *shared[:3],
@@ -187,6 +203,8 @@ def test_results_and_errors_are_told(tmp_path) -> None:
         "11",
         *shared[6:],
         "[4.0, 6.0] [1.0, 3.0, 5.0, 7.0]",
+        "OSError: full",
+        stops,
     ]
 
 

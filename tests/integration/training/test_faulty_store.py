@@ -4,11 +4,12 @@ Each test takes a minute or more, as two processes start up to five times."""
 
 import json
 import re
+from socket import gethostname
 
 import pytest
 from etils import epath
 
-from framepack_jax.cli.common import HOPELESS
+from framepack_jax.cli.common import FAILED, HOPELESS
 from framepack_jax.training import checkpoints
 from tests.fixtures.hosts import changed, ended, limited
 from tests.fixtures.training_data import write_dataset
@@ -44,29 +45,32 @@ def test_a_host_that_cannot_write_ends_the_run(place, whole, bucket, faulty_stor
     """The store denies the second host to write to checkpoints; or the disk is full to which the
     first writes its log before it copies that to the store."""
     output = f"{bucket}/run"
-    more = (
-        "--mesh",
-        "fsdp=2",
-        "--heartbeat-seconds",
-        "10",
-        "--no-export",
-        "--checkpoints.wait-seconds",
-        "5",
-    )
+    more = "--mesh", "fsdp=2", "--heartbeat-seconds", "10", "--no-export"
+    soon = "--checkpoints.wait-seconds", "10"
     denied = {1: changed(faulty_store.environment)}
     for code, _, err in ended(two(place, output, *more, "--steps", "5", through=denied)):
         assert code == 0, err[-3000:]
     faulty_store.refuses = "checkpoints"
-    first, second = ended(two(place, output, *more, through=denied))
-    assert "denied by the test" in second[2] and faulty_store.refused
-    assert re.search("error: .* could not be written .another process has not written", first[2])
+    first, second = ended(two(place, output, *more, *soon, through=denied))
+    assert faulty_store.refused
+    for code, _, err in (first, second):
+        assert code == FAILED and re.search(
+            rf"error: a checkpoint in {output}/checkpoints could not be written by process 1 on"
+            rf" {gethostname()}: permission denied \(.*denied by the test.*\); let the account of"
+            r" this host write there, .* to resume; the newest complete checkpoint is step 5\n",
+            err,
+        ), err[-3000:]
     assert checkpoints.steps_of(output) == [3, 5]
     faulty_store.refuses = ""
-    full = ended(two(place, output, *more, through={0: limited(1)}))
-    assert "File too large" in full[0][2], full
+    full = ended(two(place, output, *more, *soon, through={0: limited(1)}))
+    assert re.search(
+        rf"error: \S+\.jsonl? could not be written by {gethostname()}: no space left"
+        r" \(\[Errno 27\] File too large\); free space",
+        full[0][2],
+    ), full[0][2][-3000:]
     assert checkpoints.steps_of(output)[-1] in (5, 6)
     # `framepack launch` starts all of them again.
-    assert not {code for code, *_ in (first, second, *full)} & {0, HOPELESS, 130, 143}
+    assert not {code for code, *_ in full} & {0, HOPELESS, 130, 143}
     for code, _, err in ended(two(place, output, *more)):
         assert code == 0, err[-3000:]
     close(epath.Path(output), whole)

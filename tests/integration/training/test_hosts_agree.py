@@ -34,12 +34,13 @@ def both(hosts: list[Path]) -> list[str]:
 
 def test_another_configuration_is_named(hosts) -> None:
     (hosts[1] / "config.py").write_text(
-        CONFIG.replace("3e-3", "3e-1").replace("batch=4", "batch=8")
+        CONFIG.replace("3e-3", "3e-1").replace("batch=4", "batch=8, seed=7")
     )
     for err in both(hosts):
         assert "error: processes differ: batch = 4 in process 0 on " in err
         assert "optimizer.learning_rate = 0.003 in process 0 on " in err
         assert ", 0.3 in process 1 on " in err
+        assert "seed = 0 in process 0 on " in err and ", 7 in process 1 on " in err
 
 
 def test_another_copy_of_the_dataset_is_named(hosts) -> None:

@@ -49,6 +49,15 @@ def slow(*args, **options):
     time.sleep(1000)
 training.export_run = slow
 """
+SLOW_SAVE = """
+from orbax.checkpoint._src.checkpointers import async_checkpointer
+writing = async_checkpointer._background_wait_for_commit_futures
+def slow(*args, **options):
+    print("saves", flush=True)
+    time.sleep(2)
+    writing(*args, **options)
+async_checkpointer._background_wait_for_commit_futures = slow
+"""
 SLOW_VALIDATION = """
 from framepack_jax.training import validation, watchdog
 allow = watchdog.Watchdog.allow
@@ -118,6 +127,19 @@ def test_a_signal_ends_what_has_nothing_to_save_within_seconds(place, tmp_path, 
     assert process.returncode == 143 and "run the same command again to resume" in err
 
 
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(place, tmp_path) -> None:
+    """And for that of the step in which it came."""
+    output = tmp_path / "run"
+    process = start_with(SLOW_SAVE, place, output)
+    _until(process, "saves")
+    assert not checkpoints.steps_of(output)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err[-3000:]
+    first, last = checkpoints.steps_of(output)
+    assert first == 3 < last < STEPS and f"stopped after step {last} of {STEPS}" in out
+
+
 def test_a_signal_ends_a_validation_and_the_step_is_saved(place, tmp_path) -> None:
     output = tmp_path / "run"
     every = "--validation.every", "6", "--validation.videos", "0"
@@ -134,8 +156,8 @@ def test_a_signal_ends_a_validation_and_the_step_is_saved(place, tmp_path) -> No
 
 def test_the_time_to_stop_may_be_limited(place, tmp_path) -> None:
     """The write of the checkpoint takes too long."""
-    how = "from framepack_jax.training import checkpoints\n"
-    how += "checkpoints.save = lambda *_: time.sleep(1000)"
+    how = "from framepack_jax.training import checkpoint_writer\n"
+    how += "checkpoint_writer.CheckpointWriter.save = lambda *_: time.sleep(1000)"
     process = start_with(
         how, place, tmp_path / "run", "--checkpoints.every", "100", "--stop-seconds", "2"
     )

@@ -33,7 +33,7 @@ def test_a_cut_record_is_named() -> None:
             records.unpack(data[:length])
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "zeros"])
 def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
     made = write_dataset(tmp_path)
     index = records.read_index(tmp_path)
@@ -41,7 +41,8 @@ def test_a_damaged_shard_is_named_with_its_record(tmp_path, damage) -> None:
     data = bytearray(file.read_bytes())
     if damage == "bit":
         data[1000] ^= 1
-    file.write_bytes({"cut": data[:3000], "bit": data, "empty": b""}[damage])
+    zeros = data[:1000] + bytes(len(data) - 1000)
+    file.write_bytes({"cut": data[:3000], "bit": data, "empty": b"", "zeros": zeros}[damage])
     array_records._reader.cache_clear()
     source = VideoSource(tmp_path, index.shards)
     with pytest.raises(DatasetError, match=r"32x48-00000-\w+\.arrayrecord, record \d"):
