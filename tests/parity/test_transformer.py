@@ -16,9 +16,8 @@ from framepack_jax.models.hunyuan.blocks import DoubleBlock, SingleBlock
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
-from framepack_jax.models.packed_video import POOLED_KERNELS
 from framepack_jax.models.params import stack_layers, unstack_layers
-from framepack_jax.packing import PackedContext, group_tokens
+from framepack_jax.packing import PackedContext, embedding_kernel, group_tokens
 from tests.fixtures.torch_reference import convert_module, randomize, relative_error
 
 WINDOW, HEIGHT, WIDTH, TEXT = 3, 10, 14, 20
@@ -287,7 +286,7 @@ def test_full_size_step_by_shapes() -> None:
 @pytest.mark.parametrize("kernel", ["k1", "k2", "k4", "k8", "k16", "k1h4w4", "k1h2w6"])
 def test_every_kernel_embeds(kernel: str) -> None:
     """Tokens and RoPE tables of any kernel have the length that `packing` says."""
-    stored = POOLED_KERNELS.get(kernel, kernel)
+    stored, _ = embedding_kernel(kernel)
     cfg = TransformerConfig(
         heads=1, head_dim=8, double_layers=1, single_layers=1, refiner_layers=1, text_dim=4,
         pooled_dim=4, image_dim=4, rope_axes=(2, 2, 4), context_kernels=(stored,),

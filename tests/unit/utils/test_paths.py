@@ -78,7 +78,7 @@ GS = {
     "verify": {"bundle"},
     "prepare": {"bundle"},
     "train-vae": {"bundle", "output", "init"},
-    "train": {"bundle", "output", "init"},
+    "train": {"bundle", "output", "init", "codebook"},
     "evaluate": {"bundle"},
     "export-run": {"run", "output", "bundle"},
 }
@@ -88,6 +88,7 @@ GS_AND_S3 = {
     "decode": {"folder"},
     "prepare": {"output"},
     "train": {"data.path"},
+    "fit-codebook": {"data", "output"},
 }
 
 
