@@ -444,8 +444,9 @@ class Memory:
     def finalize(self, path: Path) -> None:
         pass
 
-    def load(self, path: Path) -> Any:
-        return self.trees[str(path)]
+    def load(self, path: Path, wanted: Any = None) -> Any:
+        tree = self.trees[str(path)]
+        return tree if wanted is None else {name: tree[name] for name in wanted}
 
     def metadata(self, path: Path) -> types.SimpleNamespace:
         return types.SimpleNamespace(metadata=self.load(path))
