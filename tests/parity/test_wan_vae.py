@@ -106,6 +106,15 @@ def test_spatial_tiles_match_diffusers(tmp_path):
     assert_encodes_alike(tiny, sample((1, 3, 5, 14, 10)), tiling)
 
 
+@pytest.mark.slow
+def test_tiles_of_a_720p_video_match_diffusers(tmp_path):
+    """The released layout at a twelfth of its width, in the tiles that diffusers takes by default:
+    256 pixels every 192, in 4 rows and 7 columns."""
+    pair = make_pair(WanVaeConfig(width=8), tmp_path)
+    pair[2].enable_tiling()
+    assert_decodes_alike(pair, sample((1, 16, 2, 90, 160)), Tiling(size=256, stride=192))
+
+
 def test_chunks_give_the_numbers_of_the_whole_clip(small):
     cfg, params, _ = small
     latents = ours(sample((1, 6, 7, 3, 5)))
