@@ -7,8 +7,8 @@ Command:  python -m benchmarks.history runs every step; those with this file are
           python train.py --config configs/tiny_wan.py --bundle outputs/history/packed
               --steps 80 --output outputs/history/without --history.drop-all 1
 Hardware: one CPU core.
-Result:   the first run trains plain Wan on single sections; the others continue from `framepack
-          convert --from-base`, with and without history. Not yet compared at this budget.
+Result:   docs/measurements/history.md. The first run trains plain Wan on single sections; the
+          others continue from `framepack convert --from-base`, with and without history.
 """
 
 from framepack_jax.data.config import DataConfig
