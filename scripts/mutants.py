@@ -1,11 +1,16 @@
 """Mutation testing: change one operator, constant or statement at a time, and see whether a test
 notices.
 
-Command:  python scripts/mutants.py --count 200 --seed 0 --output outputs/mutants
+Commands:
 
-Each mutant is tested by the fast tests of its folder first, and by slower ones if those pass. All
-run in a copy of the tree. The output folder holds results.jsonl (a mutant a line) and summary.md
-(the share that was noticed, and the survivors). Run the same command again to continue.
+    python -m pytest -n auto --dist loadfile --cov framepack_jax --cov-context test \\
+        --cov-report= --junitxml outputs/mutants/suite.xml && mv .coverage outputs/mutants/
+    python scripts/mutants.py --count 200 --seed 0 --output outputs/mutants
+
+The first runs the suite (with pytest-cov) and notes which test runs which lines and how long it
+takes. The second tests each mutant by the tests that run its line, the fast ones first, in a copy
+of the tree. The output folder then holds results.jsonl (a mutant a line) and summary.md (the share
+that was noticed, and the survivors). Run the second again to continue.
 """
 
 import argparse
@@ -18,53 +23,23 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
 import time
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
+import coverage
+
 ROOT = Path(__file__).resolve().parents[1]
-# Tests of each folder of the package. Of these, the fast ones run first.
-TESTS: dict[str, tuple[str, ...]] = {
-    "packing": ("unit/packing", "unit/data unit/generation"),
-    "diffusion": ("unit/diffusion", "parity/test_step_cache.py"),
-    "generation": ("unit/generation", "integration/test_pipeline.py"),
-    "jobs": ("unit/jobs", "integration/run_folders", "integration/test_sample.py"),
-    "conversion": ("unit/conversion", "parity/conversion"),
-    "data": (
-        "unit/data integration/test_loader.py",
-        "integration/test_prepare.py integration/test_prepare_again.py",
-    ),
-    "training": (
-        "unit/training",
-        "integration/training/test_steps.py integration/training/test_trainable.py"
-        " integration/training/test_optimizers.py",
-    ),
-}
-# Tests of single files besides, by a pattern of their names.
-OF_FILES = {
-    r"conversion/(export|verify)": "parity/export integration/test_verify.py",
-    r"conversion/lora": "parity/lora",
-    r"conversion/(float8|weight_files|file_formats|inspect)": "parity/other_programs",
-    r"generation/(offload|settings|weights)": "integration/test_offload.py",
-    r"generation/(encoding|request|layout)": "integration/run_folders/test_inputs.py",
-    r"jobs/(errors|inputs)": "integration/cli_errors",
-    r"training/vae": "integration/test_train_vae.py",
-    r"training/(trainer|resume|stop|initial|checkpoints|programs|watchdog)": (
-        "integration/training/test_stopped.py integration/training/test_refusals.py"
-        " integration/training/test_unattended.py"
-    ),
-    r"training/export": "integration/training/test_export.py",
-    r"training/bad_records": "integration/training/test_damaged_data.py",
-    r"training/skips": "integration/training/test_spikes.py",
-}
+FOLDERS = ("packing", "diffusion", "generation", "jobs", "conversion", "data", "training")
 COPIED = ("framepack_jax", "tests", "configs", "docs", "examples", "benchmarks", "scripts")
 PRELOADED = ("jax", "flax.linen", "optax", "torch", "transformers", "diffusers", "hypothesis",
              "orbax.checkpoint", "grain", "cv2", "av", "safetensors", "tyro", "pytest")  # fmt: skip
-MAX_SECONDS = 600
+# Seconds of tests of a mutant, in rounds: the next one runs if no test of those before noticed it.
+ROUNDS = (15, 60, 300)
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -79,15 +54,12 @@ class Mutant:
 
     file: str
     line: int
+    last: int
     kind: str
     start: int
     stop: int
     before: str
     after: str
-
-    @property
-    def id(self) -> str:
-        return f"{self.file}:{self.line}:{self.kind}:{self.start}:{self.after}"
 
 
 def mutants_of(file: Path, name: str) -> Iterator[Mutant]:
@@ -105,7 +77,7 @@ def mutants_of(file: Path, name: str) -> Iterator[Mutant]:
                 after = f"({ast.unparse(changed)})"
             else:
                 after = ast.unparse(changed)
-            yield Mutant(name, node.lineno, kind, start, stop, before, after)
+            yield Mutant(name, node.lineno, node.end_lineno, kind, start, stop, before, after)
 
 
 def _mutable(node: ast.AST) -> Iterator[ast.AST]:
@@ -160,7 +132,7 @@ def _is_none(node: ast.expr) -> bool:
 def sample(count: int, seed: int) -> list[Mutant]:
     """So many mutants, in an order whose every beginning has all folders and all kinds."""
     by_folder = []
-    for folder in TESTS:
+    for folder in FOLDERS:
         by_kind: dict[str, list[Mutant]] = collections.defaultdict(list)
         for file in sorted((ROOT / "framepack_jax" / folder).rglob("*.py")):
             for mutant in mutants_of(file, file.relative_to(ROOT).as_posix()):
@@ -190,9 +162,66 @@ def copy_tree(folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-def run_tests(folder: Path, tests: str, seconds: float) -> tuple[str, float]:
-    """("passed", "failed" or "timeout", seconds) of tests in a copy of the tree, in a process that
-    has imported everything but the package."""
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What a run of the suite said: `seconds` of each test, and the tests that run each line of
+    each file. A line that runs on import is run by all tests of its file."""
+
+    seconds: dict[str, float]
+    by_line: dict[str, dict[int, set[str]]]
+    trusted: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, output: Path) -> "Suite":
+        """Read suite.xml and .coverage in a folder."""
+        seconds: dict[str, float] = collections.defaultdict(float)
+        for case in xml.etree.ElementTree.parse(output / "suite.xml").iter("testcase"):
+            if case.find("failure") is None and case.find("skipped") is None:
+                file = case.attrib["classname"].replace(".", "/")
+                seconds[f"{file}.py::{case.attrib['name']}"] += float(case.attrib["time"])
+        data = coverage.CoverageData(str(output / ".coverage"))
+        data.read()
+        by_line = {}
+        for file in data.measured_files():
+            name = "framepack_jax/" + file.rpartition("/framepack_jax/")[2]
+            by_line[name] = {
+                line: {context.partition("|")[0] for context in contexts if context}
+                for line, contexts in data.contexts_by_lineno(file).items()
+            }
+        return cls(seconds, by_line)
+
+    def rounds(self, mutant: Mutant) -> list[list[str]]:
+        """Tests of a mutant, in rounds of so many seconds as `ROUNDS` says."""
+        lines = self.by_line.get(mutant.file, {})
+        tests = set().union(*(lines.get(n, set()) for n in range(mutant.line, mutant.last + 1)))
+        tests = tests or set().union(*lines.values())
+        rounds: list[list[str]] = [[] for _ in ROUNDS]
+        spent = 0.0
+        for test in sorted(tests & self.seconds.keys(), key=lambda test: self.seconds[test]):
+            spent += self.seconds[test]
+            for tests_of_round, limit in zip(rounds, itertools.accumulate(ROUNDS), strict=True):
+                if spent <= limit:
+                    tests_of_round.append(test)
+                    break
+        return [tests_of_round for tests_of_round in rounds if tests_of_round]
+
+    def limit(self, tests: list[str]) -> float:
+        """Seconds that tests may take."""
+        return 60 + 5 * sum(self.seconds[test] for test in tests)
+
+    def trusts(self, test: str, folder: Path) -> bool:
+        """Whether a test passes in the unchanged tree. One that fails is never run again."""
+        if test in self.seconds and test not in self.trusted:
+            self.trusted[test] = run_tests(folder, [test], self.limit([test]))[0] == "survived"
+            if not self.trusted[test]:
+                print(f"{test} fails without a mutant", flush=True)
+                del self.seconds[test]
+        return self.trusted.get(test, True)
+
+
+def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, float]:
+    """("survived", "noticed" or "timeout", seconds) of tests in a copy of the tree, in a process
+    that has imported everything but the package."""
     began = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, tests))
     process.start()
@@ -201,10 +230,10 @@ def run_tests(folder: Path, tests: str, seconds: float) -> tuple[str, float]:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
         return "timeout", time.monotonic() - began
-    return ("failed" if process.exitcode else "passed"), time.monotonic() - began
+    return ("noticed" if process.exitcode else "survived"), time.monotonic() - began
 
 
-def _pytest(folder: Path, tests: str) -> None:
+def _pytest(folder: Path, tests: list[str]) -> None:
     os.setsid()
     os.chdir(folder)
     log = os.open(folder / "pytest.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -213,17 +242,14 @@ def _pytest(folder: Path, tests: str) -> None:
     sys.path.insert(0, str(folder))
     import pytest
 
-    there = [f"tests/{name}" for name in tests.split() if (folder / "tests" / name).exists()]
     code = pytest.main(
-        ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", *there]
+        ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     )
-    # 5: there are no such tests.
-    os._exit(0 if code == 5 else int(code))
+    os._exit(int(code))
 
 
-def judge(folder: Path, mutant: Mutant, known: Path) -> dict[str, object]:
+def judge(folder: Path, mutant: Mutant, suite: Suite) -> dict[str, object]:
     """Test one mutant in the copy of the tree."""
-    rounds = [(tests, limit_of(folder, tests, known)) for tests in rounds_of(mutant.file)]
     file = folder / mutant.file
     source = file.read_bytes()
     changed = source[: mutant.start] + mutant.after.encode() + source[mutant.stop :]
@@ -231,48 +257,30 @@ def judge(folder: Path, mutant: Mutant, known: Path) -> dict[str, object]:
         compile(changed, mutant.file, "exec")
     except SyntaxError:
         return dataclasses.asdict(mutant) | {"outcome": "invalid", "seconds": 0.0}
-    total, outcome = 0.0, "passed"
-    file.write_bytes(changed)
-    try:
-        for tests, limit in rounds:
-            if not limit:
-                continue
-            outcome, seconds = run_tests(folder, tests, limit)
-            total += seconds
-            if outcome != "passed":
-                break
-    finally:
-        file.write_bytes(source)
-    outcome = "survived" if outcome == "passed" else "noticed" if outcome == "failed" else outcome
+    total, outcome, told = 0.0, "survived", ""
+    for tests in suite.rounds(mutant):
+        file.write_bytes(changed)
+        try:
+            outcome, seconds = run_tests(folder, tests, suite.limit(tests))
+        finally:
+            file.write_bytes(source)
+        total += seconds
+        if outcome == "noticed":
+            told = failed_test(folder)
+            if not suite.trusts(told, folder):
+                return judge(folder, mutant, suite)
+        if outcome != "survived":
+            break
     return dataclasses.asdict(mutant) | {
-        "outcome": outcome, "tests": tests, "seconds": round(total, 1),
-        "told": _told(folder / "pytest.log"),
+        "outcome": outcome, "seconds": round(total, 1), "told": told,
     }  # fmt: skip
 
 
-def _told(log: Path) -> str:
-    """The test that failed."""
-    lines = log.read_text(errors="replace").splitlines()
+def failed_test(folder: Path) -> str:
+    """The name of the test that failed in the last run."""
+    lines = (folder / "pytest.log").read_text(errors="replace").splitlines()
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    return failed[0][:200] if failed else ""
-
-
-def rounds_of(file: str) -> list[str]:
-    """Tests of a file of the package, the fast ones first."""
-    rounds = list(TESTS[file.split("/")[1]])
-    return rounds + [tests for pattern, tests in OF_FILES.items() if re.search(pattern, file)]
-
-
-def limit_of(folder: Path, tests: str, known: Path) -> float:
-    """Seconds that tests may take: three times those of the unchanged tree; 0 leaves out tests that
-    fail without a mutant. `known` keeps what was measured."""
-    found = json.loads(known.read_text()) if known.exists() else {}
-    if tests not in found:
-        outcome, seconds = run_tests(folder, tests, MAX_SECONDS)
-        print(f"{tests}: {outcome} in {seconds:.0f} s without a mutant", flush=True)
-        found[tests] = round(3 * seconds + 20) if outcome == "passed" else 0
-        known.write_text(json.dumps(found))
-    return found[tests]
+    return failed[0].partition(" ")[2].partition(" - ")[0] if failed else ""
 
 
 def summarize(results: list[dict], file: Path) -> None:
@@ -293,15 +301,34 @@ def summarize(results: list[dict], file: Path) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
+def work(chosen: list[Mutant], output: Path, name: str) -> None:
+    """Judge mutants in a copy of the tree of their own."""
+    suite = Suite.read(output)
+    folder = output / name
+    copy_tree(folder)
+    for mutant in chosen:
+        result = judge(folder, mutant, suite)
+        with open(output / "results.jsonl", "a") as file:
+            print(json.dumps(result), file=file)
+        where = f"{mutant.file}:{mutant.line} {mutant.kind}"
+        print(f"{result['outcome']} {where} {result['seconds']} s", flush=True)
+
+
+def read_results(output: Path) -> list[dict]:
+    """What is judged so far."""
+    file = output / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def main() -> None:
     """Parse flags and run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/mutants"))
     flags = parser.parse_args()
     output = flags.output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(output / "compiled"))
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.dont_write_bytecode = True
@@ -310,24 +337,20 @@ def main() -> None:
             __import__(name)
         except ImportError:
             print(f"{name} is not installed", flush=True)
-    chosen = sample(flags.count, flags.seed)
-    log = output / "results.jsonl"
-    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {Mutant(**{f.name: r[f.name] for f in dataclasses.fields(Mutant)}).id for r in results}
-    folder = output / "tree"
-    copy_tree(folder)
-    with open(log, "a") as file:
-        for number, mutant in enumerate(chosen, start=1):
-            if mutant.id in done:
-                continue
-            result = judge(folder, mutant, output / "limits.json")
-            results.append(result)
-            print(json.dumps(result), file=file, flush=True)
-            where = f"{mutant.file}:{mutant.line} {mutant.kind}"
-            print(f"{number}/{len(chosen)} {result['outcome']} {where} {result['seconds']} s",
-                  flush=True)  # fmt: skip
-            summarize(results, output / "summary.md")
-    summarize(results, output / "summary.md")
+    fields = [field.name for field in dataclasses.fields(Mutant)]
+    done = {Mutant(**{name: r[name] for name in fields}) for r in read_results(output)}
+    chosen = [mutant for mutant in sample(flags.count, flags.seed) if mutant not in done]
+    processes = [
+        multiprocessing.get_context("fork").Process(
+            target=work, args=(chosen[part :: flags.processes], output, f"tree{part}")
+        )
+        for part in range(flags.processes)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    summarize(read_results(output), output / "summary.md")
 
 
 if __name__ == "__main__":
