@@ -17,6 +17,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -96,7 +97,7 @@ def load_tokenizer(folder: epath.PathLike) -> "PreTrainedTokenizerBase":
         for file in folder.iterdir():
             if not file.is_dir():
                 file.copy(epath.Path(local) / file.name)
-        tokenizer = _tokenizer_class(folder).from_pretrained(local, local_files_only=True)
+        tokenizer = _tokenizer_class(Path(local)).from_pretrained(local, local_files_only=True)
     if tokenizer.pad_token is None:
         raise ValueError(
             f"the tokenizer in {folder} has no pad token, which is needed to pad prompts"
@@ -104,7 +105,7 @@ def load_tokenizer(folder: epath.PathLike) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _tokenizer_class(folder: epath.Path) -> Any:
+def _tokenizer_class(folder: Path) -> Any:
     """Return the class of transformers that reads a tokenizer.
 
     AutoTokenizer imports torch where it is installed, which takes seconds: a tokenizer that is all

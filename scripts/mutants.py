@@ -164,8 +164,8 @@ def copy_tree(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What a run of the suite said: `seconds` of each test, and the tests that run each line of
-    each file. A line that runs on import is run by all tests of its file."""
+    """A run of the suite: `seconds` of each test, and the tests that run each line of each file.
+    A line that runs on import is run by all tests of its file."""
 
     seconds: dict[str, float]
     by_line: dict[str, dict[int, set[str]]]
@@ -210,7 +210,7 @@ class Suite:
         return 60 + 5 * sum(self.seconds[test] for test in tests)
 
     def trusts(self, test: str, folder: Path) -> bool:
-        """Whether a test passes in the unchanged tree. One that fails is never run again."""
+        """Return True if a test passes in the unchanged tree. One that fails is never run again."""
         if test in self.seconds and test not in self.trusted:
             self.trusted[test] = run_tests(folder, [test], self.limit([test]))[0] == "survived"
             if not self.trusted[test]:
@@ -315,7 +315,7 @@ def work(chosen: list[Mutant], output: Path, name: str) -> None:
 
 
 def read_results(output: Path) -> list[dict]:
-    """What is judged so far."""
+    """Return the results so far."""
     file = output / "results.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 

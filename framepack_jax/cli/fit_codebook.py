@@ -43,6 +43,7 @@ def main(args: list[str] | None = None, prog: str = "framepack fit-codebook") ->
     with cli_errors(duration=True):
         if epath.Path(flags.output).exists() and not flags.overwrite:
             raise ValueError(f"{flags.output} exists; choose another --output, or --overwrite")
+        epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
         pixels = draw_pixels(flags.data, flags.pixels, flags.seed)
         found = fit(pixels, flags.entries, flags.seed)
         write_codebook(flags.output, found, f"{len(pixels)} latent pixels of {flags.data}")

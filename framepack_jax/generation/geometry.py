@@ -1,4 +1,4 @@
-"""What a bundle settles of its videos: compression, sizes, and how sections follow each other."""
+"""Geometry of the videos of a bundle: compression, sizes, and how sections follow each other."""
 
 import dataclasses
 from collections.abc import Sequence

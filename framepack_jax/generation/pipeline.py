@@ -121,8 +121,10 @@ class FramePack:
         schedule: packing.Schedule | None = None,
         tiling: Tiling = DEFAULT_TILING,
         mesh: Mesh | None = None,
+        codebook: str | None = None,
     ) -> "FramePack":
-        """Open a bundle without its weights; check all that does not need them."""
+        """Open a bundle without its weights; check all that does not need them. `codebook` is a
+        file in place of the bundle's."""
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -150,7 +152,7 @@ class FramePack:
             tiling=tiling,
             mesh=mesh,
             sampling=manifest.sampling,
-            codebook=bundle.entries_for(schedule, path, manifest),
+            codebook=bundle.entries_for(schedule, path, manifest, codebook),
         )
 
     def with_weights(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from framepack_jax import bundle
 from framepack_jax.conversion.lora import files_of as lora_files
@@ -84,11 +85,15 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 def weights(path: str | Path) -> dict[str, Any]:
     """Return the sources of a bundle's networks with their hashes, by role, without their training
-    records."""
-    return {
+    records; and the hash of its codebook, if it has one."""
+    sources: dict[str, Any] = {
         name: {field: value for field, value in role.source.items() if field != "training"}
         for name, role in bundle.read_manifest(path).roles.items()
     }
+    codebook = epath.Path(path) / bundle.CODEBOOK
+    if codebook.exists():
+        sources["codebook"] = {"sha256": bundle.digest(bundle.read_codebook(codebook).entries)}
+    return sources
 
 
 def check_weights(run: RunDir, roles: Sequence[str] | None = None) -> None:

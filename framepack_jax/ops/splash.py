@@ -64,7 +64,7 @@ def attend(
 
 
 class _Call(NamedTuple):
-    """What a kernel is compiled for; `all_read` if every sample reads all keys."""
+    """Static arguments of a kernel; `all_read` is true if every sample reads all keys."""
 
     scale: float
     tiles: tuple[int, int]

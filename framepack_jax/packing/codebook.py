@@ -2,7 +2,8 @@
 
 Source: arXiv 2504.12626, equation 6: k-means over latent pixels of a dataset. Ours, where the text
 is silent: the history is discretized in sampling as well as in training, in normalised latent
-space, before patches are made. Missing frames stay zero, and the anchor and the target as they are.
+space, before patches are made. Missing frames stay zero; the anchor, the ending of an endpoint
+order and the target stay as they are. A tail is averaged first.
 
 Shapes: N pixels, K entries, C latent channels; B batch, F frames, H W latent rows and columns.
 """
@@ -21,8 +22,6 @@ from framepack_jax.packing.timeline import PackedContext
 
 STEPS = 50
 """Number of Lloyd's steps of a fit."""
-MAX_PIXELS = 1_000_000
-"""Number of pixels that a codebook is fitted to."""
 # Pixels whose distances to all entries are held at once.
 CHUNK = 1 << 14
 
@@ -49,7 +48,7 @@ def _discretized(context: PackedContext, schedule: Schedule, entries: jax.Array)
     latents = []
     for ages, frames in zip(history_ages(schedule), context.latents, strict=True):
         present = jnp.any(frames != 0, axis=(2, 3, 4), keepdims=True)
-        # The anchor has no age.
+        # Anchor and ending have no age.
         changes = present & (jnp.asarray(ages) != MISSING)[None, :, None, None, None]
         latents.append(jnp.where(changes, nearest(frames, entries), frames))
     return dataclasses.replace(context, latents=tuple(latents))

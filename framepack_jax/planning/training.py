@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -115,6 +116,9 @@ def dry_run_training(
     sizes = mesh or default_mesh(cfg, manifest, chips)
     devices = sharding.make_mesh(**sizes, devices=chips)
     task = set_up(cfg, manifest, devices)
+    if entries := task.schedule.codebook:
+        codebook = np.zeros((entries, len(manifest.latent_mean)), np.float32)
+        task = dataclasses.replace(task, codebook=codebook)
     batch = abstract_samples(task, size)
 
     def lower() -> jax.stages.Lowered:

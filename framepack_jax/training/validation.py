@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from framepack_jax import packing, video
 from framepack_jax.data.pixel_batch import PixelBatch
@@ -83,7 +82,7 @@ class Validator:
         if not cfg.videos or task.encode is not None:
             return
         if self.pipe is None:
-            self.pipe = open_pipe(task.bundle_path, task.schedule, task.cfg.dtype, task.mesh)
+            self.pipe = open_pipe(task)
         network = merge_params(scale_factors(params, state.factor_scale(task.cfg)), frozen)
         pipe = with_network(self.pipe, task.model, network)
         window = task.schedule.window
@@ -276,11 +275,12 @@ def side_by_side(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.concatenate([made[:count], truth[:count]], axis=1)
 
 
-def open_pipe(
-    path: epath.PathLike, schedule: packing.Schedule, dtype: str, mesh: Mesh
-) -> FramePack:
-    """Open the pipeline of a bundle with its VAE, without a transformer. Raises BundleError."""
-    pipe = FramePack.open(path, dtype=dtype, schedule=schedule, mesh=mesh)
+def open_pipe(task: "FlowMatchingTask") -> FramePack:
+    """Open the bundle of a run with its VAE, without a transformer. Raises BundleError."""
+    cfg, path = task.cfg, task.bundle_path
+    pipe = FramePack.open(
+        path, dtype=cfg.dtype, schedule=task.schedule, mesh=task.mesh, codebook=cfg.codebook
+    )
     return pipe.with_weights(path, roles=("vae",))
 
 

@@ -9,6 +9,7 @@ from framepack_jax import bundle
 from framepack_jax.cli import fit_codebook, sample, train
 from framepack_jax.data import records
 from framepack_jax.data.latent_pixels import draw_pixels
+from framepack_jax.jobs import provenance
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.packing.codebook import Codebook
 from tests.fixtures.training_data import write_dataset
@@ -25,7 +26,8 @@ def place(tmp_path_factory) -> Path:
     write_dataset(folder / "dataset", {(32, 48): (7, 5, 5, 7)})
     (folder / "config.py").write_text(CONFIG)
     fit_codebook.main(fitting(folder, "--entries", "8"))
-    train.main(flags(folder, folder / "run", *FEW, *discrete(folder, 8)))
+    shown = ("--validation.every", "2", "--validation.steps", "1", "--validation.sigmas", "0.5")
+    train.main(flags(folder, folder / "run", *FEW, *discrete(folder, 8), *shown))
     return folder
 
 
@@ -48,8 +50,8 @@ def sampled(folder: Path, output: Path, *more: str) -> RunDir:
 def test_the_loss_is_that_of_discretized_clips(place, tmp_path) -> None:
     """With an entry for each pixel the codebook changes nothing, and with one entry all history is
     the same."""
-    index = bundle.read_codebook(place / "codebook")
-    assert index.entries.shape == (8, 16) and 0 < index.error < 1
+    fitted = bundle.read_codebook(place / "codebook")
+    assert fitted.entries.shape == (8, 16) and 0 < fitted.error < 1
     pixels = np.unique(drawn(place), axis=0)
     every = Codebook(pixels, np.full(len(pixels), 1 / len(pixels)), 0.0)
     bundle.write_codebook(tmp_path / "codebook", every, "all")
@@ -71,6 +73,11 @@ def drawn(place: Path) -> np.ndarray:
     return draw_pixels(place / "dataset", 10**6)
 
 
+def test_validation_samples_with_the_codebook_of_the_run(place) -> None:
+    assert np.isfinite(log_of(place / "run")[2]["validation/loss"])
+    assert list((place / "run" / "validation").rglob("0.mp4"))
+
+
 def test_what_was_trained_is_sampled_with_its_codebook(place, tmp_path) -> None:
     folder = place / "run" / "bundle"
     manifest = bundle.read_manifest(folder)
@@ -80,6 +87,8 @@ def test_what_was_trained_is_sampled_with_its_codebook(place, tmp_path) -> None:
     first = sampled(folder, tmp_path / "first").latents()
     other = Codebook(own.entries[:, ::-1].copy(), own.usage, own.error)
     bundle.write_codebook(folder / bundle.CODEBOOK, other, "another")
+    with pytest.raises(ValueError, match="was started with another codebook than bundle"):
+        provenance.check_weights(RunDir.open(tmp_path / "first"))
     second = sampled(folder, tmp_path / "second").latents()
     # The end of the video is made first, without history.
     np.testing.assert_array_equal(first[max(first)], second[max(first)])

@@ -100,8 +100,8 @@ def test_a_run_resumes_exactly_and_its_bundle_is_sampled(place, tmp_path) -> Non
 
 
 def test_adapters_are_trained_and_sampled_with(place, tmp_path) -> None:
-    """Those of all linear layers of the blocks, by default; with the embeddings of context, which
-    are trained in full."""
+    """By default they adapt all linear layers of the blocks; the embeddings of context are trained
+    in full beside them."""
     run = tmp_path / "run"
     lora = ("--trainable", "lora", "--lora.rank", "2", "--lora.context")
     train.main(train_flags(place, run, *HISTORY, *lora, "--optimizer.learning-rate", "0.01"))

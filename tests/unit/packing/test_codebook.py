@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.cluster import vq
 
 from framepack_jax import packing
 from framepack_jax.packing import codebook
@@ -31,7 +32,6 @@ def test_entries_are_the_centres_of_clouds() -> None:
 
 def test_the_error_is_that_of_scipy(monkeypatch) -> None:
     """Its k-means, from the best of several seeds, on pixels without clouds."""
-    vq = pytest.importorskip("scipy.cluster.vq")
     monkeypatch.setattr(codebook, "CHUNK", 300)  # the last piece is a part of one
     pixels = np.random.default_rng(1).standard_normal((1000, 4)).astype("f4")
     found = fit(pixels, 16)

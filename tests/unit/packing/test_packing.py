@@ -305,3 +305,23 @@ def test_a_guide_is_read_by_the_section_made_first_and_is_no_frame() -> None:
         packing.plan(packing.parse(packing.RELEASED_INVERTED), 1, before=0)
     with pytest.raises(ScheduleError, match="10001"):
         packing.plan(packing.parse(packing.RELEASED_INVERTED), 10001)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [packing.RELEASED_INVERTED, packing.RELEASED_F1, VANILLA, "tc_f2k1_g2", "ta_f2k1_g2"],
+)
+def test_without_history_the_first_frame_alone_is_read(schedule: str) -> None:
+    """As anchor, and as a frame of the history; nothing else of the section changes."""
+    parsed = packing.parse(schedule)
+    for section in packing.plan(parsed, 5):
+        blank = packing.without_history(section, parsed)
+        for before, after in zip(section.groups, blank.groups, strict=True):
+            tail = packing.tail_of(before.kernel)
+            assert after.reads == tuple(0 if r == 0 and not tail else MISSING for r in before.reads)
+            assert (after.kernel, after.indices) == (before.kernel, before.indices)
+        assert (blank.targets, blank.indices) == (section.targets, section.indices)
+        ones = Timeline.of(np.ones((1, 60, 4, 4, 1), np.float32))
+        context = packing.read_context(blank, ones)
+        read = sum(float(latents.sum()) for latents in context.latents)
+        assert read == 16 * sum(group.reads.count(0) for group in blank.groups)
