@@ -33,7 +33,12 @@ REQUIRED = (
 
 def read_record(folder: epath.Path) -> dict[str, Any]:
     """Read the record of a run, with the names of the current format. Raises ValueError if it is
-    missing or damaged."""
+    missing or damaged, or that of a training run."""
+    if (folder / RECORD).exists() and (folder / "checkpoints").exists():
+        raise ValueError(
+            f"{folder} is a training run, which has no video; sample a video with its bundle"
+            f" (framepack sample --bundle {folder / 'bundle'}), and give the folder of that"
+        )
     try:
         return _upgraded(json.loads((folder / RECORD).read_text()))
     except (FileNotFoundError, NotADirectoryError):

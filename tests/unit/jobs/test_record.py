@@ -86,3 +86,10 @@ def test_what_auto_meant_and_what_old_runs_lack_do_not_differ() -> None:
     assert differences(old, run({"end_image_as": "auto"})) == ""
     found = differences(old, run({"end_image_as": "auto", "gif": True}))
     assert found == "gif = False there, True here"
+
+
+def test_a_training_run_is_named(tmp_path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / record.RECORD).write_text(json.dumps({"format": 4, "config": {}}))
+    with pytest.raises(ValueError, match=r"is a training run, .*--bundle .*/bundle\)"):
+        record.read_record(tmp_path)
