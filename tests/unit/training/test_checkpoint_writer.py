@@ -68,4 +68,5 @@ def test_a_folder_that_cannot_be_made_is_named(writer) -> None:
     folder.write_text("a file")
     with pytest.raises(OSError, match=f"a checkpoint in {folder} could not be written by"):
         writer.save(1, STATE, {})
+        writer.wait()
     assert writer.failed()
