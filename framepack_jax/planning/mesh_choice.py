@@ -26,6 +26,9 @@ from framepack_jax.training.config import TrainConfig
 LOGGER = logging.getLogger(__name__)
 # Number of meshes to compile.
 COMPILED = 4
+# A step of this many rooflines ends the search: all meshes have the same roofline, so no other mesh
+# can be faster by more.
+CLOSE = 1.01
 # Runs of a block with its weights gathered: forward, again for the gradient, and the gradient.
 PASSES = 3
 COMPUTE_BYTES, MASTER_BYTES = 2, 4
@@ -39,13 +42,13 @@ def choose(
     machine: Machine,
     size: tuple[int, int],
     devices: Sequence[jax.Device] | None = None,
-    limit: int = COMPILED,
 ) -> list[TrainingReport]:
     """Compile a training step for the most promising meshes; return the reports, the best first.
 
-    A mesh that fits comes before one that does not, then the shorter modelled step. `limit` meshes
-    are compiled, and more until one fits. `devices` are those of the machine; default: the
-    compiler's. Raises ValueError if no mesh divides the batch.
+    A mesh that fits comes before one that does not, then the shorter modelled step. Four meshes are
+    compiled, more until one fits, and fewer if one that fits is as fast as its roofline. `devices`
+    are those of the machine; default: the compiler's. Raises ValueError if no mesh divides the
+    batch.
     """
     devices = hardware.compile_devices(machine) if devices is None else devices
     manifest = bundle.read_manifest(bundle_path)
@@ -56,14 +59,26 @@ def choose(
             f" {cfg.grad_accum_steps} parts over data x fsdp; give a multiple of a divisor of"
             f" {machine.count}"
         )
-    reports = []
+    reports: list[TrainingReport] = []
     for sizes in ranked:
-        report = dry_run_training(cfg, bundle_path, machine, sizes, size, devices)
-        LOGGER.info(f"mesh {summary(report)}")
-        reports.append(report)
-        if len(reports) >= limit and any(report.fits for report in reports):
+        reports.append(dry_run_training(cfg, bundle_path, machine, sizes, size, devices))
+        LOGGER.info(f"mesh {summary(reports[-1])}")
+        if is_enough(reports):
             break
     return sorted(reports, key=quality)
+
+
+def is_enough(reports: Sequence[TrainingReport]) -> bool:
+    """Return True if `--mesh auto` compiles no mesh after these."""
+    fitting = [report for report in reports if report.fits]
+    close = any(near_roofline(report, CLOSE) for report in fitting)
+    return close or (len(reports) >= COMPILED and bool(fitting))
+
+
+def near_roofline(report: TrainingReport, ratio: float) -> bool:
+    """Return True if the modelled step takes at most `ratio` rooflines."""
+    seconds = report.step_seconds
+    return seconds is not None and seconds <= ratio * report.roofline_seconds
 
 
 def quality(report: TrainingReport) -> tuple[bool, float, int]:

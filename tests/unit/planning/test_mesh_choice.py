@@ -37,20 +37,35 @@ def test_a_small_batch_divides_tokens_or_heads() -> None:
         assert mesh["context"] * mesh["tensor"] >= 2
 
 
-def fake(name: str, seconds: float, fits: bool) -> SimpleNamespace:
-    return SimpleNamespace(step_seconds=seconds, fits=fits, total=1, mesh={name: 2})
+def fake(name: str, seconds: float | None, fits: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        step_seconds=seconds, fits=fits, total=1, mesh={name: 2}, roofline_seconds=1.0
+    )
+
+
+def chosen(monkeypatch, *steps: tuple[str, float | None, bool]) -> list[str]:
+    made = iter([fake(*step) for step in steps])
+    monkeypatch.setattr(mesh_choice, "dry_run_training", lambda *a: next(made))
+    monkeypatch.setattr(mesh_choice, "rank", lambda *a: [{}] * len(steps))
+    monkeypatch.setattr(mesh_choice, "COMPILED", 2)
+    reports = mesh_choice.choose(
+        ALL, bundle.resolve("framepack_i2v"), hardware.parse("v5e:2x2"), (608, 640)
+    )
+    return [next(iter(report.mesh)) for report in reports]
 
 
 def test_the_fastest_mesh_that_fits_is_chosen(monkeypatch) -> None:
-    steps = (("first", 1, False), ("second", 3, False), ("third", 2, True), ("never", 0, True))
-    made = iter([fake(*step) for step in steps])
-    monkeypatch.setattr(mesh_choice, "dry_run_training", lambda *a: next(made))
-    monkeypatch.setattr(mesh_choice, "rank", lambda *a: [{}] * 4)
-    chosen = mesh_choice.choose(
-        ALL, bundle.resolve("framepack_i2v"), hardware.parse("v5e:2x2"), (608, 640), limit=2
-    )
     # Two would do, but neither fits.
-    assert [next(iter(report.mesh)) for report in chosen] == ["third", "first", "second"]
+    steps = [("first", 2, False), ("second", 4, False), ("third", 3, True), ("never", 1, True)]
+    assert chosen(monkeypatch, *steps) == ["third", "first", "second"]
+
+
+def test_a_mesh_as_fast_as_the_roofline_of_all_ends_the_search(monkeypatch) -> None:
+    assert chosen(monkeypatch, ("best", 1.005, True), ("never", 1.0, True)) == ["best"]
+    # One that does not fit, is slower, or has no model, does not.
+    assert chosen(monkeypatch, ("large", 1.0, False), ("small", 2, True)) == ["small", "large"]
+    assert chosen(monkeypatch, ("slow", 1.02, True), ("best", 1.0, True)) == ["best", "slow"]
+    assert chosen(monkeypatch, ("unknown", None, True), ("slow", 2, True)) == ["slow", "unknown"]
 
 
 def test_a_batch_that_no_mesh_divides_is_refused() -> None:
