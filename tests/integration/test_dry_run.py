@@ -198,9 +198,15 @@ def test_the_tpu_compiler_takes_a_tiny_training_step(training_reports, capsys) -
     # Gradients of blocks are added up in float32. Those of the embedding of context, a third of
     # this small network, are not.
     assert made.program.reduced["f32"] > 2 * made.program.reduced["bf16"]
+    # Weights are gathered whole, some beside products, and gradients of blocks are scattered;
+    # without flags, gathers become rings of exchanges.
+    gathers = made.collectives["all-gather"]
+    assert gathers.overlapped > 0 and made.collectives["reduce-scatter"].runs > 0
+    assert "collective-permute" not in made.collectives
     printed = capsys.readouterr().out
     assert "331,168 trained by adamw" in printed and ": fits" in printed
-    assert " of them asynchronous, " in printed and "by all-reduce and reduce-scatter" in printed
+    assert f"{gathers.runs} a step, {gathers.overlapped} of them asynchronous, " in printed
+    assert "by all-reduce and reduce-scatter" in printed
 
 
 def test_training_that_does_not_fit_ends_with_code_1(this_cpu, monkeypatch, capsys) -> None:
