@@ -7,6 +7,7 @@ from framepack_jax.diffusion.recipe import Recipe
 from framepack_jax.models.sizes import Size
 from framepack_jax.utils.fields import Range
 
+Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 Fps = Annotated[float, Range(above=0, at_most=1000)]
 
 
@@ -24,6 +25,7 @@ class Sampling:
         empty_start: Without an image, a video starts with nothing known; else with a black frame.
         anchor_apart: The anchor image is not a frame of the video. Its history is a still of it.
         decode_alone: Each section is decoded by itself; else clips overlap and are cross-faded.
+        history_noise: Noise level of the history, as a factor of that of the section.
         given_noise: Lowest and highest noise level of given latents, or None for no noise.
     """
 
@@ -36,4 +38,5 @@ class Sampling:
     empty_start: bool = False
     anchor_apart: bool = False
     decode_alone: bool = False
+    history_noise: Fraction = 0.0
     given_noise: tuple[float, float] | None = None

@@ -150,6 +150,7 @@ def _dry_run(flags: Sample, machine_name: str) -> None:
         pipe.geometry, Request("", image), sections=1, height=size.height, width=size.width
     )
     settings = spec.VideoSpec(**flags.base()).filled(pipe.sampling).settings()
+    settings.check(pipe.transformer.spec, pipe.sampling, pipe.schedule)
     mesh = sharding.parse_mesh(compute.mesh) if compute.mesh else None
     with attention.use(compute.attention):
         report = dry_run(

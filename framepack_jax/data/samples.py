@@ -22,7 +22,7 @@ from framepack_jax.data.holdout import FIRST_ELEMENT
 from framepack_jax.data.pixel_batch import PixelBatch
 from framepack_jax.data.records import BFLOAT16, Clip, DatasetError, Record
 from framepack_jax.models.sizes import MAX_PROMPT_TOKENS
-from framepack_jax.packing import MISSING, Section, Timeline
+from framepack_jax.packing import Section, Timeline
 from framepack_jax.video import read_span
 
 # Seeds beside that of the data: these draws do not depend on the others.
@@ -211,19 +211,7 @@ def latent_sample(
     timeline = Timeline.of(record.latents[None])
     target, context = timeline.read(section.targets), packing.read_context(section, timeline)
     target, context = jax.tree.map(lambda x: x[0], (target, context))
-    return Batch(target, context, given_frames(section, before), conditions, meta)
-
-
-def given_frames(section: Section, before: int) -> tuple[np.ndarray, ...]:
-    """Return masks (F,) of the context frames of a section, by group, that are among the first
-    `before`. A tail tc is one frame, the mean."""
-
-    def mask(group: packing.Group) -> np.ndarray:
-        given = np.asarray([MISSING < position < before for position in group.reads])
-        compressed = packing.tail_of(group.kernel) == "tc"
-        return np.asarray([given.all()]) if compressed else given
-
-    return tuple(map(mask, section.groups))
+    return Batch(target, context, packing.given_frames(section, before), conditions, meta)
 
 
 def _blank(image: np.ndarray | None) -> np.ndarray | None:
@@ -244,7 +232,7 @@ def pixel_sample(
         frames=frames,
         target_at=pixel_batch.rows(section.targets, window),
         reads_at=tuple(pixel_batch.rows(group.reads, window) for group in section.groups),
-        given=given_frames(section, choice.before),
+        given=packing.given_frames(section, choice.before),
         indices=tuple(np.asarray(group.indices, np.int32) for group in section.groups),
         target_indices=np.asarray(section.indices, np.int32),
         kernels=tuple(group.kernel for group in section.groups),

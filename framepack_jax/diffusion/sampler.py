@@ -26,6 +26,7 @@ import numpy as np
 
 from framepack_jax.diffusion import given_frames, guidance, network, solver, step_cache
 from framepack_jax.diffusion.given_frames import GivenFrames
+from framepack_jax.diffusion.history_noise import HistoryNoise, noise_history
 from framepack_jax.diffusion.network import Array, Denoiser, Network
 from framepack_jax.parallel.multihost import fetch, place
 from framepack_jax.parallel.sharding import constrain
@@ -83,7 +84,8 @@ class SectionInputs(NamedTuple):
     """Inputs that all steps of a section share.
 
     `negative` are the conditions of a second pass, or None; `negative_context` is its context, None
-    for the same. `threshold` is that of the step cache, or None.
+    for the same. `threshold` is that of the step cache, or None. `noise` is that of the history of
+    `context`, or None.
     """
 
     context: Any
@@ -94,6 +96,7 @@ class SectionInputs(NamedTuple):
     cfg_rescale: Array
     threshold: Array | None
     negative_context: Any = None
+    noise: HistoryNoise | None = None
 
     @property
     def passes(self) -> list[tuple[Any, Any]]:
@@ -142,13 +145,14 @@ def denoise(
     negative_context: Any = None,
     *,
     given: GivenFrames | None = None,
+    history_noise: HistoryNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Denoised:
     """Run all steps of one section from noise (B, w, H, W, C).
 
     The result holds `given` latents unchanged; the others are made to go with them. `negative`
     conditions make a second pass for classifier-free guidance, which reads `negative_context` if it
-    is given.
+    is given. The history of `context` gets the `history_noise` of each step.
 
     `on_step(step, x0)` is called after each step with the prediction x0 (B, w, H, W, C), on the
     device. If a step is one program, the next step starts before the call, so that the device
@@ -168,6 +172,7 @@ def denoise(
         np.float32(settings.cfg_rescale),
         None if cache is None else np.float32(cache.threshold),
         negative_context,
+        history_noise,
     )
     program = StepProgram(model, cfg, settings.dtype, None if cache is None else cache.kind)
     # Once: what stays on the host is copied at every step. Between programs of offloaded layers
@@ -229,6 +234,9 @@ def _steps(settings: SamplerSettings) -> list[At]:
 
 def make_denoiser(program: StepProgram, params: Any, inputs: SectionInputs, at: At) -> Denoiser:
     """Wrap the network: its step cache, then guidance, then given frames."""
+    if inputs.noise is not None:
+        level = at.sigma if at.time is None else at.time
+        inputs = inputs._replace(context=noise_history(inputs.context, inputs.noise, level))
     fixed = program.network, program.cfg, params, program.dtype
     if program.cache is None:
         run = network.uncached(*fixed)

@@ -13,6 +13,7 @@ import numpy as np
 
 from framepack_jax.diffusion import pyramid, sampler
 from framepack_jax.diffusion.given_frames import GivenFrames
+from framepack_jax.diffusion.history_noise import HistoryNoise
 from framepack_jax.diffusion.network import Network
 from framepack_jax.diffusion.recipe import Recipe
 from framepack_jax.diffusion.sampler import Denoised, OnStep
@@ -51,6 +52,7 @@ def denoise(
     *,
     patch: int = 2,
     given: GivenFrames | None = None,
+    history_noise: HistoryNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Denoised:
     """Run all steps of one section.
@@ -76,7 +78,7 @@ def denoise(
         reports.append(
             sampler.denoise(
                 model, cfg, params, x, how, context, conditions, negative, negative_context,
-                given=given if len(parts) == 1 else None,
+                given=given if len(parts) == 1 else None, history_noise=history_noise,
                 on_step=on_step and functools.partial(_shifted, on_step, done),
             )
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Draw the noise of sections from seeds.
+"""Draw the noise of sections, and that of their history, from seeds.
 
 Shapes: B batch, w latent window, H W latent rows and columns, C channels.
 """
@@ -9,7 +9,13 @@ import jax
 import numpy as np
 
 from framepack_jax.diffusion import pyramid
+from framepack_jax.diffusion.history_noise import HistoryNoise
 from framepack_jax.diffusion.recipe import Recipe
+from framepack_jax.packing import PackedContext, Schedule, Section, given_frames, history_ages
+
+# Number that is folded into the key of a section for the noise of its history; stages have smaller
+# ones.
+HISTORY = 2**31 - 2
 
 
 def draw(
@@ -33,6 +39,31 @@ def draw(
 def _normal(seed: int, section: int, shape: tuple[int, ...], stage: int = 0) -> jax.Array:
     key = jax.random.fold_in(key_of(seed), section)
     return jax.random.normal(jax.random.fold_in(key, stage) if stage else key, shape)
+
+
+def draw_history(
+    schedule: Schedule,
+    section: Section,
+    context: PackedContext,
+    start: int,
+    factor: float,
+    seeds: Sequence[int],
+    number: int,
+) -> HistoryNoise | None:
+    """Draw the noise of the history of section `number`, for a sample of each seed; None if
+    `factor` is 0. The first `start` latent frames and the anchor have none."""
+    if not factor:
+        return None
+    ages, given = history_ages(schedule), given_frames(section, start)
+    history = ((np.asarray(a) >= 0) & ~g for a, g in zip(ages, given, strict=True))
+    keys = [jax.random.fold_in(jax.random.fold_in(key_of(s), number), HISTORY) for s in seeds]
+
+    def normal(group: int, shape: tuple[int, ...]) -> np.ndarray:
+        draws = (jax.random.normal(jax.random.fold_in(key, group), shape) for key in keys)
+        return np.stack(list(draws))
+
+    noise = (normal(group, frames.shape[1:]) for group, frames in enumerate(context.latents))
+    return HistoryNoise(np.float32(factor), tuple(noise), tuple(mask[None] for mask in history))
 
 
 def key_of(seed: int) -> jax.Array:

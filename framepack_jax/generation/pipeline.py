@@ -35,10 +35,10 @@ from framepack_jax.generation.encoding import Inputs
 from framepack_jax.generation.geometry import Geometry
 from framepack_jax.generation.layout import START_FRAMES, Layout
 from framepack_jax.generation.network import Network
-from framepack_jax.generation.noise import draw
+from framepack_jax.generation.noise import draw, draw_history
 from framepack_jax.generation.options import VideoOptions
 from framepack_jax.generation.request import Request, SourceVideo
-from framepack_jax.generation.results import DecodedSection, NotFinite, Video
+from framepack_jax.generation.results import DecodedSection, Video, check_finite
 from framepack_jax.generation.settings import Settings
 from framepack_jax.models import offload
 from framepack_jax.models.lora import LoRA
@@ -234,7 +234,7 @@ class FramePack:
         Raises ValueError for impossible sizes and lengths, NotFinite if latents are not finite.
         """
         settings = settings or Settings.of(self.sampling)
-        settings.check(self.transformer.spec, self.sampling)
+        settings.check(self.transformer.spec, self.sampling, self.schedule)
         chosen = VideoOptions(**options)
         request, layout = chosen.prepare(self.geometry, image, prompt)
         inputs = self.encode([request], layout, settings, chosen.prompt_blend)
@@ -311,9 +311,10 @@ class FramePack:
             plan: Sections in order of generation.
             inputs: Encoded requests, see `encode`.
             settings: Settings of the sampler.
-            seeds: One for each sample. The noise of section i is drawn from fold_in(seed, i).
-            noise: Noise of each section, in place of `seeds`: (B, w, H, W, C), or one array for
-                each stage as `noise.draw` returns them.
+            seeds: One for each sample. The noise of section i, and that of its history, is drawn
+                from fold_in(seed, i).
+            noise: Noise of each section, in place of that of `seeds`: (B, w, H, W, C), or one array
+                for each stage as `noise.draw` returns them.
             timeline: Latents of an earlier run to resume.
             done: Number of finished sections of that run.
             on_step: Called after each step with (section, step, x0).
@@ -326,6 +327,7 @@ class FramePack:
         if timeline is None:
             timeline = self.timeline(plan, inputs.given, inputs.size)
         _, _, *frame = timeline.latents.shape
+        start = packing.start_frames(self.schedule) if 0 in inputs.given else 0
         for i, section in enumerate(plan[done:], start=done):
             shape = (len(section.targets), *frame)
             draws = draw(self.sampling.recipe, seeds, i, shape) if noise is None else noise[i]
@@ -333,26 +335,20 @@ class FramePack:
             how = settings.of_section(self.sampling, i, self.dtype)
             context, other = encoding.contexts(self, section, timeline, settings)
             given = GivenFrames(*packing.read_target(section, timeline))
+            noise_of_history = draw_history(
+                self.schedule, section, context, start, settings.history_noise, seeds, i
+            )
             negative = inputs.of(i) if settings.guides_by_history else inputs.negative
             with self.on_mesh():
                 result = denoising.denoise(
                     spec, cfg, params, self.sampling.recipe, draws, how, context, inputs.of(i),
                     negative, other, patch=packing.kernel_shape(spec.patch)[1], given=given,
+                    history_noise=noise_of_history,
                     on_step=on_step and functools.partial(on_step, i),
                 )  # fmt: skip
-            self._check_finite(i, sum(how.steps), result.finite_step)
+            check_finite(i, sum(how.steps), result.finite_step, self.dtype)
             timeline.write(section.targets, result.latents)
             yield section, timeline
-
-    def _check_finite(self, number: int, steps: int, first_bad: np.ndarray) -> None:
-        """Raise NotFinite unless `first_bad` (B,), the first bad step of each sample, is all -1."""
-        if bad := [b for b, step in enumerate(first_bad) if step >= 0]:
-            advice = "" if self.dtype == "float32" else "try --dtype float32, or "
-            raise NotFinite(
-                f"section {number + 1}, step {first_bad[bad[0]] + 1} of {steps}: the prediction is"
-                f" not finite in {self.dtype}; {advice}check the weights",
-                bad,
-            )
 
     def splicer(
         self, plan: Sequence[Section], before: int = START_FRAMES, kept: int = 0

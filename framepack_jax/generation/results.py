@@ -14,6 +14,18 @@ class NotFinite(FloatingPointError):
         self.samples = tuple(samples)
 
 
+def check_finite(number: int, steps: int, first_bad: np.ndarray, dtype: str) -> None:
+    """Raise NotFinite unless `first_bad` (B,), the first bad step of each sample of section
+    `number`, is all -1."""
+    if bad := [b for b, step in enumerate(first_bad) if step >= 0]:
+        advice = "" if dtype == "float32" else "try --dtype float32, or "
+        raise NotFinite(
+            f"section {number + 1}, step {first_bad[bad[0]] + 1} of {steps}: the prediction is"
+            f" not finite in {dtype}; {advice}check the weights",
+            bad,
+        )
+
+
 class DecodedSection(NamedTuple):
     """Latents of a section, and the frames that became final with one of its clips. If a section
     has two clips, the second has no latents.

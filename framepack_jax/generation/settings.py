@@ -9,6 +9,7 @@ from framepack_jax.diffusion import SOLVERS
 from framepack_jax.diffusion.network import Network
 from framepack_jax.diffusion.section import SectionSettings
 from framepack_jax.diffusion.step_cache import StepCacheConfig, check_fit
+from framepack_jax.packing import Schedule, history_ages
 
 MAX_STEPS = 1000
 
@@ -26,6 +27,7 @@ class Settings:
         cfg_without: What the second pass lacks: "prompt", replaced by the negative prompt, or
             "history" (history guidance).
         cfg_rescale: Correction in [0, 1] of the contrast that a high scale adds.
+        history_noise: Noise the history to this factor in [0, 1] of the noise level of each step.
         step_cache: Cache that skips transformer blocks at steps where they would change little.
 
     Raises ValueError if a setting is out of range.
@@ -37,6 +39,7 @@ class Settings:
     cfg_scale: float = 1.0
     cfg_without: str = "prompt"
     cfg_rescale: float = 0.0
+    history_noise: float = 0.0
     step_cache: StepCacheConfig | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +52,8 @@ class Settings:
             raise ValueError(f"cfg_without {self.cfg_without!r}: expected prompt or history")
         if not 0 <= self.cfg_rescale <= 1:
             raise ValueError(f"cfg_rescale = {self.cfg_rescale}: expected a number from 0 to 1")
+        if not 0 <= self.history_noise <= 1:
+            raise ValueError(f"history_noise = {self.history_noise}: expected a number from 0 to 1")
         for name in ("distilled_guidance", "cfg_scale"):
             if not np.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a finite number")
@@ -60,6 +65,7 @@ class Settings:
             steps=sampling.steps,
             distilled_guidance=sampling.distilled_guidance,
             cfg_scale=sampling.cfg_scale,
+            history_noise=sampling.history_noise,
         )
 
     @property
@@ -90,11 +96,24 @@ class Settings:
             return tuple(2 * count for count in steps)
         return steps
 
-    def check(self, network: Network, sampling: Sampling) -> None:
-        """Raise ValueError if a network cannot be sampled with these settings."""
+    def check(self, network: Network, sampling: Sampling, schedule: Schedule) -> None:
+        """Raise ValueError if a network cannot be sampled with these settings and schedule."""
         self.stage_steps(sampling, 0)
         if self.step_cache is not None:
             check_fit(network, self.step_cache.kind)
+        if self.history_noise and schedule.codebook is not None:
+            raise ValueError(
+                f"history_noise = {self.history_noise:g} with schedule {schedule}: +D replaces each"
+                " pixel of the history by its nearest entry, and its noise with it; give"
+                " --history-noise 0, or a schedule without +D"
+            )
+        if self.history_noise and not any(
+            max(ages, default=-1) >= 0 for ages in history_ages(schedule)
+        ):
+            raise ValueError(
+                f"history_noise = {self.history_noise:g}: schedule {schedule} reads no history;"
+                " give --history-noise 0, or a schedule with history"
+            )
 
     def of_section(self, sampling: Sampling, section: int, dtype: str) -> SectionSettings:
         """Return the settings of a section's denoising in a dtype."""

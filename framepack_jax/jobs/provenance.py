@@ -25,7 +25,7 @@ from framepack_jax.utils.versions import version
 
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Values of flags that the oldest records lack.
-EARLIER = {"lora": [], "merge_lora": False, "gif": False}
+EARLIER = {"lora": [], "merge_lora": False, "gif": False, "history_noise": 0.0}
 
 
 def absolute(path: str | Path) -> str:

@@ -13,7 +13,8 @@ from etils import epath
 
 from framepack_jax import video
 from framepack_jax.generation.layout import fit_images
-from framepack_jax.generation.pipeline import FramePack, NotFinite
+from framepack_jax.generation.pipeline import FramePack
+from framepack_jax.generation.results import NotFinite
 from framepack_jax.jobs.decoder import Decoder, DeferredDecode
 from framepack_jax.jobs.errors import FAILURES, explained
 from framepack_jax.jobs.progress import Progress

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Placeholder for a random seed.
 RANDOM_SEED = -1
 # Options whose default is the bundle's.
-OF_BUNDLE = ("negative_prompt", "steps", "distilled_guidance", "cfg_scale", "fps")
+OF_BUNDLE = ("negative_prompt", "steps", "distilled_guidance", "cfg_scale", "history_noise", "fps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Denoising:
     the history (history guidance), for networks that were trained with --history.drop-history."""
     cfg_rescale: float = 0.0
     """Fraction, 0 to 1, of the contrast added by --cfg-scale that is removed."""
+    history_noise: float | None = None
+    """Noise the history, but not the start image, to this factor, 0 to 1, of the noise level of
+    each step; for networks that were trained with --history.noisy. Default: the bundle's, 0 for
+    FramePack."""
     step_cache: Literal["none", "tea", "first-block"] = "none"
     """Skip the network's blocks at steps where the prediction changes little: faster, less
     exact."""
@@ -141,6 +145,7 @@ class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
             cfg_scale=self.cfg_scale,
             cfg_without=self.cfg_without,
             cfg_rescale=self.cfg_rescale,
+            history_noise=self.history_noise or 0.0,  # None in runs of earlier versions
             step_cache=step_cache,
         )
 

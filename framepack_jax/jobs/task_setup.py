@@ -57,7 +57,7 @@ class TaskMaker:
         video.check_encoding(fps_of(spec), spec.crf)
         settings = spec.settings()
         warn_unused_settings(requested, settings.cfg_scale, self.pipe.sampling.recipe)
-        settings.check(self.pipe.transformer.spec, self.pipe.sampling)
+        settings.check(self.pipe.transformer.spec, self.pipe.sampling, self.pipe.schedule)
         record = on_primary(new_record, spec, self.model, self.compute, self.pipe)
         # A video that another process finishes meanwhile is kept, even with --overwrite.
         kept = dataclasses.replace(self, job=dataclasses.replace(self.job, overwrite=False))

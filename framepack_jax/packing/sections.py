@@ -8,6 +8,8 @@ two released models. Sampling and training both plan here; `orders` has the pass
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
+
 from framepack_jax.packing import orders
 from framepack_jax.packing.form import Form, form_of
 from framepack_jax.packing.kernels import ScheduleError, tail_of
@@ -162,6 +164,17 @@ def history_ages(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     """Return the place in the history of each context frame, by group in sequence order: 0 for the
     farthest from the section, and MISSING for the anchor, which is no history."""
     return tuple(group.reads for group in orders.blank_groups(form_of(schedule)))
+
+
+def given_frames(section: Section, before: int) -> tuple[np.ndarray, ...]:
+    """Return masks (F,) of the context frames of a section, by group, that are among the first
+    `before`. A tail tc is one frame, the mean."""
+
+    def mask(group: Group) -> np.ndarray:
+        given = np.asarray([MISSING < position < before for position in group.reads])
+        return np.asarray([given.all()]) if tail_of(group.kernel) == "tc" else given
+
+    return tuple(map(mask, section.groups))
 
 
 def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Section]:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle, packing
 from framepack_jax.diffusion import sampler, solver
 from framepack_jax.diffusion.given_frames import GivenFrames
+from framepack_jax.diffusion.history_noise import HistoryNoise
 from framepack_jax.generation.layout import Layout
 from framepack_jax.generation.pipeline import FramePack, Settings
 from framepack_jax.models.network_spec import NetworkSpec
@@ -229,6 +230,7 @@ class _Work:
             GivenFrames(x, shape(x.shape[:2], jnp.bool_)),
             scalar, scalar, scalar if cached else None,
             context if settings.guides_by_history else None,
+            self._history_noise(context) if settings.history_noise else None,
         )  # fmt: skip
         recipe, truth = pipe.sampling.recipe, shape((), jnp.bool_)
         levels = recipe.levels(2, 1000, recipe.stages - 1)
@@ -242,6 +244,15 @@ class _Work:
         )
         again = len(row) > solver.COLUMNS
         return inputs, at, jax.eval_shape(functools.partial(solver.start, again=again), x)
+
+    def _history_noise(self, context: packing.PackedContext) -> HistoryNoise:
+        """Return the shapes of the noise of a context's history."""
+        shape: Any = jax.ShapeDtypeStruct
+        return HistoryNoise(
+            shape((), jnp.float32),
+            tuple(shape(x.shape, jnp.float32) for x in context.latents),
+            tuple(shape((1, x.shape[1]), jnp.bool_) for x in context.latents),
+        )
 
 
 def _decode(pipe: FramePack, weights: Any, layout: Layout, batch: int, devices: Mesh) -> Program:

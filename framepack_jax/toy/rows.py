@@ -148,5 +148,5 @@ def _open(row: RowSpec, dtype: str | None) -> Model:
     path = bundle.resolve(row.bundle)
     bundle.check_present(path)
     pipe = FramePack.open(path, dtype=dtype, schedule=row.schedule)
-    row.settings.check(pipe.transformer.spec, pipe.sampling)
+    row.settings.check(pipe.transformer.spec, pipe.sampling, pipe.schedule)
     return Model(row.label, path, pipe, row.settings, row.repeated)

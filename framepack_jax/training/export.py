@@ -167,17 +167,21 @@ def _manifest_of(
     manifest: bundle.Manifest, cfg: TrainConfig, record: dict[str, Any]
 ) -> bundle.Manifest:
     """Return the manifest with the schedule of a run, with the buckets that it trained from random
-    weights, and with the start of videos from text if it trained these."""
+    weights, with the start of videos from text if it trained these, and with the noise of the
+    history if it trained one factor."""
     if cfg.schedule:
         manifest = dataclasses.replace(manifest, schedule=packing.parse(cfg.schedule))
     if record.get("began") == "scratch":
         sizes = (name.split("x") for name in record["fingerprint"]["clips"])
         buckets = tuple(sorted((int(height), int(width)) for height, width in sizes))
         manifest = dataclasses.replace(manifest, buckets=buckets)
+    sampling = manifest.sampling
     if cfg.data.empty_start:
-        sampling = dataclasses.replace(manifest.sampling, empty_start=True)
-        manifest = dataclasses.replace(manifest, sampling=sampling)
-    return manifest
+        sampling = dataclasses.replace(sampling, empty_start=True)
+    noisy = cfg.history.noisy
+    if noisy and noisy != "random" and manifest.schedule.codebook is None:
+        sampling = dataclasses.replace(sampling, history_noise=noisy)
+    return dataclasses.replace(manifest, sampling=sampling)
 
 
 def provenance(run: str, step: int) -> dict[str, Any]:

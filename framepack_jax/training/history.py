@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from framepack_jax.diffusion import flow
+from framepack_jax.diffusion.history_noise import noised
 from framepack_jax.packing import PackedContext
 from framepack_jax.training.config import HistoryConfig
 from framepack_jax.training.draws import Draw
@@ -118,7 +119,7 @@ def _noised(
         factor = uniform(keys, Draw.NOISY_FACTOR) if random else float(cfg.noisy)
         levels = jnp.broadcast_to((factor * sigmas)[:, None], frames)
         noise = normal(keys, Draw.NOISY_NOISE, latents.shape[1:], group)
-        made = _chosen(start, made, _interpolate(latents, noise, levels))
+        made = noised(latents, noise, levels, ~start)
     if cfg.anchor_noise is not None:
         low, high = cfg.anchor_noise
         levels = low + (high - low) * _by_frame(keys, Draw.ANCHOR_LEVEL, group, frames[1])

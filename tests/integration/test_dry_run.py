@@ -68,7 +68,8 @@ def test_a_small_slice_takes_the_released_model_block_by_block(reports) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--step-cache", "tea"), ("--cfg-scale", "3", "--batch", "2")]
+    "more",
+    [(), ("--step-cache", "tea"), ("--cfg-scale", "3", "--batch", "2", "--history-noise", "0.5")],
 )
 def test_the_real_step_is_compiled(this_cpu, capsys, more) -> None:
     sample.main([*FLAGS, "--dtype", "float32", "--dry-run", "h200:1", *more])

@@ -16,7 +16,8 @@ from framepack_jax import bundle, packing
 from framepack_jax.conversion.make_bundle import make_bundle
 from framepack_jax.conversion.request import BundleRequest
 from framepack_jax.diffusion import sampler
-from framepack_jax.generation.pipeline import FramePack, Inputs, Network, NotFinite, Settings
+from framepack_jax.generation.pipeline import FramePack, Inputs, Network, Settings
+from framepack_jax.generation.results import NotFinite
 from tests.fixtures.paths import GOLDEN
 from tests.fixtures.torch_reference import relative_error
 
@@ -57,6 +58,33 @@ def test_guidance_by_history_goes_from_no_history_to_history(networks, reference
     assert np.abs(plain - without).max() > 1e-2
     np.testing.assert_allclose(second(0.0), without, atol=1e-5)
     np.testing.assert_allclose(second(3.0), without + 3 * (plain - without), atol=1e-4)
+
+
+def test_noise_of_history_resumes_and_leaves_the_start_image(networks, reference) -> None:
+    """The first section in forward order reads the start image alone. A factor of 0 is the plain
+    pass bit for bit, also at batch two, and so is a run that resumes."""
+    schedule = packing.parse("f1k1_x_f16k4f2k2f1k1_g2")
+    pipe, plan = build(networks, schedule), packing.plan(schedule, 2)
+
+    def sampled(factor: float, seeds: tuple[int, ...] = (7,), **resumed) -> list[np.ndarray]:
+        settings = Settings(2, distilled_guidance=6.0, history_noise=factor)
+        inputs = inputs_of(pipe, reference, settings)
+        given = {0: np.repeat(inputs.given[0], len(seeds), axis=0)}
+        inputs = dataclasses.replace(
+            inputs, given=given,
+            conditions=[jax.tree.map(lambda x: jnp.repeat(x, len(seeds), axis=0), inputs.of(0))],
+        )  # fmt: skip
+        made = pipe.sample(plan, inputs, settings, seeds=seeds, **resumed)
+        return [timeline.read(section.targets) for section, timeline in made]
+
+    plain, zero, noisy = sampled(0.0), sampled(-0.0), sampled(0.5)
+    np.testing.assert_array_equal(plain, zero)
+    assert relative_error(noisy[0], plain[0]) < 1e-5 < 1e-3 < relative_error(noisy[1], plain[1])
+    timeline = pipe.timeline(plan, {0: reference["start_latent"][:, 0]})
+    timeline.write(plan[0].targets, noisy[0])
+    np.testing.assert_array_equal(sampled(0.5, timeline=timeline, done=1)[0], noisy[1])
+    both = sampled(0.5, seeds=(3, 7))
+    assert relative_error(both[1][1:], noisy[1]) < 1e-5
 
 
 def run_of(tag: str) -> tuple[packing.Schedule, int, Settings]:
@@ -242,6 +270,7 @@ def test_not_finite_is_named(networks, reference) -> None:
         ({"steps": 0}, "steps = 0"),
         ({"sampler": "heun"}, "'heun'"),
         ({"cfg_rescale": 1.5}, "cfg_rescale = 1.5"),
+        ({"history_noise": 1.5}, "history_noise = 1.5"),
     ],
 )
 def test_impossible_settings(options, named) -> None:

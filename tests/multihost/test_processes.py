@@ -27,7 +27,7 @@ TALK = """
 import sys
 import jax, numpy as np
 from framepack_jax.parallel import multihost
-from framepack_jax.generation.pipeline import NotFinite
+from framepack_jax.generation.results import NotFinite
 from framepack_jax.training.stop_signal import StopSignal
 
 me = int(sys.argv[-1])

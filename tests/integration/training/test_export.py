@@ -67,11 +67,12 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
 
 
 def test_a_run_with_an_empty_start_makes_videos_of_text(place, tmp_path) -> None:
-    """Its bundle says so, and sampling gives the network what training gave it."""
+    """Its bundle says so, and sampling gives the network what training gave it, also the noise of
+    its history."""
     schedule = "f1k1_x_f16k4f2k2f1k1_g2"
     train.main(flags(
         place, tmp_path / "run", "--data.empty-start", "0.5", "--schedule", schedule,
-        "--steps", "1",
+        "--steps", "1", "--history.noisy", "0.25",
     ))  # fmt: skip
     root = tmp_path / "run" / "bundle"
     assert bundle.read_manifest(root).sampling.empty_start
@@ -80,6 +81,8 @@ def test_a_run_with_an_empty_start_makes_videos_of_text(place, tmp_path) -> None
         "--bundle", str(root), "--prompt", "waves", "--sections", "2", "--steps", "1",
         "--output", str(tmp_path / "video"),
     ])  # fmt: skip
+    flags_of = json.loads((tmp_path / "video" / "run.json").read_text())["flags"]
+    assert flags_of["history_noise"] == 0.25
     # Four latent frames, the first of which is one frame of the video; no start image.
     assert len(video.read_mp4(tmp_path / "video" / "video.mp4")[0]) == 1 + 4 * 3
     pipe = FramePack.load(root, dtype="float32")

@@ -100,3 +100,6 @@ def test_settings_are_those_of_the_options() -> None:
     assert made.step_cache is not None
     assert (made.step_cache.kind, made.step_cache.threshold) == ("tea", 0.3)
     assert VideoSpec().filled(Sampling()).settings().step_cache is None
+    of_bundle = Sampling(history_noise=0.1)
+    assert VideoSpec().filled(of_bundle).settings().history_noise == 0.1
+    assert VideoSpec(history_noise=0.0).filled(of_bundle).settings().history_noise == 0
