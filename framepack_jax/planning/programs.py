@@ -13,6 +13,9 @@ from framepack_jax.planning import hlo
 from framepack_jax.planning.hlo import Traffic
 
 GB = 1e9
+# By default, a TPU's compiler refuses a program that exceeds the memory of a chip, without saying
+# what takes it.
+OVERSIZED = {"xla_tpu_no_crash_on_oom": "true"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +66,23 @@ def compile_program(
     devices: Mesh,
     training: bool = False,
 ) -> Program:
-    """Trace and compile a program that takes these weights, with the flags that commands set."""
+    """Trace and compile a program that takes these weights, with the flags that commands set.
+
+    A program that needs more memory than a chip has is compiled too.
+    """
     began = time.monotonic()
     # The flags concern exchanges between devices.
     options: dict[str, Any] = {}
+    device = devices.devices.flat[0]
     if devices.size > 1:
-        options |= xla_flags.compiler_options(devices.devices.flat[0], training)
+        options |= xla_flags.compiler_options(device, training)
+    oversized = OVERSIZED if device.platform == "tpu" else {}
     with jax.set_mesh(devices):
-        compiled = lower().compile(compiler_options=options)
+        compiled = lower().compile(compiler_options=options | oversized)
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:
-        raise ValueError(f"the compiler for {devices.devices.flat[0]} reports no memory of {name}")
+        raise ValueError(f"the compiler for {device} reports no memory of {name}")
     nodes = device_grid.domain_numbers(list(devices.devices.flat))
     found = list(hlo.find_collectives(text, nodes))
     return Program(

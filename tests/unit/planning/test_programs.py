@@ -52,3 +52,13 @@ def test_a_large_slice_gathers_weights_beside_products_and_scatters_gradients() 
     assert moved["all-gather"].overlapped > 0
     # What is left to sum over `data` is the part of each chip.
     assert moved["reduce-scatter"].bytes > 10 * moved["all-reduce"].bytes
+
+
+def test_a_program_beyond_the_memory_of_a_chip_is_compiled_and_counted() -> None:
+    devices = hardware.compile_devices(hardware.parse("v5e:2x2"))
+    mesh = sharding.make_mesh(fsdp=4, devices=devices)
+    where = NamedSharding(mesh, PartitionSpec("fsdp"))
+    # 12 GB a chip, read and written.
+    x = jax.ShapeDtypeStruct((12_000, 1_000_000), jnp.float32, sharding=where)
+    program = compile_program("", "", x, lambda: jax.jit(lambda x: x + 1).lower(x), mesh)
+    assert program.total(program.weights) >= 24e9
