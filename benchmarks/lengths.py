@@ -1,14 +1,18 @@
 """Compare the cost of a section in long and in short videos.
 
-    python benchmarks/lengths.py [--bundle tiny] [--seconds 6 20 60] [--repeats 5] [--json FILE]
+    python benchmarks/lengths.py [--bundle tiny] [--schedule SCHEDULE ...] [--seconds 6 20 60]
+        [--repeats 5] [--json FILE]
 
-Makes a video of each length with `sample.py`, in a process of its own, one or several times. Reads
-from the run records the seconds of every section and the peak memory: of the device if it reports
-its memory, else of the process.
+Makes a video of each length, under each schedule, with `sample.py`, in a process of its own, one or
+several times. Reads from the run records the seconds of every section and the peak memory: of the
+device if it reports its memory, else of the process. Counts the programs of a denoising step that a
+process compiles: one for each length of a pass, whatever the number of sections.
 """
 
 import dataclasses
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,8 @@ class LengthBenchmark:
 
     bundle: str = "tiny"
     """The bundle."""
+    schedule: tuple[str, ...] = ()
+    """Packing schedules; default: that of the bundle."""
     seconds: tuple[float, ...] = (6.0, 20.0, 60.0)
     """Lengths; the shortest needs five sections."""
     steps: int = 10
@@ -48,7 +54,11 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print and return the figures of each length."""
     config = tyro.cli(LengthBenchmark, prog="benchmarks/lengths.py", args=args)
     try:
-        made = [median_of(config, seconds) for seconds in config.seconds]
+        made = [
+            median_of(config, seconds, schedule)
+            for schedule in config.schedule or (None,)
+            for seconds in config.seconds
+        ]
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     print(table(made))
@@ -57,15 +67,18 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     return made
 
 
-def median_of(config: LengthBenchmark, seconds: float) -> dict[str, Any]:
+def median_of(
+    config: LengthBenchmark, seconds: float, schedule: str | None = None
+) -> dict[str, Any]:
     """Medians of the figures of several videos of one length, with the seconds of a section in each
     of them, "each". Raises as `measure`."""
-    made = [measure(config, seconds) for _ in range(config.repeats)]
+    made = [measure(config, seconds, schedule) for _ in range(config.repeats)]
     medians = {name: statistics.median(row[name] for row in made) for name in made[0]}
-    return medians | {"each": [row["section"] for row in made]}
+    named = {} if schedule is None else {"schedule": schedule}
+    return named | medians | {"each": [row["section"] for row in made]}
 
 
-def measure(config: LengthBenchmark, seconds: float) -> dict[str, Any]:
+def measure(config: LengthBenchmark, seconds: float, schedule: str | None = None) -> dict[str, Any]:
     """Figures of one length. Raises RuntimeError where sampling fails, ValueError for a video too
     short to tell its sections apart."""
     with tempfile.TemporaryDirectory() as folder:
@@ -73,14 +86,19 @@ def measure(config: LengthBenchmark, seconds: float) -> dict[str, Any]:
             sys.executable, str(ROOT / "sample.py"), "--bundle", config.bundle,
             "--prompt", "the shapes move", "--overwrite",
             *(["--image", str(config.image)] if config.image else []),
+            *(["--schedule", schedule] if schedule else []),
             "--seconds", str(seconds), "--steps", str(config.steps), "--output", folder,
             *(f"--{flag}" for flag in config.flags),
         ]  # fmt: skip
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        env = os.environ | {"JAX_LOG_COMPILES": "1"}
+        done = subprocess.run(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         if done.returncode:
             raise RuntimeError(f"sample.py ended with {done.returncode}: {done.stderr[-500:]}")
         record = json.loads((Path(folder) / "run.json").read_text())
-    return {"seconds": seconds} | figures(record["timings"])
+    programs = len(re.findall(r"^Compiling jit\(_step\)", done.stderr, re.M))
+    return {"seconds": seconds, "programs": programs} | figures(record["timings"])
 
 
 def figures(timings: dict[str, Any]) -> dict[str, Any]:
@@ -105,14 +123,15 @@ def figures(timings: dict[str, Any]) -> dict[str, Any]:
 def table(made: list[dict[str, Any]]) -> str:
     """Return a Markdown table with a row for each length."""
     lines = [
-        "| length | sections | a section | in each video | last third / first | peak memory |",
-        "|--:|--:|--:|--:|--:|--:|",
+        "| schedule | length | sections | a section | in each video | last third / first |"
+        " programs of a step | peak memory |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in made:
         lines.append(
-            f"| {row['seconds']:g} s | {row['sections']} | {row['section']:.2f} s"
-            f" | {min(row['each']):.2f} to {max(row['each']):.2f} s | {row['growth']:.2f}"
-            f" | {row['memory'] / 2**20:.0f} MiB |"
+            f"| {row.get('schedule', 'of the bundle')} | {row['seconds']:g} s | {row['sections']}"
+            f" | {row['section']:.2f} s | {min(row['each']):.2f} to {max(row['each']):.2f} s"
+            f" | {row['growth']:.2f} | {row['programs']} | {row['memory'] / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "dataset + bundle -> trained model",
     "launch": "run a training command until it finishes",
     "evaluate": "drift and forgetting of bundles, or of a video file",
+    "ablation": "train and evaluate a list of methods -> one table",
     "elo": "runs of several methods -> page for blind votes",
     "elo-ratings": "votes -> ELO ratings",
     "export-run": "training run -> bundle or LoRA file",

@@ -13,13 +13,49 @@ from framepack_jax.utils.flags import parse
 from framepack_jax.utils.paths import IN_STORES
 
 if TYPE_CHECKING:
+    from framepack_jax.generation.pipeline import Settings
     from framepack_jax.toy.evaluation import EvaluationConfig
+    from framepack_jax.toy.rows import RowSpec
 
 MAX_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Suites:
+    """Videos of an evaluation on the toy world, and how they are sampled."""
+
+    videos: int = 8
+    """Number of long videos, each from a held-out first frame; 0 skips the drift suites."""
+    seconds: tuple[float, ...] = (10.0,)
+    """Lengths of the long videos in seconds."""
+    occlusion_videos: int = 8
+    """Number of videos for each of --occlusion-seconds; 0 skips the forgetting suites."""
+    occlusion_seconds: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Times for which a sprite is hidden, in seconds."""
+    prompt_pairs: int = 8
+    """Number of images that get two captions each; 0 skips the prompts suite."""
+    pair_seconds: float = 2.4
+    """Length of the videos of the prompts suite in seconds."""
+    size: str = "128x128"
+    """HEIGHTxWIDTH in pixels, multiples of 16."""
+    steps: int = 25
+    """Denoising steps of a section."""
+    sampler: Literal["unipc", "unipc-bh2", "euler"] = "unipc"
+    """Solver."""
+    distilled_guidance: float = 10.0
+    """Guidance scale given to the guidance-distilled network."""
+    cfg_scale: float = 1.0
+    """Scale of classifier-free guidance, which doubles the time; 1 is off."""
+    seed: int = 0
+    """Seed of the scenes and the noise."""
+    batch: int = 4
+    """Videos to sample side by side."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of weights and computation; default: bfloat16 on GPU and TPU, float32 on CPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(Suites):
     """Measure bundles on held-out scenes of the toy world, or one video file.
 
     Bundles get three suites: long videos (drift), sprites that were hidden for a while
@@ -57,34 +93,6 @@ class Evaluate:
     """With --clip or --vbench: caption of the video."""
     output: Path | None = None
     """Folder of the results; optional with --video."""
-    videos: int = 8
-    """Number of long videos, each from a held-out first frame; 0 skips the drift suites."""
-    seconds: tuple[float, ...] = (10.0,)
-    """Lengths of the long videos in seconds."""
-    occlusion_videos: int = 8
-    """Number of videos for each of --occlusion-seconds; 0 skips the forgetting suites."""
-    occlusion_seconds: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    """Times for which a sprite is hidden, in seconds."""
-    prompt_pairs: int = 8
-    """Number of images that get two captions each; 0 skips the prompts suite."""
-    pair_seconds: float = 2.4
-    """Length of the videos of the prompts suite in seconds."""
-    size: str = "128x128"
-    """HEIGHTxWIDTH in pixels, multiples of 16."""
-    steps: int = 25
-    """Denoising steps of a section."""
-    sampler: Literal["unipc", "unipc-bh2", "euler"] = "unipc"
-    """Solver."""
-    distilled_guidance: float = 10.0
-    """Guidance scale given to the guidance-distilled network."""
-    cfg_scale: float = 1.0
-    """Scale of classifier-free guidance, which doubles the time; 1 is off."""
-    seed: int = 0
-    """Seed of the scenes and the noise."""
-    batch: int = 4
-    """Videos to sample side by side."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of weights and computation; default: bfloat16 on GPU and TPU, float32 on CPU."""
 
 
 def main(args: list[str] | None = None, prog: str = "framepack evaluate") -> None:
@@ -119,16 +127,6 @@ def _evaluate_file(flags: Evaluate, video: Path) -> str:
 
 def _evaluate(flags: Evaluate) -> Path:
     """Evaluate bundles; return the path of the report. Raises ValueError, OSError."""
-    size = _check(flags)
-    from framepack_jax.toy import evaluation
-
-    cfg = _config(flags, size)
-    configure_jax()
-    return evaluation.evaluate(cfg)
-
-
-def _check(flags: Evaluate) -> tuple[int, int]:
-    """Return the size (height, width). Raises ValueError if a flag is missing or out of range."""
     if flags.clip or flags.vbench or flags.vbench_dimensions or flags.caption:
         raise ValueError(
             "--clip, --vbench, --vbench-dimensions and --caption need --video; toy scenes have a"
@@ -138,6 +136,21 @@ def _check(flags: Evaluate) -> tuple[int, int]:
         raise ValueError("give --bundle, one or more, or --rows FILE, or --video FILE")
     if flags.output is None:
         raise ValueError("give --output, a folder for the results")
+    size = check_suites(flags)
+    from framepack_jax.toy import evaluation, rows
+
+    settings = settings_of(flags)
+    if flags.rows is None:
+        specs = rows.of_flags(flags.bundle, flags.schedule, settings)
+    else:
+        specs = rows.read(flags.rows, flags.bundle, flags.schedule, settings)
+    cfg = config_of(flags, size, flags.output, specs)
+    configure_jax()
+    return evaluation.evaluate(cfg)
+
+
+def check_suites(flags: Suites) -> tuple[int, int]:
+    """Return the size (height, width). Raises ValueError if a flag is out of range."""
     _check_counts(flags)
     _check_lengths(flags)
     if not 0 <= flags.seed < 2**31:
@@ -148,7 +161,7 @@ def _check(flags: Evaluate) -> tuple[int, int]:
     return size
 
 
-def _check_counts(flags: Evaluate) -> None:
+def _check_counts(flags: Suites) -> None:
     counts = {
         "videos": flags.videos,
         "occlusion-videos": flags.occlusion_videos,
@@ -163,7 +176,7 @@ def _check_counts(flags: Evaluate) -> None:
         raise ValueError(f"--batch {flags.batch}: expected 1 or more")
 
 
-def _check_lengths(flags: Evaluate) -> None:
+def _check_lengths(flags: Suites) -> None:
     lengths = {
         "seconds": flags.seconds,
         "occlusion-seconds": flags.occlusion_seconds,
@@ -177,25 +190,26 @@ def _check_lengths(flags: Evaluate) -> None:
             raise ValueError(f"--{name}: a number is given twice")
 
 
-def _config(flags: Evaluate, size: tuple[int, int]) -> "EvaluationConfig":
-    """Return the settings of an evaluation. Raises ValueError if a setting is out of range."""
+def settings_of(flags: Suites) -> "Settings":
+    """Return the settings of the sampler. Raises ValueError if one is out of range."""
     from framepack_jax.generation.pipeline import Settings
-    from framepack_jax.toy import rows
-    from framepack_jax.toy.evaluation import EvaluationConfig
 
-    assert flags.output is not None
-    settings = Settings(
+    return Settings(
         steps=flags.steps, sampler=flags.sampler, distilled_guidance=flags.distilled_guidance,
         cfg_scale=flags.cfg_scale,
     )  # fmt: skip
-    if flags.rows is None:
-        specs = rows.of_flags(flags.bundle, flags.schedule, settings)
-    else:
-        specs = rows.read(flags.rows, flags.bundle, flags.schedule, settings)
+
+
+def config_of(
+    flags: Suites, size: tuple[int, int], output: Path, rows: "tuple[RowSpec, ...]"
+) -> "EvaluationConfig":
+    """Return the settings of an evaluation of rows in pixels of `size`."""
+    from framepack_jax.toy.evaluation import EvaluationConfig
+
     return EvaluationConfig(
-        output=flags.output, rows=specs,
-        videos=flags.videos, seconds=flags.seconds,
+        output=output, rows=rows, videos=flags.videos, seconds=flags.seconds,
         occlusion_videos=flags.occlusion_videos, occlusion_seconds=flags.occlusion_seconds,
         prompt_pairs=flags.prompt_pairs, pair_seconds=flags.pair_seconds,
-        size=size, settings=settings, seed=flags.seed, batch=flags.batch, dtype=flags.dtype,
+        size=size, settings=settings_of(flags), seed=flags.seed, batch=flags.batch,
+        dtype=flags.dtype,
     )  # fmt: skip

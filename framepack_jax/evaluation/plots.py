@@ -9,6 +9,7 @@ import numpy as np
 
 from framepack_jax.evaluation.drift import SHARE, Estimate
 from framepack_jax.evaluation.metrics import Metric
+from framepack_jax.evaluation.tables import Table
 from framepack_jax.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = 7.5, 4.0
+PANEL = 1.9
+"""Width of a panel of a table."""
 POINTS = 150
 """Maximum number of points of a curve over time; frames are averaged."""
 
@@ -73,6 +76,28 @@ def over_hiding(
         )  # fmt: skip
     axes.set_xticks(range(len(seconds)), [f"{time:g}" for time in seconds])
     _save(figure, axes, path)
+
+
+def of_table(path: Path, table: Table) -> None:
+    """Write a PNG with a panel for each column of a table: its estimates with error bars."""
+    from matplotlib.figure import Figure
+
+    columns, rows = list(table.columns.items()), list(table.rows)
+    size = 1.5 + PANEL * len(columns), 1.2 + 0.25 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    for number, (name, metric) in enumerate(columns):
+        axes = figure.add_subplot(1, len(columns), number + 1)
+        for place, row in enumerate(rows):
+            found = table.rows[row].get(name)
+            if found is not None and math.isfinite(found.mean):
+                axes.errorbar(found.mean, place, xerr=found.error or 0.0, fmt="ko", capsize=3)
+        axes.set_title(f"{metric.title}\n({metric.unit})", fontsize="small")
+        axes.set_yticks(range(len(rows)), rows if number == 0 else [""] * len(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def _axes(metric: Metric, time: str) -> "tuple[Figure, Axes]":

@@ -58,6 +58,24 @@ def plain(table: Table) -> dict[str, Any]:
     }
 
 
+def parse(values: Mapping[str, Any]) -> Table:
+    """Return the table that `plain` converted."""
+    return Table(
+        values["title"],
+        values["about"],
+        {name: Metric(**metric) for name, metric in values["columns"].items()},
+        {
+            row: {name: None if e is None else _parse(e) for name, e in estimates.items()}
+            for row, estimates in values["rows"].items()
+        },
+    )
+
+
+def _parse(values: Mapping[str, Any]) -> Estimate:
+    mean = math.inf if values["mean"] is None else values["mean"]
+    return Estimate(mean, values["error"], values["videos"])
+
+
 def _plain(estimate: Estimate) -> dict[str, Any]:
     # JSON has no infinity.
     mean = estimate.mean if math.isfinite(estimate.mean) else None

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,7 +191,10 @@ def make_all(
                     pipe = models[number].pipe.with_weights(models[number].path)
                 for first in range(0, len(missing), batch):
                     some = missing[first : first + batch]
+                    began = time.monotonic()
                     made = row.make(pipe, some, used)
+                    frames = sum(case.frames for case in some)
+                    results.note_time(folder, row.name, frames, time.monotonic() - began)
                     numbers = [suite.cases.index(case) for case in some]
                     for each in (suite, *(suite.shorter if row.extendable else ())):
                         _keep(folder, row, each, [each.cases[i] for i in numbers], made, pool)

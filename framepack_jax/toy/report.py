@@ -16,6 +16,7 @@ from framepack_jax.toy.suites import ByRow, Suite
 from framepack_jax.toy.world import FPS
 from framepack_jax.utils.files import atomic_write
 
+SUMMARY = "plots/summary.png"
 SHEETS = 3
 """Number of cases per suite with a contact sheet."""
 ROW_CASES = 4
@@ -54,13 +55,15 @@ def write(
     complete = {row for _, found in made for row in found}
     rows = [row for row in (*suites.REFERENCES, *models) if row in complete]
     summary = suites.summary(kinds, rows)
+    plots.of_table(folder / SUMMARY, summary)
     sheets = _row_sheets(folder, made, rows)
     plain: dict[str, Any] = {"about": about, "summary": tables.plain(summary), "sheets": sheets}
     plain["tables"] = [tables.plain(table) for table in written]
     with atomic_write(folder / "report.json") as partial:
         partial.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    head = [_head(about), tables.markdown(summary, links=sheets), _shown([SUMMARY])]
     with atomic_write(folder / "report.md") as partial:
-        partial.write_text("\n".join([_head(about), tables.markdown(summary, links=sheets), *text]))
+        partial.write_text("\n".join(head + text))
     return written
 
 

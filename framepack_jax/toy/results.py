@@ -3,9 +3,12 @@
 evaluation.json                  settings; an evaluation resumes only with equal settings
 videos/SUITE/ROW/NAME.mp4, .npz  a video and its metrics, measured on the frames before encoding;
                                  the .npz is written last
+timings.jsonl                    a line for each batch of videos: how long it took
 """
 
+import contextlib
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +23,7 @@ from framepack_jax.utils.files import atomic_write
 from framepack_jax.utils.messages import shorten
 from framepack_jax.video import write_mp4
 
-SETTINGS = "evaluation.json"
+SETTINGS, TIMINGS = "evaluation.json", "timings.jsonl"
 FORMAT = 1
 
 
@@ -98,3 +101,22 @@ def save(
     with atomic_write(file.with_suffix(".npz")) as partial, open(partial, "wb") as opened:
         arrays: dict[str, Any] = dict(figures)
         np.savez_compressed(opened, **arrays)
+
+
+def note_time(folder: Path, row: str, frames: int, seconds: float) -> None:
+    """Note that sampling and decoding a batch, of `frames` frames in all, took so long."""
+    with open(folder / TIMINGS, "a") as file:
+        file.write(json.dumps({"row": row, "frames": frames, "seconds": seconds}) + "\n")
+
+
+def seconds_per_frame(folder: Path, row: str) -> float:
+    """Return the time of a frame in the fastest batch of a row, since the first batches include
+    compiling; nan without a batch."""
+    found = [math.nan]
+    file = folder / TIMINGS
+    for line in file.read_text().splitlines() if file.exists() else ():
+        # A killed process may have left half of a line.
+        with contextlib.suppress(ValueError):
+            batch = json.loads(line)
+            found += [batch["seconds"] / batch["frames"]] * (batch["row"] == row)
+    return float(np.nanmin(found)) if len(found) > 1 else math.nan

@@ -120,7 +120,7 @@ def open_models(rows: Sequence[RowSpec], dtype: str | None) -> list[Model]:
         raise ValueError(
             f"--bundle {taken.pop()}: a reference row has that name; rename the folder"
         )
-    return [_open(row, dtype) for row in rows]
+    return [open_row(row, dtype) for row in rows]
 
 
 def _row(values: Any, default: _Line, settings: Settings) -> RowSpec:
@@ -144,7 +144,8 @@ def _row(values: Any, default: _Line, settings: Settings) -> RowSpec:
     )
 
 
-def _open(row: RowSpec, dtype: str | None) -> Model:
+def open_row(row: RowSpec, dtype: str | None) -> Model:
+    """Open the bundle of a row, without weights. Raises BundleError, ScheduleError, ValueError."""
     path = bundle.resolve(row.bundle)
     bundle.check_present(path)
     pipe = FramePack.open(path, dtype=dtype, schedule=row.schedule)

@@ -165,13 +165,13 @@ def test_what_captions_decide_is_measured(tmp_path) -> None:
 
 def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
     # Sections of 8 frames.
-    small = ("schedule=f1k1_x_f16k4f2k2f1k1_g2", "height=32", "width=32")
+    small, schedule = ("height=32", "width=32"), "f1k1_x_f16k4f2k2f1k1_g2"
     config = lengths.LengthBenchmark(bundle="random", steps=1, flags=small)
-    made = lengths.median_of(config, 1.4)
-    assert made["sections"] == 5 and made["memory"] > 1e8
+    made = lengths.median_of(config, 1.4, schedule)
+    assert made["sections"] == 5 and made["memory"] > 1e8 and made["programs"] == 1
     assert made["each"] == [made["section"]] and made["section"] > 0
     head, _, row = lengths.table([made]).splitlines()
-    assert head.count("|") == row.count("|") and row.startswith("| 1.4 s | 5 |")
+    assert head.count("|") == row.count("|") and row.startswith(f"| {schedule} | 1.4 s | 5 |")
     with pytest.raises(
         SystemExit, match=r"error: sample.py ended with 1: .*nowhere is not a bundle"
     ):
@@ -179,10 +179,11 @@ def test_a_video_of_some_length_is_measured(tmp_path, capsys) -> None:
 
 
 def test_figures_of_several_videos_are_medians(monkeypatch) -> None:
-    rows = iter([{"sections": 50, "section": x, "growth": 2 - x, "memory": 7} for x in (3, 1, 2)])
-    monkeypatch.setattr(lengths, "measure", lambda config, seconds: next(rows))
+    same = {"sections": 50, "programs": 1, "memory": 7}
+    rows = iter([same | {"section": x, "growth": 2 - x} for x in (3, 1, 2)])
+    monkeypatch.setattr(lengths, "measure", lambda config, seconds, schedule: next(rows))
     made = lengths.median_of(lengths.LengthBenchmark(image=None, repeats=3), 60)
-    assert made == {"sections": 50, "section": 2, "growth": 0, "memory": 7, "each": [3, 1, 2]}
+    assert made == same | {"section": 2, "growth": 0, "each": [3, 1, 2]}
     assert "| 2.00 s | 1.00 to 3.00 s |" in lengths.table([made | {"seconds": 60}])
 
 
