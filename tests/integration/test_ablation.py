@@ -37,7 +37,7 @@ def get_config():
             tensorboard=False,
         ),
         evaluate=Suites(
-            videos=2, seconds=(0.6,), occlusion_videos=0, prompt_pairs=0, size="32x48", steps=1,
+            videos=2, seconds=(0.3,), occlusion_videos=0, prompt_pairs=0, size="32x48", steps=1,
             batch=2,
         ),
     )
