@@ -5,6 +5,7 @@ each kind. Specs are compared by identity, so that they can be static arguments 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -41,8 +42,14 @@ class NetworkSpec:
 
     def abstract_params(self, cfg: Config) -> Params:
         """Return the shape and dtype of every parameter without computing any."""
-        # The key is made inside, so that no accelerator is started.
-        return jax.eval_shape(lambda: self.init(cfg, jax.random.key(0)))
+        return jax.tree.map(lambda leaf: leaf, _abstract_params(self, cfg))
+
+
+# Tracing a network takes up to a second, and a command asks several times.
+@functools.cache
+def _abstract_params(spec: NetworkSpec, cfg: Config) -> Params:
+    # The key is made inside, so that no accelerator is started.
+    return jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -3,7 +3,6 @@
 A new family adds its folder beside `hunyuan/` and its specs to NETWORKS.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -39,12 +38,6 @@ NETWORKS: dict[str, NetworkSpec] = {spec.kind: spec for spec in _SPECS}
 
 def abstract_leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Return path -> shape of every parameter, layer by layer, without computing any."""
-    return dict(_leaves(kind, cfg))
-
-
-# Tracing a network takes up to a second, and a conversion asks several times.
-@functools.cache
-def _leaves(kind: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     spec = NETWORKS[kind]
     return unstack_layers(spec.abstract_params(cfg), spec.stacks)
 
