@@ -97,7 +97,7 @@ def measure(config: LengthBenchmark, seconds: float, schedule: str | None = None
         if done.returncode:
             raise RuntimeError(f"sample.py ended with {done.returncode}: {done.stderr[-500:]}")
         record = json.loads((Path(folder) / "run.json").read_text())
-    programs = len(re.findall(r"^Compiling jit\(_step\)", done.stderr, re.M))
+    programs = len(re.findall(r"Compiling jit\(_step\) with", done.stderr))
     return {"seconds": seconds, "programs": programs} | figures(record["timings"])
 
 

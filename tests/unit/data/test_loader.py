@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import threading
 import time
 
 import jax
@@ -238,6 +239,17 @@ def test_the_stream_goes_on_exactly_with_other_threads(dataset) -> None:
     opened, _ = take(folder, 4, threads=1, buffer=2)
     _, rest = take(folder, 5, state=opened.get_state(), threads=8, buffer=3)
     assert [bits(b) for b in whole[4:]] == [bits(b) for b in rest]
+
+
+def test_a_closed_stream_reads_no_more(dataset) -> None:
+    before = threading.active_count()
+    opened, _ = take(dataset[0], 1, threads=3, buffer=8)
+    assert threading.active_count() > before
+    opened.close()
+    ended = time.monotonic() + 60
+    while threading.active_count() > before:
+        assert time.monotonic() < ended, threading.enumerate()
+        time.sleep(0.01)
 
 
 def test_buckets_with_too_few_clips_are_left_out(dataset) -> None:
