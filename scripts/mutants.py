@@ -194,7 +194,7 @@ class Suite:
         """Tests of a mutant, in rounds of so many seconds as `ROUNDS` says."""
         lines = self.by_line.get(mutant.file, {})
         tests = set().union(*(lines.get(n, set()) for n in range(mutant.line, mutant.last + 1)))
-        tests = tests or set().union(*lines.values())
+        tests = tests or set().union(*lines.values()) or self.near(mutant.file)
         rounds: list[list[str]] = [[] for _ in ROUNDS]
         spent = 0.0
         for test in sorted(tests & self.seconds.keys(), key=lambda test: self.seconds[test]):
@@ -204,6 +204,12 @@ class Suite:
                     tests_of_round.append(test)
                     break
         return [tests_of_round for tests_of_round in rounds if tests_of_round]
+
+    def near(self, file: str) -> set[str]:
+        """Tests that run other files of the folder: all that is in this one runs on import."""
+        folder = file.rpartition("/")[0]
+        beside = (lines for name, lines in self.by_line.items() if name.startswith(folder))
+        return set().union(*(tests for lines in beside for tests in lines.values()))
 
     def limit(self, tests: list[str]) -> float:
         """Seconds that tests may take."""

@@ -162,14 +162,13 @@ def cached(
     control: Control,
 ) -> Pass:
     """Run the blocks of the network only for samples that need them; the memory is a `State`."""
-    check_fit(network, kind)
     hooks = network.step_cache
 
     def run(x: jax.Array, sigma: Array, context: Any, conditions: Any, memory: State) -> Prediction:
         sigmas = jnp.full(x.shape[0], sigma)
         tokens = hooks.embed(cfg, params, x, sigmas, context, conditions, jnp.dtype(dtype))
         if kind == "tea":
-            assert hooks.block_input and hooks.teacache  # `check_fit`
+            assert hooks.block_input and hooks.teacache  # `Settings.check`
             first, signal = 0, hooks.block_input(cfg, params, tokens)
             need, memory = tea(memory, signal, *control, hooks.teacache)
         else:

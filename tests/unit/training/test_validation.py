@@ -61,3 +61,11 @@ def test_the_loss_of_each_dataset_is_the_mean_over_its_clips() -> None:
     named = found(lambda clip: "a" if clip < 5 else "b")
     assert named["validation/loss_of_a"] == 2.5 and named["validation/loss_of_b"] == 7
     assert not any("loss_of" in name for name in found(None))
+
+
+def test_a_video_is_shown_as_long_as_the_shorter_one() -> None:
+    made, truth = np.full((5, 2, 3, 3), 1, np.uint8), np.full((4, 2, 3, 3), 2, np.uint8)
+    for above, below in ((made, truth), (truth, made)):
+        shown = validation.side_by_side(above, below)
+        assert shown.shape == (4, 4, 3, 3)
+        assert (shown[:, :2] == above[0, 0]).all() and (shown[:, 2:] == below[0, 0]).all()
