@@ -90,12 +90,15 @@ def _run(cfg: AblationConfig) -> Path:
         ablation.check(method, run)
     if not cfg.train.data.paths:
         _make_dataset(cfg, size)
-    results, costs = cfg.output / ablation.EVALUATION, {}
-    for number, (spec, run) in enumerate(zip(specs, runs, strict=True), start=1):
-        _make(run, cfg.output)
-        evaluation.evaluate(config_of(cfg.evaluate, size, results, specs[:number]))
-        costs[spec.label] = ablation.cost(spec, run.output, results, size)
-        report = ablation.write_report(cfg.output, methods[:number], runs[:number], costs)
+    results = cfg.output / ablation.EVALUATION
+    for number, run in enumerate(runs, start=1):
+        # Methods that are evaluated already are reported with the next one.
+        if _make(run, cfg.output) or number == len(runs):
+            made = specs[:number]
+            evaluation.evaluate(config_of(cfg.evaluate, size, results, made))
+            each = zip(made, runs, strict=False)
+            costs = {s.label: ablation.cost(s, r.output, results, size) for s, r in each}
+            report = ablation.write_report(cfg.output, methods[:number], runs[:number], costs)
     return report
 
 
@@ -109,19 +112,20 @@ def _chosen(cfg: AblationConfig) -> Sequence[Method]:
     return [method for method in cfg.methods if not cfg.only or method.name in cfg.only]
 
 
-def _make(run: TrainConfig, output: Path) -> None:
-    """Fit the codebook of a run, train and export it, unless that is done."""
+def _make(run: TrainConfig, output: Path) -> bool:
+    """Fit the codebook of a run, train and export it; return False if that is done already."""
     from framepack_jax.cli import training
     from framepack_jax.toy import ablation
 
     if ablation.is_trained(run):
-        return
+        return False
     entries = ablation.entries_of(run)
     fitted = None if entries is None else ablation.codebook_file(output, entries)
     if run.codebook == fitted and fitted is not None and not Path(fitted).exists():
         data = run.data.paths[0]
         fit_codebook.main([f"--data={data}", f"--output={fitted}", f"--entries={entries}"])
     training.train(run, None, ALONE, resume=True, export=True)
+    return True
 
 
 def _make_dataset(cfg: AblationConfig, size: tuple[int, int]) -> None:

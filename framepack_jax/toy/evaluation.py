@@ -172,7 +172,8 @@ def make_all(
     folder: Path, todo: Sequence[Suite], models: Sequence[Model], settings: Settings, batch: int,
     after_model: Callable[[], object] = lambda: None,
 ) -> None:  # fmt: skip
-    """Sample and measure every video missing in `folder`, in batches of `batch`.
+    """Sample and measure every video missing in `folder`, in batches of `batch`. Calls
+    `after_model` between models.
 
     `settings` are those of rows without a model. Only one model has its weights on the device at a
     time. The longest videos are sampled first, because the shorter ones are cut from them.
@@ -199,7 +200,7 @@ def make_all(
                     for each in (suite, *(suite.shorter if row.extendable else ())):
                         _keep(folder, row, each, [each.cases[i] for i in numbers], made, pool)
                     bar.update(len(some))
-            if pipe is not None:
+            if pipe is not None and number != len(models) - 1:
                 after_model()
 
 
