@@ -46,6 +46,12 @@ class DataConfig:
     section_weights: tuple[float, ...] = ()
     """Weights of the sections of a clip in order of generation, the last for all after it; default:
     all sections are drawn equally often."""
+    estimate: Literal["section", "last"] = "section"
+    """What history that is ordered by importance (~cos, ~hybrid) is compared with: the mean frame
+    of the true section with noise, in place of an estimate of it; or the last frame before the
+    section, as sampling does."""
+    estimate_noise: float = 0.3
+    """Noise level, 0 to 1, of --data.estimate section."""
     windows: tuple[int, ...] = ()
     """Latent windows to draw for each batch, uniformly; default: the window of the schedule.
     Validation always uses the window of the schedule."""
@@ -76,7 +82,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_datasets()
-        for name in ("caption_dropout", "image_dropout", "empty_start"):
+        for name in ("caption_dropout", "image_dropout", "empty_start", "estimate_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 flag = name.replace("_", "-")
                 raise ValueError(

@@ -150,6 +150,8 @@ class Loader:
             "empty_start": self.cfg.empty_start,
             "section_weights": list(self.cfg.section_weights),
         }
+        if self.samples.schedule.importance:
+            newer |= {"estimate": self.cfg.estimate, "estimate_noise": self.cfg.estimate_noise}
         facts |= {name: value for name, value in newer.items() if value}
         if len(self.datasets) == 1:
             return facts | dict(self.datasets[0].facts())

@@ -189,6 +189,9 @@ class Samples:
             record = record._replace(image=_blank(record.image))
         conditions = conditions_of(record, dataset.text_tokens)
         meta = make_meta(element, choice.number, choice.sections, number)
+        if schedule.importance:
+            fps = dataset.index.fps / dataset.index.time_compression
+            choice = choice._replace(section=by_importance(rng, schedule, record, choice, cfg, fps))
         if dataset.index.mode == "latents":
             return latent_sample(record, choice.section, conditions, meta, choice.before)
         return pixel_sample(dataset, record.clip, choice, packing.span(schedule), conditions, meta)
@@ -200,6 +203,28 @@ class Samples:
         if dataset.index.mode == "pixels":
             clip, fps = dataset.record(number).clip, dataset.index.fps
             read_span(dataset.video(clip), fps, round(clip.start * fps), clip.frames, CHECK_SIZE)
+
+
+def by_importance(
+    rng: np.random.Generator,
+    schedule: packing.Schedule,
+    record: Record,
+    choice: Choice,
+    cfg: DataConfig,
+    fps: float,
+) -> Section:
+    """Return the section of a sample, its history ordered by importance. `fps` counts latents."""
+    assert record.latents is not None, "a dataset of pixels is refused"
+    timeline, first = Timeline.of(record.latents[None]), choice.section.targets[0]
+    if not first:
+        return choice.section
+    if cfg.estimate == "last":
+        estimate = timeline.read([first - 1])[:, 0]
+    else:
+        truth = timeline.read(choice.section.targets).mean(axis=1, dtype=np.float32)
+        noise = rng.standard_normal(truth.shape, np.float32)
+        estimate = (1 - cfg.estimate_noise) * truth + cfg.estimate_noise * noise
+    return packing.by_importance(choice.section, schedule, timeline, estimate, fps)[0]
 
 
 def latent_sample(

@@ -48,19 +48,30 @@ class Inputs:
         return self.conditions[section if len(self.conditions) > 1 else 0]
 
 
-def contexts(
-    pipe: "FramePack", section: Section, timeline: Timeline, settings: Settings
-) -> tuple[PackedContext, PackedContext | None]:
-    """Return the context of a section, and that of the second pass of guidance, None for the same.
-    History is discretized if the schedule says so."""
+def by_importance(pipe: "FramePack", section: Section, timeline: Timeline) -> list[Section]:
+    """Return a section as each sample reads it: one for all, or one for each sample if the history
+    is ordered by its similarity to the last frame before the section."""
+    last = section.targets[0] - 1
+    if not pipe.schedule.importance or last < 0:
+        return [section]
+    fps = pipe.sampling.fps / pipe.vae.cfg.time_compression
+    estimate = timeline.read([last])[:, 0]
+    return packing.by_importance(section, pipe.schedule, timeline, estimate, fps)
 
-    def read(section: Section) -> PackedContext:
-        context = packing.read_context(section, timeline)
+
+def contexts(
+    pipe: "FramePack", sections: Sequence[Section], timeline: Timeline, settings: Settings
+) -> tuple[PackedContext, PackedContext | None]:
+    """Return the context of a section, given for each sample or once for all, and that of the
+    second pass of guidance, None for the same. History is discretized if the schedule says so."""
+
+    def read(sections: Sequence[Section]) -> PackedContext:
+        context = packing.read_each(sections, timeline)
         return jax.device_get(packing.discretize(context, pipe.schedule, pipe.codebook))
 
     if not settings.guides_by_history:
-        return read(section), None
-    return read(section), read(packing.without_history(section, pipe.schedule))
+        return read(sections), None
+    return read(sections), read([packing.without_history(s, pipe.schedule) for s in sections])
 
 
 def encode(

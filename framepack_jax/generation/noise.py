@@ -43,7 +43,7 @@ def _normal(seed: int, section: int, shape: tuple[int, ...], stage: int = 0) -> 
 
 def draw_history(
     schedule: Schedule,
-    section: Section,
+    sections: Sequence[Section],
     context: PackedContext,
     start: int,
     factor: float,
@@ -51,11 +51,16 @@ def draw_history(
     number: int,
 ) -> HistoryNoise | None:
     """Draw the noise of the history of section `number`, for a sample of each seed; None if
-    `factor` is 0. The first `start` latent frames and the anchor have none."""
+    `factor` is 0. The first `start` latent frames and the anchor have none.
+
+    `sections` is the section as each sample reads it, or as all do."""
     if not factor:
         return None
-    ages, given = history_ages(schedule), given_frames(section, start)
-    history = ((np.asarray(a) >= 0) & ~g for a, g in zip(ages, given, strict=True))
+    given = (
+        np.stack(each) for each in zip(*(given_frames(s, start) for s in sections), strict=True)
+    )
+    ages = (np.asarray(group)[None] >= 0 for group in history_ages(schedule))
+    history = tuple(age & ~mask for age, mask in zip(ages, given, strict=True))
     keys = [jax.random.fold_in(jax.random.fold_in(key_of(s), number), HISTORY) for s in seeds]
 
     def normal(group: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -63,7 +68,7 @@ def draw_history(
         return np.stack(list(draws))
 
     noise = (normal(group, frames.shape[1:]) for group, frames in enumerate(context.latents))
-    return HistoryNoise(np.float32(factor), tuple(noise), tuple(mask[None] for mask in history))
+    return HistoryNoise(np.float32(factor), tuple(noise), history)
 
 
 def key_of(seed: int) -> jax.Array:

@@ -333,10 +333,11 @@ class FramePack:
             draws = draw(self.sampling.recipe, seeds, i, shape) if noise is None else noise[i]
             draws = [draws] if isinstance(draws, np.ndarray | jax.Array) else draws
             how = settings.of_section(self.sampling, i, self.dtype)
-            context, other = encoding.contexts(self, section, timeline, settings)
+            read = encoding.by_importance(self, section, timeline)
+            context, other = encoding.contexts(self, read, timeline, settings)
             given = GivenFrames(*packing.read_target(section, timeline))
             noise_of_history = draw_history(
-                self.schedule, section, context, start, settings.history_noise, seeds, i
+                self.schedule, read, context, start, settings.history_noise, seeds, i
             )
             negative = inputs.of(i) if settings.guides_by_history else inputs.negative
             with self.on_mesh():

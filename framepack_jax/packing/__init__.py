@@ -5,6 +5,7 @@ schedule    the grammar of a packing schedule
 form        the forms of schedules that can be sampled
 orders      what the passes of each order make and read
 sections    the plan: what every section writes and reads
+importance  history by similarity to the section instead of by time
 timeline    latent frames at absolute positions, and the context gathered from them
 tokens      seconds, frames, sections and tokens
 codebook    discretized history
@@ -18,6 +19,7 @@ reads those of frames that are not there yet.
 
 from framepack_jax.packing.buckets import BUCKETS_480P, find_bucket
 from framepack_jax.packing.codebook import discretize
+from framepack_jax.packing.importance import by_importance
 from framepack_jax.packing.kernels import (
     TAIL_POOL,
     ScheduleError,
@@ -61,6 +63,7 @@ from framepack_jax.packing.timeline import (
     PackedContext,
     Timeline,
     read_context,
+    read_each,
     read_target,
 )
 from framepack_jax.packing.tokens import (
@@ -97,6 +100,7 @@ __all__ = [
     "Tail",
     "Timeline",
     "anchor_position",
+    "by_importance",
     "context_tokens",
     "discretize",
     "drop_context",
@@ -115,6 +119,7 @@ __all__ = [
     "plan",
     "position_at",
     "read_context",
+    "read_each",
     "read_target",
     "reads_far_back",
     "reads_nearby",

@@ -81,6 +81,8 @@ def _reads(schedule: Schedule, sections: int) -> str:
     except ScheduleError as error:
         return f"not to be sampled: {error}"
     lines = [f"plan of {sections} sections (positions in latent frames, - is missing history):"]
+    if schedule.importance:
+        lines.append(f"in order of time; {schedule.importance} orders the frames by their content")
     for number, section in enumerate(made, 1):
         reads = "  ".join(f"{g.kernel}: {_positions(g.reads)}" for g in section.groups)
         lines.append(f"  {number}. makes {_positions(section.targets)}  reads {reads}")

@@ -2,16 +2,17 @@
 
 Source: arXiv 2504.12626, sections 3.1 to 3.4, whose variant strings are the grammar here.
 
-    schedule = item ("_" item)* ["+D" [number]] ["@" order]      f1k1_x_g9_f1k1f2k2f16k4_td
+    schedule = item ("_" item)* ["+D" [number]] ["~" importance] ["@" order]
     item     = context | "g" frames | "x" | tail
     context  = ("f" frames kernel)+                  contiguous frames, earlier to the left
     kernel   = "k" n | "k" t "h" h "w" w             k1 = (1,2,2), k2 = (2,4,4), k4 = (4,8,8), ...
     tail     = "td" | "ta" | "tc"                    delete | append | compress the far history
+    importance = "cos" | "hybrid(" decimal ")"       of the history, in place of its time
     order    = "inverted" | "forward" | "endpoint" | "planned(" number ")"
 
-Items stand in time order. The *order* says in which sequence sections are generated; by
-default it is that of the released models, or the paper, for a schedule of this form. The grammar
-of an order is ours: the paper describes orders in words.
+Items stand in time order: f1k1_x_g9_f1k1f2k2f16k4_td. The *order* says in which sequence sections
+are generated; by default it is that of the released models, or the paper, for a schedule of this
+form. The grammar of an order and of importance is ours: the paper describes them in words.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ DEFAULT_CODEBOOK = 128
 ORDERS = ("inverted", "forward", "endpoint", "planned")
 
 _SEGMENT = re.compile(rf"f({NUMBER})({KERNEL})")
+_IMPORTANCE = re.compile(r"cos|hybrid\(([0-9]+(?:\.[0-9]+)?)\)")
 _ORDER = re.compile(rf"inverted|forward|endpoint|planned\(({NUMBER})\)")
 
 
@@ -90,14 +92,17 @@ class Schedule:
     """A parsed schedule with its order; `str` returns the text that was parsed.
 
     `discretize` is None, or the text after "+D": "" for the default codebook size, or a number.
+    `importance` orders the history, see `packing.importance`; "" is by time.
     """
 
     items: tuple[Item, ...]
     order: str
     discretize: str | None = None
+    importance: str = ""
 
     def __str__(self) -> str:
         suffix = "" if self.discretize is None else f"+D{self.discretize}"
+        suffix += f"~{self.importance}" if self.importance else ""
         usual = self.order == _default_order(self.items)
         return "_".join(map(str, self.items)) + suffix + ("" if usual else f"@{self.order}")
 
@@ -145,6 +150,12 @@ class Schedule:
         return int(match[1] or 0) if match else 0
 
     @property
+    def nearness(self) -> float:
+        """Weight of nearness in time beside similarity, lambda of equation 5."""
+        match = _IMPORTANCE.fullmatch(self.importance)
+        return float(match[1] or 0) if match else 0.0
+
+    @property
     def codebook(self) -> int | None:
         """Number of entries of the history codebook; None without discretization."""
         return None if self.discretize is None else int(self.discretize or DEFAULT_CODEBOOK)
@@ -157,6 +168,7 @@ def parse(text: str, order: str | None = None) -> Schedule:
     that no weights can embed.
     """
     whole, at, own = text.partition("@")
+    whole, tilde, importance = whole.partition("~")
     body, plus, discretize = whole.partition("+")
     if plus and not re.fullmatch(rf"D({NUMBER})?", discretize):
         raise ScheduleError(
@@ -171,7 +183,29 @@ def parse(text: str, order: str | None = None) -> Schedule:
             f"schedule {text!r}: order {order!r}: expected inverted, forward, endpoint or, with the"
             " number of sections from one endpoint to the next, planned(4)"
         )
-    return Schedule(items, order, discretize[1:] if plus else None)
+    schedule = Schedule(items, order, discretize[1:] if plus else None, importance)
+    if tilde:
+        _check_importance(schedule, text)
+    return schedule
+
+
+def _check_importance(schedule: Schedule, text: str) -> None:
+    """Raise ScheduleError if the history cannot be ordered by importance."""
+    where = f"schedule {text!r}: importance {schedule.importance!r}"
+    if not _IMPORTANCE.fullmatch(schedule.importance):
+        raise ScheduleError(f"{where}: expected ~cos, or with the weight of time, ~hybrid(1)")
+    if schedule.order != "forward":
+        raise ScheduleError(
+            f"{where} in order {schedule.order!r}: expected the order forward, whose history is all"
+            " that comes before a section"
+        )
+    if schedule.tail:
+        raise ScheduleError(
+            f"{where} with the tail {schedule.tail[:2]}: a tail is the frames that are far in time;"
+            " expected td"
+        )
+    if not schedule.segments:
+        raise ScheduleError(f"{where}: the schedule reads no history")
 
 
 def _parse_item(item: str, schedule: str) -> Item:

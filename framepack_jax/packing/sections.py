@@ -75,6 +75,11 @@ def plan(
             f"schedule {schedule}: only sections in forward order can have an anchor apart or"
             " be decoded alone"
         )
+    if (apart or alone) and schedule.importance:
+        raise ScheduleError(
+            f"schedule {schedule}: history ordered by importance needs sections that are decoded"
+            " together, and an anchor that is part of the video"
+        )
     if not schedule.segments and sections > 1:
         raise ScheduleError(
             f"schedule {schedule} reads no context, so its sections would not follow each other;"
@@ -151,6 +156,8 @@ def span(schedule: Schedule) -> int:
 def reads_far_back(schedule: Schedule) -> bool:
     """Return True if sections read more of what is far before them than the first frame."""
     form = form_of(schedule)
+    if schedule.importance:
+        return True
     return not form.backward and (form.anchor.frames > 1 or bool(form.tail))
 
 

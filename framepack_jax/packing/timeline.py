@@ -37,6 +37,12 @@ class Timeline:
         self.latents[:, list(positions)] = latents
         self.known[list(positions)] = True
 
+    def sample(self, number: int) -> "Timeline":
+        """Return the timeline of one sample, without a copy."""
+        timeline = Timeline.__new__(Timeline)
+        timeline.latents, timeline.known = self.latents[number : number + 1], self.known
+        return timeline
+
     def view(self, positions: range) -> np.ndarray:
         """Return latents (B, len(positions), H, W, C) at adjacent positions, without a copy. Raises
         ValueError if a position is not known yet."""
@@ -85,6 +91,14 @@ def read_target(section: Section, timeline: Timeline) -> tuple[np.ndarray, np.nd
     known = timeline.known[list(section.targets)]
     positions = np.where(known, section.targets, MISSING)
     return timeline.read(positions), known
+
+
+def read_each(sections: Sequence[Section], timeline: Timeline) -> PackedContext:
+    """Gather the context of a section of each sample, or of one section for all samples."""
+    if len(sections) == 1:
+        return read_context(sections[0], timeline)
+    each = [read_context(s, timeline.sample(i)) for i, s in enumerate(sections)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *each)
 
 
 def read_context(section: Section, timeline: Timeline) -> PackedContext:

@@ -269,6 +269,11 @@ def set_up(
     model.spec.check_kernels(model.cfg, model.spec.context_kernels(schedule))
     model.spec.check_mesh(model.cfg, mesh)
     check_batch(cfg.batch, cfg.grad_accum_steps, mesh)
+    if cfg.history.drop_oldest and schedule.importance:
+        raise ValueError(
+            f"--history.drop-oldest {cfg.history.drop_oldest:g} with schedule {schedule}: history"
+            " ordered by importance has no oldest places; give --history.drop-history"
+        )
     tx = optimizer.make(cfg.optimizer, model.spec.stacks)
     abstract, frozen = state.abstract_state(cfg, model, tx, mesh)
     encode = _encoder(manifest) if pixels else None

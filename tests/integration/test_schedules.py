@@ -22,6 +22,7 @@ from tests.fixtures.training_data import write_dataset
 from tests.fixtures.training_steps import RATE, changed, on, set_up, train_of
 
 TAILS = ("tc_f2k2f1k1_g2", "ta_f2k2f1k1_g2")
+IMPORTANCE = "f1k1_x_f2k4f2k2f1k1_g2~hybrid(0.5)"
 # Few frames of each kernel, so that clips of nine latents fill all.
 RATE_64 = "td_f2k64h1w1f2k16h2w2f2k4h4w4f1k1h8w8_g2"
 
@@ -32,7 +33,7 @@ def dataset(tmp_path_factory):
     return folder, write_dataset(folder, {(32, 48): (9, 9, 9, 11)})
 
 
-@pytest.mark.parametrize("text", [SYMMETRIC, ENDPOINT, RATE_64, *TAILS])
+@pytest.mark.parametrize("text", [SYMMETRIC, ENDPOINT, RATE_64, *TAILS, IMPORTANCE])
 def test_a_schedule_trains_and_samples(dataset, text: str) -> None:
     folder, clips = dataset
     schedule = packing.parse(text)
@@ -66,6 +67,14 @@ def test_a_schedule_trains_and_samples(dataset, text: str) -> None:
         assert timeline.known.all() and np.isfinite(timeline.latents).all()
         assert timeline.latents.shape[1] == 1 + 2 * sections
     assert sampler.step._cache_size() == len(packing.pass_frames(schedule))
+
+    # The video of five sections, resumed after two of them.
+    plan, whole = packing.plan(schedule, 5), timeline.latents
+    resumed = pipe.timeline(plan, inputs.given)
+    done = [p for section in plan[:2] for p in section.targets]
+    resumed.write(done, whole[:, done])
+    *_, (_, timeline) = pipe.sample(plan, inputs, settings, timeline=resumed, done=2)
+    np.testing.assert_array_equal(timeline.latents, whole)
 
 
 def pipe_of(task, schedule: packing.Schedule, params) -> FramePack:

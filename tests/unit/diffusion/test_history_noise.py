@@ -35,7 +35,7 @@ def section_of(schedule: packing.Schedule, number: int):
 def test_a_step_reads_what_a_training_sample_reads(text: str, number: int) -> None:
     schedule, keys = packing.parse(text), jax.random.split(jax.random.key(1), 2)
     section, context = section_of(schedule, number)
-    drawn = draw_history(schedule, section, context, 1, 0.5, [3, 4], number)
+    drawn = draw_history(schedule, [section], context, 1, 0.5, [3, 4], number)
     assert drawn is not None
     shapes = (frames.shape[1:] for frames in context.latents)
     own = tuple(
@@ -66,7 +66,7 @@ def test_noise_follows_the_seed_the_section_and_the_group() -> None:
     section, context = section_of(schedule, 1)
 
     def drawn(seeds: list[int], number: int) -> list[np.ndarray]:
-        made = draw_history(schedule, section, context, 1, 0.1, seeds, number)
+        made = draw_history(schedule, [section], context, 1, 0.1, seeds, number)
         assert made is not None
         return [np.asarray(x) for x in made.noise]
 
@@ -76,7 +76,7 @@ def test_noise_follows_the_seed_the_section_and_the_group() -> None:
     of_target = draw(Sampling().recipe, [3], 1, (1, 4, 4, 2))[0]
     first = [of_target[0, 0], *(x[0, 0] for x in both), *(x[0, 0] for x in drawn([3], 2))]
     assert len({frame.tobytes() for frame in first}) == len(first)
-    assert draw_history(schedule, section, context, 1, 0.0, [3], 1) is None
+    assert draw_history(schedule, [section], context, 1, 0.0, [3], 1) is None
 
 
 class ReadsHistory:
