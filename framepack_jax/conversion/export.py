@@ -93,7 +93,8 @@ class Export:
         naming: Names of the tensors, a key of `TABLES`.
         dtype: Type of the written tensors; None keeps the stored types.
 
-    Raises ConversionError if the network has no names in that naming or is quantized, BundleError.
+    Raises ConversionError if the network has no names in that naming, is causal in its frames or is
+    quantized, BundleError.
     """
 
     def __init__(
@@ -106,6 +107,11 @@ class Export:
     ) -> None:
         self.root, self.manifest, self.role = root, manifest, role
         _, self.cfg = bundle.role_config(manifest, role)
+        if getattr(self.cfg, "causal", False):
+            raise ConversionError(
+                f"bundle {root}: no frame of the {role}'s target reads a later one (causal), and"
+                " other programs would let it; train without --causal to export"
+            )
         stored = bundle.stored_dtypes(root, manifest, role)
         if kept := set(quantization.QUANTIZED).intersection(stored.values()):
             raise ConversionError(

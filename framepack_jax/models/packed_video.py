@@ -1,8 +1,9 @@
 """Packed video as tokens, alike for all families: patch embeddings, RoPE, and checks of both.
 
 The transformer reads [coarse context .. fine context][target], each part under the patch embedding
-of its kernel. A family's config has `width`, `in_channels`, `heads`, `context_kernels`, `rope_axes`
-and `rope_theta` (`PackedConfig`). Source: FramePack (arXiv 2504.12626, section 3.2).
+of its kernel. A family's config has `width`, `in_channels`, `heads`, `context_kernels`,
+`rope_axes`, `rope_theta` and `causal` (`PackedConfig`).
+Source: FramePack (arXiv 2504.12626, section 3.2).
 
 Shapes: B batch, T F latent frames, H W latent rows and columns, C channels, L tokens, D width.
 """
@@ -22,6 +23,7 @@ from framepack_jax.models import lora_layers
 from framepack_jax.models.master_weights import cast_others
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
+from framepack_jax.ops.causal_frames import TargetFrames
 from framepack_jax.ops.rope import Table, rope_table
 from framepack_jax.packing import (
     TAIL_POOL,
@@ -38,7 +40,8 @@ PATCH = "k1"
 class PackedConfig(Protocol):
     """Sizes that packed video needs of a transformer.
 
-    `context_kernels` names the patch embeddings for context; a base model has none.
+    `context_kernels` names the patch embeddings for context; a base model has none. If `causal`, no
+    token reads a later frame of the target (`ops.causal_frames`).
     """
 
     @property
@@ -53,6 +56,8 @@ class PackedConfig(Protocol):
     def rope_axes(self) -> tuple[int, int, int]: ...
     @property
     def rope_theta(self) -> float: ...
+    @property
+    def causal(self) -> bool: ...
 
 
 class EmbedVideo(nn.Module):
@@ -124,6 +129,22 @@ def rope_tables(cfg: PackedConfig, shape: tuple[int, ...], context: PackedContex
 def target_length(shape: tuple[int, ...]) -> int:
     """Return the number of tokens of a target (B, T, H, W, C)."""
     return shape[1] * (shape[2] // 2) * (shape[3] // 2)
+
+
+def causal_frames(cfg: PackedConfig, shape: tuple[int, ...], length: int) -> TargetFrames | None:
+    """Return the place of a target (B, T, H, W, C), the last of `length` tokens, if attention is
+    causal in its frames; else None."""
+    target = target_length(shape)
+    frames = TargetFrames(length - target, shape[1], target // shape[1])
+    return frames if cfg.causal else None
+
+
+def attention_pairs(cfg: PackedConfig, length: int, target: int, frames: int) -> int:
+    """Count the pairs of a query and a key that it reads, of `length` tokens, of which `target`
+    belong to that many frames of the target."""
+    if not cfg.causal:
+        return length**2
+    return length * (length - target) + target * (target + target // frames) // 2
 
 
 def check_size(shape: tuple[int, ...]) -> None:

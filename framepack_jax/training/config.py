@@ -294,6 +294,10 @@ class TrainConfig(RunConfig):
     them for each sample. The distilled release is sampled with 10; training data show the value 1,
     no guidance."""
     history: HistoryConfig = HistoryConfig()
+    causal: bool = False
+    """Let each latent frame of a section read the frames up to itself and the context, and no later
+    frame (CausVid, as in arXiv 2504.12626, table 2). The bundle of the run is sampled so. A bundle
+    that is causal already stays causal."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype that blocks compute in. Trained parameters are float32, frozen ones of this dtype."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -327,6 +331,11 @@ def _check(cfg: TrainConfig) -> None:
         raise ValueError(
             f"--data.empty-start {cfg.data.empty_start:g} with --trainable lora: adapters cannot"
             " tell sampling that videos start empty, a bundle can; give --trainable all"
+        )
+    if cfg.causal and cfg.trainable == "lora" and not cfg.lora.context:
+        raise ValueError(
+            "--causal with --trainable lora: adapters cannot tell sampling that no frame reads a"
+            " later one, a bundle can; give --trainable all or context, or --lora.context"
         )
     if cfg.codebook and cfg.trainable == "lora" and not cfg.lora.context:
         raise ValueError(

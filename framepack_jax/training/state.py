@@ -97,13 +97,15 @@ class Model(NamedTuple):
 
 
 def model_of(cfg: TrainConfig, manifest: bundle.Manifest) -> Model:
-    """Return the transformer of a bundle, with the sizes in `cfg.network`. Raises BundleError, and
-    ValueError if this trainer cannot train it as configured."""
+    """Return the transformer of a bundle, with the sizes in `cfg.network`, and causal if `cfg` says
+    so. Raises BundleError, and ValueError if this trainer cannot train it as configured."""
     spec, config = bundle.denoiser_config(manifest)
     _check_objective(cfg, manifest, spec)
     if cfg.network:
         fields = dataclasses.asdict(config) | dict(cfg.network)
         config = bundle.config_from_json(type(config), fields)
+    if cfg.causal:
+        config = dataclasses.replace(config, causal=True)
     return Model(spec, config)
 
 

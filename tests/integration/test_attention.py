@@ -10,6 +10,7 @@ ON_MESH = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
 from framepack_jax.ops import attention, splash
+from framepack_jax.ops.causal_frames import TargetFrames, attend_by_frame
 from framepack_jax.parallel import sharding
 
 interpreted = functools.partial(splash.attend, interpret=True)
@@ -46,6 +47,21 @@ for sizes, kernel, causal in CASES:
     with jax.set_mesh(sharding.make_mesh(**sizes, devices=devices)), attention.use(kernel):
         found = jax.jit(functools.partial(both, causal))(q, k, valid)
     check(one[causal], found, sizes, kernel)
+
+frames = TargetFrames(9, 3, 8)
+
+def by_frame(q, k):
+    def loss(q, k):
+        out = attend_by_frame(q, k, jnp.sin(k), valid, None, frames)
+        return jnp.sum(jnp.sin(jnp.where(valid[:, :, None, None], out, 0)))
+    return jax.value_and_grad(loss, (0, 1))(q, k)
+
+with attention.use("xla"):
+    one = jax.jit(by_frame)(q, k)
+for sizes in ({"fsdp": 2, "context": 3}, {"fsdp": 2, "context": 4}):
+    devices = jax.devices()[: np.prod(list(sizes.values()))]
+    with jax.set_mesh(sharding.make_mesh(**sizes, devices=devices)), attention.use("xla"):
+        check(one, jax.jit(by_frame)(q, k), sizes, "by frame")
 
 few = jax.random.normal(jax.random.key(3), (2, 7, 6, 8))
 

@@ -473,6 +473,10 @@ def test_masked_tokens_of_a_tail_are_masked_on_a_mesh(measured):
     assert measured["tail"]["velocity"] < 5e-6 and measured["tail"]["gradient"] < 3e-5
 
 
+def test_frames_that_read_no_later_frame_are_divided(measured):
+    assert measured["causal"]["velocity"] < 5e-6 and measured["causal"]["gradient"] < 3e-5
+
+
 def test_the_sampler_on_a_mesh_makes_what_one_device_makes(measured):
     assert measured["sampler"] < 1e-5
 
@@ -508,6 +512,7 @@ def main(meshes: list[str]) -> None:
     first = jax.tree.map(lambda x: x[:1], (arrays, target))
     expected = jax.device_get(jax.jit(gradient)(params, *first))
     found[ONE_SAMPLE] = on_mesh(ONE_SAMPLE, gradient, params, first, expected)
+    found["causal"] = of_causal(cfg, params, *first)
     found["tail"] = of_tail(gradient, params, arrays, target)
     found["wan"] = of_wan()
     found["sampler"] = of_sampler(cfg, params, arrays)
@@ -515,6 +520,19 @@ def main(meshes: list[str]) -> None:
     found["umt5"] = of_umt5()
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps(found))
+
+
+def of_causal(cfg: TransformerConfig, params, arrays, target) -> dict:
+    """One sample whose frames read no later frame, on a mesh that divides heads and queries."""
+    cfg = dataclasses.replace(cfg, causal=True)
+
+    def loss(params, arrays, target):
+        velocity = transformer.velocity(cfg, params, *arrays)
+        return jnp.mean((velocity - target) ** 2), velocity
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    expected = jax.device_get(jax.jit(gradient)(params, arrays, target))
+    return on_mesh(ONE_SAMPLE, gradient, params, (arrays, target), expected)
 
 
 def of_tail(gradient, params, arrays, target) -> dict:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from framepack_jax.models.hunyuan.config import TransformerConfig
 from framepack_jax.models.transformer_parts import divide_columns, gated, merge_heads, modulate
 from framepack_jax.ops.attention import attend, to_heads
+from framepack_jax.ops.causal_frames import TargetFrames, attend_by_frame
 from framepack_jax.ops.rope import Table, apply_rope
 from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain
 
@@ -50,6 +51,7 @@ class DoubleBlock(nn.Module):
         rope: Table,
         valid: jax.Array,
         masked: jax.Array | None = None,
+        frames: TargetFrames | None = None,
     ) -> Streams:
         cfg = self.cfg
         img, txt = streams
@@ -69,7 +71,8 @@ class DoubleBlock(nn.Module):
 
         both = zip(project("img", img), project("txt", txt), strict=True)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in both)
-        attention = attend(apply_rope(q, rope), apply_rope(k, rope), v, valid, masked)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        attention = attend_by_frame(q, k, v, valid, masked, frames)
         length = img.shape[1]
         return finish("img", img, attention[:, :length]), finish("txt", txt, attention[:, length:])
 
@@ -98,13 +101,15 @@ class SingleBlock(nn.Module):
         rope: Table,
         valid: jax.Array,
         masked: jax.Array | None = None,
+        frames: TargetFrames | None = None,
     ) -> jax.Array:
         cfg = self.cfg
         shift, scale, gate = _modulation(cfg, vec, 3, "mod")
         normed = modulate(x, shift, scale)
         q, k, v = _qkv(cfg, normed, "qkv")
         q, k = _head_norm(q, "q_norm"), _head_norm(k, "k_norm")
-        attention = merge_heads(attend(apply_rope(q, rope), apply_rope(k, rope), v, valid, masked))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        attention = merge_heads(attend_by_frame(q, k, v, valid, masked, frames))
         hidden = _mlp_in(cfg, normed, "mlp_in")
         out = nn.Dense(cfg.width, use_bias=False, name="attn_out")(attention)
         return gated(x, gate, out + nn.Dense(cfg.width, name="mlp_out")(hidden))

@@ -14,7 +14,8 @@ class TransformerConfig:
     """Sizes of the network.
 
     `context_kernels` names the patch embeddings for context. A base HunyuanVideo model has none,
-    and no image projection (`image_dim` None).
+    and no image projection (`image_dim` None). If `causal`, no token reads a later frame of the
+    target.
     """
 
     in_channels: Size = 16
@@ -32,6 +33,7 @@ class TransformerConfig:
     rope_axes: tuple[Size, Size, Size] = (16, 56, 56)
     rope_theta: Positive = 256.0
     context_kernels: tuple[str, ...] = ("k1", "k2", "k4")
+    causal: bool = False
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@ import math
 
 from framepack_jax import packing
 from framepack_jax.models.hunyuan.config import TransformerConfig
-from framepack_jax.models.packed_video import PATCH
+from framepack_jax.models.packed_video import PATCH, attention_pairs
 
 
 def forward_flops(
@@ -64,8 +64,10 @@ def attention_flops(
 ) -> int:
     """Return the part of `forward_flops` in attention."""
     length = _packed_tokens(schedule, rows, columns) + image + text
+    target = packing.target_tokens(schedule, rows, columns)
+    pairs = attention_pairs(cfg, length, target, schedule.window)
     layers = cfg.double_layers + cfg.single_layers
-    return 4 * cfg.width * (layers * length**2 + cfg.refiner_layers * text**2)
+    return 4 * cfg.width * (layers * pairs + cfg.refiner_layers * text**2)
 
 
 def _packed_tokens(schedule: packing.Schedule, rows: int, columns: int) -> int:

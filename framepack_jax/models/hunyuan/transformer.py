@@ -25,6 +25,7 @@ from framepack_jax.models.hunyuan.embed import Conditions, EmbedConditions, Embe
 from framepack_jax.models.packed_video import (
     EmbedVideo,
     cast_embedders,
+    causal_frames,
     check_kernels,
     check_size,
     rope_tables,
@@ -33,6 +34,7 @@ from framepack_jax.models.packed_video import (
 from framepack_jax.models.params import Params
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.transformer_parts import divide_stream
+from framepack_jax.ops.causal_frames import TargetFrames
 from framepack_jax.ops.rope import Table, rope_table
 from framepack_jax.packing import PackedContext
 
@@ -40,7 +42,8 @@ from framepack_jax.packing import PackedContext
 class Tokens(NamedTuple):
     """Input of the blocks: the streams `img` (B, L_img, D) and `txt` (B, L_txt, D), the modulation
     vector `vec` (B, D), RoPE tables of the image tokens, `valid` (B, L), and the number `masked`
-    (B,) of the first image tokens that are not read, if any."""
+    (B,) of the first image tokens that are not read, if any. `frames` is the place of the
+    target, if no token reads a later frame of it."""
 
     img: jax.Array
     txt: jax.Array
@@ -48,6 +51,7 @@ class Tokens(NamedTuple):
     rope: Table
     valid: jax.Array
     masked: jax.Array | np.ndarray | None = None
+    frames: TargetFrames | None = None
 
 
 def velocity(
@@ -109,8 +113,9 @@ def jit_embed(
     unmasked = jnp.ones((x.shape[0], img.shape[1] + embedded.image.shape[1]), bool)
     valid = jnp.concatenate([unmasked, conditions.text_valid], axis=1)
     rope = rope_tables(cfg, x.shape, context)
+    frames = causal_frames(cfg, x.shape, img.shape[1])
     img, txt = divide_stream(img), divide_stream(txt)
-    return Tokens(img, txt, embedded.vec, rope, valid, context.masked)
+    return Tokens(img, txt, embedded.vec, rope, valid, context.masked, frames)
 
 
 def refine_text(

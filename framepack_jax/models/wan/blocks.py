@@ -23,6 +23,7 @@ from framepack_jax.models.transformer_parts import (
 )
 from framepack_jax.models.wan.config import WanConfig
 from framepack_jax.ops.attention import attend, to_heads
+from framepack_jax.ops.causal_frames import TargetFrames, attend_by_frame
 from framepack_jax.ops.rope import Table, apply_rope
 from framepack_jax.parallel.sharding import BATCH, TOKENS, constrain
 
@@ -66,11 +67,12 @@ class Block(nn.Module):
         modulation: Streams,
         rope: Table,
         masked: jax.Array | None = None,
+        frames: TargetFrames | None = None,
     ) -> Streams:
         cfg = self.cfg
         table = self.param("modulation", nn.initializers.normal(cfg.width**-0.5), (6, cfg.width))
         parts = modulation.map(lambda m: m + table.astype(jnp.float32)[None])
-        streams = self.self_attention(streams, parts, rope, masked)
+        streams = self.self_attention(streams, parts, rope, masked, frames)
         read = self.cross_attention(text)
         if cfg.prompt_to_target:
             streams = streams._replace(target=read(streams.target))
@@ -79,7 +81,12 @@ class Block(nn.Module):
         return self.feed_forward(streams, parts)
 
     def self_attention(
-        self, streams: Streams, parts: Streams, rope: Table, masked: jax.Array | None
+        self,
+        streams: Streams,
+        parts: Streams,
+        rope: Table,
+        masked: jax.Array | None,
+        frames: TargetFrames | None,
     ) -> Streams:
         cfg = self.cfg
         qkv = nn.DenseGeneral((3, cfg.heads, cfg.head_dim), name="qkv")
@@ -98,7 +105,7 @@ class Block(nn.Module):
         if cfg.context_key_scale != "none":
             each = fused.split(k)
             k = each._replace(context=self.scale_keys(each.context)).joined()
-        attention = fused.split(attend(q, k, v, masked=masked))
+        attention = fused.split(attend_by_frame(q, k, v, None, masked, frames))
         return streams.map(
             lambda x, a, m: gated(x, m[:, 2:3], out(merge_heads(a))), attention, parts
         )

@@ -16,7 +16,8 @@ class WanConfig:
     `context_kernels` names the patch embeddings for context: none for Wan, all three for Helios.
     With `clean_context` the blocks modulate context as at noise level 0, else as the target. With
     `prompt_to_target` only the target's tokens read the prompt. `context_key_scale` learns a factor
-    from 1 to 10 for the keys of context, for all heads or each.
+    from 1 to 10 for the keys of context, for all heads or each. If `causal`, no token reads a later
+    frame of the target.
     """
 
     in_channels: Size = 16
@@ -34,6 +35,7 @@ class WanConfig:
     clean_context: bool = False
     prompt_to_target: bool = False
     context_key_scale: Literal["none", "all", "each"] = "none"
+    causal: bool = False
 
     @property
     def width(self) -> int:

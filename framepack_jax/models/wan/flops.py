@@ -6,7 +6,7 @@ A compiler's own count takes the body of a loop once, however often it runs.
 import math
 
 from framepack_jax import packing
-from framepack_jax.models.packed_video import PATCH
+from framepack_jax.models.packed_video import PATCH, attention_pairs
 from framepack_jax.models.wan.config import WanConfig
 
 
@@ -35,7 +35,8 @@ def forward_flops(
     square = (width, width)
     block = products(length, (width, 3 * width), square, (width, cfg.mlp_dim), (cfg.mlp_dim, width))
     block += products(reading, square, square) + products(text, (width, 2 * width))
-    block += 4 * width * (length**2 + reading * text)
+    pairs = attention_pairs(cfg, length, target, schedule.window)
+    block += 4 * width * (pairs + reading * text)
 
     kernels = [(packing.embedding_kernel(segment.kernel)[0], n) for segment, n in context]
     embed = sum(

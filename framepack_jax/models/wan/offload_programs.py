@@ -37,7 +37,10 @@ def offload_programs(
     embedded = small, x, sigma, context, conditions
     tokens: Tokens = jax.eval_shape(functools.partial(jit_embed, cfg, dtype), *embedded)
     streams = jax.tree.map(divided, Streams(tokens.context, tokens.img))
-    inputs = jax.tree.map(replicated, (tokens.text, tokens.modulation, tokens.rope, tokens.masked))
+    inputs = jax.tree.map(
+        replicated,
+        (tokens.text, tokens.modulation, tokens.rope, tokens.masked, tokens.frames),
+    )
     block = layer_shapes(params["blocks"])
     vec = jax.tree.map(replicated, tokens.vec)
     return [

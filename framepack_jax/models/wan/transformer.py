@@ -20,6 +20,7 @@ from framepack_jax.models import lora_layers, scan
 from framepack_jax.models.packed_video import (
     EmbedVideo,
     cast_embedders,
+    causal_frames,
     check_kernels,
     check_size,
     rope_tables,
@@ -30,6 +31,7 @@ from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.transformer_parts import divide_stream, sinusoid
 from framepack_jax.models.wan.blocks import Block, Head, Streams
 from framepack_jax.models.wan.config import STACKS, WanConfig
+from framepack_jax.ops.causal_frames import TargetFrames
 from framepack_jax.ops.rope import Table, rope_table
 from framepack_jax.packing import PackedContext
 
@@ -55,7 +57,8 @@ def conditions_of_text(
 class Tokens(NamedTuple):
     """Input of the blocks: target tokens `img` (B, L, D), context tokens (B, L_context, D) or None,
     prompt (B, L_text, D), time vector `vec` (B, D), modulation (B, 6, D) of each stream, and RoPE
-    tables of all tokens. The first `masked` (B,) tokens of context, if any, are not read."""
+    tables of all tokens. The first `masked` (B,) tokens of context, if any, are not read.
+    `frames` is the place of the target, if no token reads a later frame of it."""
 
     img: jax.Array
     context: jax.Array | None
@@ -64,6 +67,7 @@ class Tokens(NamedTuple):
     modulation: Streams
     rope: Table
     masked: jax.Array | np.ndarray | None = None
+    frames: TargetFrames | None = None
 
 
 class EmbedText(nn.Module):
@@ -156,6 +160,7 @@ def jit_embed(
         modulation=Streams(of_context if length else None, of_target),
         rope=rope_tables(cfg, x.shape, context),
         masked=context.masked,
+        frames=causal_frames(cfg, x.shape, tokens.shape[1]),
     )
 
 
@@ -177,7 +182,7 @@ def _run(
     cfg: WanConfig, params: Params, tokens: Tokens, layers: slice, remat: str = "none"
 ) -> Streams:
     streams = Streams(tokens.context, tokens.img)
-    inputs = tokens.text, tokens.modulation, tokens.rope, tokens.masked
+    inputs = tokens.text, tokens.modulation, tokens.rope, tokens.masked, tokens.frames
     return scan.run(Block(cfg), params["blocks"], streams, *inputs, layers=layers, remat=remat)
 
 

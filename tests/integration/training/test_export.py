@@ -15,6 +15,8 @@ from framepack_jax import FramePack, Settings, bundle, packing, video
 from framepack_jax import __main__ as cli
 from framepack_jax.cli import export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
+from framepack_jax.conversion.export import Export
+from framepack_jax.conversion.file_formats import ConversionError
 from framepack_jax.data import loader
 from framepack_jax.data.config import DataConfig
 from framepack_jax.generation.options import VideoOptions
@@ -67,16 +69,20 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
 
 
 def test_a_run_with_an_empty_start_makes_videos_of_text(place, tmp_path) -> None:
-    """Its bundle says so, and sampling gives the network what training gave it, also the noise of
-    its history."""
+    """Its bundle says so, and sampling gives the network what training gave it: the noise of its
+    history, and attention that is causal."""
     schedule = "f1k1_x_f16k4f2k2f1k1_g2"
     train.main(flags(
         place, tmp_path / "run", "--data.empty-start", "0.5", "--schedule", schedule,
-        "--steps", "1", "--history.noisy", "0.25",
+        "--steps", "1", "--history.noisy", "0.25", "--causal",
     ))  # fmt: skip
     root = tmp_path / "run" / "bundle"
     assert bundle.read_manifest(root).sampling.empty_start
     assert not bundle.read_manifest(bundle.resolve("random")).sampling.empty_start
+    manifest = bundle.read_manifest(root)
+    assert bundle.role_config(manifest, "transformer")[1].causal
+    with pytest.raises(ConversionError, match="reads a later one \\(causal\\)"):
+        Export(root, manifest, "transformer")
     sample.main([
         "--bundle", str(root), "--prompt", "waves", "--sections", "2", "--steps", "1",
         "--output", str(tmp_path / "video"),

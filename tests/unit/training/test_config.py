@@ -44,6 +44,7 @@ def test_what_a_configuration_cannot_say_is_named(named, fields) -> None:
             {"data": DataConfig(empty_start=0.1), "trainable": "lora"},
             "--data.empty-start 0.1 with --trainable lora",
         ),
+        ({"causal": True, "trainable": "lora"}, "--causal with --trainable lora"),
         ({"reduce_dtype": "bfloat16"}, "--reduce-dtype bfloat16 with --dtype float32"),
         ({"optimizer": OptimizerConfig(learning_rate=float("nan"))}, "learning-rate nan"),
         ({"init": "bundle"}, "--init bundle takes a network as it is"),
