@@ -35,7 +35,7 @@ from framepack_jax.training.flow_matching_task import (
     schedule_of,
     set_up,
 )
-from framepack_jax.training.metrics import COST, sample_cost
+from framepack_jax.training.metrics import COST
 from framepack_jax.training.train_step import RATE, jit_train_step
 
 
@@ -131,7 +131,7 @@ def dry_run_training(
         " --optimizer.name adam8bit or adafactor"
     )
     program = compile_program("step", advice, task.frozen, lower, devices, training=True)
-    flops, tokens = sample_cost(task.model, task.schedule, batch, batch.target.shape[2:4])
+    cost = task.sample_cost(task.schedule, batch, batch.target.shape[2:4])
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(task.abstract.params))
     frozen = sum(math.prod(p.shape) for p in jax.tree.leaves(task.frozen))
     _, own = state.partition_factors(task.abstract.params)
@@ -145,8 +145,8 @@ def dry_run_training(
         state=sharding.placed_bytes(task.abstract),
         frozen=sharding.placed_bytes(task.frozen),
         program=program,
-        flops=flops * cfg.batch * COST[cfg.trainable],
-        tokens=tokens,
+        flops=round((cost.flops * COST[cfg.trainable] + cost.rollout_flops) * cfg.batch),
+        tokens=cost.tokens,
     )
 
 

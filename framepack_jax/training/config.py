@@ -132,6 +132,13 @@ class HistoryConfig:
     """Add noise to anchor and start image, each latent frame at a level of its own from LOW to
     HIGH, instead of that of --history.corrupt. Helios noises given images at 0.111 to 0.135."""
 
+    rollouts: Share = 0.0
+    """Fraction of steps, evenly spaced, whose history is the network's own prediction; 0.5 is every
+    second step. The true history is noised and denoised in one step. Anchor and start image stay
+    as they are. Costs another forward pass in these steps."""
+    rollout_level: Share = 0.5
+    """Highest noise level of --history.rollouts; the level of a sample is uniform from 0."""
+
     def __post_init__(self) -> None:
         if self.noisy and self.corrupt:
             raise ValueError(

@@ -34,3 +34,5 @@ class Draw(enum.IntEnum):
     ANCHOR_NOISE = 27
     RESAMPLE = 28
     RESAMPLE_SCALE = 29
+    ROLLOUT_LEVEL = 30
+    ROLLOUT_NOISE = 31

@@ -11,6 +11,7 @@ Shapes: B batch, w latent window, h W latent rows and columns, C channels.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,16 +45,18 @@ def sample_losses(
     shape = batch.target.shape[1:]
     noise = normal(keys, Draw.NOISE, shape)
     noise = constrain(noise, BATCH, *[None] * len(shape))
-    given = batch.conditions
-    conditions = model.spec.conditions(
-        given.text, given.text_valid, given.pooled, given.image, guidance_of(cfg.guidance, keys)
-    )
     velocity = model.spec.velocity(
         model.cfg, params, flow.interpolate(batch.target, noise, sigmas), sigmas, batch.context,
-        conditions, jnp.dtype(cfg.dtype), remat=cfg.remat,
+        conditions_of(cfg, model, batch, keys), jnp.dtype(cfg.dtype), remat=cfg.remat,
     )  # fmt: skip
     error = velocity - flow.velocity_target(batch.target, noise)
     return jnp.mean(jnp.square(error), axis=range(1, error.ndim))
+
+
+def conditions_of(cfg: TrainConfig, model: Model, batch: Batch, keys: jax.Array) -> Any:
+    """Return the conditions of samples as the network reads them."""
+    given, guidance = batch.conditions, guidance_of(cfg.guidance, keys)
+    return model.spec.conditions(given.text, given.text_valid, given.pooled, given.image, guidance)
 
 
 def sample_keys(key: jax.Array, elements: jax.Array) -> jax.Array:

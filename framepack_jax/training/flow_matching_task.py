@@ -26,7 +26,15 @@ from framepack_jax.models.params import merge_params
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.parallel import multihost
 from framepack_jax.parallel.sharding import BATCH
-from framepack_jax.training import checkpoints, flow_matching, metrics, optimizer, state, summary
+from framepack_jax.training import (
+    checkpoints,
+    flow_matching,
+    metrics,
+    optimizer,
+    rollouts,
+    state,
+    summary,
+)
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.history import Places, change_history
 from framepack_jax.training.host_facts import data_facts
@@ -97,7 +105,10 @@ class FlowMatchingTask:
         )
         ages = packing.history_ages(self.schedule)
         places = Places(ages, sections.target.shape[1], sections.given)
-        context = change_history(self.cfg.history, sections.context, places, keys, sigmas)
+        context = rollouts.with_rollouts(
+            self.cfg, self.model, params.transformer, self.schedule, sections, keys
+        )
+        context = change_history(self.cfg.history, context, places, keys, sigmas)
         sections = self.discretized(sections, context)
         losses = self.losses(params, sections, keys, sigmas)
         figures = {
@@ -232,7 +243,16 @@ class FlowMatchingTask:
             self.loader.abstract(bucket, schedule, frames),
         )
         size = self.loader.latent_size(bucket)
-        return batch, metrics.sample_cost(self.model, schedule, batch, size)
+        return batch, self.sample_cost(schedule, batch, size)
+
+    def sample_cost(self, schedule: packing.Schedule, batch: Any, size: tuple[int, int]) -> Cost:
+        """Return the cost of a sample of a batch, which may be abstract, of latents of `size`."""
+        cost = metrics.sample_cost(self.model, schedule, batch, size)
+        if share := self.cfg.history.rollouts:
+            history = schedule.with_window(rollouts.history_frames(schedule))
+            own = metrics.sample_cost(self.model, history, batch, size)
+            cost = cost._replace(rollout_flops=share * own.flops)
+        return cost
 
     def describe(self, step: int) -> Iterator[str]:
         """See `Task.describe`."""
@@ -269,6 +289,7 @@ def set_up(
     model.spec.check_kernels(model.cfg, model.spec.context_kernels(schedule))
     model.spec.check_mesh(model.cfg, mesh)
     check_batch(cfg.batch, cfg.grad_accum_steps, mesh)
+    rollouts.check(cfg, schedule)
     if cfg.history.drop_oldest and schedule.importance:
         raise ValueError(
             f"--history.drop-oldest {cfg.history.drop_oldest:g} with schedule {schedule}: history"

@@ -222,7 +222,8 @@ class Log:
         """Return tokens and model FLOPs a second, and the fraction of the chips' peak if known."""
         if not costs:
             return {}
-        work = self.flops_factor * sum(cost.flops for cost in costs) * samples
+        flops = (self.flops_factor * cost.flops + cost.rollout_flops for cost in costs)
+        work = sum(flops) * samples
         figures = {
             "tokens_per_second": sum(cost.tokens for cost in costs) * samples,
             "model_flops_per_second": work,

@@ -39,10 +39,12 @@ class StepMetrics(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """FLOPs of a forward pass and tokens of one sample."""
+    """FLOPs of a forward pass and tokens of one sample; FLOPs of predicting its history, as a mean
+    over steps."""
 
     flops: int
     tokens: int
+    rollout_flops: float = 0.0
 
 
 class Loader(Protocol):

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from framepack_jax import bundle
+from framepack_jax import bundle, packing
+from framepack_jax.data.batch import Batch, Conditions, Meta
 from framepack_jax.diffusion import flow, sampler, solver_table
 from framepack_jax.models import registry
 from framepack_jax.models.autoencoder import ROWS
@@ -33,6 +34,10 @@ from framepack_jax.models.wan.spec import TRANSFORMER as WAN
 from framepack_jax.models.wan.vae_config import WanVaeConfig
 from framepack_jax.ops import attention
 from framepack_jax.parallel import sharding
+from framepack_jax.training import flow_matching
+from framepack_jax.training.config import HistoryConfig, TrainConfig
+from framepack_jax.training.rollouts import with_rollouts
+from framepack_jax.training.state import Model
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.paths import ROOT
 from tests.fixtures.random_networks import difference, example, on_devices, wan_example
@@ -477,6 +482,10 @@ def test_frames_that_read_no_later_frame_are_divided(measured):
     assert measured["causal"]["velocity"] < 5e-6 and measured["causal"]["gradient"] < 3e-5
 
 
+def test_history_is_predicted_alike_on_a_mesh(measured):
+    assert measured["rollouts"] < 5e-6
+
+
 def test_the_sampler_on_a_mesh_makes_what_one_device_makes(measured):
     assert measured["sampler"] < 1e-5
 
@@ -512,6 +521,7 @@ def main(meshes: list[str]) -> None:
     first = jax.tree.map(lambda x: x[:1], (arrays, target))
     expected = jax.device_get(jax.jit(gradient)(params, *first))
     found[ONE_SAMPLE] = on_mesh(ONE_SAMPLE, gradient, params, first, expected)
+    found["rollouts"] = of_rollouts(cfg, params, arrays, target)
     found["causal"] = of_causal(cfg, params, *first)
     found["tail"] = of_tail(gradient, params, arrays, target)
     found["wan"] = of_wan()
@@ -520,6 +530,32 @@ def main(meshes: list[str]) -> None:
     found["umt5"] = of_umt5()
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps(found))
+
+
+def of_rollouts(cfg: TransformerConfig, params, arrays, target) -> float:
+    """The history that the network predicts itself, on a mesh that divides samples, tokens and
+    heads, against what one device predicts."""
+    train = TrainConfig(batch=8, dtype="float32", history=HistoryConfig(rollouts=1.0))
+    _, _, context, given = arrays
+    numbers = np.arange(8, dtype=np.int32)
+    conditions = Conditions(given.text, given.text_valid, given.pooled, given.image)
+    batch = Batch(
+        target, context, (np.zeros((8, 1), bool),), conditions, Meta(*[numbers] * 4)
+    )  # fmt: skip
+    schedule, model = packing.parse("td_f1k1_g2"), Model(TRANSFORMER, cfg)
+
+    def predict(params, batch):
+        keys = flow_matching.sample_keys(jax.random.key(0), batch.meta.element)
+        return with_rollouts(train, model, params, schedule, batch, keys).latents[0]
+
+    expected = jax.device_get(jax.jit(predict)(params, batch))
+    mesh = sharding.make_mesh(**sharding.parse_mesh(SAMPLER))
+    placed = on_devices(params, mesh)
+    with jax.set_mesh(mesh):
+        samples = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+        found = jax.jit(predict)(placed, jax.device_put(batch, samples))
+    assert difference(context.latents[0], expected) > 1e-3
+    return difference(found, expected)
 
 
 def of_causal(cfg: TransformerConfig, params, arrays, target) -> dict:

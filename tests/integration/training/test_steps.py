@@ -13,7 +13,7 @@ from framepack_jax.models import scan
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.training import flow_matching
-from framepack_jax.training.config import TrainConfig
+from framepack_jax.training.config import HistoryConfig, TrainConfig
 from framepack_jax.training.flow_matching_task import Networks
 from tests.fixtures.compiling import QUICK
 from tests.fixtures.torch_reference import relative_error
@@ -65,6 +65,23 @@ def test_parts_of_a_batch_make_the_same_step(batches) -> None:
         # Adam does not see the size of the gradient; clipping does.
         np.testing.assert_allclose(other[3], results[0][3], rtol=1e-4)
         assert relative_error(other[0], results[0][0]) < 1e-4
+
+
+def test_rollouts_change_every_second_step_also_in_parts(batches) -> None:
+    """A step finds by its samples whether it predicts the history, as it does after a resume."""
+
+    def loss_of(cfg: TrainConfig):
+        setup, begun, frozen = begin(cfg)
+        params, key = setup.merge(begun.params, Networks(frozen, {})), setup.key(begun.step)
+        return jax.jit(lambda batch: setup.loss(params, batch, key)[0], compiler_options=QUICK)
+
+    plain, rolling = loss_of(BASE), loss_of(changed(history=HistoryConfig(rollouts=0.5)))
+    np.testing.assert_allclose(rolling(batches[0]), plain(batches[0]), rtol=1e-5)
+    whole = rolling(batches[1])
+    assert np.abs(whole / plain(batches[1]) - 1).max() > 1e-3
+    # A part has every second sample of a batch.
+    part = rolling(jax.tree.map(lambda x: x[1::2], batches[1]))
+    np.testing.assert_allclose(part, whole[1::2], rtol=2e-5)
 
 
 def test_the_loss_is_that_of_the_velocity(batches) -> None:
