@@ -91,9 +91,10 @@ def _run(cfg: AblationConfig) -> Path:
     if not cfg.train.data.paths:
         _make_dataset(cfg, size)
     results = cfg.output / ablation.EVALUATION
-    for number, run in enumerate(runs, start=1):
-        # Methods that are evaluated already are reported with the next one.
-        if _make(run, cfg.output) or number == len(runs):
+    reported = ablation.reported(cfg.output)
+    for number, (method, run) in enumerate(zip(methods, runs, strict=True), start=1):
+        trained = _make(run, cfg.output)
+        if trained or method.name not in reported or number == len(runs):
             made = specs[:number]
             evaluation.evaluate(config_of(cfg.evaluate, size, results, made))
             each = zip(made, runs, strict=False)

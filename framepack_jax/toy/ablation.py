@@ -151,6 +151,12 @@ def cost(row: RowSpec, run: str, evaluation: Path, size: tuple[int, int]) -> dic
     return {name: Estimate(float(value), None, 1) for name, value in found.items()}
 
 
+def reported(output: Path) -> list[str]:
+    """Return the names of the methods in the report, which are evaluated."""
+    file = output / f"{REPORT}.json"
+    return list(json.loads(file.read_text())["methods"]) if file.exists() else []
+
+
 def write_report(
     output: Path,
     methods: Sequence[Method],

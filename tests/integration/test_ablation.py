@@ -59,11 +59,12 @@ def ablation(place: Path, *more: str) -> None:
 
 
 def test_it_is_stopped_and_goes_on_to_one_table(place, monkeypatch, capsys) -> None:
-    trained = []
+    out, trained, reported = place / "out", [], []
     train = training.train
 
     def stop_at_the_second(cfg, *args, **options) -> None:
         trained.append(Path(cfg.output).name)
+        reported.append((out / "report.json").exists())
         if len(trained) == 2:
             raise KeyboardInterrupt
         train(cfg, *args, **options)
@@ -74,14 +75,15 @@ def test_it_is_stopped_and_goes_on_to_one_table(place, monkeypatch, capsys) -> N
     with pytest.raises(SystemExit) as ended:
         ablation(place, *two)
     assert ended.value.code == 130 and trained == ["plain", "noisy_discretized"]
-    out = place / "out"
     first = json.loads((out / "report.json").read_text())
     assert list(first["methods"]) == ["plain"] and (out / "codebooks" / "8.safetensors").exists()
 
-    # The third method samples the weights of the first one.
+    # As if the first method had been trained, and its evaluation stopped: that comes first. The
+    # third method samples the weights of the first one.
+    (out / "report.json").unlink()
     files = {file: file.stat().st_mtime_ns for file in out.rglob("*.npz")}
     ablation(place)
-    assert trained[2:] == ["noisy_discretized"]
+    assert trained[2:] == ["noisy_discretized"] and reported == [False, True, True]
     assert all(file.stat().st_mtime_ns == time for file, time in files.items())
     found = json.loads((out / "report.json").read_text())
     names = ["plain", "noisy, discretized", "two steps"]
