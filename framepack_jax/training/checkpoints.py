@@ -11,6 +11,7 @@ number of processes.
     RUN/damaged/STEP             checkpoints that could not be restored
 """
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -48,13 +49,20 @@ class CheckpointError(RunError):
 
 
 class _Manager(ocp.CheckpointManager):
-    """A manager that never asks whether the run is to stop.
+    """A manager that never asks whether the run is to stop, and leaves no thread behind.
 
     All processes must ask with the same rising numbers to stop after the same step. The trainer
     does; the first process's manager would also ask in its own thread, with earlier steps."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+    def close(self) -> None:
+        # Incomplete checkpoints are removed in a thread; at the end of the process, it would fail.
+        if self._cleanup_tmp_directory_future is not None:
+            with contextlib.suppress(Exception):  # the thread logs it; each store has its own
+                self._cleanup_tmp_directory_future.result()
+        super().close()
 
 
 def manager(
