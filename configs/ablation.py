@@ -41,6 +41,8 @@ METHODS = (
         "history guidance", VANILLA, {"history.drop_history": 0.1},
         {"cfg_scale": 1.5, "cfg_without": "history"},
     ),
+    Method("causal attention", VANILLA, {"causal": True}),
+    Method("own predictions as history", VANILLA, {"history.rollouts": 0.5}),
     Method("importance, hybrid", f"{VANILLA}~hybrid(1)"),
     Method("anchored forward (F1)", "f1k1_x_f16k4f2k2f1k1_g9"),
     Method("planned, every 2nd section", f"{INVERTED}@planned(2)"),

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from framepack_jax.cli.ablation import AblationConfig
+from framepack_jax.cli.config_file import read_config
 from framepack_jax.data.config import DataConfig
 from framepack_jax.toy import ablation
 from framepack_jax.toy.methods import Method
 from framepack_jax.training.config import TrainConfig
+from tests.fixtures.paths import ROOT
 
 F1 = "f1k1_x_f16k4f2k2f1k1_g9"
 COMMON = TrainConfig(bundle="random", data=DataConfig(path="dataset"))
@@ -51,3 +54,11 @@ def test_a_schedule_must_fit_the_network() -> None:
     run = ablation.training_of(method, COMMON, Path("out"))
     with pytest.raises(ValueError, match="'far': the schedule uses patch kernel k8"):
         ablation.check(method, run)
+
+
+def test_the_methods_of_the_paper_fit_the_tiny_bundle() -> None:
+    cfg = read_config(ROOT / "configs" / "ablation.py", AblationConfig)
+    runs = ablation.runs_of(cfg.methods, cfg.train, Path("out"))
+    for method, run in zip(cfg.methods, runs, strict=True):
+        ablation.check(method, run)
+    assert len({run.output for run in runs}) == len(runs) - 2  # three levels of noisy history
