@@ -57,6 +57,16 @@ def test_a_disk_that_goes_ends_a_run_before_the_step(place, whole, tmp_path, mon
     same(output, whole)
 
 
+@pytest.mark.slow
+def test_rollouts_go_on_as_if_never_stopped(place, tmp_path) -> None:
+    """Stopped after a step that read the true history, before one that predicts it."""
+    more = ("--history.rollouts", "0.5", "--history.noisy", "random", "--causal", "--ema", "0")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    for output, steps in ((stopped, "3"), (stopped, "6"), (whole, "6")):
+        train.main(flags(place, output, *more, "--steps", steps))
+    same(stopped, whole, step=6)
+
+
 def test_killed_three_times_it_is_the_run_that_never_was(place, whole) -> None:
     output, rng = place / "killed", np.random.default_rng()
     steps = sorted(rng.choice(np.arange(2, STEPS - 1), 3, replace=False).tolist())
