@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from framepack_jax.jobs import record
-from framepack_jax.jobs.provenance import differences
+from framepack_jax.jobs.provenance import EARLIER, differences
 
 FLAGS = {"end_image": None, "end_image_as": "auto", "seed": 0, "cfg_scale": 1.0}
 
@@ -65,7 +65,7 @@ def test_a_folder_without_a_record_holds_no_run(tmp_path) -> None:
 
 def run(flags: dict, files: dict | None = None, **weights: str) -> dict:
     hashes = {role: {"sha256": sha256} for role, sha256 in weights.items()}
-    flags = FLAGS | {"lora": [], "merge_lora": False, "gif": False} | flags
+    flags = FLAGS | EARLIER | flags
     return {"flags": flags, "files_sha256": files or {}, "weights": hashes}
 
 
@@ -81,7 +81,7 @@ def test_what_auto_meant_and_what_old_runs_lack_do_not_differ() -> None:
     old = run({"end_image_as": "guide"})
     assert differences(old, run({"end_image_as": "auto"})) == ""
     assert "end_image_as" in differences(old, run({"end_image_as": "still"}))
-    for name in ("lora", "merge_lora", "gif"):
+    for name in ("lora", "merge_lora", "gif", "history_noise"):
         del old["flags"][name]
     assert differences(old, run({"end_image_as": "auto"})) == ""
     found = differences(old, run({"end_image_as": "auto", "gif": True}))

@@ -81,6 +81,7 @@ GS = {
     "train": {"bundle", "output", "init", "codebook"},
     "evaluate": {"bundle"},
     "export-run": {"run", "output", "bundle"},
+    "ablation": {f"train.{name}" for name in ("bundle", "output", "init", "codebook")},
 }
 GS_AND_S3 = {
     "sample": {"output"},
@@ -89,6 +90,7 @@ GS_AND_S3 = {
     "prepare": {"output"},
     "train": {"data.path"},
     "fit-codebook": {"data", "output"},
+    "ablation": {"train.data.path"},
 }
 
 
