@@ -164,16 +164,10 @@ def denoise(
     given = given_frames.checked(given, noise.shape)
     cache = settings.cache
     inputs = SectionInputs(
-        context,
-        conditions,
-        negative,
-        given,
-        np.float32(settings.cfg_scale),
-        np.float32(settings.cfg_rescale),
-        None if cache is None else np.float32(cache.threshold),
-        negative_context,
-        history_noise,
-    )
+        context, conditions, negative, given,
+        np.float32(settings.cfg_scale), np.float32(settings.cfg_rescale),
+        None if cache is None else np.float32(cache.threshold), negative_context, history_noise,
+    )  # fmt: skip
     program = StepProgram(model, cfg, settings.dtype, None if cache is None else cache.kind)
     # Once: what stays on the host is copied at every step. Between programs of offloaded layers
     # arrays are bound to their device, and so are those of the first step.

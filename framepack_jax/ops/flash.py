@@ -65,6 +65,7 @@ def forward(
         return b, jax.lax.div(h, group), jnp.minimum(j, last), 0
 
     of_queries = pl.BlockSpec((None, None, tile_q, width), queries)
+    row = pltpu.VMEM((tile_q, LANES), jnp.float32)
     of_keys = pl.BlockSpec((None, None, tile_k, width), read)
     out: jax.Array = pl.pallas_call(
         functools.partial(_kernel, tile_k=tile_k),
@@ -73,11 +74,7 @@ def forward(
             grid=(batch, heads, length // tile_q, k.shape[2] // tile_k),
             in_specs=[of_queries, of_keys, of_keys],
             out_specs=of_queries,
-            scratch_shapes=[
-                pltpu.VMEM((tile_q, LANES), jnp.float32),
-                pltpu.VMEM((tile_q, LANES), jnp.float32),
-                pltpu.VMEM((tile_q, width), jnp.float32),
-            ],
+            scratch_shapes=[row, row, pltpu.VMEM((tile_q, width), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
