@@ -1,6 +1,7 @@
 """Noise levels, guidance and keys of samples."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from framepack_jax.data.holdout import FIRST_ELEMENT
 from framepack_jax.diffusion import flow
 from framepack_jax.training import draws, flow_matching
 from framepack_jax.training.config import NoiseSchedule
-from framepack_jax.training.flow_matching_task import Networks
+from framepack_jax.training.flow_matching_task import FlowMatchingTask, Networks
 from tests.fixtures.training_steps import SCHEDULE, changed, set_up
 
 KEY, COUNT = jax.random.key(3), 20_000
@@ -123,3 +124,11 @@ def test_gradients_of_blocks_are_reduced_in_the_dtype_of_their_weights() -> None
         read = {path: leaf.dtype.name for path, leaf in flatten_dict(merged.transformer).items()}
         assert read["double", "img_qkv", "kernel"] == read["single", "q_norm", "scale"] == name
         assert read["head", "out", "kernel"] == "float32"
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_validation_comes_every_so_many_steps_and_after_the_last(held_out) -> None:
+    cfg = SimpleNamespace(validation=SimpleNamespace(every=4), steps=10)
+    task = SimpleNamespace(cfg=cfg, validates=held_out)
+    after = [n for n in range(1, 11) if FlowMatchingTask.validates_after(task, n)]
+    assert after == ([4, 8, 10] if held_out else [])
