@@ -164,6 +164,10 @@ def test_the_summary_counts_cut_captions_and_files_left_out(tmp_path, capsys) ->
     rows = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
     tokens = {Path(row["source"]).name: row["caption_tokens"] for row in rows}
     assert tokens["a.mp4"] > 256 > tokens["b.mp4"] > 2
+    # States of these tokens are kept, and none of padding.
+    source = VideoSource(tmp_path / "out", records.read_index(tmp_path / "out").shards)
+    kept = {Path(r.clip.source).name: len(r.text) for r in map(source.__getitem__, range(2))}
+    assert kept == {"a.mp4": 256, "b.mp4": tokens["b.mp4"]}
 
 
 def test_a_manifest_has_lines_as_json_has_them(tmp_path) -> None:
