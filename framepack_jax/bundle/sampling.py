@@ -1,4 +1,4 @@
-"""How videos are sampled with a network, as it was trained: part of a bundle's manifest."""
+"""Settings of sampling that fit how a network was trained: part of a bundle's manifest."""
 
 import dataclasses
 from typing import Annotated
@@ -13,7 +13,7 @@ Fps = Annotated[float, Range(above=0, at_most=1000)]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How videos are sampled with a network. The defaults are those of FramePack's release.
+    """Settings of sampling for a network. The defaults are those of FramePack's release.
 
     Args:
         recipe: Noise levels, solver and stages of a section.

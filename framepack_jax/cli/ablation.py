@@ -130,13 +130,18 @@ def _make(run: TrainConfig, output: Path) -> bool:
 
 
 def _make_dataset(cfg: AblationConfig, size: tuple[int, int]) -> None:
-    """Draw and encode the videos to train on, unless they are there."""
+    """Draw and encode the videos to train on, unless they are there. Raises ValueError if others
+    are."""
     from framepack_jax.data.records import INDEX
+    from framepack_jax.toy import ablation
 
+    assert cfg.output is not None
+    pixels = f"{size[0]}x{size[1]}"
+    made_with = {"clips": cfg.clips, "seconds": cfg.seconds, "size": pixels}
+    ablation.note_world(cfg.output, made_with | {"bundle": cfg.train.bundle})
     videos, dataset = f"{cfg.output}/videos", f"{cfg.output}/dataset"
     if (Path(dataset) / INDEX).exists():
         return
-    pixels = f"{size[0]}x{size[1]}"
     synthetic.main([
         "--output", videos, "--clips", str(cfg.clips), "--seconds", str(cfg.seconds),
         "--size", pixels,

@@ -173,12 +173,12 @@ def pack(groups: list[Group]) -> tuple[Group, ...]:
 
 def blank_groups(form: Form) -> tuple[Group, ...]:
     """Return the groups of a section in sequence order. They read places in the history, 0 for the
-    farthest from the section, then those of the ending, and MISSING for the anchor."""
+    farthest from the section, and MISSING for the anchor and the ending."""
     ages = range(form.history.frames)
     groups = _groups(form.anchor, [MISSING] * form.anchor.frames, range(form.anchor.frames))
     groups += _groups(form.history, ages[::-1] if form.backward else ages, ages)
     newest = span(form.history.frames, form.ending.frames)
-    groups += _groups(form.ending, newest, newest)
+    groups += _groups(form.ending, [MISSING] * form.ending.frames, newest)
     tails = _tail(form, range(0), 0)
     # A tail is as old as the farthest frame of the history.
     return pack([*groups, *(dataclasses.replace(t, reads=(0,) * len(t.reads)) for t in tails)])

@@ -169,7 +169,7 @@ def reads_nearby(schedule: Schedule) -> bool:
 
 def history_ages(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     """Return the place in the history of each context frame, by group in sequence order: 0 for the
-    farthest from the section, and MISSING for the anchor, which is no history."""
+    farthest from the section, and MISSING for the anchor and the ending, which are no history."""
     return tuple(group.reads for group in orders.blank_groups(form_of(schedule)))
 
 
@@ -196,7 +196,7 @@ def drop_context(plan: Sequence[Section], kernels: Collection[str]) -> list[Sect
 
 
 def without_history(section: Section, schedule: Schedule) -> Section:
-    """Return a section that reads the anchor and the start image alone."""
+    """Return a section that reads the anchor, the ending and the start image alone."""
     start = start_frames(schedule)
 
     def blank(group: Group, ages: Sequence[int]) -> Group:

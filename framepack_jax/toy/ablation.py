@@ -3,6 +3,7 @@
 Source of the methods: arXiv 2504.12626, tables 1 and 2.
 
     OUTPUT/videos, dataset         the demo world, unless --train.data.path names a dataset
+    OUTPUT/world.json              the settings that it was made with
     OUTPUT/codebooks              the codebook of schedules with +DK
     OUTPUT/runs/METHOD             training runs; methods with equal settings of training share one
     OUTPUT/rows.jsonl              the methods as `framepack evaluate --rows` reads them
@@ -29,9 +30,10 @@ from framepack_jax.toy.rows import RowSpec, open_row
 from framepack_jax.training import checkpoints, goodput
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.export import read_config
+from framepack_jax.utils import compare
 from framepack_jax.utils.files import atomic_write
 
-ROWS, REPORT, EVALUATION = "rows.jsonl", "report", "evaluation"
+ROWS, REPORT, EVALUATION, WORLD = "rows.jsonl", "report", "evaluation", "world.json"
 COSTS = {
     "training": Metric("Training steps", "s", 0, 0),
     "overhead": Metric("Loading, compiling, saving", "s", 0, 0),
@@ -103,6 +105,19 @@ def check(method: Method, cfg: TrainConfig) -> None:
             spec.check_kernels(network, spec.context_kernels(schedule))
     except ValueError as error:
         raise ValueError(f"method {method.name!r}: {error}") from error
+
+
+def note_world(output: Path, made_with: Mapping[str, Any]) -> None:
+    """Note the settings of the videos to train on. Raises ValueError if there are other videos."""
+    file = output / WORLD
+    if not file.exists():
+        with atomic_write(file) as partial:
+            partial.write_text(json.dumps(made_with) + "\n")
+    if found := compare.differences(json.loads(file.read_text()), made_with):
+        raise ValueError(
+            f"{output} has videos that were made otherwise ({'; '.join(found)}); give the settings"
+            " of then, or another --output"
+        )
 
 
 def is_trained(cfg: TrainConfig) -> bool:

@@ -3,9 +3,9 @@
 Sampled history has the errors of the network, the true one has not (exposure bias). Training on own
 rollouts, or self-augmentation, is one of the methods that FramePack is compared with. The details
 are ours: in some steps, evenly spaced, all frames of history are noised to one level a sample and
-denoised in one step, as the target of a section that reads the anchor alone: x0 = x_t - sigma v.
-No gradient flows through it. Anchor, start image and a tail stay as they are, and missing frames
-stay zero.
+denoised in one step, as the target of a section without history: x0 = x_t - sigma v.
+No gradient flows through it. Anchor, ending, start image and a tail stay as they are, and missing
+frames stay zero.
 
 Shapes: B batch, F frames of history, h W latent rows and columns, C channels.
 """
@@ -122,7 +122,7 @@ def _predicted(
 
 
 def _alone(context: PackedContext, schedule: Schedule, groups: list[int]) -> PackedContext:
-    """Return the context of history as a target: the anchor, and no history."""
+    """Return the context of history as a target: the anchor and the ending, and no history."""
     ages = packing.history_ages(schedule)
     latents = [
         jnp.zeros_like(frames) if age[0] >= 0 else frames

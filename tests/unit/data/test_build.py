@@ -1,4 +1,4 @@
-"""What preparing a dataset says at its end."""
+"""Summary of a prepared dataset."""
 
 from framepack_jax.data.build import Packed
 

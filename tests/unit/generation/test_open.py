@@ -1,4 +1,4 @@
-"""What cannot be sampled is refused when a bundle is opened."""
+"""Bundles that are opened for sampling, and refusals."""
 
 import pytest
 from jax.sharding import AbstractMesh

@@ -1,4 +1,4 @@
-"""What run records say of the inputs."""
+"""Inputs in the records of runs."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ from framepack_jax import packing
 from framepack_jax.packing import codebook
 from framepack_jax.packing.codebook import discretize, fit, nearest
 
-SCHEDULE = packing.parse("f1k1_x_g2_f1k1f2k2_td")
+SCHEDULES = [packing.parse(text) for text in ("f1k1_x_g2_f1k1f2k2_td", "td_f4k2f1k1_g2_x_f1k1")]
 
 
 def blobs(rng: np.random.Generator, number: int = 500) -> tuple[np.ndarray, np.ndarray]:
@@ -78,17 +78,24 @@ def test_the_nearest_entry_is_taken_and_stays(seed: int, dtype: str) -> None:
     assert (nearest(found, entries) == found).all()
 
 
-def test_history_alone_is_changed() -> None:
-    """Missing frames stay zero; the anchor stays as it is."""
+def test_the_ending_is_no_history() -> None:
+    """It may be an image that was given."""
+    ages = packing.history_ages(packing.parse("td_f2k2f1k1_g9_x_f1k1"))
+    assert ages == ((0, 1), (2,), (packing.MISSING,))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_history_alone_is_changed(schedule) -> None:
+    """Missing frames stay zero; the anchor and the ending stay as they are."""
     rng = np.random.default_rng(3)
     video = packing.Timeline.of(rng.standard_normal((2, 8, 4, 4, 3)).astype("f4"))
-    section = packing.plan(SCHEDULE, 3)[1]
+    section = packing.plan(schedule, 3)[1]
     context = packing.read_context(section, video)
     missing = [[read == packing.MISSING for read in group.reads] for group in section.groups]
-    ages = packing.history_ages(SCHEDULE)
+    ages = packing.history_ages(schedule)
     assert any(map(any, missing)) and any(packing.MISSING in group for group in ages)
     entries = rng.standard_normal((5, 3)).astype("f4")
-    found = discretize(context, SCHEDULE, entries)
+    found = discretize(context, schedule, entries)
     for group, before, after, absent in zip(
         ages, context.latents, found.latents, missing, strict=True
     ):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from framepack_jax.cli.ablation import AblationConfig
+from framepack_jax.cli.ablation import AblationConfig, main
 from framepack_jax.cli.config_file import read_config
 from framepack_jax.data.config import DataConfig
 from framepack_jax.toy import ablation
@@ -62,3 +62,15 @@ def test_the_methods_of_the_paper_fit_the_tiny_bundle() -> None:
     for method, run in zip(cfg.methods, runs, strict=True):
         ablation.check(method, run)
     assert len({run.output for run in runs}) == len(runs) - 2  # three levels of noisy history
+
+
+def test_other_videos_are_not_trained_on(tmp_path, capsys) -> None:
+    """The settings of the videos are noted before the first one is drawn."""
+    made_with = {"clips": 16, "seconds": 5.0, "size": "64x64", "bundle": "tiny"}
+    ablation.note_world(tmp_path, made_with)
+    ablation.note_world(tmp_path, made_with)
+    config = str(ROOT / "configs" / "ablation.py")
+    with pytest.raises(SystemExit):
+        main(["--config", config, "--output", str(tmp_path), "--only", "vanilla", "--clips", "17"])
+    assert "(clips = 16 then, 17 now)" in capsys.readouterr().err
+    assert not (tmp_path / "videos").exists()
