@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from socket import gethostname
 import numpy as np
 import pytest
 
-from framepack_jax import video
+from framepack_jax import bundle, video
 from framepack_jax.cli import common, sample
 from framepack_jax.jobs.run_dir import RunDir
 from framepack_jax.parallel import multihost
@@ -26,6 +27,7 @@ FLAGS = (
 TALK = """
 import sys
 import jax, numpy as np
+from framepack_jax.jobs.loading import check_bundle
 from framepack_jax.parallel import multihost
 from framepack_jax.generation.results import NotFinite
 from framepack_jax.training.stop_signal import StopSignal
@@ -53,6 +55,7 @@ print(told(multihost.assert_same_on_hosts, "the seeds", me, np.arange(3)))
 print(told(multihost.assert_same_facts, dict, {"rate": 1e-3, "seed": 0}))
 facts = {"rate": 1e-3 * (1 + me), "seed": 7 * me, "steps": 3}
 print(told(multihost.assert_same_facts, dict, facts))
+print(told(check_bundle, "bundle_0"), told(check_bundle, f"bundle_{me}"))
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 with jax.set_mesh(mesh):
     whole = multihost.place(np.arange(4.0))
@@ -166,6 +169,12 @@ def test_what_fails_in_one_ends_both(tmp_path, flags, named) -> None:
 
 
 def test_results_and_errors_are_told(tmp_path) -> None:
+    for number, digest in enumerate("ab"):
+        shutil.copytree(bundle.BUILTIN_BUNDLES["random"], tmp_path / f"bundle_{number}")
+        file = tmp_path / f"bundle_{number}" / bundle.MANIFEST
+        manifest = json.loads(file.read_text())
+        manifest["roles"]["vae"]["source"]["sha256"] = 64 * digest
+        file.write_text(json.dumps(manifest))
     first, second = ended(launch([tmp_path] * 2, "-c", TALK, "localhost:{port}", number=""))
     assert first[0] == second[0] == 0, (first, second)
     shared = [
@@ -181,6 +190,8 @@ def test_results_and_errors_are_told(tmp_path) -> None:
         "None",
         f"ValueError: processes differ: rate = 0.001 in process 0 on {(host := gethostname())},"
         f" 0.002 in process 1 on {host}; seed = 0 in process 0 on {host}, 7 in process 1 on {host};"
+        " give all processes the same",
+        "None ValueError: the weights of the bundle of process 1 differ from those of process 0;"
         " give all processes the same",
     ]
     # After the same number of questions, without a signal from outside.

@@ -167,6 +167,7 @@ def test_validation_samples_from_text(place, tmp_path) -> None:
     ))  # fmt: skip
     figures = log_of(run)[1]
     assert np.isfinite(figures["validation/loss"]) and "context/k4_blank" in figures
+    assert not any("loss_of" in name for name in figures)  # as there is one dataset
     (shown,) = (run / "validation").rglob("0.mp4")
     frames = list(video.read_frames(shown))
     assert len(frames) == 2 * SECTION and frames[0].shape == (2 * SIZE[0], SIZE[1], 3)

@@ -51,6 +51,14 @@ def test_what_is_no_image(image) -> None:
             make_layout(F1, request)
 
 
+def test_seeds_have_64_bits() -> None:
+    for seed in (0, 2**63, 2**64 - 1):
+        make_layout(F1, Request("", IMAGE, seed=seed))
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"seed = {seed}: expected 0 to {2**64 - 1}"):
+            make_layout(F1, Request("", IMAGE, seed=seed))
+
+
 def test_key_frames_in_the_order_of_the_request_and_the_end_last() -> None:
     request = Request("", IMAGE, end_image=IMAGE, key_frames=((1.0, IMAGE), (0.5, IMAGE)))
     assert make_layout(F1, request, sections=1).stills == (8, 4, 9)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from framepack_jax import packing, video
+from framepack_jax.generation.request import Request, SourceVideo
 from framepack_jax.jobs.output_folder import make_output_folder, new_output_folder
 from framepack_jax.jobs.record import REQUIRED
 from framepack_jax.jobs.run_dir import Busy, RunDir, check_folder, check_free
@@ -76,6 +77,21 @@ def test_all_latents_by_position(run) -> None:
     run.save_section(0, PLAN[0], latents(0))
     assert sorted(run.latents()) == sorted({0, *PLAN[0].targets})
     np.testing.assert_array_equal(run.known()[0], np.ones(SHAPE))
+
+
+@pytest.mark.parametrize(("kept", "first"), [(0, 2), (3, 3), (4, 4), (5, 2)])
+def test_frames_of_an_extended_video_that_sections_change_are_saved(tmp_path, kept, first) -> None:
+    """Of 5 frames, of which the last 3 are read; all of these if no section changes any."""
+    read = np.tile(np.arange(2, 5, dtype=np.uint8)[:, None, None, None], (1, 16, 16, 3))
+    flags = {
+        "extend": "a.mp4", "prompt": "", "negative_prompt": "", "seed": 0, "end_image_as": "auto",
+    }  # fmt: skip
+    record = {"flags": flags, "beginning": kept, "starts_empty": True, "key_frames": []}
+    run = RunDir(tmp_path, record)
+    run.begin(Request("", source_video=SourceVideo(5, read[0], read)), {}, None)
+    saved = run.request().source_video
+    assert saved.frames == 5
+    np.testing.assert_array_equal(saved.last[:, 0, 0, 0], range(first, 5))
 
 
 @pytest.mark.parametrize(
