@@ -31,11 +31,13 @@ from framepack_jax.models import registry
 from framepack_jax.models.encoders import clip, llama, siglip
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
 from framepack_jax.models.params import unstack_layers
+from framepack_jax.models.patch_vae import PatchVaeConfig
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.wan.config import WanConfig
 from framepack_jax.toy import world
 from framepack_jax.training.export import write_bundle
 
+VAE_KINDS = {VaeConfig: "hunyuan_vae", PatchVaeConfig: "patch_vae"}
 CORPUS = (
     "a red circle moves left over a green board, then orbits the blue square",
     "the woman in the orange suit smiles and turns her head slowly to the right",
@@ -49,7 +51,7 @@ class TinyBundle:
     """Configs of all networks, and how the untrained weights are drawn and stored."""
 
     transformer: TransformerConfig
-    vae: VaeConfig
+    vae: VaeConfig | PatchVaeConfig
     text_encoder: llama.LlamaConfig
     text_encoder_2: clip.ClipConfig
     image_encoder: siglip.SiglipConfig
@@ -142,7 +144,7 @@ def write(config: TinyBundle, output: Path) -> None:
     """Write the bundle with freshly drawn weights."""
     networks = {
         "transformer": ("hunyuan_packed_dit", config.transformer),
-        "vae": ("hunyuan_vae", config.vae),
+        "vae": (VAE_KINDS[type(config.vae)], config.vae),
         "text_encoder": ("llama", config.text_encoder),
         "text_encoder_2": ("clip_text", config.text_encoder_2),
         "image_encoder": ("siglip_vision", config.image_encoder),

@@ -28,6 +28,8 @@ class Synthetic:
     """HEIGHTxWIDTH in pixels; or buckets, for several shapes of about 128x128 pixels."""
     split: Literal["train", "held-out"] = "train"
     """held-out: each video shows a form in a colour that no training video shows together."""
+    walls: float = 0.25
+    """Share of the videos with a wall that hides a shape for a while, where there is room."""
     workers: int = 2
     """Number of processes."""
 
@@ -51,13 +53,24 @@ def _run(flags: Synthetic) -> None:
             f"--clips {flags.clips}, --seconds {flags.seconds}, --workers {flags.workers}: expected"
             " numbers above 0"
         )
+    if not 0 <= flags.walls <= 1:
+        raise ValueError(f"--walls {flags.walls:g}: expected a share from 0 to 1")
     from framepack_jax.toy import world
 
     flags.output.mkdir(parents=True, exist_ok=True)
     # Spawn the processes: a process with threads, such as those of JAX, cannot be forked safely.
     with ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
         made = [
-            pool.submit(world.write, flags.output, i, flags.seed, flags.seconds, size, flags.split)
+            pool.submit(
+                world.write,
+                flags.output,
+                i,
+                flags.seed,
+                flags.seconds,
+                size,
+                flags.split,
+                flags.walls,
+            )
             for i in range(flags.clips)
         ]
         for each in Bar(made, desc="drawing", unit="clip"):

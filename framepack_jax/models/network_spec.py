@@ -107,8 +107,9 @@ class VaeSpec(NetworkSpec):
     params, latents, tiling)` the video; `check_tiling(cfg, tiling)` raises ValueError if the
     network cannot take such tiles. Latents are not normalised: a bundle holds mean and standard
     deviation of each channel (`autoencoder.normalise`); `latent_statistics(cfg)` gives those of
-    the released network, None if none has such latents. `preview` are weights (C, 3) and bias (3,)
-    from normalised latents to colours in [-1, 1].
+    the released network, None if none has such latents. `fit(cfg, params, clips)` returns first
+    parameters that suit clips (B, T, H, W, C) in [-1, 1], if the network has any. `preview` are
+    weights (C, 3) and bias (3,) from normalised latents to colours in [-1, 1].
 
     If `exact_chunks`, a clip that is computed in chunks of time (`Tiling.frames` is not None) gives
     the numbers of the clip computed at once, in memory that does not grow with its length; else
@@ -121,3 +122,4 @@ class VaeSpec(NetworkSpec):
     latent_statistics: Callable[[Config], LatentStatistics | None]
     preview: tuple[np.ndarray, np.ndarray]
     exact_chunks: bool = False
+    fit: Callable[..., Params] | None = None

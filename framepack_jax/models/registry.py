@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from framepack_jax.models import patch_vae
 from framepack_jax.models.encoders import clip, llama, siglip, umt5
 from framepack_jax.models.hunyuan import spec as hunyuan
 from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, TextEncoderSpec, VaeSpec
@@ -28,6 +29,7 @@ _SPECS = (
     hunyuan.VAE,
     wan.TRANSFORMER,
     wan.VAE,
+    patch_vae.SPEC,
     llama.SPEC,
     umt5.SPEC,
     clip.SPEC,

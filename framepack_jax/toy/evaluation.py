@@ -64,8 +64,8 @@ def evaluate(cfg: EvaluationConfig) -> Path:
     """
     models = open_models(cfg.rows, cfg.dtype)
     _check_size(cfg.size, models)
-    results.begin(cfg.output, _record(cfg, models))
-    todo = list(_parts(cfg, models))
+    results.begin(cfg.output, record(cfg, models))
+    todo = list(parts(cfg, models))
     write = functools.partial(_report, cfg.output, todo, models)
     make_all(cfg.output, todo, models, cfg.settings, cfg.batch, write)
     return write()
@@ -75,16 +75,16 @@ def _report(folder: Path, todo: Sequence[Suite], models: Sequence[Model]) -> Pat
     """Write the report of the rows that are complete; return its path."""
     made = []
     for suite in todo:
-        found = {row.name: _figures(folder, row, suite) for row in suite.rows}
+        found = {row.name: figures(folder, row, suite) for row in suite.rows}
         made.append((suite, {n: f for n, f in found.items() if len(f) == len(suite.cases)}))
     about = json.loads((folder / results.SETTINGS).read_text())
     tables = report.write(folder, made, [model.name for model in models], about)
     return folder / "report.md" if tables else folder
 
 
-def _figures(folder: Path, row: Row, suite: Suite) -> dict[str, scenes.Figures]:
+def figures(folder: Path, row: Row, suite: Suite) -> dict[str, scenes.Figures]:
     found = {case.name: results.load(folder, row.name, case) for case in suite.cases}
-    return {name: figures for name, figures in found.items() if figures is not None}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def _check_size(size: tuple[int, int], models: Sequence[Model]) -> None:
@@ -96,7 +96,7 @@ def _check_size(size: tuple[int, int], models: Sequence[Model]) -> None:
             )
 
 
-def _record(cfg: EvaluationConfig, models: Sequence[Model]) -> dict[str, Any]:
+def record(cfg: EvaluationConfig, models: Sequence[Model]) -> dict[str, Any]:
     """Return every setting that affects the videos. They must be equal to resume an evaluation."""
     first = models[0]
     return {
@@ -127,7 +127,7 @@ def _hashes(model: Model) -> dict[str, Any]:
     return {role: source.get("sha256") for role, source in weights(model.path).items()}
 
 
-def _parts(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Suite]:
+def parts(cfg: EvaluationConfig, models: Sequence[Model]) -> Iterator[Suite]:
     """Yield the requested suites with their cases and rows."""
     if cfg.videos:
         yield from _drift(cfg, models)

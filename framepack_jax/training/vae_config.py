@@ -17,6 +17,7 @@ from framepack_jax.utils import fields
 from framepack_jax.utils.paths import IN_STORES
 
 Trainable = Literal["all", "decoder"]
+Error = Literal["squared", "absolute"]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="cosine", weight_decay=0.0)
 CHECKPOINTS = CheckpointConfig(every=250)
 
@@ -43,7 +44,15 @@ class VaeTrainConfig(RunConfig):
     steps: Positive = 2000
     """Steps of the whole run."""
     kl: NonNegative = 1e-5
-    """Weight of the KL divergence of a latent number, beside the squared error."""
+    """Weight of the KL divergence of a latent number, beside the error."""
+    error: Error = "squared"
+    """Error of a pixel."""
+    gradient_error: NonNegative = 0.0
+    """Weight of the absolute error of the differences between neighbouring pixels."""
+    edge_weight: NonNegative = 1.0
+    """Weight of the pixels within 3 pixels of an edge, relative to the others."""
+    latent_noise: NonNegative = 0.0
+    """Standard deviation of the noise that training adds to the latents that the decoder reads."""
     optimizer: OptimizerConfig = OPTIMIZER
     ema: Decay = 0.99
     """Decay of the moving average of the parameters, which is exported; 0: none."""

@@ -1,8 +1,8 @@
 """Train a VAE to reconstruct short clips.
 
-The loss is the mean squared error of the reconstruction of a clip, plus that of its first frame
-alone (a start image is encoded so), plus a small weight times the KL divergence of the latents from
-a normal distribution (HunyuanVideo, arXiv 2412.03603, section 4.1, without the perceptual and the
+The loss is the error of the reconstruction of a clip, plus that of its first frame alone (a start
+image is encoded so), plus a small weight times the KL divergence of the latents from a normal
+distribution (HunyuanVideo, arXiv 2412.03603, section 4.1, without the perceptual and the
 adversarial term). The exported bundle has `latent_mean` and `latent_std` of the latents of training
 clips, so a transformer sees each channel with mean 0 and variance 1.
 
@@ -27,45 +27,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from framepack_jax import bundle
 from framepack_jax.data.pixel_batch import signed
 from framepack_jax.data.vae_clips import Clips, ListedVideo, find_videos, hold_out
-from framepack_jax.models.autoencoder import sample_posterior
 from framepack_jax.models.network_spec import VaeSpec
 from framepack_jax.models.quantization import cast_params
-from framepack_jax.models.tiling import Tiling
 from framepack_jax.parallel.sharding import BATCH, constrain
-from framepack_jax.training import checkpoints, draws, optimizer, summary
+from framepack_jax.training import checkpoints, draws, optimizer, summary, vae_losses
 from framepack_jax.training.prefetch import batch_sharding, check_batch, local_share
 from framepack_jax.training.resume_checks import changed_warmup, raise_if_changed
 from framepack_jax.training.state import Params, TrainState
 from framepack_jax.training.task import Record, StepMetrics, Validator
 from framepack_jax.training.vae_config import VaeTrainConfig
-from framepack_jax.training.vae_validation import psnr, validate
+from framepack_jax.training.vae_validation import middle_clips, psnr, validate
 from framepack_jax.utils.compare import differences
 from framepack_jax.utils.messages import shorten
 from framepack_jax.utils.progress import Bar
 
+# Videos that a network's first parameters are fitted to.
+FITTED = 256
 # Fields that stay the same from the first step to the last. The folder of videos may move.
-FIXED = ("init", "trainable", "network", "frames", "size", "batch", "holdout", "kl", "seed", "ema")
-
-
-def losses(
-    spec: VaeSpec, cfg: Any, params: Params, clips: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (squared error, that of the first frames alone, KL divergence of a latent number) of
-    clips (B, T, H, W, C) in [-1, 1], through a sample of their latents."""
-
-    def reconstruct(clips: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = spec.encode(cfg, params, clips, Tiling(frames=None))
-        sample = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
-        decoded = spec.decode(cfg, params, sample, Tiling(frames=None))
-        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-        return jnp.mean(jnp.square(decoded - clips)), kl
-
-    keys = jax.random.split(key)
-    error, kl = reconstruct(clips, keys[0])
-    if clips.shape[1] == 1:
-        return error, error, kl
-    still, still_kl = reconstruct(clips[:, :1], keys[1])
-    return error, still, (kl + still_kl) / 2
+FIXED = (
+    "init", "trainable", "network", "frames", "size", "batch", "holdout", "kl", "error",
+    "gradient_error", "edge_weight", "latent_noise", "seed", "ema",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -104,8 +86,16 @@ class VaeTask:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return (loss, its parts) of clips (B, T, H, W, C) uint8."""
         clips = signed(constrain(batch, BATCH, *[None] * 4))
-        error, still, kl = losses(self.spec, self.network, params, clips, key)
-        return error + still + self.cfg.kl * kl, {"clip": error, "still": still, "kl": kl}
+        of_clip, of_still = jax.random.split(key)
+        clip = still = self._losses(params, clips, of_clip)
+        if clips.shape[1] > 1:
+            still = self._losses(params, clips[:, :1], of_still)
+        kl = (clip.kl + still.kl) / 2
+        parts = {"clip": clip.squared, "still": still.squared, "kl": kl}
+        return clip.error + still.error + self.cfg.kl * kl, parts
+
+    def _losses(self, params: Params, clips: jax.Array, key: jax.Array) -> vae_losses.Losses:
+        return vae_losses.losses(self.spec, self.network, self.cfg, params, clips, key)
 
     def figures(self, steps: Sequence[StepMetrics]) -> dict[str, float]:
         """Return the PSNR of clips and of first frames, and the KL divergence."""
@@ -121,6 +111,9 @@ class VaeTask:
     def init_state(self) -> tuple[TrainState[jax.Array], Params, str]:
         """See `Task.init_state`."""
         params = first_params(self.cfg, self.spec, self.network, self.manifest, self.bundle_path)
+        if self.cfg.init == "scratch" and self.spec.fit is not None:
+            clips = middle_clips(self.videos[:FITTED], self.cfg.frames)
+            params = self.spec.fit(self.network, params, (clip / 127.5 - 1 for clip in clips))
         replicated = NamedSharding(self.mesh, PartitionSpec())
         state = jax.device_put(new_state(self.cfg, self.tx, params), replicated)
         return state, {}, self.cfg.init
@@ -139,7 +132,8 @@ class VaeTask:
 
     def _check_same_run(self, record: Record, old: Record) -> None:
         """Raise RunError if the run was started with another configuration or other videos."""
-        then, now = old["config"], record["config"]
+        # A field that is newer than the run had its default.
+        then, now = checkpoints.as_record(VaeTrainConfig()) | old["config"], record["config"]
         differing = differences(then, now, [*FIXED, *changed_warmup(then, now)])
         if then["optimizer"]["name"] != now["optimizer"]["name"]:
             differing.append("the optimizer")

@@ -31,6 +31,7 @@ from framepack_jax.toy.world.description import (
 )
 from framepack_jax.toy.world.draw import (
     HELD_OUT,
+    WALLS,
     counterfactual,
     different,
     hider,
@@ -52,6 +53,7 @@ __all__ = [
     "SIZES",
     "SPEED",
     "SPLITS",
+    "WALLS",
     "Motion",
     "Scene",
     "Split",

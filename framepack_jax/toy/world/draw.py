@@ -36,6 +36,8 @@ WALL_SPARE = 0.08
 ACTS = ("move", "move then move", "orbit", "move then orbit")
 # Minimum width / height of a picture with walls or orbits.
 ROOM = 0.95
+# Share of the scenes with a wall, where there is room.
+WALLS = 0.25
 # Aspect ratios, width / height, of the pictures, and their area in pixels.
 ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)
 AREA, UNIT = 128 * 128, 16
@@ -44,13 +46,13 @@ MAX_TRIES = 1000
 
 def scene(
     seed: int, number: int, height: int | None = None, width: int | None = None,
-    split: Split = "train",
+    split: Split = "train", walls: float = WALLS,
 ) -> Scene:  # fmt: skip
     """Draw scene `number` of a seed and a split, at a size in pixels, or at one of several shapes
-    of about 128 x 128 pixels."""
+    of about 128 x 128 pixels. Where there is room, a share of `walls` has a wall."""
     rng = _rng(seed, number, split, 0)
     height, width = _size(number, height, width)
-    if rng.random() < 0.25 and width >= ROOM * height:
+    if rng.random() < walls and width >= ROOM * height:
         return _with_wall(rng, height, width, split, rng.choice(list(HIDDEN)))
     return _scene(rng, height, width, split)
 
