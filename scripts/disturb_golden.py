@@ -308,8 +308,11 @@ def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def disturb_value(label: str, value: Any) -> Any:
-    """Another value of the same type, off by more than may pass; of a list, one entry."""
+    """Another value of the same type, off by more than may pass; of a list, one entry. An empty
+    list gets one."""
     tolerance = first_match(TOLERANCES, label)
+    if value == []:
+        return [1]
     if isinstance(value, list):
         at = seeded(label).integers(len(value))
         return [disturb_value(label, x) if i == at else x for i, x in enumerate(value)]

@@ -29,6 +29,11 @@ def test_readers_exist(test: str) -> None:
     assert name.partition("[")[0] in names
 
 
+@pytest.mark.parametrize("value", [True, 0, -2, 0.5, None, "", "a", [], [3, 4], [[], 1]])
+def test_every_value_is_disturbed(value) -> None:
+    assert DISTURB.disturb_value("config.json name", value) != value
+
+
 @pytest.mark.golden
 def test_entries_of_helios_have_tests_of_their_own(golden) -> None:
     """None falls to the tests of another pipeline, and the names of runs are those of its test."""
