@@ -190,7 +190,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
         return sum(settings.stage_steps(pipe.sampling, section))
 
     with (
-        Progress(tasks, done, blocks, steps, pipe.vae.spec.preview) as progress,
+        Progress(tasks, done, blocks, steps, pipe.preview) as progress,
         DeferredDecode() as frames,
     ):
 

@@ -19,6 +19,8 @@ from framepack_jax.parallel import sharding
 
 Config = Any
 """Frozen dataclass of all sizes that decide the shapes of a network's parameters."""
+Preview = tuple[np.ndarray, np.ndarray]
+"""Weights (C, 3) and bias (3,) from latents to colours in [-1, 1]."""
 LatentStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each latent channel."""
 
@@ -109,7 +111,8 @@ class VaeSpec(NetworkSpec):
     deviation of each channel (`autoencoder.normalise`); `latent_statistics(cfg)` gives those of
     the released network, None if none has such latents. `fit(cfg, params, clips)` returns first
     parameters that suit clips (B, T, H, W, C) in [-1, 1], if the network has any. `preview` are
-    weights (C, 3) and bias (3,) from normalised latents to colours in [-1, 1].
+    weights (C, 3) and bias (3,) from normalised latents to colours in [-1, 1]; or a function of
+    (cfg, params) that gives those from latents that are not normalised.
 
     If `exact_chunks`, a clip that is computed in chunks of time (`Tiling.frames` is not None) gives
     the numbers of the clip computed at once, in memory that does not grow with its length; else
@@ -120,6 +123,6 @@ class VaeSpec(NetworkSpec):
     decode: Callable[..., jax.Array]
     check_tiling: Callable[..., None]
     latent_statistics: Callable[[Config], LatentStatistics | None]
-    preview: tuple[np.ndarray, np.ndarray]
+    preview: Preview | Callable[[Config, Params], Preview]
     exact_chunks: bool = False
     fit: Callable[..., Params] | None = None

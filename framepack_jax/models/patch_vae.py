@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from framepack_jax.models.autoencoder import ROWS, check_clip, draw_params, split_moments
-from framepack_jax.models.network_spec import VaeSpec
+from framepack_jax.models.network_spec import Preview, VaeSpec
 from framepack_jax.models.params import Params, apply_module
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.sizes import Layers, Size
@@ -237,6 +237,14 @@ def fit(cfg: PatchVaeConfig, params: Params, clips: Iterable[np.ndarray]) -> Par
     }
 
 
+def preview(cfg: PatchVaeConfig, params: Params) -> Preview:
+    """Return the mean colour of a patch, as the linear map of the decoder gives it."""
+    linear = params["decoder"]["linear"]
+    weight, bias = (np.asarray(linear[name], np.float32) for name in ("kernel", "bias"))
+    colours = weight.reshape(cfg.latent_channels, -1, cfg.in_channels).mean(axis=1)
+    return colours, bias.reshape(-1, cfg.in_channels).mean(axis=0)
+
+
 SPEC = VaeSpec(
     kind="patch_vae",
     config=PatchVaeConfig,
@@ -247,7 +255,7 @@ SPEC = VaeSpec(
     decode=decode,
     check_tiling=check_tiling,
     latent_statistics=lambda cfg: None,
-    preview=(np.zeros((0, 3), np.float32), np.zeros(3, np.float32)),
+    preview=preview,
     exact_chunks=True,
     fit=fit,
 )

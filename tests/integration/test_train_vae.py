@@ -240,6 +240,11 @@ def test_a_patch_vae_starts_from_principal_components(place, tmp_path) -> None:
     manifest = bundle.read_manifest(made)
     assert bundle.vae_config(manifest)[1] == small
     pipe = FramePack.open(made, dtype="float32").with_weights(made)
+    # A preview of latents has the colours of the clip.
+    grey = np.full((1, 16, 24, 3), (200, 40, 90), np.uint8)
+    weight, offset = pipe.preview
+    colour = (pipe.encode_clip(grey) @ weight + offset).mean((0, 1, 2))
+    np.testing.assert_allclose(colour, grey[0, 0, 0] / 127.5 - 1, atol=0.25)
     _, kept = vae_clips.hold_out(vae_clips.find_videos(place / "videos", 5, (16, 24)), 2)
     ratios = [
         metrics.psnr(baselines.reconstructed(pipe, clip[0]), clip[0])

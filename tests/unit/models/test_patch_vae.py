@@ -113,6 +113,15 @@ def test_what_components_leave_is_the_sum_of_the_others_variances() -> None:
     np.testing.assert_allclose(error, variances[20:].sum(), rtol=1e-3)
 
 
+def test_a_preview_shows_the_mean_colours_of_the_linear_map(params) -> None:
+    weight, bias = patch_vae.preview(CFG, params)
+    z = np.asarray(noise(1, 1, 2, 3, 6))
+    linear = params["decoder"]["linear"]
+    cells = z @ np.asarray(linear["kernel"]) + np.asarray(linear["bias"])
+    colours = cells.reshape(1, 1, 2, 3, -1, 3).mean(axis=4)
+    np.testing.assert_allclose(z @ weight + bias, colours, atol=1e-5)
+
+
 def test_clips_without_enough_directions_are_named() -> None:
     params = patch_vae.init(CFG, jax.random.key(0))
     still = np.broadcast_to(np.linspace(-1, 1, 5)[:, None, None, None, None], (5, 1, 4, 4, 3))
