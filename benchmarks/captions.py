@@ -84,7 +84,12 @@ def measure(flags: CaptionBenchmark, size: tuple[int, int]) -> dict[str, Any]:
     keys = flow_matching.sample_keys(jax.random.key(flags.seed), own.meta.element)
     losses = jax.jit(
         lambda batch, sigma: flow_matching.sample_losses(
-            cfg, model, params, batch, keys, jnp.full(keys.shape, sigma)
+            cfg,
+            model,
+            params,
+            batch,
+            keys,
+            flow_matching.examples(batch, keys, jnp.full(keys.shape, sigma)),
         )
     )
     sigmas = {}

@@ -78,6 +78,8 @@ TRAINING = {
     "finetune v5p:8x8x4": ("finetune_i2v", None, "v5p:8x8x4", 1536),
     "finetune v6e:16x16": ("finetune_i2v", None, "v6e:16x16", 512),
     "from_hunyuan v5p-64": ("from_hunyuan", None, "v5p-64", 160),
+    "distill h100:8": ("distill_i2v", None, "h100:8", 32),
+    "distill v5p-64": ("distill_i2v", None, "v5p-64", 160),
 }
 # Configuration, machine and batch of training steps on the default mesh.
 MESHES = {

@@ -44,7 +44,7 @@ class TrainingReport(StepReport):
     """Memory of a training step on each chip of a machine, in bytes.
 
     `state` includes the trained parameters, the optimizer state and the moving average; `frozen` is
-    the size of the other weights.
+    the size of the other weights, with those of a teacher.
     """
 
     cfg: TrainConfig
@@ -123,7 +123,7 @@ def dry_run_training(
 
     def lower() -> jax.stages.Lowered:
         with sampler.precision(cfg.dtype):
-            networks = Networks(task.frozen, {})
+            networks = Networks(task.frozen, {}, task.teacher)
             return jit_train_step(task).lower(task.abstract, networks, batch, RATE)
 
     advice = (
@@ -143,9 +143,9 @@ def dry_run_training(
         parameters=base,
         trained=trained,
         state=sharding.placed_bytes(task.abstract),
-        frozen=sharding.placed_bytes(task.frozen),
+        frozen=sharding.placed_bytes((task.frozen, task.teacher)),
         program=program,
-        flops=round((cost.flops * COST[cfg.trainable] + cost.rollout_flops) * cfg.batch),
+        flops=round((cost.flops * COST[cfg.trainable] + cost.more_flops) * cfg.batch),
         tokens=cost.tokens,
     )
 

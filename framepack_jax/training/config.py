@@ -153,6 +153,23 @@ class HistoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Distillation to few steps of sampling, by multistep consistency (arXiv 2403.06807)."""
+
+    steps: Count = 0
+    """Steps of sampling after training, as 4; 0: no distillation, but flow matching."""
+    teacher_steps: Positive = 24
+    """Steps of the teacher, the network that the run starts from; a multiple of --distill.steps."""
+
+    def __post_init__(self) -> None:
+        if self.steps and self.teacher_steps % self.steps:
+            raise ValueError(
+                f"--distill.teacher-steps {self.teacher_steps} is no multiple of --distill.steps"
+                f" {self.steps}: a step of the student is a whole number of the teacher's"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ValidationConfig:
     """Validation on held-out clips while training."""
 
@@ -170,7 +187,7 @@ class ValidationConfig:
     sections: Positive = 2
     """Length of these videos in sections."""
     steps: Positive = 25
-    """Denoising steps of these videos."""
+    """Denoising steps of these videos; with distillation --distill.steps."""
     guidance: float = 10.0
     """Distilled guidance scale of these videos."""
 
@@ -301,6 +318,7 @@ class TrainConfig(RunConfig):
     them for each sample. The distilled release is sampled with 10; training data show the value 1,
     no guidance."""
     history: HistoryConfig = HistoryConfig()
+    distill: DistillConfig = DistillConfig()
     causal: bool = False
     """Let each latent frame of a section read the frames up to itself and the context, and no later
     frame (CausVid, as in arXiv 2504.12626, table 2). The bundle of the run is sampled so. A bundle

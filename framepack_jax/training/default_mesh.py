@@ -60,12 +60,13 @@ def whole_slice(device: jax.Device, near: int, fsdp: int) -> bool:
 
 
 def state_bytes(cfg: TrainConfig, manifest: bundle.Manifest, fsdp: int, tensor: int = 1) -> int:
-    """Count the bytes of all parameters and of the optimizer state on a device, divided over `fsdp`
-    and `tensor`. Raises ValueError if they do not divide the parameters."""
+    """Count the bytes of all parameters, also of a teacher, and of the optimizer state on a device,
+    divided over `fsdp` and `tensor`. Raises ValueError if they do not divide the parameters."""
     mesh = AbstractMesh((1, fsdp, 1, tensor), sharding.AXES, (AxisType.Auto,) * len(sharding.AXES))
     model = state.model_of(cfg, manifest)
     tx = optimizer.make(cfg.optimizer, model.spec.stacks)
-    tree = state.abstract_state(cfg, model, tx, mesh)
+    begun, frozen = state.abstract_state(cfg, model, tx, mesh)
+    tree = begun, frozen, state.abstract_teacher(cfg, begun.params)
     return sharding.device_bytes(tree, state.shardings(tree))
 
 

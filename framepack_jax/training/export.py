@@ -22,7 +22,7 @@ from framepack_jax.conversion.lora import write
 from framepack_jax.conversion.lora_names import family_of
 from framepack_jax.models import lora
 from framepack_jax.models.params import unstack_layers
-from framepack_jax.training import checkpoints, state
+from framepack_jax.training import checkpoints, consistency, state
 from framepack_jax.training.checkpoints import RunError
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.log_file import read_lines
@@ -167,8 +167,8 @@ def _manifest_of(
     manifest: bundle.Manifest, cfg: TrainConfig, record: dict[str, Any]
 ) -> bundle.Manifest:
     """Return the manifest with the schedule of a run, with the buckets that it trained from random
-    weights, with the start of videos from text if it trained these, and with the noise of the
-    history if it trained one factor."""
+    weights, with the start of videos from text if it trained these, with the noise of the history
+    if it trained one factor, and with the steps of a student."""
     if cfg.schedule:
         manifest = dataclasses.replace(manifest, schedule=packing.parse(cfg.schedule))
     if record.get("began") == "scratch":
@@ -181,6 +181,7 @@ def _manifest_of(
     noisy = cfg.history.noisy
     if noisy and noisy != "random" and manifest.schedule.codebook is None:
         sampling = dataclasses.replace(sampling, history_noise=noisy)
+    sampling = consistency.student_sampling(cfg, sampling)
     return dataclasses.replace(manifest, sampling=sampling)
 
 
@@ -308,7 +309,14 @@ def _lora_header(run: _Run) -> dict[str, str]:
         "framepack.rank": str(rank),
         "framepack.alpha": alpha,
         "framepack.schedule": str(schedule),
-    }
+    } | _student_header(run.cfg)
+
+
+def _student_header(cfg: TrainConfig) -> dict[str, str]:
+    """Return how adapters that were distilled to few steps are sampled."""
+    if not cfg.distill.steps:
+        return {}
+    return {"framepack.sampling_steps": str(cfg.distill.steps), "framepack.sampler": "euler"}
 
 
 def _export_lora(run: _Run, files: dict[str, epath.Path], dtype: str) -> str:
@@ -323,7 +331,10 @@ def _export_lora(run: _Run, files: dict[str, epath.Path], dtype: str) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, adapters, model.cfg, naming, about)
     file = files["diffusers"]
-    said = f"{file}: {len(adapters)} adapters of rank {run.cfg.lora.rank}; sample.py --lora {file}"
+    steps = run.cfg.distill.steps
+    how = f" --steps {steps} --sampler euler" if steps and not run.cfg.lora.context else ""
+    rank = run.cfg.lora.rank
+    said = f"{file}: {len(adapters)} adapters of rank {rank}; sample.py --lora {file}{how}"
     if other := files.get("original"):
         said += f"\n{other}: the same for ComfyUI, musubi-tuner, OneTrainer and other programs"
     return said

@@ -11,7 +11,7 @@ Shapes: B batch, w latent window, h W latent rows and columns, C channels.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +31,55 @@ HIGH_SIGMA = 0.95
 EPS = 2.0**-24
 
 
+class Examples(NamedTuple):
+    """What the network is to learn: at the noisy frames `x` (B, w, h, W, C) of levels `sigmas` (B,)
+    to predict `velocity`, of the shape of x. All are float32."""
+
+    x: jax.Array
+    sigmas: jax.Array
+    velocity: jax.Array
+
+
+def examples(batch: Batch, keys: jax.Array, sigmas: jax.Array) -> Examples:
+    """Return the examples of flow matching: noise - x at the levels `sigmas` (B,)."""
+    noise = noise_of(batch, keys)
+    x = flow.interpolate(batch.target, noise, sigmas)
+    return Examples(x, sigmas, flow.velocity_target(batch.target, noise))
+
+
+def noise_of(batch: Batch, keys: jax.Array) -> jax.Array:
+    """Draw the noise of each sample, of the shape of the target."""
+    shape = batch.target.shape[1:]
+    return constrain(normal(keys, Draw.NOISE, shape), BATCH, *[None] * len(shape))
+
+
 def sample_losses(
+    cfg: TrainConfig, model: Model, params: Params, batch: Batch, keys: jax.Array, wanted: Examples
+) -> jax.Array:
+    """Return the mean squared error of the velocity of each sample, (B,).
+
+    `params` are all parameters of the network."""
+    found = velocity(cfg, model, params, batch, keys, wanted.x, wanted.sigmas, cfg.remat)
+    error = found - wanted.velocity
+    return jnp.mean(jnp.square(error), axis=range(1, error.ndim))
+
+
+def velocity(
     cfg: TrainConfig,
     model: Model,
     params: Params,
     batch: Batch,
     keys: jax.Array,
+    x: jax.Array,
     sigmas: jax.Array,
+    remat: str = "none",
 ) -> jax.Array:
-    """Return the mean squared error of the velocity of each sample at its noise level, (B,).
-
-    `params` are all parameters of the network."""
-    shape = batch.target.shape[1:]
-    noise = normal(keys, Draw.NOISE, shape)
-    noise = constrain(noise, BATCH, *[None] * len(shape))
-    velocity = model.spec.velocity(
-        model.cfg, params, flow.interpolate(batch.target, noise, sigmas), sigmas, batch.context,
-        conditions_of(cfg, model, batch, keys), jnp.dtype(cfg.dtype), remat=cfg.remat,
+    """Return the velocity that a network predicts at x (B, w, h, W, C) of levels `sigmas` (B,),
+    given the context and the conditions of a batch."""
+    return model.spec.velocity(
+        model.cfg, params, x, sigmas, batch.context, conditions_of(cfg, model, batch, keys),
+        jnp.dtype(cfg.dtype), remat=remat,
     )  # fmt: skip
-    error = velocity - flow.velocity_target(batch.target, noise)
-    return jnp.mean(jnp.square(error), axis=range(1, error.ndim))
 
 
 def conditions_of(cfg: TrainConfig, model: Model, batch: Batch, keys: jax.Array) -> Any:
@@ -105,9 +134,14 @@ def draw_sigmas(
     mu = mu if schedule.mu is None else schedule.mu
     if not schedule.stratified:
         return flow.shift(_independent_times(schedule, sample_keys(key, elements)), mu)
+    return sigma_at(schedule, spaced_quantiles(key, elements, batch), mu)
+
+
+def spaced_quantiles(key: jax.Array, elements: jax.Array, batch: int) -> jax.Array:
+    """Return numbers in [0, 1), (B,): those of a batch are evenly spaced from a random start."""
     of_levels = jax.random.fold_in(key, draws.LEVELS)
     first = jax.vmap(jax.random.uniform)(sample_keys(of_levels, elements // batch))
-    return sigma_at(schedule, (first + elements % batch / batch) % 1, mu)
+    return (first + elements % batch / batch) % 1
 
 
 def _independent_times(schedule: NoiseSchedule, keys: jax.Array) -> jax.Array:
@@ -148,8 +182,13 @@ def _share_below(schedule: NoiseSchedule, t: float) -> float:
 
 def section_mu(shape: tuple[int, ...]) -> float:
     """Return the shift that the sampler uses for a section of latents (B, w, h, W, C)."""
+    return flow.shift_mu(section_tokens(shape))
+
+
+def section_tokens(shape: tuple[int, ...]) -> int:
+    """Return the number of tokens of a section of latents (B, w, h, W, C)."""
     _, window, height, width, _ = shape
-    return flow.shift_mu(group_tokens(window, "k1", height, width))
+    return group_tokens(window, "k1", height, width)
 
 
 def changed_context(

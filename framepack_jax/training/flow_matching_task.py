@@ -28,6 +28,7 @@ from framepack_jax.parallel import multihost
 from framepack_jax.parallel.sharding import BATCH
 from framepack_jax.training import (
     checkpoints,
+    consistency,
     flow_matching,
     metrics,
     optimizer,
@@ -38,7 +39,7 @@ from framepack_jax.training import (
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.history import Places, change_history
 from framepack_jax.training.host_facts import data_facts
-from framepack_jax.training.initial_weights import first_state, load_frozen
+from framepack_jax.training.initial_weights import first_state, load_frozen, load_teacher
 from framepack_jax.training.prefetch import check_batch, local_share
 from framepack_jax.training.resume_checks import check_init, check_same_run
 from framepack_jax.training.state import Model, Params, TrainState
@@ -50,15 +51,18 @@ Encode = Callable[[Params, jax.Array], jax.Array]
 
 
 class Networks(NamedTuple):
-    """Parameters of the transformer, and of the VAE that encodes batches of frames, else empty."""
+    """Parameters of the transformer, of the VAE that encodes batches of frames, else empty, and of
+    a teacher. Among frozen parameters `teacher` is what those of the transformer lack."""
 
     transformer: Params
     vae: Params
+    teacher: Params = {}  # noqa: RUF012
 
 
 @dataclasses.dataclass
 class FlowMatchingTask:
     """Flow matching on the frames of a section, given its packed context; see `flow_matching`.
+    With `cfg.distill`, distillation by `consistency`.
 
     `abstract` and `frozen` are the state and the frozen parameters as `jax.ShapeDtypeStruct`s with
     shardings. `codebook` (K, C) are the entries of a schedule with `+D`. `loader` and `bundle_path`
@@ -90,7 +94,8 @@ class FlowMatchingTask:
             # Blocks then have no float32 weights, whose gradient would leave them in float32.
             stacks = [name for name in self.model.spec.stacks if name in scaled]
             scaled = scaled | {name: cast_params(scaled[name], jnp.bfloat16) for name in stacks}
-        return Networks(merge_params(scaled, frozen.transformer), frozen.vae)
+        teacher = merge_params(frozen.teacher, frozen.transformer) if self.distills else {}
+        return Networks(merge_params(scaled, frozen.transformer), frozen.vae, teacher)
 
     def loss(
         self, params: Networks, batch: Batch | PixelBatch, key: jax.Array
@@ -99,10 +104,7 @@ class FlowMatchingTask:
         sections = self.latents(params, batch)
         elements = sections.meta.element
         keys = flow_matching.sample_keys(key, elements)
-        mu = flow_matching.section_mu(sections.target.shape)
-        sigmas = flow_matching.draw_sigmas(
-            self.cfg.noise_schedule, key, elements, self.cfg.batch, mu
-        )
+        sigmas = self.draw_sigmas(key, elements, sections.target.shape)
         ages = packing.history_ages(self.schedule)
         places = Places(ages, sections.target.shape[1], sections.given)
         context = rollouts.with_rollouts(
@@ -121,9 +123,37 @@ class FlowMatchingTask:
         self, params: Networks, batch: Batch, keys: jax.Array, sigmas: jax.Array
     ) -> jax.Array:
         """Return losses (B,) at noise levels (B,)."""
+        wanted = self.examples(params, batch, keys, sigmas)
         return flow_matching.sample_losses(
-            self.cfg, self.model, params.transformer, batch, keys, sigmas
+            self.cfg, self.model, params.transformer, batch, keys, wanted
         )
+
+    def draw_sigmas(self, key: jax.Array, elements: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Draw the noise levels (B,) of samples of latents of a shape."""
+        batch = self.cfg.batch
+        if self.distills:
+            levels = consistency.noise_levels(self.cfg, self.manifest.sampling, shape)
+            return consistency.draw_levels(levels, key, elements, batch)
+        mu = flow_matching.section_mu(shape)
+        return flow_matching.draw_sigmas(self.cfg.noise_schedule, key, elements, batch, mu)
+
+    def examples(
+        self, params: Networks, batch: Batch, keys: jax.Array, sigmas: jax.Array
+    ) -> flow_matching.Examples:
+        """Return what the network is to learn of a batch at noise levels (B,)."""
+        if not self.distills:
+            return flow_matching.examples(batch, keys, sigmas)
+
+        def velocity(params: Params, x: jax.Array, sigmas: jax.Array) -> jax.Array:
+            return flow_matching.velocity(self.cfg, self.model, params, batch, keys, x, sigmas)
+
+        teacher, student = (
+            functools.partial(velocity, jax.lax.stop_gradient(network))
+            for network in (params.teacher, params.transformer)
+        )
+        levels = consistency.noise_levels(self.cfg, self.manifest.sampling, batch.target.shape)
+        steps = self.cfg.distill.steps
+        return consistency.examples(teacher, student, levels, steps, batch, keys, sigmas)
 
     def latents(self, params: Networks, batch: Batch | PixelBatch) -> Batch:
         """Encode the frames of a batch of pixels."""
@@ -145,14 +175,19 @@ class FlowMatchingTask:
         """Return losses (B,) at one noise level, with the same noise in each call.
 
         `blank` and `other` (groups,) say which context groups are zero, as missing history is, and
-        which are replaced by those of `others`, a batch of other clips of the same shape.
+        which are replaced by those of `others`, a batch of other clips of the same shape. What a
+        student is to learn is computed with the unchanged context.
         """
         params = self.merge(trained, frozen)
         own, theirs = self.latents(params, batch), self.latents(params, others)
         keys = flow_matching.sample_keys(jax.random.key(self.cfg.seed), own.meta.element)
         context = flow_matching.changed_context(own.context, theirs.context, blank, other)
-        own = self.discretized(own, context)
-        return self.losses(params, own, keys, jnp.full(own.meta.element.shape, sigma))
+        sigmas = jnp.full(own.meta.element.shape, sigma)
+        wanted = self.examples(params, self.discretized(own, own.context), keys, sigmas)
+        changed = self.discretized(own, context)
+        return flow_matching.sample_losses(
+            self.cfg, self.model, params.transformer, changed, keys, wanted
+        )
 
     def discretized(self, batch: Batch, context: packing.PackedContext) -> Batch:
         """Return a batch with another context, whose history is discretized for a schedule with
@@ -168,6 +203,16 @@ class FlowMatchingTask:
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """Compute in float32 if the configuration says so."""
         return sampler.precision(self.cfg.dtype)
+
+    @property
+    def distills(self) -> bool:
+        """True if the network learns from a teacher instead of from the data alone."""
+        return bool(self.cfg.distill.steps)
+
+    @property
+    def teacher(self) -> Params:
+        """What a teacher has beside the frozen parameters, as `jax.ShapeDtypeStruct`s."""
+        return state.abstract_teacher(self.cfg, self.abstract.params)
 
     @property
     def grad_accum_steps(self) -> int:
@@ -203,7 +248,7 @@ class FlowMatchingTask:
             vae = bundle.load_params(
                 self.bundle_path, self.manifest, "vae", dtype=jnp.float32, mesh=self.mesh
             )
-        return Networks(frozen, vae)
+        return Networks(frozen, vae, load_teacher(self))
 
     def record(self, previous: Record | None) -> Record:
         """Return the configuration, the data order, and how the first run that led here began."""
@@ -248,11 +293,12 @@ class FlowMatchingTask:
     def sample_cost(self, schedule: packing.Schedule, batch: Any, size: tuple[int, int]) -> Cost:
         """Return the cost of a sample of a batch, which may be abstract, of latents of `size`."""
         cost = metrics.sample_cost(self.model, schedule, batch, size)
+        more: float = consistency.more_passes(self.cfg.distill) * cost.flops
         if share := self.cfg.history.rollouts:
             history = schedule.with_window(rollouts.history_frames(schedule))
             own = metrics.sample_cost(self.model, history, batch, size)
-            cost = cost._replace(rollout_flops=share * own.flops)
-        return cost
+            more += share * own.flops
+        return cost._replace(more_flops=more)
 
     def describe(self, step: int) -> Iterator[str]:
         """See `Task.describe`."""
@@ -290,6 +336,7 @@ def set_up(
     model.spec.check_mesh(model.cfg, mesh)
     check_batch(cfg.batch, cfg.grad_accum_steps, mesh)
     rollouts.check(cfg, schedule)
+    consistency.check(cfg, manifest)
     if cfg.history.drop_oldest and schedule.importance:
         raise ValueError(
             f"--history.drop-oldest {cfg.history.drop_oldest:g} with schedule {schedule}: history"

@@ -57,6 +57,24 @@ def load_network(task: "FlowMatchingTask") -> Params:
     return unflatten_dict({p: leaves[p].astype(wanted[p].dtype) for p in leaves})
 
 
+def load_teacher(task: "FlowMatchingTask") -> Params:
+    """Load the weights of a teacher that are trained in full here, as the run starts from them,
+    always from their first place. Beside adapters they are the bundle's."""
+    cfg, kept = task.cfg, flatten_dict(task.teacher)
+    if not kept:
+        return {}
+    if cfg.init == "bundle" or cfg.trainable == "lora":
+        params = bundle.load_params(
+            task.bundle_path, task.manifest, "transformer", dtype=jnp.dtype(cfg.dtype),
+            mesh=task.mesh,
+        )  # fmt: skip
+        leaves = flatten_dict(params)
+        return unflatten_dict({path: leaves[path] for path in kept})
+    run, step = checkpoints.parse_run(cfg.init)
+    part = checkpoints.exported_part(checkpoints.read_record(run))
+    return checkpoints.restore_params(run, step, task.teacher, part)
+
+
 def load_frozen(task: "FlowMatchingTask") -> Params:
     """Load the frozen parameters alone, for a run whose trained ones come from a checkpoint."""
     if not jax.tree.leaves(task.frozen):

@@ -222,7 +222,7 @@ class Log:
         """Return tokens and model FLOPs a second, and the fraction of the chips' peak if known."""
         if not costs:
             return {}
-        flops = (self.flops_factor * cost.flops + cost.rollout_flops for cost in costs)
+        flops = (self.flops_factor * cost.flops + cost.more_flops for cost in costs)
         work = sum(flops) * samples
         figures = {
             "tokens_per_second": sum(cost.tokens for cost in costs) * samples,

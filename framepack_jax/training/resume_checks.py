@@ -12,7 +12,7 @@ from framepack_jax.utils.compare import THEN_NOW, THERE_HERE, differences, flat
 # Fields of the configuration that stay the same from the first step to the last.
 FIXED = (
     "init", "network", "schedule", "trainable", "lora", "seed", "dtype", "guidance",
-    "history", "noise_schedule", "causal",
+    "history", "noise_schedule", "causal", "distill",
 )  # fmt: skip
 
 

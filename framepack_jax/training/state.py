@@ -240,6 +240,17 @@ def abstract_state(
     return jax.tree.map(place, state, where), jax.tree.map(place, frozen, frozen_specs)
 
 
+def abstract_teacher(cfg: TrainConfig, trained: Params) -> Params:
+    """Return what a teacher has beside the frozen parameters, as `jax.ShapeDtypeStruct`s: a copy of
+    the parameters among `trained` that are trained in full, in the compute dtype. Without
+    distillation, return nothing."""
+    if not cfg.distill.steps:
+        return {}
+    _, own = partition_factors(trained)
+    dtype = jnp.dtype(cfg.dtype)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), own)
+
+
 def shardings(tree: Any) -> Any:
     """Return the shardings of the leaves of an abstract tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -147,12 +147,19 @@ def _trained(cfg: TrainConfig, trained: Params, frozen: Params) -> str:
     return f"trained      {count:,} parameters {adapters}{embeddings}, beside {rest:,} frozen ones"
 
 
+def _distilled(cfg: TrainConfig) -> str | None:
+    if not (steps := cfg.distill.steps):
+        return None
+    return f"distilled    {cfg.distill.teacher_steps} steps of sampling to {steps}"
+
+
 def run_lines(task: "FlowMatchingTask", first: int) -> list[str]:
     """Describe a run that trains a transformer, from the step after `first`."""
     cfg = task.cfg
     lines = [
         *data_lines(task.loader, cfg.steps),
         _trained(cfg, task.abstract.params, task.frozen),
+        _distilled(cfg),
         batch_line(cfg.batch, cfg.grad_accum_steps, task.mesh),
         steps_line(
             first,

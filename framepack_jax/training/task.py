@@ -39,12 +39,12 @@ class StepMetrics(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """FLOPs of a forward pass and tokens of one sample; FLOPs of predicting its history, as a mean
-    over steps."""
+    """FLOPs of a forward pass and tokens of one sample; FLOPs of forward passes without a gradient,
+    as a mean over steps: of predicted history, of a teacher and its student's target."""
 
     flops: int
     tokens: int
-    rollout_flops: float = 0.0
+    more_flops: float = 0.0
 
 
 class Loader(Protocol):

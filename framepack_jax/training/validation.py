@@ -22,7 +22,7 @@ from framepack_jax.generation.pipeline import FramePack, Inputs, Network, OnStep
 from framepack_jax.models.lora_layers import scale_factors
 from framepack_jax.models.params import merge_params
 from framepack_jax.parallel.multihost import fetch, on_primary
-from framepack_jax.training import state
+from framepack_jax.training import consistency, state
 from framepack_jax.training.metrics import validation_folder
 from framepack_jax.training.prefetch import place
 from framepack_jax.training.state import Model, Params
@@ -91,7 +91,8 @@ class Validator:
             given = given_frames(pipe)
             most = (len(record.latents) - given) // window
             sections = min(cfg.sections, most) if task.schedule.segments else 1
-            settings = Settings(steps=cfg.steps, distilled_guidance=cfg.guidance)
+            steps = task.cfg.distill.steps or cfg.steps
+            settings = Settings(steps=steps, distilled_guidance=cfg.guidance)
             plan = plan_of(pipe, sections)
             conditions = conditions_of_clip(
                 pipe, record, task.manifest.text_tokens, settings.distilled_guidance
@@ -281,7 +282,8 @@ def open_pipe(task: "FlowMatchingTask") -> FramePack:
     pipe = FramePack.open(
         path, dtype=cfg.dtype, schedule=task.schedule, mesh=task.mesh, codebook=cfg.codebook
     )
-    return pipe.with_weights(path, roles=("vae",))
+    sampling = consistency.student_sampling(cfg, pipe.sampling)
+    return dataclasses.replace(pipe, sampling=sampling).with_weights(path, roles=("vae",))
 
 
 def with_network(pipe: FramePack, model: Model, params: Any) -> FramePack:

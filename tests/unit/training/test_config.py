@@ -89,4 +89,4 @@ def test_configs_are_what_they_say() -> None:
         assert f"configs/{file.name}" in file.read_text()
         assert dataclasses.asdict(config)["steps"] > 0
         found += 1
-    assert found == 11
+    assert found == 13
