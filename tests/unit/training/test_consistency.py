@@ -86,8 +86,8 @@ def test_levels_are_drawn_by_the_number_of_the_sample_alone() -> None:
 
 
 def test_the_student_is_to_reach_where_teacher_and_student_lead(batches) -> None:
-    """By hand, for velocities 2 x + sigma of the teacher and -x of the student. A student step ends
-    at 2/3; at the level before that the teacher alone leads there."""
+    """By hand, for velocities 2 x + sigma of the teacher and -x of the student. The first
+    step of the student ends at 9/12, where from 10/12 the teacher alone leads."""
     batch = batches[0]
     made, noise = examples_at(
         batch, [1.0, 10 / 12, 9 / 12, 1 / 12],
