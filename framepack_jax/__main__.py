@@ -11,6 +11,7 @@ COMMANDS = {
     "export": "bundle or LoRA -> PyTorch checkpoint",
     "verify": "compare a checkpoint with a bundle",
     "inspect": "describe a checkpoint, LoRA or bundle",
+    "doctor": "what is wrong with this machine, and what to do",
     "explain": "draw what a packing schedule puts into the context",
     "synthetic": "make videos with captions to try training with",
     "prepare": "videos + captions -> dataset",

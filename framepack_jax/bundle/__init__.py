@@ -17,6 +17,7 @@ from framepack_jax.bundle.codebook import (
     read_codebook,
     write_codebook,
 )
+from framepack_jax.bundle.hashes import stored_hash
 from framepack_jax.bundle.loader import (
     DeviceBytes,
     check_present,
@@ -84,6 +85,7 @@ __all__ = [
     "sampling_roles",
     "stored_bytes",
     "stored_dtypes",
+    "stored_hash",
     "text_encoder_config",
     "vae_config",
     "write_codebook",

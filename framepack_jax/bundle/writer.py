@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.experimental import v1 as ocp
 
 from framepack_jax.bundle import contexts
+from framepack_jax.bundle.hashes import add_leaf
 from framepack_jax.bundle.manifest import absolute
 from framepack_jax.utils import storage
 from framepack_jax.utils.prefetch import prefetch
@@ -60,8 +61,7 @@ def _write(path: epath.Path, leaves: Iterable[tuple[str, np.ndarray]]) -> Writte
         try:
             for name, array in prefetch(leaves):
                 array = np.ascontiguousarray(array)
-                digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-                digest.update(array.reshape(-1).view(np.uint8).data)
+                add_leaf(digest, name, array)
                 held[tuple(name.split("/"))] = array.view(_Settled)
                 size += array.nbytes
                 if size >= WRITE_CHUNK:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -22,6 +23,7 @@ from framepack_jax.utils.paths import explain_store_error, is_remote, is_store_e
 FAILED, HOPELESS = 1, 2
 INTERRUPTED, TERMINATED = 130, 143
 FAILURES: tuple[type[Exception], ...] = (ValueError, OSError)
+DOCTOR = "framepack doctor says what is wrong"
 RESUME = "interrupted; run the same command again to resume"
 
 
@@ -64,9 +66,11 @@ def cli_errors(
             print(ended, file=sys.stderr)
         raise ended from error
     except Exception as error:
-        if not is_store_error(error):
-            raise
-        raise CommandError(f"error: {explain_store_error(error)}", FAILED) from error
+        if is_store_error(error):
+            raise CommandError(f"error: {explain_store_error(error)}", FAILED) from error
+        if is_device_error(error):
+            raise CommandError(f"error: JAX cannot start: {error}; {DOCTOR}", FAILED) from error
+        raise
     except KeyboardInterrupt as interrupt:
         from framepack_jax.parallel.multihost import Terminated
 
@@ -75,6 +79,12 @@ def cli_errors(
         raise SystemExit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
     if duration:
         print(f"{time.monotonic() - began:.1f} s in all")
+
+
+def is_device_error(error: Exception) -> bool:
+    """Return whether JAX found no device: a plug-in, a driver or JAX_PLATFORMS is wrong."""
+    where = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return bool(where) and where[-1].endswith(os.path.join("jax", "_src", "xla_bridge.py"))
 
 
 class _Lasting:

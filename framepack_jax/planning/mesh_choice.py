@@ -19,6 +19,7 @@ from etils import epath
 from framepack_jax import bundle
 from framepack_jax.parallel import device_grid, hardware, sharding
 from framepack_jax.parallel.hardware import Machine
+from framepack_jax.planning.programs import RefusedError
 from framepack_jax.planning.training import TrainingReport, dry_run_training, sample_tokens
 from framepack_jax.training import default_mesh, state
 from framepack_jax.training.config import TrainConfig
@@ -60,11 +61,19 @@ def choose(
             f" {machine.count}"
         )
     reports: list[TrainingReport] = []
+    refused = None
     for sizes in ranked:
-        reports.append(dry_run_training(cfg, bundle_path, machine, sizes, size, devices))
+        try:
+            reports.append(dry_run_training(cfg, bundle_path, machine, sizes, size, devices))
+        except RefusedError as error:
+            LOGGER.info(f"mesh {axes_text(sizes)}: {error}")
+            refused = error
+            continue
         LOGGER.info(f"mesh {summary(reports[-1])}")
         if is_enough(reports):
             break
+    if refused is not None and not reports:
+        raise refused
     return sorted(reports, key=quality)
 
 
@@ -91,8 +100,13 @@ def summary(report: TrainingReport) -> str:
     """Return the figures of a mesh that decide."""
     seconds = "not modelled" if report.step_seconds is None else f"{report.step_seconds:.3f} s"
     fits = "fits" if report.fits else "does not fit"
-    sizes = ",".join(f"{axis}={n}" for axis, n in report.mesh.items() if n > 1) or "one device"
-    return f"{sizes}: {seconds} a step, {report.total / 1e9:.1f} GB a device, {fits}"
+    held = f"{report.total / 1e9:.1f} GB a device"
+    return f"{axes_text(report.mesh)}: {seconds} a step, {held}, {fits}"
+
+
+def axes_text(sizes: Mapping[str, int]) -> str:
+    """Return the axes that divide a mesh, as --mesh takes them."""
+    return ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "one device"
 
 
 def rank(

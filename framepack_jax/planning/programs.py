@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from framepack_jax.parallel import device_grid, sharding, xla_flags
 from framepack_jax.planning import hlo
 from framepack_jax.planning.hlo import Traffic
+from framepack_jax.utils.messages import first_line
 
 GB = 1e9
 # By default, a TPU's compiler refuses a program that exceeds the memory of a chip, without saying
@@ -58,6 +59,10 @@ class Program:
         )
 
 
+class RefusedError(ValueError):
+    """The compiler does not compile a program."""
+
+
 def compile_program(
     name: str,
     advice: str,
@@ -68,7 +73,8 @@ def compile_program(
 ) -> Program:
     """Trace and compile a program that takes these weights, with the flags that commands set.
 
-    A program that needs more memory than a chip has is compiled too.
+    A program that needs more memory than a chip has is compiled too, unless the compiler refuses
+    it. Raises RefusedError.
     """
     began = time.monotonic()
     # The flags concern exchanges between devices.
@@ -77,8 +83,14 @@ def compile_program(
     if devices.size > 1:
         options |= xla_flags.compiler_options(device, training)
     oversized = OVERSIZED if device.platform == "tpu" else {}
-    with jax.set_mesh(devices):
-        compiled = lower().compile(compiler_options=options | oversized)
+    try:
+        with jax.set_mesh(devices):
+            compiled = lower().compile(compiler_options=options | oversized)
+    except jax.errors.JaxRuntimeError as error:
+        raise RefusedError(
+            f"the compiler for {device.device_kind} refuses {name} ({first_line(error)}), most"
+            f" likely for want of memory; {advice}"
+        ) from error
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:

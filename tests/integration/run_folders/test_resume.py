@@ -16,8 +16,6 @@ from framepack_jax.diffusion import sampler
 from framepack_jax.generation import pipeline
 from framepack_jax.jobs.inputs import saved_spec
 from framepack_jax.jobs.run_dir import RunDir
-from framepack_jax.jobs.spec import ComputeOptions
-from framepack_jax.jobs.task_setup import saved_task
 from framepack_jax.models import registry
 from framepack_jax.models.hunyuan import spec as hunyuan
 from tests.fixtures.run_folders import (
@@ -288,17 +286,6 @@ def test_other_weights_are_noticed(whole, tmp_path) -> None:
             again.main([str(run.folder)])
     with pytest.raises(SystemExit, match="the vae of the bundle has changed"):
         command(run.folder, "--sections", 3, schedule=F1)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [(None, "bfloat16"), ("float32", "float32"), ("float16", "float16")]
-)
-def test_a_run_keeps_its_type_unless_another_is_given(whole, tmp_path, given, expected) -> None:
-    """Of a run that was started with --dtype bfloat16."""
-    run = copy(whole[F1], tmp_path / "run")
-    run.write_record(dtype="bfloat16")
-    pipe, _ = saved_task(run, None, given, ComputeOptions())
-    assert pipe.dtype == expected
 
 
 @pytest.mark.parametrize(("command", "flag"), [(resume, "--seed"), (decode, "--dtype")])

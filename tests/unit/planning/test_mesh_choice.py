@@ -8,6 +8,7 @@ import pytest
 from framepack_jax import bundle
 from framepack_jax.parallel import hardware
 from framepack_jax.planning import mesh_choice
+from framepack_jax.planning.programs import RefusedError
 from framepack_jax.training.config import TrainConfig
 
 ALL = TrainConfig(bundle="framepack_i2v", output="run", batch=32, ema=0.999)
@@ -43,9 +44,16 @@ def fake(name: str, seconds: float | None, fits: bool) -> SimpleNamespace:
     )
 
 
-def chosen(monkeypatch, *steps: tuple[str, float | None, bool]) -> list[str]:
-    made = iter([fake(*step) for step in steps])
-    monkeypatch.setattr(mesh_choice, "dry_run_training", lambda *a: next(made))
+def chosen(monkeypatch, *steps: tuple[str, float | None, bool] | str) -> list[str]:
+    made = iter(steps)
+
+    def compiled(*_: object) -> SimpleNamespace:
+        step = next(made)
+        if isinstance(step, str):
+            raise RefusedError(step)
+        return fake(*step)
+
+    monkeypatch.setattr(mesh_choice, "dry_run_training", compiled)
     monkeypatch.setattr(mesh_choice, "rank", lambda *a: [{}] * len(steps))
     monkeypatch.setattr(mesh_choice, "COMPILED", 2)
     reports = mesh_choice.choose(
@@ -66,6 +74,12 @@ def test_a_mesh_as_fast_as_the_roofline_of_all_ends_the_search(monkeypatch) -> N
     assert chosen(monkeypatch, ("large", 1.0, False), ("small", 2, True)) == ["small", "large"]
     assert chosen(monkeypatch, ("slow", 1.02, True), ("best", 1.0, True)) == ["best", "slow"]
     assert chosen(monkeypatch, ("unknown", None, True), ("slow", 2, True)) == ["slow", "unknown"]
+
+
+def test_a_mesh_that_the_compiler_refuses_is_passed_over(monkeypatch) -> None:
+    assert chosen(monkeypatch, "no", ("small", 2, True), ("large", 1.5, True)) == ["large", "small"]
+    with pytest.raises(RefusedError, match="never"):
+        chosen(monkeypatch, "no", "never")
 
 
 def test_a_batch_that_no_mesh_divides_is_refused() -> None:

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from framepack_jax import bundle
 from framepack_jax.parallel import hardware, sharding
-from framepack_jax.planning.programs import Program, compile_program
+from framepack_jax.planning.programs import Program, RefusedError, compile_program
 from framepack_jax.training.config import TrainConfig
 from framepack_jax.training.default_mesh import default_mesh
 
@@ -62,3 +62,19 @@ def test_a_program_beyond_the_memory_of_a_chip_is_compiled_and_counted() -> None
     x = jax.ShapeDtypeStruct((12_000, 1_000_000), jnp.float32, sharding=where)
     program = compile_program("", "", x, lambda: jax.jit(lambda x: x + 1).lower(x), mesh)
     assert program.total(program.weights) >= 24e9
+
+
+def test_a_program_that_the_compiler_refuses() -> None:
+    """As libtpu refuses a program that needs far more memory than a chip has."""
+
+    def lower() -> None:
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU program.\nMore of it.")
+
+    devices = hardware.compile_devices(hardware.parse("v5e:2x2"))
+    mesh = sharding.make_mesh(fsdp=4, devices=devices)
+    with pytest.raises(RefusedError) as found:
+        compile_program("step", "take a smaller batch", {}, lower, mesh)
+    assert str(found.value) == (
+        "the compiler for TPU v5 lite refuses step (INVALID_ARGUMENT: Invalid TPU program.), most"
+        " likely for want of memory; take a smaller batch"
+    )

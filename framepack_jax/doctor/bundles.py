@@ -1,0 +1,47 @@
+"""Whether a bundle is whole."""
+
+from collections.abc import Iterator
+
+from framepack_jax import bundle
+from framepack_jax.doctor.finding import Finding
+from framepack_jax.utils.messages import bytes_text, first_line
+
+LARGE = 1e9
+"""Bytes of a bundle with which no small video is made."""
+AGAIN = "convert it again, or copy it again from where it came from"
+
+
+def whole(name: str) -> Iterator[Finding]:
+    """Read every parameter of a bundle and compare the hashes with those of its manifest."""
+    subject = f"bundle {name}"
+    try:
+        path = bundle.resolve(name)
+        manifest = bundle.read_manifest(path)
+    except (bundle.BundleError, OSError, ValueError) as error:
+        yield Finding(subject, "problem", first_line(error), AGAIN)
+        return
+    sizes = []
+    for role in manifest.roles:
+        try:
+            sizes.append(bundle.stored_bytes(path, manifest, role))
+            expected = manifest.roles[role].source.get("sha256")
+            found = bundle.stored_hash(path, manifest, role)
+        except (bundle.BundleError, OSError, ValueError) as error:
+            yield Finding(subject, "problem", f"{role}: {first_line(error)}", AGAIN)
+            continue
+        if expected not in (None, found):
+            text = f"the parameters of {role} are not those that were written"
+            yield Finding(subject, "problem", text, AGAIN)
+    if len(sizes) == len(manifest.roles):
+        text = f"{', '.join(manifest.roles)}; {bytes_text(sum(sizes))}"
+        yield Finding(subject, "ok", text)
+
+
+def is_large(name: str) -> bool:
+    """Return whether a bundle is too large to load for a check, or cannot be read."""
+    try:
+        path = bundle.resolve(name)
+        manifest = bundle.read_manifest(path)
+        return sum(bundle.stored_bytes(path, manifest, role) for role in manifest.roles) > LARGE
+    except (bundle.BundleError, OSError, ValueError):
+        return True
