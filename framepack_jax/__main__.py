@@ -7,6 +7,7 @@ COMMANDS = {
     "sample": "image + prompt -> video",
     "resume": "continue an interrupted run",
     "decode": "decode the saved latents of a run",
+    "serve": "HTTP API: one loaded bundle and a queue of videos",
     "convert": "PyTorch checkpoints -> bundle",
     "export": "bundle or LoRA -> PyTorch checkpoint",
     "verify": "compare a checkpoint with a bundle",

@@ -62,6 +62,9 @@ class Progress:
         if step + 1 == self.steps:
             sections.update()
         stop_if_asked()
+        for task in self.tasks:
+            if task.on_progress is not None:
+                task.on_progress((section + (step + 1) / self.steps) / self.sections)
         parts = range(1, 1 + PREVIEWS_PER_SECTION)
         shown = {round(self.steps * i / PREVIEWS_PER_SECTION) for i in parts}
         if step + 1 in shown and x0.shape[-1] == len(self.preview[0]):

@@ -22,7 +22,8 @@ class Task:
 
     `read` returns the inputs of a new run; a resumed run has its `request` in the folder. `seen` is
     the record that the folder held. If another process has changed it since, `refresh` returns the
-    remaining task, or None if that process has finished the run.
+    remaining task, or None if that process has finished the run. `on_progress` is called after each
+    step with the sampled fraction of the video; it may raise KeyboardInterrupt to stop.
     """
 
     run: RunDir
@@ -32,6 +33,7 @@ class Task:
     request: Request | None = None
     seen: str | None = None
     refresh: Callable[[], "Task | None"] | None = None
+    on_progress: Callable[[float], None] | None = None
 
     @property
     def group(self) -> tuple[Layout, Settings, float]:
@@ -58,5 +60,5 @@ class Task:
     def replace_with(self, other: "Task") -> None:
         """Become another task of the same folder, except for how this machine decodes."""
         kept = {name: self.run.record[name] for name in MACHINE_FIELDS if name in self.run.record}
-        vars(self).update(vars(other))
+        vars(self).update(vars(other) | {"on_progress": self.on_progress})
         self.run.record |= kept

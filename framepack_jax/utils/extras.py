@@ -3,6 +3,7 @@
 import importlib
 
 EVAL = {"cv2": "OpenCV", "matplotlib": "Matplotlib"}
+SERVE = {"fastapi": "FastAPI", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
 
 
 class MissingExtra(ValueError):

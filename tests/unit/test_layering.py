@@ -18,7 +18,7 @@ ROWS = [
     {"generation", "data", "conversion"},
     {"training", "jobs"},
     {"evaluation"},
-    {"planning", "toy", "doctor"},
+    {"planning", "toy", "doctor", "server"},
     {"cli", "__main__", "__init__"},
 ]
 TORCH_ONLY_IN = ("conversion", "evaluation/clip_score.py", "evaluation/vbench_worker.py")

@@ -1,0 +1,1 @@
+"""An HTTP server: one loaded bundle and a durable queue of videos."""

@@ -1,0 +1,196 @@
+"""Read the request for a video: fields of a form or of JSON, and an uploaded image."""
+
+import json
+import math
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from framepack_jax.generation.geometry import check_size
+from framepack_jax.generation.request import check_seed
+from framepack_jax.jobs.jobs_file import unique_keys
+from framepack_jax.jobs.spec import RANDOM_SEED
+from framepack_jax.server.errors import ApiError
+from framepack_jax.server.job import UPLOAD, Job
+from framepack_jax.server.limits import Limits
+from framepack_jax.server.model import ServedModel
+from framepack_jax.utils.flags import check_text
+
+DEFAULT_SECONDS = "4"
+MAX_TEXT = 10_000
+# Formats of uploads, by their first bytes. Pillow runs other programs for some other formats.
+FORMATS = {
+    name: re.compile(begin, re.DOTALL)
+    for name, begin in {
+        "PNG": rb"\x89PNG\r\n\x1a\n.*",
+        "JPEG": rb"\xff\xd8\xff.*",
+        "WebP": rb"RIFF....WEBP.*",
+    }.items()
+}
+NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?")
+
+
+async def read_fields(request: Request, folder: Path) -> dict[str, str]:
+    """Return the fields of a request as texts; write its image into a folder.
+
+    Raises ApiError for a body that is neither a form nor a JSON object.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
+        return _of_json(await request.body())
+    # Starlette refuses parts above a megabyte that are no files, and other malformed forms.
+    async with request.form(max_files=1, max_fields=32) as form:
+        fields: dict[str, str] = {}
+        for name, value in form.multi_items():
+            if name in fields:
+                raise ApiError(400, f"{name!r} is given twice", name)
+            if not isinstance(value, UploadFile):
+                fields[name] = value
+            elif name != UPLOAD:
+                raise ApiError(400, f"{name!r} is a file; only {UPLOAD} may be one", name)
+            else:
+                with open(folder / UPLOAD, "wb") as file:
+                    shutil.copyfileobj(value.file, file)
+    if UPLOAD in fields:
+        raise ApiError(400, f"{UPLOAD} is text; upload an image file", UPLOAD)
+    return fields
+
+
+def _of_json(body: bytes) -> dict[str, str]:
+    try:
+        given = json.loads(body, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise ApiError(400, "the body is no JSON object")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ApiError(400, f"{name!r}: expected a text or a number", name)
+    return {name: str(value) for name, value in given.items()}
+
+
+def make_job(fields: dict[str, str], folder: Path, limits: Limits, model: ServedModel) -> Job:
+    """Check a request, whose image is in a folder, and return its job. Raises ApiError."""
+    known = {"model", "size", "seconds", *OPTIONS}
+    if unknown := [name for name in fields if name not in known]:
+        raise ApiError(
+            400,
+            f"{unknown[0]!r} is not known; known are {', '.join(sorted(known))}, {UPLOAD}",
+            unknown[0],
+            "unknown_parameter",
+        )
+    if fields.get("model", model.name) != model.name:
+        raise ApiError(
+            400,
+            f"model {fields['model']!r} is not served here; give {model.name!r} or none",
+            "model",
+            "model_not_found",
+        )
+    options = {name: _parsed(name, fields, limits) for name in OPTIONS if name in fields}
+    if not options.get("prompt", "").strip():
+        raise ApiError(400, "prompt is missing: describe the video", "prompt")
+    seconds = fields.get("seconds", DEFAULT_SECONDS)
+    options["seconds"] = _parsed("seconds", {"seconds": seconds}, limits)
+    if options.get("seed", RANDOM_SEED) == RANDOM_SEED:
+        options["seed"] = secrets.randbits(32)
+    if "size" in fields:
+        options["width"], options["height"] = _size(fields["size"], model.max_pixels)
+    has_image = (folder / UPLOAD).exists()
+    job = Job("", 0, model.name, seconds, "", options, has_image)
+    if has_image:
+        _check_format(folder / UPLOAD)
+    try:
+        layout = model.check(job.spec(folder))
+    except ValueError as error:
+        text = str(error).replace(str(folder / UPLOAD), UPLOAD)
+        raise ApiError(400, text, UPLOAD if UPLOAD in text else None) from error
+    job.size = f"{layout.width}x{layout.height}"
+    return job
+
+
+def _text(text: str, _: Limits) -> str:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{len(text)} characters, at most {MAX_TEXT} are allowed")
+    check_text("text", text)
+    return text
+
+
+def _number(text: str, _: Limits) -> float:
+    if not NUMBER.fullmatch(text) or not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]!r}: expected a number")
+    return value
+
+
+def _integer(text: str, limits: Limits) -> int:
+    _number(text, limits)
+    return int(text)
+
+
+def _seconds(text: str, limits: Limits) -> float:
+    value = _number(text, limits)
+    if not 0 < value <= limits.max_seconds:
+        raise ValueError(f"{text}: expected more than 0, at most {limits.max_seconds:g}")
+    return value
+
+
+def _steps(text: str, limits: Limits) -> int:
+    value = _integer(text, limits)
+    if not 1 <= value <= limits.max_steps:
+        raise ValueError(f"{text}: expected 1 to {limits.max_steps}")
+    return value
+
+
+def _seed(text: str, limits: Limits) -> int:
+    value = _integer(text, limits)
+    if value != RANDOM_SEED:
+        check_seed(value)
+    return value
+
+
+# Fields of a request that are options of a video, with their parsers.
+OPTIONS: dict[str, Callable[[str, Limits], Any]] = {
+    "prompt": _text,
+    "negative_prompt": _text,
+    "seconds": _seconds,
+    "seed": _seed,
+    "steps": _steps,
+    "distilled_guidance": _number,
+    "cfg_scale": _number,
+}
+
+
+def _parsed(name: str, fields: dict[str, str], limits: Limits) -> Any:
+    try:
+        return OPTIONS[name](fields[name], limits)
+    except ValueError as error:
+        raise ApiError(400, f"{name}: {error}", name) from error
+
+
+def _size(text: str, max_pixels: int) -> tuple[int, int]:
+    """Parse WIDTHxHEIGHT. Raises ApiError."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise ApiError(400, f"size {text[:40]!r}: expected WIDTHxHEIGHT, as 640x608", "size")
+    width, height = int(match[1]), int(match[2])
+    if width * height > max_pixels:
+        raise ApiError(
+            400, f"size {text} has more than {max_pixels} pixels, which is the limit", "size"
+        )
+    try:
+        check_size(height, width)
+    except ValueError as error:
+        raise ApiError(400, f"size {text}: {error}", "size") from error
+    return width, height
+
+
+def _check_format(path: Path) -> None:
+    """Raise ApiError unless a file begins as an image of FORMATS; decode nothing."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if not any(begin.fullmatch(head) for begin in FORMATS.values()):
+        raise ApiError(400, f"{UPLOAD} is no {', '.join(FORMATS)} image", UPLOAD, "invalid_image")
