@@ -200,7 +200,8 @@ class HeldOut:
             keys = flow_matching.sample_keys(jax.random.key(SEED), batch.meta.element)
             changed = batch.replace(context=context)
             levels = jnp.full(keys.shape, sigma)
-            return flow_matching.sample_losses(cfg, model, params, changed, keys, levels)
+            wanted = flow_matching.examples(changed, keys, levels)
+            return flow_matching.sample_losses(cfg, model, params, changed, keys, wanted)
 
         self._losses = losses
 
