@@ -16,7 +16,9 @@ STEPS = {1: 8, 2: 5}  # of each section; the first is done
 def shown(tmp_path):
     """Progress of a video of three sections with blocks in host memory, and its folder."""
     task = SimpleNamespace(
-        layout=SimpleNamespace(plan=[None] * 3), run=SimpleNamespace(folder=tmp_path)
+        layout=SimpleNamespace(plan=[None] * 3),
+        run=SimpleNamespace(folder=tmp_path),
+        on_progress=None,
     )
     with Progress([task], 1, 4, STEPS.__getitem__, NETWORKS["hunyuan_vae"].preview) as progress:
         yield progress, tmp_path / "preview.png"
@@ -46,3 +48,21 @@ def test_latents_without_a_fit_of_colours_are_not_shown(shown) -> None:
     assert not preview.exists()
     progress.step(1, 7, jnp.full((1, 2, 4, 4, 16), np.nan))
     assert preview.exists()
+
+
+def test_a_task_is_told_its_sampled_fraction_and_can_stop(shown) -> None:
+    progress, _ = shown
+    fractions = []
+    (task,) = progress.tasks
+    task.on_progress = fractions.append
+    for section, step in ((1, 3), (1, 7), (2, 0), (2, 4)):
+        progress.steps = STEPS[section]
+        progress.step(section, step, jnp.zeros((1, 2, 4, 4, 5)))
+    np.testing.assert_allclose(fractions, [1.5 / 3, 2 / 3, 2.2 / 3, 1])
+
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    task.on_progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        progress.step(1, 3, jnp.zeros((1, 2, 4, 4, 5)))
