@@ -76,6 +76,8 @@ GS = {
     "convert": {"output", "networks.encoders_from"},
     "export": {"bundle"},
     "verify": {"bundle"},
+    "doctor": {"bundle"},
+    "serve": {"model.bundle"},
     "prepare": {"bundle"},
     "train-vae": {"bundle", "output", "init"},
     "train": {"bundle", "output", "init", "codebook"},
