@@ -179,10 +179,13 @@ def test_adapters_train_and_sample(place, tmp_path, capsys) -> None:
     train.main([
         "--config", str(tmp_path / "config.py"), "--data.path", str(place / "dataset"),
         "--output", str(output), "--trainable", "lora", "--steps", "2", "--ema", "0",
+        "--distill.steps", "2", "--distill.teacher-steps", "4",
     ])  # fmt: skip
     file = output / "bundle" / "lora.safetensors"
     out = capsys.readouterr().out
-    assert f"sample.py --lora {file}" in out
+    assert f"sample.py --lora {file} --steps 2 --sampler euler" in out
+    about = conversion_lora.about(file)
+    assert (about["framepack.sampling_steps"], about["framepack.sampler"]) == ("2", "euler")
     assert "in adapters of rank 2, alpha 4, beside" in out and "warning" not in out
     check_lora_files(file.parent, output)
     check_velocities(output, place / "dataset")
