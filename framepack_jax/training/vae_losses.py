@@ -18,6 +18,8 @@ EDGE = 0.15
 """Minimum difference between neighbouring pixels in [-1, 1] at an edge."""
 NEAR = 3
 """Maximum distance in pixels of what counts as near an edge."""
+ADDED = 1
+"""Number of the key of the noise on latents; the posterior is sampled with the key itself."""
 WHOLE = Tiling(frames=None)
 
 
@@ -35,11 +37,11 @@ def losses(
     key: jax.Array,
 ) -> Losses:  # fmt: skip
     """Compare clips (B, T, H, W, C) in [-1, 1] with what a sample of their latents decodes to."""
-    sampled, added = jax.random.split(key)
     mean, logvar = spec.encode(network, params, clips, WHOLE)
-    latents = sample_posterior(mean, logvar, jax.random.normal(sampled, mean.shape))
+    latents = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
     if cfg.latent_noise:
-        latents += cfg.latent_noise * jax.random.normal(added, mean.shape)
+        added = jax.random.normal(jax.random.fold_in(key, ADDED), mean.shape)
+        latents += cfg.latent_noise * added
     decoded = spec.decode(network, params, latents, WHOLE)
     kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
     return Losses(error_of(cfg, decoded, clips), jnp.mean(jnp.square(decoded - clips)), kl)
