@@ -1,6 +1,12 @@
 """Orbax contexts to read and to write the parameters of a bundle."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
+
+from framepack_jax.bundle.manifest import BundleError
 
 
 def reading() -> ocp.Context:
@@ -10,6 +16,18 @@ def reading() -> ocp.Context:
     context.atomicity.allow_legacy_atomic_rename = True
     context.pytree.loading.partial_load = True
     return context
+
+
+def metadata(path: epath.PathLike) -> Mapping[str, Any]:
+    """Return the tree of shapes and types of a checkpoint. Raises BundleError if it is damaged."""
+    with reading():
+        tree = ocp.metadata(path).metadata
+    if not isinstance(tree, Mapping):
+        raise BundleError(
+            f"the parameters at {path} cannot be read: files are missing or damaged; copy or"
+            " convert the bundle again"
+        )
+    return tree
 
 
 def writing() -> ocp.Context:

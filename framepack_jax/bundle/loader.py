@@ -264,13 +264,7 @@ def _opened(
     _, cfg = role_config(manifest, name)
     path = _present(root, manifest, name)
     expected = registry.abstract_leaves(manifest.roles[name].kind, cfg)
-    with contexts.reading():
-        tree = ocp.metadata(path).metadata
-    if not isinstance(tree, Mapping):
-        raise BundleError(
-            f"bundle {root}: the parameters of {name} at {path} cannot be read: files are missing"
-            " or damaged; copy or convert the bundle again"
-        )
+    tree = contexts.metadata(path)
     stored = {"/".join(key): leaf for key, leaf in flatten_dict(tree).items()}
     if problems := _differences(expected, stored):
         raise BundleError(f"bundle {root}: {name} does not fit its config: {problems}")

@@ -1,4 +1,4 @@
-"""What `framepack doctor` looks at, one file for each part of a machine.
+"""Checks of `framepack doctor`, one file for each part of a machine.
 
 finding    what a check found, and the remedy
 packages   Python, packages, and plug-ins of JAX that go together

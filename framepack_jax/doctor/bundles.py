@@ -1,4 +1,4 @@
-"""Whether a bundle is whole."""
+"""Check that a bundle is whole."""
 
 from collections.abc import Iterator
 
@@ -20,20 +20,22 @@ def whole(name: str) -> Iterator[Finding]:
     except (bundle.BundleError, OSError, ValueError) as error:
         yield Finding(subject, "problem", first_line(error), AGAIN)
         return
-    sizes = []
+    whole, size = True, 0
     for role in manifest.roles:
         try:
-            sizes.append(bundle.stored_bytes(path, manifest, role))
+            size += bundle.stored_bytes(path, manifest, role)
             expected = manifest.roles[role].source.get("sha256")
             found = bundle.stored_hash(path, manifest, role)
         except (bundle.BundleError, OSError, ValueError) as error:
+            whole = False
             yield Finding(subject, "problem", f"{role}: {first_line(error)}", AGAIN)
             continue
         if expected not in (None, found):
+            whole = False
             text = f"the parameters of {role} are not those that were written"
             yield Finding(subject, "problem", text, AGAIN)
-    if len(sizes) == len(manifest.roles):
-        text = f"{', '.join(manifest.roles)}; {bytes_text(sum(sizes))}"
+    if whole:
+        text = f"{', '.join(manifest.roles)}; {bytes_text(size)}"
         yield Finding(subject, "ok", text)
 
 

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Result of a check."""
 
 import dataclasses
 from typing import Literal

@@ -28,7 +28,7 @@ PATIENCE = 180
 DRIVERS = {"jax-cuda13-plugin": 580, "jax-cuda12-plugin": 525}
 """Oldest driver from NVIDIA for each plug-in."""
 GPU_FILE, TPU_FILES = Path("/proc/driver/nvidia/version"), ("/dev/accel0", "/dev/vfio/0")
-LEAST_MEMORY, LEAST_DISK = 8e9, 5e9
+LEAST_MEMORY, LEAST_DISK = 8e9, 15e9
 """Bytes of host memory and of a disk with less of which the released model is not converted."""
 FULL = 100e6
 """Bytes of a disk with less of which nothing is written."""

@@ -14,6 +14,7 @@ from framepack_jax.generation.layout import START_FRAMES, Layout
 from framepack_jax.generation.request import SourceVideo
 from framepack_jax.generation.results import NotFinite
 from framepack_jax.models.autoencoder import denormalise
+from framepack_jax.models.network_spec import Preview
 from framepack_jax.packing import Range, Section, Timeline
 
 if TYPE_CHECKING:
@@ -71,6 +72,16 @@ def _no_frames(pipe: "FramePack", timeline: Timeline) -> jax.Array:
     batch, _, *sides, _ = timeline.latents.shape
     height, width = (side * pipe.vae.cfg.space_compression for side in sides)
     return jnp.zeros((batch, 0, height, width, 3))
+
+
+def preview_of(pipe: "FramePack") -> Preview:
+    """Return weights (C, 3) and bias (3,) from latents as they are sampled to colours in [-1, 1],
+    for pictures that need no VAE."""
+    spec, cfg, params = pipe.vae
+    if not callable(spec.preview):
+        return spec.preview
+    weight, bias = spec.preview(cfg, params)
+    return pipe.latent_std[:, None] * weight, pipe.latent_mean @ weight + bias
 
 
 def start_clip(

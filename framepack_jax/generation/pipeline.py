@@ -42,7 +42,7 @@ from framepack_jax.generation.results import DecodedSection, Video, check_finite
 from framepack_jax.generation.settings import Settings
 from framepack_jax.models import offload
 from framepack_jax.models.lora import LoRA
-from framepack_jax.models.network_spec import DenoiserSpec, Preview, VaeSpec
+from framepack_jax.models.network_spec import DenoiserSpec, VaeSpec
 from framepack_jax.models.tiling import Tiling
 from framepack_jax.packing import Range, Section, Timeline
 from framepack_jax.packing.buckets import BUCKETS_480P
@@ -80,15 +80,6 @@ class FramePack:
     decode_tiling: Tiling | None = None
     sampling: bundle.Sampling = dataclasses.field(default_factory=bundle.Sampling)
     codebook: np.ndarray | None = None
-
-    @property
-    def preview(self) -> Preview:
-        """Weights (C, 3) and bias (3,) from latents as they are sampled to colours in [-1, 1]."""
-        given = self.vae.spec.preview
-        if not callable(given):
-            return given
-        weight, bias = given(self.vae.cfg, self.vae.params)
-        return self.latent_std[:, None] * weight, self.latent_mean @ weight + bias
 
     @classmethod
     def load(

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from framepack_jax import video
+from framepack_jax.generation.decoding import preview_of
 from framepack_jax.generation.layout import fit_images
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.results import NotFinite
@@ -190,7 +191,7 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
         return sum(settings.stage_steps(pipe.sampling, section))
 
     with (
-        Progress(tasks, done, blocks, steps, pipe.preview) as progress,
+        Progress(tasks, done, blocks, steps, preview_of(pipe)) as progress,
         DeferredDecode() as frames,
     ):
 

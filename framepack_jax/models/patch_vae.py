@@ -24,7 +24,13 @@ from framepack_jax.models.network_spec import Preview, VaeSpec
 from framepack_jax.models.params import Params, apply_module
 from framepack_jax.models.quantization import cast_params
 from framepack_jax.models.sizes import Layers, Size
-from framepack_jax.models.tiling import DEFAULT_TILING, TileAxis, Tiling, apply_tiled, encoder_axes
+from framepack_jax.models.tiling import (
+    DEFAULT_TILING,
+    TileAxis,
+    Tiling,
+    apply_tiled,
+    narrow_squares,
+)
 from framepack_jax.parallel.sharding import BATCH, REPLICATED, constrain
 
 LOGVAR = -6.0
@@ -158,8 +164,7 @@ def check_tiling(cfg: PatchVaeConfig, tiling: Tiling) -> None:
 
 
 def _squares(cfg: PatchVaeConfig, tiling: Tiling) -> TileAxis | None:
-    whole = dataclasses.replace(tiling, frames=None)
-    return encoder_axes(whole, cfg.time_compression, cfg.space_compression, narrow=True)[1]
+    return narrow_squares(tiling, cfg.time_compression, cfg.space_compression)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

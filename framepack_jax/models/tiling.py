@@ -106,6 +106,15 @@ def encoder_axes(
     )
 
 
+def narrow_squares(
+    tiling: Tiling, time_compression: int, space_compression: int
+) -> TileAxis | None:
+    """Return the spatial tiles of an encoder whose norms see one cell each, so that narrow tiles do
+    not harm. Raises ValueError as `encoder_axes`."""
+    whole = dataclasses.replace(tiling, frames=None)
+    return encoder_axes(whole, time_compression, space_compression, narrow=True)[1]
+
+
 def apply_tiled(
     network: Network, x: jax.Array, time: TileAxis | None, space: TileAxis | None
 ) -> jax.Array:

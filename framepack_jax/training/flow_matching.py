@@ -32,7 +32,7 @@ EPS = 2.0**-24
 
 
 class Examples(NamedTuple):
-    """What the network is to learn: at the noisy frames `x` (B, w, h, W, C) of levels `sigmas` (B,)
+    """Examples for the network: at the noisy frames `x` (B, w, h, W, C) of levels `sigmas` (B,)
     to predict `velocity`, of the shape of x. All are float32."""
 
     x: jax.Array

@@ -211,7 +211,7 @@ class FlowMatchingTask:
 
     @property
     def teacher(self) -> Params:
-        """What a teacher has beside the frozen parameters, as `jax.ShapeDtypeStruct`s."""
+        """Parameters that a teacher has beside the frozen ones, as `jax.ShapeDtypeStruct`s."""
         return state.abstract_teacher(self.cfg, self.abstract.params)
 
     @property

@@ -1,4 +1,4 @@
-"""What a VAE is trained to make small: the error of its reconstructions, and a divergence.
+"""Losses of a VAE: the error of its reconstructions, and a divergence.
 
 Shapes: B batch, T frames, H W rows and columns, C channels.
 """
@@ -51,8 +51,12 @@ def error_of(cfg: VaeTrainConfig, decoded: jax.Array, clips: jax.Array) -> jax.A
     """Return the error of decoded clips (B, T, H, W, C): the mean over pixels, those near edges
     with `cfg.edge_weight`, plus that of differences between neighbours."""
     of_pixel = jnp.square if cfg.error == "squared" else jnp.abs
-    weights = 1 + (cfg.edge_weight - 1) * near_edges(clips)
-    error = jnp.mean(weights * of_pixel(decoded - clips)) / jnp.mean(weights)
+    errors = of_pixel(decoded - clips)
+    if cfg.edge_weight == 1:
+        error = jnp.mean(errors)
+    else:
+        weights = 1 + (cfg.edge_weight - 1) * near_edges(clips)
+        error = jnp.mean(weights * errors) / jnp.mean(weights)
     if cfg.gradient_error:
         wrong = [jnp.diff(decoded, axis=axis) - jnp.diff(clips, axis=axis) for axis in (2, 3)]
         error += cfg.gradient_error * sum(jnp.mean(jnp.abs(each)) for each in wrong)

@@ -113,7 +113,9 @@ class VaeTask:
         params = first_params(self.cfg, self.spec, self.network, self.manifest, self.bundle_path)
         if self.cfg.init == "scratch" and self.spec.fit is not None:
             clips = middle_clips(self.videos[:FITTED], self.cfg.frames)
-            params = self.spec.fit(self.network, params, (clip / 127.5 - 1 for clip in clips))
+            params = self.spec.fit(
+                self.network, params, (signed(jnp.asarray(clip)) for clip in clips)
+            )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         state = jax.device_put(new_state(self.cfg, self.tx, params), replicated)
         return state, {}, self.cfg.init

@@ -17,6 +17,7 @@ from framepack_jax import bundle, conditioning
 from framepack_jax.cli import train_vae
 from framepack_jax.data import vae_clips
 from framepack_jax.evaluation import metrics
+from framepack_jax.generation.decoding import preview_of
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.models.hunyuan import vae as model
 from framepack_jax.models.hunyuan.spec import VAE
@@ -242,7 +243,7 @@ def test_a_patch_vae_starts_from_principal_components(place, tmp_path) -> None:
     pipe = FramePack.open(made, dtype="float32").with_weights(made)
     # A preview of latents has the colours of the clip.
     grey = np.full((1, 16, 24, 3), (200, 40, 90), np.uint8)
-    weight, offset = pipe.preview
+    weight, offset = preview_of(pipe)
     colour = (pipe.encode_clip(grey) @ weight + offset).mean((0, 1, 2))
     np.testing.assert_allclose(colour, grey[0, 0, 0] / 127.5 - 1, atol=0.25)
     _, kept = vae_clips.hold_out(vae_clips.find_videos(place / "videos", 5, (16, 24)), 2)

@@ -10,7 +10,6 @@ Source: Wan (arXiv 2503.20314, section 4.1).
 Shapes: B batch, T frames, H W rows and columns, C channels.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -27,7 +26,7 @@ from framepack_jax.models.tiling import (
     TileAxis,
     Tiling,
     apply_tiled,
-    encoder_axes,
+    narrow_squares,
 )
 from framepack_jax.models.wan.vae_blocks import CACHE, Decoder, Encoder
 from framepack_jax.models.wan.vae_config import RELEASED_MEAN, RELEASED_STD, WanVaeConfig
@@ -93,10 +92,7 @@ def latent_statistics(cfg: WanVaeConfig) -> LatentStatistics | None:
 
 
 def _squares(cfg: WanVaeConfig, tiling: Tiling) -> TileAxis | None:
-    """Return the spatial tiles of the encoder; norms see one cell each, so narrow ones do not
-    harm."""
-    whole = dataclasses.replace(tiling, frames=None)
-    return encoder_axes(whole, cfg.time_compression, cfg.space_compression, narrow=True)[1]
+    return narrow_squares(tiling, cfg.time_compression, cfg.space_compression)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -44,10 +44,9 @@ def test_parameters_of_another_network(copied) -> None:
     manifest = json.loads((copied / "bundle.json").read_text())
     manifest["roles"]["vae"]["source"]["sha256"] = 64 * "0"
     (copied / "bundle.json").write_text(json.dumps(manifest))
-    found = [each for each in bundles.whole(str(copied)) if each.status == "problem"]
-    assert [each.text for each in found] == [
-        "the parameters of vae are not those that were written"
-    ]
+    (found,) = bundles.whole(str(copied))
+    assert found.status == "problem"
+    assert found.text == "the parameters of vae are not those that were written"
 
 
 def test_the_hash_is_that_of_the_writer(tmp_path) -> None:

@@ -12,7 +12,7 @@ print(*media.codecs(), sep="\\n")
 
 
 def seen(tmp_path, package: str) -> str:
-    """What is found where this package stands in for PyAV."""
+    """Return the findings where this package stands in for PyAV."""
     (tmp_path / "av.py").write_text(package)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}){CODE}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
