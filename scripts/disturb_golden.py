@@ -117,6 +117,7 @@ READERS: dict[str, tuple[str, ...]] = {
         "tests/parity/conversion/test_tencent.py::test_original_transformer_agrees",
     ),
     r"^hunyuan_original/": ("tests/parity/conversion/test_tencent.py::test_original_vae_agrees",),
+    r"^helios/pipeline/vae/config\.json latents_": (HELIOS_RUN.format("base_t2v"),),
     r"^helios/(pipeline/vae/|reference\S+ vae/)": (
         "tests/parity/test_wan_vae.py::test_golden_clip",
     ),
@@ -149,10 +150,16 @@ SILENT: dict[str, str] = {
         "a key bias adds the same to all logits of a query, which softmax removes; only attention"
         " that normalises its keys can tell"
     ),
+    r"^helios/\S*model_index\S* _diffusers_version$": "it says who wrote the file",
+    r"^helios/reference\.json (runs/\w+/(scheduler|video)|versions/\w+)$": (
+        "it describes the run in words"
+    ),
+    r"^helios/\S*/text_encoder/config\.json is_gated_act$": "feed_forward_proj says so too",
+    r"^helios/\S*/tokenizer\.json normalizer$": "the recorded prompts are plain letters",
     r"config\.json (_class_name|_diffusers_version|transformers_version|architectures)$": (
         "it says who wrote the file"
     ),
-    r"config\.json (attention_dropout|initializer_factor|pretraining_tp|use_cache)$": (
+    r"config\.json (\w*dropout\w*|initializer_factor|pretraining_tp|use_cache)$": (
         "it concerns training and generation"
     ),
     r"/(image_encoder|text_encoder_2)/config\.json initializer_range$": "it concerns training",

@@ -7,7 +7,6 @@ them.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,26 +62,42 @@ def assemble(name: str, run: dict, folder: Path) -> Path:
     return folder
 
 
-@dataclasses.dataclass
 class RecordedDraws:
-    """Stands for `anchor.Draws`."""
+    """The random draws of a run in diffusers' order, each of the kind and shape that is recorded
+    with it; stands for `anchor.Draws`."""
 
-    draws: Iterator[np.ndarray]
+    def __init__(self, name: str, run: dict, recorded: dict[str, np.ndarray]) -> None:
+        self.draws = iter(
+            [(kind, tuple(shape), recorded[f"{name}/draw{i:02}"])
+             for i, (kind, shape) in enumerate(run["draws"])]
+        )  # fmt: skip
+
+    def take(self, kind: str) -> np.ndarray:
+        recorded_kind, shape, value = next(self.draws)
+        assert (recorded_kind, shape) == (kind, value.shape)
+        return channels_last(value)
 
     def normal(self, shape: tuple[int, ...]) -> np.ndarray:
-        value = next(self.draws)
+        value = self.take("normal")
         assert value.shape == shape
         return value
 
     def uniform(self, count: int) -> np.ndarray:
-        value = next(self.draws)
+        value = self.take("uniform")
         assert value.shape == (count,)
         return value
 
+    def noise(self, stages: int) -> list[np.ndarray]:
+        """The noise of a section's stages: the first is independent, the others come in blocks."""
+        return [self.take("block" if i else "normal") for i in range(stages)]
+
 
 def open_run(name: str, run: dict, folder: Path, text_tokens: int) -> FramePack:
-    window = run["draws"][-1][1][2]
-    schedule = f"g{window}" if name == "wan_t2v" else f"f1k1_x_f16k4f2k2f1k1_g{window}"
+    if name == "wan_t2v":
+        schedule = f"g{run['latents']}"
+    else:
+        long, mid, short = run["history_sizes"]
+        schedule = f"f1k1_x_f{long}k4f{mid}k2f{short}k1_g{run['chunk']}"
     output = folder / "bundle"
     pipeline = assemble(name, run, folder / "pipeline")
     make_bundle(
@@ -92,8 +107,11 @@ def open_run(name: str, run: dict, folder: Path, text_tokens: int) -> FramePack:
     )
     pipe = FramePack.load(output)
     recipe = pipe.sampling.recipe
+    assert recipe.zero_star is run.get("cfg_zero_star", False)
     if run.get("use_zero_init") is False:
         recipe = dataclasses.replace(recipe, zero_steps=0)
+    elif run.get("cfg_zero_star"):
+        recipe = dataclasses.replace(recipe, zero_steps=run["zero_steps"])
     recipe = dataclasses.replace(recipe, double_first=run.get("amplify_first_chunk", False))
     return dataclasses.replace(pipe, sampling=dataclasses.replace(pipe.sampling, recipe=recipe))
 
@@ -103,7 +121,7 @@ def open_run(name: str, run: dict, folder: Path, text_tokens: int) -> FramePack:
 def test_a_run_of_diffusers(name: str, reference, recorded, tmp_path) -> None:
     run = reference["runs"][name]
     pipe = open_run(name, run, tmp_path, recorded["ids"].shape[1])
-    draws = iter([channels_last(recorded[f"{name}/draw{i:02}"]) for i in range(len(run["draws"]))])
+    draws = RecordedDraws(name, run, recorded)
     size = reference["height"], reference["width"]
     picture = load_image(HELIOS / "image.png")
     source = None
@@ -122,12 +140,12 @@ def test_a_run_of_diffusers(name: str, reference, recorded, tmp_path) -> None:
 
     given = {}
     if pipe.sampling.anchor_apart:
-        known = anchor.given_latents(pipe, request, RecordedDraws(draws))
+        known = anchor.given_latents(pipe, request, draws)
         given = {position: latents[None] for position, latents in known.items()}
     inputs = pipe.encode([request], layout, settings, given=given)
     stages = pipe.sampling.recipe.stages
-    noise = [[next(draws) for _ in range(stages)] for _ in layout.plan]
-    assert next(draws, None) is None
+    noise = [draws.noise(stages) for _ in layout.plan]
+    assert next(draws.draws, None) is None
     made = pipe.sample(layout.plan, inputs, settings, noise=noise)
     clips = []
     for i, (section, start, clip, timeline) in enumerate(
@@ -140,7 +158,8 @@ def test_a_run_of_diffusers(name: str, reference, recorded, tmp_path) -> None:
         clips.append(np.asarray(clip)[0] / 2 + 0.5)
     # diffusers cuts the whole to 4 k + 1 frames.
     frames = np.concatenate(clips)[: run["frames"][0]]
-    assert len(frames) == run["frames"][0] and layout.frames == layout.kept + sum(map(len, clips))
+    assert list(frames.shape) == run["frames"]
+    assert layout.frames == layout.kept + sum(map(len, clips))
     expected = recorded[f"{name}/frames_every_3rd"].astype(np.float32)
     assert np.abs(frames[::3] - expected).max() < 2e-3
     assert to_uint8(clip, *size).shape[2:] == (*size, 3)
