@@ -1,5 +1,6 @@
 """Settings of every test: CPU, no network, strict broadcasting, bounded memory, the golden data."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -13,14 +14,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/framepack_jax_compiled_{os.getpid()}"
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# As in `framepack_jax.cli`, before JAX is imported.
+gc.set_threshold(100_000, 20, 20)
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests.fixtures import memory, suite
+from tests.fixtures import assets, memory, suite
 from tests.fixtures.compiling import quick_flags
 from tests.fixtures.faulty_store import faulty_store  # noqa: F401
 from tests.fixtures.mounts import mount  # noqa: F401
@@ -31,6 +35,7 @@ from tests.fixtures.paths import GOLDEN
 os.environ.setdefault("XLA_FLAGS", quick_flags())
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+assets.read_once()
 
 
 @pytest.fixture(scope="session")
