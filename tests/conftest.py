@@ -17,9 +17,6 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# As in `framepack_jax.cli`, before JAX is imported.
-gc.set_threshold(100_000, 20, 20)
-
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -35,6 +32,8 @@ from tests.fixtures.paths import GOLDEN
 os.environ.setdefault("XLA_FLAGS", quick_flags())
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# As in `framepack_jax.cli`.
+gc.set_threshold(100_000, 20, 20)
 assets.read_once()
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,21 @@ def get_config():
     )
 """
 
+PATCHES = """
+from framepack_jax.training.config import CheckpointConfig, OptimizerConfig
+from framepack_jax.training.vae_config import VaeTrainConfig
+
+def get_config():
+    return VaeTrainConfig(
+        bundle="{bundle}", init="scratch", frames=5, size=(16, 24), holdout=2, batch=2, steps=4,
+        error="absolute", gradient_error=0.5, edge_weight=5.0, latent_noise=0.05, ema=0.5,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=2, weight_decay=0.0),
+        validate_every=4, checkpoints=CheckpointConfig(every=4), log_every=1,
+    )
+"""
+
 SPIKES = "--skip-spikes.factor", "1.0001", "--skip-spikes.window", "1"
+PATCH_VAE = PatchVaeConfig(latent_channels=8, width=16, blocks=1)
 # Of two resolutions, which compile in half the time of four.
 SMALL = model.VaeConfig(
     channels=(4, 8), layers_per_block=1, norm_groups=2, space_compression=4, time_compression=2
@@ -66,8 +81,17 @@ def place(tmp_path_factory):
     return folder
 
 
-def flags(place, output, *more: str) -> list[str]:
-    return ["--config", str(place / "config.py"), "--videos", str(place / "videos"),
+@pytest.fixture(scope="module")
+def of_patches(place):
+    """A configuration of a VAE of matrix products, which compiles in a third of the time."""
+    config = make_toy_bundle.get_config()
+    make_toy_bundle.write(dataclasses.replace(config, vae=PATCH_VAE), place / "start")
+    (place / "patches.py").write_text(PATCHES.format(bundle=place / "start"))
+    return place / "patches.py"
+
+
+def flags(place, output, *more: str, config: Path | None = None) -> list[str]:
+    return ["--config", str(config or place / "config.py"), "--videos", str(place / "videos"),
             "--output", str(output), *more]  # fmt: skip
 
 
@@ -137,7 +161,9 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, place, tmp_path) -> None:
         train_vae.main(flags(place, tmp_path / "run", "--resume", "never"))
 
 
-def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeypatch) -> None:
+def test_videos_that_are_gone_end_a_run_before_the_step(
+    place, of_patches, tmp_path, monkeypatch
+) -> None:
     read, steps = vae_clips.read_clip, []
 
     def gone_after_two_steps(*args) -> np.ndarray:
@@ -155,7 +181,8 @@ def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeyp
     monkeypatch.setattr(vae_clips, "KEPT_BYTES", 0)
     with pytest.raises(SystemExit) as left:
         # The limit of the gradient makes it the program of the test of spikes.
-        train_vae.main(flags(place, tmp_path / "run", "--steps", "60", *SPIKES))
+        more = "--steps", "60", *SPIKES
+        train_vae.main(flags(place, tmp_path / "run", *more, config=of_patches))
     step = max(checkpoints.steps_of(tmp_path / "run"))
     assert str(left.value) == (
         f"error: step {step + 1} has no data: the disk is gone. Once the data can be read, run the"
@@ -165,10 +192,12 @@ def test_videos_that_are_gone_end_a_run_before_the_step(place, tmp_path, monkeyp
     assert json.loads(position.read_text())["global_next_index"] == 2 * step
 
 
-def test_spikes_are_skipped(place, tmp_path) -> None:
+def test_spikes_are_skipped(place, of_patches, tmp_path) -> None:
     """Steps whose gradient is larger than two steps before."""
-    more = "--max-skipped-steps", "99", "--optimizer.learning-rate", "0.3", "--holdout", "0"
-    train_vae.main(flags(place, tmp_path / "run", *SPIKES, *more))
+    more = "--max-skipped-steps", "99", "--optimizer.learning-rate", "0.3", "--steps", "8"
+    train_vae.main(
+        flags(place, tmp_path / "run", *SPIKES, *more, "--holdout", "0", config=of_patches)
+    )
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     lines = [line for line in log if "grad_norm" in line]
     norms = [line["grad_norm"] for line in lines]
@@ -209,27 +238,8 @@ def test_the_bundle_has_the_vae_and_the_spread_of_its_latents(whole, place) -> N
     assert story["metrics"]["held_out/psnr"] > 0
 
 
-PATCHES = """
-from framepack_jax.training.config import CheckpointConfig, OptimizerConfig
-from framepack_jax.training.vae_config import VaeTrainConfig
-
-def get_config():
-    return VaeTrainConfig(
-        bundle="{bundle}", init="scratch", frames=5, size=(16, 24), holdout=2, batch=2, steps=4,
-        error="absolute", gradient_error=0.5, edge_weight=5.0, latent_noise=0.05, ema=0.5,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=2, weight_decay=0.0),
-        validate_every=4, checkpoints=CheckpointConfig(every=4), log_every=1,
-    )
-"""
-
-
-def test_a_patch_vae_starts_from_principal_components(place, tmp_path) -> None:
-    config = make_toy_bundle.get_config()
-    small = PatchVaeConfig(latent_channels=8, width=16, blocks=1)
-    make_toy_bundle.write(dataclasses.replace(config, vae=small), tmp_path / "start")
-    (tmp_path / "config.py").write_text(PATCHES.format(bundle=tmp_path / "start"))
-    given = "--config", str(tmp_path / "config.py"), "--videos", str(place / "videos")
-    train_vae.main([*given, "--output", str(tmp_path / "run")])
+def test_a_patch_vae_starts_from_principal_components(place, of_patches, tmp_path) -> None:
+    train_vae.main(flags(place, tmp_path / "run", config=of_patches))
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in log]
     first = next(line for line in found if "psnr" in line)
@@ -239,7 +249,7 @@ def test_a_patch_vae_starts_from_principal_components(place, tmp_path) -> None:
     # The bundle reconstructs as well, section by section too.
     made = tmp_path / "run" / "bundle"
     manifest = bundle.read_manifest(made)
-    assert bundle.vae_config(manifest)[1] == small
+    assert bundle.vae_config(manifest)[1] == PATCH_VAE
     pipe = FramePack.open(made, dtype="float32").with_weights(made)
     # A preview of latents has the colours of the clip.
     grey = np.full((1, 16, 24, 3), (200, 40, 90), np.uint8)
