@@ -296,6 +296,6 @@ def with_params(
 def random_params(cfg: TrainConfig, model: Model, mesh: Mesh) -> Params:
     """Draw random parameters of the whole network, sharded on a mesh."""
     key = jax.random.fold_in(jax.random.key(cfg.seed), draws.WEIGHTS)
-    params = jax.eval_shape(lambda: model.spec.init(model.cfg, key))
+    params = model.spec.abstract_params(model.cfg)
     where = sharding.shard(params, sharding.resolve(model.spec.sharding_rules, params), mesh)
     return jax.jit(lambda: model.spec.init(model.cfg, key), out_shardings=where)()

@@ -36,6 +36,7 @@ def briefly(monkeypatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_what_a_gpu_does_is_measured(tmp_path, briefly) -> None:
     """By the same way, on this machine."""
     document = tmp_path / "document.md"
