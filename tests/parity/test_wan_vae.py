@@ -26,7 +26,6 @@ from tests.fixtures.torch_reference import convert_module, relative_error, to_ja
 from tests.fixtures.wan import SMALL, TINY, torch_vae
 
 PARITY = 2e-4
-EXACT = 1e-5
 CHUNKS, WHOLE = Tiling(), Tiling(frames=None)
 
 Pair = tuple[WanVaeConfig, Params, AutoencoderKLWan]
@@ -115,14 +114,26 @@ def test_tiles_of_a_720p_video_match_diffusers(tmp_path):
     assert_decodes_alike(pair, sample((1, 16, 2, 90, 160)), Tiling(size=256, stride=192))
 
 
+def rounded_otherwise(params: Params) -> Params:
+    """Each weight is one unit in its last place larger or smaller."""
+    random = np.random.default_rng(0)
+    eps = np.finfo(np.float32).eps
+    return jax.tree.map(lambda x: x * (1 + eps * random.choice([-1, 1], x.shape)), params)
+
+
 def test_chunks_give_the_numbers_of_the_whole_clip(small):
+    """As near as float32 can tell: like a clip whose weights are rounded otherwise."""
     cfg, params, _ = small
+    near = jax.tree.map(np.float32, rounded_otherwise(params))
     latents = ours(sample((1, 6, 7, 3, 5)))
     chunks, whole = (vae.decode(cfg, params, latents, tiling) for tiling in (CHUNKS, WHOLE))
-    assert relative_error(chunks, whole) < EXACT
+    rounding = relative_error(vae.decode(cfg, near, latents, WHOLE), whole)
+    assert relative_error(chunks, whole) < 3 * rounding < 1e-4
     video = ours(sample((1, 3, 13, 12, 20)))
-    for a, b in zip(*(vae.encode(cfg, params, video, t) for t in (CHUNKS, WHOLE)), strict=True):
-        assert relative_error(a, b) < EXACT
+    found = (vae.encode(cfg, p, video, t) for p, t in
+             ((params, CHUNKS), (params, WHOLE), (near, WHOLE)))  # fmt: skip
+    for chunks, whole, other in zip(*found, strict=True):
+        assert relative_error(chunks, whole) < 3 * relative_error(other, whole) < 1e-4
 
 
 def test_gradient_through_chunks_is_that_of_the_whole_clip():
