@@ -38,6 +38,7 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [_sum(leaf) for leaf in leaves]
 
 
+@jax.jit  # parameters, moments and averages have the same shapes, which are traced once
 def _sum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

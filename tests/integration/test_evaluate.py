@@ -22,7 +22,7 @@ def mean(figures: list[scenes.Figures], name: str) -> float:
 
 
 def test_the_truth_is_itself_and_does_what_it_says() -> None:
-    made = scenes.drift_cases(0, 8, 120, SIZE, "drift")
+    made = scenes.drift_cases(0, 4, 120, SIZE, "drift")
     truth = [scenes.drift_figures(case, case.truth()) for case in made]
     # Of a sprite behind the wall nothing is said that could be looked for.
     assert mean(truth, "identity") > 0.97 and mean(truth, "caption") > 0.95
@@ -48,11 +48,11 @@ def test_a_sprite_that_comes_back_is_told_from_one_that_does_not(hidden) -> None
 
 
 def test_of_two_motions_the_one_that_was_asked_for_is_found() -> None:
-    made = scenes.counterfactual_cases(0, 8, 60, SIZE, "prompts")
-    assert len(made) == 16
+    made = scenes.counterfactual_cases(0, 4, 60, SIZE, "prompts")
+    assert len(made) == 8
     truth = [scenes.prompt_figures(case, case.truth()) for case in made]
     assert mean(truth, "match") == 1 and mean(truth, "psnr") == 99
-    pairs = [made[i ^ 1] for i in range(16)]
+    pairs = [made[i ^ 1] for i in range(8)]
     swapped = [scenes.prompt_figures(c, o.truth()) for c, o in zip(made, pairs, strict=True)]
     assert mean(swapped, "match") == 0 and mean(swapped, "psnr") == 99
 
