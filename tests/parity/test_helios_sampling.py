@@ -111,7 +111,8 @@ def open_run(name: str, run: dict, folder: Path, text_tokens: int) -> FramePack:
     if run.get("use_zero_init") is False:
         recipe = dataclasses.replace(recipe, zero_steps=0)
     elif run.get("cfg_zero_star"):
-        recipe = dataclasses.replace(recipe, zero_steps=run["zero_steps"])
+        # diffusers leaves out steps up to this index.
+        assert recipe.zero_steps == run["zero_steps"] + 1
     recipe = dataclasses.replace(recipe, double_first=run.get("amplify_first_chunk", False))
     return dataclasses.replace(pipe, sampling=dataclasses.replace(pipe.sampling, recipe=recipe))
 
