@@ -157,7 +157,7 @@ SILENT: dict[str, str] = {
         "a pipeline of another name has the settings of the release, which are these"
     ),
     r"^helios/pipeline/scheduler/\S+ stage_range$": "with one stage, the range is the whole",
-    r"^helios/\S*scheduler\S* solver_p$": "it is an object in place of the predictor, which JSON cannot hold",
+    r"^helios/\S*scheduler\S* solver_p$": "it would be an object, which JSON cannot hold",
     r"^helios/\S*/text_encoder/config\.json (is_gated_act|dense_act_fn)$": (
         "feed_forward_proj says so too"
     ),
