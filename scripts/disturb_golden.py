@@ -357,7 +357,7 @@ def values_of(root: Path, file: str) -> tuple[list[str], Callable]:
     whole = json.loads(text)
     if tokenizer := file.endswith("tokenizer.json"):
         paths = [(name,) for name in whole if name != "model" and whole[name]]
-        paths += [("model", "vocab"), ("model", "merges")]
+        paths += [("model", name) for name in ("vocab", "merges") if whole["model"].get(name)]
     else:
         paths = list(leaves(whole))
     named = {"/".join(map(str, path)): path for path in paths}
