@@ -56,7 +56,7 @@ def test_both_orders_share_all_but_the_transformer(pipe) -> None:
 def test_the_vae_gives_back_held_out_clips(pipe) -> None:
     """30 dB on average over scenes with forms in colours that it has not seen together."""
     found = []
-    for case in scenes.drift_cases(1, 4, 17, SIZE, "vae"):
+    for case in scenes.drift_cases(1, 8, 17, SIZE, "vae"):
         truth = case.truth()
         found.append(metrics.psnr(baselines.reconstructed(pipe, truth), truth))
     assert np.mean(found) >= 30, found
