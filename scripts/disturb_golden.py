@@ -156,8 +156,9 @@ SILENT: dict[str, str] = {
     r"^helios/(pipeline/model_index|model_index_wan)\.json _class_name$": (
         "a pipeline of another name has the settings of the release, which are these"
     ),
-    r"^helios/pipeline/scheduler/\S+ stage_range$": "with one stage, the range is the whole",
-    r"^helios/\S*scheduler\S* solver_p$": "it would be an object, which JSON cannot hold",
+    r"^helios/pipeline/tokenizer/tokenizer_config\.json unk_token$": "no prompt has such a word",
+    r"^helios/pipeline/transformer/config\.json history_scale_mode$": "no history is amplified",
+    r"^helios/pipeline/vae/config\.json scale_factor_spatial$": "the blocks say so too",
     r"^helios/\S*/text_encoder/config\.json (is_gated_act|dense_act_fn)$": (
         "feed_forward_proj says so too"
     ),
@@ -190,7 +191,8 @@ SILENT: dict[str, str] = {
     r"^helios/\S*model_index\S* (scheduler|text_encoder|tokenizer|transformer(_2)?|vae)$": (
         "which folders there are is what counts"
     ),
-    r"^helios/scheduler_wan/\S+ (beta_\w+|rescale_betas\w+|sigma_m\w+|s\w+_p|steps_offset)$": (
+    r"^helios/scheduler_wan/\S+ (beta_\w+|trained_betas|rescale_betas\w+|sigma_m\w+|steps_offset"
+    r"|sample_max_value|timestep_spacing|\w+_ratio)$": (
         "it concerns schedules that are not taken from flow"
     ),
     r"/tokenizer\w*/tokenizer\.json decoder": "prompts are only encoded",

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from framepack_jax.bundle import Sampling
 from framepack_jax.conversion.weight_files import ConversionError, read_json
 from framepack_jax.diffusion.recipe import Recipe
@@ -20,6 +22,7 @@ PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline", "WanPipeline", "HunyuanV
 SOLVERS: dict[str, Literal["unipc-flow", "euler", "renoise"]] = {
     "unipc": "unipc-flow", "euler": "euler", "dmd": "renoise",
 }  # fmt: skip
+SHIFTS = ("exponential", "linear")
 # Of the examples of the releases.
 NEGATIVE_PROMPT = (
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings,"
@@ -34,7 +37,7 @@ SUPPORTED = {
     "disable_corrector": [], "solver_order": 2, "solver_type": "bh2", "lower_order_final": True,
     "use_flow_sigmas": True, "num_train_timesteps": 1000, "use_karras_sigmas": False,
     "use_exponential_sigmas": False, "use_beta_sigmas": False, "final_sigmas_type": "zero",
-    "shift_terminal": None,
+    "shift_terminal": None, "solver_p": None,
 }  # fmt: skip
 
 
@@ -100,6 +103,18 @@ def _check(file: Path, scheduler: Mapping[str, Any]) -> None:
         if name in scheduler and scheduler[name] != value:
             raise ConversionError(
                 f"{file} has {name} = {scheduler[name]!r}; only {value!r} is supported"
+            )
+    for name, known in (("scheduler_type", SOLVERS), ("time_shift_type", SHIFTS)):
+        if name in scheduler and scheduler[name] not in known:
+            raise ConversionError(
+                f"{file} has {name} = {scheduler[name]!r}; only {', '.join(known)} are supported"
+            )
+    if (found := scheduler.get("stage_range")) is not None:
+        stages = int(scheduler.get("stages", len(found) - 1))
+        equal = [i / stages for i in range(stages + 1)]
+        if len(found) != len(equal) or not np.allclose(found, equal):
+            raise ConversionError(
+                f"{file} has stage_range = {found}; only equal stages are supported: {equal}"
             )
 
 
