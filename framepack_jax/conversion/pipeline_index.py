@@ -23,6 +23,8 @@ SOLVERS: dict[str, Literal["unipc-flow", "euler", "renoise"]] = {
     "unipc": "unipc-flow", "euler": "euler", "dmd": "renoise",
 }  # fmt: skip
 SHIFTS = ("exponential", "linear")
+# Of a Helios scheduler that does not say how many.
+STAGES = 3
 # Of the examples of the releases.
 NEGATIVE_PROMPT = (
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings,"
@@ -42,7 +44,7 @@ SUPPORTED = {
 
 
 class PipelineSettings(NamedTuple):
-    """What a pipeline settles beside its networks: packing schedule and sizes of its videos, and
+    """Settings of a pipeline beside its networks: packing schedule and sizes of its videos, and
     how they are sampled. `schedule` is None if the pipeline does not tell it."""
 
     schedule: str | None = None
@@ -110,8 +112,7 @@ def _check(file: Path, scheduler: Mapping[str, Any]) -> None:
                 f"{file} has {name} = {scheduler[name]!r}; only {', '.join(known)} are supported"
             )
     if (found := scheduler.get("stage_range")) is not None:
-        stages = int(scheduler.get("stages", len(found) - 1))
-        equal = [i / stages for i in range(stages + 1)]
+        equal = np.linspace(0, 1, int(scheduler.get("stages", STAGES)) + 1).tolist()
         if len(found) != len(equal) or not np.allclose(found, equal):
             raise ConversionError(
                 f"{file} has stage_range = {found}; only equal stages are supported: {equal}"
@@ -142,7 +143,7 @@ def _hunyuan(file: Path, scheduler: Mapping[str, Any]) -> PipelineSettings:
 
 
 def _helios(file: Path, scheduler: Mapping[str, Any], index: Mapping[str, Any]) -> PipelineSettings:
-    stages, distilled = int(scheduler.get("stages", 3)), bool(index.get("is_distilled"))
+    stages, distilled = int(scheduler.get("stages", STAGES)), bool(index.get("is_distilled"))
     if scheduler.get("shift", 1.0) != 1.0:
         raise ConversionError(f"{file} has shift = {scheduler['shift']}; only 1.0 is supported")
     solver = SOLVERS["dmd" if distilled else scheduler.get("scheduler_type", "unipc")]

@@ -33,6 +33,7 @@ def test_the_released_scheduler_is_taken(tmp_path) -> None:
     [
         ({"stage_range": [0, 0.5, 0.75, 1]}, r"stage_range = \[0, 0\.5, .*only equal stages"),
         ({"stage_range": [0, 0.5, 1]}, r"only equal stages are supported: \[0\.0, 0\.33"),
+        ({"stages": 2}, r"only equal stages are supported: \[0\.0, 0\.5, 1\.0\]"),
         ({"scheduler_type": "heun"}, "scheduler_type = 'heun'; only unipc, euler, dmd are"),
         ({"time_shift_type": "cosine"}, "time_shift_type = 'cosine'; only exponential, linear are"),
         ({"solver_p": {}}, r"solver_p = {}; only None is supported"),
