@@ -34,7 +34,7 @@ WORKLOADS = {
     "h100:16": ("finetune_i2v", 16),
     "gb200:8": ("finetune_i2v", 8),
     "v5p-32": ("finetune_i2v", 16),
-    "2*v6e-8": ("lora_i2v", 16),
+    "2*v5p-16": ("lora_i2v", 16),
 }
 ALLOWED = 1.1
 

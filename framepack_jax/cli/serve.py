@@ -44,6 +44,9 @@ class Serve:
     token: str | None = None
     """Token that clients send as Authorization: Bearer TOKEN. Other users of the machine can read
     flags: set the environment variable FRAMEPACK_TOKEN instead."""
+    batch: int = 1
+    """Number of waiting videos of equal size, length and settings that are sampled side by side, if
+    so many wait. Takes more memory."""
     limits: OmitArgPrefixes[Limits] = field(default_factory=Limits)
     model: OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     compute: OmitArgPrefixes[ComputeOptions] = field(default_factory=ComputeOptions)
@@ -72,12 +75,14 @@ def run(flags: Serve) -> None:
     token = flags.token if flags.token is not None else os.environ.get(TOKEN)
     check_token(flags.host, token)
     flags.limits.check()
+    if flags.batch < 1:
+        raise ValueError(f"--batch {flags.batch}: expected 1 or more")
     flags.model.bundle_name()
     # All that can be refused without weights comes first.
     with locked(flags.output), bound_socket(flags.host, flags.port) as listener:
         queue = JobQueue(flags.output.absolute(), flags.limits.max_queue)
         check_model(queue, Path(flags.model.bundle_name()).name)
-        model = load_model(flags.model, flags.compute, flags.limits.max_pixels)
+        model = load_model(flags.model, flags.compute, flags.limits.area, flags.batch)
         _serve(flags, model, queue, listener, token)
 
 

@@ -258,6 +258,22 @@ class RunDir:
     def _section_file(self, number: int) -> epath.Path:
         return self.folder / "latents" / f"section_{number:03d}.npz"
 
+    # Prompts
+
+    def prompt(self, section: int) -> str:
+        """Return the prompt that leads a section: that of the flags, or the last one that was given
+        for it or for a section before it."""
+        prompt = self.record["flags"]["prompt"]
+        for begin, given in self.record.get("steered", []):
+            prompt = given if begin <= section else prompt
+        return prompt
+
+    @_by_primary
+    def steer(self, section: int, prompts: Sequence[str]) -> None:
+        """Record prompts that were given before a section, which the last of them leads."""
+        steered = [*self.record.get("steered", []), *([section, prompt] for prompt in prompts)]
+        self.write_record(steered=steered)
+
     # Frames
 
     @_by_primary
@@ -287,6 +303,16 @@ class RunDir:
     @_by_primary
     def join(self) -> None:
         """Write `video.mp4` from the segments, up to the first missing one."""
+        if touching := self.touching():
+            with contextlib.ExitStack() as copies:
+                segments = [
+                    copies.enter_context(local_copy(self._segment(start))) for start, _ in touching
+                ]
+                video.join_mp4(self.folder / "video.mp4", segments)
+
+    def touching(self) -> list[tuple[int, int]]:
+        """Return the first and the last but one frame of each segment from the first that exists to
+        the next missing one."""
         spans = [(0, self.record["beginning"]), *map(tuple, self.record["spans"])]
         touching: list[tuple[int, int]] = []
         for start, stop in sorted(span for span in spans if span[1] > span[0]):
@@ -295,12 +321,13 @@ class RunDir:
             if touching and start != touching[-1][1]:
                 break
             touching.append((start, stop))
-        if touching:
-            with contextlib.ExitStack() as copies:
-                segments = [
-                    copies.enter_context(local_copy(self._segment(start))) for start, _ in touching
-                ]
-                video.join_mp4(self.folder / "video.mp4", segments)
+        return touching
+
+    def segments(self) -> list[epath.Path]:
+        """Return the segments from frame 0 to the first missing one."""
+        touching = self.touching()
+        begun = bool(touching) and touching[0][0] == 0
+        return [self._segment(start) for start, _ in touching] if begun else []
 
     def _segment(self, start: int) -> epath.Path:
         return self.folder / "segments" / f"frames_{start:08d}.mp4"

@@ -1,5 +1,6 @@
 """Sample and decode the videos of run folders, side by side if their layouts are equal."""
 
+import dataclasses
 import logging
 import resource
 import sys
@@ -13,6 +14,7 @@ from etils import epath
 
 from framepack_jax import video
 from framepack_jax.generation.decoding import preview_of
+from framepack_jax.generation.encoding import Inputs
 from framepack_jax.generation.layout import fit_images
 from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.results import NotFinite
@@ -177,8 +179,15 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
     began = time.monotonic()
     layout, settings, prompt_blend = tasks[0].group
     timeline, known, done = _restore(pipe, tasks)
-    requests = [task.prepared for task in tasks]
-    inputs = pipe.encode(requests, layout, settings, prompt_blend, known)
+
+    def encode() -> Inputs:
+        requests = [
+            dataclasses.replace(task.prepared, prompt=task.run.prompt(done)) for task in tasks
+        ]
+        return pipe.encode(requests, layout, settings, prompt_blend, known)
+
+    _steer(tasks, done)
+    inputs = encode()
     decoders = [_decoder(pipe, task, timeline, i) for i, task in enumerate(tasks)] if decode else []
     for decoder in decoders:
         decoder.catch_up(done)
@@ -201,26 +210,42 @@ def _make(pipe: FramePack, tasks: Sequence[Task], decode: bool) -> None:
             frames.finish()
             progress.step(*step)
 
-        made = pipe.sample(
-            layout.plan, inputs, settings,
-            seeds=seeds, timeline=timeline, done=done,
-            on_step=on_step, on_block=progress.block,
-        )  # fmt: skip
         section_from = time.monotonic()
-        for number, (section, _) in enumerate(made, start=done):
-            # Latents are saved before anything is decoded.
-            for task, latents in zip(tasks, timeline.read(section.targets), strict=True):
-                task.run.save_section(number, section, latents)
-            stop_if_asked()
-            for decoder in decoders:
-                frames.add(decoder.start, number)
-            if number + 1 == len(layout.plan):
-                frames.finish()
-            now = time.monotonic()
-            _add_timing(tasks, "section_seconds", [round(now - section_from, 3)])
-            section_from = now
+        while done < len(layout.plan):
+            made = pipe.sample(
+                layout.plan, inputs, settings,
+                seeds=seeds, timeline=timeline, done=done,
+                on_step=on_step, on_block=progress.block,
+            )  # fmt: skip
+            for section, _ in made:
+                # Latents are saved before anything is decoded.
+                for task, latents in zip(tasks, timeline.read(section.targets), strict=True):
+                    task.run.save_section(done, section, latents)
+                stop_if_asked()
+                for decoder in decoders:
+                    frames.add(decoder.start, done)
+                done += 1
+                if done == len(layout.plan):
+                    frames.finish()
+                now = time.monotonic()
+                _add_timing(tasks, "section_seconds", [round(now - section_from, 3)])
+                section_from = now
+                if done < len(layout.plan) and _steer(tasks, done):
+                    inputs = encode()
+                    break
     for task in tasks:
         finish(task, decode)
+
+
+def _steer(tasks: Sequence[Task], section: int) -> bool:
+    """Record the prompts that came before a section; return whether any video has another prompt
+    than in the section before."""
+    for task in tasks:
+        if task.steering is not None:
+            recorded = len(task.run.record.get("steered", []))
+            if prompts := task.steering()[recorded:]:
+                task.run.steer(section, prompts)
+    return any(task.run.prompt(section) != task.run.prompt(section - 1) for task in tasks)
 
 
 def _decoder(pipe: FramePack, task: Task, timeline: Timeline, sample: int) -> Decoder:

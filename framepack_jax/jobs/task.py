@@ -1,7 +1,7 @@
 """A video to sample: its run folder, layout, settings and inputs."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,7 +23,9 @@ class Task:
     `read` returns the inputs of a new run; a resumed run has its `request` in the folder. `seen` is
     the record that the folder held. If another process has changed it since, `refresh` returns the
     remaining task, or None if that process has finished the run. `on_progress` is called after each
-    step with the sampled fraction of the video; it may raise KeyboardInterrupt to stop.
+    step with the sampled fraction of the video; it may raise KeyboardInterrupt to stop. `steering`
+    returns the prompts that were given since the run began, oldest first; the last leads the next
+    section and those after it.
     """
 
     run: RunDir
@@ -34,6 +36,7 @@ class Task:
     seen: str | None = None
     refresh: Callable[[], "Task | None"] | None = None
     on_progress: Callable[[float], None] | None = None
+    steering: Callable[[], Sequence[str]] | None = None
 
     @property
     def group(self) -> tuple[Layout, Settings, float]:
@@ -60,5 +63,6 @@ class Task:
     def replace_with(self, other: "Task") -> None:
         """Become another task of the same folder, except for how this machine decodes."""
         kept = {name: self.run.record[name] for name in MACHINE_FIELDS if name in self.run.record}
-        vars(self).update(vars(other) | {"on_progress": self.on_progress})
+        ours = {"on_progress": self.on_progress, "steering": self.steering}
+        vars(self).update(vars(other) | ours)
         self.run.record |= kept

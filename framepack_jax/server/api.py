@@ -15,13 +15,14 @@ from starlette.exceptions import HTTPException
 
 from framepack_jax.server.errors import ApiError
 from framepack_jax.server.events import video_events
-from framepack_jax.server.form import make_job, read_fields
+from framepack_jax.server.form import json_fields, make_job, read_fields, steering_prompt
 from framepack_jax.server.guard import Guard
 from framepack_jax.server.job import Job
 from framepack_jax.server.limits import Limits
 from framepack_jax.server.model import ServedModel
 from framepack_jax.server.queue import JobQueue
 from framepack_jax.server.responses import deleted_body, list_body, video_body
+from framepack_jax.server.stream import video_pieces
 from framepack_jax.server.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def create_app(
 
     # The pages of FastAPI load scripts from other hosts.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-    body = functools.partial(video_body, queue, worker)
+    body = functools.partial(video_body, queue)
     _add_errors(app)
     _add_create(app, model, queue, limits, body)
     _add_read(app, queue, body)
@@ -90,6 +91,13 @@ def _add_read(app: FastAPI, queue: JobQueue, body: Any) -> None:
     def retrieve(video_id: str) -> dict[str, Any]:
         return body(queue.get(video_id))
 
+    @app.post("/v1/videos/{video_id}/steer")
+    async def steer(video_id: str, request: Request) -> dict[str, Any]:
+        job = queue.get(video_id)
+        prompt = steering_prompt(json_fields(await request.body()))
+        await run_in_threadpool(queue.steer, job, prompt)
+        return body(job)
+
     @app.delete("/v1/videos/{video_id}")
     def delete(video_id: str) -> dict[str, Any]:
         job = queue.get(video_id)
@@ -105,6 +113,12 @@ def _add_read(app: FastAPI, queue: JobQueue, body: Any) -> None:
         job = queue.get(video_id)
         stream = video_events(job, functools.partial(body, job))
         return StreamingResponse(stream, media_type="text/event-stream", headers=NOT_CACHED)
+
+    @app.get("/v1/videos/{video_id}/stream")
+    async def stream(video_id: str) -> StreamingResponse:
+        job = queue.get(video_id)
+        pieces = video_pieces(job, queue.path(job))
+        return StreamingResponse(pieces, media_type="video/mp4", headers=NOT_CACHED)
 
     @app.get("/v1/videos/{video_id}/preview")
     def preview(video_id: str) -> FileResponse:

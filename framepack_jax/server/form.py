@@ -13,12 +13,13 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 
 from framepack_jax.generation.geometry import check_size
+from framepack_jax.generation.prompts import timed_prompts
 from framepack_jax.generation.request import check_seed
 from framepack_jax.jobs.jobs_file import unique_keys
 from framepack_jax.jobs.spec import RANDOM_SEED
 from framepack_jax.server.errors import ApiError
 from framepack_jax.server.job import UPLOAD, Job
-from framepack_jax.server.limits import Limits
+from framepack_jax.server.limits import Limits, parse_size
 from framepack_jax.server.model import ServedModel
 from framepack_jax.utils.flags import check_text
 
@@ -42,7 +43,7 @@ async def read_fields(request: Request, folder: Path) -> dict[str, str]:
     Raises ApiError for a body that is neither a form nor a JSON object.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
-        return _of_json(await request.body())
+        return json_fields(await request.body())
     # Starlette refuses parts above a megabyte that are no files, and other malformed forms.
     async with request.form(max_files=1, max_fields=32) as form:
         fields: dict[str, str] = {}
@@ -61,7 +62,8 @@ async def read_fields(request: Request, folder: Path) -> dict[str, str]:
     return fields
 
 
-def _of_json(body: bytes) -> dict[str, str]:
+def json_fields(body: bytes) -> dict[str, str]:
+    """Return the fields of a JSON object as texts. Raises ApiError for another body."""
     try:
         given = json.loads(body, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -72,6 +74,25 @@ def _of_json(body: bytes) -> dict[str, str]:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ApiError(400, f"{name!r}: expected a text or a number", name)
     return {name: str(value) for name, value in given.items()}
+
+
+def steering_prompt(fields: dict[str, str]) -> str:
+    """Return the prompt that a request steers a video with. Raises ApiError."""
+    if set(fields) != {"prompt"}:
+        raise ApiError(400, f"{sorted(fields)}: expected one field, prompt", "prompt")
+    prompt = _parsed("prompt", fields, Limits())
+    _check_prompt(prompt)
+    return prompt
+
+
+def _check_prompt(prompt: str) -> None:
+    """Raise ApiError for a prompt without text, or with impossible times."""
+    if not prompt.strip():
+        raise ApiError(400, "prompt is missing: describe the video", "prompt")
+    try:
+        timed_prompts(prompt)
+    except ValueError as error:
+        raise ApiError(400, str(error), "prompt") from error
 
 
 def make_job(fields: dict[str, str], folder: Path, limits: Limits, model: ServedModel) -> Job:
@@ -92,14 +113,13 @@ def make_job(fields: dict[str, str], folder: Path, limits: Limits, model: Served
             "model_not_found",
         )
     options = {name: _parsed(name, fields, limits) for name in OPTIONS if name in fields}
-    if not options.get("prompt", "").strip():
-        raise ApiError(400, "prompt is missing: describe the video", "prompt")
+    _check_prompt(options.get("prompt", ""))
     seconds = fields.get("seconds", DEFAULT_SECONDS)
     options["seconds"] = _parsed("seconds", {"seconds": seconds}, limits)
     if options.get("seed", RANDOM_SEED) == RANDOM_SEED:
         options["seed"] = secrets.randbits(32)
-    if "size" in fields:
-        options["width"], options["height"] = _size(fields["size"], model.max_pixels)
+    if size := fields.get("size", next(iter(limits.sizes), None)):
+        options["width"], options["height"] = _size(size, limits, model.max_pixels)
     has_image = (folder / UPLOAD).exists()
     job = Job("", 0, model.name, seconds, "", options, has_image)
     if has_image:
@@ -171,12 +191,14 @@ def _parsed(name: str, fields: dict[str, str], limits: Limits) -> Any:
         raise ApiError(400, f"{name}: {error}", name) from error
 
 
-def _size(text: str, max_pixels: int) -> tuple[int, int]:
+def _size(text: str, limits: Limits, max_pixels: int) -> tuple[int, int]:
     """Parse WIDTHxHEIGHT. Raises ApiError."""
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if match is None:
-        raise ApiError(400, f"size {text[:40]!r}: expected WIDTHxHEIGHT, as 640x608", "size")
-    width, height = int(match[1]), int(match[2])
+    try:
+        width, height = parse_size(text)
+    except ValueError as error:
+        raise ApiError(400, f"size {error}", "size") from error
+    if limits.sizes and text not in limits.sizes:
+        raise ApiError(400, f"size {text}: expected one of {', '.join(limits.sizes)}", "size")
     if width * height > max_pixels:
         raise ApiError(
             400, f"size {text} has more than {max_pixels} pixels, which is the limit", "size"

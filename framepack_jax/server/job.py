@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ class Job:
         size: WIDTHxHEIGHT in pixels.
         options: Fields of a `VideoSpec` other than the image.
         has_image: True if the folder holds an uploaded start image.
+        steering: Prompts that were sent since, oldest first.
         error: Code and message of a failure.
         finished: True if the video is complete; derived from the run folder.
         deleted: True once a client deleted the job; its folder is about to be removed.
+        progress: Sampled fraction, while the job is running.
     """
 
     id: str
@@ -39,13 +42,21 @@ class Job:
     size: str
     options: dict[str, Any]
     has_image: bool = False
+    steering: list[str] = dataclasses.field(default_factory=list)
     error: dict[str, str] | None = None
     finished: bool = False
     deleted: bool = False
+    progress: float = 0.0
 
     def spec(self, folder: Path) -> VideoSpec:
         """Return the options of the video; the image is in the folder of the job."""
         return VideoSpec(**self.options, image=folder / UPLOAD if self.has_image else None)
+
+    @property
+    def kind(self) -> Hashable:
+        """Key that is equal for jobs that may be sampled side by side."""
+        options = {k: v for k, v in self.options.items() if k not in OF_ONE}
+        return self.size, self.seconds, self.has_image, tuple(sorted(options.items()))
 
     @property
     def waits(self) -> bool:
@@ -53,8 +64,10 @@ class Job:
         return not self.finished and self.error is None
 
 
-# Fields that the run folder tells.
-DERIVED = ("finished",)
+# Fields that the run folder and the worker tell.
+DERIVED = ("finished", "progress")
+# Options in which the videos of a batch may differ.
+OF_ONE = ("prompt", "negative_prompt", "seed")
 
 
 def write_job(folder: Path, job: Job) -> None:

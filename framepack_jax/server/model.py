@@ -29,12 +29,14 @@ class ServedModel:
         maker: Makes the tasks of jobs.
         max_pixels: Largest area of a video.
         machine: Fields of run records that depend on this machine.
+        batch: Number of videos that are sampled side by side.
     """
 
     name: str
     maker: TaskMaker
     max_pixels: int
     machine: dict[str, Any]
+    batch: int = 1
 
     @property
     def pipe(self) -> FramePack:
@@ -65,8 +67,10 @@ class ServedModel:
         return task
 
 
-def load_model(model: ModelOptions, compute: ComputeOptions, max_pixels: int | None) -> ServedModel:
-    """Load a bundle with its adapters, for videos of up to `max_pixels`.
+def load_model(
+    model: ModelOptions, compute: ComputeOptions, max_pixels: int | None, batch: int = 1
+) -> ServedModel:
+    """Load a bundle with its adapters, for `batch` videos of up to `max_pixels`.
 
     Raises ValueError, OSError, and the errors in `errors.FAILURES`.
     """
@@ -75,13 +79,13 @@ def load_model(model: ModelOptions, compute: ComputeOptions, max_pixels: int | N
     path = bundle.resolve(model.bundle_name())
     pipe = open_pipe(path, model.dtype, model.schedule, compute.vae_tile, compute.mesh)
     check_bundle(path)
-    check_devices(pipe, batch=1)
+    check_devices(pipe, batch)
     adapters = read_loras(pipe, model.lora)
     canvas = max(pipe.buckets, key=math.prod)
     if max_pixels is not None:
         canvas = (math.isqrt(max_pixels),) * 2
     offload = compute.offload or "auto"
-    plan = pipe.plan(path, offload, canvas, 1)
+    plan = pipe.plan(path, offload, canvas, batch)
     pipe = pipe.with_weights(path, None, plan)
     pipe = pipe.with_lora(adapters, merge=model.merge_lora) if adapters else pipe
     return ServedModel(
@@ -89,4 +93,5 @@ def load_model(model: ModelOptions, compute: ComputeOptions, max_pixels: int | N
         maker=TaskMaker(pipe, model, compute, DEFAULT_JOB, alone=False),
         max_pixels=max_pixels or math.prod(canvas),
         machine={"offload": offload, "decode_tile": plan.tiling.size},
+        batch=batch,
     )

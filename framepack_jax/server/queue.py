@@ -12,16 +12,17 @@ So a server that is killed at any point finds every accepted job, and resumes un
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from framepack_jax.server.errors import ApiError
-from framepack_jax.server.job import JOB, Job, read_job, write_job
+from framepack_jax.server.job import JOB, Job, read_job, run_record, write_job
 
 logger = logging.getLogger(__name__)
 LOCK = "server.lock"
@@ -34,7 +35,7 @@ class JobQueue:
     def __init__(self, folder: Path, max_queue: int) -> None:
         """Read the jobs of a folder that `locked` holds. Raises OSError."""
         self.folder, self.max_queue = folder, max_queue
-        self.running: Job | None = None
+        self.running: list[Job] = []
         self._changed = threading.Condition()
         self._last = 0
         self._jobs: dict[str, Job] = {}
@@ -108,23 +109,48 @@ class JobQueue:
             self._jobs[job.id] = job
             self._changed.notify_all()
 
-    def take(self, seconds: float) -> Job | None:
-        """Return the oldest waiting job, which is then running; None if none comes in time."""
+    def take(self, seconds: float, batch: int = 1) -> list[Job]:
+        """Return the oldest waiting job and up to `batch` - 1 others of its kind, which are then
+        running; none if none comes in time."""
         with self._changed:
             if not self.waiting():
                 self._changed.wait(seconds)
-            self.running = next(iter(self.waiting()), None)
+            waiting = self.waiting()
+            self.running = [job for job in waiting if job.kind == waiting[0].kind][:batch]
             return self.running
 
-    def release(self, job: Job, error: dict[str, str] | None = None) -> None:
-        """End the work on a job: it is finished, failed or deleted, or waits again."""
+    def release(self, errors: Mapping[Job, dict[str, str]]) -> None:
+        """End the work on the running jobs: each is finished, failed or deleted, or waits again.
+        Raises OSError if the disk is full."""
         with self._changed:
-            self.running = None
-            if job.deleted:
-                self._discard(job)
-            elif error is not None:
-                job.error = error
+            released, self.running = self.running, []
+            for job in released:
+                if job.deleted:
+                    self._discard(job)
+                elif job in errors:
+                    job.error = errors[job]
+                    write_job(self.path(job), job)
+
+    def steer(self, job: Job, prompt: str) -> None:
+        """Add a prompt for the sections of a job that are not begun. Raises ApiError if none is
+        left, OSError if the disk is full."""
+        with self._changed:
+            if not job.waits:
+                raise ApiError(
+                    400, f"video {job.id} has ended; a prompt changes nothing", code="video_ended"
+                )
+            if self._in_last_section(job):
+                raise ApiError(
+                    400,
+                    f"the last section of video {job.id} has begun; a prompt changes nothing",
+                    code="last_section",
+                )
+            job.steering.append(prompt)
+            try:
                 write_job(self.path(job), job)
+            except OSError:
+                job.steering.pop()
+                raise
 
     def delete(self, job: Job) -> None:
         """Delete a job and its files; those of a running job once the worker stops."""
@@ -132,10 +158,14 @@ class JobQueue:
             if self._jobs.pop(job.id, None) is None:
                 return
             job.deleted = True
-            if self.running is job:
+            if job in self.running:
                 write_job(self.path(job), job)
             else:
                 self._discard(job)
+
+    def _in_last_section(self, job: Job) -> bool:
+        sections = run_record(self.path(job)).get("sections", math.inf)
+        return job.progress * sections > sections - 1
 
     def _discard(self, job: Job) -> None:
         grave = self.folder / f"{DELETED}{job.id}"

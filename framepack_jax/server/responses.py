@@ -6,12 +6,11 @@ from typing import Any
 from framepack_jax.jobs.record import RECORD
 from framepack_jax.server.job import Job, run_record
 from framepack_jax.server.queue import JobQueue
-from framepack_jax.server.worker import Worker
 
 NANOSECONDS = 10**9
 
 
-def video_body(queue: JobQueue, worker: Worker, job: Job) -> dict[str, Any]:
+def video_body(queue: JobQueue, job: Job) -> dict[str, Any]:
     """Return the `video` object of a job."""
     status = _status(queue, job)
     return {
@@ -19,7 +18,7 @@ def video_body(queue: JobQueue, worker: Worker, job: Job) -> dict[str, Any]:
         "object": "video",
         "model": job.model,
         "status": status,
-        "progress": _progress(queue, worker, job, status),
+        "progress": _progress(queue, job, status),
         "created_at": job.created // NANOSECONDS,
         "completed_at": _completed_at(queue, job),
         "expires_at": None,
@@ -27,6 +26,7 @@ def video_body(queue: JobQueue, worker: Worker, job: Job) -> dict[str, Any]:
         "seconds": job.seconds,
         "size": job.size,
         "seed": job.options["seed"],
+        "steering": job.steering,
         "remixed_from_video_id": None,
         "error": job.error,
     }
@@ -37,15 +37,15 @@ def _status(queue: JobQueue, job: Job) -> str:
         return "failed"
     if job.finished:
         return "completed"
-    return "in_progress" if queue.running is job else "queued"
+    return "in_progress" if job in queue.running else "queued"
 
 
-def _progress(queue: JobQueue, worker: Worker, job: Job, status: str) -> int:
+def _progress(queue: JobQueue, job: Job, status: str) -> int:
     """Return the sampled percentage; 100 only for a complete video."""
     if status == "completed":
         return 100
     if status == "in_progress":
-        return min(99, int(100 * worker.progress))
+        return min(99, int(100 * job.progress))
     with contextlib.suppress(OSError, ValueError):
         if sections := run_record(queue.path(job)).get("sections"):
             done = len(list((queue.path(job) / "latents").glob("section_*.npz")))

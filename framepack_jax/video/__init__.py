@@ -31,7 +31,13 @@ from framepack_jax.video.images import (
     resize_center_crop,
     save_png,
 )
-from framepack_jax.video.mp4 import DEFAULT_CRF, check_encoding, join_mp4, write_mp4
+from framepack_jax.video.mp4 import (
+    DEFAULT_CRF,
+    check_encoding,
+    fragment_mp4,
+    join_mp4,
+    write_mp4,
+)
 from framepack_jax.video.orientation import shown_size
 from framepack_jax.video.source import video_stream
 
@@ -47,6 +53,7 @@ __all__ = [
     "contact_sheet",
     "contact_sheet_mp4",
     "count_frames",
+    "fragment_mp4",
     "join_mp4",
     "labelled_sheet",
     "latent_preview",

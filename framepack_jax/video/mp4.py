@@ -1,10 +1,12 @@
-"""Write videos as H.264 mp4, and concatenate them without re-encoding.
+"""Write videos as H.264 mp4, and concatenate or stream them without re-encoding.
 
 Shapes: T frames, H W rows and columns. Frames are (H, W, 3) uint8 RGB.
 """
 
 import contextlib
+import io
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import InputContainer, OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from av.video.stream import VideoStream
 
@@ -21,6 +23,10 @@ from framepack_jax.utils.files import atomic_write
 DEFAULT_CRF = 16
 MIN_FPS, MAX_FPS = 0.1, 1000
 FASTSTART = {"movflags": "+faststart"}
+# Each fragment keeps its timestamps; the header is written once the delay of the frames is known.
+FRAGMENTED = {"movflags": "+delay_moov+default_base_moof+frag_keyframe+frag_discont+skip_trailer"}
+# Frames that x264 holds back at the settings of `write_mp4`, at most.
+DELAY = 2
 # By default, opening a file decodes its first frame, which takes ten times as long as the rest.
 UNDECODED = {"skip_frame": "all"}
 # Tolerance in seconds for timestamps, which are often rounded to milliseconds.
@@ -107,17 +113,67 @@ def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> 
         stream = container.add_stream_from_template(template.streams.video[0])
         done = 0
         for segment in segments:
-            count = 0
-            for packet in _packets(segment, first.fps):
-                # The delay from decoding to display differs by segment (0 for short ones). Decoding
-                # times are therefore recounted, so that they increase by one across segments.
-                assert packet.pts is not None
-                packet.pts += done
-                packet.dts = done + count - delay
-                packet.stream = stream
-                container.mux(packet)
-                count += 1
-            done += count
+            done += _append(container, stream, segment, first.fps, done, delay)
+
+
+def fragment_mp4(segments: Iterable[str | os.PathLike]) -> Iterator[bytes]:
+    """Yield a fragmented mp4 file piece by piece, one for each segment of `write_mp4`, without
+    re-encoding: a player can show what has come while later segments are made.
+
+    Frames and times are those of `join_mp4`. Raises ValueError as `join_mp4` does.
+    """
+    first, done = None, 0
+    for segment in segments:
+        coding, delay = _examine(segment)
+        if first is None:
+            first = segment, coding
+        _check_same(*first, segment, coding)
+        if delay > DELAY:
+            raise ValueError(f"segment {os.fspath(segment)} holds {delay} frames back, not {DELAY}")
+        file = io.BytesIO()
+        with (
+            _undecoded(segment) as template,
+            av.open(file, "w", format="mp4", options=FRAGMENTED) as container,
+        ):
+            stream = container.add_stream_from_template(template.streams.video[0])
+            count = _append(container, stream, segment, coding.fps, done, DELAY)
+        headers = (b"ftyp", b"moov") if done == 0 else ()
+        kept = (*headers, b"moof", b"mdat")
+        yield b"".join(box for kind, box in _boxes(file.getvalue()) if kind in kept)
+        done += count
+
+
+def _append(
+    container: OutputContainer,
+    stream: VideoStream,
+    segment: str | os.PathLike,
+    fps: Fraction,
+    done: int,
+    delay: int,
+) -> int:
+    """Add the frames of a segment after `done` others; return their number.
+
+    The delay from decoding to display differs by segment (0 for short ones). Decoding times are
+    therefore recounted, so that they increase by one across segments.
+    """
+    count = 0
+    for packet in _packets(segment, fps):
+        assert packet.pts is not None
+        packet.pts += done
+        packet.dts = done + count - delay
+        packet.stream = stream
+        container.mux(packet)
+        count += 1
+    return count
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the kind and the bytes of each outermost box of an mp4 file."""
+    start = 0
+    while start < len(data):
+        size, kind = struct.unpack_from(">I4s", data, start)
+        yield kind, data[start : start + size]
+        start += size
 
 
 class UnsupportedVideo(ValueError):

@@ -172,6 +172,15 @@ def test_a_full_queue_refuses_with_429(model, tmp_path) -> None:
     assert client.post("/v1/videos", json=FIELDS).status_code == 200
 
 
+def test_only_listed_sizes_are_served(model, tmp_path) -> None:
+    client = idle_client_of(tmp_path, model, sizes=("64x80", "64x64"))
+    plain = {name: value for name, value in FIELDS.items() if name != "size"}
+    assert client.post("/v1/videos", json=plain).json()["size"] == "64x80"
+    assert client.post("/v1/videos", json=plain | {"size": "64x64"}).json()["size"] == "64x64"
+    error = refused(client.post("/v1/videos", json=plain | {"size": "96x64"}))
+    assert error["message"] == "size 96x64: expected one of 64x80, 64x64"
+
+
 def test_a_token_is_needed_for_all_but_health(model, tmp_path) -> None:
     client = idle_client_of(tmp_path, model, token="secret")
     assert client.get("/health").json() == {"status": "ok"}
@@ -197,6 +206,9 @@ def test_without_a_token_pages_of_other_sites_are_refused(client, header) -> Non
         (["--host", "127.0.0.1", "--token", ""], "the token is empty"),
         (["--port", "99999"], "cannot be served"),
         (["--max-queue", "0"], "expected more than 0"),
+        (["--sizes", "64x64", "64by64"], "--sizes '64by64': expected WIDTHxHEIGHT"),
+        (["--sizes", "640x640", "--max-pixels", "4096"], "--sizes 640x640 has more than"),
+        (["--batch", "0"], "--batch 0: expected 1 or more"),
         (["--bundle", "nothing"], "nothing"),
     ],
 )

@@ -3,6 +3,8 @@
 import json
 import warnings
 
+import httpx
+import numpy as np
 import openai
 import pytest
 
@@ -40,6 +42,13 @@ def test_a_killed_server_goes_on_with_its_queue(tmp_path, monkeypatch) -> None:
         assert len(kept) < 4, "the video was complete before the server was killed"
     with server_process(output) as (_, address):
         videos = client_of(address, "secret").videos
+        # The beginning can be seen before the end is made.
+        header = {"authorization": "Bearer secret"}
+        stream = f"{address}/videos/{second.id}/stream"
+        with httpx.stream("GET", stream, headers=header, timeout=240) as answer:
+            pieces = [(piece, videos.retrieve(second.id).status) for piece in answer.iter_raw()]
+        assert pieces[0][1] == "in_progress", "the stream began with the end"
+        streamed = b"".join(piece for piece, _ in pieces)
         for made in (first, second):
             wait_for(lambda made=made: videos.retrieve(made.id).status == "completed")
         for name, time in kept.items():
@@ -48,6 +57,10 @@ def test_a_killed_server_goes_on_with_its_queue(tmp_path, monkeypatch) -> None:
         assert record["sections"] == 4 == len(list(latents.glob("section_*.npz")))
         (tmp_path / "video.mp4").write_bytes(videos.download_content(first.id).content)
         assert video.mp4_info(tmp_path / "video.mp4").frames == record["frames"] == 33
+        (tmp_path / "streamed.mp4").write_bytes(streamed)
+        (tmp_path / "second.mp4").write_bytes(videos.download_content(second.id).content)
+        frames = [video.read_mp4(tmp_path / f"{n}.mp4")[0] for n in ("streamed", "second")]
+        np.testing.assert_array_equal(*frames)
         assert [found.id for found in videos.list(limit=1)] == [second.id, first.id]
         assert videos.delete(second.id).deleted
         assert [found.id for found in videos.list()] == [first.id]

@@ -246,6 +246,30 @@ def test_joined_segments_are_one_video_of_the_same_bits(tmp_path, lengths, fps):
         assert all(packet.dts <= packet.pts for packet in packets)
 
 
+@pytest.mark.parametrize("lengths,fps", [([1, 8, 1, 20, 30], 30), ([13], 24), ([9] * 4, 23.976)])
+def test_a_fragmented_video_grows_by_segments(tmp_path, lengths, fps):
+    """What has come can be played, with the frames and the times of the joined video."""
+    paths, expected = written(tmp_path, lengths, fps)
+    video.join_mp4(tmp_path / "joined.mp4", paths)
+    came, end = b"", 0
+    for piece, length in zip(video.fragment_mp4(iter(paths)), lengths, strict=True):
+        came, end = came + piece, end + length
+        (tmp_path / "came.mp4").write_bytes(came)
+        frames, times = zip(*shown(tmp_path / "came.mp4"), strict=True)
+        np.testing.assert_array_equal(frames, expected[:end])
+        assert list(times) == [number / Fraction(str(fps)) for number in range(end)]
+    assert came.count(b"moov") == 1 and came.count(b"moof") == len(lengths)
+
+
+def shown(path):
+    """The frames of a file with their times in seconds."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        for frame in container.decode(stream):
+            picture = frame.reformat(format="rgb24", interpolation="BICUBIC").to_ndarray()
+            yield picture, frame.pts * stream.time_base
+
+
 def test_seeking_in_a_joined_video_finds_the_frame(tmp_path):
     paths, expected = written(tmp_path, [5, 13, 1, 20])
     video.join_mp4(tmp_path / "video.mp4", paths)
