@@ -32,7 +32,13 @@ from framepack_jax import video
 from framepack_jax.generation.request import Request, SourceVideo
 from framepack_jax.jobs import run_files
 from framepack_jax.jobs.record import RECORD, read_record, write_record
-from framepack_jax.jobs.run_files import DamagedFile, key_frame_name, load_arrays, save_arrays
+from framepack_jax.jobs.run_files import (
+    FILES,
+    DamagedFile,
+    key_frame_name,
+    load_arrays,
+    save_arrays,
+)
 from framepack_jax.packing import Section
 from framepack_jax.parallel.multihost import is_primary, on_primary
 from framepack_jax.utils.files import local_copy
@@ -42,13 +48,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 LOCK = "run.lock"
 LATENTS = ("positions", "latents")
-# All files of a run besides its record; no other file in its folders is ever removed.
-FILES = {
-    "": ("video.mp4", "video.gif", "preview.png", "*.part"),
-    "inputs": ("image.png", "end_image.png", "key_frame_*.png", "footage.npz", "*.part"),
-    "latents": ("known.npz", "section_*.npz", "*.part"),
-    "segments": ("frames_*.mp4", "*.part"),
-}
 
 
 def _by_primary(

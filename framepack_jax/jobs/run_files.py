@@ -1,7 +1,10 @@
 """Files of a run: arrays and pictures, each written whole or not at all."""
 
+import fnmatch
 import io
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,14 @@ from PIL import Image
 
 from framepack_jax.generation.request import Request
 from framepack_jax.utils.files import atomic_write
+
+# All files of a run besides its record; no other file in its folders is ever removed.
+FILES = {
+    "": ("video.mp4", "video.gif", "preview.png", "*.part"),
+    "inputs": ("image.png", "end_image.png", "key_frame_*.png", "footage.npz", "*.part"),
+    "latents": ("known.npz", "section_*.npz", "*.part"),
+    "segments": ("frames_*.mp4", "*.part"),
+}
 
 
 class DamagedFile(ValueError):
@@ -44,6 +55,16 @@ def load_arrays(path: epath.Path, *names: str) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
         raise DamagedFile(f"{path} is damaged ({error})") from error
+
+
+def would_replace(folder: epath.Path, path: Path) -> bool:
+    """Return whether a new run in a folder would remove a file, or the run in a folder."""
+    found, own = path.resolve(), Path(os.path.realpath(folder))
+    if found == own:
+        return True
+    parts = found.relative_to(own).parts if found.is_relative_to(own) else ()
+    patterns = FILES.get("" if len(parts) == 1 else parts[0], ()) if parts else ()
+    return len(parts) <= 2 and any(fnmatch.fnmatch(found.name, pattern) for pattern in patterns)
 
 
 def pictures(request: Request) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from framepack_jax.jobs.loading import check_bundle, open_pipe
 from framepack_jax.jobs.provenance import absolute, check_weights, differences, new_record
 from framepack_jax.jobs.record import RECORD, record_text
 from framepack_jax.jobs.run_dir import RunDir, check_folder, check_free
+from framepack_jax.jobs.run_files import would_replace
 from framepack_jax.jobs.spec import (
     RANDOM_SEED,
     ComputeOptions,
@@ -79,9 +79,7 @@ class TaskMaker:
         self, spec: VideoSpec, folder: epath.Path, record: dict[str, Any]
     ) -> tuple[RunDir, Layout, Callable[[], Inputs]]:
         """Return a new run, its layout, and a function that reads its inputs."""
-        if spec.extend is not None and spec.extend.resolve().is_relative_to(
-            os.path.realpath(folder)
-        ):
+        if spec.extend is not None and would_replace(folder, spec.extend):
             raise ValueError(
                 f"--output {folder} holds the source of --extend; choose another --output"
             )

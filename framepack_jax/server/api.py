@@ -66,7 +66,7 @@ def _add_create(
         with queue.new_folder() as folder:
             fields = await read_fields(request, folder)
             async with decoding:
-                job = await run_in_threadpool(make_job, fields, folder, limits, model)
+                job = await run_in_threadpool(make_job, fields, folder, limits, model, queue)
             queue.add(folder, job)
         return body(job)
 

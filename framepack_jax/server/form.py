@@ -1,4 +1,4 @@
-"""Read the request for a video: fields of a form or of JSON, and an uploaded image."""
+"""Read the request for a video: fields of a form or of JSON, and uploaded images and videos."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
@@ -16,49 +16,42 @@ from framepack_jax.generation.geometry import check_size
 from framepack_jax.generation.prompts import timed_prompts
 from framepack_jax.generation.request import check_seed
 from framepack_jax.jobs.jobs_file import unique_keys
-from framepack_jax.jobs.spec import RANDOM_SEED
+from framepack_jax.jobs.spec import RANDOM_SEED, Denoising
+from framepack_jax.server import uploads
 from framepack_jax.server.errors import ApiError
-from framepack_jax.server.job import UPLOAD, Job
+from framepack_jax.server.job import Job
 from framepack_jax.server.limits import Limits, parse_size
 from framepack_jax.server.model import ServedModel
+from framepack_jax.server.queue import JobQueue
 from framepack_jax.utils.flags import check_text
 
 DEFAULT_SECONDS = "4"
+STEP_CACHES = get_args(get_type_hints(Denoising)["step_cache"])
 MAX_TEXT = 10_000
-# Formats of uploads, by their first bytes. Pillow runs other programs for some other formats.
-FORMATS = {
-    name: re.compile(begin, re.DOTALL)
-    for name, begin in {
-        "PNG": rb"\x89PNG\r\n\x1a\n.*",
-        "JPEG": rb"\xff\xd8\xff.*",
-        "WebP": rb"RIFF....WEBP.*",
-    }.items()
-}
 NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?")
 
 
 async def read_fields(request: Request, folder: Path) -> dict[str, str]:
-    """Return the fields of a request as texts; write its image into a folder.
+    """Return the fields of a request as texts; write its files into a folder.
 
     Raises ApiError for a body that is neither a form nor a JSON object.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
         return json_fields(await request.body())
     # Starlette refuses parts above a megabyte that are no files, and other malformed forms.
-    async with request.form(max_files=1, max_fields=32) as form:
+    async with request.form(max_files=uploads.MAX_FILES, max_fields=32) as form:
         fields: dict[str, str] = {}
         for name, value in form.multi_items():
-            if name in fields:
-                raise ApiError(400, f"{name!r} is given twice", name)
             if not isinstance(value, UploadFile):
+                if name in fields:
+                    raise ApiError(400, f"{name!r} is given twice", name)
                 fields[name] = value
-            elif name != UPLOAD:
-                raise ApiError(400, f"{name!r} is a file; only {UPLOAD} may be one", name)
             else:
-                with open(folder / UPLOAD, "wb") as file:
+                with open(uploads.new_file(folder, name), "xb") as file:
                     shutil.copyfileobj(value.file, file)
-    if UPLOAD in fields:
-        raise ApiError(400, f"{UPLOAD} is text; upload an image file", UPLOAD)
+    for name in uploads.NAMES:
+        if name in fields:
+            raise ApiError(400, f"{name} is text; upload a file", name)
     return fields
 
 
@@ -95,13 +88,16 @@ def _check_prompt(prompt: str) -> None:
         raise ApiError(400, str(error), "prompt") from error
 
 
-def make_job(fields: dict[str, str], folder: Path, limits: Limits, model: ServedModel) -> Job:
-    """Check a request, whose image is in a folder, and return its job. Raises ApiError."""
-    known = {"model", "size", "seconds", *OPTIONS}
+def make_job(
+    fields: dict[str, str], folder: Path, limits: Limits, model: ServedModel, queue: JobQueue
+) -> Job:
+    """Check a request, whose files are in a folder, and return its job. Raises ApiError."""
+    known = {"model", "size", "seconds", uploads.KEY_TIMES, EXTENDS, *OPTIONS}
     if unknown := [name for name in fields if name not in known]:
         raise ApiError(
             400,
-            f"{unknown[0]!r} is not known; known are {', '.join(sorted(known))}, {UPLOAD}",
+            f"{unknown[0]!r} is not known; known are {', '.join(sorted(known))}, and the files"
+            f" {', '.join(uploads.NAMES)}",
             unknown[0],
             "unknown_parameter",
         )
@@ -120,23 +116,46 @@ def make_job(fields: dict[str, str], folder: Path, limits: Limits, model: Served
         options["seed"] = secrets.randbits(32)
     if size := fields.get("size", next(iter(limits.sizes), None)):
         options["width"], options["height"] = _size(size, limits, model.max_pixels)
-    has_image = (folder / UPLOAD).exists()
-    job = Job("", 0, model.name, seconds, "", options, has_image)
-    if has_image:
-        _check_format(folder / UPLOAD)
+    job = Job("", 0, model.name, seconds, "", options, uploads.files_of(folder))
+    job.key_frames = uploads.key_frames(folder, fields.get(uploads.KEY_TIMES))
+    job.extends = _extended(fields, queue)
     try:
         layout = model.check(job.spec(folder))
     except ValueError as error:
-        text = str(error).replace(str(folder / UPLOAD), UPLOAD)
-        raise ApiError(400, text, UPLOAD if UPLOAD in text else None) from error
+        text = str(error).replace(f"{folder}/", "").replace(f"{folder.parent}/", "")
+        named = next((name for name in uploads.NAMES if name in text), None)
+        raise ApiError(400, text, named) from error
+    if layout.kept > limits.max_seconds * layout.fps:
+        raise ApiError(
+            400, f"the video to continue has more than {limits.max_seconds:g} s, which is the limit"
+        )
     job.size = f"{layout.width}x{layout.height}"
     return job
+
+
+def _extended(fields: dict[str, str], queue: JobQueue) -> str | None:
+    """Return the id of the completed video that a request continues. Raises ApiError."""
+    if EXTENDS not in fields:
+        return None
+    job = queue.get(fields[EXTENDS])
+    if not job.finished:
+        raise ApiError(
+            400, f"video {job.id} is not completed; continue it once it is", EXTENDS,
+            "video_not_ready",
+        )  # fmt: skip
+    return job.id
 
 
 def _text(text: str, _: Limits) -> str:
     if len(text) > MAX_TEXT:
         raise ValueError(f"{len(text)} characters, at most {MAX_TEXT} are allowed")
     check_text("text", text)
+    return text
+
+
+def _step_cache(text: str, _: Limits) -> str:
+    if text not in STEP_CACHES:
+        raise ValueError(f"{text[:40]!r}: expected one of {', '.join(STEP_CACHES)}")
     return text
 
 
@@ -181,7 +200,13 @@ OPTIONS: dict[str, Callable[[str, Limits], Any]] = {
     "steps": _steps,
     "distilled_guidance": _number,
     "cfg_scale": _number,
+    "cfg_rescale": _number,
+    "prompt_blend": _number,
+    "step_cache": _step_cache,
+    "cache_threshold": _number,
 }
+# The id of a video of this server to continue.
+EXTENDS = "extends"
 
 
 def _parsed(name: str, fields: dict[str, str], limits: Limits) -> Any:
@@ -208,11 +233,3 @@ def _size(text: str, limits: Limits, max_pixels: int) -> tuple[int, int]:
     except ValueError as error:
         raise ApiError(400, f"size {text}: {error}", "size") from error
     return width, height
-
-
-def _check_format(path: Path) -> None:
-    """Raise ApiError unless a file begins as an image of FORMATS; decode nothing."""
-    with open(path, "rb") as file:
-        head = file.read(16)
-    if not any(begin.fullmatch(head) for begin in FORMATS.values()):
-        raise ApiError(400, f"{UPLOAD} is no {', '.join(FORMATS)} image", UPLOAD, "invalid_image")

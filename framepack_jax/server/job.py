@@ -12,8 +12,10 @@ from framepack_jax.jobs.record import RECORD
 from framepack_jax.jobs.run_files import write_whole
 from framepack_jax.jobs.spec import VideoSpec
 
-JOB, UPLOAD = "job.json", "input_reference"
-FORMAT = 1
+JOB = "job.json"
+# Uploads of a request: the start image or the video to continue, the last frame, and key frames.
+UPLOAD, END, KEY_FRAME = "input_reference", "end_image", "key_frame"
+FORMAT = 2
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,8 +28,11 @@ class Job:
         model: Name of the bundle.
         seconds: Length as it was asked for.
         size: WIDTHxHEIGHT in pixels.
-        options: Fields of a `VideoSpec` other than the image.
-        has_image: True if the folder holds an uploaded start image.
+        options: Fields of a `VideoSpec` that name no file.
+        files: Names of uploads in the folder, by the field of a `VideoSpec`: image, extend or
+            end_image.
+        key_frames: Names and times in seconds of uploaded key frames.
+        extends: Name of the job whose video is continued, or None.
         steering: Prompts that were sent since, oldest first.
         error: Code and message of a failure.
         finished: True if the video is complete; derived from the run folder.
@@ -41,7 +46,9 @@ class Job:
     seconds: str
     size: str
     options: dict[str, Any]
-    has_image: bool = False
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    key_frames: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    extends: str | None = None
     steering: list[str] = dataclasses.field(default_factory=list)
     error: dict[str, str] | None = None
     finished: bool = False
@@ -49,14 +56,20 @@ class Job:
     progress: float = 0.0
 
     def spec(self, folder: Path) -> VideoSpec:
-        """Return the options of the video; the image is in the folder of the job."""
-        return VideoSpec(**self.options, image=folder / UPLOAD if self.has_image else None)
+        """Return the options of the video, whose uploads are in the folder of the job."""
+        paths = {name: folder / file for name, file in self.files.items()}
+        if self.extends is not None:
+            paths["extend"] = folder.parent / self.extends
+        keys = tuple(f"{seconds:g}s={folder / name}" for name, seconds in self.key_frames)
+        return VideoSpec(**self.options, **paths, key_frame=keys)
 
     @property
     def kind(self) -> Hashable:
         """Key that is equal for jobs that may be sampled side by side."""
         options = {k: v for k, v in self.options.items() if k not in OF_ONE}
-        return self.size, self.seconds, self.has_image, tuple(sorted(options.items()))
+        keys = tuple(seconds for _, seconds in self.key_frames)
+        inputs = (*sorted(self.files), keys, self.extends is None)
+        return self.size, self.seconds, inputs, tuple(sorted(options.items()))
 
     @property
     def waits(self) -> bool:
@@ -81,15 +94,24 @@ def read_job(folder: Path) -> Job:
     """Read a job and whether its video is complete. Raises ValueError if a file is damaged."""
     try:
         fields = json.loads((folder / JOB).read_text())
-        if (version := fields.pop("format")) != FORMAT:
-            raise ValueError(f"its format is {version}, expected {FORMAT}")
-        job = Job(**fields)
+        job = Job(**_upgraded(fields))
         if job.id != folder.name:
             raise ValueError(f"it is the job {job.id}")
         job.finished = run_record(folder).get("status") == "finished"
         return job
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / JOB} cannot be read ({error})") from error
+
+
+def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a job of any format. Raises ValueError, KeyError."""
+    version = fields.pop("format")
+    if version == 1:
+        fields["files"] = {"image": UPLOAD} if fields.pop("has_image") else {}
+    elif version != FORMAT:
+        raise ValueError(f"its format is {version}, expected {FORMAT}")
+    fields["key_frames"] = [(name, seconds) for name, seconds in fields.get("key_frames", [])]
+    return fields
 
 
 def run_record(folder: Path) -> dict[str, Any]:

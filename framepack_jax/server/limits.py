@@ -11,7 +11,7 @@ class Limits:
     """Limits of requests. Larger requests are refused, not reduced."""
 
     max_seconds: float = 60.0
-    """Longest video in seconds."""
+    """Longest video in seconds, and longest video to continue."""
     sizes: tuple[str, ...] = ()
     """Sizes that requests may ask for, as 640x608; the first is that of requests without a size.
     Default: every size of up to --max-pixels. A new size takes as long as a compilation."""

@@ -74,13 +74,19 @@ def refused(answer, status: int = 400) -> dict:
         ({"model": "sora-2"}, "not served here"),
         ({"extend": "/etc/passwd"}, "'extend' is not known"),
         ({"image": "/etc/passwd"}, "'image' is not known"),
-        ({UPLOAD: "/etc/passwd"}, "upload an image file"),
+        ({"extends": "../secret"}, "'../secret' does not exist"),
+        ({"step_cache": "fast"}, "'fast': expected one of none, tea, first-block"),
+        ({"cache_threshold": "0.1"}, "needs --step-cache"),
+        ({"key_frame_seconds": "1"}, "expected the seconds of 0 files"),
+        ({"end_image": "/etc/passwd"}, "upload a file"),
+        ({UPLOAD: "/etc/passwd"}, "upload a file"),
     ],
 )
 def test_wrong_fields(client, changes, message) -> None:
     # A form even without a file, as OpenAI's client sends.
     parts = {name: (None, text) for name, text in (FIELDS | changes).items()}
-    assert message in refused(client.post("/v1/videos", files=parts))["message"]
+    status = 404 if "extends" in changes else 400
+    assert message in refused(client.post("/v1/videos", files=parts), status)["message"]
 
 
 @pytest.mark.parametrize(
@@ -94,14 +100,16 @@ def test_wrong_json(client, body) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no PNG, JPEG, WebP image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "no PNG, JPEG, WebP image"),
-        (image_bytes(64, 64, "BMP"), "no PNG, JPEG, WebP image"),
+        (b"", "no PNG, JPEG, WebP, mp4, WebM file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "no PNG, JPEG, WebP"),
+        (image_bytes(64, 64, "BMP"), "no PNG, JPEG, WebP"),
+        (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "no PNG, JPEG, WebP"),
+        (b"\0\0\0\x20ftypisom" + bytes(64), "cannot be read"),
         (image_bytes(64, 64)[:60], "input_reference"),
         (image_bytes(8, 64), "at least 16 pixels"),
         (bomb(), "million pixels"),
     ],
-    ids=["empty", "postscript", "bitmap", "cut", "narrow", "bomb"],
+    ids=["empty", "postscript", "bitmap", "playlist", "video", "cut", "narrow", "bomb"],
 )
 def test_wrong_images(client, data, message) -> None:
     files = {UPLOAD: ("photo.png", data)}

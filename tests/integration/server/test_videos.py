@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -61,6 +62,47 @@ def test_the_upload_is_the_first_frame_and_its_name_is_not_used(made, folder) ->
     expected = video.resize_center_crop(video.load_image(PHOTO), 64, 64)
     assert abs(start.astype(int) - expected).mean() < 1
     assert not list(folder.parent.glob("*photo*")) and not list(folder.rglob("*photo*"))
+
+
+def test_end_image_and_key_frames(client, folder, tmp_path) -> None:
+    red, blue = (png(tmp_path / f"{name}.png", colour) for name, colour in COLOURS.items())
+    files = [("end_image", red), ("key_frame", blue), ("key_frame", red)]
+    fields = FIELDS | {"seconds": "0.8", "key_frame_seconds": "0.5, 0.2"}
+    made = ended(client, client.post("/v1/videos", data=fields, files=files).json()["id"])
+    assert made["status"] == "completed", made
+    inputs = folder / made["id"] / "inputs"
+    assert json.loads((inputs.parent / "run.json").read_text())["key_frames"] == [0.2, 0.5]
+    for name, colour in (("end_image", "red"), ("key_frame_00", "red"), ("key_frame_01", "blue")):
+        near = abs(video.load_image(inputs / f"{name}.png")[32, 32].astype(int) - COLOURS[colour])
+        assert near.max() <= 1, name
+
+
+COLOURS = {"red": (200, 20, 20), "blue": (20, 20, 200)}
+
+
+def png(path, colour) -> bytes:
+    video.save_png(path, np.broadcast_to(np.uint8(colour), (64, 64, 3)))
+    return path.read_bytes()
+
+
+def test_a_video_is_continued_by_its_id_and_by_its_file(client, made, tmp_path) -> None:
+    content = client.get(f"/v1/videos/{made['id']}/content").content
+    plain = {name: value for name, value in FIELDS.items() if name != "size"}
+    by_id = client.post("/v1/videos", json=plain | {"extends": made["id"]}).json()
+    upload = {"input_reference": ("video.mp4", content)}
+    by_file = client.post("/v1/videos", data=FIELDS, files=upload).json()
+    (tmp_path / "before.mp4").write_bytes(content)
+    before = video.read_mp4(tmp_path / "before.mp4")[0]
+    for name in (by_id["id"], by_file["id"]):
+        assert ended(client, name)["status"] == "completed"
+        (tmp_path / "video.mp4").write_bytes(client.get(f"/v1/videos/{name}/content").content)
+        frames = video.read_mp4(tmp_path / "video.mp4")[0]
+        assert len(frames) == 9 + 8
+        # The frames of the cross-fade change; those before are the old ones, encoded again.
+        apart = [abs(frames[0].astype(int) - frame).mean() for frame in before]
+        assert np.argmin(apart) == 0 and apart[0] < 5
+    unknown = client.post("/v1/videos", json=plain | {"extends": "video_0"})
+    assert unknown.status_code == 404
 
 
 def test_a_failed_video_tells_why_and_the_next_is_sampled(client, model, monkeypatch) -> None:
