@@ -5,13 +5,14 @@
 # make test-fast  the tests of single modules
 # make test-all   the test suite with what is marked slow
 # make test-storage  what runs in object stores and on their mounts, with an emulator
+# make test-browser  the page of framepack serve in Chromium
 # make dry-runs   compile 13B for TPUs and GPUs (needs the extra cuda13), write docs/measurements/memory.md
 # make lint       ruff, mypy and codespell
 # make docs       the site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo tiny-bundle test test-fast test-all test-storage dry-runs lint docs clean
+.PHONY: demo tiny-bundle test test-fast test-all test-storage test-browser dry-runs lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python sample.py --bundle tiny --image examples/sprites.png \
@@ -56,6 +57,9 @@ test-all: .venv/installed-test
 test-storage: .venv/installed-test-storage
 	$(PYTEST) -m storage
 
+test-browser: .venv/installed-test-browser
+	$(PYTEST) -m browser
+
 dry-runs: .venv/installed-test
 	$(BIN)/python scripts/dry_runs.py
 
@@ -82,6 +86,10 @@ docs: .venv/installed-docs
 
 .venv/installed-test-storage: .venv/installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test-storage]"
+	touch $@
+
+.venv/installed-test-browser: .venv/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test-browser]"
 	touch $@
 
 .venv/installed-docs: .venv/installed

@@ -44,6 +44,8 @@ class Serve:
     token: str | None = None
     """Token that clients send as Authorization: Bearer TOKEN. Other users of the machine can read
     flags: set the environment variable FRAMEPACK_TOKEN instead."""
+    web: bool = False
+    """Show a page for browsers, too. Needs the extra [web]."""
     batch: int = 1
     """Number of waiting videos of equal size, length and settings that are sampled side by side, if
     so many wait. Takes more memory."""
@@ -67,6 +69,8 @@ def run(flags: Serve) -> None:
     from framepack_jax.utils import extras
 
     extras.require("serve", extras.SERVE, "framepack serve")
+    if flags.web:
+        extras.require("web", extras.WEB, "framepack serve --web")
     from framepack_jax.server.model import load_model
     from framepack_jax.server.queue import JobQueue, locked
 
@@ -99,9 +103,16 @@ def _serve(
     from framepack_jax.server.worker import Worker
 
     app = create_app(model, queue, Worker(model, queue), flags.limits, token)
+    if flags.web:
+        from framepack_jax.server.page import add_page
+        from framepack_jax.server.page_actions import Actions
+
+        app = add_page(app, Actions(model, queue, flags.limits))
     host, port = listener.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     print(f"{model.name} at http://{address}/v1; {len(queue.waiting())} videos wait", flush=True)
+    if flags.web:
+        print(f"page at http://{address}/", flush=True)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False,
         limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=CLOSING_SECONDS,

@@ -19,6 +19,7 @@ from framepack_jax.server.form import json_fields, make_job, read_fields, steeri
 from framepack_jax.server.guard import Guard
 from framepack_jax.server.job import Job
 from framepack_jax.server.limits import Limits
+from framepack_jax.server.login import add_login
 from framepack_jax.server.model import ServedModel
 from framepack_jax.server.queue import JobQueue
 from framepack_jax.server.responses import deleted_body, list_body, video_body
@@ -50,6 +51,8 @@ def create_app(
     _add_errors(app)
     _add_create(app, model, queue, limits, body)
     _add_read(app, queue, body)
+    if token is not None:
+        add_login(app, token)
     app.add_middleware(Guard, token=token, max_bytes=limits.upload_bytes)
     return app
 

@@ -4,14 +4,16 @@ import hmac
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.requests import cookie_parser
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from framepack_jax.server.errors import ApiError
 from framepack_jax.server.limits import is_loopback
+from framepack_jax.server.login import COOKIE, LOGIN, login_page
 
 # Paths that need no token.
-OPEN = ("/health",)
+OPEN = ("/health", LOGIN)
 
 
 class Guard:
@@ -33,7 +35,9 @@ class Guard:
                 self._check_caller(headers)
             self._check_length(headers.get("content-length", "0"))
         except ApiError as error:
-            response = JSONResponse(error.body(), error.status)
+            response: Response = JSONResponse(error.body(), error.status)
+            if error.status == 401 and "text/html" in headers.get("accept", ""):
+                response = login_page()
             return await response(scope, receive, send)
         return await self.app(scope, self._counted(receive), send)
 
@@ -45,8 +49,9 @@ class Guard:
                 raise ApiError(403, "without a token, only this machine is served")
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        wrong = not hmac.compare_digest(given.strip().encode(), self.token.encode())
-        if scheme.lower() != "bearer" or wrong:
+        if scheme.lower() != "bearer":
+            given = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        if not hmac.compare_digest(given.strip().encode(), self.token.encode()):
             raise ApiError(
                 401,
                 "the token is missing or wrong: send the header Authorization: Bearer TOKEN",

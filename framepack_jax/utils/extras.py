@@ -4,6 +4,7 @@ import importlib
 
 EVAL = {"cv2": "OpenCV", "matplotlib": "Matplotlib"}
 SERVE = {"fastapi": "FastAPI", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
+WEB = {"gradio": "Gradio"}
 
 
 class MissingExtra(ValueError):
