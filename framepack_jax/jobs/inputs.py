@@ -15,7 +15,7 @@ from framepack_jax.generation.pipeline import FramePack
 from framepack_jax.generation.prompts import timed_prompts
 from framepack_jax.generation.request import Request, SourceVideo, read_source
 from framepack_jax.jobs.run_dir import RunDir
-from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec, source_file
+from framepack_jax.jobs.spec import SPEC_FIELDS, VideoSpec, is_run, source_file
 from framepack_jax.parallel.multihost import is_primary
 from framepack_jax.utils.progress import Bar
 
@@ -109,7 +109,7 @@ def saved_layout(pipe: FramePack, run: RunDir) -> Layout:
 def _read_source(pipe: FramePack, spec: VideoSpec, extend: Path) -> SourceVideo:
     """Read the end of a video file, or of a run folder with its latents."""
     height, width, latents = spec.height, spec.width, None
-    if extend.is_dir():
+    if is_run(extend):
         run = RunDir.open(extend)
         height, width = _size_of(run, spec)
         # Latents of sections that are decoded alone do not follow each other in time.

@@ -25,7 +25,7 @@ from framepack_jax.utils.versions import version
 
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Values of flags that the oldest records lack.
-EARLIER = {"lora": [], "merge_lora": False, "gif": False, "history_noise": 0.0}
+EARLIER = {"lora": [], "merge_lora": False, "gif": False, "png": False, "history_noise": 0.0}
 
 
 def absolute(path: str | Path) -> str:
@@ -136,7 +136,11 @@ def _plain(value: Any) -> Any:
 
 
 def _sha256(path: Path) -> str | None:
-    """Hash a file; None if it cannot be read, which is reported when the file is needed."""
+    """Hash a file, or the names and contents of a folder's files; None if it cannot be read, which
+    is reported when it is needed."""
+    if path.is_dir():
+        hashes = {file.name: _sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

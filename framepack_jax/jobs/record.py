@@ -7,9 +7,9 @@ from typing import Any
 from etils import epath
 
 from framepack_jax.jobs.run_files import write_whole
+from framepack_jax.jobs.spec import RECORD
 from framepack_jax.parallel.multihost import on_primary
 
-RECORD = "run.json"
 FORMAT = 2
 # New names of flags in records of earlier formats.
 RENAMED_FLAGS = {

@@ -8,6 +8,7 @@
     latents/section_000.npz         latents of a section, written before they are decoded
     segments/frames_00000000.mp4    final frames, starting at that number, each encoded once
     video.mp4                       the first contiguous segments, joined without encoding again
+    frames/frame_000000.png         with --png, each final frame as a picture
     preview.png                     the section that is being sampled; at the end, a contact sheet
     video.gif                       with --gif
 
@@ -39,6 +40,7 @@ from framepack_jax.jobs.run_files import (
     load_arrays,
     save_arrays,
 )
+from framepack_jax.jobs.video_tags import tags
 from framepack_jax.packing import Section
 from framepack_jax.parallel.multihost import is_primary, on_primary
 from framepack_jax.utils.files import local_copy
@@ -307,7 +309,7 @@ class RunDir:
                 segments = [
                     copies.enter_context(local_copy(self._segment(start))) for start, _ in touching
                 ]
-                video.join_mp4(self.folder / "video.mp4", segments)
+                video.join_mp4(self.folder / "video.mp4", segments, tags(self.record))
 
     def touching(self) -> list[tuple[int, int]]:
         """Return the first and the last but one frame of each segment from the first that exists to
@@ -333,7 +335,15 @@ class RunDir:
 
     def _write_segment(self, start: int, frames: Iterable[np.ndarray]) -> None:
         flags = self.record["flags"]
+        if flags.get("png", False):
+            (self.folder / "frames").mkdir(exist_ok=True)
+            frames = self._with_pictures(start, frames)
         video.write_mp4(self._segment(start), frames, fps=flags["fps"], crf=flags["crf"])
+
+    def _with_pictures(self, start: int, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for number, frame in enumerate(frames, start):
+            video.save_png(self.folder / "frames" / f"frame_{number:06d}.png", frame)
+            yield frame
 
 
 def check_free(folder: epath.Path) -> None:

@@ -20,6 +20,7 @@ FILES = {
     "inputs": ("image.png", "end_image.png", "key_frame_*.png", "footage.npz", "*.part"),
     "latents": ("known.npz", "section_*.npz", "*.part"),
     "segments": ("frames_*.mp4", "*.part"),
+    "frames": ("frame_*.png", "*.part"),
 }
 
 

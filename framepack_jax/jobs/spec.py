@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from framepack_jax.bundle import Sampling
     from framepack_jax.generation.pipeline import Settings
 
+RECORD = "run.json"
 # Placeholder for a random seed.
 RANDOM_SEED = -1
 # Options whose default is the bundle's.
@@ -40,7 +41,8 @@ class Inputs:
     key_frame: tuple[str, ...] = ()
     """Images at times: 3.5s=photo.png 7s=other.png."""
     extend: Path | None = None
-    """Video file or run folder to continue, instead of --image."""
+    """Video file, run folder, or folder of pictures in the order of their names, to continue
+    instead of --image."""
     prompt_blend: float = 1.0
     """Seconds over which consecutive timed prompts are blended."""
 
@@ -102,6 +104,8 @@ class Encoding:
     """H.264 quality, 1 (largest file) to 51."""
     gif: bool = False
     """Write video.gif too."""
+    png: bool = False
+    """Write each frame as a PNG file too, without loss, into the folder frames/ of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,5 +220,10 @@ class JobOptions:
 
 
 def source_file(extend: Path) -> Path:
-    """Return the video file of --extend, which may name a run folder."""
-    return extend / "video.mp4" if extend.is_dir() else extend
+    """Return the video of --extend, which may name a run folder."""
+    return extend / "video.mp4" if is_run(extend) else extend
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a path is a run folder; any other folder is one of pictures."""
+    return (path / RECORD).exists()

@@ -36,6 +36,7 @@ from framepack_jax.video.mp4 import (
     check_encoding,
     fragment_mp4,
     join_mp4,
+    read_tags,
     write_mp4,
 )
 from framepack_jax.video.orientation import shown_size
@@ -64,6 +65,7 @@ __all__ = [
     "read_frames_at",
     "read_mp4",
     "read_span",
+    "read_tags",
     "resize_center_crop",
     "save_gif",
     "save_png",

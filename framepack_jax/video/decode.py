@@ -1,4 +1,4 @@
-"""Decode any video file to frames as a player shows them.
+"""Decode any video file, or a folder of pictures, to frames as a player shows them.
 
 Like a player, this module chooses the stream, orders frames by their times, stretches pixels that
 are not square, rotates and mirrors by the display matrix, deinterlaces, and converts colours for a
@@ -55,7 +55,7 @@ def count_frames(path: str | os.PathLike, fps: float) -> int:
     Raises ValueError if the file is no video that can be decoded, and for fps out of 0.1..1000.
     """
     check_rate(fps)
-    with _opened(path) as source:
+    with _opened(path, fps) as source:
         tail = collections.deque(source.frames_from(source.end - TAIL), maxlen=1)
         if not tail:
             raise ValueError("its last frame cannot be decoded")
@@ -69,8 +69,9 @@ def read_frames(
 
     With `fps`, the video is resampled to that constant rate: each time k / fps shows the last frame
     that has started by then. Frames are repeated or dropped; duration and speed stay the same. A
-    repeated frame is the same array. With `first`, which needs `fps`, reading starts at that frame,
-    and decoding at the last key frame before it.
+    repeated frame is the same array. A folder of pictures is shown at `fps`, 30 by default. With
+    `first`, which needs `fps`, reading starts at that frame, and decoding at the last key frame
+    before it.
 
     Raises ValueError if the file is no video that can be decoded, or ends before its header says
     (when that shows), and for fps out of 0.1..1000.
@@ -90,7 +91,7 @@ def read_span(
     be decoded, or ends before.
     """
     frames: list[np.ndarray] = []
-    with _opened(path) as source:
+    with _opened(path, fps) as source:
         for frame, shown in source.at_rate(frame_rate(fps), first):
             if shown:
                 picture = resize_center_crop(source.rgb(frame), *size)
@@ -126,8 +127,8 @@ def read_mp4(path: str | os.PathLike) -> tuple[np.ndarray, float]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Source]:
-    with named_video(path), contextlib.closing(Source(path)) as source:
+def _opened(path: str | os.PathLike, fps: float | None = None) -> Iterator[Source]:
+    with named_video(path), contextlib.closing(Source(path, fps)) as source:
         yield source
 
 
@@ -148,7 +149,7 @@ def _scan(path: str | os.PathLike) -> tuple[Info, list[Fraction]]:
 
 
 def _read(path: str | os.PathLike, fps: float | None, first: int) -> Iterator[np.ndarray]:
-    with _opened(path) as source:
+    with _opened(path, fps) as source:
         repeated: Iterable[tuple[av.VideoFrame, int]] = ((frame, 1) for frame in source.frames())
         if fps is not None:
             repeated = source.at_rate(frame_rate(fps), first)

@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -89,10 +89,15 @@ def write_mp4(
             encode(_yuv(frame, shape))
 
 
-def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> None:
+def join_mp4(
+    path: str | os.PathLike,
+    segments: Sequence[str | os.PathLike],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Concatenate mp4 files of `write_mp4` into one file, without re-encoding.
 
     The frames decode to the same bits as those of the segments. `path` may be one of the segments.
+    `metadata` are tags of the file: title, comment and others that mp4 has.
 
     Raises ValueError and leaves `path` unchanged if there are no segments, or if a segment is
     unreadable, has no constant frame rate, or differs from the first in codec, size, frame rate or
@@ -110,6 +115,7 @@ def join_mp4(path: str | os.PathLike, segments: Sequence[str | os.PathLike]) -> 
         atomic_write(path) as partial,
         av.open(partial, "w", format="mp4", options=FASTSTART) as container,
     ):
+        container.metadata.update(metadata or {})
         stream = container.add_stream_from_template(template.streams.video[0])
         done = 0
         for segment in segments:
@@ -174,6 +180,12 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         size, kind = struct.unpack_from(">I4s", data, start)
         yield kind, data[start : start + size]
         start += size
+
+
+def read_tags(path: str | os.PathLike) -> dict[str, str]:
+    """Return the tags of a video file. Raises ValueError if it is no video."""
+    with named_video(path), _undecoded(path) as container:
+        return dict(container.metadata)
 
 
 class UnsupportedVideo(ValueError):

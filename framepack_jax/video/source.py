@@ -1,6 +1,7 @@
 """An open video file, decoded as a player shows it."""
 
 import collections
+import glob
 import itertools
 import math
 import os
@@ -20,6 +21,9 @@ from framepack_jax.video.times import clock_seconds, end_of, time_after, time_of
 
 # Formats of libavformat in which times after a seek are guessed: they are read from the start.
 SEQUENTIAL = ("avi", "mpeg")
+# Kinds of pictures in a folder of frames, and frames per second if none are given.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+DEFAULT_FPS = 30
 # Seconds by which a video may end before its header says.
 MAX_MISSING = Fraction(1, 2)
 
@@ -30,8 +34,11 @@ class Source:
     Times are in seconds, those of the file; `rate` is frames per second.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, fps: float | None = None) -> None:
+        """Open a video file, or a folder of pictures, which are shown at `fps` (default: 30) in the
+        order of their names. Raises ValueError, OSError, or an error of av."""
         self.path, self.interlaced = path, False
+        self._fps = Fraction(fps or DEFAULT_FPS).limit_denominator(1001)
         self._open()
         self._rest = self._decoded()
         first = next(self._rest, None)
@@ -45,10 +52,16 @@ class Source:
         self._open()
 
     def _open(self) -> None:
-        self.container = av.open(os.fspath(self.path))
+        self.container = self._opened()
         self.stream = video_stream(self.container)
         self.rate = self.stream.average_rate or Fraction(30)
         self._tick = self.stream.time_base or Fraction(1)
+
+    def _opened(self) -> InputContainer:
+        if not os.path.isdir(self.path):
+            return av.open(os.fspath(self.path))
+        options = {"pattern_type": "glob", "framerate": str(self._fps)}
+        return av.open(picture_pattern(self.path), format="image2", options=options)
 
     def close(self) -> None:
         self.container.close()
@@ -141,6 +154,20 @@ class Source:
         if said is None and len(self.container.streams) == 1 and self.container.duration:
             said = Fraction(self.container.duration, av.time_base)
         return said
+
+
+def picture_pattern(folder: str | os.PathLike) -> str:
+    """Return a pattern that names the pictures of a folder. Raises ValueError if it has none, or
+    pictures of several kinds, whose order would not be clear."""
+    names = sorted(os.listdir(folder))
+    kinds = {os.path.splitext(name)[1] for name in names} & {*PICTURES, *map(str.upper, PICTURES)}
+    if len(kinds) != 1:
+        found = " and ".join(sorted(kinds)) or "none"
+        raise ValueError(
+            f"it is no run folder, and a folder of frames needs pictures of one kind"
+            f" ({', '.join(PICTURES)}), not {found}"
+        )
+    return f"{glob.escape(os.fspath(folder))}/*{kinds.pop()}"
 
 
 def video_stream(container: InputContainer) -> VideoStream:

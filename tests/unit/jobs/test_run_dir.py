@@ -21,7 +21,8 @@ def run(tmp_path) -> RunDir:
     for name in ("inputs", "latents", "segments"):
         (tmp_path / name).mkdir()
     record = {name: [] for name in REQUIRED} | {
-        "format": 2, "status": "begun", "beginning": 0, "flags": {"fps": 30.0, "crf": 20},
+        "format": 2, "status": "begun", "beginning": 0, "weights": {},
+        "flags": {"fps": 30.0, "crf": 20, "prompt": "she waves"},
     }  # fmt: skip
     made = RunDir(tmp_path, record)
     made.write_record()
