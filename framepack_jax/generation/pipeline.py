@@ -323,6 +323,7 @@ class FramePack:
         Raises NotFinite.
         """
         spec, cfg, params = self.transformer
+        recipe = settings.recipe(self.sampling)
         params = params if on_block is None else offload.with_on_layer(params, on_block)
         if timeline is None:
             timeline = self.timeline(plan, inputs.given, inputs.size)
@@ -330,7 +331,7 @@ class FramePack:
         start = packing.start_frames(self.schedule) if 0 in inputs.given else 0
         for i, section in enumerate(plan[done:], start=done):
             shape = (len(section.targets), *frame)
-            draws = draw(self.sampling.recipe, seeds, i, shape) if noise is None else noise[i]
+            draws = draw(recipe, seeds, i, shape) if noise is None else noise[i]
             draws = [draws] if isinstance(draws, np.ndarray | jax.Array) else draws
             how = settings.of_section(self.sampling, i, self.dtype)
             read = encoding.by_importance(self, section, timeline)
@@ -342,7 +343,7 @@ class FramePack:
             negative = inputs.of(i) if settings.guides_by_history else inputs.negative
             with self.on_mesh():
                 result = denoising.denoise(
-                    spec, cfg, params, self.sampling.recipe, draws, how, context, inputs.of(i),
+                    spec, cfg, params, recipe, draws, how, context, inputs.of(i),
                     negative, other, patch=packing.kernel_shape(spec.patch)[1], given=given,
                     history_noise=noise_of_history,
                     on_step=on_step and functools.partial(on_step, i),

@@ -7,6 +7,7 @@ import numpy as np
 from framepack_jax.bundle import Sampling
 from framepack_jax.diffusion import SOLVERS
 from framepack_jax.diffusion.network import Network
+from framepack_jax.diffusion.recipe import Recipe
 from framepack_jax.diffusion.section import SectionSettings
 from framepack_jax.diffusion.step_cache import StepCacheConfig, check_fit
 from framepack_jax.packing import Schedule, history_ages
@@ -28,6 +29,8 @@ class Settings:
             "history" (history guidance).
         cfg_rescale: Correction in [0, 1] of the contrast that a high scale adds.
         history_noise: Noise the history to this factor in [0, 1] of the noise level of each step.
+        flow_shift: Factor s of the shift s t / (1 + (s - 1) t) of the noise levels, in place of the
+            recipe's, or None.
         step_cache: Cache that skips transformer blocks at steps where they would change little.
 
     Raises ValueError if a setting is out of range.
@@ -40,6 +43,7 @@ class Settings:
     cfg_without: str = "prompt"
     cfg_rescale: float = 0.0
     history_noise: float = 0.0
+    flow_shift: float | None = None
     step_cache: StepCacheConfig | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class Settings:
             raise ValueError(f"cfg_rescale = {self.cfg_rescale}: expected a number from 0 to 1")
         if not 0 <= self.history_noise <= 1:
             raise ValueError(f"history_noise = {self.history_noise}: expected a number from 0 to 1")
+        if self.flow_shift is not None and not 0 < self.flow_shift < np.inf:
+            raise ValueError(f"flow_shift = {self.flow_shift}: expected a number above 0")
         for name in ("distilled_guidance", "cfg_scale"):
             if not np.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a finite number")
@@ -95,6 +101,12 @@ class Settings:
         if section == 0 and recipe.double_first:
             return tuple(2 * count for count in steps)
         return steps
+
+    def recipe(self, sampling: Sampling) -> Recipe:
+        """Return the recipe of a bundle with the shift of the settings."""
+        if self.flow_shift is None:
+            return sampling.recipe
+        return dataclasses.replace(sampling.recipe, shift="fixed", shift_factor=self.flow_shift)
 
     def check(self, network: Network, sampling: Sampling, schedule: Schedule) -> None:
         """Raise ValueError if a network cannot be sampled with these settings and schedule."""

@@ -25,7 +25,14 @@ from framepack_jax.utils.versions import version
 
 PACKAGES = ("framepack-jax", "jax", "jaxlib", "flax", "transformers", "av", "numpy")
 # Values of flags that the oldest records lack.
-EARLIER = {"lora": [], "merge_lora": False, "gif": False, "png": False, "history_noise": 0.0}
+EARLIER = {
+    "lora": [],
+    "merge_lora": False,
+    "gif": False,
+    "png": False,
+    "history_noise": 0.0,
+    "flow_shift": None,
+}
 
 
 def absolute(path: str | Path) -> str:

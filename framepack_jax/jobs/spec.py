@@ -86,6 +86,9 @@ class Denoising:
     """Noise the history, but not the start image, to this factor, 0 to 1, of the noise level of
     each step; for networks that were trained with --history.noisy. Default: the bundle's, 0 for
     FramePack."""
+    flow_shift: float | None = None
+    """Shift s of the noise levels, s t / (1 + (s - 1) t): larger gives more steps to high noise, so
+    to layout and motion. Default: the bundle's; FramePack's depends on the size, at most 7."""
     step_cache: Literal["none", "tea", "first-block"] = "none"
     """Skip the network's blocks at steps where the prediction changes little: faster, less
     exact."""
@@ -150,6 +153,7 @@ class VideoSpec(Encoding, Denoising, VideoSize, Inputs):
             cfg_without=self.cfg_without,
             cfg_rescale=self.cfg_rescale,
             history_noise=self.history_noise or 0.0,  # None in runs of earlier versions
+            flow_shift=self.flow_shift,
             step_cache=step_cache,
         )
 

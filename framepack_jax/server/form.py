@@ -201,6 +201,7 @@ OPTIONS: dict[str, Callable[[str, Limits], Any]] = {
     "distilled_guidance": _number,
     "cfg_scale": _number,
     "cfg_rescale": _number,
+    "flow_shift": _number,
     "prompt_blend": _number,
     "step_cache": _step_cache,
     "cache_threshold": _number,
