@@ -85,7 +85,7 @@ def _of_lora(file: Path) -> Facts:
     header = lora_peft.header_of(open_checkpoint(file))
     schedule, steps = header.get("framepack.schedule"), header.get("ss_steps", "")
     return Facts(
-        base=_shown(header.get("ss_sd_model_name")),
+        base=_shown(header.get("framepack.base") or header.get("ss_sd_model_name")),
         schedule=schedule,
         order=_order_of(schedule),
         steps=int(steps) if steps.isdecimal() else None,

@@ -301,7 +301,7 @@ def _lora_header(run: _Run) -> dict[str, str]:
     metadata specification (modelspec). The trained rank and alpha have keys of our own, as `write`
     adds those of the stored tensors, which may differ.
     """
-    base = _base_of(run.manifest)
+    base = str(run.manifest.roles["transformer"].source.get("name", "unknown"))
     schedule = run.cfg.schedule or run.manifest.schedule
     release = family_of(run.model.cfg).release(run.model.cfg)
     rank, alpha = run.cfg.lora.rank, f"{run.cfg.lora.alpha:g}"
@@ -318,6 +318,7 @@ def _lora_header(run: _Run) -> dict[str, str]:
         "framepack.rank": str(rank),
         "framepack.alpha": alpha,
         "framepack.schedule": str(schedule),
+        "framepack.base": _base_of(run.manifest),
         "framepack.dataset": digest(run.record["fingerprint"]),
     } | _student_header(run.cfg)
 
