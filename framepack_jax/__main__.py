@@ -12,6 +12,8 @@ COMMANDS = {
     "export": "bundle or LoRA -> PyTorch checkpoint",
     "verify": "compare a checkpoint with a bundle",
     "inspect": "describe a checkpoint, LoRA or bundle",
+    "push-to-hub": "bundle, LoRA or exported network -> Hugging Face hub",
+    "pull": "what was pushed -> a folder here",
     "doctor": "what is wrong with this machine, and what to do",
     "explain": "draw what a packing schedule puts into the context",
     "synthetic": "make videos with captions to try training with",

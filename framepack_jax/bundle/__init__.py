@@ -17,7 +17,7 @@ from framepack_jax.bundle.codebook import (
     read_codebook,
     write_codebook,
 )
-from framepack_jax.bundle.hashes import stored_hash
+from framepack_jax.bundle.hashes import is_as_recorded, stored_hash
 from framepack_jax.bundle.loader import (
     DeviceBytes,
     check_present,
@@ -49,6 +49,7 @@ from framepack_jax.bundle.manifest import (
     vae_config,
     write_manifest,
 )
+from framepack_jax.bundle.pulled import REPOSITORY, pulled_folder
 from framepack_jax.bundle.sampling import Sampling
 from framepack_jax.bundle.writer import Written, write_params
 
@@ -57,6 +58,7 @@ __all__ = [
     "CODEBOOK",
     "ENCODERS",
     "MANIFEST",
+    "REPOSITORY",
     "ROLES",
     "UNFINISHED",
     "BundleError",
@@ -73,8 +75,10 @@ __all__ = [
     "digest",
     "encoder_roles",
     "entries_for",
+    "is_as_recorded",
     "load_offloaded",
     "load_params",
+    "pulled_folder",
     "read_codebook",
     "read_leaves",
     "read_manifest",

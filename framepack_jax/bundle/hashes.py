@@ -29,6 +29,13 @@ def stored_hash(root: epath.PathLike, manifest: Manifest, name: str) -> str:
     return digest.hexdigest()
 
 
+def is_as_recorded(root: epath.PathLike, manifest: Manifest, name: str) -> bool:
+    """Return whether a role has the parameters whose hash its manifest records; True if it records
+    none. Raises BundleError."""
+    recorded = manifest.roles[name].source.get("sha256")
+    return recorded is None or stored_hash(root, manifest, name) == recorded
+
+
 def _as_written(manifest: Manifest, name: str, stored: Mapping[str, str]) -> Iterator[str]:
     """Yield the paths of a role's leaves in the order in which they were written."""
     spec, cfg = role_config(manifest, name)

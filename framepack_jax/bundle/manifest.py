@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from etils import epath
 
 from framepack_jax import packing
+from framepack_jax.bundle.pulled import REPOSITORY
 from framepack_jax.bundle.sampling import Sampling
 from framepack_jax.models import lora, registry
 from framepack_jax.models.network_spec import DenoiserSpec, NetworkSpec, TextEncoderSpec, VaeSpec
@@ -127,6 +128,11 @@ def _what_it_is(root: epath.Path) -> str:
         return (
             f"{root} is a training run and no bundle; its model is {root / 'bundle'}, for --bundle,"
             f" or {root / 'bundle' / lora.FILE}, for --lora; framepack export-run {root} makes it"
+        )
+    if REPOSITORY.fullmatch(str(root)) and not root.exists():
+        return (
+            f"{root} is not a bundle: there is no such folder; make one with framepack convert, or,"
+            f" if this is a repository of the Hugging Face hub, download it: framepack pull {root}"
         )
     return (
         f"{root} is not a bundle (it has no {MANIFEST}); make one with framepack convert, and if"

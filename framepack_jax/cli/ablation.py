@@ -47,15 +47,16 @@ class Ablation(AblationConfig):
     """Train methods from one starting point, evaluate them with the same first frames, captions and
     noise, and compare them in one table.
 
-    The methods are those of a configuration: --config configs/ablation.py. One after the other is
-    trained and evaluated, and the report is written after each. The output folder holds report.md
-    and report.json (results with standard errors, and costs), runs/ and evaluation/ (plots, contact
+    The methods are those of a configuration: --config ablation. One after the other is trained and
+    evaluated, and the report is written after each. The output folder holds report.md and
+    report.json (results with standard errors, and costs), runs/ and evaluation/ (plots, contact
     sheets and videos). Run the same command again to resume: finished methods are not made again,
     and more may be added. Needs the extra [eval].
     """
 
     config: Path | None = None
-    """Python file that defines get_config(), which returns an AblationConfig."""
+    """Name of a configuration of this package, ablation, or a Python file that defines
+    get_config(), which returns an AblationConfig."""
 
 
 def main(args: list[str] | None = None, prog: str = "framepack ablation") -> None:
@@ -107,7 +108,7 @@ def _chosen(cfg: AblationConfig) -> Sequence[Method]:
     """Return the methods of --only. Raises ValueError if there is none."""
     names = [method.name for method in cfg.methods]
     if not names:
-        raise ValueError("there are no methods; give --config, for example configs/ablation.py")
+        raise ValueError("there are no methods; give --config, for example ablation")
     if unknown := [name for name in cfg.only if name not in names]:
         raise ValueError(f"--only {unknown[0]!r}: expected one of {', '.join(map(repr, names))}")
     return [method for method in cfg.methods if not cfg.only or method.name in cfg.only]

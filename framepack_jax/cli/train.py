@@ -23,7 +23,8 @@ class Train(TrainConfig):
     """
 
     config: Path | None = None
-    """Python file that defines get_config(), for example configs/tiny.py."""
+    """Name of a configuration of this package, for example lora_i2v, or a Python file that defines
+    get_config()."""
     resume: Literal["auto", "never"] = "auto"
     """auto: resume from the last checkpoint in --output, if any. never: an existing run is an
     error."""

@@ -21,7 +21,8 @@ class TrainVae(VaeTrainConfig):
     """
 
     config: Path | None = None
-    """Python file that defines get_config(), for example configs/tiny_vae.py."""
+    """Name of a configuration of this package, for example tiny_vae, or a Python file that defines
+    get_config()."""
     resume: Literal["auto", "never"] = "auto"
     """auto: resume from the last checkpoint in --output, if any. never: an existing run is an
     error."""

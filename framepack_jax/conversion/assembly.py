@@ -102,7 +102,7 @@ def assemble_manifest(
 
     Raises ConversionError if its parts do not fit.
     """
-    roles = {name: _role(name, jobs, origins.get(name)) for name in jobs}
+    roles = {name: _role(name, jobs, _origin(name, request, origins)) for name in jobs}
     if shared and request.encoders_from:
         for name, role in shared.roles.items():
             there = bundle.referenced(request.encoders_from, role.path)
@@ -121,6 +121,13 @@ def assemble_manifest(
     _check_widths(manifest)
     _check_kernels(request, manifest)
     return manifest
+
+
+def _origin(name: str, request: BundleRequest, origins: Mapping[str, str]) -> str | None:
+    """Return the name on the hub of a role's checkpoint, None if it comes from elsewhere."""
+    if "pipeline" in origins and getattr(request, name) is None:
+        return f"{origins['pipeline']}/{name}"
+    return origins.get(name)
 
 
 def _role(name: str, jobs: Mapping[str, ConversionJob], origin: str | None) -> Role:

@@ -16,6 +16,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import tqdm
 
 from framepack_jax import packing
+from framepack_jax.bundle import REPOSITORY
 from framepack_jax.conversion import tokenizers
 from framepack_jax.conversion.file_formats import (
     GGUF,
@@ -62,7 +63,6 @@ PIPELINE_FOLDERS = {
     "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer",
     "tokenizer_2", "feature_extractor", "scheduler",
 }  # fmt: skip
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REFUSED = (401, 403)
 
 
@@ -122,7 +122,7 @@ def fetch(
             # An interrupted run then loses at most one file. The library may use several
             # connections for one file.
             max_workers=1,
-            tqdm_class=_Bar if progress else _NoBar,
+            tqdm_class=Bar if progress else _NoBar,
         )
     except (hub_errors.HTTPError, hub_errors.EntryNotFoundError, OSError) as error:
         raise _explained(repo_id, error) from error
@@ -295,7 +295,7 @@ def _explained(repo_id: str, error: BaseException) -> ConversionError:
     )
 
 
-class _Bar(Plain, tqdm):
+class Bar(Plain, tqdm):
     """The hub's progress bar, written as lines of a log."""
 
 

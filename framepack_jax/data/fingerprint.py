@@ -1,5 +1,7 @@
 """Fingerprints: which networks made a dataset, and which samples a training run takes from it."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +82,12 @@ def _facts(index: Index) -> dict[str, Any]:
     """Return what datasets that are mixed must have in common."""
     made_by = {name: v for name, v in index.fingerprint.items() if name not in MAY_DIFFER}
     return made_by | {name: getattr(index, name) for name in ARRAYS}
+
+
+def digest(fingerprint: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that identify the stream of samples of a run."""
+    text = json.dumps(fingerprint, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -24,13 +24,12 @@ def whole(name: str) -> Iterator[Finding]:
     for role in manifest.roles:
         try:
             size += bundle.stored_bytes(path, manifest, role)
-            expected = manifest.roles[role].source.get("sha256")
-            found = bundle.stored_hash(path, manifest, role)
+            same = bundle.is_as_recorded(path, manifest, role)
         except (bundle.BundleError, OSError, ValueError) as error:
             whole = False
             yield Finding(subject, "problem", f"{role}: {first_line(error)}", AGAIN)
             continue
-        if expected not in (None, found):
+        if not same:
             whole = False
             text = f"the parameters of {role} are not those that were written"
             yield Finding(subject, "problem", text, AGAIN)

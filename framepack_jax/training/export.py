@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from framepack_jax import bundle, packing
 from framepack_jax.conversion.lora import write
 from framepack_jax.conversion.lora_names import family_of
+from framepack_jax.data.fingerprint import digest
 from framepack_jax.models import lora
 from framepack_jax.models.params import unstack_layers
 from framepack_jax.training import checkpoints, consistency, state
@@ -124,6 +125,8 @@ def _export_bundle(
     manifest = _manifest_of(run.manifest, run.cfg, run.record)
     network = model.spec.kind, dataclasses.asdict(model.cfg)
     source = {"name": origin, "training": provenance(run.folder, run.step)}
+    if run.record.get("began") != "scratch":
+        source["base"] = _base_of(run.manifest)
     if codebook := _codebook_of(bundle_path, run):
         target.mkdir(parents=True, exist_ok=True)
         codebook.copy(target / bundle.CODEBOOK, overwrite=True)
@@ -132,6 +135,12 @@ def _export_bundle(
     )
     more = f" --lora {target}" if factors else ""
     return f"{target}: {origin}, {written.bytes / 1e6:,.1f} MB; sample.py --bundle {target}{more}"
+
+
+def _base_of(manifest: bundle.Manifest) -> str:
+    """Return the name of the model that a bundle's transformer is derived from."""
+    source = manifest.roles["transformer"].source
+    return str(source.get("base") or source.get("name", "unknown"))
 
 
 def _part(folder: epath.Path, cfg: TrainConfig, weights: str) -> str:
@@ -309,6 +318,8 @@ def _lora_header(run: _Run) -> dict[str, str]:
         "framepack.rank": str(rank),
         "framepack.alpha": alpha,
         "framepack.schedule": str(schedule),
+        "framepack.base": _base_of(run.manifest),
+        "framepack.dataset": digest(run.record["fingerprint"]),
     } | _student_header(run.cfg)
 
 

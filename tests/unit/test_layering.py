@@ -16,7 +16,7 @@ ROWS = [
     {"bundle"},
     {"conditioning"},
     {"generation", "data", "conversion"},
-    {"training", "jobs"},
+    {"training", "jobs", "publishing"},
     {"evaluation"},
     {"planning", "toy", "doctor", "server"},
     {"cli", "__main__", "__init__"},

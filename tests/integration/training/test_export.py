@@ -17,7 +17,7 @@ from framepack_jax.cli import export_run, sample, train
 from framepack_jax.conversion import lora as conversion_lora
 from framepack_jax.conversion.export import Export
 from framepack_jax.conversion.file_formats import ConversionError
-from framepack_jax.data import loader
+from framepack_jax.data import fingerprint, loader
 from framepack_jax.data.config import DataConfig
 from framepack_jax.generation.options import VideoOptions
 from framepack_jax.models import lora
@@ -55,7 +55,9 @@ def test_the_bundle_of_a_run_samples(place, whole, tmp_path) -> None:
     assert pipe.transformer.params["head"]["out"]["kernel"].dtype == np.float32
     assert not list(copy.rglob("*.part*"))
     # How it was trained stands beside the weights, and not in what is said of each video.
-    story = bundle.read_manifest(copy).roles["transformer"].source["training"]
+    source = bundle.read_manifest(copy).roles["transformer"].source
+    story = source["training"]
+    assert "base" not in source and story["began"] == "scratch"
     assert story == json.loads(json.dumps(provenance(str(whole), STEPS)))
     assert story["step"] == STEPS and story["config"]["batch"] == 4
     assert story["config"]["data"]["seed"] == 0 and story["fingerprint"]
@@ -131,6 +133,9 @@ def check_lora_files(folder: Path, run: Path) -> None:
         assert about["modelspec.architecture"] == "framepack/lora"
         assert about["modelspec.title"] == run.name and about["ss_steps"] == "2"
         assert about["ss_sd_model_name"] == "configs/tiny_bundle.py, untrained"
+        assert about["framepack.base"] == about["ss_sd_model_name"]
+        samples = checkpoints.read_record(run)["fingerprint"]
+        assert about["framepack.dataset"] == fingerprint.digest(samples)
         assert (about["framepack.rank"], about["framepack.alpha"]) == ("2", "4")
         assert "rank 2 and alpha 4" in about["modelspec.description"]
         ranks = {len(x) for key, x in load_file(folder / name).items() if "lora_A" in key}

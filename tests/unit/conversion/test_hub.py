@@ -424,12 +424,14 @@ def test_released_helios_models_share_their_encoders(served, golden, tmp_path) -
     base, shared = tmp_path / "base", str(tmp_path / "base")
     made = make_bundle(BundleRequest(output=str(base), helios="base"))
     assert set(made.roles) == {"transformer", "vae", "text_encoder"}
+    assert made.roles["vae"].source["name"] == f"{hub.HELIOS['base']}/vae"
     assert str(made.schedule) == hub.SCHEDULES["f1"] and made.sampling.recipe.stages == 1
     for name, steps, zero_star in (("mid", 20, True), ("distilled", 2, False)):
         served.seen.clear()
         request = BundleRequest(output=str(tmp_path / name), helios=name, encoders_from=shared)
         made = make_bundle(request)
         recipe = made.sampling.recipe
+        assert made.roles["transformer"].source["name"] == f"{hub.HELIOS[name]}/transformer"
         assert (recipe.stages, recipe.zero_star, made.sampling.steps) == (3, zero_star, steps)
         assert recipe.solver == ("renoise" if name == "distilled" else "unipc-flow")
         assert made.roles["vae"].path == "../base/vae" and made.text_tokens == 512
