@@ -13,6 +13,7 @@ COMMANDS = {
     "verify": "compare a checkpoint with a bundle",
     "inspect": "describe a checkpoint, LoRA or bundle",
     "doctor": "what is wrong with this machine, and what to do",
+    "bench": "measure a bundle on this machine -> one Markdown row",
     "explain": "draw what a packing schedule puts into the context",
     "synthetic": "make videos with captions to try training with",
     "prepare": "videos + captions -> dataset",
