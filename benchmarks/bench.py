@@ -4,9 +4,6 @@ Source of the sizes: the released model, at 608 x 640 pixels with window 9.
 """
 
 import dataclasses
-import functools
-import math
-import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from framepack_jax import packing
+from framepack_jax.bench.timing import BF16, filled, normal, peak_memory, program_bytes, timed
 from framepack_jax.conditioning import MAX_PROMPT_TOKENS
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.config import TransformerConfig, VaeConfig
@@ -24,10 +22,8 @@ from framepack_jax.models.hunyuan.embed import Conditions
 from framepack_jax.models.hunyuan.flops import attention_flops, forward_flops
 from framepack_jax.parallel.chips import chip_of
 
-ROUNDS, MIN_SECONDS = 3, 0.25
 IMAGE_TOKENS = 729
 SCHEDULE = packing.parse(packing.RELEASED_INVERTED)
-BF16 = jnp.bfloat16
 # Of attention with its gradient, in forward passes: the backward kernel has two products for each
 # of the forward one, and computes the scores again.
 ATTENTION_COST = 3.5
@@ -152,59 +148,10 @@ class Bench:
         return out
 
 
-def program_bytes(compiled: Any) -> int:
-    """Return the device bytes of a compiled program: arguments, results, temporaries."""
-    size = compiled.memory_analysis()
-    parts = size.argument_size_in_bytes, size.output_size_in_bytes, size.temp_size_in_bytes
-    return sum(parts) - size.alias_size_in_bytes
-
-
-def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Return (median seconds of a call, its result); each round times many calls in a row."""
-    out = jax.block_until_ready(function(*args))
-    began = time.monotonic()
-    jax.block_until_ready(function(*args))
-    calls = max(1, math.ceil(MIN_SECONDS / max(1e-6, time.monotonic() - began)))
-    seconds = []
-    for _ in range(ROUNDS):
-        began = time.monotonic()
-        for _ in range(calls):
-            out = function(*args)
-        jax.block_until_ready(out)
-        seconds.append((time.monotonic() - began) / calls)
-    return statistics.median(seconds), out
-
-
-def normal(seed: int, *shape: int, dtype: Any = BF16) -> jax.Array:
-    """Return random numbers; zeros would compute faster than real data."""
-    return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, dtype))()
-
-
-def filled(tree: Any, scale: float = 0.02) -> Any:
-    """Fill abstract arrays: one block of random numbers repeated, True, or 0."""
-    block = normal(0, 2**20 + 3, dtype=jnp.float32) * scale
-
-    def leaf(block: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.full(x.shape, x.dtype == bool, x.dtype)
-        return jnp.resize(block.astype(x.dtype), x.shape)
-
-    where = jax.tree.map(lambda x: getattr(x, "sharding", None), tree)
-    make = jax.jit(
-        lambda block: jax.tree.map(functools.partial(leaf, block), tree), out_shardings=where
-    )
-    return make(block)
-
-
 def relative_error(x: Any, reference: Any) -> float:
     """Return |x - reference| / |reference| in float32; NaN if either has a NaN."""
     x, reference = (np.asarray(jax.device_get(a), np.float32) for a in (x, reference))
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
-
-
-def peak_memory() -> int:
-    """Return the peak bytes of the device's allocator; 0 if it does not report them."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def denoiser_inputs(scale: Scale, batch: int = 1, weights: bool = True) -> tuple[Any, ...]:

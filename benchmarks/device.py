@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.bench import ATTENTION_COST, BF16, Bench, normal, relative_error
+from benchmarks.bench import ATTENTION_COST, Bench, relative_error
+from framepack_jax.bench.timing import BF16, normal
 from framepack_jax.models import offload, scan
 from framepack_jax.ops import attention, conv
 

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,41 +32,31 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from benchmarks import device, peers, summary
 from benchmarks.bench import (
     ATTENTION_COST,
-    BF16,
     FULL,
-    ROUNDS,
     SCHEDULE,
     TOY,
     Bench,
     Scale,
     denoiser_inputs,
-    filled,
-    normal,
-    program_bytes,
     relative_error,
     step_flops,
     step_work,
-    timed,
 )
 from framepack_jax import bundle, packing
+from framepack_jax.bench.timing import BF16, normal, program_bytes, timed
+from framepack_jax.bench.training import training_program
 from framepack_jax.diffusion import flow, sampler, solver_table, step_cache
 from framepack_jax.models import quantization
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.models.hunyuan.spec import TRANSFORMER
 from framepack_jax.models.params import Params
 from framepack_jax.parallel import sharding
-from framepack_jax.planning.training import abstract_samples
-from framepack_jax.training import state
 from framepack_jax.training.config import LoRAConfig, TrainConfig
-from framepack_jax.training.flow_matching_task import Networks, set_up
 from framepack_jax.training.metrics import COST
-from framepack_jax.training.train_step import RATE, jit_train_step
 from framepack_jax.utils.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
 SECTION_STEPS = 25
-# Seconds of a training step's rounds after which no other begins: large batches take long.
-LONG = 10.0
 # Seconds in which a device must say what it is.
 ASKED = 300.0
 
@@ -227,43 +216,19 @@ def lora_training(scale: Scale, batch: int, remat: str) -> tuple[TrainConfig, An
     return cfg, manifest
 
 
-def training_program(
-    scale: Scale, cfg: TrainConfig, manifest: Any, devices: Any
-) -> tuple[Any, list[Any], float]:
-    """(the compiled step, its arguments, seconds of compiling) of a training, on a mesh in use."""
-    task = set_up(cfg, manifest, devices)
-    abstract = abstract_samples(task, scale.pixels)
-    began = time.monotonic()
-    frozen = Networks(task.frozen, {})
-    step = jit_train_step(task).lower(task.abstract, frozen, abstract, RATE).compile()
-    compiling = time.monotonic() - began
-    now = state.with_params(cfg, task.model, task.tx, devices, filled(task.abstract.params))
-    return (
-        step,
-        [now, filled(frozen), filled(abstract, 1.0), jnp.float32(1e-4)],
-        compiling,
-    )
-
-
 def _time_training(bench: Bench, name: str, cfg: TrainConfig, manifest: Any, devices: Any) -> None:
-    with jax.set_mesh(devices):
-        step, (now, *rest), compiling = training_program(bench.scale, cfg, manifest, devices)
-        seconds: list[float] = []
-        while len(seconds) <= ROUNDS and (len(seconds) < 2 or sum(seconds) < LONG):
-            began = time.monotonic()
-            now, metrics = step(now, *rest)
-            jax.block_until_ready(metrics)
-            seconds.append(time.monotonic() - began)
-        one = step_work(bench.scale)
-        work = {
-            "attention both ways": ATTENTION_COST * cfg.batch * one["attention"],
-            "products": COST["lora"] * cfg.batch * one["products"],
-        }
-        bench.add(
-            name, seconds=statistics.median(seconds[1:]), compile_s=compiling,
-            flops=COST["lora"] * cfg.batch * step_flops(bench.scale), work=work,
-            program_bytes=program_bytes(step), loss=float(metrics.loss),
-        )  # fmt: skip
+    program = training_program(cfg, manifest, devices, bench.scale.pixels)
+    seconds, metrics = program.time()
+    one = step_work(bench.scale)
+    work = {
+        "attention both ways": ATTENTION_COST * cfg.batch * one["attention"],
+        "products": COST["lora"] * cfg.batch * one["products"],
+    }
+    bench.add(
+        name, seconds=seconds, compile_s=program.compile_seconds,
+        flops=COST["lora"] * cfg.batch * step_flops(bench.scale), work=work,
+        program_bytes=program_bytes(program.compiled), loss=float(metrics.loss),
+    )  # fmt: skip
 
 
 VERSIONS = ("jax", "flax", "torch", "diffusers")

@@ -14,15 +14,8 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from benchmarks.bench import (
-    BF16,
-    ROUNDS,
-    Bench,
-    denoiser_inputs,
-    relative_error,
-    step_flops,
-    step_work,
-)
+from benchmarks.bench import Bench, denoiser_inputs, relative_error, step_flops, step_work
+from framepack_jax.bench.timing import BF16, ROUNDS
 from framepack_jax.conversion import engine, tables, weight_files
 from framepack_jax.models.hunyuan import transformer
 from framepack_jax.models.hunyuan.config import TransformerConfig

@@ -26,6 +26,8 @@ import tyro
 from jax.profiler import ProfileData
 
 from benchmarks import bench, gpu, operations
+from framepack_jax.bench.timing import BF16, normal
+from framepack_jax.bench.training import training_program
 from framepack_jax.models.hunyuan import transformer, vae
 from framepack_jax.parallel import sharding
 
@@ -88,19 +90,19 @@ def main(args: list[str] | None = None) -> Profile:
 def denoise(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
     """Build a forward pass of the transformer in bfloat16."""
     args = bench.denoiser_inputs(scale)
-    return _program(functools.partial(transformer.velocity, scale.dit, dtype=bench.BF16), *args)
+    return _program(functools.partial(transformer.velocity, scale.dit, dtype=BF16), *args)
 
 
 def decode(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
     """Build the VAE's decoder of 5 latent frames in bfloat16."""
     rows, columns = (side // 8 for side in scale.pixels)
-    latents = bench.normal(1, 1, 5, rows, columns, scale.vae.latent_channels)
+    latents = normal(1, 1, 5, rows, columns, scale.vae.latent_channels)
     return _program(functools.partial(vae.decode, scale.vae), _vae(scale), latents)
 
 
 def encode(scale: bench.Scale, _: contextlib.ExitStack) -> Program:
     """Build the VAE's encoder of 17 frames in bfloat16."""
-    frames = bench.normal(1, 1, 17, *scale.pixels, 3)
+    frames = normal(1, 1, 17, *scale.pixels, 3)
     return _program(functools.partial(vae.encode, scale.vae), _vae(scale), frames)
 
 
@@ -109,14 +111,8 @@ def train(scale: bench.Scale, stack: contextlib.ExitStack) -> Program:
     devices = sharding.make_mesh(devices=jax.local_devices()[:1])
     stack.enter_context(jax.set_mesh(devices))
     training = gpu.lora_training(scale, 1, "attention")
-    step, args, _ = gpu.training_program(scale, *training, devices)
-
-    def run() -> None:
-        # The state is used up.
-        args[0], metrics = step(*args)
-        jax.block_until_ready(metrics)
-
-    return Program(step, run)
+    program = training_program(*training, devices, scale.pixels)
+    return Program(program.compiled, program.run)
 
 
 PROGRAMS = {"denoise": denoise, "decode": decode, "encode": encode, "train": train}

@@ -15,6 +15,7 @@ COMMANDS = {
     "push-to-hub": "bundle, LoRA or exported network -> Hugging Face hub",
     "pull": "what was pushed -> a folder here",
     "doctor": "what is wrong with this machine, and what to do",
+    "bench": "measure a bundle on this machine -> one Markdown row",
     "explain": "draw what a packing schedule puts into the context",
     "synthetic": "make videos with captions to try training with",
     "prepare": "videos + captions -> dataset",

@@ -9,7 +9,7 @@ A role's path may point into another bundle, so that two transformers share thei
 `bundle.json` is written last; a folder without it is not a bundle.
 """
 
-from framepack_jax.bundle.builtin import BUILTIN_BUNDLES, resolve
+from framepack_jax.bundle.builtin import BUILTIN_BUNDLES, SIZE_ONLY, resolve
 from framepack_jax.bundle.codebook import (
     CODEBOOK,
     digest,
@@ -60,6 +60,7 @@ __all__ = [
     "MANIFEST",
     "REPOSITORY",
     "ROLES",
+    "SIZE_ONLY",
     "UNFINISHED",
     "BundleError",
     "DeviceBytes",

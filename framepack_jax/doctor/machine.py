@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from framepack_jax.doctor.finding import Finding
 from framepack_jax.doctor.packages import MISSING, NAME
+from framepack_jax.utils.memory import host_memory
 from framepack_jax.utils.messages import bytes_text
 from framepack_jax.utils.versions import version
 
@@ -106,10 +107,7 @@ def driver(text: str) -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Look at the memory of the host, within the limit of its control group."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
+    total = host_memory()
     if total < LEAST_MEMORY:
         remedy = "convert and sample the released model on another machine; tiny needs 2 GB"
         yield Finding("memory", "warning", bytes_text(total), remedy)

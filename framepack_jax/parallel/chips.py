@@ -1,6 +1,7 @@
 """The table of chips: memory, vendor figures, and what their compilers need to know."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -83,6 +84,8 @@ CHIPS = {
         # An NVL72: hosts of four GPUs, 72 GPUs joined by NVLink.
         _gpu("gb200", 186e9, 2500, 900e9, 50e9, (10, 0), 152, 128, 233472, 8e12, 132644864,
              1.965, 199715979264, host=4, domain=72),
+        _gpu("l4", 24.1e9, 121, 32e9, None, (8, 9), 58, 128, 102400, 3e11, 50331648, 2.04,
+             24152899584),
         _gpu("rtx3060", 12.6e9, 51, 32e9, None, (8, 6), 28, 128, 102400, 3.6e11, 2359296, 1.78,
              12884901888),
         _gpu("rtx3090", 25.3e9, 71, 32e9, None, (8, 6), 82, 128, 102400, 9.36e11, 6291456, 1.70,
@@ -94,10 +97,10 @@ CHIPS = {
     )
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "a100": "a100-80g"}
-# Parts of `Device.device_kind` without spaces; the first match counts.
+# Regular expressions for `Device.device_kind` without spaces; the first match counts.
 KINDS = {
     "gb200": "gb200", "a100": "a100-80g", "h100": "h100", "h200": "h200", "b200": "b200",
-    "rtx3060": "rtx3060", "rtx3090": "rtx3090", "rtx4090": "rtx4090", "rtx5090": "rtx5090",
+    "l4(?!0)": "l4", "rtx3060": "rtx3060", "rtx3090": "rtx3090", "rtx4090": "rtx4090", "rtx5090": "rtx5090",
     "tpu7x": "tpu7x", "v5lite": "v5e", "v5e": "v5e", "v6lite": "v6e", "v6e": "v6e", "v5p": "v5p",
     "v5": "v5p",
 }  # fmt: skip
@@ -108,7 +111,7 @@ def chip_of(device: jax.Device) -> Chip | None:
     kind = device.device_kind.lower().replace(" ", "")
     if device.platform not in ("gpu", "cuda", "tpu"):
         return None
-    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
+    return next((CHIPS[name] for part, name in KINDS.items() if re.search(part, kind)), None)
 
 
 def target_config(chip: Chip) -> str:

@@ -72,11 +72,11 @@ def dry_run(
     spec.check_mesh(cfg, devices)
     _check_batch(batch, devices.shape["data"])
     params = {
-        role: _abstract(*networks[role], "float32" if role == "vae" else pipe.dtype, devices)
+        role: abstract_params(*networks[role], "float32" if role == "vae" else pipe.dtype, devices)
         for role in roles
     }
     configs = {role: config for role, (_, config) in networks.items()}
-    work = _Work(pipe, configs, manifest.text_tokens, layout, settings, batch, devices)
+    work = StepWork(pipe, configs, manifest.text_tokens, layout, settings, batch, devices)
     programs = work.compile_step(params["transformer"], offload)
     weights, hosted = _weights(params), 0
     if offload:
@@ -125,7 +125,7 @@ def _check_batch(batch: int, data: int) -> None:
         )
 
 
-def _abstract(spec: NetworkSpec, cfg: Any, dtype: str, devices: Mesh) -> Any:
+def abstract_params(spec: NetworkSpec, cfg: Any, dtype: str, devices: Mesh) -> Any:
     """Return the shapes of a network's parameters, with their shardings."""
     params = spec.abstract_params(cfg)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params)
@@ -143,7 +143,7 @@ def image_tokens(vision: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class StepWork:
     """A section to denoise: videos of a layout on the devices of a machine.
 
     `configs` are those of the bundle's networks, by role; the transformer reads `text_tokens`.
@@ -172,7 +172,7 @@ class _Work:
         pipe, devices = self.pipe, self.devices
         spec, cfg, _ = pipe.transformer
         whole = functools.partial(_placed, sharding=NamedSharding(devices, PartitionSpec()))
-        inputs, at, state = jax.tree.map(whole, self._inputs())
+        inputs, at, state = jax.tree.map(whole, self.inputs())
         if offload:
             sigma = whole(jax.ShapeDtypeStruct((self.batch,), jnp.float32))
             given = state.x, sigma, inputs.context, inputs.conditions, jnp.dtype(pipe.dtype)
@@ -200,7 +200,7 @@ class _Work:
         program = compile_program(part.name, STEP_ADVICE, part.weights, lower, self.devices)
         return dataclasses.replace(program, runs=self.settings.passes * part.runs)
 
-    def _inputs(self) -> tuple[sampler.SectionInputs, sampler.At, solver.State]:
+    def inputs(self) -> tuple[sampler.SectionInputs, sampler.At, solver.State]:
         """Return the shapes of all inputs of a step except the weights."""
         pipe, configs, layout = self.pipe, self.configs, self.layout
         settings, batch = self.settings, self.batch

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from framepack_jax import bundle, packing
 from framepack_jax.data.batch import Batch, Conditions, Meta
@@ -36,6 +36,7 @@ from framepack_jax.training.flow_matching_task import (
     set_up,
 )
 from framepack_jax.training.metrics import COST
+from framepack_jax.training.task import Cost
 from framepack_jax.training.train_step import RATE, jit_train_step
 
 
@@ -115,10 +116,7 @@ def dry_run_training(
     chips = hardware.compile_devices(machine) if chips is None else chips
     sizes = mesh or default_mesh(cfg, manifest, chips)
     devices = sharding.make_mesh(**sizes, devices=chips)
-    task = set_up(cfg, manifest, devices)
-    if entries := task.schedule.codebook:
-        codebook = np.zeros((entries, len(manifest.latent_mean)), np.float32)
-        task = dataclasses.replace(task, codebook=codebook)
+    task = task_without_data(cfg, manifest, devices)
     batch = abstract_samples(task, size)
 
     def lower() -> jax.stages.Lowered:
@@ -145,9 +143,26 @@ def dry_run_training(
         state=sharding.placed_bytes(task.abstract),
         frozen=sharding.placed_bytes((task.frozen, task.teacher)),
         program=program,
-        flops=round((cost.flops * COST[cfg.trainable] + cost.more_flops) * cfg.batch),
+        flops=step_flops(cfg, cost),
         tokens=cost.tokens,
     )
+
+
+def task_without_data(
+    cfg: TrainConfig, manifest: bundle.Manifest, devices: Mesh
+) -> FlowMatchingTask:
+    """Set up a task on a mesh; the entries of a schedule with `+D` are zeros. Raises ValueError,
+    BundleError."""
+    task = set_up(cfg, manifest, devices)
+    if entries := task.schedule.codebook:
+        codebook = np.zeros((entries, len(manifest.latent_mean)), np.float32)
+        task = dataclasses.replace(task, codebook=codebook)
+    return task
+
+
+def step_flops(cfg: TrainConfig, cost: Cost) -> int:
+    """Count the FLOPs of a training step of a batch, without what remat computes again."""
+    return round((cost.flops * COST[cfg.trainable] + cost.more_flops) * cfg.batch)
 
 
 def sample_tokens(cfg: TrainConfig, manifest: bundle.Manifest, size: tuple[int, int]) -> int:

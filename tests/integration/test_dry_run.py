@@ -97,7 +97,7 @@ def test_decoding_is_compiled_for_the_largest_tile() -> None:
         pipe = open_pipe(path, "float32", None, tile)
         layout = make_layout(pipe.geometry, Request("", None), sections=1, height=64, width=64)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        weights = sampling._abstract(*pipe.vae[:2], "float32", mesh)
+        weights = sampling.abstract_params(*pipe.vae[:2], "float32", mesh)
         decoding = sampling._decode(pipe, weights, layout, 1, mesh)
         side = tile or 64
         assert decoding.outputs == 17 * side**2 * 3 * 4

@@ -19,6 +19,7 @@ ROWS = [
     {"training", "jobs", "publishing"},
     {"evaluation"},
     {"planning", "toy", "doctor", "server"},
+    {"bench"},
     {"cli", "__main__", "__init__"},
 ]
 TORCH_ONLY_IN = ("conversion", "evaluation/clip_score.py", "evaluation/vbench_worker.py")

@@ -18,6 +18,7 @@ from benchmarks import (
     peers,
     summary,
 )
+from framepack_jax.bench import timing
 from framepack_jax.conversion import arrays
 from framepack_jax.models import quantization
 from framepack_jax.parallel import chips
@@ -27,7 +28,7 @@ from framepack_jax.parallel import chips
 def briefly(monkeypatch) -> Iterator[None]:
     """A call a round; one thread, as torch's wait for each other where a core has other work; and
     rates as shares of an H100's."""
-    monkeypatch.setattr(bench, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(peers, "ROUNDS", 1)
     monkeypatch.setattr(bench, "chip_of", lambda device: chips.CHIPS["h100"])
     threads = torch.get_num_threads()
