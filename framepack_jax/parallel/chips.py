@@ -100,7 +100,8 @@ ALIASES = {"v5litepod": "v5e", "a100": "a100-80g"}
 # Regular expressions for `Device.device_kind` without spaces; the first match counts.
 KINDS = {
     "gb200": "gb200", "a100": "a100-80g", "h100": "h100", "h200": "h200", "b200": "b200",
-    "l4(?!0)": "l4", "rtx3060": "rtx3060", "rtx3090": "rtx3090", "rtx4090": "rtx4090", "rtx5090": "rtx5090",
+    "l4(?!0)": "l4",
+    "rtx3060": "rtx3060", "rtx3090": "rtx3090", "rtx4090": "rtx4090", "rtx5090": "rtx5090",
     "tpu7x": "tpu7x", "v5lite": "v5e", "v5e": "v5e", "v6lite": "v6e", "v6e": "v6e", "v5p": "v5p",
     "v5": "v5p",
 }  # fmt: skip
