@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from framepack_jax.conversion import lora_names, lora_peft, lora_targets
+from framepack_jax.conversion import lora_names, lora_peft, lora_products, lora_targets
 from framepack_jax.conversion.engine import DTYPES, Step
 from framepack_jax.conversion.lora_fusion import (
     Pair,
@@ -40,13 +40,13 @@ from framepack_jax.utils.messages import shorten
 # Largest share of modules that may be missing in the network without a warning.
 LARGE_SHARE = 0.1
 TENSOR = re.compile(
-    r"(?P<module>.+)\.(lora[._](?P<side>A|B|down|up)(\.[\w-]+)?\.weight|(?P<alpha>alpha))"
+    r"(?P<module>.+)\.(lora[._](?P<side>A|B|down|up)(\.[\w-]+)?\.weight|(?P<alpha>alpha)"
+    rf"|(?P<product>{'|'.join(lora_products.NAMES)}))"
 )
 SIDES = {"A": "down", "B": "up"}
 UNSUPPORTED = {
     r".*\.(dora_scale|lora_magnitude_vector.*)": "a DoRA",
-    r".*\.hada_\w+": "a LoHa",
-    r".*\.lokr_\w+": "a LoKr",
+    r".*\.(hada|lokr)_t\d": "a LoHa or LoKr with Tucker factors",
     r".*\.b?oft_\w+": "an OFT",
     r".*\.lora_mid\.weight": "a LoCon with Tucker factors",
     r".*\.lora_\w+(\.[\w-]+)?\.bias": "a LoRA with biases",
@@ -88,7 +88,7 @@ class LoadedLora:
 def is_lora(checkpoint: Checkpoint) -> bool:
     """Return True if a checkpoint holds adapters of any kind, supported or not."""
     matches = map(TENSOR.fullmatch, checkpoint.names())
-    return any(m and m["side"] for m in matches) or _unsupported(checkpoint) is not None
+    return any(m and not m["alpha"] for m in matches) or _unsupported(checkpoint) is not None
 
 
 def files_of(path: Path) -> list[Path]:
@@ -274,7 +274,8 @@ def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     modules: dict[str, dict[str, str]] = {}
     for name in checkpoint.names():
         if match := TENSOR.fullmatch(name):
-            kind = "alpha" if match["alpha"] else SIDES.get(match["side"], match["side"])
+            side = SIDES.get(match["side"], match["side"])
+            kind = "alpha" if match["alpha"] else side or match["product"]
             before = modules.setdefault(match["module"], {}).setdefault(kind, name)
             if before != name:
                 raise ConversionError(
@@ -306,19 +307,17 @@ def _pair(
     alphas: lora_peft.Alphas,
 ) -> Pair:
     """Read the factors of a module. Raises ConversionError if they do not fit the module."""
-    if absent := {"down", "up"} - tensors.keys():
-        raise ConversionError(f"it has {shorten(tensors.values())} but no {absent.pop()} factor")
-    outputs, *inputs = place.step.source_shapes()[0]
-    down, up = (_trimmed(checkpoint.shape(tensors[side])) for side in ("down", "up"))
-    rank = down[0] if down else 0
-    if rank < 1 or down != _trimmed((rank, *inputs)) or up != _trimmed((outputs, rank)):
-        raise ConversionError(
-            f"its factors are {down} and {up}, expected (rank, {', '.join(map(str, inputs))}) and"
-            f" ({outputs}, rank)"
-        )
-    for side in ("down", "up"):
+    for side in tensors.keys() - {"alpha"}:
         if (dtype := checkpoint.dtype(tensors[side])) not in DTYPES:
             raise ConversionError(f"{tensors[side]} is {dtype}, expected {', '.join(DTYPES)}")
+    outputs, *inputs = place.step.source_shapes()[0]
+    down, up, rank = _factors(checkpoint, tensors)
+    expected = _trimmed((len(down), *inputs)), _trimmed((outputs, len(down)))
+    if len(down) < 1 or (_trimmed(down.shape), _trimmed(up.shape)) != expected:
+        raise ConversionError(
+            f"its factors are {_trimmed(down.shape)} and {_trimmed(up.shape)}, expected (rank,"
+            f" {', '.join(map(str, inputs))}) and ({outputs}, rank)"
+        )
     scale = alphas(place.name, rank)
     if "alpha" in tensors:
         alpha = checkpoint.read(tensors["alpha"])
@@ -327,8 +326,20 @@ def _pair(
         if not abs(value := float(alpha.reshape(()))) < lora_peft.MAX_ALPHA:
             raise ConversionError(f"alpha is {value:g}, expected less than {lora_peft.MAX_ALPHA:g}")
         scale = value / rank
-    factors = checkpoint.read(tensors["down"]), checkpoint.read(tensors["up"])
-    return trimmed(pair_of(place.step, *factors, np.full(rank, scale)))
+    return trimmed(pair_of(place.step, down, up, np.full(len(down), scale)))
+
+
+def _factors(
+    checkpoint: Checkpoint, tensors: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return `down`, `up` and the rank that alpha is divided by. Raises ConversionError."""
+    names = tensors.keys() - {"alpha"}
+    if names <= {*lora_products.NAMES}:
+        return lora_products.product({name: checkpoint.read(tensors[name]) for name in names})
+    if absent := {"down", "up"} - names:
+        raise ConversionError(f"it has {shorten(tensors.values())} but no {absent.pop()} factor")
+    down, up = (checkpoint.read(tensors[side]) for side in ("down", "up"))
+    return down, up, len(down) if down.ndim else 0
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from framepack_jax.conversion.weight_files import Checkpoint, ConversionError, r
 METADATA = "lora_adapter_metadata"
 ADAPTER_CONFIG = "adapter_config.json"
 # Values of PEFT fields with which an adapter is scale * up @ down.
-PLAIN = {"peft_type": "LORA", "use_dora": False, "lora_bias": False, "bias": "none"}
+PLAIN = {"use_dora": False, "lora_bias": False, "bias": "none"}
+KINDS = ("LORA", "LOHA", "LOKR")
 # Initializations that PEFT subtracts from the base weights, which then differ from the release.
 CHANGED_BASE = ("pissa", "olora", "corda")
 Alphas = Callable[[str, int], float]
@@ -34,7 +35,7 @@ def alphas_of(checkpoint: Checkpoint) -> Alphas:
     root = bool(fields.get("use_rslora"))
 
     def scale(module: str, rank: int) -> float:
-        alpha = fields.get("lora_alpha")
+        alpha = fields.get("lora_alpha", fields.get("alpha"))
         for key, value in patterns.items():
             name = key.strip("^$").replace("\\.", ".")
             if module == name or (not key.startswith("^") and module.endswith(f".{name}")):
@@ -51,6 +52,11 @@ def _checked_alphas(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[s
     Raises ConversionError if the adapter is more than a scaled product, or if alphas are not given
     as numbers by names of modules.
     """
+    if (kind := fields.get("peft_type", "LORA")) not in KINDS:
+        raise ConversionError(
+            f"{checkpoint.path}: its PEFT config has peft_type = {kind!r}, which is not supported;"
+            f" expected {', '.join(KINDS)}"
+        )
     for name, plain in PLAIN.items():
         if fields.get(name, plain) != plain:
             raise ConversionError(
@@ -64,7 +70,7 @@ def _checked_alphas(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[s
         )
     patterns = fields.get("alpha_pattern") or {}
     numbers = patterns.values() if isinstance(patterns, dict) else [None]
-    for alpha in (fields.get("lora_alpha", 1), *numbers):
+    for alpha in (fields.get("lora_alpha", 1), fields.get("alpha", 1), *numbers):
         if not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
             raise ConversionError(
                 f"{checkpoint.path}: its PEFT config has {str(alpha)[:40]} for an alpha; expected"

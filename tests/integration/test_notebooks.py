@@ -1,5 +1,6 @@
 """The notebooks run on a CPU, cell by cell, but for those that are large."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def test_large_cells_come_after_a_dry_run(path: Path) -> None:
     cells = nbformat.read(path, 4).cells
     nbformat.validate(nbformat.read(path, 4))
     code = [tags(cell) for cell in cells if cell.cell_type == "code"]
-    for before, cell in zip(code, code[1:], strict=False):
+    for before, cell in itertools.pairwise(code):
         assert "large" not in cell or "dry-run" in before
     assert all(not cell.get("outputs") for cell in cells), "outputs are not committed"
 

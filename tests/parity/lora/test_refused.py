@@ -54,7 +54,7 @@ def test_names_of_another_network(model, tmp_path) -> None:
     [
         ("lora_unet_double_blocks_0_img_mod_linear.dora_scale", "DoRA"),
         ("transformer_blocks.0.attn.to_q.lora_magnitude_vector", "DoRA"),
-        ("lora_unet_x.hada_w1_a", "LoHa"), ("lora_unet_x.lokr_w2", "LoKr"),
+        ("lora_unet_x.hada_t1", "Tucker"), ("lora_unet_x.lokr_t2", "Tucker"),
         ("lora_unet_x.oft_blocks", "OFT"), ("lora_unet_x.lora_mid.weight", "LoCon"),
         ("proj_out.lora_B.bias", "biases"), ("diffusion_model.proj_out.diff", "differences"),
     ],
@@ -121,7 +121,7 @@ def test_no_lora_at_all(module, model, tmp_path) -> None:
     ("fields", "said"),
     [
         ({"use_dora": True}, "use_dora = True"), ({"bias": "all"}, "bias = 'all'"),
-        ({"peft_type": "LOKR"}, "LOKR"), ({"init_lora_weights": "pissa_niter_4"}, "base weights"),
+        ({"peft_type": "OFT"}, "OFT"), ({"init_lora_weights": "pissa_niter_4"}, "base weights"),
         ({"lora_alpha": "8"}, "for an alpha"), ({"lora_alpha": 10**400}, "for an alpha"),
         ({"alpha_pattern": [3]}, "for an alpha"), ({"alpha_pattern": {"x": None}}, "for an alpha"),
         ({"alpha_pattern": {"(a+)+": 3}}, "regular expression"),
