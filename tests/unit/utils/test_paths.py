@@ -78,6 +78,7 @@ GS = {
     "verify": {"bundle"},
     "doctor": {"bundle"},
     "serve": {"model.bundle"},
+    "bench": {"bundle"},
     "prepare": {"bundle"},
     "train-vae": {"bundle", "output", "init"},
     "train": {"bundle", "output", "init", "codebook"},
