@@ -23,7 +23,10 @@ MEASURES: dict[str, Callable[[Workload, Any], Result]] = {
 
 
 def measure(
-    work: Workload, parts: Sequence[str], trainable: str = "lora", mesh: str | None = None
+    work: Workload,
+    parts: Sequence[str],
+    trainable: training.Trainable = "lora",
+    mesh: str | None = None,
 ) -> Iterator[tuple[str, Outcome]]:
     """Yield the figures of each part, or why there are none.
 

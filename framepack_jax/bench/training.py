@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from framepack_jax.training.task import StepMetrics
 from framepack_jax.training.train_step import RATE, jit_train_step
 
 LEARNING_RATE = 1e-4
+Trainable = Literal["all", "context", "lora"]
 
 
 @dataclasses.dataclass
@@ -95,10 +96,15 @@ def measure_training(work: Workload, cfg: TrainConfig, mesh: Mesh) -> Result:
     )
 
 
-def training_setup(work: Workload, trainable: str, mesh: str | None) -> tuple[TrainConfig, Mesh]:
+def training_setup(
+    work: Workload, trainable: Trainable, mesh: str | None
+) -> tuple[TrainConfig, Mesh]:
     """Return the smallest training that a mesh divides, by default that of `framepack train`.
     Raises ValueError."""
-    cfg = TrainConfig(bundle=work.name, trainable=trainable, batch=1, dtype=work.pipe.dtype)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    if work.pipe.dtype != dtype:
+        dtype = "bfloat16"
+    cfg = TrainConfig(bundle=work.name, trainable=trainable, batch=1, dtype=dtype)
     devices = jax.local_devices()
     sizes = sharding.parse_mesh(mesh) if mesh else default_mesh(cfg, work.manifest, devices)
     grid = sharding.make_mesh(**sizes, devices=devices)

@@ -57,7 +57,7 @@ class Job:
 
     def spec(self, folder: Path) -> VideoSpec:
         """Return the options of the video, whose uploads are in the folder of the job."""
-        paths = {name: folder / file for name, file in self.files.items()}
+        paths: dict[str, Any] = {name: folder / file for name, file in self.files.items()}
         if self.extends is not None:
             paths["extend"] = folder.parent / self.extends
         keys = tuple(f"{seconds:g}s={folder / name}" for name, seconds in self.key_frames)

@@ -93,7 +93,12 @@ def _blocks(actions: Actions) -> gr.Blocks:
         def removed(name: str | None) -> None:
             _told(lambda: actions.delete(_needed(name)))
 
-        view = {"fn": look, "inputs": [chosen, seen], "outputs": shown, "show_progress": "hidden"}
+        view: dict[str, Any] = {
+            "fn": look,
+            "inputs": [chosen, seen],
+            "outputs": shown,
+            "show_progress": "hidden",
+        }
         generate.click(create, fields, chosen).success(**view)
         again.click(use_again, chosen, fields)
         onward.click(_needed, chosen, controls["extends"])
@@ -108,7 +113,8 @@ def _blocks(actions: Actions) -> gr.Blocks:
 def _controls(actions: Actions) -> dict[str, Any]:
     """Return the controls of a video by the names that `Actions.create` knows."""
     defaults = actions.model.pipe.sampling
-    limits, made = actions.limits, {}
+    limits = actions.limits
+    made: dict[str, Any] = {}
     made["image"] = gr.Image(
         label="First frame (none: from the prompt alone)", type="filepath", elem_id="image",
         sources=["upload", "clipboard"], height=260,
@@ -183,7 +189,7 @@ def _look(actions: Actions, name: str | None, before: dict[str, Any]) -> list[An
     buttons, and what is seen now."""
     state = actions.state(name)
     preview = state is not None and (actions.queue.folder / state["id"] / "preview.png").exists()
-    now = {
+    now: dict[str, Any] = {
         "progress": progress_html(state),
         "player": player_html(state),
         "preview": preview_html(state, preview),

@@ -69,8 +69,8 @@ class Worker(threading.Thread):
         except Exception:
             logger.exception("error in the server")
             message = "error in the server; its log has details"
-            error = {"code": "server_error", "message": message}
-            errors |= {job: error for job in jobs if job.waits and job not in errors}
+            failed = {"code": "server_error", "message": message}
+            errors |= {job: failed for job in jobs if job.waits and job not in errors}
         return errors
 
     def _add_task(self, job: Job, tasks: dict[Task, Job]) -> None:
